@@ -1,0 +1,273 @@
+//! Memory as a plan: handles into three arenas, handed out before anything is allocated.
+//!
+//! A model is laid out once: every buffer is asked of a [`Layout`], which returns a handle and adds its bytes to a
+//! category. Handing out and counting are the same act, so the plan cannot differ from what is used. The finished
+//! layout says how long the arenas of a backend must be.
+
+use core::fmt;
+
+use crate::error::{Error, Result};
+
+macro_rules! handle {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+        pub struct $name {
+            start: usize,
+            len: usize,
+        }
+
+        impl $name {
+            /// No values.
+            pub const EMPTY: Self = Self { start: 0, len: 0 };
+
+            /// A handle to `len` values from `start`; the backend checks it when it is used.
+            pub const fn new(start: usize, len: usize) -> Self {
+                Self { start, len }
+            }
+
+            /// Index of the first value in its arena.
+            pub const fn start(self) -> usize {
+                self.start
+            }
+
+            /// Number of values.
+            pub const fn len(self) -> usize {
+                self.len
+            }
+
+            /// Whether there are no values.
+            pub const fn is_empty(self) -> bool {
+                self.len == 0
+            }
+
+            /// The values' place in the arena.
+            pub const fn range(self) -> core::ops::Range<usize> {
+                self.start..self.start + self.len
+            }
+
+            /// `len` values from the `offset`-th on. What lies outside is cut off, so that an operation that needs it
+            /// reports a wrong shape.
+            pub const fn sub(self, offset: usize, len: usize) -> Self {
+                let offset = if offset > self.len { self.len } else { offset };
+                let rest = self.len - offset;
+                Self { start: self.start + offset, len: if len > rest { rest } else { len } }
+            }
+        }
+    };
+}
+
+handle!(
+    /// `i32` values: activations on the grid, tokens, targets.
+    Ints
+);
+handle!(
+    /// Floating-point values of the backend's [`Real`](crate::Real) type.
+    Reals
+);
+handle!(
+    /// `u32` words: side bits and checksums (two words each, the low one first).
+    Words
+);
+
+/// What a buffer is for: the rows of the memory table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Category {
+    /// Trained values.
+    Parameters,
+    /// Their gradients.
+    Gradients,
+    /// Moments of the optimizer.
+    Optimizer,
+    /// Activations that are stored: the pair `X` of reversible training; everything that the other modes keep.
+    Activations,
+    /// The gradients `G` of activations.
+    ActivationGradients,
+    /// Side bits and checksums.
+    SideBits,
+    /// Original activations kept by `verify`.
+    Verify,
+    /// What one chunk of samples needs inside a block.
+    Workspace,
+    /// Logits, losses, tokens and targets.
+    Head,
+    /// What the libraries below a backend allocate for themselves, as a bound.
+    Library,
+}
+
+impl Category {
+    /// All, in the order of the table.
+    pub const ALL: [Self; 10] = [
+        Self::Parameters,
+        Self::Gradients,
+        Self::Optimizer,
+        Self::Activations,
+        Self::ActivationGradients,
+        Self::SideBits,
+        Self::Verify,
+        Self::Workspace,
+        Self::Head,
+        Self::Library,
+    ];
+}
+
+impl fmt::Display for Category {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Parameters => "parameters",
+            Self::Gradients => "gradients",
+            Self::Optimizer => "optimizer state",
+            Self::Activations => "activations (X)",
+            Self::ActivationGradients => "activation gradients (G)",
+            Self::SideBits => "side bits and checksums",
+            Self::Verify => "originals for --verify",
+            Self::Workspace => "block workspace",
+            Self::Head => "head and data",
+            Self::Library => "library scratch (bound)",
+        })
+    }
+}
+
+/// A plan under construction: lengths of the three arenas and bytes by category.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    ints: usize,
+    reals: usize,
+    words: usize,
+    real_bytes: usize,
+    bytes: [usize; Category::ALL.len()],
+    overflow: bool,
+}
+
+impl Layout {
+    /// Handles start at multiples of this many values: 64 bytes of `f32`, a cache line.
+    pub const ALIGN: usize = 16;
+
+    /// An empty layout for reals of `real_bytes` bytes ([`Real::BYTES`](crate::Real::BYTES)).
+    pub const fn new(real_bytes: usize) -> Self {
+        Self { ints: 0, reals: 0, words: 0, real_bytes, bytes: [0; Category::ALL.len()], overflow: false }
+    }
+
+    const fn claim(&mut self, category: Category, arena: usize, len: usize, size: usize) -> (usize, usize) {
+        // Lengths are rounded up so that every handle is aligned; the padding is in the count.
+        let padded = match len.checked_next_multiple_of(Self::ALIGN) {
+            Some(padded) => padded,
+            None => {
+                self.overflow = true;
+                return (0, 0);
+            }
+        };
+        let end = arena.checked_add(padded);
+        let bytes = padded.checked_mul(size);
+        match (end, bytes) {
+            (Some(end), Some(bytes)) if end <= isize::MAX as usize / 8 => {
+                match self.bytes[category as usize].checked_add(bytes) {
+                    Some(sum) => self.bytes[category as usize] = sum,
+                    None => self.overflow = true,
+                }
+                (arena, end)
+            }
+            _ => {
+                self.overflow = true;
+                (0, arena)
+            }
+        }
+    }
+
+    /// `len` integers.
+    pub const fn ints(&mut self, category: Category, len: usize) -> Ints {
+        let (start, end) = self.claim(category, self.ints, len, size_of::<i32>());
+        self.ints = end;
+        Ints::new(start, len)
+    }
+
+    /// `len` reals.
+    pub const fn reals(&mut self, category: Category, len: usize) -> Reals {
+        let (start, end) = self.claim(category, self.reals, len, self.real_bytes);
+        self.reals = end;
+        Reals::new(start, len)
+    }
+
+    /// `len` words.
+    pub const fn words(&mut self, category: Category, len: usize) -> Words {
+        let (start, end) = self.claim(category, self.words, len, size_of::<u32>());
+        self.words = end;
+        Words::new(start, len)
+    }
+
+    /// Counts bytes that live outside the arenas.
+    pub const fn outside(&mut self, category: Category, bytes: usize) {
+        match self.bytes[category as usize].checked_add(bytes) {
+            Some(sum) => self.bytes[category as usize] = sum,
+            None => self.overflow = true,
+        }
+    }
+
+    /// Bytes of one category.
+    pub const fn bytes(&self, category: Category) -> usize {
+        self.bytes[category as usize]
+    }
+
+    /// Bytes of all categories.
+    pub const fn total(&self) -> usize {
+        let (mut sum, mut i) = (0_usize, 0);
+        while i < self.bytes.len() {
+            sum = sum.saturating_add(self.bytes[i]);
+            i += 1;
+        }
+        sum
+    }
+
+    /// Lengths of the arenas: integers, reals, words.
+    pub const fn arenas(&self) -> (usize, usize, usize) {
+        (self.ints, self.reals, self.words)
+    }
+
+    /// The layout itself, if every size fitted.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] where a size did not fit the address space.
+    pub fn checked(self) -> Result<Self> {
+        if self.overflow || self.total() > isize::MAX as usize {
+            return Err(Error::TooLarge("the plan"));
+        }
+        Ok(self)
+    }
+}
+
+/// `a·b·c·…` or [`Error::TooLarge`].
+///
+/// # Errors
+/// The product does not fit `usize`.
+pub fn product(what: &'static str, factors: &[usize]) -> Result<usize> {
+    let mut p = 1_usize;
+    for &f in factors {
+        p = p.checked_mul(f).ok_or(Error::TooLarge(what))?;
+    }
+    Ok(p)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handles_are_disjoint_and_counted() {
+        let mut l = Layout::new(4);
+        let a = l.reals(Category::Parameters, 5);
+        let b = l.reals(Category::Gradients, 17);
+        let w = l.words(Category::SideBits, 0);
+        assert_eq!((a.range(), b.range(), w.len()), (0..5, 16..33, 0));
+        assert_eq!((l.bytes(Category::Parameters), l.bytes(Category::Gradients), l.total()), (64, 128, 192));
+        assert_eq!(b.sub(10, 100).len(), 7);
+        assert_eq!(b.sub(100, 1).len(), 0);
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        let mut l = Layout::new(4);
+        let _ = l.reals(Category::Parameters, usize::MAX - 3);
+        assert_eq!(l.checked(), Err(Error::TooLarge("the plan")));
+        assert!(product("x", &[usize::MAX, 2]).is_err());
+    }
+}

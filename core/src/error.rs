@@ -1,0 +1,166 @@
+//! What can go wrong, as values.
+//!
+//! [`Error`] is a mistake in how something was asked for: it is returned at once and nothing has changed.
+//! [`Fault`] is a mistake in the numbers that a step met: kernels record the first one in the backend's deferred
+//! status, updates do nothing while it is set, and the host reads it once per step.
+
+use core::fmt;
+
+/// The result of everything that can fail in this crate.
+pub type Result<T> = core::result::Result<T, Error>;
+
+/// A request that cannot be carried out, or a step that stopped.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Error {
+    /// A handle reaches outside its arena, or two handles of one operation overlap.
+    Handle(&'static str),
+    /// Two sizes that must agree do not.
+    Shape {
+        /// The quantity that is wrong.
+        what: &'static str,
+        /// The size that fits.
+        expected: usize,
+        /// The size that came.
+        found: usize,
+    },
+    /// A setting outside what it may be.
+    Setting {
+        /// Its name.
+        what: &'static str,
+        /// The value that came.
+        found: f64,
+        /// What is possible.
+        possible: &'static str,
+    },
+    /// A size whose byte count does not fit the address space.
+    TooLarge(&'static str),
+    /// The step does not fit the memory budget, whatever is chosen.
+    Budget {
+        /// The budget in bytes.
+        budget: usize,
+        /// The smallest plan in bytes.
+        minimum: usize,
+    },
+    /// The numbers of a step went wrong; parameters are as [`Fault`] says.
+    Fault(Fault),
+    /// The device below a backend failed.
+    Device(&'static str),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Handle(what) => write!(f, "{what}: the handle is outside its arena or overlaps another operand"),
+            Self::Shape { what, expected, found } => write!(f, "{what}: expected {expected}, found {found}"),
+            Self::Setting { what, found, possible } => write!(f, "{what} is {found}; possible: {possible}"),
+            Self::TooLarge(what) => write!(f, "{what}: the size in bytes does not fit this machine's address space"),
+            Self::Budget { budget, minimum } => {
+                write!(f, "the step does not fit into {budget} bytes; the smallest plan needs {minimum}")
+            }
+            Self::Fault(fault) => fault.fmt(f),
+            Self::Device(what) => write!(f, "device: {what}"),
+        }
+    }
+}
+
+impl core::error::Error for Error {}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// Where in a model a fault was met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Site {
+    /// The embedding, which is `X_0`.
+    Embedding,
+    /// Residual block `k`: its output, or its gradient.
+    Block(usize),
+    /// Final norm, logits and loss.
+    Head,
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedding => f.write_str("embedding"),
+            Self::Block(k) => write!(f, "block {k}"),
+            Self::Head => f.write_str("head"),
+        }
+    }
+}
+
+/// The first thing that went wrong in a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Fault {
+    /// A value is not finite or leaves the range of the grid. No parameter was updated.
+    Range {
+        /// The block (or the embedding) that produced it.
+        site: Site,
+        /// Index of the sample in the batch.
+        sample: usize,
+        /// The value, in units of the activations.
+        value: f64,
+    },
+    /// A rebuilt activation differs from the original: memory was changed, or a block does not repeat itself.
+    /// Blocks above this one may have been updated; this one and those below were not.
+    Checksum {
+        /// Index `k` of the `X_k` that differs.
+        activation: usize,
+        /// The block whose recomputation rebuilt it.
+        block: usize,
+    },
+    /// A gradient is not finite. Blocks above this site may have been updated; this one and those below were not.
+    Gradient {
+        /// Where the gradient belongs.
+        site: Site,
+    },
+    /// The loss of a sample is not finite. No parameter was updated.
+    Loss {
+        /// Index of the sample in the batch.
+        sample: usize,
+        /// The loss.
+        value: f64,
+    },
+    /// A token or target lies outside the vocabulary. No parameter was updated.
+    Token {
+        /// Index of the sample in the batch.
+        sample: usize,
+        /// The token.
+        value: i32,
+        /// The size of the vocabulary.
+        vocab: usize,
+    },
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Range { site, sample, value } => write!(
+                f,
+                "{site}, sample {sample}: the value {value:e} is not finite or outside the range of the grid; \
+                 no parameter was updated (a lower learning rate, clipping, or fewer fractional bits help)"
+            ),
+            Self::Checksum { activation, block } => write!(
+                f,
+                "rebuilding with block {block} gave another X_{activation} than the forward pass: memory was changed, \
+                 or the block does not repeat itself; blocks above may have been updated, go back to the last checkpoint"
+            ),
+            Self::Gradient { site } => write!(
+                f,
+                "{site}: the gradient is not finite; blocks above may have been updated, go back to the last checkpoint"
+            ),
+            Self::Loss { sample, value } => {
+                write!(f, "head, sample {sample}: the loss is {value}; no parameter was updated")
+            }
+            Self::Token { sample, value, vocab } => {
+                write!(f, "sample {sample}: token {value} is outside the vocabulary of {vocab}; no parameter was updated")
+            }
+        }
+    }
+}
+
+impl core::error::Error for Fault {}

@@ -1,0 +1,130 @@
+//! Final norm, logits and loss: `loss = cross_entropy(ln_f(x_K)·Wᵀ, targets)`, a few rows of logits at a time.
+
+use crate::arena::{Ints, Reals};
+use crate::backend::{Backend, Chunk, CrossEntropy, Order, Product};
+use crate::error::Result;
+use crate::real::Real;
+use crate::stack::Head;
+
+/// The language-model head of a GPT-2. Parameters and gradients belong to the model; `weight` is `wte` where tied.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LmHead {
+    /// Width `d`.
+    pub width: usize,
+    /// Tokens `T` of a sample.
+    pub per_sample: usize,
+    /// Size of the vocabulary.
+    pub vocab: usize,
+    /// `ε` of the norm.
+    pub eps: f64,
+    /// `ln_f.weight`, `[d]`.
+    pub norm: Reals,
+    /// `ln_f.bias`, `[d]`.
+    pub norm_bias: Reals,
+    /// `[vocab, d]`.
+    pub weight: Reals,
+    /// Gradients of the three.
+    pub grads: [Reals; 3],
+    /// `[B, T]`; negative: masked.
+    pub targets: Ints,
+    /// `[B, T]`: the loss of every token.
+    pub losses: Reals,
+    /// `[rows at once, vocab]`.
+    pub logits: Reals,
+    /// `1 / number of unmasked targets` of the whole optimizer step.
+    pub scale: f64,
+}
+
+impl LmHead {
+    /// Reals of scratch for chunks of `samples` samples.
+    pub const fn scratch(width: usize, per_sample: usize, samples: usize) -> usize {
+        samples * per_sample * (2 * width + 2)
+    }
+
+    /// Rows of logits that exist at a time.
+    fn rows_at_once(&self) -> usize {
+        self.logits.len().checked_div(self.vocab).unwrap_or(0).max(1)
+    }
+
+    /// Normalizes all rows of `x`; returns them, room for their gradient, and the statistics.
+    fn normalize<B: Backend>(&self, be: &mut B, x: Reals, scratch: Reals) -> Result<(Reals, Reals, Reals)> {
+        let y = scratch.sub(0, x.len());
+        let dy = scratch.sub(x.len(), x.len());
+        let stats = scratch.sub(2 * x.len(), 2 * x.len().checked_div(self.width).unwrap_or(0));
+        be.layer_norm(self.eps, self.norm, self.norm_bias, x, y, stats)?;
+        Ok((y, dy, stats))
+    }
+
+    fn logits_of<B: Backend>(&self, be: &mut B, rows: usize, y: Reals) -> Result<Reals> {
+        let logits = self.logits.sub(0, rows * self.vocab);
+        let p = Product {
+            rows,
+            cols: self.vocab,
+            inner: self.width,
+            a: Order::Plain,
+            b: Order::Transposed,
+            accumulate: false,
+        };
+        be.matmul(&p, y, self.weight, None, logits)?;
+        Ok(logits)
+    }
+
+    fn loss_of<B: Backend>(&self, be: &mut B, chunk: &Chunk, row: usize, rows: usize, logits: Reals) -> Result<()> {
+        let at = chunk.first * self.per_sample + row;
+        let ce = CrossEntropy { vocab: self.vocab, tokens: self.per_sample, row, scale: self.scale };
+        be.cross_entropy(chunk, &ce, logits, self.targets.sub(at, rows), self.losses.sub(at, rows))
+    }
+
+    /// Losses of the chunk without gradients, for evaluation.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn loss<B: Backend>(&self, be: &mut B, chunk: &Chunk, x: Reals, scratch: Reals) -> Result<()> {
+        let (y, ..) = self.normalize(be, x, scratch)?;
+        let (all, step) = (chunk.samples * self.per_sample, self.rows_at_once());
+        for row in (0..all).step_by(step) {
+            let rows = step.min(all - row);
+            let logits = self.logits_of(be, rows, y.sub(row * self.width, rows * self.width))?;
+            self.loss_of(be, chunk, row, rows, logits)?;
+        }
+        Ok(())
+    }
+
+    /// Logits of the rows `x` (at most those that exist at a time): the place of `[rows, vocab]`.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn logits<B: Backend>(&self, be: &mut B, x: Reals, scratch: Reals) -> Result<Reals> {
+        let (y, ..) = self.normalize(be, x, scratch)?;
+        self.logits_of(be, x.len().checked_div(self.width).unwrap_or(0), y)
+    }
+}
+
+impl<B: Backend> Head<B> for LmHead {
+    fn forward_backward(&mut self, be: &mut B, chunk: &Chunk, x: Reals, gx: Reals, scratch: Reals) -> Result<()> {
+        let (y, dy, stats) = self.normalize(be, x, scratch)?;
+        let [dnorm, dnorm_bias, dweight] = self.grads;
+        let (all, step, d) = (chunk.samples * self.per_sample, self.rows_at_once(), self.width);
+        for row in (0..all).step_by(step) {
+            let rows = step.min(all - row);
+            let (y, dy) = (y.sub(row * d, rows * d), dy.sub(row * d, rows * d));
+            let logits = self.logits_of(be, rows, y)?;
+            // From here on `logits` are their own gradient.
+            self.loss_of(be, chunk, row, rows, logits)?;
+            let p = Product {
+                rows: self.vocab,
+                cols: d,
+                inner: rows,
+                a: Order::Transposed,
+                b: Order::Plain,
+                accumulate: true,
+            };
+            be.matmul(&p, logits, y, None, dweight)?;
+            let p =
+                Product { rows, cols: d, inner: self.vocab, a: Order::Plain, b: Order::Plain, accumulate: false };
+            be.matmul(&p, logits, self.weight, None, dy)?;
+        }
+        be.fill_reals(gx, B::Real::of(0.0))?;
+        be.layer_norm_vjp(self.norm, x, stats, dy, gx, dnorm, dnorm_bias)
+    }
+}

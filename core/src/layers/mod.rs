@@ -1,0 +1,229 @@
+//! Transformer layers over the backend traits, each with its forward pass and its vector-Jacobian product.
+//!
+//! Names are GPT-2's (`ln_1`, `c_attn`, `c_proj`, `c_fc`, `wte`, `wpe`, `ln_f`). All matrices are row-major; weights
+//! are `[in, out]`, so a linear layer is `y = x·W + b`.
+
+mod block;
+mod embedding;
+mod head;
+
+pub use block::{BLOCK_TENSORS, BlockShape, TransformerBlocks};
+pub use embedding::TokenEmbedding;
+pub use head::LmHead;
+
+use crate::arena::{Category, Layout, Reals, product};
+use crate::backend::{NnOps, OptimOps, Order, Product};
+use crate::error::{Result, Site};
+use crate::optim::{Rule, Update};
+use crate::real::Real;
+
+/// A parameter tensor inside a group of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tensor {
+    /// Its GPT-2 name within the group.
+    pub name: &'static str,
+    /// Rows, or 1 for a vector.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Whether it is a matrix: only those decay.
+    pub matrix: bool,
+    /// Offset in the group.
+    pub offset: usize,
+}
+
+impl Tensor {
+    /// The tensor's values in its group.
+    pub const fn of(&self, group: Reals) -> Reals {
+        group.sub(self.offset, self.rows * self.cols)
+    }
+}
+
+/// Gives the tensors of a group their offsets, each aligned, and returns the length of the group.
+pub const fn place(tensors: &mut [Tensor]) -> usize {
+    let (mut at, mut i) = (0_usize, 0);
+    while i < tensors.len() {
+        tensors[i].offset = at;
+        // Sizes that overflow are caught where the model's dimensions are checked.
+        let len = tensors[i].rows.wrapping_mul(tensors[i].cols).div_ceil(Layout::ALIGN).wrapping_mul(Layout::ALIGN);
+        at = at.wrapping_add(len);
+        i += 1;
+    }
+    at
+}
+
+/// The optimizer of a step: what it does when a group of parameters is finished.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Updater {
+    /// The rule.
+    pub rule: Rule,
+    /// Decoupled weight decay of matrices.
+    pub weight_decay: f64,
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Number of this update, from 1.
+    pub t: u32,
+    /// Factor of the gradients (clipping).
+    pub scale: f64,
+    /// Update each group as soon as it is finished and reuse its gradient buffer. Otherwise gradients add up in full
+    /// buffers until [`Params::update`] is called.
+    pub fused: bool,
+}
+
+/// Parameters of some equal groups (the blocks), with gradients and optimizer state.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Params {
+    group: usize,
+    /// Parameters, group after group.
+    pub values: Reals,
+    /// Gradients: of all groups, or of the one being worked on.
+    pub gradients: Reals,
+    /// First moments.
+    pub m: Reals,
+    /// Second moments.
+    pub v: Reals,
+    /// Sums of squares of the gradients, one a tensor.
+    pub norms: Reals,
+    tensors: usize,
+}
+
+impl Params {
+    /// Lays out `groups` groups of `len` values in `tensors` tensors. `rule` is `None` where nothing is trained;
+    /// `shared_gradient` is for fused updates.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge).
+    pub fn layout(
+        layout: &mut Layout,
+        groups: usize,
+        len: usize,
+        tensors: usize,
+        rule: Option<Rule>,
+        shared_gradient: bool,
+    ) -> Result<Self> {
+        let all = product("parameters", &[groups, len])?;
+        let states = rule.map_or(0, |r| r.states());
+        let gradients = match rule {
+            None => 0,
+            Some(_) if shared_gradient => len,
+            Some(_) => all,
+        };
+        Ok(Self {
+            group: len,
+            values: layout.reals(Category::Parameters, all),
+            gradients: layout.reals(Category::Gradients, gradients),
+            m: layout.reals(Category::Optimizer, if states > 0 { all } else { 0 }),
+            v: layout.reals(Category::Optimizer, if states > 1 { all } else { 0 }),
+            norms: layout.reals(Category::Gradients, if rule.is_some() { groups * tensors } else { 0 }),
+            tensors,
+        })
+    }
+
+    /// Parameters of group `k`.
+    pub const fn group(&self, k: usize) -> Reals {
+        self.values.sub(k * self.group, self.group)
+    }
+
+    /// Gradients of group `k`.
+    pub const fn gradient(&self, k: usize) -> Reals {
+        if self.gradients.len() == self.group {
+            self.gradients
+        } else {
+            self.gradients.sub(k * self.group, self.group)
+        }
+    }
+
+    /// Sets gradients to zero: those of all groups.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn zero_gradients<B: OptimOps>(&self, be: &mut B) -> Result<()> {
+        be.fill_reals(self.gradients, B::Real::of(0.0))
+    }
+
+    /// Sums of squares of group `k`'s gradients; a value that is not finite raises a fault.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn measure<B: OptimOps>(&self, be: &mut B, site: Site, k: usize, tensors: &[Tensor]) -> Result<()> {
+        for (i, t) in tensors.iter().enumerate() {
+            be.sum_squares(site, t.of(self.gradient(k)), self.norms.sub(k * self.tensors + i, 1))?;
+        }
+        Ok(())
+    }
+
+    /// Updates group `k`.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn update<B: OptimOps>(&self, be: &mut B, u: &Updater, k: usize, tensors: &[Tensor]) -> Result<()> {
+        let state = |all: Reals, t: &Tensor| {
+            if all.is_empty() { all } else { t.of(all.sub(k * self.group, self.group)) }
+        };
+        for t in tensors {
+            let decay = if t.matrix { u.weight_decay } else { 0.0 };
+            let update = Update { rule: u.rule, t: u.t, lr: u.lr, decay, scale: u.scale };
+            be.update(
+                &update,
+                t.of(self.group(k)),
+                t.of(self.gradient(k)),
+                state(self.m, t),
+                state(self.v, t),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Group `k` is finished: with fused updates it is measured, updated, and its gradient buffer cleared.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn finished<B: OptimOps>(
+        &self,
+        be: &mut B,
+        u: &Updater,
+        site: Site,
+        k: usize,
+        tensors: &[Tensor],
+    ) -> Result<()> {
+        if !u.fused || self.gradients.is_empty() {
+            return Ok(());
+        }
+        self.measure(be, site, k, tensors)?;
+        self.update(be, u, k, tensors)?;
+        be.fill_reals(self.gradient(k), B::Real::of(0.0))
+    }
+}
+
+/// `y[rows, out] = x[rows, in]·W[in, out] + b`.
+pub(crate) fn linear<B: NnOps>(be: &mut B, rows: usize, w: (Reals, Tensor), b: Reals, x: Reals, y: Reals) -> Result<()> {
+    let p = Product {
+        rows,
+        cols: w.1.cols,
+        inner: w.1.rows,
+        a: Order::Plain,
+        b: Order::Plain,
+        accumulate: false,
+    };
+    be.matmul(&p, x, w.1.of(w.0), Some(b), y)
+}
+
+/// Its gradients: `dW += xᵀ·dy`, `db += Σ dy`, and `dx = dy·Wᵀ`.
+pub(crate) fn linear_vjp<B: NnOps>(
+    be: &mut B,
+    rows: usize,
+    w: (Reals, Tensor),
+    grads: Option<(Reals, Reals)>,
+    x: Reals,
+    dy: Reals,
+    dx: Reals,
+) -> Result<()> {
+    let (inner, cols) = (w.1.rows, w.1.cols);
+    if let Some((dw, db)) = grads {
+        let p = Product { rows: inner, cols, inner: rows, a: Order::Transposed, b: Order::Plain, accumulate: true };
+        be.matmul(&p, x, dy, None, dw)?;
+        be.sum_rows(dy, db)?;
+    }
+    let p = Product { rows, cols: inner, inner: cols, a: Order::Plain, b: Order::Transposed, accumulate: false };
+    be.matmul(&p, dy, w.1.of(w.0), None, dx)
+}

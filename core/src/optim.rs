@@ -1,0 +1,159 @@
+//! Optimizers, learning-rate schedules and clipping, as values that a backend's [`update`](crate::OptimOps::update)
+//! carries out tensor by tensor.
+
+use crate::error::{Error, Result};
+
+/// The rule of an optimizer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rule {
+    /// Stochastic gradient descent: `m ← μ·m + g`, `θ ← θ − η·m`; without momentum (`μ = 0`) no state.
+    Sgd {
+        /// `μ`.
+        momentum: f64,
+    },
+    /// AdamW (arXiv 1711.05101): decoupled weight decay.
+    AdamW {
+        /// Decay of the first moment.
+        beta1: f64,
+        /// Decay of the second moment.
+        beta2: f64,
+        /// Added to the root of the second moment.
+        eps: f64,
+    },
+    /// SET-Adam (arXiv 2302.01029): the second moments of a tensor are scaled down and translated towards each other.
+    SetAdam {
+        /// Decay of the first moment.
+        beta1: f64,
+        /// Decay of the second moment.
+        beta2: f64,
+        /// Added below the root.
+        eps: f64,
+    },
+}
+
+impl Rule {
+    /// How many state tensors of the parameter's size the rule keeps.
+    pub const fn states(&self) -> usize {
+        match self {
+            Self::Sgd { momentum } => (*momentum != 0.0) as usize,
+            Self::AdamW { .. } | Self::SetAdam { .. } => 2,
+        }
+    }
+
+    /// Checks the constants.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] names the first one that is NaN or out of range.
+    pub fn check(&self) -> Result<()> {
+        match *self {
+            Self::Sgd { momentum } => within("momentum", momentum, 0.0, 1.0, "0 up to, not including, 1"),
+            Self::AdamW { beta1, beta2, eps } | Self::SetAdam { beta1, beta2, eps } => {
+                within("beta1", beta1, 0.0, 1.0, "0 up to, not including, 1")?;
+                within("beta2", beta2, 0.0, 1.0, "0 up to, not including, 1")?;
+                within("eps", eps, 0.0, f64::INFINITY, "a finite number, not negative")
+            }
+        }
+    }
+}
+
+fn within(what: &'static str, x: f64, low: f64, below: f64, possible: &'static str) -> Result<()> {
+    if x >= low && x < below { Ok(()) } else { Err(Error::Setting { what, found: x, possible }) }
+}
+
+/// One update of one tensor.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Update {
+    /// The rule.
+    pub rule: Rule,
+    /// Number of this update, from 1: the `t` of bias correction.
+    pub t: u32,
+    /// Learning rate `η`.
+    pub lr: f64,
+    /// Decoupled weight decay: `θ ← θ − η·decay·θ` before the rule. 0 for tensors of one dimension.
+    pub decay: f64,
+    /// Factor of the gradient: that of clipping, else 1.
+    pub scale: f64,
+}
+
+/// How the learning rate moves after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decay {
+    /// Not at all.
+    Constant,
+    /// Half a cosine from the peak to the minimum.
+    Cosine,
+    /// A straight line from the peak to the minimum.
+    Linear,
+}
+
+/// A learning-rate schedule: linear warm-up, then [`Decay`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Schedule {
+    /// The peak.
+    pub lr: f64,
+    /// The rate of the last step.
+    pub min_lr: f64,
+    /// Steps of warm-up; step 0 has rate `lr / warmup`.
+    pub warmup: u32,
+    /// Steps of the whole run.
+    pub steps: u32,
+    /// How the rate moves after the warm-up.
+    pub decay: Decay,
+}
+
+impl Schedule {
+    /// Checks the rates.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for rates that are NaN, infinite or negative.
+    pub fn check(&self) -> Result<()> {
+        within("lr", self.lr, 0.0, f64::INFINITY, "a finite number, not negative")?;
+        within("min-lr", self.min_lr, 0.0, f64::INFINITY, "a finite number, not negative")
+    }
+
+    /// The learning rate of step `step` (from 0).
+    pub fn at(&self, step: u32) -> f64 {
+        if step < self.warmup {
+            return self.lr * f64::from(step + 1) / f64::from(self.warmup);
+        }
+        let span = self.steps.saturating_sub(self.warmup).saturating_sub(1).max(1);
+        let done = (f64::from(step - self.warmup) / f64::from(span)).min(1.0);
+        match self.decay {
+            Decay::Constant => self.lr,
+            Decay::Cosine => {
+                self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + libm::cos(core::f64::consts::PI * done))
+            }
+            Decay::Linear => self.lr + (self.min_lr - self.lr) * done,
+        }
+    }
+}
+
+/// The factor that brings a gradient of norm `norm` down to `max_norm`; 1 where clipping is off (`max_norm = 0`).
+pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
+    if max_norm > 0.0 && norm > max_norm { max_norm / norm } else { 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schedules() {
+        let s = Schedule { lr: 1.0, min_lr: 0.1, warmup: 4, steps: 15, decay: Decay::Cosine };
+        assert_eq!((s.at(0), s.at(3), s.at(4)), (0.25, 1.0, 1.0));
+        assert!((s.at(14) - 0.1).abs() < 1e-12 && (s.at(9) - 0.55).abs() < 1e-12);
+        let s = Schedule { decay: Decay::Linear, ..s };
+        assert!((s.at(9) - 0.55).abs() < 1e-12 && (s.at(14) - 0.1).abs() < 1e-12 && (s.at(99) - 0.1).abs() < 1e-12);
+        let s = Schedule { warmup: 0, steps: 1, decay: Decay::Constant, ..s };
+        assert_eq!((s.at(0), s.at(7)), (1.0, 1.0));
+        assert!(Schedule { lr: f64::NAN, ..s }.check().is_err());
+    }
+
+    #[test]
+    fn bad_constants_are_named() {
+        let r = Rule::AdamW { beta1: 0.9, beta2: 1.0, eps: 1e-8 };
+        assert!(matches!(r.check(), Err(Error::Setting { what: "beta2", .. })));
+        assert_eq!(clip_scale(10.0, 1.0), 0.1);
+        assert_eq!(clip_scale(10.0, 0.0), 1.0);
+    }
+}

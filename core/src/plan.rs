@@ -1,0 +1,73 @@
+//! Fitting a step into a memory budget.
+//!
+//! The plan itself is the [`Layout`](crate::Layout) that a model's buffers are asked of; here it is decided which of the
+//! possible layouts is used.
+
+use crate::arena::Layout;
+use crate::error::{Error, Result};
+
+/// What can be turned without changing what is computed, except the rounding of gradient sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Choice {
+    /// Samples processed together inside a block.
+    pub chunk: usize,
+    /// Rows of logits that exist at a time.
+    pub head_rows: usize,
+}
+
+impl Choice {
+    /// Rows of a chunk where memory is no question: enough for full-speed matrix products, few enough for caches.
+    pub const ROWS: usize = 512;
+
+    /// From the fastest choice to the smallest, for `batch` samples of `tokens` tokens.
+    pub fn all(batch: usize, tokens: usize) -> impl Iterator<Item = Self> {
+        let tokens = tokens.max(1);
+        let most = (Self::ROWS / tokens).clamp(1, batch.max(1));
+        let halves = |n: usize| core::iter::successors(Some(n), |n| (*n > 1).then(|| n.div_ceil(2)));
+        halves(most).flat_map(move |chunk| {
+            let rows = Self::ROWS.min(chunk * tokens);
+            halves(rows).take_while(move |&r| r >= 8 || r == rows).map(move |head_rows| Self { chunk, head_rows })
+        })
+    }
+}
+
+/// The first choice whose layout has at most `budget` bytes, with what `make` built for it.
+///
+/// # Errors
+/// [`Error::Budget`] names the smallest possible plan; errors of `make` are passed on.
+pub fn fit<T>(
+    budget: Option<usize>,
+    choices: impl Iterator<Item = Choice>,
+    mut make: impl FnMut(Choice) -> Result<(T, Layout)>,
+) -> Result<(Choice, T, Layout)> {
+    let mut minimum = usize::MAX;
+    for choice in choices {
+        let (built, layout) = make(choice)?;
+        let layout = layout.checked()?;
+        minimum = minimum.min(layout.total());
+        if budget.is_none_or(|b| layout.total() <= b) {
+            return Ok((choice, built, layout));
+        }
+    }
+    Err(Error::Budget { budget: budget.unwrap_or(0), minimum })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::Category;
+
+    #[test]
+    fn the_largest_that_fits_is_chosen() {
+        let make = |c: Choice| {
+            let mut l = Layout::new(4);
+            let _ = l.reals(Category::Workspace, c.chunk * 1000 + c.head_rows * 16);
+            Ok((c.chunk, l))
+        };
+        let pick = |budget| fit(budget, Choice::all(8, 64), make);
+        assert_eq!(pick(None).unwrap().0, Choice { chunk: 8, head_rows: 512 });
+        let (c, built, l) = pick(Some(20_000)).unwrap();
+        assert!(l.total() <= 20_000 && built == c.chunk && c.chunk == 4, "{c:?}");
+        assert_eq!(pick(Some(100)).unwrap_err(), Error::Budget { budget: 100, minimum: 4544 });
+    }
+}

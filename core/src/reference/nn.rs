@@ -1,0 +1,746 @@
+//! [`NnOps`] of the reference backend: one plain function per operation, sums in a fixed order.
+
+use core::ops::Range;
+
+use super::{Reference, same, split};
+use crate::arena::{Ints, Reals, product};
+use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Gelu, Mask, NnOps, Order, Product};
+use crate::error::{Error, Fault, Result};
+use crate::real::Real;
+use crate::rng::{Draw, Stream, drop_threshold, keep};
+
+/// The place of a handle in an arena of `arena` values. An empty one is moved to the start, where it overlaps nothing.
+fn place(what: &'static str, start: usize, len: usize, arena: usize) -> Result<Range<usize>> {
+    let end = start.checked_add(len).filter(|&end| end <= arena).ok_or(Error::Handle(what))?;
+    Ok(if len == 0 { 0..0 } else { start..end })
+}
+
+/// Number of rows of `cols` values each in `len` values.
+fn rows_of(what: &'static str, len: usize, cols: usize) -> Result<usize> {
+    let rows = len.checked_div(cols).unwrap_or(0);
+    same(what, rows * cols, len)?;
+    Ok(rows)
+}
+
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+/// `1/(1-p)` and the threshold of the words that drop.
+fn dropout_of<R: Real>(p: f64) -> Result<(R, u32)> {
+    if (0.0..1.0).contains(&p) {
+        Ok((R::of(1.0 / (1.0 - p)), drop_threshold(p)))
+    } else {
+        Err(Error::Setting { what: "dropout", found: p, possible: "0 up to, not including, 1" })
+    }
+}
+
+/// The factors 0 or `1/(1-p)` of the elements of one stream; the four words of a counter are drawn once.
+struct Factors<R> {
+    stream: Stream,
+    threshold: u32,
+    kept: R,
+    quad: u32,
+    words: [u32; 4],
+}
+
+impl<R: Real> Factors<R> {
+    fn new(stream: Stream, (kept, threshold): (R, u32)) -> Self {
+        let words = if threshold == 0 { [0; 4] } else { stream.quad(0) };
+        Self { stream, threshold, kept, quad: 0, words }
+    }
+
+    fn factor(&mut self, element: u32) -> R {
+        if self.threshold == 0 {
+            return self.kept;
+        }
+        if element / 4 != self.quad {
+            self.quad = element / 4;
+            self.words = self.stream.quad(self.quad);
+        }
+        if keep(self.words[element as usize % 4], self.threshold) { self.kept } else { R::zero() }
+    }
+}
+
+/// `Σ a·b`: eight partial sums over the elements `i mod 8`, added in order, then the rest.
+fn dot<R: Real>(a: &[R], b: &[R]) -> R {
+    let mut part = [R::zero(); 8];
+    let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
+    let (a_rest, b_rest) = (a8.remainder(), b8.remainder());
+    for (a, b) in a8.zip(b8) {
+        for i in 0..8 {
+            part[i] += a[i] * b[i];
+        }
+    }
+    let mut sum = R::zero();
+    for p in part {
+        sum += p;
+    }
+    for (&a, &b) in a_rest.iter().zip(b_rest) {
+        sum += a * b;
+    }
+    sum
+}
+
+/// `y += factor·x`.
+fn add_scaled<R: Real>(y: &mut [R], factor: R, x: &[R]) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y += factor * x;
+    }
+}
+
+/// `0.5·x·(1 + tanh(u))`, `u = √(2/π)·(x + 0.044715·x³)`, or `x·Φ(x) = 0.5·x·(1 + erf(x/√2))`.
+fn gelu<R: Real>(kind: Gelu, x: R) -> R {
+    let half = R::of(0.5);
+    let t = match kind {
+        Gelu::Tanh => tanh_argument(x).hyperbolic_tangent(),
+        Gelu::Exact => (x * R::of(core::f64::consts::FRAC_1_SQRT_2)).error_function(),
+    };
+    half * x * (R::one() + t)
+}
+
+/// `√(2/π)`.
+const ROOT_2_OVER_PI: f64 = core::f64::consts::FRAC_2_SQRT_PI * core::f64::consts::FRAC_1_SQRT_2;
+
+fn tanh_argument<R: Real>(x: R) -> R {
+    R::of(ROOT_2_OVER_PI) * (x + R::of(0.044_715) * x * x * x)
+}
+
+/// Of `0.5·x·(1 + tanh(u))`: `0.5·(1 + tanh(u)) + 0.5·x·(1 − tanh²(u))·u'`, `u' = √(2/π)·(1 + 3·0.044715·x²)`.
+/// Of `x·Φ(x)`: `Φ(x) + x·exp(−x²/2)/√(2π)`.
+fn gelu_derivative<R: Real>(kind: Gelu, x: R) -> R {
+    let (one, half) = (R::one(), R::of(0.5));
+    match kind {
+        Gelu::Tanh => {
+            let t = tanh_argument(x).hyperbolic_tangent();
+            let slope = one - t * t;
+            // Far out the slope is 0 and u' may be infinite; their product is 0.
+            let inner = if slope == R::zero() {
+                slope
+            } else {
+                slope * R::of(ROOT_2_OVER_PI) * (one + R::of(3.0 * 0.044_715) * x * x)
+            };
+            half * (one + t) + half * x * inner
+        }
+        Gelu::Exact => {
+            let cdf = half * (one + (x * R::of(core::f64::consts::FRAC_1_SQRT_2)).error_function());
+            let density = (-half * x * x).exponential() * R::of(0.5 * ROOT_2_OVER_PI);
+            cdf + x * density
+        }
+    }
+}
+
+/// Where row 0 of a head starts and how far its rows are apart.
+#[derive(Clone, Copy)]
+struct Head {
+    start: usize,
+    stride: usize,
+}
+
+impl Head {
+    fn row(self, row: usize, width: usize) -> Range<usize> {
+        let start = self.start + row * self.stride;
+        start..start + width
+    }
+}
+
+/// Checked operands of attention.
+struct Operands {
+    width: usize,
+    queries: usize,
+    keys: usize,
+}
+
+impl Operands {
+    fn new(a: &Attention, chunk: &Chunk) -> Result<Self> {
+        let width = product("attention: width", &[a.heads, a.head_dim])?;
+        let queries = product("attention: queries", &[chunk.samples, a.queries])?;
+        let keys = product("attention: keys", &[chunk.samples, a.keys])?;
+        if a.mask == Mask::Causal {
+            same("causal attention: keys", a.queries, a.keys)?;
+        }
+        Ok(Self { width, queries, keys })
+    }
+
+    /// The place of the matrix that the columns lie in.
+    fn columns(&self, what: &'static str, c: Columns, rows: usize, arena: usize) -> Result<Range<usize>> {
+        same(what, product(what, &[rows, c.stride])?, c.of.len())?;
+        let end = c.at.checked_add(self.width).ok_or(Error::TooLarge(what))?;
+        if end > c.stride {
+            return Err(Error::Shape { what, expected: end, found: c.stride });
+        }
+        place(what, c.of.start(), c.of.len(), arena)
+    }
+}
+
+impl Attention {
+    /// Number of keys that query `q` of a sample with `present` keys sees: the first ones.
+    fn visible(&self, q: usize, present: usize) -> usize {
+        match self.mask {
+            Mask::Full => present,
+            Mask::Causal => present.min(q + 1),
+        }
+    }
+}
+
+/// First dropout element of a query's row of weights; wraps as the generator's counter does.
+fn first_element(a: &Attention, head: usize, q: usize) -> u32 {
+    (head as u32).wrapping_mul(a.queries as u32).wrapping_add(q as u32).wrapping_mul(a.keys as u32)
+}
+
+impl<R: Real> Reference<'_, R> {
+    fn place(&self, what: &'static str, h: Reals) -> Result<Range<usize>> {
+        place(what, h.start(), h.len(), self.reals.len())
+    }
+
+    fn place_ints(&self, what: &'static str, h: Ints) -> Result<Range<usize>> {
+        place(what, h.start(), h.len(), self.ints.len())
+    }
+
+    /// Checks the padding lengths: none, or one for each sample.
+    fn key_lens(&self, a: &Attention, chunk: &Chunk) -> Result<Range<usize>> {
+        if !a.key_lens.is_empty() {
+            same("attention: key_lens", chunk.samples, a.key_lens.len())?;
+        }
+        self.place_ints("attention: key_lens", a.key_lens)
+    }
+
+    /// Keys of sample `i` that are not padding.
+    fn present(&self, a: &Attention, lens: &Range<usize>, i: usize) -> usize {
+        if lens.is_empty() { a.keys } else { usize::try_from(self.ints[lens.start + i]).unwrap_or(0).min(a.keys) }
+    }
+}
+
+/// The head's part of the matrix of `c`, for sample `i` with `rows` rows a sample. (It wraps only where there is no row.)
+fn head_of(a: &Attention, c: Columns, i: usize, rows: usize, head: usize) -> Head {
+    let start = c.of.start() + i * rows * c.stride;
+    Head { start: start.wrapping_add(c.at + head * a.head_dim), stride: c.stride }
+}
+
+impl<R: Real> NnOps for Reference<'_, R> {
+    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
+        same("matmul: a", product("matmul: a", &[p.rows, p.inner])?, a.len())?;
+        same("matmul: b", product("matmul: b", &[p.inner, p.cols])?, b.len())?;
+        same("matmul: c", product("matmul: c", &[p.rows, p.cols])?, c.len())?;
+        if let Some(bias) = bias {
+            same("matmul: bias", p.cols, bias.len())?;
+        }
+        let places = [
+            self.place("matmul: a", a)?,
+            self.place("matmul: b", b)?,
+            self.place("matmul: bias", bias.unwrap_or(Reals::EMPTY))?,
+            self.place("matmul: c", c)?,
+        ];
+        let [a, b, offset, c] = split(self.reals, places, "matmul")?;
+        if c.is_empty() {
+            return Ok(());
+        }
+        for i in 0..p.rows {
+            // c[i, ..] = bias[..] + Σ_k a[i, k]·b[k, ..]
+            let c = &mut c[i * p.cols..(i + 1) * p.cols];
+            if !p.accumulate {
+                c.fill(R::zero());
+            }
+            if bias.is_some() {
+                add_scaled(c, R::one(), offset);
+            }
+            match (p.a, p.b) {
+                (Order::Plain, Order::Transposed) => {
+                    let a = &a[i * p.inner..(i + 1) * p.inner];
+                    for (j, c) in c.iter_mut().enumerate() {
+                        *c += dot(a, &b[j * p.inner..(j + 1) * p.inner]);
+                    }
+                }
+                (Order::Transposed, Order::Transposed) => {
+                    for (j, c) in c.iter_mut().enumerate() {
+                        let mut sum = R::zero();
+                        for k in 0..p.inner {
+                            sum += a[k * p.rows + i] * b[j * p.inner + k];
+                        }
+                        *c += sum;
+                    }
+                }
+                (order, Order::Plain) => {
+                    for k in 0..p.inner {
+                        let factor = if order == Order::Plain { a[i * p.inner + k] } else { a[k * p.rows + i] };
+                        add_scaled(c, factor, &b[k * p.cols..(k + 1) * p.cols]);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sum_rows(&mut self, x: Reals, sum: Reals) -> Result<()> {
+        let cols = sum.len();
+        let rows = rows_of("sum_rows", x.len(), cols)?;
+        let places = [self.place("sum_rows: x", x)?, self.place("sum_rows: sum", sum)?];
+        let [x, sum] = split(self.reals, places, "sum_rows")?;
+        for r in 0..rows {
+            add_scaled(sum, R::one(), &x[r * cols..(r + 1) * cols]);
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, x: Reals, y: Reals) -> Result<()> {
+        same("add", x.len(), y.len())?;
+        let places = [self.place("add: x", x)?, self.place("add: y", y)?];
+        let [x, y] = split(self.reals, places, "add")?;
+        add_scaled(x, R::one(), y);
+        Ok(())
+    }
+
+    fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
+        let width = weight.len();
+        let rows = rows_of("layer_norm: x", x.len(), width)?;
+        same("layer_norm: bias", width, bias.len())?;
+        same("layer_norm: y", x.len(), y.len())?;
+        same("layer_norm: stats", product("layer_norm: stats", &[2, rows])?, stats.len())?;
+        let places = [
+            self.place("layer_norm: weight", weight)?,
+            self.place("layer_norm: bias", bias)?,
+            self.place("layer_norm: x", x)?,
+            self.place("layer_norm: y", y)?,
+            self.place("layer_norm: stats", stats)?,
+        ];
+        let [weight, bias, x, y, stats] = split(self.reals, places, "layer_norm")?;
+        for r in 0..rows {
+            let (x, y) = (&x[r * width..(r + 1) * width], &mut y[r * width..(r + 1) * width]);
+            let (mut sum, mut squares) = (0.0, 0.0);
+            for x in x {
+                sum += x.wide();
+            }
+            let mean = sum / width as f64;
+            for x in x {
+                squares += (x.wide() - mean) * (x.wide() - mean);
+            }
+            let (mean, rstd) = (R::of(mean), R::of(1.0 / libm::sqrt(squares / width as f64 + eps)));
+            (stats[2 * r], stats[2 * r + 1]) = (mean, rstd);
+            for c in 0..width {
+                // y = (x − mean)·rstd·weight + bias
+                y[c] = (x[c] - mean) * rstd * weight[c] + bias[c];
+            }
+        }
+        Ok(())
+    }
+
+    fn layer_norm_vjp(
+        &mut self,
+        weight: Reals,
+        x: Reals,
+        stats: Reals,
+        dy: Reals,
+        dx: Reals,
+        dweight: Reals,
+        dbias: Reals,
+    ) -> Result<()> {
+        let width = weight.len();
+        let rows = rows_of("layer_norm_vjp: x", x.len(), width)?;
+        same("layer_norm_vjp: stats", product("layer_norm_vjp: stats", &[2, rows])?, stats.len())?;
+        same("layer_norm_vjp: dy", x.len(), dy.len())?;
+        same("layer_norm_vjp: dx", x.len(), dx.len())?;
+        same("layer_norm_vjp: dweight", width, dweight.len())?;
+        same("layer_norm_vjp: dbias", width, dbias.len())?;
+        let places = [
+            self.place("layer_norm_vjp: weight", weight)?,
+            self.place("layer_norm_vjp: x", x)?,
+            self.place("layer_norm_vjp: stats", stats)?,
+            self.place("layer_norm_vjp: dy", dy)?,
+            self.place("layer_norm_vjp: dx", dx)?,
+            self.place("layer_norm_vjp: dweight", dweight)?,
+            self.place("layer_norm_vjp: dbias", dbias)?,
+        ];
+        let [weight, x, stats, dy, dx, dweight, dbias] = split(self.reals, places, "layer_norm_vjp")?;
+        for r in 0..rows {
+            let (mean, rstd) = (stats[2 * r], stats[2 * r + 1]);
+            let row = r * width..(r + 1) * width;
+            let (x, dy, dx) = (&x[row.clone()], &dy[row.clone()], &mut dx[row]);
+            // y = x̂·weight + bias with x̂ = (x − mean)·rstd. With g = dy·weight:
+            // dx += rstd·(g − mean(g) − x̂·mean(g·x̂)),  dweight += dy·x̂,  dbias += dy
+            let (mut sum_g, mut sum_gx) = (0.0, 0.0);
+            for c in 0..width {
+                let (normal, g) = ((x[c] - mean) * rstd, dy[c] * weight[c]);
+                sum_g += g.wide();
+                sum_gx += g.wide() * normal.wide();
+            }
+            let (mean_g, mean_gx) = (R::of(sum_g / width as f64), R::of(sum_gx / width as f64));
+            for c in 0..width {
+                let (normal, g) = ((x[c] - mean) * rstd, dy[c] * weight[c]);
+                dx[c] += rstd * (g - mean_g - normal * mean_gx);
+                dweight[c] += dy[c] * normal;
+                dbias[c] += dy[c];
+            }
+        }
+        Ok(())
+    }
+
+    fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
+        same("gelu", x.len(), y.len())?;
+        let places = [self.place("gelu: x", x)?, self.place("gelu: y", y)?];
+        let [x, y] = split(self.reals, places, "gelu")?;
+        for (y, &x) in y.iter_mut().zip(x.iter()) {
+            *y = gelu(kind, x);
+        }
+        Ok(())
+    }
+
+    fn gelu_vjp(&mut self, kind: Gelu, x: Reals, d: Reals) -> Result<()> {
+        same("gelu_vjp", x.len(), d.len())?;
+        let places = [self.place("gelu_vjp: x", x)?, self.place("gelu_vjp: d", d)?];
+        let [x, d] = split(self.reals, places, "gelu_vjp")?;
+        for (d, &x) in d.iter_mut().zip(x.iter()) {
+            *d *= gelu_derivative(kind, x);
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        chunk: &Chunk,
+        a: &Attention,
+        q: Columns,
+        k: Columns,
+        v: Columns,
+        out: Reals,
+        lse: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
+        let all = Operands::new(a, chunk)?;
+        let inputs = [
+            all.columns("attention: q", q, all.queries, self.reals.len())?,
+            all.columns("attention: k", k, all.keys, self.reals.len())?,
+            all.columns("attention: v", v, all.keys, self.reals.len())?,
+        ];
+        same("attention: out", product("attention: out", &[all.queries, all.width])?, out.len())?;
+        same("attention: lse", product("attention: lse", &[all.queries, a.heads])?, lse.len())?;
+        let scratch = scratch.sub(0, a.keys);
+        same("attention: scratch", a.keys, scratch.len())?;
+        let (dropout, lens) = (dropout_of(a.dropout)?, self.key_lens(a, chunk)?);
+        let outputs = [
+            self.place("attention: out", out)?,
+            self.place("attention: lse", lse)?,
+            self.place("attention: scratch", scratch)?,
+        ];
+        disjoint("attention", &inputs, &outputs)?;
+        let [out_at, lse_at, scratch_at] = outputs;
+        if all.queries == 0 {
+            return Ok(());
+        }
+        let width = a.head_dim;
+        let scale = score_scale::<R>(a);
+
+        for i in 0..chunk.samples {
+            let present = self.present(a, &lens, i);
+            let mut factors = Factors::new(chunk.stream(i, Draw::AttentionDropout), dropout);
+            for head in 0..a.heads {
+                let (qs, ks) = (head_of(a, q, i, a.queries, head), head_of(a, k, i, a.keys, head));
+                let vs = head_of(a, v, i, a.keys, head);
+                for row in 0..a.queries {
+                    let seen = a.visible(row, present);
+                    // s_k = q·k/√head_dim, p_k = exp(s_k − max)/sum, out = Σ p_k·factor_k·v_k, lse = max + ln(sum)
+                    let mut max = R::neg_infinity();
+                    for key in 0..seen {
+                        let s = scale * dot(&self.reals[qs.row(row, width)], &self.reals[ks.row(key, width)]);
+                        self.reals[scratch_at.start + key] = s;
+                        // A NaN stays one: it is the largest, and every exponential below then is NaN.
+                        if s > max || s.is_nan() {
+                            max = s;
+                        }
+                    }
+                    let mut sum = R::zero();
+                    for p in &mut self.reals[scratch_at.start..scratch_at.start + seen] {
+                        *p = (*p - max).exponential();
+                        sum += *p;
+                    }
+                    let start = out_at.start + ((i * a.queries + row) * a.heads + head) * width;
+                    self.reals[start..start + width].fill(R::zero());
+                    let element = first_element(a, head, row);
+                    for key in 0..seen {
+                        let factor = factors.factor(element.wrapping_add(key as u32));
+                        let p = self.reals[scratch_at.start + key] / sum * factor;
+                        let [o, v] = split(self.reals, [start..start + width, vs.row(key, width)], "attention: out")?;
+                        add_scaled(o, p, v);
+                    }
+                    self.reals[lse_at.start + (i * a.heads + head) * a.queries + row] =
+                        if seen == 0 { R::neg_infinity() } else { max + sum.logarithm() };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attention_vjp(
+        &mut self,
+        chunk: &Chunk,
+        a: &Attention,
+        q: Columns,
+        k: Columns,
+        v: Columns,
+        out: Reals,
+        lse: Reals,
+        dout: Reals,
+        dq: Columns,
+        dk: Columns,
+        dv: Columns,
+        scratch: Reals,
+    ) -> Result<()> {
+        let all = Operands::new(a, chunk)?;
+        let arena = self.reals.len();
+        let values = product("attention_vjp: out", &[all.queries, all.width])?;
+        same("attention_vjp: out", values, out.len())?;
+        same("attention_vjp: dout", values, dout.len())?;
+        same("attention_vjp: lse", product("attention_vjp: lse", &[all.queries, a.heads])?, lse.len())?;
+        let scratch = scratch.sub(0, a.keys);
+        same("attention_vjp: scratch", a.keys, scratch.len())?;
+        let (dropout, lens) = (dropout_of(a.dropout)?, self.key_lens(a, chunk)?);
+        let inputs = [
+            all.columns("attention_vjp: q", q, all.queries, arena)?,
+            all.columns("attention_vjp: k", k, all.keys, arena)?,
+            all.columns("attention_vjp: v", v, all.keys, arena)?,
+            self.place("attention_vjp: out", out)?,
+            self.place("attention_vjp: lse", lse)?,
+            self.place("attention_vjp: dout", dout)?,
+        ];
+        let outputs = [
+            all.columns("attention_vjp: dq", dq, all.queries, arena)?,
+            all.columns("attention_vjp: dk", dk, all.keys, arena)?,
+            all.columns("attention_vjp: dv", dv, all.keys, arena)?,
+        ];
+        for output in &outputs {
+            disjoint("attention_vjp", &inputs, core::slice::from_ref(output))?;
+        }
+        let scratch = self.place("attention_vjp: scratch", scratch)?;
+        disjoint("attention_vjp: scratch", &inputs, core::slice::from_ref(&scratch))?;
+        disjoint("attention_vjp: scratch", &outputs, core::slice::from_ref(&scratch))?;
+        let [dq_at, dk_at, dv_at] = outputs;
+        for (x, x_at, y, y_at) in [(dq, &dq_at, dk, &dk_at), (dq, &dq_at, dv, &dv_at), (dk, &dk_at, dv, &dv_at)] {
+            // Columns of one matrix must not meet; other matrices must not overlap.
+            let apart = x.of == y.of && x.stride == y.stride && x.at.abs_diff(y.at) >= all.width;
+            if all.width > 0 && overlap(x_at, y_at) && !apart {
+                return Err(Error::Handle("attention_vjp: dq, dk, dv"));
+            }
+        }
+        if all.width == 0 || (all.queries == 0 && all.keys == 0) {
+            return Ok(());
+        }
+        let (out_at, lse_at, dout_at) = (inputs[3].start, inputs[4].start, inputs[5].start);
+        let width = a.head_dim;
+        let scale = score_scale::<R>(a);
+
+        for i in 0..chunk.samples {
+            let present = self.present(a, &lens, i);
+            let mut factors = Factors::new(chunk.stream(i, Draw::AttentionDropout), dropout);
+            for head in 0..a.heads {
+                let (qs, dqs) = (head_of(a, q, i, a.queries, head), head_of(a, dq, i, a.queries, head));
+                let (ks, dks) = (head_of(a, k, i, a.keys, head), head_of(a, dk, i, a.keys, head));
+                let (vs, dvs) = (head_of(a, v, i, a.keys, head), head_of(a, dv, i, a.keys, head));
+                for key in 0..a.keys {
+                    self.reals[dks.row(key, width)].fill(R::zero());
+                    self.reals[dvs.row(key, width)].fill(R::zero());
+                }
+                for row in 0..a.queries {
+                    self.reals[dqs.row(row, width)].fill(R::zero());
+                    let start = ((i * a.queries + row) * a.heads + head) * width;
+                    let dout = dout_at + start..dout_at + start + width;
+                    let lse = self.reals[lse_at + (i * a.heads + head) * a.queries + row];
+                    // out = Σ p_k·factor_k·v_k:  dv_k += p_k·factor_k·dout,  dp_k = factor_k·(dout·v_k)
+                    // p = softmax(s):            ds_k = p_k·(dp_k − Σ_j p_j·dp_j),  and that sum is dout·out
+                    // s_k = scale·(q·k_k):       dq += scale·ds_k·k_k,  dk_k += scale·ds_k·q
+                    let delta = dot(&self.reals[dout.clone()], &self.reals[out_at + start..out_at + start + width]);
+                    let element = first_element(a, head, row);
+                    for key in 0..a.visible(row, present) {
+                        let s = scale * dot(&self.reals[qs.row(row, width)], &self.reals[ks.row(key, width)]);
+                        let p = (s - lse).exponential();
+                        let factor = factors.factor(element.wrapping_add(key as u32));
+                        let dp = factor * dot(&self.reals[dout.clone()], &self.reals[vs.row(key, width)]);
+                        let ds = scale * (p * (dp - delta));
+                        let [dv, dout] = split(self.reals, [dvs.row(key, width), dout.clone()], "attention_vjp")?;
+                        add_scaled(dv, p * factor, dout);
+                        let [dq, k] = split(self.reals, [dqs.row(row, width), ks.row(key, width)], "attention_vjp")?;
+                        add_scaled(dq, ds, k);
+                        let [dk, q] = split(self.reals, [dks.row(key, width), qs.row(row, width)], "attention_vjp")?;
+                        add_scaled(dk, ds, q);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// One row of scores.
+    fn attention_scratch(a: &Attention, _samples: usize, _threads: usize) -> usize {
+        a.keys
+    }
+
+    fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> Result<()> {
+        let per = rows_of("dropout", x.len(), chunk.samples)?;
+        let dropout = dropout_of::<R>(p)?;
+        let at = self.place("dropout", x)?;
+        let x = &mut self.reals[at];
+        if dropout.1 == 0 || x.is_empty() {
+            return Ok(());
+        }
+        for i in 0..chunk.samples {
+            let mut factors = Factors::new(chunk.stream(i, draw), dropout);
+            for (e, x) in x[i * per..(i + 1) * per].iter_mut().enumerate() {
+                let factor = factors.factor(e as u32);
+                // Not a product: a dropped infinity is 0 too.
+                *x = if factor == R::zero() { factor } else { *x * factor };
+            }
+        }
+        Ok(())
+    }
+
+    fn embed(
+        &mut self,
+        chunk: &Chunk,
+        tokens: Ints,
+        table: Reals,
+        positions: Reals,
+        width: usize,
+        x: Reals,
+    ) -> Result<()> {
+        let (length, vocab) = embed_shapes(chunk, tokens, x, table, positions, width)?;
+        let tokens = self.ints.get(self.place_ints("embed: tokens", tokens)?).ok_or(Error::Handle("embed"))?;
+        let places = [
+            place("embed: table", table.start(), table.len(), self.reals.len())?,
+            place("embed: positions", positions.start(), positions.len(), self.reals.len())?,
+            place("embed: x", x.start(), x.len(), self.reals.len())?,
+        ];
+        let [table, positions, x] = split(self.reals, places, "embed")?;
+        if width == 0 {
+            return Ok(());
+        }
+        for (row, &token) in tokens.iter().enumerate() {
+            // x[i, t] = table[tokens[i, t]] + positions[t]
+            let (i, t) = (row / length, row % length);
+            let x = &mut x[row * width..(row + 1) * width];
+            x.copy_from_slice(&positions[t * width..(t + 1) * width]);
+            match usize::try_from(token).ok().filter(|&token| token < vocab) {
+                Some(token) => add_scaled(x, R::one(), &table[token * width..(token + 1) * width]),
+                None => {
+                    self.fault.get_or_insert(Fault::Token { sample: chunk.first.wrapping_add(i), value: token, vocab });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn embed_vjp(
+        &mut self,
+        chunk: &Chunk,
+        tokens: Ints,
+        dx: Reals,
+        width: usize,
+        dtable: Reals,
+        dpositions: Reals,
+    ) -> Result<()> {
+        let (length, vocab) = embed_shapes(chunk, tokens, dx, dtable, dpositions, width)?;
+        let tokens = self.ints.get(self.place_ints("embed_vjp: tokens", tokens)?).ok_or(Error::Handle("embed_vjp"))?;
+        let places = [
+            place("embed_vjp: dtable", dtable.start(), dtable.len(), self.reals.len())?,
+            place("embed_vjp: dpositions", dpositions.start(), dpositions.len(), self.reals.len())?,
+            place("embed_vjp: dx", dx.start(), dx.len(), self.reals.len())?,
+        ];
+        let [dtable, dpositions, dx] = split(self.reals, places, "embed_vjp")?;
+        if width == 0 {
+            return Ok(());
+        }
+        for (row, &token) in tokens.iter().enumerate() {
+            // x[i, t] = table[tokens[i, t]] + positions[t]: dtable[tokens[i, t]] += dx[i, t], dpositions[t] += dx[i, t]
+            let t = row % length;
+            let dx = &dx[row * width..(row + 1) * width];
+            add_scaled(&mut dpositions[t * width..(t + 1) * width], R::one(), dx);
+            if let Some(token) = usize::try_from(token).ok().filter(|&token| token < vocab) {
+                add_scaled(&mut dtable[token * width..(token + 1) * width], R::one(), dx);
+            }
+        }
+        Ok(())
+    }
+
+    fn cross_entropy(
+        &mut self,
+        chunk: &Chunk,
+        ce: &CrossEntropy,
+        logits: Reals,
+        targets: Ints,
+        losses: Reals,
+    ) -> Result<()> {
+        let rows = targets.len();
+        same("cross_entropy: logits", product("cross_entropy: logits", &[rows, ce.vocab])?, logits.len())?;
+        same("cross_entropy: losses", rows, losses.len())?;
+        let places = [self.place("cross_entropy: logits", logits)?, self.place("cross_entropy: losses", losses)?];
+        let targets = self.place_ints("cross_entropy: targets", targets)?;
+        let [logits, losses] = split(self.reals, places, "cross_entropy")?;
+        let scale = R::of(ce.scale);
+        for (row, &target) in self.ints[targets].iter().enumerate() {
+            let x = &mut logits[row * ce.vocab..(row + 1) * ce.vocab];
+            let sample = chunk.first.wrapping_add(ce.row.wrapping_add(row).checked_div(ce.tokens).unwrap_or_default());
+            let Some(index) = usize::try_from(target).ok().filter(|&index| index < ce.vocab) else {
+                x.fill(R::zero());
+                losses[row] = R::zero();
+                if target >= 0 {
+                    self.fault.get_or_insert(Fault::Token { sample, value: target, vocab: ce.vocab });
+                }
+                continue;
+            };
+            // loss = max + ln Σ exp(x − max) − x[target],  dx = (exp(x − max)/Σ − onehot(target))·scale
+            let mut max = R::neg_infinity();
+            for &x in x.iter() {
+                if x > max || x.is_nan() {
+                    max = x;
+                }
+            }
+            let at_target = x[index];
+            let mut sum = R::zero();
+            for x in x.iter_mut() {
+                *x = (*x - max).exponential();
+                sum += *x;
+            }
+            let loss = sum.logarithm() - (at_target - max);
+            losses[row] = loss;
+            if !loss.is_finite() {
+                self.fault.get_or_insert(Fault::Loss { sample, value: loss.wide() });
+            }
+            for (c, x) in x.iter_mut().enumerate() {
+                let hot = if c == index { R::one() } else { R::zero() };
+                *x = (*x / sum - hot) * scale;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Refuses inputs that overlap an output, and outputs that overlap each other. Inputs may share memory.
+fn disjoint(what: &'static str, inputs: &[Range<usize>], outputs: &[Range<usize>]) -> Result<()> {
+    for (n, output) in outputs.iter().enumerate() {
+        if inputs.iter().chain(&outputs[..n]).any(|other| overlap(other, output)) {
+            return Err(Error::Handle(what));
+        }
+    }
+    Ok(())
+}
+
+/// `1/√head_dim`.
+fn score_scale<R: Real>(a: &Attention) -> R {
+    R::of(1.0 / libm::sqrt(a.head_dim.max(1) as f64))
+}
+
+/// Tokens of one sample and the vocabulary, once the operands' sizes agree.
+fn embed_shapes(
+    chunk: &Chunk,
+    tokens: Ints,
+    x: Reals,
+    table: Reals,
+    positions: Reals,
+    width: usize,
+) -> Result<(usize, usize)> {
+    let length = rows_of("embed: tokens", tokens.len(), chunk.samples)?;
+    same("embed: x", product("embed: x", &[tokens.len(), width])?, x.len())?;
+    let vocab = rows_of("embed: table", table.len(), width)?;
+    let needed = product("embed: positions", &[length, width])?;
+    if positions.len() < needed {
+        return Err(Error::Shape { what: "embed: positions", expected: needed, found: positions.len() });
+    }
+    Ok((length, vocab))
+}

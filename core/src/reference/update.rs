@@ -1,0 +1,248 @@
+//! [`UpdateOps`] of the reference backend: [`crate::update`] element by element.
+
+use super::{Reference, same, split};
+use crate::arena::{Ints, Reals, Words};
+use crate::backend::{Chunk, UpdateOps};
+use crate::error::{Error, Fault, Result};
+use crate::real::Real;
+use crate::update::{Gamma, Grid, LIMIT, advance, checksum, combine, retreat};
+
+/// Values of one sample of a chunk of `len` values.
+fn per_sample(chunk: &Chunk, len: usize) -> Result<usize> {
+    let per = len.checked_div(chunk.samples).unwrap_or(0);
+    same("values of a chunk", per * chunk.samples, len)?;
+    Ok(per)
+}
+
+/// Adds to a 64-bit number kept in two words; nothing where there are none.
+fn accumulate(words: &mut [u32], add: u64) -> Result<()> {
+    match words {
+        [] => Ok(()),
+        [low, high] => {
+            let sum = (u64::from(*high) << 32 | u64::from(*low)).wrapping_add(add);
+            (*low, *high) = (sum as u32, (sum >> 32) as u32);
+            Ok(())
+        }
+        _ => Err(Error::Shape { what: "words of a sum", expected: 2, found: words.len() }),
+    }
+}
+
+/// Keeps the first bad value of an operation.
+struct First(Option<(usize, f64)>);
+
+impl First {
+    fn see(&mut self, index: usize, value: impl Real) {
+        self.0.get_or_insert((index, value.wide()));
+    }
+}
+
+impl<R: Real> Reference<'_, R> {
+    fn range_fault(&mut self, chunk: &Chunk, per: usize, bad: First) {
+        if let Some((index, value)) = bad.0 {
+            let sample = chunk.first + index.checked_div(per).unwrap_or(0);
+            self.fault.get_or_insert(Fault::Range { site: chunk.site, sample, value });
+        }
+    }
+}
+
+impl<R: Real> UpdateOps for Reference<'_, R> {
+    fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> Result<()> {
+        let per = per_sample(chunk, x.len())?;
+        let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("quantize"))?;
+        let y = self.reals.get(y.range()).ok_or(Error::Handle("quantize"))?;
+        same("quantize", x.len(), y.len())?;
+        let (mut bad, mut total) = (First(None), 0_u64);
+        for (i, (x, &y)) in x.iter_mut().zip(y).enumerate() {
+            *x = grid.quantize(y).unwrap_or_else(|| {
+                bad.see(i, y);
+                0
+            });
+            total = total.wrapping_add(checksum(*x, chunk.first * per + i));
+        }
+        accumulate(self.words.get_mut(sum.range()).ok_or(Error::Handle("quantize"))?, total)?;
+        self.range_fault(chunk, per, bad);
+        Ok(())
+    }
+
+    fn dequantize(&mut self, grid: Grid, x: Ints, y: Reals) -> Result<()> {
+        let x = self.ints.get(x.range()).ok_or(Error::Handle("dequantize"))?;
+        let y = self.reals.get_mut(y.range()).ok_or(Error::Handle("dequantize"))?;
+        same("dequantize", x.len(), y.len())?;
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = grid.dequantize(x);
+        }
+        Ok(())
+    }
+
+    fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+        let per = per_sample(chunk, x.len())?;
+        let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("add_quantized"))?;
+        let h = self.reals.get(h.range()).ok_or(Error::Handle("add_quantized"))?;
+        same("add_quantized", x.len(), h.len())?;
+        let (mut bad, mut total) = (First(None), 0_u64);
+        for (i, (x, &h)) in x.iter_mut().zip(h).enumerate() {
+            let q = grid.quantize(h).unwrap_or_else(|| {
+                bad.see(i, h);
+                0
+            });
+            *x = x.wrapping_add(q);
+            if x.unsigned_abs() > LIMIT as u32 {
+                bad.see(i, grid.dequantize::<f64>(*x));
+            }
+            total = total.wrapping_add(checksum(*x, chunk.first * per + i));
+        }
+        accumulate(self.words.get_mut(sum.range()).ok_or(Error::Handle("add_quantized"))?, total)?;
+        self.range_fault(chunk, per, bad);
+        Ok(())
+    }
+
+    fn step(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        gamma: Gamma,
+        x: Ints,
+        cur: Reals,
+        h: Reals,
+        side: Words,
+        sum: Words,
+    ) -> Result<()> {
+        let (per, m) = (per_sample(chunk, x.len())?, gamma.planes()?);
+        let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("step"))?;
+        let cur = self.reals.get(cur.range()).ok_or(Error::Handle("step"))?;
+        let h = self.reals.get(h.range()).ok_or(Error::Handle("step"))?;
+        let [side, sum] = split(self.words, [side.range(), sum.range()], "step")?;
+        same("step: x_k", x.len(), cur.len())?;
+        same("step: h_k", x.len(), h.len())?;
+        let stride = per.div_ceil(32);
+        if !side.is_empty() {
+            same("step: side bits", chunk.samples * m as usize * stride, side.len())?;
+        }
+        side.fill(0);
+        let (mut bad, mut total) = (First(None), 0_u64);
+        for s in 0..chunk.samples {
+            let sigma = chunk.sigma(gamma, s);
+            for e in 0..per {
+                let i = s * per + e;
+                let y = gamma.mix(sigma, cur[i], h[i]);
+                let q = grid.quantize(y).unwrap_or_else(|| {
+                    bad.see(i, y);
+                    0
+                });
+                let r = x[i] as u32 & ((1 << m) - 1);
+                if !side.is_empty() {
+                    for plane in 0..m {
+                        side[(s * m as usize + plane as usize) * stride + e / 32] |= (r >> plane & 1) << (e % 32);
+                    }
+                }
+                x[i] = advance(m, sigma, x[i], q, r, e);
+                if x[i].unsigned_abs() > LIMIT as u32 {
+                    bad.see(i, grid.dequantize::<f64>(x[i]));
+                }
+                total = total.wrapping_add(checksum(x[i], chunk.first * per + i));
+            }
+        }
+        accumulate(sum, total)?;
+        self.range_fault(chunk, per, bad);
+        Ok(())
+    }
+
+    fn inverse(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        gamma: Gamma,
+        x: Ints,
+        cur: Reals,
+        h: Reals,
+        side: Words,
+        sum: Words,
+    ) -> Result<()> {
+        let (per, m) = (per_sample(chunk, x.len())?, gamma.planes()?);
+        let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("inverse"))?;
+        let cur = self.reals.get(cur.range()).ok_or(Error::Handle("inverse"))?;
+        let h = self.reals.get(h.range()).ok_or(Error::Handle("inverse"))?;
+        let [side, sum] = split(self.words, [side.range(), sum.range()], "inverse")?;
+        same("inverse: x_k", x.len(), cur.len())?;
+        same("inverse: h_k", x.len(), h.len())?;
+        let stride = per.div_ceil(32);
+        same("inverse: side bits", chunk.samples * m as usize * stride, side.len())?;
+        let mut total = 0_u64;
+        for s in 0..chunk.samples {
+            let sigma = chunk.sigma(gamma, s);
+            for e in 0..per {
+                let i = s * per + e;
+                let q = grid.quantize(gamma.mix(sigma, cur[i], h[i])).unwrap_or(0);
+                let mut r = 0;
+                for plane in 0..m {
+                    r |= (side[(s * m as usize + plane as usize) * stride + e / 32] >> (e % 32) & 1) << plane;
+                }
+                x[i] = retreat(m, sigma, x[i], q, r, e);
+                total = total.wrapping_add(checksum(x[i], chunk.first * per + i));
+            }
+        }
+        accumulate(sum, total)
+    }
+
+    fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+        let per = per_sample(chunk, x.len())?;
+        same("blend: x_k", x.len(), cur.len())?;
+        same("blend: h_k", x.len(), h.len())?;
+        let [x, cur, h] = split(self.reals, [x.range(), cur.range(), h.range()], "blend")?;
+        let mut bad = First(None);
+        for s in 0..chunk.samples {
+            let sigma = chunk.sigma(gamma, s);
+            let g = gamma.value::<R>(sigma);
+            for i in s * per..(s + 1) * per {
+                let mixed = gamma.mix(sigma, cur[i], h[i]);
+                x[i] = if gamma.magnitude() == 0.0 { mixed } else { g * x[i] + mixed };
+                if !x[i].is_finite() {
+                    bad.see(i, x[i]);
+                }
+            }
+        }
+        self.range_fault(chunk, per, bad);
+        Ok(())
+    }
+
+    fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+        let per = per_sample(chunk, x.len())?;
+        same("unblend: x_k", x.len(), cur.len())?;
+        same("unblend: h_k", x.len(), h.len())?;
+        let [x, cur, h] = split(self.reals, [x.range(), cur.range(), h.range()], "unblend")?;
+        for s in 0..chunk.samples {
+            let sigma = chunk.sigma(gamma, s);
+            for i in s * per..(s + 1) * per {
+                x[i] = (x[i] - gamma.mix(sigma, cur[i], h[i])) / gamma.value(sigma);
+            }
+        }
+        Ok(())
+    }
+
+    fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
+        let per = per_sample(chunk, next.len())?;
+        same("combine: G_k", next.len(), cur.len())?;
+        same("combine: h", next.len(), h.len())?;
+        let [next, cur, h] = split(self.reals, [next.range(), cur.range(), h.range()], "combine")?;
+        for s in 0..chunk.samples {
+            let g = gamma.value::<R>(chunk.sigma(gamma, s));
+            for i in s * per..(s + 1) * per {
+                (next[i], cur[i], h[i]) = combine(g, next[i], cur[i]);
+            }
+        }
+        Ok(())
+    }
+
+    fn compare(&mut self, a: Words, b: Words, activation: usize, block: usize) -> Result<()> {
+        if self.words(a)? != self.words(b)? {
+            self.fault.get_or_insert(Fault::Checksum { activation, block });
+        }
+        Ok(())
+    }
+
+    fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
+        same("count_differences", a.len(), b.len())?;
+        let differing = self.ints(a)?.iter().zip(self.ints(b)?).filter(|(a, b)| a != b).count() as u64;
+        accumulate(self.words.get_mut(count.range()).ok_or(Error::Handle("count_differences"))?, differing)
+    }
+}

@@ -1,0 +1,339 @@
+//! The reversible update of one activation: grid, γ, side bits, step, inverse, gradient, checksum.
+//!
+//! Everything exact in this crate is in this file, element by element, in plain scalar code. Backends repeat it over
+//! tensors and must give the same bits (the suite in [`crate::testing`] compares them).
+//!
+//! ```text
+//! step      X_{k+1} = σ·(X_{k-1} + s_{k-1}) / 2^m + Q((1-γ)·x_k + (1+γ)·h_k(x_k)),   γ = σ·2^-m
+//! inverse   X_{k-1} = σ·2^m·(X_{k+1} − Q((1-γ)·x_k + (1+γ)·h_k(x_k))) − s_{k-1}
+//! gradient  G_k += (1-γ)·G_{k+1} + J_{h_k}(x_k)ᵀ·(1+γ)·G_{k+1},    G_{k-1} += γ·G_{k+1}
+//! ```
+//!
+//! with `x = 2^-l·X` and `Q(y) = round_ties_even(y·2^l)` (BDIA paper, section 4; integers instead of floats on a grid
+//! are this crate's choice). [`s`](crate::update::shift) makes the division exact, and is kept as `m` bits.
+//!
+//! ```
+//! use bdia_core::update::{Gamma, Grid, Sign};
+//!
+//! // l = 2 (a grid of quarters), γ = +1/2. X_{k-1} = 7 is odd, so s = 1 and (7 + 1) / 2 = 4.
+//! let (grid, gamma) = (Grid::new(2)?, Gamma::new(0.5, Sign::Plus)?);
+//! let (x_cur, h) = (1.25_f32, 0.5_f32);                    // Q(0.5·1.25 + 1.5·0.5) = Q(1.375) = 6 (5.5, ties to even)
+//! let q = grid.quantize(gamma.mix(1, x_cur, h)).unwrap();
+//! assert_eq!(q, 6);
+//! let (x_next, side) = gamma.step(1, 7, q, 0);
+//! assert_eq!((x_next, side), (10, 1));
+//! assert_eq!(gamma.inverse(1, x_next, q, side, 0), 7);     // and the odd 7 is back
+//! # Ok::<(), bdia_core::Error>(())
+//! ```
+
+use crate::error::{Error, Result};
+use crate::real::Real;
+use crate::rng::{Draw, Stream};
+
+/// Largest magnitude of a stored activation and of a quantized update: no sum of the step can then overflow `i32`.
+pub const LIMIT: i32 = 1 << 30;
+
+/// The grid `2^-l` that activations live on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    frac_bits: u32,
+}
+
+impl Grid {
+    /// The finest grid: its range is still ±2^6.
+    pub const MAX_FRAC_BITS: u32 = 24;
+
+    /// A grid with `l = frac_bits` fractional bits; values may then be up to `2^(30-l)` in magnitude.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for more than [`Grid::MAX_FRAC_BITS`].
+    pub const fn new(frac_bits: u32) -> Result<Self> {
+        if frac_bits > Self::MAX_FRAC_BITS {
+            return Err(Error::Setting { what: "frac_bits", found: frac_bits as f64, possible: "0 to 24" });
+        }
+        Ok(Self { frac_bits })
+    }
+
+    /// `l`.
+    pub const fn frac_bits(self) -> u32 {
+        self.frac_bits
+    }
+
+    /// `2^l`, exactly.
+    #[inline]
+    pub fn scale<R: Real>(self) -> R {
+        R::from_i32(1 << self.frac_bits)
+    }
+
+    /// `2^-l`, exactly.
+    #[inline]
+    pub fn unit<R: Real>(self) -> R {
+        R::one() / self.scale()
+    }
+
+    /// `Q(y) = round_ties_even(y·2^l)`, or `None` when it is not finite or beyond [`LIMIT`].
+    #[inline]
+    pub fn quantize<R: Real>(self, y: R) -> Option<i32> {
+        let q = (y * self.scale()).rint();
+        // Tested on the float, before conversion; a NaN fails both comparisons.
+        (q.abs() <= R::from_i32(LIMIT)).then(|| q.to_i32_exact())
+    }
+
+    /// `x = 2^-l·X`: a pure function of `X`, rounded where the significand of `R` is too short.
+    #[inline]
+    pub fn dequantize<R: Real>(self, x: i32) -> R {
+        R::from_i32(x) * self.unit()
+    }
+}
+
+/// Where the sign of γ comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sign {
+    /// Drawn per sample and per block (training).
+    Random,
+    /// Always `+`.
+    Plus,
+    /// Always `−`.
+    Minus,
+}
+
+/// γ: its magnitude and where its sign comes from.
+///
+/// On the grid the magnitude is `2^-m`; in float any magnitude up to 1 will do.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Gamma {
+    magnitude: f64,
+    sign: Sign,
+}
+
+impl Gamma {
+    /// Most bit planes that are stored per block.
+    pub const MAX_PLANES: u32 = 8;
+
+    /// γ of a magnitude between 0 and 1. A negative value means that magnitude with the sign turned.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a magnitude above 1 or NaN.
+    pub fn new(value: f64, sign: Sign) -> Result<Self> {
+        let magnitude = if value < 0.0 { -value } else { value };
+        if magnitude <= 1.0 {
+            let sign = match (value < 0.0, sign) {
+                (true, Sign::Plus) => Sign::Minus,
+                (true, Sign::Minus) => Sign::Plus,
+                (_, sign) => sign,
+            };
+            Ok(Self { magnitude, sign })
+        } else {
+            Err(Error::Setting { what: "gamma", found: value, possible: "-1 to 1" })
+        }
+    }
+
+    /// `|γ|`.
+    pub const fn magnitude(self) -> f64 {
+        self.magnitude
+    }
+
+    /// Where the sign comes from.
+    pub const fn sign(self) -> Sign {
+        self.sign
+    }
+
+    /// `m` of `|γ| = 2^-m`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a magnitude that is not one of `2^-1 … 2^-8`: only those have an exact inverse.
+    pub fn planes(self) -> Result<u32> {
+        let mut m = 1;
+        while m <= Self::MAX_PLANES {
+            if self.magnitude * f64::from(1_u32 << m) == 1.0 {
+                return Ok(m);
+            }
+            m += 1;
+        }
+        Err(Error::Setting {
+            what: "gamma",
+            found: self.magnitude,
+            possible: "0.5, 0.25, 0.125 … 2^-8 (m bits a value) for exact training; any up to 1 in mode bdia-float",
+        })
+    }
+
+    /// The sign `σ` of one sample and block: +1 or −1.
+    #[inline]
+    pub fn sigma(self, seed: u64, step: u32, sample: u32, stack: u8, block: u16) -> i32 {
+        match self.sign {
+            Sign::Plus => 1,
+            Sign::Minus => -1,
+            Sign::Random => 1 - 2 * (Stream::new(seed, step, sample, stack, block, Draw::Sign).word(0) & 1) as i32,
+        }
+    }
+
+    /// The signed γ.
+    #[inline]
+    pub fn value<R: Real>(self, sigma: i32) -> R {
+        R::of(self.magnitude) * R::from_i32(sigma)
+    }
+
+    /// `(1-γ)·x + (1+γ)·h`: two products and one sum, never fused.
+    #[inline]
+    pub fn mix<R: Real>(self, sigma: i32, x: R, h: R) -> R {
+        let gamma = self.value::<R>(sigma);
+        (R::one() - gamma) * x + (R::one() + gamma) * h
+    }
+
+    /// The step of one element: `X_{k+1}` and the side information of `X_{k-1}` (its low `m` bits).
+    ///
+    /// `index` is the element's index within its sample, `t·d + c`. With `|x_prev|` and `|q|` within [`LIMIT`] nothing
+    /// overflows; the caller tests the result against [`LIMIT`]. Only for γ that has [`planes`](Self::planes).
+    #[inline]
+    pub fn step(self, sigma: i32, x_prev: i32, q: i32, index: usize) -> (i32, u32) {
+        let m = self.planes().unwrap_or(1);
+        let r = x_prev as u32 & ((1 << m) - 1);
+        (advance(m, sigma, x_prev, q, r, index), r)
+    }
+
+    /// The inverse of [`step`](Self::step): `X_{k-1}` from `X_{k+1}`, the same `q` and the side information. Exact over
+    /// all of `i32` (it wraps where the step wrapped).
+    #[inline]
+    pub fn inverse(self, sigma: i32, x_next: i32, q: i32, side: u32, index: usize) -> i32 {
+        retreat(self.planes().unwrap_or(1), sigma, x_next, q, side, index)
+    }
+}
+
+/// `s`, the shift that makes `X + s` a multiple of `2^m`, from the low bits `r` of `X`.
+///
+/// `m = 1`: `s = r`. `m ≥ 2`: the nearest multiple; at the tie `r = 2^(m-1)` down for elements with an even index and up
+/// for the others, so that its mean is zero (rounding half to even would need one more bit to invert).
+#[inline]
+pub fn shift(m: u32, r: u32, index: usize) -> i32 {
+    if m == 1 {
+        return r as i32;
+    }
+    let half = 1 << (m - 1);
+    let down = r < half || (r == half && index.is_multiple_of(2));
+    if down { -(r as i32) } else { (1 << m) - r as i32 }
+}
+
+/// `σ·(X_{k-1} + s) / 2^m + q` with the side information `r` of `X_{k-1}`.
+#[inline]
+pub fn advance(m: u32, sigma: i32, x_prev: i32, q: i32, r: u32, index: usize) -> i32 {
+    (x_prev.wrapping_add(shift(m, r, index)) >> m).wrapping_mul(sigma).wrapping_add(q)
+}
+
+/// `σ·2^m·(X_{k+1} − q) − s`.
+#[inline]
+pub fn retreat(m: u32, sigma: i32, x_next: i32, q: i32, r: u32, index: usize) -> i32 {
+    (x_next.wrapping_sub(q).wrapping_mul(sigma) << m).wrapping_sub(shift(m, r, index))
+}
+
+/// The gradient of the step of one element. Takes `G_{k+1}` and the `G_k` gathered so far; gives `G_{k-1}` (its first
+/// contribution), `G_k` without the block's own part, and the gradient `(1+γ)·G_{k+1}` that the block's
+/// vector-Jacobian product is applied to.
+#[inline]
+pub fn combine<R: Real>(gamma: R, g_next: R, g_cur: R) -> (R, R, R) {
+    (gamma * g_next, g_cur + (R::one() - gamma) * g_next, (R::one() + gamma) * g_next)
+}
+
+/// The weight of an element in the checksum `Σ (X mod 2^32)·weight(index) mod 2^64` of a tensor.
+///
+/// The weight is odd and below `2^32`, so a change of any single element changes the sum; sums of parts add up in any
+/// order. `index` is the element's index in the whole tensor.
+#[inline]
+pub fn weight(index: usize) -> u32 {
+    let x = (index as u32).wrapping_mul(0x9E37_79B1);
+    (x ^ x >> 15) | 1
+}
+
+/// One element's part of the checksum.
+#[inline]
+pub fn checksum(x: i32, index: usize) -> u64 {
+    u64::from(x as u32).wrapping_mul(u64::from(weight(index)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::philox;
+
+    /// Every residue, both signs, m = 1 … 8, values at the limits, and beyond them (where the step wraps).
+    #[test]
+    fn inverse_is_exact() {
+        for m in 1..=8_u32 {
+            let gamma = Gamma::new(1.0 / f64::from(1 << m), Sign::Random).unwrap();
+            assert_eq!(gamma.planes(), Ok(m));
+            for n in 0..20_000_u32 {
+                let w = philox(u64::from(m), [n, 0, 0, 0]);
+                let (mut x, mut q) = (w[0] as i32, w[1] as i32);
+                match n % 4 {
+                    0 => (x, q) = (x % (LIMIT + 1), q % (LIMIT + 1)),
+                    1 => (x, q) = (x % 64, q % 64),
+                    2 => (x, q) = (LIMIT - (w[0] % 4) as i32, -LIMIT + (w[1] % 4) as i32),
+                    _ => {}
+                }
+                let index = w[2] as usize;
+                for sigma in [1, -1] {
+                    let (next, side) = gamma.step(sigma, x, q, index);
+                    assert!(side < 1 << m);
+                    assert_eq!(gamma.inverse(sigma, next, q, side, index), x, "m {m} x {x} q {q} sigma {sigma}");
+                    if n % 4 < 3 {
+                        let s = i64::from(shift(m, side, index));
+                        assert_eq!((i64::from(x) + s) % (1 << m), 0);
+                        let wide = i64::from(sigma) * ((i64::from(x) + s) >> m) + i64::from(q);
+                        assert_eq!(i64::from(next), wide, "no overflow within the limits");
+                    }
+                }
+            }
+        }
+    }
+
+    /// The tie of m = 2 goes both ways, and the mean shift over an even and an odd index is zero.
+    #[test]
+    fn shift_has_mean_zero() {
+        for m in 2..=8_u32 {
+            let sum: i32 = (0..1_u32 << m).map(|r| shift(m, r, 0) + shift(m, r, 1)).sum();
+            assert_eq!(sum, 0, "m {m}");
+        }
+        assert_eq!((shift(2, 2, 0), shift(2, 2, 1)), (-2, 2));
+        assert_eq!((shift(1, 0, 0), shift(1, 1, 0), shift(1, 1, 1)), (0, 1, 1));
+    }
+
+    #[test]
+    fn quantize_rounds_ties_to_even_and_refuses_what_is_out_of_range() {
+        let grid = Grid::new(1).unwrap();
+        let all = [0.25, 0.75, 1.25, -0.25, -0.75, 1e9, f64::NAN, f64::INFINITY, f64::from(LIMIT) / 2.0, 536_870_912.5];
+        let q = all.map(|y| grid.quantize(y));
+        assert_eq!(q, [Some(0), Some(2), Some(2), Some(0), Some(-2), None, None, None, Some(LIMIT), None]);
+        assert!(Grid::new(25).is_err());
+    }
+
+    #[test]
+    fn gamma_outside_its_range_is_refused() {
+        assert!(Gamma::new(f64::NAN, Sign::Plus).is_err());
+        assert!(Gamma::new(1.5, Sign::Plus).is_err());
+        assert!(Gamma::new(0.3, Sign::Plus).unwrap().planes().is_err());
+        assert!(Gamma::new(0.0, Sign::Plus).unwrap().planes().is_err());
+        assert_eq!(Gamma::new(-0.5, Sign::Plus).unwrap().sign(), Sign::Minus);
+    }
+
+    /// G of the combined step equals finite differences of `γ·a + (1-γ)·x + (1+γ)·h` (linear, so exact up to rounding).
+    #[test]
+    fn gradient_of_the_update() {
+        let gamma = -0.25;
+        let f = |a: f64, x: f64, h: f64| gamma * a + (1.0 - gamma) * x + (1.0 + gamma) * h;
+        let g = 3.0;
+        let (ga, gx, gh) = combine(gamma, g, 10.0);
+        let e = 1e-3;
+        let d = |p: f64, m: f64| g * (p - m) / (2.0 * e);
+        assert!((ga - d(f(1.0 + e, 2.0, 3.0), f(1.0 - e, 2.0, 3.0))).abs() < 1e-9);
+        assert!((gx - 10.0 - d(f(1.0, 2.0 + e, 3.0), f(1.0, 2.0 - e, 3.0))).abs() < 1e-9);
+        assert!((gh - d(f(1.0, 2.0, 3.0 + e), f(1.0, 2.0, 3.0 - e))).abs() < 1e-9);
+    }
+
+    #[test]
+    fn checksum_sees_every_single_change() {
+        for index in [0, 1, 2, 77, 65_535, 1 << 20, usize::MAX] {
+            for bit in 0..32 {
+                assert_ne!(checksum(0x1234_5678, index), checksum(0x1234_5678 ^ (1 << bit), index));
+            }
+        }
+    }
+}

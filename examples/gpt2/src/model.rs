@@ -1,0 +1,469 @@
+//! GPT-2 assembled from the layers and the stack of `bdia-core`: where every buffer is, and one optimizer step.
+
+use bdia_core::arena::{Category, Ints, Layout, Reals, product};
+use bdia_core::backend::{Backend, Chunk, Gelu, Mask};
+use bdia_core::error::{Error, Result, Site};
+use bdia_core::layers::{BlockShape, LmHead, Params, Tensor, TokenEmbedding, TransformerBlocks, Updater};
+use bdia_core::optim::{Rule, clip_scale};
+use bdia_core::plan::Choice;
+use bdia_core::rng::{Draw, Stream};
+use bdia_core::stack::{Config as StackConfig, Mode, Pass, Stack, Tail};
+use bdia_core::update::{Gamma, Grid};
+use bdia_core::Real;
+
+/// The architecture.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dims {
+    /// Size of the vocabulary.
+    pub vocab: usize,
+    /// Learned positions; the longest context.
+    pub positions: usize,
+    /// Width `d`.
+    pub width: usize,
+    /// Blocks `K`.
+    pub layers: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Hidden width of the MLP.
+    pub inner: usize,
+    /// `ε` of the norms.
+    pub eps: f64,
+    /// Which GELU.
+    pub gelu: Gelu,
+    /// The head's matrix is the embedding.
+    pub tied: bool,
+    /// Dropout of the embedding, of attention probabilities, of the residual branches.
+    pub dropout: [f64; 3],
+}
+
+/// How it is trained.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Setup {
+    /// The architecture.
+    pub dims: Dims,
+    /// Samples of a micro-batch.
+    pub batch: usize,
+    /// Tokens of a sample.
+    pub context: usize,
+    /// Mode of the stack.
+    pub mode: Mode,
+    /// The grid, if the mode has one.
+    pub grid: Option<Grid>,
+    /// γ.
+    pub gamma: Gamma,
+    /// The optimizer; `None` for inference.
+    pub rule: Option<Rule>,
+    /// Update blocks as they are finished. Without it gradients add up over micro-batches and can be clipped.
+    pub fused: bool,
+    /// Keep originals and count differences.
+    pub verify: bool,
+    /// Threads of the backend.
+    pub threads: usize,
+}
+
+/// What an optimizer step needs to know.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// Number of the step, from 0.
+    pub step: u32,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Decoupled weight decay of matrices.
+    pub weight_decay: f64,
+    /// Largest norm of the gradient; 0 for no clipping. Needs full gradients.
+    pub clip: f64,
+    /// Micro-batches. More than one needs full gradients.
+    pub accumulate: usize,
+}
+
+/// What an optimizer step gives.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outcome {
+    /// Mean loss over the unmasked targets.
+    pub loss: f64,
+    /// Norm of the whole gradient, before clipping.
+    pub grad_norm: f64,
+    /// Elements in which rebuilt activations differed (with `verify`).
+    pub mismatches: u64,
+    /// Largest error of rebuilding (mode `bdia-float` with `verify`).
+    pub rebuild_error: f64,
+}
+
+/// Most parameter tensors outside the blocks: `wte`, `wpe`, `ln_f.weight`, `ln_f.bias`, `lm_head`.
+const ENDS: usize = 5;
+
+/// A GPT-2 laid out in the arenas of a backend.
+#[derive(Debug, Clone)]
+pub struct Gpt2 {
+    setup: Setup,
+    /// The reversible stack.
+    pub stack: Stack,
+    /// The blocks.
+    pub blocks: TransformerBlocks,
+    /// Embedding.
+    pub input: TokenEmbedding,
+    /// Final norm, logits and loss.
+    pub head: LmHead,
+    ends: Params,
+    end_tensors: [Tensor; ENDS],
+    tokens: Ints,
+    targets: Ints,
+}
+
+/// A parameter tensor by its Hugging Face name (without `transformer.`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    /// The name.
+    pub name: String,
+    /// The shape: one or two dimensions.
+    pub shape: Vec<usize>,
+    /// The values.
+    pub values: Reals,
+    /// Their gradient; with fused updates the buffer that all blocks use.
+    pub gradient: Reals,
+    /// The optimizer's state.
+    pub state: [Reals; 2],
+}
+
+impl Gpt2 {
+    /// Lays a model out.
+    ///
+    /// # Errors
+    /// A typed error for dimensions or settings that do not fit together.
+    pub fn layout<B: Backend>(setup: &Setup, choice: Choice) -> Result<(Self, Layout)> {
+        let (d, mut layout) = (&setup.dims, Layout::new(B::Real::BYTES));
+        let l = &mut layout;
+        let positive = |what, n: usize| if n == 0 { Err(setting(what, 0.0, "1 or more")) } else { Ok(n) };
+        positive("vocabulary", d.vocab)?;
+        positive("context", setup.context)?;
+        if setup.context > d.positions {
+            return Err(Error::Shape { what: "context (longest)", expected: d.positions, found: setup.context });
+        }
+        if !(0.0..1.0).contains(&d.dropout[0]) {
+            return Err(setting("embedding dropout", d.dropout[0], "0 up to, not including, 1"));
+        }
+        let shape = BlockShape {
+            tokens: setup.context,
+            width: d.width,
+            heads: d.heads,
+            inner: d.inner,
+            eps: d.eps,
+            gelu: d.gelu,
+            mask: Mask::Causal,
+            attention_dropout: d.dropout[1],
+            residual_dropout: d.dropout[2],
+        };
+        shape.check()?;
+        product("parameters", &[d.vocab.max(d.positions), d.width])?;
+
+        let blocks = TransformerBlocks::layout(shape, d.layers, setup.rule, setup.fused, l)?;
+        let (end_tensors, len) = end_tensors(d);
+        let count = if d.tied { ENDS - 1 } else { ENDS };
+        let ends = Params::layout(l, 1, len, count, setup.rule, true)?;
+
+        let rows = product("tokens of a batch", &[setup.batch, setup.context])?;
+        let tokens = l.ints(Category::Head, rows);
+        let targets = l.ints(Category::Head, rows);
+        let losses = l.reals(Category::Head, rows);
+        let logits = l.reals(Category::Head, product("logits", &[choice.head_rows, d.vocab])?);
+
+        let chunk = choice.chunk.min(setup.batch);
+        let config = StackConfig {
+            id: 0,
+            batch: setup.batch,
+            per_sample: product("activations", &[setup.context, d.width])?,
+            blocks: d.layers,
+            chunk,
+            mode: setup.mode,
+            grid: setup.grid,
+            gamma: setup.gamma,
+            verify: setup.verify,
+            tail: Tail::Head,
+            needs: shape.needs::<B>(chunk, setup.threads),
+            ends_scratch: LmHead::scratch(d.width, setup.context, chunk),
+        };
+        let stack = Stack::layout(config, l)?;
+
+        let (p, g) = (ends.group(0), ends.gradient(0));
+        let [wte, wpe, norm, norm_bias, lm_head] = end_tensors;
+        let output = if d.tied { wte } else { lm_head };
+        let input = TokenEmbedding {
+            width: d.width,
+            per_sample: setup.context,
+            tokens,
+            wte: wte.of(p),
+            wpe: wpe.of(p),
+            dwte: wte.of(g),
+            dwpe: wpe.of(g),
+            dropout: d.dropout[0],
+        };
+        let head = LmHead {
+            width: d.width,
+            per_sample: setup.context,
+            vocab: d.vocab,
+            eps: d.eps,
+            norm: norm.of(p),
+            norm_bias: norm_bias.of(p),
+            weight: output.of(p),
+            grads: [norm.of(g), norm_bias.of(g), output.of(g)],
+            targets,
+            losses,
+            logits,
+            scale: 1.0,
+        };
+        let model = Self { setup: *setup, stack, blocks, input, head, ends, end_tensors, tokens, targets };
+        Ok((model, layout))
+    }
+
+    /// The setup.
+    pub const fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
+    fn ends(&self) -> &[Tensor] {
+        &self.end_tensors[..if self.setup.dims.tied { ENDS - 1 } else { ENDS }]
+    }
+
+    /// All parameter tensors, in the order of the file.
+    pub fn tensors(&self) -> Vec<Named> {
+        let state = |all: Reals, at: usize, len: usize, t: &Tensor| {
+            if all.is_empty() { all } else { t.of(all.sub(at * len, len)) }
+        };
+        let mut list = Vec::new();
+        let mut push = |prefix: &str, params: &Params, group: usize, tensors: &[Tensor]| {
+            for t in tensors {
+                let len = params.group(group).len();
+                list.push(Named {
+                    name: format!("{prefix}{}", t.name),
+                    shape: if t.matrix { vec![t.rows, t.cols] } else { vec![t.cols] },
+                    values: t.of(params.group(group)),
+                    gradient: t.of(params.gradient(group)),
+                    state: [state(params.m, group, len, t), state(params.v, group, len, t)],
+                });
+            }
+        };
+        push("", &self.ends, 0, &self.ends()[..2]);
+        for k in 0..self.setup.dims.layers {
+            push(&format!("h.{k}."), &self.blocks.params, k, self.blocks.tensors());
+        }
+        push("", &self.ends, 0, &self.ends()[2..]);
+        list
+    }
+
+    /// Number of parameters.
+    pub fn parameters(&self) -> usize {
+        self.tensors().iter().map(|t| t.values.len()).sum()
+    }
+
+    /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0, norms 1.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn initialize<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
+        let projections = 0.02 / (2.0 * self.setup.dims.layers as f64).sqrt();
+        let mut piece = Vec::new();
+        for (i, t) in self.tensors().iter().enumerate() {
+            if t.shape.len() == 1 {
+                let one = t.name.ends_with("weight");
+                be.fill_reals(t.values, B::Real::of(f64::from(u8::from(one))))?;
+                continue;
+            }
+            let sigma = if t.name.ends_with("c_proj.weight") { projections } else { 0.02 };
+            // The tensor's index in the file is its place in the random stream; rows are samples of it.
+            for row in 0..t.shape[0] {
+                let s = Stream::new(seed, i as u32, row as u32, 0, 0, Draw::Init);
+                piece.clear();
+                piece.extend((0..t.shape[1] as u32).map(|e| B::Real::of(sigma * s.normal(e))));
+                be.write_reals(t.values.sub(row * t.shape[1], t.shape[1]), &piece)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One optimizer step. `fill` writes tokens and targets of micro-batch `i` (`[batch, context]` each) and may do so
+    /// twice for one batch.
+    ///
+    /// # Errors
+    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says.
+    pub fn train<B: Backend>(
+        &mut self,
+        be: &mut B,
+        step: &Step,
+        mut fill: impl FnMut(usize, &mut [i32], &mut [i32]),
+    ) -> Result<Outcome> {
+        let Some(rule) = self.setup.rule else { return Err(setting("optimizer", f64::NAN, "one, to train")) };
+        let rows = self.setup.batch * self.setup.context;
+        if self.setup.fused && (step.accumulate != 1 || step.clip > 0.0) {
+            return Err(setting("accumulate or clip", f64::NAN, "full gradient buffers (fused = false)"));
+        }
+        let fused = self.setup.fused;
+        let updater = Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
+        self.blocks.updater = updater;
+        self.blocks.params.zero_gradients(be)?;
+        self.ends.zero_gradients(be)?;
+
+        // The loss is the mean over the unmasked targets of the whole step, so they are counted first.
+        let (mut tokens, mut targets) = (vec![0; rows], vec![0; rows]);
+        let mut unmasked = 0_usize;
+        for i in 0..step.accumulate {
+            fill(i, &mut tokens, &mut targets);
+            unmasked += targets.iter().filter(|&&t| t >= 0).count();
+        }
+        self.head.scale = 1.0 / unmasked.max(1) as f64;
+
+        let (mut sum, mut mismatches, mut rebuild_error) = (0.0, 0, 0.0_f64);
+        for i in 0..step.accumulate {
+            if step.accumulate > 1 {
+                fill(i, &mut tokens, &mut targets);
+            }
+            be.write_ints(self.tokens, &tokens)?;
+            be.write_ints(self.targets, &targets)?;
+            let pass = Pass { seed: step.seed, step: step.step, global: (i * self.setup.batch) as u32 };
+            self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
+            sum += self.loss_sum(be, self.setup.batch)?;
+            mismatches += self.stack.mismatches(be)?;
+            rebuild_error = rebuild_error.max(self.stack.rebuild_error());
+        }
+
+        if !fused {
+            for k in 0..self.setup.dims.layers {
+                self.blocks.params.measure(be, Site::Block(k), k, self.blocks.tensors())?;
+            }
+        }
+        self.ends.measure(be, Site::Embedding, 0, self.ends())?;
+        let mut norm = 0.0;
+        if !fused || step.clip > 0.0 {
+            if let Some(fault) = be.take_fault()? {
+                return Err(fault.into());
+            }
+            norm = self.grad_norm(be)?;
+        }
+        let updater = Updater { scale: clip_scale(norm, step.clip), ..updater };
+        if !fused {
+            for k in 0..self.setup.dims.layers {
+                self.blocks.params.update(be, &updater, k, self.blocks.tensors())?;
+            }
+        }
+        self.ends.update(be, &updater, 0, self.ends())?;
+        if let Some(fault) = be.take_fault()? {
+            return Err(fault.into());
+        }
+        if fused {
+            norm = self.grad_norm(be)?;
+        }
+        Ok(Outcome { loss: sum / unmasked.max(1) as f64, grad_norm: norm, mismatches, rebuild_error })
+    }
+
+    fn loss_sum<B: Backend>(&self, be: &B, samples: usize) -> Result<f64> {
+        let mut losses = vec![B::Real::of(0.0); samples * self.setup.context];
+        be.read_reals(self.head.losses.sub(0, losses.len()), &mut losses)?;
+        Ok(losses.iter().map(|l| l.wide()).sum())
+    }
+
+    fn grad_norm<B: Backend>(&self, be: &B) -> Result<f64> {
+        let mut sum = 0.0;
+        for norms in [self.blocks.params.norms, self.ends.norms] {
+            let mut squares = vec![B::Real::of(0.0); norms.len()];
+            be.read_reals(norms, &mut squares)?;
+            sum += squares.iter().map(|s| s.wide()).sum::<f64>();
+        }
+        Ok(sum.sqrt())
+    }
+
+    /// Sum of losses and number of targets of some samples (at most a chunk, [`Stack::config`]) of `context` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Fault`] for values that are not finite or tokens outside the vocabulary.
+    pub fn evaluate<B: Backend>(
+        &mut self,
+        be: &mut B,
+        tokens: &[i32],
+        targets: &[i32],
+        inference: Inference,
+    ) -> Result<(f64, usize)> {
+        let samples = tokens.len() / self.setup.context;
+        let n = samples * self.setup.context;
+        be.write_ints(self.targets.sub(0, n), targets)?;
+        let x = self.run(be, tokens, samples, inference)?;
+        let chunk = evaluation_chunk(samples);
+        self.head.loss(be, &chunk, x, self.stack.scratch())?;
+        if let Some(fault) = be.take_fault()? {
+            return Err(fault.into());
+        }
+        Ok((self.loss_sum(be, samples)?, targets.iter().filter(|&&t| t >= 0).count()))
+    }
+
+    fn run<B: Backend>(&mut self, be: &mut B, tokens: &[i32], samples: usize, inference: Inference) -> Result<Reals> {
+        be.write_ints(self.tokens.sub(0, tokens.len()), tokens)?;
+        let (blocks, input) = (&mut self.blocks, &mut self.input);
+        match inference {
+            Inference::Float(gamma) => self.stack.infer(be, blocks, input, samples, gamma),
+            Inference::Quantized(gamma) => self.stack.infer_quantized(be, blocks, input, samples, gamma),
+        }
+    }
+
+    /// Logits of the tokens at `positions` of one sample; `tokens` may be shorter than the context.
+    ///
+    /// # Errors
+    /// [`Error::Fault`] for values that are not finite or tokens outside the vocabulary.
+    pub fn logits<B: Backend>(
+        &mut self,
+        be: &mut B,
+        tokens: &[i32],
+        positions: core::ops::Range<usize>,
+        inference: Inference,
+    ) -> Result<Vec<B::Real>> {
+        if tokens.is_empty() || tokens.len() > self.setup.context || positions.end > tokens.len() {
+            return Err(Error::Shape { what: "tokens (at most)", expected: self.setup.context, found: tokens.len() });
+        }
+        // Attention is causal: what follows the last token changes nothing before it.
+        let mut padded = tokens.to_vec();
+        padded.resize(self.setup.context, 0);
+        let (d, vocab) = (self.setup.dims.width, self.setup.dims.vocab);
+        let x = self.run(be, &padded, 1, inference)?;
+        let at_once = (self.head.logits.len() / vocab).max(1);
+        let mut all = vec![B::Real::of(0.0); positions.len() * vocab];
+        for (i, out) in all.chunks_mut(at_once * vocab).enumerate() {
+            let (first, rows) = (positions.start + i * at_once, out.len() / vocab);
+            let logits = self.head.logits(be, x.sub(first * d, rows * d), self.stack.scratch())?;
+            be.read_reals(logits, out)?;
+        }
+        if let Some(fault) = be.take_fault()? {
+            return Err(fault.into());
+        }
+        Ok(all)
+    }
+}
+
+/// Which network is run at inference.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Inference {
+    /// In float, with a constant γ; 0 is the standard transformer.
+    Float(Gamma),
+    /// On the grid (mode `bdia`), with a constant γ.
+    Quantized(Gamma),
+}
+
+fn evaluation_chunk(samples: usize) -> Chunk {
+    Chunk { seed: 0, step: 0, stack: 0, site: Site::Head, first: 0, samples, global: 0, frame: 0 }
+}
+
+fn setting(what: &'static str, found: f64, possible: &'static str) -> Error {
+    Error::Setting { what, found, possible }
+}
+
+/// The tensors outside the blocks, and the length of their group.
+fn end_tensors(d: &Dims) -> ([Tensor; ENDS], usize) {
+    let t = |name, rows, cols, matrix| Tensor { name, rows, cols, matrix, offset: 0 };
+    let mut tensors = [
+        t("wte.weight", d.vocab, d.width, true),
+        t("wpe.weight", d.positions, d.width, true),
+        t("ln_f.weight", 1, d.width, false),
+        t("ln_f.bias", 1, d.width, false),
+        t("lm_head.weight", if d.tied { 0 } else { d.vocab }, d.width, true),
+    ];
+    let len = bdia_core::layers::place(&mut tensors);
+    (tensors, len)
+}
