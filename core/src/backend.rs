@@ -111,6 +111,15 @@ pub trait Storage {
     fn raise(&mut self, fault: Fault);
     /// Reads the status and clears it. On a device this waits for all work before it.
     fn take_fault(&mut self) -> Result<Option<Fault>>;
+
+    /// Reads the status and leaves it: what a foreign optimizer asks before it changes parameters.
+    fn peek_fault(&mut self) -> Result<Option<Fault>> {
+        let fault = self.take_fault()?;
+        if let Some(fault) = fault {
+            self.raise(fault);
+        }
+        Ok(fault)
+    }
 }
 
 /// The reversible update and what belongs to it. Same bits on every backend.

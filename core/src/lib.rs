@@ -15,6 +15,8 @@ pub mod real;
 pub mod reference;
 pub mod rng;
 pub mod stack;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod update;
 
 pub use arena::{Category, Ints, Layout, Reals, Words};

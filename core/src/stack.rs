@@ -139,7 +139,8 @@ pub trait Blocks<B: Storage> {
     fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()>;
 
     /// All chunks of block `k` are through and its checksum has been compared: its gradient is complete, nothing reads
-    /// its parameters again in this step.
+    /// its parameters again in this step. An optimizer outside [`crate::OptimOps`] asks [`Storage::peek_fault`] first
+    /// and changes nothing while a fault is set.
     ///
     /// # Errors
     /// Whatever the backend reports; it stops the step.

@@ -2,9 +2,12 @@
 //!
 //! It is the oracle of the other backends and good enough to train with on a microcontroller.
 
+mod memory;
 mod nn;
 mod optim;
 mod update;
+
+pub use memory::Memory;
 
 use crate::arena::{Ints, Layout, Reals, Words};
 use crate::backend::{Identity, Storage};

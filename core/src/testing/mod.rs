@@ -11,7 +11,6 @@
 //! ```
 //! use bdia_core::{Layout, Reference, testing};
 //!
-//! # use std::{boxed::Box, vec};
 //! testing::all(|layout: &Layout| {
 //!     let (i, r, w) = layout.arenas();
 //!     let (i, r, w) = (vec![0; i].leak(), vec![0.0_f32; r].leak(), vec![0; w].leak());
@@ -24,6 +23,8 @@
 //! tensor does, too), and some sizes are large enough that a backend with threads uses them.
 
 use core::fmt;
+
+use num_traits::{Float, Zero};
 
 use crate::arena::{Category, Ints, Layout, Reals, Words};
 use crate::backend::{Backend, Chunk, Columns, Storage};
@@ -168,7 +169,7 @@ const WORDS: usize = 256;
 const PIECE: usize = 256;
 
 /// The oracle's scratch: the end of the arena, which no case uses.
-const ORACLE_SCRATCH: Reals = Reals::new(REALS - 32, 32);
+const ORACLE_SCRATCH: Reals = Reals::new(REALS - 96, 96);
 
 struct Memory<R> {
     ints: [i32; INTS],
@@ -591,6 +592,27 @@ impl<B: Storage> Bench<B> {
                 let close = (expected - found).abs() <= tolerance;
                 if !close {
                     return Err(self.failure(name, start + i, Value::Real(expected), Value::Real(found)));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<B: Storage> Bench<B> {
+    /// Two large tensors must have the same bits.
+    fn same_large(&self, name: &'static str, a: Reals, b: Reals) -> Result<(), Failure> {
+        let mut pieces = [[B::Real::zero(); PIECE]; 2];
+        for start in (0..a.len()).step_by(PIECE) {
+            let len = a.sub(start, PIECE).len();
+            for (piece, h) in pieces.iter_mut().zip([a, b]) {
+                self.done("read_reals", self.backend.read_reals(h.sub(start, len), &mut piece[..len]))?;
+            }
+            for i in 0..len {
+                let (first, second) = (pieces[0][i], pieces[1][i]);
+                if !same_bits(first, second) {
+                    let (first, second) = (Value::Real(first.wide()), Value::Real(second.wide()));
+                    return Err(self.failure(name, start + i, first, second));
                 }
             }
         }

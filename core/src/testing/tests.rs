@@ -1,0 +1,382 @@
+//! The suite passes on the reference and fails on backends with one mistake each.
+
+use std::{string::ToString, vec, vec::Vec};
+
+use super::*;
+use crate::backend::{Attention, CrossEntropy, Gelu, Identity, NnOps, OptimOps, Product, UpdateOps};
+use crate::optim::Update;
+use crate::rng::Draw;
+use crate::update::{Gamma, Grid};
+
+fn reference<R: Real>(layout: &Layout) -> Reference<'static, R> {
+    let (i, r, w) = layout.arenas();
+    let (i, r, w): (Vec<i32>, Vec<R>, Vec<u32>) = (vec![0; i], vec![R::zero(); r], vec![0; w]);
+    // The suite builds a handful of backends; their memory lives as long as the test.
+    Reference::new(layout, i.leak(), r.leak(), w.leak()).unwrap()
+}
+
+#[test]
+fn reference_conforms() {
+    all(reference::<f32>).map_err(|f| f.to_string()).unwrap();
+    all(reference::<f64>).map_err(|f| f.to_string()).unwrap();
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Bug {
+    None,
+    TiesAway,
+    FusedMix,
+    UnusedSideBits,
+    ChecksumFromZero,
+    FaultOverwritten,
+    FaultNotCleared,
+    BlendReadsAtZero,
+    CombineForgetsCur,
+    SumRowsSets,
+    MatmulReadsOldC,
+    OtherGelu,
+    NotRepeatable,
+    AttentionWithoutDropout,
+    AttentionWithoutPadding,
+    AttentionVjpAdds,
+    LayerNormVjpBeyondItsEnd,
+    MaskedTargetsCount,
+    EmbedSilent,
+    DropoutByChunk,
+    AcceptsWrongLengths,
+    UpdateDespiteFault,
+    NoBiasCorrection,
+    SquaresInHalf,
+}
+
+struct Broken {
+    inner: Reference<'static, f32>,
+    bug: Bug,
+    calls: u32,
+}
+
+impl Broken {
+    fn value(&self, h: Reals, i: usize) -> f32 {
+        self.inner.reals(h).unwrap()[i]
+    }
+}
+
+/// Operations that the broken backend leaves as they are.
+macro_rules! delegate {
+    (reads: $($name:ident($($arg:ident: $t:ty),*);)*) => {
+        $(fn $name(&self, $($arg: $t),*) -> OpResult<()> { self.inner.$name($($arg),*) })*
+    };
+    ($($name:ident($($arg:ident: $t:ty),*);)*) => {
+        $(fn $name(&mut self, $($arg: $t),*) -> OpResult<()> { self.inner.$name($($arg),*) })*
+    };
+}
+
+impl Storage for Broken {
+    type Real = f32;
+
+    fn identity(&self) -> Identity {
+        self.inner.identity()
+    }
+
+    delegate! {
+        reads:
+        read_reals(src: Reals, dst: &mut [f32]);
+        read_ints(src: Ints, dst: &mut [i32]);
+        read_words(src: Words, dst: &mut [u32]);
+    }
+
+    delegate! {
+        write_reals(dst: Reals, src: &[f32]);
+        write_ints(dst: Ints, src: &[i32]);
+        write_words(dst: Words, src: &[u32]);
+        fill_reals(dst: Reals, value: f32);
+        fill_words(dst: Words, value: u32);
+        copy_reals(src: Reals, dst: Reals);
+        copy_ints(src: Ints, dst: Ints);
+    }
+
+    fn raise(&mut self, fault: Fault) {
+        if self.bug == Bug::FaultOverwritten {
+            let _ = self.inner.take_fault();
+        }
+        self.inner.raise(fault);
+    }
+
+    fn take_fault(&mut self) -> OpResult<Option<Fault>> {
+        let fault = self.inner.take_fault()?;
+        if let Some(fault) = fault.filter(|_| self.bug == Bug::FaultNotCleared) {
+            self.inner.raise(fault);
+        }
+        Ok(fault)
+    }
+}
+
+impl UpdateOps for Broken {
+    delegate! {
+        dequantize(grid: Grid, x: Ints, y: Reals);
+        add_quantized(chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words);
+        inverse(chunk: &Chunk, grid: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words);
+        unblend(chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals);
+        compare(a: Words, b: Words, activation: usize, block: usize);
+        count_differences(a: Ints, b: Ints, count: Words);
+    }
+
+    fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> OpResult<()> {
+        self.inner.quantize(chunk, grid, y, x, sum)?;
+        if self.bug == Bug::TiesAway {
+            for i in 0..x.len() {
+                let scaled = self.value(y, i) * grid.scale::<f32>();
+                if (scaled - libm::truncf(scaled)).abs() == 0.5 {
+                    self.inner.write_ints(x.sub(i, 1), &[libm::roundf(scaled) as i32])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn step(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        gamma: Gamma,
+        x: Ints,
+        cur: Reals,
+        h: Reals,
+        side: Words,
+        sum: Words,
+    ) -> OpResult<()> {
+        let place = if self.bug == Bug::ChecksumFromZero { Chunk { first: 0, ..*chunk } } else { *chunk };
+        let old: Vec<i32> = self.inner.ints(x).unwrap_or_default().to_vec();
+        self.inner.step(&place, grid, gamma, x, cur, h, side, sum)?;
+        let per = x.len().checked_div(chunk.samples).unwrap_or(0);
+        if self.bug == Bug::FusedMix {
+            for i in 0..x.len() {
+                let sigma = chunk.sigma(gamma, i / per);
+                let g: f32 = gamma.value(sigma);
+                let mixed = libm::fmaf(1.0 + g, self.value(h, i), (1.0 - g) * self.value(cur, i));
+                if let Some(q) = grid.quantize(mixed) {
+                    self.inner.write_ints(x.sub(i, 1), &[gamma.step(sigma, old[i], q, i % per).0])?;
+                }
+            }
+        }
+        if self.bug == Bug::UnusedSideBits && !side.is_empty() && !per.is_multiple_of(32) {
+            let last = side.sub(side.len() - 1, 1);
+            let word = self.inner.words(last)?[0] | 1 << 31;
+            self.inner.write_words(last, &[word])?;
+        }
+        Ok(())
+    }
+
+    fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> OpResult<()> {
+        let nan = x.len() > 1 && self.value(x, 0).is_nan() | self.value(x, 1).is_nan();
+        self.inner.blend(chunk, gamma, x, cur, h)?;
+        if self.bug == Bug::BlendReadsAtZero && gamma.magnitude() == 0.0 && nan {
+            self.inner.fill_reals(x, f32::NAN)?;
+        }
+        Ok(())
+    }
+
+    fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> OpResult<()> {
+        if self.bug == Bug::CombineForgetsCur {
+            self.inner.fill_reals(cur, 0.0)?;
+        }
+        self.inner.combine(chunk, gamma, next, cur, h)
+    }
+}
+
+impl NnOps for Broken {
+    delegate! {
+        layer_norm(eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals);
+        gelu_vjp(kind: Gelu, x: Reals, d: Reals);
+        embed_vjp(chunk: &Chunk, tokens: Ints, dx: Reals, width: usize, dtable: Reals, dpositions: Reals);
+    }
+
+    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> OpResult<()> {
+        let p = Product { accumulate: p.accumulate || self.bug == Bug::MatmulReadsOldC, ..*p };
+        self.inner.matmul(&p, a, b, bias, c)
+    }
+
+    fn sum_rows(&mut self, x: Reals, sum: Reals) -> OpResult<()> {
+        if self.bug == Bug::SumRowsSets {
+            self.inner.fill_reals(sum, 0.0)?;
+        }
+        self.inner.sum_rows(x, sum)
+    }
+
+    fn add(&mut self, x: Reals, y: Reals) -> OpResult<()> {
+        if self.bug == Bug::AcceptsWrongLengths && x.len() > y.len() {
+            return self.inner.add(x.sub(0, y.len()), y);
+        }
+        self.inner.add(x, y)
+    }
+
+    fn layer_norm_vjp(
+        &mut self,
+        weight: Reals,
+        x: Reals,
+        stats: Reals,
+        dy: Reals,
+        dx: Reals,
+        dweight: Reals,
+        dbias: Reals,
+    ) -> OpResult<()> {
+        self.inner.layer_norm_vjp(weight, x, stats, dy, dx, dweight, dbias)?;
+        if self.bug == Bug::LayerNormVjpBeyondItsEnd {
+            self.inner.fill_reals(Reals::new(dbias.start() + dbias.len(), 1), 0.5)?;
+        }
+        Ok(())
+    }
+
+    fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> OpResult<()> {
+        let kind = if self.bug == Bug::OtherGelu { Gelu::Exact } else { kind };
+        self.inner.gelu(kind, x, y)?;
+        self.calls += 1;
+        if self.bug == Bug::NotRepeatable && self.calls.is_multiple_of(2) && !y.is_empty() {
+            let y = y.sub(0, 1);
+            let other = f32::from_bits(self.value(y, 0).to_bits() ^ 1);
+            self.inner.write_reals(y, &[other])?;
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        chunk: &Chunk,
+        a: &Attention,
+        q: Columns,
+        k: Columns,
+        v: Columns,
+        out: Reals,
+        lse: Reals,
+        scratch: Reals,
+    ) -> OpResult<()> {
+        let mut a = *a;
+        match self.bug {
+            Bug::AttentionWithoutDropout if a.dropout < 1.0 => a.dropout = 0.0,
+            Bug::AttentionWithoutPadding => a.key_lens = Ints::EMPTY,
+            _ => {}
+        }
+        self.inner.attention(chunk, &a, q, k, v, out, lse, scratch)
+    }
+
+    fn attention_vjp(
+        &mut self,
+        chunk: &Chunk,
+        a: &Attention,
+        q: Columns,
+        k: Columns,
+        v: Columns,
+        out: Reals,
+        lse: Reals,
+        dout: Reals,
+        dq: Columns,
+        dk: Columns,
+        dv: Columns,
+        scratch: Reals,
+    ) -> OpResult<()> {
+        let old: Vec<f32> = self.inner.reals(dk.of).unwrap_or_default().to_vec();
+        self.inner.attention_vjp(chunk, a, q, k, v, out, lse, dout, dq, dk, dv, scratch)?;
+        if self.bug == Bug::AttentionVjpAdds && !old.is_empty() {
+            let sum = self.value(dk.of, dk.at) + old[dk.at];
+            self.inner.write_reals(dk.of.sub(dk.at, 1), &[sum])?;
+        }
+        Ok(())
+    }
+
+    fn attention_scratch(a: &Attention, samples: usize, threads: usize) -> usize {
+        Reference::<f32>::attention_scratch(a, samples, threads)
+    }
+
+    fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> OpResult<()> {
+        let global = if self.bug == Bug::DropoutByChunk { 0 } else { chunk.global };
+        self.inner.dropout(&Chunk { global, ..*chunk }, draw, p, x)
+    }
+
+    fn embed(
+        &mut self,
+        chunk: &Chunk,
+        tokens: Ints,
+        table: Reals,
+        positions: Reals,
+        width: usize,
+        x: Reals,
+    ) -> OpResult<()> {
+        self.inner.embed(chunk, tokens, table, positions, width, x)?;
+        if self.bug == Bug::EmbedSilent {
+            self.inner.take_fault()?;
+        }
+        Ok(())
+    }
+
+    fn cross_entropy(
+        &mut self,
+        chunk: &Chunk,
+        ce: &CrossEntropy,
+        logits: Reals,
+        targets: Ints,
+        losses: Reals,
+    ) -> OpResult<()> {
+        if self.bug == Bug::MaskedTargetsCount {
+            for i in 0..targets.len() {
+                let target = self.inner.ints(targets)?[i].max(0);
+                self.inner.write_ints(targets.sub(i, 1), &[target])?;
+            }
+        }
+        self.inner.cross_entropy(chunk, ce, logits, targets, losses)
+    }
+}
+
+impl OptimOps for Broken {
+    fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> OpResult<()> {
+        self.inner.sum_squares(site, g, out)?;
+        if self.bug == Bug::SquaresInHalf {
+            let value = self.value(out, 0) * 1.001;
+            self.inner.write_reals(out, &[value])?;
+        }
+        Ok(())
+    }
+
+    fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> OpResult<()> {
+        let u = Update { t: if self.bug == Bug::NoBiasCorrection && u.t > 0 { 1000 } else { u.t }, ..*u };
+        let fault = if self.bug == Bug::UpdateDespiteFault { self.inner.take_fault()? } else { None };
+        self.inner.update(&u, p, g, m, v)?;
+        if let Some(fault) = fault {
+            self.inner.raise(fault);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn mistakes_are_found() {
+    let run = |bug| all(|layout: &Layout| Broken { inner: reference::<f32>(layout), bug, calls: 0 });
+    run(Bug::None).map_err(|f| f.to_string()).unwrap();
+    for (bug, op, what) in [
+        (Bug::TiesAway, "quantize", "integer arena"),
+        (Bug::FusedMix, "step", "integer arena"),
+        (Bug::UnusedSideBits, "step", "word arena"),
+        (Bug::ChecksumFromZero, "step", "word arena"),
+        (Bug::FaultOverwritten, "raise", "status"),
+        (Bug::FaultNotCleared, "raise", "status after it was taken"),
+        (Bug::BlendReadsAtZero, "blend", "x"),
+        (Bug::CombineForgetsCur, "combine", "cur"),
+        (Bug::SumRowsSets, "sum_rows", "sum"),
+        (Bug::MatmulReadsOldC, "matmul", "c"),
+        (Bug::OtherGelu, "gelu", "y"),
+        (Bug::NotRepeatable, "gelu", "repeated"),
+        (Bug::AttentionWithoutDropout, "attention", "out"),
+        (Bug::AttentionWithoutPadding, "attention", "out"),
+        (Bug::AttentionVjpAdds, "attention_vjp", "dk"),
+        (Bug::LayerNormVjpBeyondItsEnd, "layer_norm_vjp", "real arena, outside the operands"),
+        (Bug::MaskedTargetsCount, "cross_entropy", "integer arena"),
+        (Bug::EmbedSilent, "embed", "status"),
+        (Bug::DropoutByChunk, "dropout", "x"),
+        (Bug::AcceptsWrongLengths, "add", "outcome"),
+        (Bug::UpdateDespiteFault, "update", "real arena, outside the operands"),
+        (Bug::NoBiasCorrection, "update", "p"),
+        (Bug::SquaresInHalf, "sum_squares", "out"),
+    ] {
+        let failure = run(bug).expect_err("the suite must find the mistake");
+        assert_eq!((failure.op, failure.what), (op, what), "{bug:?}: {failure}");
+    }
+}

@@ -1,0 +1,606 @@
+//! The promises of the stack, shown with blocks that know nothing of this crate's layers: they implement
+//! [`Blocks`] over the first two trait layers, keep their own parameters, intermediates and optimizer.
+
+use std::collections::HashMap;
+
+use bdia_core::arena::{Ints, Layout, Reals, Words};
+use bdia_core::backend::{Chunk, Identity};
+use bdia_core::rng::philox;
+use bdia_core::stack::{Blocks, Call, Config, Context, Head, Input, Mode, Needs, Pass, Stack, Tail};
+use bdia_core::{Category, Error, Fault, Gamma, Grid, Real, Reference, Result, Sign, Site, Storage, UpdateOps};
+
+/// Residual MLP blocks `h(x) = W2·tanh(W1·x + b)`, applied to every row of `width` values: a foreign framework.
+struct Mlp {
+    width: usize,
+    hidden: usize,
+    /// `[blocks][W1, b, W2]`.
+    params: Vec<Vec<f64>>,
+    grads: Vec<Vec<f64>>,
+    /// What the framework's autograd would keep, by frame: block, input, tanh.
+    graph: HashMap<usize, (usize, Vec<f64>, Vec<f64>)>,
+    lr: f64,
+    done: Vec<usize>,
+    /// Calls of `residual` so far, and the one that goes wrong and how.
+    calls: usize,
+    sabotage: Option<(usize, f64)>,
+}
+
+impl Mlp {
+    fn new(blocks: usize, width: usize, hidden: usize) -> Self {
+        let len = 2 * width * hidden + hidden;
+        let params = (0..blocks)
+            .map(|k| (0..len).map(|i| noise(77, k as u32, i as u32) * 0.8 / (width as f64).sqrt()).collect())
+            .collect::<Vec<_>>();
+        let grads = params.iter().map(|p: &Vec<f64>| vec![0.0; p.len()]).collect();
+        Self {
+            width,
+            hidden,
+            params,
+            grads,
+            graph: HashMap::new(),
+            lr: 0.0,
+            done: Vec::new(),
+            calls: 0,
+            sabotage: None,
+        }
+    }
+}
+
+/// A number in -1 … 1.
+fn noise(key: u64, a: u32, b: u32) -> f64 {
+    f64::from(philox(key, [a, b, 0, 0])[0] as i32) / f64::from(1_u32 << 31)
+}
+
+fn fetch<B: Storage>(be: &B, r: Reals) -> Result<Vec<f64>> {
+    let mut v = vec![B::Real::of(0.0); r.len()];
+    be.read_reals(r, &mut v)?;
+    Ok(v.iter().map(|x| x.wide()).collect())
+}
+
+fn store<B: Storage>(be: &mut B, r: Reals, v: &[f64]) -> Result<()> {
+    be.write_reals(r, &v.iter().map(|&x| B::Real::of(x)).collect::<Vec<_>>())
+}
+
+impl<B: Storage> Blocks<B> for Mlp {
+    fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
+        let (d, n, p) = (self.width, self.hidden, &self.params[call.block]);
+        let x = fetch(be, call.x)?;
+        let (mut t, mut y) = (Vec::new(), vec![0.0; x.len()]);
+        for (row, out) in x.chunks(d).zip(y.chunks_mut(d)) {
+            for j in 0..n {
+                let a = (0..d).map(|i| row[i] * p[i * n + j]).sum::<f64>() + p[d * n + j];
+                let a = libm::tanh(a);
+                t.push(a);
+                for i in 0..d {
+                    out[i] += a * p[d * n + n + j * d + i];
+                }
+            }
+        }
+        self.calls += 1;
+        if let Some((_, value)) = self.sabotage.filter(|s| s.0 == self.calls) {
+            y[d / 2] = value;
+        }
+        if call.keep {
+            self.graph.insert(call.chunk.frame, (call.block, x, t));
+        }
+        store(be, h, &y)
+    }
+
+    fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
+        let (d, n, p) = (self.width, self.hidden, &self.params[call.block]);
+        let (block, x, t) = &self.graph[&call.chunk.frame];
+        assert_eq!(*block, call.block, "the frame holds another block's intermediates");
+        let (gh, mut gx_host) = (fetch(be, gh)?, fetch(be, gx)?);
+        let g = &mut self.grads[call.block];
+        for r in 0..x.len() / d {
+            for j in 0..n {
+                let a = t[r * n + j];
+                let mut da = 0.0;
+                for i in 0..d {
+                    g[d * n + n + j * d + i] += a * gh[r * d + i];
+                    da += p[d * n + n + j * d + i] * gh[r * d + i];
+                }
+                let ds = da * (1.0 - a * a);
+                g[d * n + j] += ds;
+                for i in 0..d {
+                    g[i * n + j] += x[r * d + i] * ds;
+                    gx_host[r * d + i] += p[i * n + j] * ds;
+                }
+            }
+        }
+        store(be, gx, &gx_host)
+    }
+
+    fn done(&mut self, be: &mut B, block: usize) -> Result<()> {
+        self.done.push(block);
+        if self.lr != 0.0 && be.peek_fault()?.is_none() {
+            for (p, g) in self.params[block].iter_mut().zip(&mut self.grads[block]) {
+                *p -= self.lr * *g;
+                *g = 0.0;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Given inputs, and the loss `½·Σ(x_K − target)²` with targets near the inputs.
+struct Ends {
+    inputs: Vec<f64>,
+    targets: Vec<f64>,
+    per: usize,
+    loss: f64,
+    input_gradient: Vec<f64>,
+}
+
+impl Ends {
+    fn new(batch: usize, per: usize, scale: f64) -> Self {
+        let of = |key| (0..batch * per).map(|i| noise(key, 0, i as u32) * scale).collect::<Vec<f64>>();
+        Self { inputs: of(1), targets: of(2), per, loss: 0.0, input_gradient: vec![0.0; batch * per] }
+    }
+
+    fn range(&self, c: &Chunk) -> std::ops::Range<usize> {
+        c.first * self.per..(c.first + c.samples) * self.per
+    }
+}
+
+impl<B: Storage> Input<B> for Ends {
+    fn forward(&mut self, be: &mut B, c: &Chunk, _: bool, x: Reals, _: Reals) -> Result<()> {
+        store(be, x, &self.inputs[self.range(c)])
+    }
+
+    fn vjp(&mut self, be: &mut B, c: &Chunk, gx: Reals, _: Reals) -> Result<()> {
+        let range = self.range(c);
+        self.input_gradient[range].copy_from_slice(&fetch(be, gx)?);
+        Ok(())
+    }
+}
+
+impl<B: Storage> Head<B> for Ends {
+    fn forward_backward(&mut self, be: &mut B, c: &Chunk, x: Reals, gx: Reals, _: Reals) -> Result<()> {
+        let g: Vec<f64> = fetch(be, x)?.iter().zip(&self.targets[self.range(c)]).map(|(x, t)| x - t).collect();
+        self.loss += g.iter().map(|d| 0.5 * d * d).sum::<f64>();
+        store(be, gx, &g)
+    }
+}
+
+/// Input and head of one value cannot be borrowed twice: the head borrows nothing of the input.
+struct HeadOf<'a>(&'a mut Ends);
+
+impl<B: Storage> Head<B> for HeadOf<'_> {
+    fn forward_backward(&mut self, be: &mut B, c: &Chunk, x: Reals, gx: Reals, s: Reals) -> Result<()> {
+        self.0.forward_backward(be, c, x, gx, s)
+    }
+}
+
+fn config(batch: usize, per_sample: usize, blocks: usize, chunk: usize, mode: Mode) -> Config {
+    Config {
+        id: 0,
+        batch,
+        per_sample,
+        blocks,
+        chunk,
+        mode,
+        grid: (mode == Mode::Bdia).then(|| Grid::new(14).unwrap()),
+        gamma: Gamma::new(0.5, Sign::Random).unwrap(),
+        verify: true,
+        tail: Tail::Head,
+        needs: Needs::default(),
+        ends_scratch: 0,
+    }
+}
+
+const PASS: Pass = Pass { seed: 5, step: 3, global: 40 };
+
+struct Memory<R>(Layout, Vec<i32>, Vec<R>, Vec<u32>);
+
+impl<R: Real> Memory<R> {
+    fn new(layout: Layout) -> Self {
+        let (i, r, w) = layout.arenas();
+        Self(layout, vec![i32::MIN; i], vec![R::nan(); r], vec![0xA5A5_A5A5; w])
+    }
+
+    fn backend(&mut self) -> Reference<'_, R> {
+        Reference::new(&self.0, &mut self.1, &mut self.2, &mut self.3).unwrap()
+    }
+}
+
+/// One pass; returns the stack, the fault, and the ends.
+fn run<B: UpdateOps>(be: &mut B, stack: &mut Stack, mlp: &mut Mlp, ends: &mut Ends) -> Result<Option<Fault>> {
+    mlp.done.clear();
+    ends.loss = 0.0;
+    stack.embed(be, ends, &PASS)?;
+    stack.forward(be, mlp, &PASS)?;
+    stack.turn(be, mlp, &mut HeadOf(ends), &PASS)?;
+    stack.backward(be, mlp, &PASS)?;
+    stack.embed_vjp(be, ends, &PASS)?;
+    be.take_fault()
+}
+
+/// Rebuilt X equals the original in every bit: shapes, depths, planes, signs, chunks, grids, values up to the limit.
+#[test]
+fn rebuilt_activations_are_exact() {
+    let mut cases = 0;
+    for n in 0..220_u32 {
+        let w = philox(99, [n, 0, 0, 0]);
+        let v = philox(99, [n, 1, 0, 0]);
+        let (batch, rows, width) = (1 + w[0] as usize % 4, 1 + w[1] as usize % 5, 1 + w[2] as usize % 9);
+        let blocks = 1 + n as usize % 9;
+        let mut c = config(batch, rows * width, blocks, 1 + w[3] as usize % batch, Mode::Bdia);
+        let m = 1 + v[0] % 3;
+        c.gamma = Gamma::new(1.0 / f64::from(1 << m), [Sign::Random, Sign::Plus, Sign::Minus][v[1] as usize % 3]).unwrap();
+        let l = [0, 5, 9, 14, 20, 24][v[2] as usize % 6];
+        c.grid = Some(Grid::new(l).unwrap());
+        // Small values; some grid steps; nearly the whole range (halved, since x_1 = x_0 + h_0 and drift need room).
+        let range = f64::from(1 << 30) / f64::from(1 << l);
+        let scale = [1.0, 300.0 / f64::from(1 << l), range * 0.5][v[3] as usize % 3].min(range * 0.5);
+        c.tail = if n % 5 == 0 { Tail::Output } else { Tail::Head };
+        let mut layout = Layout::new(4);
+        let mut stack = Stack::layout(c, &mut layout).unwrap();
+        let mut memory = Memory::<f32>::new(layout.checked().unwrap());
+        let mut be = memory.backend();
+        let (mut mlp, mut ends) = (Mlp::new(blocks, width, 3), Ends::new(batch, rows * width, scale));
+        if l < 5 {
+            // On a coarse grid the blocks must be coarse too, or every Q(h) is zero.
+            mlp.params.iter_mut().flatten().for_each(|p| *p *= 8.0);
+        }
+        let fault = if c.tail == Tail::Output {
+            stack.embed(&mut be, &mut ends, &PASS).unwrap();
+            stack.forward(&mut be, &mut mlp, &PASS).unwrap();
+            be.fill_reals(stack.gradient(blocks), 1.0).unwrap();
+            stack.backward(&mut be, &mut mlp, &PASS).unwrap();
+            be.take_fault().unwrap()
+        } else {
+            run(&mut be, &mut stack, &mut mlp, &mut ends).unwrap()
+        };
+        assert_eq!(fault, None, "case {n}: {c:?}");
+        assert_eq!(stack.mismatches(&be).unwrap(), 0, "case {n}: {c:?}");
+        // The whole way back: X_0 is Q(input).
+        let x_0: Vec<i32> = ends.inputs.iter().map(|&y| c.grid.unwrap().quantize(y as f32).unwrap()).collect();
+        assert_eq!(be.ints(stack.activation(0)).unwrap(), x_0, "case {n}: {c:?}");
+        cases += 1;
+    }
+    assert_eq!(cases, 220);
+}
+
+/// Chunks change no bit of activations, side bits or checksums.
+#[test]
+fn chunks_change_no_bit() {
+    let mut seen: Option<(Vec<u32>, Vec<i32>)> = None;
+    for chunk in 1..=5 {
+        let mut layout = Layout::new(8);
+        let mut stack = Stack::layout(config(5, 12, 6, chunk, Mode::Bdia), &mut layout).unwrap();
+        let mut memory = Memory::<f64>::new(layout);
+        let mut be = memory.backend();
+        let (mut mlp, mut ends) = (Mlp::new(6, 4, 7), Ends::new(5, 12, 1.0));
+        stack.embed(&mut be, &mut ends, &PASS).unwrap();
+        stack.forward(&mut be, &mut mlp, &PASS).unwrap();
+        let x = be.ints(stack.activation(5)).unwrap().to_vec();
+        let side = be.words(stack.side_bits()).unwrap().to_vec();
+        match &seen {
+            None => seen = Some((side, x)),
+            Some(first) => assert!(*first == (side, x), "chunk {chunk}"),
+        }
+    }
+}
+
+/// A backend that turns one side bit of one block: what a memory fault would do.
+struct BitFlip<B> {
+    inner: B,
+    block: u16,
+}
+
+impl<B: Storage> Storage for BitFlip<B> {
+    type Real = B::Real;
+    fn identity(&self) -> Identity {
+        self.inner.identity()
+    }
+    fn read_reals(&self, src: Reals, dst: &mut [B::Real]) -> Result<()> {
+        self.inner.read_reals(src, dst)
+    }
+    fn write_reals(&mut self, dst: Reals, src: &[B::Real]) -> Result<()> {
+        self.inner.write_reals(dst, src)
+    }
+    fn read_ints(&self, src: Ints, dst: &mut [i32]) -> Result<()> {
+        self.inner.read_ints(src, dst)
+    }
+    fn write_ints(&mut self, dst: Ints, src: &[i32]) -> Result<()> {
+        self.inner.write_ints(dst, src)
+    }
+    fn read_words(&self, src: Words, dst: &mut [u32]) -> Result<()> {
+        self.inner.read_words(src, dst)
+    }
+    fn write_words(&mut self, dst: Words, src: &[u32]) -> Result<()> {
+        self.inner.write_words(dst, src)
+    }
+    fn fill_reals(&mut self, dst: Reals, value: B::Real) -> Result<()> {
+        self.inner.fill_reals(dst, value)
+    }
+    fn fill_words(&mut self, dst: Words, value: u32) -> Result<()> {
+        self.inner.fill_words(dst, value)
+    }
+    fn copy_reals(&mut self, src: Reals, dst: Reals) -> Result<()> {
+        self.inner.copy_reals(src, dst)
+    }
+    fn copy_ints(&mut self, src: Ints, dst: Ints) -> Result<()> {
+        self.inner.copy_ints(src, dst)
+    }
+    fn raise(&mut self, fault: Fault) {
+        self.inner.raise(fault);
+    }
+    fn take_fault(&mut self) -> Result<Option<Fault>> {
+        self.inner.take_fault()
+    }
+}
+
+impl<B: UpdateOps> UpdateOps for BitFlip<B> {
+    fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> Result<()> {
+        self.inner.quantize(chunk, grid, y, x, sum)
+    }
+    fn dequantize(&mut self, grid: Grid, x: Ints, y: Reals) -> Result<()> {
+        self.inner.dequantize(grid, x, y)
+    }
+    fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+        self.inner.add_quantized(chunk, grid, x, h, sum)
+    }
+    fn step(&mut self, chunk: &Chunk, g: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words) -> Result<()> {
+        self.inner.step(chunk, g, gamma, x, cur, h, side, sum)?;
+        if chunk.block() == self.block && !side.is_empty() {
+            let mut word = [0];
+            self.inner.read_words(side.sub(0, 1), &mut word)?;
+            self.inner.write_words(side.sub(0, 1), &[word[0] ^ 1])?;
+        }
+        Ok(())
+    }
+    fn inverse(&mut self, chunk: &Chunk, g: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words) -> Result<()> {
+        self.inner.inverse(chunk, g, gamma, x, cur, h, side, sum)
+    }
+    fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+        self.inner.blend(chunk, gamma, x, cur, h)
+    }
+    fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+        self.inner.unblend(chunk, gamma, x, cur, h)
+    }
+    fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
+        self.inner.combine(chunk, gamma, next, cur, h)
+    }
+    fn compare(&mut self, a: Words, b: Words, activation: usize, block: usize) -> Result<()> {
+        self.inner.compare(a, b, activation, block)
+    }
+    fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
+        self.inner.count_differences(a, b, count)
+    }
+}
+
+/// A pass over six blocks of four rows, with something wrong.
+fn troubled(flip: u16, sabotage: Option<(usize, f64)>, mode: Mode) -> (Option<Fault>, u64, Mlp, Vec<Vec<f64>>) {
+    let mut layout = Layout::new(8);
+    let mut stack = Stack::layout(config(3, 12, 6, 1, mode), &mut layout).unwrap();
+    let mut memory = Memory::<f64>::new(layout);
+    let mut be = BitFlip { inner: memory.backend(), block: flip };
+    let (mut mlp, mut ends) = (Mlp::new(6, 3, 5), Ends::new(3, 12, 1.0));
+    mlp.lr = 0.1;
+    mlp.sabotage = sabotage;
+    let before = mlp.params.clone();
+    let fault = run(&mut be, &mut stack, &mut mlp, &mut ends).unwrap();
+    let mismatches = stack.mismatches(&be).unwrap();
+    (fault, mismatches, mlp, before)
+}
+
+#[test]
+fn one_flipped_side_bit_is_noticed_before_the_update() {
+    for block in 1..=4_u16 {
+        let (fault, mismatches, mlp, before) = troubled(block, None, Mode::Bdia);
+        let k = usize::from(block);
+        assert_eq!(fault, Some(Fault::Checksum { activation: k - 1, block: k }));
+        assert!(mismatches > 0, "verify sees it too");
+        for j in 0..6 {
+            assert_eq!(mlp.params[j] != before[j], j > k, "block {j} with a flip at {k}");
+        }
+    }
+    let (fault, mismatches, mlp, before) = troubled(99, None, Mode::Bdia);
+    assert_eq!((fault, mismatches), (None, 0));
+    assert!((0..6).all(|j| mlp.params[j] != before[j]));
+    assert_eq!(mlp.done, [5, 4, 3, 2, 1, 0]);
+}
+
+/// Three chunks a block: 15 calls forward, 3 at the turn, then block 4 from call 19 on.
+#[test]
+fn a_block_that_does_not_repeat_itself_is_noticed() {
+    for k in 0..=4 {
+        let call = 18 + 3 * (4 - k) + 2;
+        let (fault, _, mlp, before) = troubled(99, Some((call, 0.37)), Mode::Bdia);
+        let activation = if k == 0 { 1 } else { k - 1 };
+        assert_eq!(fault, Some(Fault::Checksum { activation, block: k }));
+        assert!((0..6).all(|j| (mlp.params[j] != before[j]) == (j > k)), "block {k}");
+    }
+}
+
+#[test]
+fn values_out_of_range_stop_the_step_with_block_and_sample() {
+    for mode in [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 2 }, Mode::BdiaFloat] {
+        for value in [f64::NAN, f64::INFINITY, 1e9] {
+            if mode != Mode::Bdia && value == 1e9 {
+                continue;
+            }
+            for (k, sample) in [(0, 0), (2, 1), (4, 2), (5, 1)] {
+                // Reversible: block by block. Segmented: chunk by chunk within a segment.
+                let call = match mode {
+                    Mode::Bdia => k * 3 + sample + 1,
+                    Mode::Checkpoint { .. } => k / 2 * 6 + sample * 2 + k % 2 + 1,
+                    // `verify` runs five more for the rebuilding.
+                    Mode::BdiaFloat => sample * 11 + k + 1,
+                    Mode::Standard => sample * 6 + k + 1,
+                };
+                let (fault, _, mlp, before) = troubled(99, Some((call, value)), mode);
+                match fault {
+                    Some(Fault::Range { site, sample: s, value: v }) => {
+                        assert_eq!((site, s), (Site::Block(k), sample), "{mode:?} {value}");
+                        assert!(!v.is_finite() || v.abs() > 65_536.0);
+                    }
+                    other => panic!("{mode:?} block {k} sample {sample}: {other:?}"),
+                }
+                assert!(mlp.params == before, "parameters are untouched: {mode:?} block {k}");
+            }
+        }
+    }
+}
+
+/// The gradient of every mode against finite differences of the float modes, whose function is smooth.
+#[test]
+fn gradients_against_finite_differences() {
+    for (mode, gamma) in
+        [(Mode::BdiaFloat, 0.5), (Mode::BdiaFloat, 0.3), (Mode::Standard, 0.0), (Mode::Checkpoint { every: 2 }, 0.0)]
+    {
+        let pass = |mlp: &mut Mlp, ends: &mut Ends| {
+            let mut c = config(3, 8, 5, 2, mode);
+            c.gamma = Gamma::new(gamma, Sign::Random).unwrap();
+            let mut layout = Layout::new(8);
+            let mut stack = Stack::layout(c, &mut layout).unwrap();
+            let mut memory = Memory::<f64>::new(layout);
+            assert_eq!(run(&mut memory.backend(), &mut stack, mlp, ends).unwrap(), None);
+        };
+        let (mut mlp, mut ends) = (Mlp::new(5, 4, 3), Ends::new(3, 8, 1.0));
+        pass(&mut mlp, &mut ends);
+        let e = 1e-5;
+        let probe = |mlp: &mut Mlp, ends: &mut Ends| {
+            pass(mlp, ends);
+            ends.loss
+        };
+        for k in 0..5 {
+            for i in [0, 7, 13, 20] {
+                let (mut a, mut b) = (Mlp::new(5, 4, 3), Mlp::new(5, 4, 3));
+                a.params[k][i] += e;
+                b.params[k][i] -= e;
+                let mut scrap = Ends::new(3, 8, 1.0);
+                let slope = (probe(&mut a, &mut scrap) - probe(&mut b, &mut scrap)) / (2.0 * e);
+                // Central differences with 1e-5: the error is about 1e-10 of the third derivative, plus rounding.
+                assert!((slope - mlp.grads[k][i]).abs() < 1e-7 * (1.0 + slope.abs()), "{mode:?} block {k} parameter {i}");
+            }
+        }
+        for i in [0, 5, 23] {
+            let slope = {
+                let (mut a, mut b) = (Ends::new(3, 8, 1.0), Ends::new(3, 8, 1.0));
+                a.inputs[i] += e;
+                b.inputs[i] -= e;
+                (probe(&mut Mlp::new(5, 4, 3), &mut a) - probe(&mut Mlp::new(5, 4, 3), &mut b)) / (2.0 * e)
+            };
+            assert!((slope - ends.input_gradient[i]).abs() < 1e-7 * (1.0 + slope.abs()), "{mode:?} input {i}");
+        }
+    }
+}
+
+/// A foreign optimizer over exact reversible training learns what it is asked.
+#[test]
+fn a_foreign_block_is_trained() {
+    let mut layout = Layout::new(8);
+    let mut stack = Stack::layout(config(6, 8, 6, 4, Mode::Bdia), &mut layout).unwrap();
+    let mut memory = Memory::<f64>::new(layout);
+    let mut be = memory.backend();
+    let (mut mlp, mut ends) = (Mlp::new(6, 8, 16), Ends::new(6, 8, 1.0));
+    mlp.lr = 0.01;
+    let mut losses = Vec::new();
+    for _ in 0..120 {
+        assert_eq!(run(&mut be, &mut stack, &mut mlp, &mut ends).unwrap(), None);
+        assert_eq!(stack.mismatches(&be).unwrap(), 0);
+        losses.push(ends.loss);
+    }
+    assert!(losses[119] < 0.2 * losses[0], "{} to {}", losses[0], losses[119]);
+}
+
+/// Blocks `h(x, c) = w·c·x` with a context `c` for every sample: its gradient adds up over blocks and chunks.
+struct Gate(f64);
+
+impl<B: Storage> Blocks<B> for Gate {
+    fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
+        let c = fetch(be, call.context.ok_or(Error::Handle("context"))?.value)?;
+        let x = fetch(be, call.x)?;
+        let per = x.len() / c.len();
+        store(be, h, &x.iter().enumerate().map(|(i, x)| self.0 * c[i / per] * x).collect::<Vec<_>>())
+    }
+
+    fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
+        let context = call.context.ok_or(Error::Handle("context"))?;
+        let (c, mut gc) = (fetch(be, context.value)?, fetch(be, context.grad)?);
+        let (x, gh, mut gx_host) = (fetch(be, call.x)?, fetch(be, gh)?, fetch(be, gx)?);
+        let per = x.len() / c.len();
+        for i in 0..x.len() {
+            gx_host[i] += self.0 * c[i / per] * gh[i];
+            gc[i / per] += self.0 * x[i] * gh[i];
+        }
+        store(be, context.grad, &gc)?;
+        store(be, gx, &gx_host)
+    }
+}
+
+#[test]
+fn context_has_a_gradient_of_its_own() {
+    let loss = |mode: Mode, shift: f64, sample: usize| {
+        let mut layout = Layout::new(8);
+        let (value, grad) = (layout.reals(Category::Workspace, 3), layout.reals(Category::Workspace, 3));
+        let mut stack = Stack::layout(config(3, 4, 4, 2, mode), &mut layout).unwrap();
+        stack.context = Some(Context { value, grad });
+        let mut memory = Memory::<f64>::new(layout);
+        let mut be = memory.backend();
+        let mut c = [0.3, -0.4, 0.9];
+        c[sample] += shift;
+        be.write_reals(value, &c).unwrap();
+        be.fill_reals(grad, 0.0).unwrap();
+        let mut ends = Ends::new(3, 4, 1.0);
+        let mut gate = Gate(0.7);
+        stack.embed(&mut be, &mut ends, &PASS).unwrap();
+        stack.forward(&mut be, &mut gate, &PASS).unwrap();
+        stack.turn(&mut be, &mut gate, &mut HeadOf(&mut ends), &PASS).unwrap();
+        stack.backward(&mut be, &mut gate, &PASS).unwrap();
+        assert_eq!(be.take_fault().unwrap(), None);
+        (ends.loss, be.reals(grad).unwrap()[sample])
+    };
+    let e = 1e-5;
+    for sample in 0..3 {
+        let (_, gradient) = loss(Mode::BdiaFloat, 0.0, sample);
+        let slope =
+            (loss(Mode::BdiaFloat, e, sample).0 - loss(Mode::BdiaFloat, -e, sample).0) / (2.0 * e);
+        assert!((gradient - slope).abs() < 1e-7 * (1.0 + slope.abs()), "{gradient} {slope}");
+        // On the grid (2^-14, four blocks) the same up to some grid steps.
+        let (_, on_grid) = loss(Mode::Bdia, 0.0, sample);
+        assert!((gradient - on_grid).abs() < 1e-2 * (1.0 + gradient.abs()), "{gradient} {on_grid}");
+    }
+}
+
+#[test]
+fn settings_that_do_not_fit_are_refused() {
+    let lay = |c: Config| Stack::layout(c, &mut Layout::new(4)).map(|_| ()).unwrap_err();
+    let good = config(2, 4, 3, 1, Mode::Bdia);
+    assert!(matches!(lay(Config { blocks: 0, ..good }), Error::Setting { what: "blocks", .. }));
+    assert!(matches!(lay(Config { batch: 0, ..good }), Error::Setting { what: "batch", .. }));
+    assert!(matches!(lay(Config { grid: None, ..good }), Error::Setting { what: "grid", .. }));
+    for gamma in [0.0, 0.3, 1.0] {
+        let gamma = Gamma::new(gamma, Sign::Plus).unwrap();
+        assert!(matches!(lay(Config { gamma, ..good }), Error::Setting { what: "gamma", .. }));
+    }
+    assert!(matches!(lay(Config { mode: Mode::BdiaFloat, ..good }), Error::Setting { what: "grid", .. }));
+    let zero = Config { mode: Mode::Checkpoint { every: 0 }, grid: None, ..good };
+    assert!(matches!(lay(zero), Error::Setting { what: "checkpoint-every", .. }));
+    assert!(matches!(lay(Config { batch: usize::MAX / 2, ..good }), Error::TooLarge(_)));
+}
+
+/// Activation memory of the reversible mode grows by side bits and checksums only.
+#[test]
+fn depth_costs_side_bits_only() {
+    let plan = |blocks, mode| {
+        let mut layout = Layout::new(4);
+        let mut c = config(4, 320, blocks, 1, mode);
+        c.verify = false;
+        Stack::layout(c, &mut layout).unwrap();
+        layout
+    };
+    let (a, b) = (plan(6, Mode::Bdia), plan(48, Mode::Bdia));
+    for category in Category::ALL {
+        if category != Category::SideBits {
+            assert_eq!(a.bytes(category), b.bytes(category), "{category}");
+        }
+    }
+    // One bit a value and block: 4 · 320 / 8 = 160 bytes a plane, and 8 bytes of checksum.
+    let padded = |bytes: usize| bytes.next_multiple_of(64);
+    assert_eq!(b.bytes(Category::SideBits), padded(46 * 160) + padded(50 * 8));
+    assert!(plan(48, Mode::Standard).total() > 4 * b.total());
+}
