@@ -744,3 +744,306 @@ fn embed_shapes(
     }
     Ok((length, vocab))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::vec::Vec;
+
+    use super::*;
+    use crate::arena::Layout;
+    use crate::backend::Storage;
+    use crate::error::Site;
+    use crate::rng::philox;
+
+    type Host<'a> = Reference<'a, f64>;
+
+    fn noise(i: usize) -> f64 {
+        f64::from(philox(3, [i as u32, 0, 0, 0])[0] as i32) / 2_147_483_648.0
+    }
+
+    fn chunk(samples: usize) -> Chunk {
+        Chunk { seed: 5, step: 2, stack: 0, site: Site::Block(1), first: 0, samples, global: 9, frame: 0 }
+    }
+
+    /// Memory in which every real is random.
+    struct Memory {
+        ints: Vec<i32>,
+        reals: Vec<f64>,
+    }
+
+    impl Memory {
+        fn new() -> Self {
+            Self { ints: Vec::new(), reals: Vec::new() }
+        }
+
+        fn reals(&mut self, len: usize) -> Reals {
+            let start = self.reals.len();
+            self.reals.extend((start..start + len).map(noise));
+            Reals::new(start, len)
+        }
+
+        fn ints(&mut self, values: &[i32]) -> Ints {
+            let start = self.ints.len();
+            self.ints.extend(values);
+            Ints::new(start, values.len())
+        }
+
+        fn run(&self, op: impl Fn(&mut Host<'_>) -> Result<()>) -> Vec<f64> {
+            let (mut ints, mut reals) = (self.ints.clone(), self.reals.clone());
+            let mut host = Reference::new(&Layout::new(8), &mut ints, &mut reals, &mut []).unwrap();
+            op(&mut host).unwrap();
+            assert_eq!(host.take_fault(), Ok(None));
+            reals
+        }
+
+        /// Compares the gradients that `backward` leaves (or adds) with central differences of `Σ weight·out` after
+        /// `forward`. The gradient of each input `x` is at `d`; `adds` says that it is added to what was there.
+        fn check(
+            &mut self,
+            inputs: &[(Reals, Reals)],
+            adds: bool,
+            (out, weight): (Reals, Reals),
+            forward: impl Fn(&mut Host<'_>) -> Result<()>,
+            backward: impl Fn(&mut Host<'_>) -> Result<()>,
+        ) {
+            let weights: Vec<f64> = self.reals[weight.range()].to_vec();
+            let after = self.run(|host| forward(host).and_then(|()| backward(host)));
+            let loss = |m: &Self| -> f64 {
+                let reals = m.run(&forward);
+                reals[out.range()].iter().zip(&weights).map(|(x, w)| x * w).sum()
+            };
+            let e = 1e-5;
+            for (n, &(x, d)) in inputs.iter().enumerate() {
+                for i in 0..x.len() {
+                    let (at, value) = (x.start() + i, self.reals[x.start() + i]);
+                    self.reals[at] = value + e;
+                    let plus = loss(self);
+                    self.reals[at] = value - e;
+                    let minus = loss(self);
+                    self.reals[at] = value;
+                    let before = if adds { self.reals[d.start() + i] } else { 0.0 };
+                    let (expected, found) = ((plus - minus) / (2.0 * e), after[d.start() + i] - before);
+                    // Central differences are off by e² times the third derivative and by rounding, about 1e-16 / e.
+                    let tolerance = 1e-8 * (1.0 + expected.abs());
+                    assert!((expected - found).abs() < tolerance, "input {n}[{i}]: expected {expected}, found {found}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_in_all_orders() {
+        for [rows, cols, inner] in [[1, 1, 1], [3, 5, 2], [4, 3, 17], [2, 1, 9], [2, 3, 0]] {
+            for n in 0..16 {
+                let order = |bit: usize| if n >> bit & 1 == 0 { Order::Plain } else { Order::Transposed };
+                let p = Product { rows, cols, inner, a: order(0), b: order(1), accumulate: n >> 2 & 1 == 1 };
+                let mut m = Memory::new();
+                let (a, b, c) = (m.reals(rows * inner), m.reals(inner * cols), m.reals(rows * cols));
+                let bias = if n >> 3 == 1 { Some(m.reals(cols)) } else { None };
+                let after = m.run(|host| host.matmul(&p, a, b, bias, c));
+                for i in 0..rows {
+                    for j in 0..cols {
+                        let at = c.start() + i * cols + j;
+                        let mut sum = if p.accumulate { m.reals[at] } else { 0.0 };
+                        sum += bias.map_or(0.0, |bias| m.reals[bias.start() + j]);
+                        for k in 0..inner {
+                            let left = if p.a == Order::Plain { i * inner + k } else { k * rows + i };
+                            let right = if p.b == Order::Plain { k * cols + j } else { j * inner + k };
+                            sum += m.reals[a.start() + left] * m.reals[b.start() + right];
+                        }
+                        assert!((after[at] - sum).abs() < 1e-14);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The gradients of a linear layer are products and a sum of rows.
+    #[test]
+    fn linear_gradient() {
+        let (rows, cols, inner) = (3, 4, 5);
+        let mut m = Memory::new();
+        let (x, w, bias) = (m.reals(rows * inner), m.reals(inner * cols), m.reals(cols));
+        let (y, dy) = (m.reals(rows * cols), m.reals(rows * cols));
+        let (dx, dw, dbias) = (m.reals(rows * inner), m.reals(inner * cols), m.reals(cols));
+        let (plain, turned) = (Order::Plain, Order::Transposed);
+        m.check(
+            &[(x, dx), (w, dw), (bias, dbias)],
+            true,
+            (y, dy),
+            |host| {
+                let p = Product { rows, cols, inner, a: plain, b: plain, accumulate: false };
+                host.matmul(&p, x, w, Some(bias), y)
+            },
+            |host| {
+                let p = Product { rows, cols: inner, inner: cols, a: plain, b: turned, accumulate: true };
+                host.matmul(&p, dy, w, None, dx)?;
+                let p = Product { rows: inner, cols, inner: rows, a: turned, b: plain, accumulate: true };
+                host.matmul(&p, x, dy, None, dw)?;
+                host.sum_rows(dy, dbias)
+            },
+        );
+    }
+
+    #[test]
+    fn layer_norm_gradient() {
+        for [rows, width] in [[1, 2], [3, 5], [2, 8]] {
+            let mut m = Memory::new();
+            let (x, weight, bias) = (m.reals(rows * width), m.reals(width), m.reals(width));
+            let (y, dy, stats) = (m.reals(rows * width), m.reals(rows * width), m.reals(2 * rows));
+            let (dx, dweight, dbias) = (m.reals(rows * width), m.reals(width), m.reals(width));
+            m.check(
+                &[(x, dx), (weight, dweight), (bias, dbias)],
+                true,
+                (y, dy),
+                |host| host.layer_norm(1e-2, weight, bias, x, y, stats),
+                |host| host.layer_norm_vjp(weight, x, stats, dy, dx, dweight, dbias),
+            );
+        }
+    }
+
+    #[test]
+    fn gelu_gradient() {
+        for kind in [Gelu::Tanh, Gelu::Exact] {
+            let mut m = Memory::new();
+            let (x, y, d) = (m.reals(40), m.reals(40), m.reals(40));
+            for i in x.range() {
+                m.reals[i] *= 5.0;
+            }
+            m.check(&[(x, d)], false, (y, d), |host| host.gelu(kind, x, y), |host| host.gelu_vjp(kind, x, d));
+        }
+        for x in [-1e20_f32, 1e20, -3e38, 3e38, -40.0, 40.0] {
+            let (y, slope) = (gelu(Gelu::Tanh, x), gelu_derivative(Gelu::Tanh, x));
+            assert_eq!((y, slope), (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }), "far out it is the identity or 0");
+        }
+    }
+
+    #[test]
+    fn attention_gradient() {
+        let lens: [Option<[i32; 2]>; 3] = [None, Some([3, 4]), Some([0, 2])];
+        for (mask, queries, keys) in
+            [(Mask::Full, 3, 4), (Mask::Causal, 4, 4), (Mask::Full, 5, 4), (Mask::Causal, 1, 1)]
+        {
+            for lens in lens {
+                for dropout in [0.0, 0.4] {
+                    let (n, heads, head_dim) = (2, 2, 3);
+                    let (width, stride) = (heads * head_dim, 2 * heads * head_dim + 1);
+                    let mut m = Memory::new();
+                    let key_lens = lens.map_or(Ints::EMPTY, |lens| m.ints(&lens));
+                    let a = Attention { heads, head_dim, queries, keys, mask, key_lens, dropout };
+                    // q alone; k and v are columns of one matrix.
+                    let (q, kv) = (m.reals(n * queries * width), m.reals(n * keys * stride));
+                    let (out, lse) = (m.reals(n * queries * width), m.reals(n * queries * heads));
+                    let (dq, dkv) = (m.reals(n * queries * width), m.reals(n * keys * stride));
+                    let (dout, scratch) = (m.reals(n * queries * width), m.reals(keys));
+                    // The columns of nobody keep what they hold; 0 is the gradient that differences give them.
+                    for i in dkv.range() {
+                        m.reals[i] = 0.0;
+                    }
+                    let [qs, dqs] = [q, dq].map(|of| Columns { of, stride: width, at: 0 });
+                    let [k, dk] = [kv, dkv].map(|of| Columns { of, stride, at: 1 });
+                    let [v, dv] = [kv, dkv].map(|of| Columns { of, stride, at: 1 + width });
+                    let chunk = chunk(n);
+                    m.check(
+                        &[(q, dq), (kv, dkv)],
+                        false,
+                        (out, dout),
+                        |host| host.attention(&chunk, &a, qs, k, v, out, lse, scratch),
+                        |host| host.attention_vjp(&chunk, &a, qs, k, v, out, lse, dout, dqs, dk, dv, scratch),
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn attention_of_one_head_by_hand() {
+        // Equal scores: the mean of the visible values; lse = ln(number of keys) + score.
+        let mut m = Memory::new();
+        let key_lens = m.ints(&[2, 0]);
+        let (q, k, v) = (m.reals(4), m.reals(6), m.reals(6));
+        let (out, lse, scratch) = (m.reals(4), m.reals(4), m.reals(3));
+        for i in q.range() {
+            m.reals[i] = 0.0;
+        }
+        let a = Attention { heads: 1, head_dim: 1, queries: 2, keys: 3, mask: Mask::Full, key_lens, dropout: 0.0 };
+        let [q, k, vs] = [q, k, v].map(|of| Columns { of, stride: 1, at: 0 });
+        let after = m.run(|host| host.attention(&chunk(2), &a, q, k, vs, out, lse, scratch));
+        let mean = (m.reals[v.start()] + m.reals[v.start() + 1]) / 2.0;
+        assert!((after[out.start()] - mean).abs() < 1e-15 && (after[lse.start()] - 2.0_f64.ln()).abs() < 1e-15);
+        assert_eq!(after[out.start() + 2..out.start() + 4], [0.0; 2], "no key is visible");
+        assert_eq!(after[lse.start() + 2..lse.start() + 4], [f64::NEG_INFINITY; 2]);
+    }
+
+    /// Dropped weights do not change the softmax's denominator, and over many elements the mean stays.
+    #[test]
+    fn dropout_keeps_the_mean() {
+        let mut m = Memory::new();
+        let x = m.reals(40_000);
+        m.reals.fill(1.0);
+        let after = m.run(|host| host.dropout(&chunk(4), Draw::EmbeddingDropout, 0.25, x));
+        let kept = after.iter().filter(|&&x| x == 1.0 / 0.75).count();
+        assert_eq!(kept + after.iter().filter(|&&x| x == 0.0).count(), 40_000);
+        // Five standard deviations of 40,000 draws.
+        assert!((kept as f64 - 30_000.0).abs() < 5.0 * 7500.0_f64.sqrt());
+    }
+
+    #[test]
+    fn dropout_gradient() {
+        let mut m = Memory::new();
+        let (x, y, d) = (m.reals(34), m.reals(34), m.reals(34));
+        let drop = |host: &mut Host<'_>, h| host.dropout(&chunk(2), Draw::MlpResidualDropout, 0.5, h);
+        m.check(
+            &[(x, d)],
+            false,
+            (y, d),
+            |host| host.copy_reals(x, y).and_then(|()| drop(host, y)),
+            |host| drop(host, d),
+        );
+    }
+
+    #[test]
+    fn embed_gradient() {
+        let (n, length, vocab, width) = (2, 3, 5, 4);
+        let mut m = Memory::new();
+        let tokens = m.ints(&[4, 0, 4, 2, 2, 1]);
+        let (table, positions) = (m.reals(vocab * width), m.reals((length + 1) * width));
+        let (x, dx) = (m.reals(n * length * width), m.reals(n * length * width));
+        let (dtable, dpositions) = (m.reals(vocab * width), m.reals((length + 1) * width));
+        m.check(
+            &[(table, dtable), (positions, dpositions)],
+            true,
+            (x, dx),
+            |host| host.embed(&chunk(n), tokens, table, positions, width, x),
+            |host| host.embed_vjp(&chunk(n), tokens, dx, width, dtable, dpositions),
+        );
+    }
+
+    #[test]
+    fn cross_entropy_gradient() {
+        let (rows, vocab) = (5, 6);
+        let ce = CrossEntropy { vocab, tokens: 5, row: 0, scale: 0.3 };
+        let mut m = Memory::new();
+        let targets = m.ints(&[5, -1, 0, 3, -100]);
+        let (logits, losses, scale) = (m.reals(rows * vocab), m.reals(rows), m.reals(rows));
+        for i in logits.range() {
+            m.reals[i] *= 4.0;
+        }
+        for i in scale.range() {
+            m.reals[i] = ce.scale;
+        }
+        // The gradient takes the place of the logits.
+        m.check(
+            &[(logits, logits)],
+            false,
+            (losses, scale),
+            |host| host.cross_entropy(&chunk(1), &ce, logits, targets, losses),
+            |_| Ok(()),
+        );
+        let after = m.run(|host| host.cross_entropy(&chunk(1), &ce, logits, targets, losses));
+        let row = &m.reals[logits.range()][2 * vocab..3 * vocab];
+        let loss = row.iter().map(|x| x.exp()).sum::<f64>().ln() - row[0];
+        assert!((after[losses.start() + 2] - loss).abs() < 1e-14);
+        assert_eq!((after[losses.start() + 1], after[losses.start() + 4]), (0.0, 0.0));
+    }
+}

@@ -142,3 +142,80 @@ fn set_adam<R: Real>(rate: f64, correction: f64, eps: f64, p: &mut [R], m: &[R],
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::Layout;
+    use crate::backend::Storage;
+
+    fn run<const N: usize>(u: &Update, p: [f64; N], g: [f64; N], m: [f64; N], v: [f64; N]) -> [[f64; N]; 3] {
+        let mut reals = [p, g, m, v].concat();
+        let mut host = Reference::new(&Layout::new(8), &mut [], &mut reals, &mut []).unwrap();
+        let states = u.rule.states();
+        let part = |k: usize| if k < 2 + states { Reals::new(k * N, N) } else { Reals::EMPTY };
+        host.update(u, part(0), part(1), part(2), part(3)).unwrap();
+        [0, 2, 3].map(|k| core::array::from_fn(|i| reals[k * N + i]))
+    }
+
+    const U: Update = Update { rule: Rule::Sgd { momentum: 0.0 }, t: 1, lr: 0.1, decay: 0.0, scale: 1.0 };
+
+    #[test]
+    fn sgd_by_hand() {
+        let u = Update { decay: 0.5, scale: 2.0, ..U };
+        let [p, ..] = run(&u, [1.0], [3.0], [0.0], [0.0]);
+        assert!((p[0] - (1.0 - 0.05 - 0.6)).abs() < 1e-15);
+        let u = Update { rule: Rule::Sgd { momentum: 0.9 }, ..U };
+        let [p, m, _] = run(&u, [1.0], [3.0], [2.0], [0.0]);
+        assert!((m[0] - 4.8).abs() < 1e-15 && (p[0] - 0.52).abs() < 1e-15);
+    }
+
+    #[test]
+    fn adam_w_by_hand() {
+        let rule = Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-3 };
+        let u = Update { rule, t: 2, decay: 0.2, ..U };
+        let [p, m, v] = run(&u, [1.0], [3.0], [0.5], [0.25]);
+        let (first, second) = (0.9 * 0.5 + 0.1 * 3.0, 0.99 * 0.25 + 0.01 * 9.0);
+        assert!((m[0] - first).abs() < 1e-15 && (v[0] - second).abs() < 1e-15);
+        let step = first / (1.0 - 0.81) / ((second / (1.0 - 0.9801_f64)).sqrt() + 1e-3);
+        assert!((p[0] - (0.98 - 0.1 * step)).abs() < 1e-14);
+    }
+
+    #[test]
+    fn set_adam_by_hand() {
+        let rule = Rule::SetAdam { beta1: 0.9, beta2: 0.99, eps: 1e-6 };
+        let u = Update { rule, t: 3, ..U };
+        let (g, old) = ([1.0, -2.0, 0.5], [0.25, 1.0, 0.04]);
+        let [p, m, v] = run(&u, [0.0; 3], g, [0.1; 3], old);
+        let sum: f64 = v.iter().sum();
+        let squares: f64 = v.iter().map(|v| v * v).sum();
+        let w = v.map(|v| (v * sum * sum / (3.0 * squares) / (1.0 - 0.99_f64.powi(3)) + 1e-6).sqrt());
+        let min = w.into_iter().fold(f64::INFINITY, f64::min);
+        for i in 0..3 {
+            assert!((v[i] - (0.99 * old[i] + 0.01 * g[i] * g[i])).abs() < 1e-15);
+            let step = m[i] / (1.0 - 0.9_f64.powi(3)) / (w[i] - 0.5 * min);
+            assert!((p[i] + 0.1 * step).abs() < 1e-13);
+        }
+    }
+
+    /// One element: `w̃ = ½·w`, so the first step has length 2η; scaling all gradients changes nothing.
+    #[test]
+    fn set_adam_of_tiny_and_small() {
+        let rule = Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 0.0 };
+        let u = Update { rule, ..U };
+        for g in [1.0, 1e-60, 1e60] {
+            let [p, ..] = run(&u, [0.0], [g], [0.0], [0.0]);
+            assert!((p[0] + 0.2).abs() < 1e-12, "{g}: {}", p[0]);
+        }
+        assert_eq!(run(&u, [1.0, 2.0], [0.0; 2], [0.0; 2], [0.0; 2]), [[1.0, 2.0], [0.0; 2], [0.0; 2]]);
+    }
+
+    /// A sum that `f32` cannot hold is a fault, not an infinite norm that clipping would turn into a step of 0.
+    #[test]
+    fn norms_beyond_the_type_are_faults() {
+        let mut reals = [1e25_f32, 1.0, 0.0];
+        let mut host = Reference::new(&Layout::new(4), &mut [], &mut reals, &mut []).unwrap();
+        host.sum_squares(Site::Block(2), Reals::new(0, 2), Reals::new(2, 1)).unwrap();
+        assert_eq!(host.take_fault(), Ok(Some(Fault::Gradient { site: Site::Block(2) })));
+    }
+}

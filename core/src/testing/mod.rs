@@ -22,6 +22,9 @@
 //! The suite allocates nothing and needs about 200 KB of stack. Handles start at arbitrary places (a chunk's part of a
 //! tensor does, too), and some sizes are large enough that a backend with threads uses them.
 
+// A failure ends the suite, and there is no allocator to box it.
+#![allow(clippy::result_large_err)]
+
 use core::fmt;
 
 use num_traits::{Float, Zero};
@@ -332,7 +335,8 @@ impl<B: Storage> Bench<B> {
     fn claim(&mut self, arena: usize, len: usize) -> usize {
         let start = self.next[arena];
         // Sixteen values (or, in odd cases, seventeen) and a gap between two operands.
-        self.next[arena] = if self.cases.is_multiple_of(2) { (start + len + 1).next_multiple_of(16) } else { start + len + 3 };
+        self.next[arena] =
+            if self.cases.is_multiple_of(2) { (start + len + 1).next_multiple_of(16) } else { start + len + 3 };
         start
     }
 
@@ -428,8 +432,7 @@ impl<B: Storage> Bench<B> {
         if round > 0 {
             for o in operands.iter().filter(|o| o.fresh && o.stride > 0) {
                 for row in 0..o.of.len() / o.stride {
-                    let outcome =
-                        self.backend.fill_reals(o.of.sub(row * o.stride + o.at, o.width), B::Real::of(-3.25));
+                    let outcome = self.backend.fill_reals(o.of.sub(row * o.stride + o.at, o.width), B::Real::of(-3.25));
                     self.done("fill_reals", outcome)?;
                 }
             }

@@ -3,7 +3,8 @@
 use super::{Bench, Failure, OUTSIDE, Operand, THREADS, chunk, noise, random};
 use crate::arena::{Ints, Layout, Reals};
 use crate::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, NnOps, Order, Product, Storage};
-use crate::rng::Draw;
+use crate::real::Real;
+use crate::rng::{Draw, drop_threshold, keep};
 
 /// Runs [`NnOps`] against the reference; `new` builds a backend for a layout.
 ///
@@ -167,14 +168,40 @@ const ATTENTIONS: [Case; 14] = [
     PLAIN,
     Case { name: "causal", mask: Mask::Causal, ..PLAIN },
     Case { name: "causal, 16 tokens", mask: Mask::Causal, queries: 16, keys: 16, heads: 1, head_dim: 8, ..PLAIN },
-    Case { name: "causal, many tokens", mask: Mask::Causal, queries: 70, keys: 70, heads: 1, head_dim: 3, samples: 1, ..PLAIN },
+    Case {
+        name: "causal, many tokens",
+        mask: Mask::Causal,
+        queries: 70,
+        keys: 70,
+        heads: 1,
+        head_dim: 3,
+        samples: 1,
+        ..PLAIN
+    },
     Case { name: "one token", mask: Mask::Causal, queries: 1, keys: 1, ..PLAIN },
     Case { name: "one element", mask: Mask::Full, queries: 1, keys: 1, heads: 1, head_dim: 1, samples: 1, ..PLAIN },
     Case { name: "cross", queries: 4, keys: 9, together: false, ..PLAIN },
     Case { name: "cross, more queries than keys", queries: 11, keys: 2, together: false, ..PLAIN },
     Case { name: "padding", lens: Some([3, 7, 0]), ..PLAIN },
-    Case { name: "padding, a sample without keys", lens: Some([0, 1, 0]), queries: 4, keys: 6, together: false, ..PLAIN },
-    Case { name: "causal with padding", mask: Mask::Causal, lens: Some([2, 5, 6]), samples: 3, heads: 2, head_dim: 4, queries: 6, keys: 6, ..PLAIN },
+    Case {
+        name: "padding, a sample without keys",
+        lens: Some([0, 1, 0]),
+        queries: 4,
+        keys: 6,
+        together: false,
+        ..PLAIN
+    },
+    Case {
+        name: "causal with padding",
+        mask: Mask::Causal,
+        lens: Some([2, 5, 6]),
+        samples: 3,
+        heads: 2,
+        head_dim: 4,
+        queries: 6,
+        keys: 6,
+        ..PLAIN
+    },
     Case { name: "dropout", dropout: 0.3, ..PLAIN },
     Case { name: "causal with dropout and padding", mask: Mask::Causal, dropout: 0.6, lens: Some([4, 7, 0]), ..PLAIN },
     Case { name: "no samples", samples: 0, ..PLAIN },
@@ -200,8 +227,11 @@ fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure>
             let of = matrix(q_rows, stride);
             [0, width, 2 * width + 1].map(|at| Columns { of, stride, at })
         } else {
-            [(q_rows, width + 2), (k_rows, width), (k_rows, width + 1)]
-                .map(|(rows, stride)| Columns { of: matrix(rows, stride), stride, at: stride - width })
+            [(q_rows, width + 2), (k_rows, width), (k_rows, width + 1)].map(|(rows, stride)| Columns {
+                of: matrix(rows, stride),
+                stride,
+                at: stride - width,
+            })
         }
     };
     let [q, k, v] = columns(bench, true);
@@ -245,7 +275,9 @@ fn dropout<B: NnOps>(bench: &mut Bench<B>, n: usize, per: usize) -> Result<(), F
 
 fn embedding<B: NnOps>(bench: &mut Bench<B>, [n, length, vocab, width]: [usize; 4]) -> Result<(), Failure> {
     // Every token of the second case lies inside; the others meet one that is negative or too large.
-    for (case, bad) in [("tokens inside", None), ("a negative token", Some(-1)), ("a token too large", Some(vocab as i32))] {
+    for (case, bad) in
+        [("tokens inside", None), ("a negative token", Some(-1)), ("a token too large", Some(vocab as i32))]
+    {
         bench.begin("embed", case, [n, length, vocab, width]);
         let (seed, chunk) = (bench.cases, chunk(n));
         let wrong = n * length * 2 / 3;
@@ -262,11 +294,9 @@ fn embedding<B: NnOps>(bench: &mut Bench<B>, [n, length, vocab, width]: [usize; 
         if bad.is_none() {
             bench.op = "embed_vjp";
             bench.set_reals(x, |i| noise(seed, i));
-            both!(
-                bench,
-                [Operand::sum("dtable", table, n * length), Operand::sum("dpositions", positions, n)],
-                |on| on.embed_vjp(&chunk, tokens, x, width, table, positions)
-            );
+            both!(bench, [Operand::sum("dtable", table, n * length), Operand::sum("dpositions", positions, n)], |on| {
+                on.embed_vjp(&chunk, tokens, x, width, table, positions)
+            });
         }
     }
     Ok(())
@@ -276,12 +306,13 @@ fn losses<B: NnOps>(bench: &mut Bench<B>, [rows, vocab, tokens, row]: [usize; 4]
     let ce = CrossEntropy { vocab, tokens, row, scale: 0.125 };
     let chunk = chunk(row + rows);
     let last = rows.saturating_sub(1);
-    for case in ["all targets", "masked targets", "target too large", "NaN", "target impossible", "NaN in a masked row"] {
+    for case in ["all targets", "masked targets", "target too large", "NaN", "target impossible", "NaN in a masked row"]
+    {
         for spread in [2.0, 60.0] {
             bench.begin("cross_entropy", case, [rows, vocab, tokens, row]);
             let seed = bench.cases;
             let target = |i: usize| match case {
-                "masked targets" if i % 2 == 0 => -100,
+                "masked targets" if i.is_multiple_of(2) => -100,
                 "target too large" if i == last => vocab as i32,
                 "NaN in a masked row" if i == last => -1,
                 _ => (random(seed, i) as usize % vocab) as i32,
@@ -295,11 +326,8 @@ fn losses<B: NnOps>(bench: &mut Bench<B>, [rows, vocab, tokens, row]: [usize; 4]
                 _ => spread * noise(seed, i),
             });
             let losses = bench.garbage(rows);
-            both!(
-                bench,
-                [Operand::sum("logits", logits, vocab), Operand::set("losses", losses, vocab)],
-                |on| on.cross_entropy(&chunk, &ce, logits, targets, losses)
-            );
+            both!(bench, [Operand::sum("logits", logits, vocab), Operand::set("losses", losses, vocab)], |on| on
+                .cross_entropy(&chunk, &ce, logits, targets, losses));
         }
     }
     Ok(())
@@ -341,7 +369,14 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "stats too short", |on| on.layer_norm(1e-5, w, bias, a, b, f.sub(0, 29)));
     refused!(bench, "bias too short", |on| on.layer_norm(1e-5, w, e.sub(0, 7), a, b, stats));
     refused!(bench, "y too short", |on| on.layer_norm(1e-5, w, bias, a, b.sub(0, 119), stats));
-    refused!(bench, "width does not divide the length", |on| on.layer_norm(1e-5, d.sub(0, 7), e.sub(0, 7), a, b, stats));
+    refused!(bench, "width does not divide the length", |on| on.layer_norm(
+        1e-5,
+        d.sub(0, 7),
+        e.sub(0, 7),
+        a,
+        b,
+        stats
+    ));
     refused!(bench, "y is x", |on| on.layer_norm(1e-5, w, bias, a, a, stats));
     refused!(bench, "y outside", |on| on.layer_norm(1e-5, w, bias, a, far(120), stats));
     bench.op = "layer_norm_vjp";
@@ -435,14 +470,14 @@ fn attention_refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
 /// Operands that are long enough for threads and for every path of a product, against sums in `f64`.
 fn large<B: NnOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     let (rows, cols, inner) = (130, 210, 75);
-    let stack = 3;
-    let mut bench = Bench::new(new, rows * inner + inner * cols + 2 * rows * cols + stack * cols);
+    let mut bench = Bench::new(new, rows * inner + inner * cols + 3 * rows * cols + 3 * cols);
     bench.begin("matmul", "large", [rows, cols, inner, 0]);
     let s = bench.scratch;
     let (a, b) = (s.sub(0, rows * inner), s.sub(rows * inner, inner * cols));
     let c = s.sub(rows * inner + inner * cols, rows * cols);
     let again = Reals::new(c.start() + c.len(), rows * cols);
-    let bias = Reals::new(again.start() + again.len(), cols);
+    let tail = Reals::new(again.start() + again.len(), rows * cols);
+    let bias = Reals::new(tail.start() + tail.len(), cols);
     // Sums of 75 products of values up to 1 in magnitude.
     let tolerance = Operand::set("c", c, inner).tolerance::<B::Real>(inner as f64);
     for (a_order, b_order) in [
@@ -477,7 +512,55 @@ fn large<B: NnOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     let outcome = bench.backend.sum_rows(c, bias);
     bench.done("outcome", outcome)?;
     let tolerance = Operand::sum("sum", bias, rows).tolerance::<B::Real>(rows as f64);
-    bench.check_large("sum", bias, tolerance, |j| {
-        (0..rows).fold(noise(2, j), |sum, i| sum + noise(1, i * cols + j))
+    bench
+        .check_large("sum", bias, tolerance, |j| (0..rows).fold(noise(2, j), |sum, i| sum + noise(1, i * cols + j)))?;
+
+    // The values as the type holds them.
+    let typed = |seed: u64| move |i: usize| B::Real::of(noise(seed, i)).wide();
+    let (x, dy) = (typed(1), typed(4));
+    let tolerance = Operand::set("y", again, 16).tolerance::<B::Real>(1.0);
+    bench.begin("gelu", "large", [c.len(), 0, 0, 0]);
+    let outcome = bench.backend.gelu(Gelu::Exact, c, again);
+    bench.done("outcome", outcome)?;
+    let gelu = |x: f64| 0.5 * x * (1.0 + libm::erf(x * core::f64::consts::FRAC_1_SQRT_2));
+    bench.check_large("y", again, tolerance, |i| gelu(x(i)))?;
+
+    bench.begin("dropout", "large", [rows, cols, 0, 0]);
+    let (chunk, per) = (chunk(rows / 10), 10 * cols);
+    bench.write_large(again, dy)?;
+    let outcome = bench.backend.dropout(&chunk, Draw::AttentionResidualDropout, 0.25, again);
+    bench.done("outcome", outcome)?;
+    bench.check_large("x", again, tolerance, |i| {
+        let word = chunk.stream(i / per, Draw::AttentionResidualDropout).word((i % per) as u32);
+        if keep(word, drop_threshold(0.25)) { dy(i) / 0.75 } else { 0.0 }
+    })?;
+
+    bench.begin("layer_norm", "large", [rows, cols, 0, 0]);
+    let (weight, ones) = (Reals::new(bias.start() + cols, cols), Reals::new(bias.start() + 2 * cols, cols));
+    let stats = a.sub(0, 2 * rows);
+    bench.write_large(bias, |_| 0.0)?;
+    bench.write_large(weight, |_| 1.0)?;
+    let outcome = bench.backend.layer_norm(1e-5, weight, bias, c, again, stats);
+    bench.done("outcome", outcome)?;
+    let normal = |i: usize| {
+        let row = i / cols * cols..(i / cols + 1) * cols;
+        let mean = row.clone().map(x).sum::<f64>() / cols as f64;
+        let variance = row.map(|k| (x(k) - mean) * (x(k) - mean)).sum::<f64>() / cols as f64;
+        (x(i) - mean) / libm::sqrt(variance + 1e-5)
+    };
+    let tolerance = Operand::set("y", again, cols).tolerance::<B::Real>(1.0);
+    bench.check_large("y", again, tolerance, normal)?;
+
+    bench.op = "layer_norm_vjp";
+    bench.write_large(again, dy)?;
+    bench.write_large(ones, |_| 1.0)?;
+    bench.write_large(bias, |_| 1.0)?;
+    bench.write_large(tail, |_| 0.0)?;
+    let outcome = bench.backend.layer_norm_vjp(weight, c, stats, again, tail, ones, bias);
+    bench.done("outcome", outcome)?;
+    let tolerance = Operand::sum("dbias", bias, rows).tolerance::<B::Real>(rows as f64);
+    bench.check_large("dbias", bias, tolerance, |j| (0..rows).fold(1.0, |sum, i| sum + dy(i * cols + j)))?;
+    bench.check_large("dweight", ones, tolerance, |j| {
+        (0..rows).fold(1.0, |sum, i| sum + dy(i * cols + j) * normal(i * cols + j))
     })
 }

@@ -424,9 +424,9 @@ fn large<B: UpdateOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     bench.check_ints("x", x, stepped)?;
     bench.check_words("side", side, |w| {
         let (s, plane, word) = (w / stride / m as usize, w / stride % m as usize, w % stride);
-        (0..32).filter(|bit| word * 32 + bit < per).fold(0, |all, bit| {
-            all | (int(s * per + word * 32 + bit) as u32 >> plane & 1) << bit
-        })
+        (0..32)
+            .filter(|bit| word * 32 + bit < per)
+            .fold(0, |all, bit| all | (int(s * per + word * 32 + bit) as u32 >> plane & 1) << bit)
     })?;
     bench.check_sum(sum, &chunk, per, stepped)?;
 

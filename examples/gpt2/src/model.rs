@@ -59,6 +59,8 @@ pub struct Setup {
     pub verify: bool,
     /// Threads of the backend.
     pub threads: usize,
+    /// Bytes that the libraries below the backend allocate for themselves, at most.
+    pub library: usize,
 }
 
 /// What an optimizer step needs to know.
@@ -110,6 +112,8 @@ pub struct Gpt2 {
     end_tensors: [Tensor; ENDS],
     tokens: Ints,
     targets: Ints,
+    /// Tokens and targets of a batch on the host.
+    staging: [Vec<i32>; 2],
 }
 
 /// A parameter tensor by its Hugging Face name (without `transformer.`).
@@ -166,6 +170,9 @@ impl Gpt2 {
         let rows = product("tokens of a batch", &[setup.batch, setup.context])?;
         let tokens = l.ints(Category::Head, rows);
         let targets = l.ints(Category::Head, rows);
+        // The staging buffers on the host.
+        l.outside(Category::Head, product("tokens of a batch", &[rows, 2, size_of::<i32>()])?);
+        l.outside(Category::Library, setup.library);
         let losses = l.reals(Category::Head, rows);
         let logits = l.reals(Category::Head, product("logits", &[choice.head_rows, d.vocab])?);
 
@@ -213,7 +220,7 @@ impl Gpt2 {
             logits,
             scale: 1.0,
         };
-        let model = Self { setup: *setup, stack, blocks, input, head, ends, end_tensors, tokens, targets };
+        let model = Self { setup: *setup, stack, blocks, input, head, ends, end_tensors, tokens, targets, staging: [Vec::new(), Vec::new()] };
         Ok((model, layout))
     }
 
@@ -257,7 +264,8 @@ impl Gpt2 {
         self.tensors().iter().map(|t| t.values.len()).sum()
     }
 
-    /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0, norms 1.
+    /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0, norms 1; optimizer
+    /// state 0.
     ///
     /// # Errors
     /// Those of writing.
@@ -265,6 +273,9 @@ impl Gpt2 {
         let projections = 0.02 / (2.0 * self.setup.dims.layers as f64).sqrt();
         let mut piece = Vec::new();
         for (i, t) in self.tensors().iter().enumerate() {
+            for state in t.state {
+                be.fill_reals(state, B::Real::of(0.0))?;
+            }
             if t.shape.len() == 1 {
                 let one = t.name.ends_with("weight");
                 be.fill_reals(t.values, B::Real::of(f64::from(u8::from(one))))?;
@@ -286,17 +297,17 @@ impl Gpt2 {
     /// twice for one batch.
     ///
     /// # Errors
-    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says.
-    pub fn train<B: Backend>(
+    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What `fill` returns.
+    pub fn train<B: Backend, E: From<Error>>(
         &mut self,
         be: &mut B,
         step: &Step,
-        mut fill: impl FnMut(usize, &mut [i32], &mut [i32]),
-    ) -> Result<Outcome> {
-        let Some(rule) = self.setup.rule else { return Err(setting("optimizer", f64::NAN, "one, to train")) };
-        let rows = self.setup.batch * self.setup.context;
+        mut fill: impl FnMut(usize, &mut [i32], &mut [i32]) -> core::result::Result<(), E>,
+    ) -> core::result::Result<Outcome, E> {
+        let Some(rule) = self.setup.rule else { return Err(setting("optimizer", f64::NAN, "one, to train").into()) };
+        self.prepare();
         if self.setup.fused && (step.accumulate != 1 || step.clip > 0.0) {
-            return Err(setting("accumulate or clip", f64::NAN, "full gradient buffers (fused = false)"));
+            return Err(setting("accumulate or clip", f64::NAN, "full gradient buffers (fused = false)").into());
         }
         let fused = self.setup.fused;
         let updater = Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
@@ -305,24 +316,25 @@ impl Gpt2 {
         self.ends.zero_gradients(be)?;
 
         // The loss is the mean over the unmasked targets of the whole step, so they are counted first.
-        let (mut tokens, mut targets) = (vec![0; rows], vec![0; rows]);
         let mut unmasked = 0_usize;
         for i in 0..step.accumulate {
-            fill(i, &mut tokens, &mut targets);
+            let [tokens, targets] = &mut self.staging;
+            fill(i, tokens, targets)?;
             unmasked += targets.iter().filter(|&&t| t >= 0).count();
         }
         self.head.scale = 1.0 / unmasked.max(1) as f64;
 
-        let (mut sum, mut mismatches, mut rebuild_error) = (0.0, 0, 0.0_f64);
+        let (mut loss, mut mismatches, mut rebuild_error) = (0.0, 0, 0.0_f64);
         for i in 0..step.accumulate {
+            let [tokens, targets] = &mut self.staging;
             if step.accumulate > 1 {
-                fill(i, &mut tokens, &mut targets);
+                fill(i, tokens, targets)?;
             }
-            be.write_ints(self.tokens, &tokens)?;
-            be.write_ints(self.targets, &targets)?;
+            be.write_ints(self.tokens, tokens)?;
+            be.write_ints(self.targets, targets)?;
             let pass = Pass { seed: step.seed, step: step.step, global: (i * self.setup.batch) as u32 };
             self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
-            sum += self.loss_sum(be, self.setup.batch)?;
+            loss += self.loss_sum(be, self.setup.batch)?;
             mismatches += self.stack.mismatches(be)?;
             rebuild_error = rebuild_error.max(self.stack.rebuild_error());
         }
@@ -336,7 +348,7 @@ impl Gpt2 {
         let mut norm = 0.0;
         if !fused || step.clip > 0.0 {
             if let Some(fault) = be.take_fault()? {
-                return Err(fault.into());
+                return Err(Error::from(fault).into());
             }
             norm = self.grad_norm(be)?;
         }
@@ -348,28 +360,29 @@ impl Gpt2 {
         }
         self.ends.update(be, &updater, 0, self.ends())?;
         if let Some(fault) = be.take_fault()? {
-            return Err(fault.into());
+            return Err(Error::from(fault).into());
         }
         if fused {
             norm = self.grad_norm(be)?;
         }
-        Ok(Outcome { loss: sum / unmasked.max(1) as f64, grad_norm: norm, mismatches, rebuild_error })
+        Ok(Outcome { loss: loss / unmasked.max(1) as f64, grad_norm: norm, mismatches, rebuild_error })
+    }
+
+    /// Makes the staging buffers, so that a step allocates nothing.
+    pub fn prepare(&mut self) {
+        let rows = self.setup.batch * self.setup.context;
+        for buffer in &mut self.staging {
+            buffer.resize(rows, 0);
+            buffer.shrink_to_fit();
+        }
     }
 
     fn loss_sum<B: Backend>(&self, be: &B, samples: usize) -> Result<f64> {
-        let mut losses = vec![B::Real::of(0.0); samples * self.setup.context];
-        be.read_reals(self.head.losses.sub(0, losses.len()), &mut losses)?;
-        Ok(losses.iter().map(|l| l.wide()).sum())
+        sum(be, self.head.losses.sub(0, samples * self.setup.context))
     }
 
     fn grad_norm<B: Backend>(&self, be: &B) -> Result<f64> {
-        let mut sum = 0.0;
-        for norms in [self.blocks.params.norms, self.ends.norms] {
-            let mut squares = vec![B::Real::of(0.0); norms.len()];
-            be.read_reals(norms, &mut squares)?;
-            sum += squares.iter().map(|s| s.wide()).sum::<f64>();
-        }
-        Ok(sum.sqrt())
+        Ok((sum(be, self.blocks.params.norms)? + sum(be, self.ends.norms)?).sqrt())
     }
 
     /// Sum of losses and number of targets of some samples (at most a chunk, [`Stack::config`]) of `context` tokens.
@@ -444,6 +457,17 @@ pub enum Inference {
     Float(Gamma),
     /// On the grid (mode `bdia`), with a constant γ.
     Quantized(Gamma),
+}
+
+/// The sum of some values, from the first to the last in `f64`, piece by piece through the stack.
+fn sum<B: Backend>(be: &B, values: Reals) -> Result<f64> {
+    let (mut total, mut piece) = (0.0, [B::Real::of(0.0); 256]);
+    for at in (0..values.len()).step_by(piece.len()) {
+        let piece = &mut piece[..256.min(values.len() - at)];
+        be.read_reals(values.sub(at, piece.len()), piece)?;
+        total = piece.iter().fold(total, |t, x| t + x.wide());
+    }
+    Ok(total)
 }
 
 fn evaluation_chunk(samples: usize) -> Chunk {

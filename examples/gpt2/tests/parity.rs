@@ -6,7 +6,7 @@ mod common;
 use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
 use bdia_core::update::{Gamma, Grid, Sign};
-use bdia_core::{Reference, Storage};
+use bdia_core::{Error, Reference, Storage};
 use bdia_gpt2::model::{Gpt2, Step};
 use common::{Memory, State, lay_out, state};
 
@@ -56,6 +56,7 @@ fn check(file: &str, mode: Mode, gamma: f64, sign: Sign, chunk: usize, head_rows
     let fill = |_: usize, a: &mut [i32], b: &mut [i32]| {
         a.copy_from_slice(tokens);
         b.copy_from_slice(targets);
+        Ok::<(), Error>(())
     };
     let outcome = model.train(&mut be, &step, fill).unwrap();
     assert!((outcome.loss - s.reals["loss"][0]).abs() < TOLERANCE, "{file}: loss {} vs {}", outcome.loss, s.reals["loss"][0]);
@@ -141,6 +142,7 @@ fn bdia_float_is_close() {
         .train(&mut be, &step, |_, a, b| {
             a.copy_from_slice(&s.ints["tokens"]);
             b.copy_from_slice(&s.ints["targets"]);
+            Ok::<(), Error>(())
         })
         .unwrap();
     // The grid is 2^-14: activations, and so the loss, move by some multiples of it.

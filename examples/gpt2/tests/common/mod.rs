@@ -81,6 +81,7 @@ impl State {
             fused: true,
             verify: false,
             threads: 1,
+            library: 0,
         }
     }
 }

@@ -1,0 +1,326 @@
+//! The CPU backend of [`bdia_core`]: SIMD lanes (`wide`), threads (`rayon`), fast matrix products (`gemm`), in `f32`.
+//!
+//! ```
+//! use bdia_core::{Category, Layout, Storage};
+//! use bdia_cpu::{Cpu, require_cpu};
+//!
+//! require_cpu()?; // first thing in every program
+//! let mut layout = Layout::new(size_of::<f32>());
+//! let x = layout.reals(Category::Workspace, 100);
+//! let mut cpu = Cpu::new(&layout, 0)?; // 0: as many threads as there are cores
+//! cpu.write_reals(x, &[1.0; 100])?;
+//! assert_eq!(cpu.reals(x)?[99], 1.0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What it keeps
+//! * **The same bits for any number of threads.** Work is cut into pieces by the shape of the operands alone, and
+//!   partial sums are combined in the order of the pieces. Bits do depend on the build (lanes, fused multiply-add) and,
+//!   through the kernels of `gemm`, on the processor's instruction sets.
+//! * [`UpdateOps`](bdia_core::UpdateOps) give the bits of the reference backend, everywhere.
+//! * **No allocation within an operation**, except the packing buffers of `gemm`, which [`Cpu::library_bytes`] bounds.
+//! * A bad handle or length is an [`Error`], never a panic.
+//!
+//! # Which processors
+//! `wide` chooses its lanes when it is compiled. A workspace that depends on this crate should compile for its own
+//! processor (`RUSTFLAGS="-C target-cpu=native"`, or `x86-64-v3` for any with AVX2 and FMA); a plain build works with
+//! half the lanes. [`require_cpu`] says in words when a processor is too old for a build.
+
+mod memory;
+mod nn;
+mod optim;
+mod processor;
+mod simd;
+mod update;
+
+use core::fmt;
+
+use bdia_core::backend::Identity;
+use bdia_core::{Error, Fault, Ints, Layout, Reals, Result, Storage, Words};
+use rayon::prelude::*;
+
+use memory::{Arena, get, get_mut, same, split};
+
+pub use processor::require_cpu;
+
+/// Elements of one piece of element-wise work: 64 KiB, half of an L2 cache with a few operands, and a multiple of 32.
+const BLOCK: usize = 1 << 14;
+
+/// Why there is no backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CpuError {
+    /// The program was compiled for instructions that this processor does not have.
+    Processor {
+        /// The first one that is missing.
+        missing: &'static str,
+    },
+    /// The operating system has not enough memory.
+    Memory {
+        /// Size of the arena that was asked for.
+        bytes: usize,
+    },
+    /// The threads could not be started.
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+    },
+}
+
+impl fmt::Display for CpuError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Processor { missing } => write!(
+                f,
+                "this program was compiled for processors with {missing}, which this one does not have; rebuild it here \
+                 with RUSTFLAGS=\"-C target-cpu=native\" cargo build --release"
+            ),
+            Self::Memory { bytes } => write!(
+                f,
+                "the operating system refused {bytes} bytes of memory; choose a smaller memory budget, batch or model"
+            ),
+            Self::Threads { threads } => write!(f, "{threads} threads could not be started; ask for fewer"),
+        }
+    }
+}
+
+impl core::error::Error for CpuError {}
+
+impl From<CpuError> for Error {
+    fn from(e: CpuError) -> Self {
+        Self::Device(match e {
+            CpuError::Processor { .. } => "the processor lacks instructions that this program was compiled for",
+            CpuError::Memory { .. } => "not enough memory",
+            CpuError::Threads { .. } => "the threads could not be started",
+        })
+    }
+}
+
+/// The threads, and how work is spread over them.
+#[derive(Debug)]
+struct Team {
+    /// None for a single thread: the caller's.
+    pool: Option<rayon::ThreadPool>,
+    threads: usize,
+}
+
+impl Team {
+    /// Runs `f(slot, piece)` for all pieces. Two calls that run at the same time have different slots, all of them
+    /// below the number of threads.
+    fn each(&self, pieces: usize, f: impl Fn(usize, usize) + Sync) {
+        match &self.pool {
+            Some(pool) if pieces > 1 => pool.install(|| {
+                (0..pieces)
+                    .into_par_iter()
+                    .with_max_len(1)
+                    .for_each(|piece| f(pool.current_thread_index().unwrap_or(0), piece));
+            }),
+            _ => (0..pieces).for_each(|piece| f(0, piece)),
+        }
+    }
+
+    /// Combines `f(piece)` of all pieces. The order is not fixed: `join` must not depend on it.
+    fn reduce<R: Copy + Send + Sync>(
+        &self,
+        pieces: usize,
+        none: R,
+        f: impl Fn(usize) -> R + Sync,
+        join: impl Fn(R, R) -> R + Sync,
+    ) -> R {
+        match &self.pool {
+            Some(pool) if pieces > 1 => {
+                pool.install(|| (0..pieces).into_par_iter().with_max_len(1).map(&f).reduce(|| none, &join))
+            }
+            _ => (0..pieces).map(f).fold(none, join),
+        }
+    }
+}
+
+/// The number of threads that 0 stands for.
+fn actual_threads(threads: usize) -> usize {
+    match threads {
+        0 => std::thread::available_parallelism().map_or(1, core::num::NonZero::get),
+        n => n,
+    }
+}
+
+/// The backend: three arenas, allocated once, and its own threads.
+#[derive(Debug)]
+pub struct Cpu {
+    ints: Arena<i32>,
+    reals: Arena<f32>,
+    words: Arena<u32>,
+    fault: Option<Fault>,
+    team: Team,
+}
+
+impl Cpu {
+    /// A backend with the arenas of a layout, all zero, and `threads` threads (0: as many as there are cores).
+    ///
+    /// # Errors
+    /// [`CpuError`]: an unsuitable processor, not enough memory, or threads that cannot be started.
+    pub fn new(layout: &Layout, threads: usize) -> core::result::Result<Self, CpuError> {
+        require_cpu()?;
+        let threads = actual_threads(threads);
+        let (ints, reals, words) = layout.arenas();
+        let pool = if threads == 1 {
+            None
+        } else {
+            let built =
+                rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("bdia-{i}")).build();
+            Some(built.map_err(|_| CpuError::Threads { threads })?)
+        };
+        Ok(Self {
+            ints: Arena::new(ints)?,
+            reals: Arena::new(reals)?,
+            words: Arena::new(words)?,
+            fault: None,
+            team: Team { pool, threads },
+        })
+    }
+
+    /// The number of threads.
+    pub fn threads(&self) -> usize {
+        self.team.threads
+    }
+
+    /// A bound on what `gemm` allocates outside the arenas when `threads` threads (0: as many as there are cores)
+    /// compute: packing buffers and one slab of the size of the L2 cache per thread. It does not depend on the model.
+    pub fn library_bytes(threads: usize) -> usize {
+        actual_threads(threads) * nn::matmul::thread_bytes()
+    }
+
+    /// The values of a handle.
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena, as for the accessors below.
+    pub fn reals(&self, h: Reals) -> Result<&[f32]> {
+        get(&self.reals, h, "reals")
+    }
+
+    /// The values of a handle, to be changed.
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena.
+    pub fn reals_mut(&mut self, h: Reals) -> Result<&mut [f32]> {
+        get_mut(&mut self.reals, h, "reals")
+    }
+
+    /// The integers of a handle.
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena.
+    pub fn ints(&self, h: Ints) -> Result<&[i32]> {
+        get(&self.ints, h, "ints")
+    }
+
+    /// The words of a handle.
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena.
+    pub fn words(&self, h: Words) -> Result<&[u32]> {
+        get(&self.words, h, "words")
+    }
+
+    /// Writes values stored in half precision.
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena, [`Error::Shape`] for another length.
+    pub fn write_f16(&mut self, dst: Reals, src: &[half::f16]) -> Result<()> {
+        let dst = get_mut(&mut self.reals, dst, "write_f16")?;
+        same("write_f16", dst.len(), src.len())?;
+        dst.iter_mut().zip(src).for_each(|(d, s)| *d = s.to_f32());
+        Ok(())
+    }
+
+    /// Writes values stored as `bfloat16`.
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena, [`Error::Shape`] for another length.
+    pub fn write_bf16(&mut self, dst: Reals, src: &[half::bf16]) -> Result<()> {
+        let dst = get_mut(&mut self.reals, dst, "write_bf16")?;
+        same("write_bf16", dst.len(), src.len())?;
+        dst.iter_mut().zip(src).for_each(|(d, s)| *d = s.to_f32());
+        Ok(())
+    }
+}
+
+/// Copies between slices of the same length.
+fn copy<T: Copy>(what: &'static str, src: &[T], dst: &mut [T]) -> Result<()> {
+    same(what, dst.len(), src.len())?;
+    dst.copy_from_slice(src);
+    Ok(())
+}
+
+impl Storage for Cpu {
+    type Real = f32;
+
+    fn identity(&self) -> Identity {
+        Identity { name: "cpu", lanes: simd::lanes(), fused: cfg!(target_feature = "fma") }
+    }
+
+    fn read_reals(&self, src: Reals, dst: &mut [f32]) -> Result<()> {
+        copy("read_reals", get(&self.reals, src, "read_reals")?, dst)
+    }
+
+    fn write_reals(&mut self, dst: Reals, src: &[f32]) -> Result<()> {
+        copy("write_reals", src, get_mut(&mut self.reals, dst, "write_reals")?)
+    }
+
+    fn read_ints(&self, src: Ints, dst: &mut [i32]) -> Result<()> {
+        copy("read_ints", get(&self.ints, src, "read_ints")?, dst)
+    }
+
+    fn write_ints(&mut self, dst: Ints, src: &[i32]) -> Result<()> {
+        copy("write_ints", src, get_mut(&mut self.ints, dst, "write_ints")?)
+    }
+
+    fn read_words(&self, src: Words, dst: &mut [u32]) -> Result<()> {
+        copy("read_words", get(&self.words, src, "read_words")?, dst)
+    }
+
+    fn write_words(&mut self, dst: Words, src: &[u32]) -> Result<()> {
+        copy("write_words", src, get_mut(&mut self.words, dst, "write_words")?)
+    }
+
+    fn fill_reals(&mut self, dst: Reals, value: f32) -> Result<()> {
+        let dst = memory::Shared::new(get_mut(&mut self.reals, dst, "fill_reals")?);
+        self.team.each(dst.len().div_ceil(BLOCK), |_, b| {
+            // SAFETY: blocks are disjoint.
+            unsafe { dst.part(b * BLOCK, BLOCK.min(dst.len() - b * BLOCK)) }.fill(value);
+        });
+        Ok(())
+    }
+
+    fn fill_words(&mut self, dst: Words, value: u32) -> Result<()> {
+        get_mut(&mut self.words, dst, "fill_words")?.fill(value);
+        Ok(())
+    }
+
+    fn copy_reals(&mut self, src: Reals, dst: Reals) -> Result<()> {
+        same("copy_reals", dst.len(), src.len())?;
+        let [src, dst] = split(&mut self.reals, [src, dst], "copy_reals")?;
+        let (src, dst) = (&*src, memory::Shared::new(dst));
+        self.team.each(src.len().div_ceil(BLOCK), |_, b| {
+            let part = &src[b * BLOCK..src.len().min((b + 1) * BLOCK)];
+            // SAFETY: blocks are disjoint.
+            unsafe { dst.part(b * BLOCK, part.len()) }.copy_from_slice(part);
+        });
+        Ok(())
+    }
+
+    fn copy_ints(&mut self, src: Ints, dst: Ints) -> Result<()> {
+        same("copy_ints", dst.len(), src.len())?;
+        let [src, dst] = split(&mut self.ints, [src, dst], "copy_ints")?;
+        dst.copy_from_slice(src);
+        Ok(())
+    }
+
+    fn raise(&mut self, fault: Fault) {
+        self.fault.get_or_insert(fault);
+    }
+
+    fn take_fault(&mut self) -> Result<Option<Fault>> {
+        Ok(self.fault.take())
+    }
+}

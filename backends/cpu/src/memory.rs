@@ -1,0 +1,200 @@
+//! Arenas, and slices of them that several threads write at once.
+
+use core::alloc::Layout;
+use core::marker::PhantomData;
+use core::ops::{Deref, DerefMut, Range};
+use core::ptr::NonNull;
+use std::alloc::{alloc_zeroed, dealloc};
+
+use bdia_core::{Error, Ints, Reals, Result, Words};
+
+use crate::CpuError;
+
+mod sealed {
+    /// Numbers of four bytes.
+    ///
+    /// # Safety
+    /// All bits zero is a valid value, and the type has no destructor.
+    pub unsafe trait Plain: Copy + Send + Sync {}
+
+    // SAFETY: zero bits are the number 0.
+    unsafe impl Plain for i32 {}
+    // SAFETY: zero bits are the number 0.
+    unsafe impl Plain for f32 {}
+    // SAFETY: zero bits are the number 0.
+    unsafe impl Plain for u32 {}
+}
+pub(crate) use sealed::Plain;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// One allocation of zeros, aligned to cache lines. Pages that are never touched cost no memory.
+#[derive(Debug)]
+pub(crate) struct Arena<T: Plain> {
+    start: NonNull<T>,
+    len: usize,
+}
+
+// SAFETY: the arena owns its memory, as a `Box<[T]>` does, and `T: Send + Sync`.
+unsafe impl<T: Plain> Send for Arena<T> {}
+// SAFETY: as above.
+unsafe impl<T: Plain> Sync for Arena<T> {}
+
+impl<T: Plain> Arena<T> {
+    pub(crate) fn new(len: usize) -> core::result::Result<Self, CpuError> {
+        if len == 0 {
+            return Ok(Self { start: NonNull::dangling(), len });
+        }
+        let bytes = len.saturating_mul(size_of::<T>());
+        let layout = Layout::from_size_align(bytes, LINE).map_err(|_| CpuError::Memory { bytes })?;
+        // SAFETY: the layout's size is not 0.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }.cast()).ok_or(CpuError::Memory { bytes })?;
+        Ok(Self { start, len })
+    }
+}
+
+impl<T: Plain> Drop for Arena<T> {
+    fn drop(&mut self) {
+        if let Ok(layout) = Layout::from_size_align(self.len * size_of::<T>(), LINE)
+            && self.len > 0
+        {
+            // SAFETY: `new` allocated it with this layout.
+            unsafe { dealloc(self.start.as_ptr().cast(), layout) }
+        }
+    }
+}
+
+impl<T: Plain> Deref for Arena<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: `len` values from `start` are allocated and initialized (zero bits are a `T`).
+        unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl<T: Plain> DerefMut for Arena<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`, and `&mut self` is the only access.
+        unsafe { core::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+/// A handle into any of the arenas.
+pub(crate) trait Handle: Copy {
+    fn start(self) -> usize;
+    fn len(self) -> usize;
+
+    /// The place in the arena; an end beyond the address space becomes one outside every arena.
+    fn place(self) -> Range<usize> {
+        self.start()..self.start().saturating_add(self.len())
+    }
+}
+
+macro_rules! handle {
+    ($($t:ty),*) => {$(
+        impl Handle for $t {
+            fn start(self) -> usize {
+                <$t>::start(self)
+            }
+            fn len(self) -> usize {
+                <$t>::len(self)
+            }
+        }
+    )*};
+}
+handle!(Ints, Reals, Words);
+
+/// The values of a handle.
+pub(crate) fn get<'s, T>(arena: &'s [T], h: impl Handle, what: &'static str) -> Result<&'s [T]> {
+    arena.get(h.place()).ok_or(Error::Handle(what))
+}
+
+/// The values of a handle, to be changed.
+pub(crate) fn get_mut<'s, T>(arena: &'s mut [T], h: impl Handle, what: &'static str) -> Result<&'s mut [T]> {
+    arena.get_mut(h.place()).ok_or(Error::Handle(what))
+}
+
+/// The values of several handles; an error where they overlap or lie outside.
+pub(crate) fn split<'s, T, H: Handle, const N: usize>(
+    arena: &'s mut [T],
+    handles: [H; N],
+    what: &'static str,
+) -> Result<[&'s mut [T]; N]> {
+    let len = arena.len();
+    // An empty handle is moved to the start, where it overlaps nothing.
+    let places = handles.map(Handle::place).map(|p| if p.is_empty() && p.start <= len { 0..0 } else { p });
+    arena.get_disjoint_mut(places).map_err(|_| Error::Handle(what))
+}
+
+/// An error unless two sizes agree.
+pub(crate) fn same(what: &'static str, expected: usize, found: usize) -> Result<()> {
+    if expected == found { Ok(()) } else { Err(Error::Shape { what, expected, found }) }
+}
+
+/// A mutable slice of which several threads take disjoint parts.
+pub(crate) struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    life: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it stands for the `&mut [T]` it was made of; that parts are disjoint is the duty of `part`'s callers.
+unsafe impl<T: Send> Send for Shared<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// `len` values from `at` on.
+    ///
+    /// # Safety
+    /// As long as the part lives, no other access to its values happens.
+    #[expect(clippy::mut_from_ref, reason = "the caller promises that parts are disjoint")]
+    pub(crate) unsafe fn part(&self, at: usize, len: usize) -> &mut [T] {
+        assert!(at <= self.len && len <= self.len - at);
+        // SAFETY: within the slice; the caller promises that no other access happens.
+        unsafe { core::slice::from_raw_parts_mut(self.start.add(at), len) }
+    }
+
+    /// The first value's address, for strided access.
+    pub(crate) fn pointer(&self) -> *mut T {
+        self.start
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arenas_are_aligned_and_zero() {
+        let a = Arena::<f32>::new(1000).unwrap();
+        assert_eq!(a.as_ptr() as usize % LINE, 0);
+        assert!(a.len() == 1000 && a.iter().all(|&x| x == 0.0));
+        assert!(Arena::<i32>::new(0).unwrap().is_empty());
+    }
+
+    #[test]
+    fn too_much_memory_is_an_error() {
+        assert!(matches!(Arena::<f32>::new(usize::MAX / 8), Err(CpuError::Memory { .. })));
+        assert!(matches!(Arena::<f32>::new(usize::MAX), Err(CpuError::Memory { .. })));
+    }
+
+    #[test]
+    fn handles_outside_are_errors() {
+        let mut a = Arena::<f32>::new(10).unwrap();
+        assert!(get(&a, Reals::new(5, 6), "x").is_err());
+        assert!(get(&a, Reals::new(usize::MAX, 6), "x").is_err());
+        assert!(split(&mut a, [Reals::new(0, 6), Reals::new(5, 2)], "x").is_err());
+        assert!(split(&mut a, [Reals::new(0, 6), Reals::new(6, 4)], "x").is_ok());
+    }
+}

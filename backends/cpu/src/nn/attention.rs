@@ -1,0 +1,404 @@
+//! Attention in tiles of queries: per head, 64 rows of scores at a time exist, in the scratch of one thread.
+
+use bdia_core::arena::product as size;
+use bdia_core::backend::{Attention, Columns, Mask};
+use bdia_core::rng::Draw;
+use bdia_core::{Chunk, Error, Reals, Result};
+use wide::f32x8;
+
+use super::dropout::Dropout;
+use super::matmul::{View, product};
+use crate::memory::{Handle, Shared, get, same};
+use crate::simd::{LANES, exp, fold_sum, fold_sum2, load_part, map, max_of};
+use crate::{Cpu, actual_threads};
+
+/// Queries of a tile.
+const TILE: usize = 64;
+
+/// From one row of scores to the next: whole cache lines.
+fn row_stride(a: &Attention) -> usize {
+    a.keys.checked_next_multiple_of(16).unwrap_or(usize::MAX)
+}
+
+/// Scratch of one thread: two tiles of scores.
+fn slot_len(a: &Attention) -> usize {
+    row_stride(a).saturating_mul(2 * TILE.min(a.queries))
+}
+
+pub(super) fn scratch(a: &Attention, threads: usize) -> usize {
+    slot_len(a).saturating_mul(actual_threads(threads))
+}
+
+/// A matrix of which heads are columns.
+#[derive(Clone, Copy)]
+struct Heads {
+    /// First value in the arena.
+    start: usize,
+    stride: usize,
+    rows: usize,
+    head_dim: usize,
+}
+
+impl Heads {
+    fn new(c: Columns, rows: usize, head_dim: usize) -> Self {
+        Self { start: c.of.start() + c.at, stride: c.stride, rows, head_dim }
+    }
+
+    /// Place of a row of one head of one sample. (It wraps only where there is no row.)
+    fn at(self, sample: usize, head: usize, row: usize) -> usize {
+        self.start.wrapping_add((sample * self.rows + row) * self.stride + head * self.head_dim)
+    }
+}
+
+/// Checked operands: sizes, and the places that are read and written.
+struct Shape {
+    width: usize,
+    queries: usize,
+    keys: usize,
+    arena: usize,
+}
+
+impl Shape {
+    fn new(a: &Attention, chunk: &Chunk, arena: usize) -> Result<Self> {
+        let width = size("attention: width", &[a.heads, a.head_dim])?;
+        let queries = size("attention: queries", &[chunk.samples, a.queries])?;
+        let keys = size("attention: keys", &[chunk.samples, a.keys])?;
+        if a.mask == Mask::Causal {
+            same("causal attention: keys", a.queries, a.keys)?;
+        }
+        Ok(Self { width, queries, keys, arena })
+    }
+
+    fn columns(&self, what: &'static str, c: Columns, rows: usize) -> Result<core::ops::Range<usize>> {
+        same(what, size(what, &[rows, c.stride])?, c.of.len())?;
+        let end = c.at.checked_add(self.width).ok_or(Error::TooLarge(what))?;
+        if end > c.stride {
+            return Err(Error::Shape { what, expected: end, found: c.stride });
+        }
+        self.place(what, c.of)
+    }
+
+    /// The place of a handle; an empty one overlaps nothing.
+    fn place(&self, what: &'static str, h: Reals) -> Result<core::ops::Range<usize>> {
+        let place = h.place();
+        if place.end > self.arena {
+            return Err(Error::Handle(what));
+        }
+        Ok(if place.is_empty() { 0..0 } else { place })
+    }
+}
+
+fn overlap(a: &core::ops::Range<usize>, b: &core::ops::Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+/// The scratch that an operation uses of the handle it got.
+fn checked_scratch(a: &Attention, threads: usize, h: Reals) -> Result<Reals> {
+    let needed = scratch(a, threads);
+    let h = h.sub(0, needed);
+    same("attention: scratch", needed, h.len())?;
+    Ok(h)
+}
+
+/// `1/√head_dim`.
+fn score_scale(a: &Attention) -> f32 {
+    (1.0 / libm::sqrt(a.head_dim.max(1) as f64)) as f32
+}
+
+/// First dropout element of a query's row of weights; wraps as the generator's counter does.
+fn first_element(a: &Attention, head: usize, query: usize) -> u32 {
+    (head as u32).wrapping_mul(a.queries as u32).wrapping_add(query as u32).wrapping_mul(a.keys as u32)
+}
+
+/// Number of keys that query `q` of a sample with `present` keys sees: the first ones.
+fn visible(a: &Attention, q: usize, present: usize) -> usize {
+    match a.mask {
+        Mask::Full => present,
+        Mask::Causal => present.min(q + 1),
+    }
+}
+
+/// Keys of a sample that are not padding.
+fn present(a: &Attention, lens: &[i32], sample: usize) -> usize {
+    lens.get(sample).map_or(a.keys, |&n| usize::try_from(n).unwrap_or(0).min(a.keys))
+}
+
+fn key_lens<'c>(cpu: &'c [i32], a: &Attention, chunk: &Chunk) -> Result<&'c [i32]> {
+    if !a.key_lens.is_empty() {
+        same("attention: key_lens", chunk.samples, a.key_lens.len())?;
+    }
+    get(cpu, a.key_lens, "attention: key_lens")
+}
+
+pub(super) fn forward(
+    cpu: &mut Cpu,
+    chunk: &Chunk,
+    a: &Attention,
+    [q, k, v]: [Columns; 3],
+    out: Reals,
+    lse: Reals,
+    scratch: Reals,
+) -> Result<()> {
+    let shape = Shape::new(a, chunk, cpu.reals.len())?;
+    same("attention: out", size("attention: out", &[shape.queries, shape.width])?, out.len())?;
+    same("attention: lse", size("attention: lse", &[shape.queries, a.heads])?, lse.len())?;
+    let scratch = checked_scratch(a, cpu.team.threads, scratch)?;
+    let (dropout, lens) = (Dropout::new(a.dropout)?, key_lens(&cpu.ints, a, chunk)?);
+    let inputs = [
+        shape.columns("attention: q", q, shape.queries)?,
+        shape.columns("attention: k", k, shape.keys)?,
+        shape.columns("attention: v", v, shape.keys)?,
+    ];
+    let outputs = [
+        shape.place("attention: out", out)?,
+        shape.place("attention: lse", lse)?,
+        shape.place("attention: scratch", scratch)?,
+    ];
+    for (n, output) in outputs.iter().enumerate() {
+        if inputs.iter().chain(&outputs[..n]).any(|other| overlap(other, output)) {
+            return Err(Error::Handle("attention"));
+        }
+    }
+    if shape.queries == 0 || a.heads == 0 {
+        return Ok(());
+    }
+    let hd = a.head_dim;
+    let (q, k, v) = (Heads::new(q, a.queries, hd), Heads::new(k, a.keys, hd), Heads::new(v, a.keys, hd));
+    let (stride, slot_len, scale) = (row_stride(a), slot_len(a), score_scale(a));
+    let tiles = a.queries.div_ceil(TILE);
+    let reals = Shared::new(&mut cpu.reals);
+    cpu.team.each(chunk.samples * a.heads * tiles, |slot, piece| {
+        let (i, head, row) = (piece / tiles / a.heads, piece / tiles % a.heads, piece % tiles * TILE);
+        let rows = TILE.min(a.queries - row);
+        // No query of the tile sees a key beyond these.
+        let keys = visible(a, row + rows - 1, present(a, lens, i));
+        let view = |at: usize, row, col| View { start: reals.pointer().wrapping_add(at).cast_const(), row, col };
+        // SAFETY: the slot is this thread's while the piece runs; `lse` is cut by piece.
+        let (scores, lse) = unsafe {
+            let at = lse.start() + (i * a.heads + head) * a.queries + row;
+            (reals.part(scratch.start() + slot * slot_len, slot_len), reals.part(at, rows))
+        };
+        let tile = scores.as_mut_ptr();
+        // S = Q·Kᵀ
+        // SAFETY: the operands were checked, and the tile is this thread's.
+        unsafe {
+            product(
+                [rows, keys, hd],
+                view(q.at(i, head, row), q.stride, 1),
+                view(k.at(i, head, 0), 1, k.stride),
+                tile,
+                stride,
+                false,
+            );
+        }
+        let stream = chunk.stream(i, Draw::AttentionDropout);
+        for r in 0..rows {
+            let seen = visible(a, row + r, keys);
+            // SAFETY: `scores` is borrowed again, after the product is done with it.
+            let line = unsafe { core::slice::from_raw_parts_mut(tile.add(r * stride), keys) };
+            let (weights, hidden) = line.split_at_mut(seen);
+            hidden.fill(0.0);
+            if seen == 0 {
+                lse[r] = f32::NEG_INFINITY;
+                continue;
+            }
+            // p = exp(s − max)/sum, lse = max + ln(sum)
+            let max = max_of(weights) * scale;
+            map(weights, |s| exp(s.mul_add(f32x8::splat(scale), f32x8::splat(-max))));
+            let sum = fold_sum(weights, |p| p);
+            lse[r] = max + libm::logf(sum);
+            let inverse = f32x8::splat(1.0 / sum);
+            map(weights, |p| p * inverse);
+            if !dropout.is_none() {
+                dropout.each(&stream, first_element(a, head, row + r), seen, |at, factors| {
+                    weights[at..at + factors.len()].iter_mut().zip(factors).for_each(|(p, f)| *p *= f);
+                });
+            }
+        }
+        // O = P·V
+        let o = reals.pointer().wrapping_add(out.start() + (i * a.queries + row) * shape.width + head * hd);
+        // SAFETY: as above; these rows and columns of `out` belong to this piece.
+        unsafe {
+            product(
+                [rows, hd, keys],
+                View { start: tile, row: stride, col: 1 },
+                view(v.at(i, head, 0), v.stride, 1),
+                o,
+                shape.width,
+                false,
+            );
+        }
+    });
+    Ok(())
+}
+
+pub(super) fn backward(
+    cpu: &mut Cpu,
+    chunk: &Chunk,
+    a: &Attention,
+    [q, k, v]: [Columns; 3],
+    out: Reals,
+    lse: Reals,
+    dout: Reals,
+    [dq, dk, dv]: [Columns; 3],
+    scratch: Reals,
+) -> Result<()> {
+    let shape = Shape::new(a, chunk, cpu.reals.len())?;
+    let values = size("attention_vjp: out", &[shape.queries, shape.width])?;
+    same("attention_vjp: out", values, out.len())?;
+    same("attention_vjp: dout", values, dout.len())?;
+    same("attention_vjp: lse", size("attention_vjp: lse", &[shape.queries, a.heads])?, lse.len())?;
+    let scratch = checked_scratch(a, cpu.team.threads, scratch)?;
+    let (dropout, lens) = (Dropout::new(a.dropout)?, key_lens(&cpu.ints, a, chunk)?);
+    let inputs = [
+        shape.columns("attention_vjp: q", q, shape.queries)?,
+        shape.columns("attention_vjp: k", k, shape.keys)?,
+        shape.columns("attention_vjp: v", v, shape.keys)?,
+        shape.place("attention_vjp: out", out)?,
+        shape.place("attention_vjp: lse", lse)?,
+        shape.place("attention_vjp: dout", dout)?,
+    ];
+    let outputs = [
+        shape.columns("attention_vjp: dq", dq, shape.queries)?,
+        shape.columns("attention_vjp: dk", dk, shape.keys)?,
+        shape.columns("attention_vjp: dv", dv, shape.keys)?,
+    ];
+    let scratch_at = shape.place("attention_vjp: scratch", scratch)?;
+    let meets = |x: &core::ops::Range<usize>| inputs.iter().any(|input| overlap(input, x));
+    if outputs.iter().any(|x| meets(x) || overlap(x, &scratch_at)) || meets(&scratch_at) {
+        return Err(Error::Handle("attention_vjp"));
+    }
+    let of = [(dq, &outputs[0]), (dk, &outputs[1]), (dv, &outputs[2])];
+    for (x, y) in [(of[0], of[1]), (of[0], of[2]), (of[1], of[2])] {
+        // Columns of one matrix must not meet; other matrices must not overlap.
+        let apart = x.0.of == y.0.of && x.0.stride == y.0.stride && x.0.at.abs_diff(y.0.at) >= shape.width;
+        if shape.width > 0 && overlap(x.1, y.1) && !apart {
+            return Err(Error::Handle("attention_vjp: dq, dk, dv"));
+        }
+    }
+    if shape.width == 0 || (shape.queries == 0 && shape.keys == 0) {
+        return Ok(());
+    }
+    let hd = a.head_dim;
+    let (q, dq) = (Heads::new(q, a.queries, hd), Heads::new(dq, a.queries, hd));
+    let (k, dk) = (Heads::new(k, a.keys, hd), Heads::new(dk, a.keys, hd));
+    let (v, dv) = (Heads::new(v, a.keys, hd), Heads::new(dv, a.keys, hd));
+    let (stride, slot_len, scale) = (row_stride(a), slot_len(a), score_scale(a));
+    let reals = Shared::new(&mut cpu.reals);
+    // One piece is a whole head, so that no sum of dk and dv crosses pieces.
+    cpu.team.each(chunk.samples * a.heads, |slot, piece| {
+        let (i, head) = (piece / a.heads, piece % a.heads);
+        let present = present(a, lens, i);
+        let stream = chunk.stream(i, Draw::AttentionDropout);
+        let pointer = |at: usize| reals.pointer().wrapping_add(at);
+        let view = |at: usize, row, col| View { start: pointer(at).cast_const(), row, col };
+        for key in 0..a.keys {
+            for d in [dk, dv] {
+                // SAFETY: these columns belong to this piece.
+                unsafe { reals.part(d.at(i, head, key), hd) }.fill(0.0);
+            }
+        }
+        for row in (0..a.queries).step_by(TILE) {
+            let rows = TILE.min(a.queries - row);
+            let keys = visible(a, row + rows - 1, present);
+            let o_at = (i * a.queries + row) * shape.width + head * hd;
+            let d_out = view(dout.start() + o_at, shape.width, 1);
+            let p_tile = pointer(scratch.start() + slot * slot_len);
+            let ds_tile = p_tile.wrapping_add(stride * rows);
+            // S = Q·Kᵀ, dP = dO·Vᵀ
+            // SAFETY: the operands were checked, and the slot is this thread's while the piece runs.
+            unsafe {
+                product(
+                    [rows, keys, hd],
+                    view(q.at(i, head, row), q.stride, 1),
+                    view(k.at(i, head, 0), 1, k.stride),
+                    p_tile,
+                    stride,
+                    false,
+                );
+                product([rows, keys, hd], d_out, view(v.at(i, head, 0), 1, v.stride), ds_tile, stride, false);
+            }
+            for r in 0..rows {
+                let seen = visible(a, row + r, keys);
+                // SAFETY: lines of the slot, and inputs that nothing writes.
+                let (p, ds, o, d, lse) = unsafe {
+                    let from = |at: usize| core::slice::from_raw_parts(pointer(at).cast_const(), hd);
+                    let at = o_at + r * shape.width;
+                    (
+                        core::slice::from_raw_parts_mut(p_tile.add(r * stride), keys),
+                        core::slice::from_raw_parts_mut(ds_tile.add(r * stride), keys),
+                        from(out.start() + at),
+                        from(dout.start() + at),
+                        *pointer(lse.start() + (i * a.heads + head) * a.queries + row + r),
+                    )
+                };
+                p[seen..].fill(0.0);
+                ds[seen..].fill(0.0);
+                let (p, ds) = (&mut p[..seen], &mut ds[..seen]);
+                // dS = P∘(D∘dP − Σ P∘D∘dP), and that sum is dO·O
+                let delta = fold_sum2(o, d, |a, b| a * b);
+                if dropout.is_none() {
+                    weights(p, ds, None, scale, lse, delta);
+                } else {
+                    dropout.each(&stream, first_element(a, head, row + r), seen, |at, factors| {
+                        let part = at..at + factors.len();
+                        weights(&mut p[part.clone()], &mut ds[part], Some(factors), scale, lse, delta);
+                    });
+                }
+            }
+            // dV += (P∘D)ᵀ·dO, dQ = dS·K, dK += dSᵀ·Q
+            // SAFETY: as above; these columns of the outputs belong to this piece.
+            unsafe {
+                product(
+                    [keys, hd, rows],
+                    View { start: p_tile, row: 1, col: stride },
+                    d_out,
+                    pointer(dv.at(i, head, 0)),
+                    dv.stride,
+                    true,
+                );
+                product(
+                    [rows, hd, keys],
+                    View { start: ds_tile, row: stride, col: 1 },
+                    view(k.at(i, head, 0), k.stride, 1),
+                    pointer(dq.at(i, head, row)),
+                    dq.stride,
+                    false,
+                );
+                product(
+                    [keys, hd, rows],
+                    View { start: ds_tile, row: 1, col: stride },
+                    view(q.at(i, head, row), q.stride, 1),
+                    pointer(dk.at(i, head, 0)),
+                    dk.stride,
+                    true,
+                );
+            }
+        }
+    });
+    Ok(())
+}
+
+/// In: scores `p` and gradients `ds` of the dropped weights. Out: the dropped weights, and the gradients of the scaled
+/// products `q·k`.
+#[inline]
+fn weights(p: &mut [f32], ds: &mut [f32], factors: Option<&[f32]>, scale: f32, lse: f32, delta: f32) {
+    let one = f32x8::ONE;
+    let step = |s: f32x8, d: f32x8, f: f32x8| {
+        let p = exp(s.mul_add(f32x8::splat(scale), f32x8::splat(-lse)));
+        (p * f, p * (d * f - f32x8::splat(delta)) * f32x8::splat(scale))
+    };
+    let ((ps, p_tail), (dss, ds_tail)) = (p.as_chunks_mut::<LANES>(), ds.as_chunks_mut::<LANES>());
+    let (fs, f_tail) = factors.unwrap_or(&[]).as_chunks::<LANES>();
+    for (n, (p, d)) in ps.iter_mut().zip(dss).enumerate() {
+        let (np, nd) = step(f32x8::new(*p), f32x8::new(*d), fs.get(n).map_or(one, |f| f32x8::new(*f)));
+        (*p, *d) = (np.to_array(), nd.to_array());
+    }
+    let n = p_tail.len();
+    if n > 0 {
+        let f = if factors.is_some() { load_part(f_tail, 0.0) } else { one };
+        let (np, nd) = step(load_part(p_tail, 0.0), load_part(ds_tail, 0.0), f);
+        p_tail.copy_from_slice(&np.to_array()[..n]);
+        ds_tail.copy_from_slice(&nd.to_array()[..n]);
+    }
+}

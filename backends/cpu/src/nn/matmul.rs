@@ -1,0 +1,159 @@
+//! Matrix products: `gemm`, in tiles that the shape alone decides.
+
+use bdia_core::backend::Order;
+use gemm::Parallelism;
+use gemm_common::cache::CACHE_INFO;
+
+use crate::Team;
+use crate::memory::Shared;
+
+/// Most rows of a tile of `C`.
+const ROWS: usize = 512;
+/// Most columns of a tile of `C`.
+const COLS: usize = 384;
+/// Most inner terms that are summed before they are added to `C`. `gemm` never cuts so few of them again, so neither the
+/// order of sums nor the packing buffers depend on the sizes of the caches.
+const INNER: usize = 512;
+
+/// A bound on what `gemm` allocates in one thread. Read from `gemm-common` 0.19: both packed operands of a tile, with
+/// the columns rounded up to a micro-kernel (or 128 of them, where the L3 cache is unknown), and its slab of L2 size.
+pub(crate) fn thread_bytes() -> usize {
+    const MICRO_ROWS: usize = 96;
+    const MICRO_COLS: usize = 8;
+    let packed = (ROWS + MICRO_COLS).max(128 * MICRO_COLS) + (COLS + MICRO_ROWS);
+    packed * INNER * size_of::<f32>() + CACHE_INFO[1].cache_bytes + 4096
+}
+
+/// A matrix that is read.
+#[derive(Clone, Copy)]
+pub(crate) struct View {
+    pub(crate) start: *const f32,
+    /// From one row to the next.
+    pub(crate) row: usize,
+    /// From one column to the next.
+    pub(crate) col: usize,
+}
+
+// SAFETY: it is only read, and whoever reads it promises that the memory is there.
+unsafe impl Send for View {}
+// SAFETY: as above.
+unsafe impl Sync for View {}
+
+impl View {
+    /// A dense operand `[rows, cols]`.
+    pub(crate) fn dense(x: &[f32], order: Order, rows: usize, cols: usize) -> Self {
+        let (row, col) = match order {
+            Order::Plain => (cols, 1),
+            Order::Transposed => (1, rows),
+        };
+        Self { start: x.as_ptr(), row, col }
+    }
+
+    fn at(self, row: usize, col: usize) -> Self {
+        Self { start: self.start.wrapping_add(row * self.row + col * self.col), ..self }
+    }
+}
+
+/// How a dimension is cut: into equal pieces of at most `most`, a multiple of `step`.
+fn cut(len: usize, most: usize, step: usize) -> usize {
+    len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(step).max(step)
+}
+
+/// `C = A·B`, or `C += A·B`, in this thread. The rows of `c` are `stride` apart.
+///
+/// # Safety
+/// The operands lie in readable memory, `c` in memory that nothing else accesses.
+pub(crate) unsafe fn product(
+    [rows, cols, inner]: [usize; 3],
+    a: View,
+    b: View,
+    c: *mut f32,
+    stride: usize,
+    accumulate: bool,
+) {
+    let (deep, tall, broad) = (cut(inner, INNER, 8), cut(rows, ROWS, 8), cut(cols, COLS, 48));
+    for col in (0..cols).step_by(broad) {
+        let n = broad.min(cols - col);
+        for row in (0..rows).step_by(tall) {
+            let m = tall.min(rows - row);
+            let c = c.wrapping_add(row * stride + col);
+            let mut k = 0;
+            loop {
+                let part = deep.min(inner - k);
+                let (a, b) = (a.at(row, k), b.at(k, col));
+                // SAFETY: a part of what the caller promises.
+                unsafe {
+                    gemm::gemm(
+                        m,
+                        n,
+                        part,
+                        c,
+                        1,
+                        stride as isize,
+                        accumulate || k > 0,
+                        a.start,
+                        a.col as isize,
+                        a.row as isize,
+                        b.start,
+                        b.col as isize,
+                        b.row as isize,
+                        1.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        Parallelism::None,
+                    );
+                }
+                k += part;
+                if k >= inner {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// `C (+)= A·B (+ bias)` for dense `c`, over the threads.
+pub(crate) fn matmul(
+    team: &Team,
+    [rows, cols, inner]: [usize; 3],
+    a: View,
+    b: View,
+    bias: Option<&[f32]>,
+    c: &mut [f32],
+    accumulate: bool,
+) {
+    // Smaller tiles where there are few, so that every thread has some.
+    let (mut most_rows, mut most_cols) = (ROWS, COLS);
+    let count = |r: usize, c: usize| rows.div_ceil(r) * cols.div_ceil(c);
+    while count(most_rows, most_cols) < 32 && (most_rows > 128 || most_cols > 96) {
+        if most_rows > 128 {
+            most_rows /= 2;
+        } else {
+            most_cols /= 2;
+        }
+    }
+    let (tall, broad) = (cut(rows, most_rows, 8), cut(cols, most_cols, 48));
+    let (down, across) = (rows.div_ceil(tall), cols.div_ceil(broad));
+    let c = Shared::new(c);
+    team.each(down * across, |_, tile| {
+        let (row, col) = (tile / across * tall, tile % across * broad);
+        let (m, n) = (tall.min(rows - row), broad.min(cols - col));
+        if let Some(bias) = bias {
+            let bias = &bias[col..col + n];
+            for r in row..row + m {
+                // SAFETY: tiles are disjoint.
+                let c = unsafe { c.part(r * cols + col, n) };
+                if accumulate {
+                    c.iter_mut().zip(bias).for_each(|(c, b)| *c += b);
+                } else {
+                    c.copy_from_slice(bias);
+                }
+            }
+        }
+        let start = c.pointer().wrapping_add(row * cols + col);
+        // SAFETY: the caller's slices have these shapes, and tiles of `C` are disjoint.
+        unsafe { product([m, n, inner], a.at(row, 0), b.at(0, col), start, cols, accumulate || bias.is_some()) }
+    });
+}

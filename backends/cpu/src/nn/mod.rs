@@ -1,0 +1,458 @@
+//! [`NnOps`]: the operations of transformer layers.
+
+mod attention;
+mod dropout;
+mod gelu;
+pub(crate) mod matmul;
+
+use bdia_core::arena::product;
+use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Product};
+use bdia_core::rng::Draw;
+use bdia_core::{Chunk, Error, Fault, Ints, NnOps, Reals, Result};
+use wide::f32x8;
+
+use self::dropout::Dropout;
+use self::matmul::View;
+use crate::memory::{Shared, get, same, split};
+use crate::simd::{exp, fold_sum, fold_sum2, map, map2, map3, max_of};
+use crate::update::Pieces;
+use crate::{BLOCK, Cpu, Team};
+
+/// Columns that one piece of a sum over rows takes: four cache lines.
+const COLUMNS: usize = 64;
+/// Rows that are summed before their sum is added to the total: rounding grows with the root of each.
+const ROWS: usize = 64;
+
+/// Number of rows of `cols` values each in `len` values.
+fn rows_of(what: &'static str, len: usize, cols: usize) -> Result<usize> {
+    let rows = len.checked_div(cols).unwrap_or(0);
+    same(what, rows * cols, len)?;
+    Ok(rows)
+}
+
+/// Rows of one piece of row-wise work.
+fn rows_per_piece(width: usize) -> usize {
+    (BLOCK / 2 / width.max(1)).max(1)
+}
+
+/// `f(x, y)` over blocks of two tensors of the same length.
+fn blocks2(team: &Team, x: &mut [f32], y: &[f32], f: impl Fn(&mut [f32], &[f32]) + Sync) {
+    let x = Shared::new(x);
+    team.each(y.len().div_ceil(BLOCK), |_, b| {
+        let y = &y[b * BLOCK..y.len().min((b + 1) * BLOCK)];
+        // SAFETY: blocks are disjoint.
+        f(unsafe { x.part(b * BLOCK, y.len()) }, y);
+    });
+}
+
+/// `totals[n][c] += Σ_r f(r, values of row r from column `from` on)[n][c]`, `COLUMNS` columns at a time, the rows in
+/// order. `f` adds a row to the partial sums.
+fn column_sums<const N: usize>(
+    team: &Team,
+    rows: usize,
+    totals: [&mut [f32]; N],
+    f: impl Fn(usize, usize, &mut [[f32; COLUMNS]; N], usize) + Sync,
+) {
+    let cols = totals[0].len();
+    let totals = totals.map(Shared::new);
+    team.each(cols.div_ceil(COLUMNS), |_, b| {
+        let from = b * COLUMNS;
+        let n = COLUMNS.min(cols - from);
+        for start in (0..rows).step_by(ROWS) {
+            let mut part = [[0.0; COLUMNS]; N];
+            for r in start..rows.min(start + ROWS) {
+                f(r, from, &mut part, n);
+            }
+            for (total, part) in totals.iter().zip(&part) {
+                // SAFETY: columns are disjoint.
+                let total = unsafe { total.part(from, n) };
+                total.iter_mut().zip(part).for_each(|(t, p)| *t += p);
+            }
+        }
+    });
+}
+
+impl NnOps for Cpu {
+    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
+        same("matmul: a", product("matmul: a", &[p.rows, p.inner])?, a.len())?;
+        same("matmul: b", product("matmul: b", &[p.inner, p.cols])?, b.len())?;
+        same("matmul: c", product("matmul: c", &[p.rows, p.cols])?, c.len())?;
+        if let Some(bias) = bias {
+            same("matmul: bias", p.cols, bias.len())?;
+        }
+        let [a, b, offset, c] = split(&mut self.reals, [a, b, bias.unwrap_or(Reals::EMPTY), c], "matmul")?;
+        if c.is_empty() {
+            return Ok(());
+        }
+        let offset: Option<&[f32]> = bias.map(|_| &*offset);
+        let (a, b) = (View::dense(a, p.a, p.rows, p.inner), View::dense(b, p.b, p.inner, p.cols));
+        matmul::matmul(&self.team, [p.rows, p.cols, p.inner], a, b, offset, c, p.accumulate);
+        Ok(())
+    }
+
+    fn sum_rows(&mut self, x: Reals, sum: Reals) -> Result<()> {
+        let cols = sum.len();
+        let rows = rows_of("sum_rows", x.len(), cols)?;
+        let [x, sum] = split(&mut self.reals, [x, sum], "sum_rows")?;
+        let x = &*x;
+        column_sums(&self.team, rows, [sum], |r, from, [part], n| {
+            let row = &x[r * cols + from..][..n];
+            match row.first_chunk::<COLUMNS>() {
+                Some(row) => part.iter_mut().zip(row).for_each(|(p, x)| *p += x),
+                None => part.iter_mut().zip(row).for_each(|(p, x)| *p += x),
+            }
+        });
+        Ok(())
+    }
+
+    fn add(&mut self, x: Reals, y: Reals) -> Result<()> {
+        same("add", x.len(), y.len())?;
+        let [x, y] = split(&mut self.reals, [x, y], "add")?;
+        blocks2(&self.team, x, y, |x, y| map2(x, y, |x, y| x + y));
+        Ok(())
+    }
+
+    fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
+        let width = weight.len();
+        let rows = rows_of("layer_norm: x", x.len(), width)?;
+        same("layer_norm: bias", width, bias.len())?;
+        same("layer_norm: y", x.len(), y.len())?;
+        same("layer_norm: stats", product("layer_norm: stats", &[2, rows])?, stats.len())?;
+        let [weight, bias, x, y, stats] = split(&mut self.reals, [weight, bias, x, y, stats], "layer_norm")?;
+        let (weight, bias, x) = (&*weight, &*bias, &*x);
+        let (y, stats, each) = (Shared::new(y), Shared::new(stats), rows_per_piece(width));
+        self.team.each(rows.div_ceil(each), |_, piece| {
+            for r in piece * each..rows.min((piece + 1) * each) {
+                let x = &x[r * width..(r + 1) * width];
+                // SAFETY: rows are disjoint.
+                let (y, stats) = unsafe { (y.part(r * width, width), stats.part(2 * r, 2)) };
+                let mean = fold_sum(x, |x| x) / width as f32;
+                let m = f32x8::splat(mean);
+                let squares = fold_sum(x, |x| (x - m) * (x - m));
+                let rstd = (1.0 / libm::sqrt(f64::from(squares) / width as f64 + eps)) as f32;
+                (stats[0], stats[1]) = (mean, rstd);
+                // y = (x − mean)·rstd·weight + bias
+                let s = f32x8::splat(rstd);
+                map2(y, x, |_, x| (x - m) * s);
+                map3(y, weight, bias, |y, w, b| y.mul_add(w, b));
+            }
+        });
+        Ok(())
+    }
+
+    fn layer_norm_vjp(
+        &mut self,
+        weight: Reals,
+        x: Reals,
+        stats: Reals,
+        dy: Reals,
+        dx: Reals,
+        dweight: Reals,
+        dbias: Reals,
+    ) -> Result<()> {
+        let width = weight.len();
+        let rows = rows_of("layer_norm_vjp: x", x.len(), width)?;
+        same("layer_norm_vjp: stats", product("layer_norm_vjp: stats", &[2, rows])?, stats.len())?;
+        same("layer_norm_vjp: dy", x.len(), dy.len())?;
+        same("layer_norm_vjp: dx", x.len(), dx.len())?;
+        same("layer_norm_vjp: dweight", width, dweight.len())?;
+        same("layer_norm_vjp: dbias", width, dbias.len())?;
+        let [weight, x, stats, dy, dx, dweight, dbias] =
+            split(&mut self.reals, [weight, x, stats, dy, dx, dweight, dbias], "layer_norm_vjp")?;
+        let (weight, x, stats, dy) = (&*weight, &*x, &*stats, &*dy);
+        let (dx, each) = (Shared::new(dx), rows_per_piece(width));
+        self.team.each(rows.div_ceil(each), |_, piece| {
+            for r in piece * each..rows.min((piece + 1) * each) {
+                let row = r * width..(r + 1) * width;
+                let (x, dy) = (&x[row.clone()], &dy[row]);
+                let (mean, rstd) = (f32x8::splat(stats[2 * r]), f32x8::splat(stats[2 * r + 1]));
+                // SAFETY: rows are disjoint.
+                let dx = unsafe { dx.part(r * width, width) };
+                vjp_row(weight, x, dy, dx, mean, rstd);
+            }
+        });
+        // dweight += Σ dy·x̂, dbias += Σ dy, with x̂ = (x − mean)·rstd
+        column_sums(&self.team, rows, [dweight, dbias], |r, from, [w, b], n| {
+            let at = r * width + from;
+            let (x, dy, mean, rstd) = (&x[at..at + n], &dy[at..at + n], stats[2 * r], stats[2 * r + 1]);
+            let (w, b) = (&mut w[..n], &mut b[..n]);
+            for c in 0..n {
+                w[c] += dy[c] * ((x[c] - mean) * rstd);
+                b[c] += dy[c];
+            }
+        });
+        Ok(())
+    }
+
+    fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
+        same("gelu", x.len(), y.len())?;
+        let [x, y] = split(&mut self.reals, [x, y], "gelu")?;
+        match kind {
+            Gelu::Tanh => blocks2(&self.team, y, x, |y, x| map2(y, x, |_, x| gelu::value(Gelu::Tanh, x))),
+            Gelu::Exact => blocks2(&self.team, y, x, |y, x| map2(y, x, |_, x| gelu::value(Gelu::Exact, x))),
+        }
+        Ok(())
+    }
+
+    fn gelu_vjp(&mut self, kind: Gelu, x: Reals, d: Reals) -> Result<()> {
+        same("gelu_vjp", x.len(), d.len())?;
+        let [x, d] = split(&mut self.reals, [x, d], "gelu_vjp")?;
+        match kind {
+            Gelu::Tanh => blocks2(&self.team, d, x, |d, x| map2(d, x, |d, x| d * gelu::derivative(Gelu::Tanh, x))),
+            Gelu::Exact => blocks2(&self.team, d, x, |d, x| map2(d, x, |d, x| d * gelu::derivative(Gelu::Exact, x))),
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        chunk: &Chunk,
+        a: &Attention,
+        q: Columns,
+        k: Columns,
+        v: Columns,
+        out: Reals,
+        lse: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
+        attention::forward(self, chunk, a, [q, k, v], out, lse, scratch)
+    }
+
+    fn attention_vjp(
+        &mut self,
+        chunk: &Chunk,
+        a: &Attention,
+        q: Columns,
+        k: Columns,
+        v: Columns,
+        out: Reals,
+        lse: Reals,
+        dout: Reals,
+        dq: Columns,
+        dk: Columns,
+        dv: Columns,
+        scratch: Reals,
+    ) -> Result<()> {
+        attention::backward(self, chunk, a, [q, k, v], out, lse, dout, [dq, dk, dv], scratch)
+    }
+
+    /// Two tiles of 64 rows of scores for each thread.
+    fn attention_scratch(a: &Attention, _samples: usize, threads: usize) -> usize {
+        attention::scratch(a, threads)
+    }
+
+    fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> Result<()> {
+        let (pieces, dropout) = (Pieces::new(chunk, x.len())?, Dropout::new(p)?);
+        let [x] = split(&mut self.reals, [x], "dropout")?;
+        if dropout.is_none() {
+            return Ok(());
+        }
+        let x = Shared::new(x);
+        self.team.each(pieces.count(), |_, piece| {
+            let (sample, start, len) = pieces.locate(piece);
+            // SAFETY: pieces are disjoint.
+            let x = unsafe { x.part(sample * pieces.per + start, len) };
+            dropout.each(&chunk.stream(sample, draw), start as u32, len, |at, factors| {
+                for (x, &f) in x[at..at + factors.len()].iter_mut().zip(factors) {
+                    // Not only a product: a dropped infinity is 0 too.
+                    *x = if f == 0.0 { 0.0 } else { *x * f };
+                }
+            });
+        });
+        Ok(())
+    }
+
+    fn embed(
+        &mut self,
+        chunk: &Chunk,
+        tokens: Ints,
+        table: Reals,
+        positions: Reals,
+        width: usize,
+        x: Reals,
+    ) -> Result<()> {
+        let (length, vocab) = embed_shapes(chunk, tokens, x, table, positions, width)?;
+        let tokens = get(&self.ints, tokens, "embed: tokens")?;
+        let [table, positions, x] = split(&mut self.reals, [table, positions, x], "embed")?;
+        if width == 0 {
+            return Ok(());
+        }
+        let (table, positions, x, each) = (&*table, &*positions, Shared::new(x), rows_per_piece(width));
+        let bad = self.team.reduce(
+            tokens.len().div_ceil(each),
+            usize::MAX,
+            |piece| {
+                let mut bad = usize::MAX;
+                for row in piece * each..tokens.len().min((piece + 1) * each) {
+                    // SAFETY: rows are disjoint.
+                    let x = unsafe { x.part(row * width, width) };
+                    x.copy_from_slice(&positions[row % length * width..][..width]);
+                    match known(tokens[row], vocab) {
+                        Some(token) => map2(x, &table[token * width..][..width], |x, y| x + y),
+                        None => bad = bad.min(row),
+                    }
+                }
+                bad
+            },
+            usize::min,
+        );
+        if bad != usize::MAX {
+            let sample = chunk.first.wrapping_add(bad / length);
+            self.fault.get_or_insert(Fault::Token { sample, value: tokens[bad], vocab });
+        }
+        Ok(())
+    }
+
+    fn embed_vjp(
+        &mut self,
+        chunk: &Chunk,
+        tokens: Ints,
+        dx: Reals,
+        width: usize,
+        dtable: Reals,
+        dpositions: Reals,
+    ) -> Result<()> {
+        let (length, vocab) = embed_shapes(chunk, tokens, dx, dtable, dpositions, width)?;
+        let tokens = get(&self.ints, tokens, "embed_vjp: tokens")?;
+        let [dtable, dpositions, dx] = split(&mut self.reals, [dtable, dpositions, dx], "embed_vjp")?;
+        let (dx, dtable, dpositions) = (&*dx, Shared::new(dtable), Shared::new(dpositions));
+        // A piece takes some columns of all tokens, so that each sum is in the order of the tokens.
+        self.team.each(width.div_ceil(COLUMNS), |_, b| {
+            let from = b * COLUMNS;
+            let n = COLUMNS.min(width - from);
+            for (row, &token) in tokens.iter().enumerate() {
+                let dx = &dx[row * width + from..][..n];
+                // SAFETY: columns are disjoint.
+                let position = unsafe { dpositions.part(row % length * width + from, n) };
+                map2(position, dx, |a, b| a + b);
+                if let Some(token) = known(token, vocab) {
+                    // SAFETY: as above.
+                    let entry = unsafe { dtable.part(token * width + from, n) };
+                    map2(entry, dx, |a, b| a + b);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn cross_entropy(
+        &mut self,
+        chunk: &Chunk,
+        ce: &CrossEntropy,
+        logits: Reals,
+        targets: Ints,
+        losses: Reals,
+    ) -> Result<()> {
+        let rows = targets.len();
+        same("cross_entropy: logits", product("cross_entropy: logits", &[rows, ce.vocab])?, logits.len())?;
+        same("cross_entropy: losses", rows, losses.len())?;
+        let targets = get(&self.ints, targets, "cross_entropy: targets")?;
+        let [logits, losses] = split(&mut self.reals, [logits, losses], "cross_entropy")?;
+        let (scale, vocab, each) = (ce.scale as f32, ce.vocab, rows_per_piece(ce.vocab));
+        let shared = (Shared::new(logits), Shared::new(losses));
+        let bad = self.team.reduce(
+            rows.div_ceil(each),
+            usize::MAX,
+            |piece| {
+                let mut bad = usize::MAX;
+                for row in piece * each..rows.min((piece + 1) * each) {
+                    // SAFETY: rows are disjoint.
+                    let (x, loss) = unsafe { (shared.0.part(row * vocab, vocab), &mut shared.1.part(row, 1)[0]) };
+                    match known(targets[row], vocab) {
+                        Some(target) => {
+                            *loss = cross_entropy_row(x, target, scale);
+                            if !loss.is_finite() {
+                                bad = bad.min(row);
+                            }
+                        }
+                        None => {
+                            x.fill(0.0);
+                            *loss = 0.0;
+                            if targets[row] >= 0 {
+                                bad = bad.min(row);
+                            }
+                        }
+                    }
+                }
+                bad
+            },
+            usize::min,
+        );
+        if bad != usize::MAX {
+            let sample = chunk.first.wrapping_add(ce.row.wrapping_add(bad).checked_div(ce.tokens).unwrap_or_default());
+            // SAFETY: all pieces are done.
+            let loss = unsafe { shared.1.part(bad, 1)[0] };
+            self.fault.get_or_insert(match known(targets[bad], vocab) {
+                Some(_) => Fault::Loss { sample, value: f64::from(loss) },
+                None => Fault::Token { sample, value: targets[bad], vocab },
+            });
+        }
+        Ok(())
+    }
+}
+
+/// With `g = dy·weight`: `dx += rstd·(g − mean(g) − x̂·mean(g·x̂))`.
+#[inline]
+fn vjp_row(weight: &[f32], x: &[f32], dy: &[f32], dx: &mut [f32], mean: f32x8, rstd: f32x8) {
+    let width = weight.len() as f32;
+    // Three operands: dy·weight goes through a small buffer, so that two-operand sums serve.
+    const PART: usize = 256;
+    let mut buffer = [0.0; PART];
+    let (mut sum_g, mut sum_gx) = (0.0, 0.0);
+    for ((x, dy), weight) in x.chunks(PART).zip(dy.chunks(PART)).zip(weight.chunks(PART)) {
+        let g = &mut buffer[..x.len()];
+        g.copy_from_slice(dy);
+        map2(g, weight, |g, w| g * w);
+        sum_g += fold_sum(g, |g| g);
+        sum_gx += fold_sum2(g, x, |g, x| g * ((x - mean) * rstd));
+    }
+    let (mean_g, mean_gx) = (f32x8::splat(sum_g / width), f32x8::splat(sum_gx / width));
+    for (((x, dy), weight), dx) in x.chunks(PART).zip(dy.chunks(PART)).zip(weight.chunks(PART)).zip(dx.chunks_mut(PART))
+    {
+        let g = &mut buffer[..x.len()];
+        g.copy_from_slice(dy);
+        map2(g, weight, |g, w| g * w);
+        map3(dx, g, x, |dx, g, x| rstd.mul_add(g - mean_g - (x - mean) * rstd * mean_gx, dx));
+    }
+}
+
+/// The loss of one row, which becomes its gradient.
+#[inline]
+fn cross_entropy_row(x: &mut [f32], target: usize, scale: f32) -> f32 {
+    // loss = ln Σ exp(x − max) − (x[target] − max),  dx = (exp(x − max)/Σ − onehot(target))·scale
+    let max = max_of(x);
+    let at_target = x[target];
+    let m = f32x8::splat(max);
+    map(x, |x| exp(x - m));
+    let sum = fold_sum(x, |x| x);
+    let inverse = f32x8::splat(1.0 / sum);
+    let s = f32x8::splat(scale);
+    let hot = (x[target] * (1.0 / sum) - 1.0) * scale;
+    map(x, |x| x * inverse * s);
+    x[target] = hot;
+    libm::logf(sum) - (at_target - max)
+}
+
+/// A token that is in the vocabulary.
+fn known(token: i32, vocab: usize) -> Option<usize> {
+    usize::try_from(token).ok().filter(|&token| token < vocab)
+}
+
+/// Tokens of one sample and the vocabulary, once the operands' sizes agree.
+fn embed_shapes(
+    chunk: &Chunk,
+    tokens: Ints,
+    x: Reals,
+    table: Reals,
+    positions: Reals,
+    width: usize,
+) -> Result<(usize, usize)> {
+    let length = rows_of("embed: tokens", tokens.len(), chunk.samples)?;
+    same("embed: x", product("embed: x", &[tokens.len(), width])?, x.len())?;
+    let vocab = rows_of("embed: table", table.len(), width)?;
+    let needed = product("embed: positions", &[length, width])?;
+    if positions.len() < needed {
+        return Err(Error::Shape { what: "embed: positions", expected: needed, found: positions.len() });
+    }
+    Ok((length, vocab))
+}

@@ -1,0 +1,351 @@
+//! Layers and optimizers: the values of the reference backend up to rounding, the same bits for any number of threads.
+
+mod common;
+
+use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
+use bdia_core::optim::{Rule, Update};
+use bdia_core::rng::Draw;
+use bdia_core::{Error, Fault, Ints, NnOps, Reals, Site};
+use bdia_cpu::Cpu;
+use common::{World, chunk, is_handle};
+
+/// Both backends sum in `f32`, in different orders: they differ by a few roundings of partial sums that are as large as
+/// the result, growing with the root of the number of terms (at most 2,000 here, so 50·2^-24 with room).
+const TOLERANCE: f32 = 3e-6;
+
+/// Hands out places in the reals one after the other.
+struct Bump(usize);
+
+impl Bump {
+    fn take(&mut self, n: usize) -> Reals {
+        self.0 += n;
+        Reals::new(self.0 - n, n)
+    }
+}
+
+#[test]
+fn matrix_products() {
+    let shapes = [
+        (0, 5, 3),
+        (5, 0, 3),
+        (4, 3, 0),
+        (1, 1, 1),
+        (1, 40, 70),
+        (40, 1, 70),
+        (1, 700, 1500),
+        (3, 5, 2),
+        (7, 9, 1),
+        (17, 33, 65),
+        (64, 64, 64),
+        (130, 100, 513),
+        (520, 390, 20),
+        (70, 800, 1100),
+        (600, 50, 33),
+    ];
+    for (rows, cols, inner) in shapes {
+        for (a_order, b_order) in [
+            (Order::Plain, Order::Plain),
+            (Order::Transposed, Order::Plain),
+            (Order::Plain, Order::Transposed),
+            (Order::Transposed, Order::Transposed),
+        ] {
+            let mut at = Bump(0);
+            let (a, b, c, bias) = (at.take(rows * inner), at.take(inner * cols), at.take(rows * cols), at.take(cols));
+            let mut world = World::new(1, 0, at.0, 0);
+            for (accumulate, with_bias) in [(false, false), (true, false), (false, true), (true, true)] {
+                if !accumulate {
+                    // Not read.
+                    world.reals[c.range()].fill(f32::NAN);
+                } else {
+                    world.reals[c.range()].fill(0.25);
+                }
+                let p = Product { rows, cols, inner, a: a_order, b: b_order, accumulate };
+                let what = format!("{p:?}, bias {with_bias}");
+                let _ = world.close(&what, TOLERANCE, &|x| x.matmul(&p, a, b, with_bias.then_some(bias), c));
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_and_norms() {
+    for (rows, width) in [(0, 8), (1, 1), (3, 5), (70, 64), (200, 100), (129, 768), (5, 1000)] {
+        let mut at = Bump(0);
+        let n = rows * width;
+        let [x, y, dy, dx] = [0; 4].map(|_| at.take(n));
+        let [w, b, dw, db] = [0; 4].map(|_| at.take(width));
+        let stats = at.take(2 * rows);
+        let world = World::new(2, 0, at.0, 0);
+        let what = format!("{rows}×{width}");
+        let _ = world.close(&format!("sum_rows {what}"), TOLERANCE, &|c| c.sum_rows(x, w));
+        let _ = world.exact(&format!("add {what}"), &|c| c.add(x, y));
+        // A width of 1 has no variance: rstd is 1/√eps, and what it multiplies is 0.
+        let after = world.close(&format!("layer_norm {what}"), TOLERANCE, &|c| c.layer_norm(1e-5, w, b, x, y, stats));
+        let _ = after
+            .world
+            .close(&format!("layer_norm_vjp {what}"), TOLERANCE, &|c| c.layer_norm_vjp(w, x, stats, dy, dx, dw, db));
+    }
+}
+
+#[test]
+fn gelu() {
+    for kind in [Gelu::Tanh, Gelu::Exact] {
+        for n in [0, 1, 7, 8, 100, 40_000] {
+            let (x, y) = (Reals::new(0, n), Reals::new(n, n));
+            let mut world = World::new(3, 0, 2 * n, 0);
+            for (i, x) in world.reals[..n].iter_mut().enumerate() {
+                *x *= [1.0, 4.0, 0.01, 10.0][i % 4];
+            }
+            let _ = world.close("gelu", TOLERANCE, &|c| c.gelu(kind, x, y));
+            let _ = world.close("gelu_vjp", TOLERANCE, &|c| c.gelu_vjp(kind, x, y));
+        }
+        let wild = [1e20, -1e20, f32::MAX, f32::MIN, 0.0, -0.0, 30.0, -30.0, f32::NAN];
+        let mut world = World::new(3, 0, 18, 0);
+        world.reals[..9].copy_from_slice(&wild);
+        let (x, y) = (Reals::new(0, 9), Reals::new(9, 9));
+        let after = world.cpu(1, &|c| c.gelu(kind, x, y));
+        for (i, (&x, &y)) in after.world.reals[..8].iter().zip(&after.world.reals[9..17]).enumerate() {
+            assert_eq!(y, if x > 0.0 { x } else { 0.0 }, "{kind:?} of value {i}, {x:e}");
+        }
+        assert!(after.world.reals[17].is_nan());
+        world.reals[9..].fill(1.0);
+        let after = world.cpu(1, &|c| c.gelu_vjp(kind, x, y));
+        for (&x, &d) in after.world.reals[..8].iter().zip(&after.world.reals[9..17]) {
+            let expected = if x > 0.0 {
+                1.0
+            } else if x == 0.0 {
+                0.5
+            } else {
+                0.0_f32
+            };
+            assert!((d - expected).abs() < 1e-30, "{kind:?} at {x:e}: {d:e}");
+        }
+        assert!(after.world.reals[17].is_nan());
+    }
+}
+
+fn attention_case(a: Attention, samples: usize, lens: &[i32], together: bool) {
+    let (width, queries, keys) = (a.heads * a.head_dim, samples * a.queries, samples * a.keys);
+    let mut at = Bump(0);
+    let (q, k, v, dq, dk, dv);
+    if together {
+        // All three in one matrix, as c_attn leaves them, with columns of nobody at the end.
+        let stride = 3 * width + 2;
+        let (of, d) = (at.take(queries * stride), at.take(queries * stride));
+        [q, k, v] = [0, 1, 2].map(|i| Columns { of, stride, at: i * width });
+        [dq, dk, dv] = [0, 1, 2].map(|i| Columns { of: d, stride, at: i * width });
+    } else {
+        let mut columns = |rows: usize| Columns { of: at.take(rows * (width + 3)), stride: width + 3, at: 1 };
+        (q, k, v) = (columns(queries), columns(keys), columns(keys));
+        (dq, dk, dv) = (columns(queries), columns(keys), columns(keys));
+    }
+    let (out, dout, lse) = (at.take(queries * width), at.take(queries * width), at.take(queries * a.heads));
+    let scratch = at.take(Cpu::attention_scratch(&a, samples, 3).max(a.keys));
+    let mut world = World::new(4, lens.len(), at.0, 0);
+    world.ints.copy_from_slice(lens);
+    let c = chunk(samples);
+    let what = format!("{a:?}, {samples} samples");
+    // What is left in the scratch is nobody's business, but compared: cleared at the end of each.
+    let forward: common::Op = &|b| {
+        b.fill_reals(scratch, f32::NAN)?;
+        b.attention(&c, &a, q, k, v, out, lse, scratch)?;
+        b.fill_reals(scratch, 0.0)
+    };
+    let after = world.close(&format!("attention {what}"), TOLERANCE, forward);
+    let _ = after.world.close(&format!("attention_vjp {what}"), 3.0 * TOLERANCE, &|b| {
+        b.fill_reals(scratch, f32::NAN)?;
+        b.attention_vjp(&c, &a, q, k, v, out, lse, dout, dq, dk, dv, scratch)?;
+        b.fill_reals(scratch, 0.0)
+    });
+}
+
+#[test]
+fn attention() {
+    let base = Attention {
+        heads: 2,
+        head_dim: 8,
+        queries: 5,
+        keys: 5,
+        mask: Mask::Causal,
+        key_lens: Ints::EMPTY,
+        dropout: 0.0,
+    };
+    for dropout in [0.0, 0.3] {
+        let a = Attention { dropout, ..base };
+        attention_case(a, 2, &[], true);
+        attention_case(Attention { mask: Mask::Full, ..a }, 3, &[], true);
+        attention_case(Attention { queries: 1, keys: 1, heads: 1, head_dim: 1, ..a }, 1, &[], true);
+        attention_case(Attention { queries: 150, keys: 150, heads: 3, head_dim: 20, ..a }, 2, &[], true);
+        attention_case(Attention { queries: 64, keys: 64, head_dim: 64, ..a }, 1, &[], false);
+        let padded = Attention { mask: Mask::Full, key_lens: Ints::new(0, 3), queries: 70, keys: 33, ..a };
+        attention_case(padded, 3, &[33, 0, 7], false);
+        let padded = Attention { key_lens: Ints::new(0, 3), queries: 80, keys: 80, ..a };
+        attention_case(padded, 3, &[99, -5, 66], true);
+        attention_case(Attention { queries: 0, keys: 0, ..a }, 2, &[], true);
+        attention_case(Attention { mask: Mask::Full, keys: 0, ..a }, 2, &[], false);
+        attention_case(Attention { mask: Mask::Full, queries: 0, ..a }, 2, &[], false);
+        attention_case(a, 0, &[], true);
+    }
+}
+
+#[test]
+fn attention_refuses_what_does_not_fit() {
+    let a = Attention {
+        heads: 2,
+        head_dim: 4,
+        queries: 3,
+        keys: 3,
+        mask: Mask::Causal,
+        key_lens: Ints::EMPTY,
+        dropout: 0.0,
+    };
+    let need = Cpu::attention_scratch(&a, 1, 2);
+    let world = World::new(1, 4, 1000 + need, 0);
+    let of = Reals::new(0, 72);
+    let [q, k, v] = [0, 8, 16].map(|at| Columns { of, stride: 24, at });
+    let (out, lse, scratch) = (Reals::new(100, 24), Reals::new(200, 6), Reals::new(300, need));
+    let try_it = |a: Attention, q: Columns, out: Reals, scratch: Reals| {
+        world.cpu(2, &|b| b.attention(&chunk(1), &a, q, k, v, out, lse, scratch)).result
+    };
+    assert_eq!(try_it(a, q, out, scratch), Ok(()));
+    assert!(is_handle(&try_it(a, q, Reals::new(60, 24), scratch)));
+    assert!(is_handle(&try_it(a, q, out, Reals::new(190, need))));
+    assert!(matches!(try_it(a, q, out, Reals::new(300, need - 1)), Err(Error::Shape { .. })));
+    assert!(matches!(try_it(a, Columns { at: 20, ..q }, out, scratch), Err(Error::Shape { .. })));
+    assert!(matches!(try_it(Attention { keys: 2, ..a }, q, out, scratch), Err(Error::Shape { .. })));
+    assert!(matches!(try_it(Attention { dropout: 1.0, ..a }, q, out, scratch), Err(Error::Setting { .. })));
+    assert!(matches!(try_it(Attention { key_lens: Ints::new(0, 2), ..a }, q, out, scratch), Err(Error::Shape { .. })));
+    let dq = Columns { of: Reals::new(400, 72), stride: 24, at: 0 };
+    let (dout, dv) = (Reals::new(500, 24), Columns { at: 16, ..dq });
+    for (dk_at, fits) in [(8, true), (4, false)] {
+        let dk = Columns { at: dk_at, ..dq };
+        let scratch = Reals::new(600, need);
+        let r = world.cpu(2, &|b| b.attention_vjp(&chunk(1), &a, q, k, v, out, lse, dout, dq, dk, dv, scratch)).result;
+        assert_eq!(r.is_ok(), fits, "{r:?}");
+    }
+}
+
+#[test]
+fn dropout() {
+    for (samples, per) in [(1, 1), (3, 7), (2, 33), (2, 20_003)] {
+        let mut world = World::new(5, 0, samples * per, 0);
+        world.reals[0] = f32::INFINITY;
+        for p in [0.0, 0.1, 0.9] {
+            let x = Reals::new(0, samples * per);
+            let _ = world.exact("dropout", &|b| b.dropout(&chunk(samples), Draw::EmbeddingDropout, p, x));
+        }
+    }
+}
+
+#[test]
+fn embedding() {
+    for (samples, length, width, vocab) in [(2, 3, 5, 7), (3, 100, 130, 50), (1, 1, 1, 1), (2, 0, 4, 5)] {
+        let mut at = Bump(0);
+        let (table, positions) = (at.take(vocab * width), at.take((length + 2) * width));
+        let x = at.take(samples * length * width);
+        let tokens = Ints::new(0, samples * length);
+        let mut world = World::new(6, tokens.len(), at.0, 0);
+        for t in &mut world.ints {
+            *t = t.rem_euclid(vocab as i32);
+        }
+        let c = chunk(samples);
+        let _ = world.exact("embed", &|b| b.embed(&c, tokens, table, positions, width, x));
+        let _ = world.exact("embed_vjp", &|b| b.embed_vjp(&c, tokens, x, width, table, positions));
+        if let Some(t) = world.ints.last_mut() {
+            *t = vocab as i32;
+            world.ints[tokens.len() / 2] = -1;
+            let after = world.exact("embed", &|b| b.embed(&c, tokens, table, positions, width, x));
+            assert!(matches!(after.fault, Some(Fault::Token { .. })));
+            let _ = world.exact("embed_vjp", &|b| b.embed_vjp(&c, tokens, x, width, table, positions));
+        }
+    }
+}
+
+#[test]
+fn cross_entropy() {
+    for (rows, vocab) in [(0, 5), (1, 1), (3, 5), (20, 1000), (300, 77)] {
+        let (logits, losses) = (Reals::new(0, rows * vocab), Reals::new(rows * vocab, rows));
+        let targets = Ints::new(0, rows);
+        let mut world = World::new(7, rows, rows * (vocab + 1), 0);
+        world.reals.iter_mut().for_each(|x| *x *= 5.0);
+        for (i, t) in world.ints.iter_mut().enumerate() {
+            *t = if i % 5 == 4 { -1 } else { t.rem_euclid(vocab as i32) };
+        }
+        let ce = CrossEntropy { vocab, tokens: 7, row: 3, scale: 0.01 };
+        let op: common::Op = &|b| b.cross_entropy(&chunk(2), &ce, logits, targets, losses);
+        let after = world.close(&format!("cross_entropy {rows}×{vocab}"), TOLERANCE, op);
+        assert_eq!(after.fault, None);
+        if rows == 20 {
+            let mut bad = world.clone();
+            bad.ints[6] = 1000;
+            assert_eq!(bad.close("token", TOLERANCE, op).fault, Some(Fault::Token { sample: 6, value: 1000, vocab }));
+            let mut bad = world.clone();
+            bad.reals[13 * vocab + 5] = f32::NAN;
+            assert!(matches!(bad.close("loss", TOLERANCE, op).fault, Some(Fault::Loss { sample: 7, .. })));
+        }
+    }
+}
+
+#[test]
+fn optimizers() {
+    let rules = [
+        Rule::Sgd { momentum: 0.0 },
+        Rule::Sgd { momentum: 0.9 },
+        Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
+        Rule::AdamW { beta1: 0.0, beta2: 0.0, eps: 0.0 },
+        Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 },
+    ];
+    for n in [0, 1, 2, 9, 100, 50_001] {
+        for rule in rules {
+            for zero in [false, true] {
+                let mut at = Bump(0);
+                let (p, g) = (at.take(n), at.take(n));
+                let m = at.take(if rule.states() > 0 { n } else { 0 });
+                let v = at.take(if rule.states() > 1 { n } else { 0 });
+                let out = at.take(1);
+                let mut world = World::new(8, 0, at.0, 0);
+                world.reals[v.range()].iter_mut().for_each(|v| *v = *v * *v);
+                if zero {
+                    world.reals[g.range()].fill(0.0);
+                    world.reals[m.range()].fill(0.0);
+                    world.reals[v.range()].fill(0.0);
+                }
+                for t in [1, 7] {
+                    let u = Update { rule, t, lr: 1e-2, decay: 0.1, scale: 0.5 };
+                    let what = format!("{u:?}, {n} values");
+                    // A denominator near 0 magnifies roundings of the moments.
+                    let _ = world.close(&what, 10.0 * TOLERANCE, &|b| b.update(&u, p, g, m, v));
+                }
+                let _ = world.close("sum_squares", TOLERANCE, &|b| b.sum_squares(Site::Head, g, out));
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_gradients_stop_updates() {
+    let mut world = World::new(9, 0, 201, 0);
+    world.reals[150] = f32::NEG_INFINITY;
+    let (p, g, out) = (Reals::new(0, 100), Reals::new(100, 100), Reals::new(200, 1));
+    let u = Update { rule: Rule::Sgd { momentum: 0.0 }, t: 1, lr: 0.1, decay: 0.0, scale: 1.0 };
+    let after = world.exact("update", &|b| {
+        b.sum_squares(Site::Block(4), g, out)?;
+        b.update(&u, p, g, Reals::EMPTY, Reals::EMPTY)
+    });
+    assert_eq!(after.fault, Some(Fault::Gradient { site: Site::Block(4) }));
+    assert_eq!(after.world.reals[..100], world.reals[..100]);
+}
+
+#[test]
+fn half_precision() {
+    use half::{bf16, f16};
+    let mut layout = bdia_core::Layout::new(4);
+    let x = layout.reals(bdia_core::Category::Parameters, 2);
+    let mut cpu = Cpu::new(&layout, 1).unwrap();
+    cpu.write_f16(x, &[f16::from_f32(1.5), f16::MAX]).unwrap();
+    assert_eq!(cpu.reals(x).unwrap(), [1.5, 65_504.0]);
+    cpu.write_bf16(x, &[bf16::from_f32(-0.125), bf16::ONE]).unwrap();
+    assert_eq!(cpu.reals(x).unwrap(), [-0.125, 1.0]);
+    assert!(cpu.write_f16(x, &[f16::ONE]).is_err());
+    assert!(Cpu::library_bytes(4) < 64 << 20);
+}

@@ -1,0 +1,21 @@
+//! GPT-2 trained with exact reversible backpropagation: the parts of the program `bdia-gpt2`.
+//!
+//! In the order in which data flows: [`cli`] → [`config`], [`tokenizer`], [`data`] → [`machine`] (plan and backend) →
+//! [`model`] (one optimizer step) → [`train`] (the run), with [`checkpoint`], [`weights`] and [`report`] for what it
+//! leaves behind; [`inference`] and [`sample`] for trained models.
+
+pub mod alloc;
+pub mod checkpoint;
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod files;
+pub mod inference;
+pub mod machine;
+pub mod model;
+pub mod report;
+pub mod sample;
+pub mod tokenizer;
+pub mod train;
+pub mod weights;

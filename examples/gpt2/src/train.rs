@@ -1,0 +1,519 @@
+//! `train`: from flags to a run directory.
+//!
+//! ```text
+//! config.json, model.safetensors   the model, in Hugging Face's layout; tokenizer files beside it
+//! run.json                         the flags of the run
+//! metrics.jsonl, loss.svg          one object per step; the curves
+//! step-*.ckpt                      the last two checkpoints
+//! ```
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use bdia_core::backend::Backend;
+use bdia_core::optim::{Decay, Rule, Schedule};
+use bdia_core::plan::Choice;
+use bdia_core::rng::{Draw, Stream};
+use bdia_core::{Gamma, Layout, Sign};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use crate::alloc::{Counting, peak_rss_bytes};
+use crate::checkpoint::{self, Header};
+use crate::cli::{Mode, Optimizer, ScheduleKind, TrainArgs};
+use crate::config::Gpt2Config;
+use crate::data::{Batches, Corpus, Part};
+use crate::error::Failure;
+use crate::files::{FileError, read_limited, write_bytes};
+use crate::machine::{self, Work};
+use crate::model::{Gpt2, Inference, Outcome, Setup, Step};
+use crate::report;
+use crate::sample::Sampler;
+use crate::tokenizer::{EOT, Tokenizer};
+use crate::weights;
+
+/// Validation windows of the curve; the whole validation part is measured at the end.
+const CURVE_TOKENS: usize = 16_384;
+
+/// Set by Ctrl-C: the step is finished, then the run is saved.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// The optimizer of the flags.
+pub fn rule(args: &crate::cli::OptimArgs) -> Rule {
+    let (beta1, beta2, eps) = (args.beta1, args.beta2, args.eps());
+    match args.optimizer {
+        Optimizer::Adamw => Rule::AdamW { beta1, beta2, eps },
+        Optimizer::SetAdam => Rule::SetAdam { beta1, beta2, eps },
+        Optimizer::Sgd => Rule::Sgd { momentum: beta1 },
+    }
+}
+
+/// Whether blocks are updated as soon as they are finished.
+pub const fn fused(clip: f64, accumulate: u64) -> bool {
+    clip == 0.0 && accumulate == 1
+}
+
+fn schedule(args: &TrainArgs) -> Schedule {
+    Schedule {
+        lr: args.optim.lr,
+        min_lr: args.optim.min_lr(),
+        warmup: args.optim.warmup as u32,
+        steps: args.steps as u32,
+        decay: match args.optim.schedule {
+            ScheduleKind::Constant => Decay::Constant,
+            ScheduleKind::Cosine => Decay::Cosine,
+            ScheduleKind::Linear => Decay::Linear,
+        },
+    }
+}
+
+/// Everything that is known before memory is allocated.
+struct Run {
+    args: TrainArgs,
+    config: Gpt2Config,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    choice: Choice,
+    layout: Layout,
+    model: Gpt2,
+    /// Plans of the same training in the other modes.
+    others: Vec<(String, Layout)>,
+    /// The checkpoint to go on from.
+    from: Option<(std::path::PathBuf, Header)>,
+}
+
+/// Trains.
+///
+/// # Errors
+/// [`Failure`]; what was saved before stays good.
+pub fn train(args: &TrainArgs) -> Result<(), Failure> {
+    let mut args = args.clone();
+    let mut from = None;
+    if let Some(dir) = args.resume.clone() {
+        let path = dir.join("run.json");
+        let saved: TrainArgs = serde_json::from_slice(&read_limited(&path, 1 << 20)?)
+            .map_err(|e| Failure::Run { path: path.clone(), what: format!("not the flags of a run: {e}") })?;
+        args = args.resumed(&saved)?;
+        let (path, header, warnings) = checkpoint::newest(&dir)?;
+        for warning in warnings {
+            eprintln!("warning: {warning}");
+        }
+        from = Some((path, header));
+    }
+
+    let tokenizer = Tokenizer::new();
+    let mut config = match &args.weights {
+        Some(dir) => {
+            let mut config = Gpt2Config::read_dir(dir)?;
+            // Dropout is a choice of the training; the file's is what somebody else chose.
+            config.set_dropout(args.dropout);
+            config
+        }
+        None => args.model.gpt2(args.dropout)?,
+    };
+    config.bdia = Some(machine::record(&args.mode)?);
+    let context = args.model.context.map_or(config.n_positions, |c| c as usize);
+    let corpus = Corpus::open(args.data.as_deref(), &tokenizer, config.vocab_size, context)?;
+
+    let threads = machine::threads(&args.machine);
+    let setup = Setup {
+        dims: machine::dims(&config),
+        batch: args.batch as usize,
+        context,
+        mode: machine::stack_mode(&args.mode, config.n_layer),
+        grid: machine::grid(&args.mode)?,
+        gamma: args.mode.gamma()?,
+        rule: Some(rule(&args.optim)),
+        fused: fused(args.optim.clip, args.accumulate),
+        verify: args.verify,
+        threads,
+        library: machine::library(args.machine.backend, threads),
+    };
+    schedule(&args).check()?;
+    let kind = args.machine.backend;
+    let fixed = from.as_ref().map(|(_, h)| Choice { chunk: h.chunk, head_rows: h.head_rows });
+    let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, fixed)?;
+    let others = other_plans(&setup, kind, choice, args.mode.mode)?;
+    machine::run(kind, threads, &layout, Run { args, config, corpus, tokenizer, choice, layout: layout.clone(), model, others, from })
+}
+
+/// The plans of the modes that are not used, for the table: with their own best chunk as far as they have one.
+fn other_plans(
+    setup: &Setup,
+    kind: crate::cli::BackendKind,
+    choice: Choice,
+    used: Mode,
+) -> Result<Vec<(String, Layout)>, Failure> {
+    use bdia_core::stack::Mode as M;
+    let every = machine::checkpoint_every(None, setup.dims.layers);
+    let mut plans = Vec::new();
+    for (name, mode) in [
+        ("bdia".to_string(), M::Bdia),
+        ("standard".to_string(), M::Standard),
+        (format!("checkpoint {every}"), M::Checkpoint { every }),
+    ] {
+        let same = matches!(
+            (used, mode),
+            (Mode::Bdia, M::Bdia) | (Mode::Standard, M::Standard) | (Mode::Checkpoint, M::Checkpoint { .. })
+        );
+        if same {
+            continue;
+        }
+        let grid = if mode == M::Bdia { Some(bdia_core::Grid::new(14)?) } else { None };
+        let gamma = Gamma::new(0.5, Sign::Random)?;
+        let other = Setup { mode, grid, gamma, verify: false, ..*setup };
+        plans.push((name, machine::lay_out(&other, kind, None, Some(choice))?.2));
+    }
+    Ok(plans)
+}
+
+impl Work for Run {
+    fn on<B: Backend<Real = f32>>(mut self, be: &mut B) -> Result<(), Failure> {
+        let out = self.args.out.clone();
+        // What is allocated before the first step is what the plan says, apart from the libraries.
+        let own = self.layout.total() - self.model.setup().library;
+        let mut peak = 0;
+
+        std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+        let identity = machine::identity(be);
+        let digest = digest(&self.corpus.train)?;
+        let mut first = 0;
+        let mut validation = Vec::new();
+        match &self.from {
+            Some((path, header)) => {
+                if header.data != digest {
+                    return Err(Failure::Run { path: path.clone(), what: "the training data is not the same".into() });
+                }
+                if header.identity != identity {
+                    eprintln!(
+                        "warning: the run was computed by \"{}\", this is \"{identity}\": it goes on, with other rounding",
+                        header.identity
+                    );
+                }
+                checkpoint::load(path, be, &self.model)?;
+                first = header.step;
+                validation.clone_from(&header.validation);
+            }
+            None => {
+                if out.join("run.json").exists() && !checkpoint::list(&out).is_empty() {
+                    // A new run in an old directory: its checkpoints must not be taken for this one's.
+                    for (_, old) in checkpoint::list(&out) {
+                        std::fs::remove_file(&old).map_err(|e| FileError::io(&old, "remove it", e))?;
+                    }
+                }
+                match &self.args.weights {
+                    Some(dir) => weights::load(dir, &self.config, be, &self.model)?,
+                    None => self.model.initialize(be, self.args.seed)?,
+                }
+                let json = serde_json::to_string_pretty(&self.args).map_err(|e| Failure::Other(e.to_string()))?;
+                write_bytes(&out.join("run.json"), json.as_bytes())?;
+            }
+        }
+        let mut metrics = report::Metrics::open(&out.join("metrics.jsonl"), u64::from(first))?;
+        let mut curve = metrics.losses();
+
+        self.announce(first, &identity);
+        // Ctrl-C may have been claimed by a program around this one: then it ends at once, as before.
+        let _ = ctrlc::set_handler(|| STOP.store(true, Ordering::SeqCst));
+        let steps = self.args.steps as u32;
+        let bar = progress(steps, first);
+        let mut order = Batches {
+            order: self.args.order,
+            seed: self.args.seed,
+            per_step: self.args.batch * self.args.accumulate,
+            context: self.model.setup().context,
+        };
+        order.context = self.model.setup().context;
+        let schedule = schedule(&self.args);
+        let tokens_per_step = (self.args.batch * self.args.accumulate) as f64 * order.context as f64;
+        let (mut seconds, mut mismatches, mut worst) = (0.0, 0_u64, 0.0_f64);
+        let mut last = Outcome { loss: f64::NAN, grad_norm: f64::NAN, mismatches: 0, rebuild_error: 0.0 };
+        self.model.prepare();
+
+        for step in first..steps {
+            let clock = Instant::now();
+            let plan = Step {
+                step,
+                seed: self.args.seed,
+                lr: schedule.at(step),
+                weight_decay: self.args.optim.weight_decay,
+                clip: self.args.optim.clip,
+                accumulate: self.args.accumulate as usize,
+            };
+            let (train, batch) = (&self.corpus.train, self.args.batch as u32);
+            let others = Counting::current().saturating_sub(own);
+            Counting::reset_peak();
+            let outcome: Result<Outcome, Failure> = self.model.train(be, &plan, |i, tokens, targets| {
+                Ok(train.batch(&order, step, i as u32 * batch, tokens, targets)?)
+            });
+            last = match outcome {
+                Ok(outcome) => outcome,
+                Err(Failure::Core(error)) => {
+                    bar.abandon();
+                    return Err(Failure::Step { step, error, kept: kept(&out) });
+                }
+                Err(other) => return Err(other),
+            };
+            peak = peak.max(Counting::peak() - others);
+            let took = clock.elapsed().as_secs_f64();
+            seconds += took;
+            mismatches += last.mismatches;
+            worst = worst.max(last.rebuild_error);
+
+            let done = step + 1;
+            let interval = self.args.eval_interval as u32;
+            let val = if done == steps || (interval > 0 && done % interval == 0) {
+                self.validate(be, CURVE_TOKENS)?.map(|(loss, _)| loss)
+            } else {
+                None
+            };
+            if let Some(loss) = val {
+                validation.push((step, loss));
+                bar.println(format!("step {done:>6}  loss {:.4}  validation loss {loss:.4}", last.loss));
+                if !std::io::stderr().is_terminal() {
+                    eprintln!("step {done:>6}  loss {:.4}  validation loss {loss:.4}", last.loss);
+                }
+            }
+            curve.push((u64::from(step), last.loss));
+            metrics.write(&report::Metric {
+                step: u64::from(step),
+                loss: last.loss,
+                lr: plan.lr,
+                grad_norm: last.grad_norm,
+                tokens_per_s: tokens_per_step / took,
+                val_loss: val,
+            })?;
+            let shown = validation.last().map_or(String::new(), |(_, v)| format!("val {v:.3} "));
+            let speed = tokens_per_step * f64::from(done - first) / seconds;
+            bar.set_message(format!("loss {:.3} {shown}{speed:.0} tok/s", last.loss));
+            bar.inc(1);
+
+            let stop = STOP.load(Ordering::SeqCst);
+            let every = self.args.checkpoint_interval as u32;
+            if done == steps || stop || (every > 0 && done % every == 0) {
+                let header = Header {
+                    step: done,
+                    chunk: self.choice.chunk,
+                    head_rows: self.choice.head_rows,
+                    identity: identity.clone(),
+                    lens: Vec::new(),
+                    data: digest,
+                    validation: validation.clone(),
+                };
+                checkpoint::save(&out, be, &self.model, header)?;
+            }
+            if stop && done < steps {
+                bar.abandon();
+                println!("stopped after step {done} of {steps}; to go on:  bdia-gpt2 train --resume {}", out.display());
+                return Ok(());
+            }
+        }
+        bar.finish_and_clear();
+
+        self.config.write_dir(&out)?;
+        weights::save(&out, be, &self.model)?;
+        if self.config.vocab_size == crate::tokenizer::VOCAB {
+            self.tokenizer.write_hf_files(&out, self.config.n_positions)?;
+        }
+        let points: Vec<_> = validation.iter().map(|&(s, l)| (u64::from(s), l)).collect();
+        report::loss_svg(&out.join("loss.svg"), &curve, &points)?;
+        let whole = self.validate(be, usize::MAX)?;
+        self.summary(be, (last, whole), mismatches, worst, peak)?;
+
+        if self.args.json {
+            let steps_run = f64::from(steps - first);
+            let number = |x: f64| if x.is_finite() { json!(x) } else { json!(null) };
+            println!(
+                "{}",
+                json!({
+                    "loss": number(last.loss),
+                    "val_loss": whole.map(|(loss, _)| loss),
+                    "verify_mismatches": mismatches,
+                    "rebuild_error": worst,
+                    "tokens_per_s": number(tokens_per_step * steps_run / seconds),
+                    "plan_bytes": self.layout.total(),
+                    "peak_bytes": peak,
+                    "peak_rss_bytes": peak_rss_bytes(),
+                    "steps": steps,
+                    "out": out,
+                })
+            );
+        }
+        Ok(())
+    }
+}
+
+fn kept(out: &Path) -> String {
+    match checkpoint::list(out).first() {
+        Some((step, path)) => format!(
+            "; the checkpoint after step {step} is good ({}), --resume {} goes on from it",
+            path.display(),
+            out.display()
+        ),
+        None => "; no checkpoint had been written yet".into(),
+    }
+}
+
+/// Identifies the training data of a run.
+fn digest(part: &Part) -> Result<u64, Failure> {
+    let mut hash = xxhash_rust::xxh3::Xxh3::new();
+    hash.update(&part.len().to_le_bytes());
+    let mut buffer = [0_i32; 4096];
+    let n = buffer.len().min(usize::try_from(part.len()).unwrap_or(usize::MAX));
+    // Beginning, middle and end: a file of many gigabytes is not read twice for it.
+    for from in [0, part.len() / 2, part.len().saturating_sub(n as u64)] {
+        part.copy(from, &mut buffer[..n])?;
+        buffer[..n].iter().for_each(|t| hash.update(&t.to_le_bytes()));
+    }
+    Ok(hash.digest())
+}
+
+fn progress(steps: u32, first: u32) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(u64::from(steps)), ProgressDrawTarget::stderr_with_hz(4));
+    // The template is a constant; without it the bar is a plain one.
+    if let Ok(style) = ProgressStyle::with_template("{bar:24} step {pos}/{len} {msg} ETA {eta}") {
+        bar.set_style(style);
+    }
+    bar.set_position(u64::from(first));
+    bar.reset_eta();
+    bar
+}
+
+impl Run {
+    fn announce(&self, first: u32, identity: &str) {
+        let s = self.model.setup();
+        eprintln!(
+            "{} parameters, {} blocks, width {}, context {}, batch {}{}, mode {}; {} training and {} validation tokens of {}",
+            self.model.parameters(),
+            s.dims.layers,
+            s.dims.width,
+            s.context,
+            s.batch,
+            if self.args.accumulate > 1 { format!(" x {}", self.args.accumulate) } else { String::new() },
+            serde_json::to_value(self.args.mode.mode).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default(),
+            self.corpus.train.len(),
+            self.corpus.validation.len(),
+            self.corpus.name,
+        );
+        eprintln!(
+            "{identity}, {} thread(s); plan {}, chunks of {} sample(s)",
+            s.threads,
+            report::bytes(self.layout.total() as u64),
+            self.choice.chunk
+        );
+        if first > 0 {
+            eprintln!("goes on after step {first} of {}", self.args.steps);
+        }
+    }
+
+    fn validate<B: Backend<Real = f32>>(&mut self, be: &mut B, tokens: usize) -> Result<Option<(f64, usize)>, Failure> {
+        let context = self.model.setup().context;
+        let windows = (tokens / context).max(1);
+        evaluate(be, &mut self.model, &self.corpus.validation, windows, Inference::Float(Gamma::new(0.0, Sign::Plus)?))
+    }
+
+    fn summary<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        (last, whole): (Outcome, Option<(f64, usize)>),
+        mismatches: u64,
+        worst: f64,
+        peak: usize,
+    ) -> Result<(), Failure> {
+        let mut out = std::io::stdout().lock();
+        let mut text = String::new();
+        if self.config.vocab_size == crate::tokenizer::VOCAB {
+            let sampler = Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 };
+            let tokens = generate(be, &mut self.model, &[EOT as i32], 60, &sampler, 1, Inference::Float(Gamma::new(0.0, Sign::Plus)?))?;
+            let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).filter(|&t| t != EOT).collect();
+            text = format!("\nA sample:\n  {}\n", self.tokenizer.decode(&tokens).trim().replace('\n', "\n  "));
+        }
+        let validation = match whole {
+            Some((loss, tokens)) => format!(", validation loss {loss:.4} over {tokens} tokens"),
+            None => String::new(),
+        };
+        text += &format!("\nloss {:.4}{validation}\n", last.loss);
+        if self.args.verify && self.args.mode.mode == Mode::Bdia {
+            text += &format!("verified: {mismatches} rebuilt values differ from the originals\n");
+        }
+        if self.args.verify && self.args.mode.mode == Mode::BdiaFloat {
+            text += &format!("rebuilding without a grid: largest error {worst:.3e}\n");
+        }
+        let columns: Vec<_> = core::iter::once((format!("{} (plan)", self.mode_name()), machine::bytes_of(&self.layout)))
+            .chain(self.others.iter().map(|(name, l)| (name.clone(), machine::bytes_of(l))))
+            .collect();
+        text += &format!("\n{}", report::memory_table(&columns));
+        text += &format!(
+            "measured peak of the same memory {}, of the whole process {}\n\nfiles in {}: model.safetensors, config.json, metrics.jsonl, loss.svg, step-*.ckpt\n",
+            report::bytes(peak as u64),
+            peak_rss_bytes().map_or("unknown".into(), report::bytes),
+            self.args.out.display()
+        );
+        // Nobody is left to tell if the terminal is gone.
+        let _ = out.write_all(text.as_bytes());
+        Ok(())
+    }
+
+    fn mode_name(&self) -> String {
+        serde_json::to_value(self.args.mode.mode).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+    }
+}
+
+/// Mean loss over the first `windows` windows of a part and the number of its targets; `None` if it has no window.
+///
+/// # Errors
+/// [`Failure`]
+pub fn evaluate<B: Backend<Real = f32>>(
+    be: &mut B,
+    model: &mut Gpt2,
+    part: &Part,
+    windows: usize,
+    inference: Inference,
+) -> Result<Option<(f64, usize)>, Failure> {
+    let (context, at_once) = (model.setup().context, model.stack.config().chunk);
+    let (mut tokens, mut targets) = (vec![0; at_once * context], vec![0; at_once * context]);
+    let (mut sum, mut count, mut filled) = (0.0, 0, 0);
+    let mut starts = part.windows(context).take(windows).peekable();
+    while let Some(from) = starts.next() {
+        let range = filled * context..(filled + 1) * context;
+        part.window(from, &mut tokens[range.clone()], &mut targets[range.clone()])?;
+        filled += 1;
+        if filled == at_once || starts.peek().is_none() {
+            let (loss, n) = model.evaluate(be, &tokens[..range.end], &targets[..range.end], inference)?;
+            sum += loss;
+            count += n;
+            filled = 0;
+        }
+    }
+    Ok((count > 0).then(|| (sum / count as f64, count)))
+}
+
+/// Continues `prompt` by `count` tokens, or up to the end of the document. The window slides where the context ends.
+///
+/// # Errors
+/// [`Failure`]
+pub fn generate<B: Backend<Real = f32>>(
+    be: &mut B,
+    model: &mut Gpt2,
+    prompt: &[i32],
+    count: usize,
+    sampler: &Sampler,
+    seed: u64,
+    inference: Inference,
+) -> Result<Vec<i32>, Failure> {
+    let (mut all, mut order) = (prompt.to_vec(), Vec::new());
+    let stream = Stream::new(seed, 0, 0, 0, 0, Draw::Sample);
+    for _ in 0..count {
+        let window = &all[all.len().saturating_sub(model.setup().context)..];
+        let last = window.len() - 1;
+        let logits = model.logits(be, window, last..last + 1, inference)?;
+        let token = sampler.choose(&logits, &stream, all.len() as u32, &mut order)?;
+        all.push(token as i32);
+        if token == EOT {
+            break;
+        }
+    }
+    Ok(all.split_off(prompt.len()))
+}

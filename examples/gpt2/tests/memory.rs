@@ -1,0 +1,100 @@
+//! The plan is the measured peak, and a step allocates nothing of its own. One test, because the allocator counts the
+//! whole process.
+
+mod common;
+
+use bdia_core::optim::Rule;
+use bdia_core::plan::Choice;
+use bdia_core::stack::Mode;
+use bdia_core::{Category, Error, Layout};
+use bdia_cpu::Cpu;
+use bdia_gpt2::alloc::Counting;
+use bdia_gpt2::model::{Dims, Gpt2, Inference, Setup, Step};
+use common::{Memory, grid, small};
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn setup(mode: Mode, layers: usize, fused: bool, dims: Dims) -> Setup {
+    Setup {
+        dims: Dims { layers, ..dims },
+        batch: 3,
+        context: 8,
+        mode,
+        grid: if mode == Mode::BdiaFloat { None } else { grid() },
+        gamma: bdia_core::Gamma::new(0.5, bdia_core::Sign::Random).unwrap(),
+        rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }),
+        fused,
+        verify: false,
+        threads: 2,
+        library: Cpu::library_bytes(2),
+    }
+}
+
+fn step(i: u32) -> Step {
+    Step { step: i, seed: 1, lr: 1e-3, weight_decay: 0.1, clip: 0.0, accumulate: 1 }
+}
+
+fn fill(_: usize, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), Error> {
+    for (i, (x, y)) in tokens.iter_mut().zip(targets).enumerate() {
+        (*x, *y) = ((i * 7 % 19) as i32, (i * 5 % 19) as i32);
+    }
+    Ok(())
+}
+
+#[test]
+fn plan_and_peak() {
+    let modes = [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 2 }, Mode::Checkpoint { every: 1 }, Mode::BdiaFloat];
+    for mode in modes {
+        for (layers, chunk) in [(1, 1), (2, 2), (5, 3), (12, 2)] {
+            for fused in [true, false] {
+                // The reference backend has no library below it: everything is the plan's, to the byte.
+                let s = Setup { library: 0, ..setup(mode, layers, fused, small()) };
+                let choice = Choice { chunk, head_rows: 7 };
+                let (mut model, layout) = Gpt2::layout::<bdia_core::Reference<'_, f32>>(&s, choice).unwrap();
+                let before = Counting::current();
+                let mut memory = Memory::<f32>::new(&layout);
+                let mut be = memory.backend(&layout);
+                model.initialize(&mut be, 1).unwrap();
+                model.prepare();
+                assert_eq!(Counting::current() - before, layout.total(), "{mode:?} {layers} {chunk} {fused}");
+                Counting::reset_peak();
+                let count = Counting::count();
+                for i in 0..3 {
+                    model.train(&mut be, &step(i), fill).unwrap();
+                }
+                assert_eq!(Counting::count(), count, "no allocation within a step: {mode:?}");
+                assert_eq!(Counting::peak() - before, layout.total(), "{mode:?} {layers} {chunk} {fused}");
+            }
+        }
+    }
+
+    // The CPU backend: arenas as planned, and what `gemm` takes for itself within its bound.
+    let wide = Dims { vocab: 300, width: 96, heads: 4, inner: 384, ..small() };
+    for mode in modes {
+        let s = setup(mode, 4, true, wide);
+        let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice { chunk: 2, head_rows: 16 }).unwrap();
+        let before = Counting::current();
+        let mut be = Cpu::new(&layout, 2).unwrap();
+        model.initialize(&mut be, 1).unwrap();
+        model.prepare();
+        Counting::reset_peak();
+        for i in 0..3 {
+            model.train(&mut be, &step(i), fill).unwrap();
+        }
+        let own = layout.total() - layout.bytes(Category::Library);
+        let peak = Counting::peak() - before;
+        // Threads and the tables of the pool are the operating system's and rayon's: some tens of kilobytes.
+        assert!((own..=layout.total() + 100_000).contains(&peak), "{mode:?}: peak {peak}, plan {}", layout.total());
+        let _ = model.evaluate(&mut be, &[1; 16], &[2; 16], Inference::Float(s.gamma)).unwrap();
+    }
+
+    // Depth costs side bits: everything else is equal at 6 and 48 blocks, apart from what belongs to parameters.
+    let plan = |layers| -> Layout {
+        Gpt2::layout::<Cpu>(&setup(Mode::Bdia, layers, true, small()), Choice { chunk: 1, head_rows: 8 }).unwrap().1
+    };
+    let (a, b) = (plan(6), plan(48));
+    for c in [Category::Activations, Category::ActivationGradients, Category::Workspace, Category::Head] {
+        assert_eq!(a.bytes(c), b.bytes(c), "{c}");
+    }
+}
