@@ -43,7 +43,7 @@ macro_rules! handle {
 
             /// The values' place in the arena.
             pub const fn range(self) -> core::ops::Range<usize> {
-                self.start..self.start + self.len
+                self.start..self.start.saturating_add(self.len)
             }
 
             /// `len` values from the `offset`-th on. What lies outside is cut off, so that an operation that needs it
@@ -51,7 +51,7 @@ macro_rules! handle {
             pub const fn sub(self, offset: usize, len: usize) -> Self {
                 let offset = if offset > self.len { self.len } else { offset };
                 let rest = self.len - offset;
-                Self { start: self.start + offset, len: if len > rest { rest } else { len } }
+                Self { start: self.start.saturating_add(offset), len: if len > rest { rest } else { len } }
             }
         }
     };

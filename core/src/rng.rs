@@ -95,7 +95,7 @@ impl Stream {
     /// A whole number below `n` (by multiplication; the bias is below `n / 2^32`).
     #[inline]
     pub fn below(&self, element: u32, n: u32) -> u32 {
-        (u64::from(self.word(element)) * u64::from(n) >> 32) as u32
+        ((u64::from(self.word(element)) * u64::from(n)) >> 32) as u32
     }
 }
 

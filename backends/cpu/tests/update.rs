@@ -9,6 +9,7 @@ use common::{World, chunk, is_handle};
 const SHAPES: [(usize, usize); 11] =
     [(0, 0), (1, 0), (1, 1), (3, 1), (2, 7), (1, 31), (2, 32), (3, 33), (2, 100), (2, 16_384), (2, 40_001)];
 
+#[allow(clippy::unwrap_used, reason = "only tests call this")]
 fn gammas() -> Vec<Gamma> {
     let mut all = vec![];
     for m in [1, 2, 3, 8] {

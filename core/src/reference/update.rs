@@ -10,8 +10,13 @@ use crate::update::{Gamma, Grid, LIMIT, advance, checksum, combine, retreat};
 /// Values of one sample of a chunk of `len` values.
 fn per_sample(chunk: &Chunk, len: usize) -> Result<usize> {
     let per = len.checked_div(chunk.samples).unwrap_or(0);
-    same("values of a chunk", per * chunk.samples, len)?;
+    same("values of a chunk", per.saturating_mul(chunk.samples), len)?;
     Ok(per)
+}
+
+/// A sum has two words, or none where it is not wanted. Asked before anything is changed.
+fn check_sum(sum: Words) -> Result<()> {
+    if sum.is_empty() { Ok(()) } else { same("words of a sum", 2, sum.len()) }
 }
 
 /// Adds to a 64-bit number kept in two words; nothing where there are none.
@@ -39,7 +44,7 @@ impl First {
 impl<R: Real> Reference<'_, R> {
     fn range_fault(&mut self, chunk: &Chunk, per: usize, bad: First) {
         if let Some((index, value)) = bad.0 {
-            let sample = chunk.first + index.checked_div(per).unwrap_or(0);
+            let sample = chunk.first.saturating_add(index.checked_div(per).unwrap_or(0));
             self.fault.get_or_insert(Fault::Range { site: chunk.site, sample, value });
         }
     }
@@ -48,8 +53,11 @@ impl<R: Real> Reference<'_, R> {
 impl<R: Real> UpdateOps for Reference<'_, R> {
     fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> Result<()> {
         let per = per_sample(chunk, x.len())?;
+        check_sum(sum)?;
+        let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("quantize"))?;
         let y = self.reals.get(y.range()).ok_or(Error::Handle("quantize"))?;
+        let sum = self.words.get_mut(sum.range()).ok_or(Error::Handle("quantize"))?;
         same("quantize", x.len(), y.len())?;
         let (mut bad, mut total) = (First(None), 0_u64);
         for (i, (x, &y)) in x.iter_mut().zip(y).enumerate() {
@@ -57,9 +65,9 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
                 bad.see(i, y);
                 0
             });
-            total = total.wrapping_add(checksum(*x, chunk.first * per + i));
+            total = total.wrapping_add(checksum(*x, at.wrapping_add(i)));
         }
-        accumulate(self.words.get_mut(sum.range()).ok_or(Error::Handle("quantize"))?, total)?;
+        accumulate(sum, total)?;
         self.range_fault(chunk, per, bad);
         Ok(())
     }
@@ -76,8 +84,11 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
 
     fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
         let per = per_sample(chunk, x.len())?;
+        check_sum(sum)?;
+        let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("add_quantized"))?;
         let h = self.reals.get(h.range()).ok_or(Error::Handle("add_quantized"))?;
+        let sum = self.words.get_mut(sum.range()).ok_or(Error::Handle("add_quantized"))?;
         same("add_quantized", x.len(), h.len())?;
         let (mut bad, mut total) = (First(None), 0_u64);
         for (i, (x, &h)) in x.iter_mut().zip(h).enumerate() {
@@ -89,9 +100,9 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
             if x.unsigned_abs() > LIMIT as u32 {
                 bad.see(i, grid.dequantize::<f64>(*x));
             }
-            total = total.wrapping_add(checksum(*x, chunk.first * per + i));
+            total = total.wrapping_add(checksum(*x, at.wrapping_add(i)));
         }
-        accumulate(self.words.get_mut(sum.range()).ok_or(Error::Handle("add_quantized"))?, total)?;
+        accumulate(sum, total)?;
         self.range_fault(chunk, per, bad);
         Ok(())
     }
@@ -108,6 +119,8 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         sum: Words,
     ) -> Result<()> {
         let (per, m) = (per_sample(chunk, x.len())?, gamma.planes()?);
+        check_sum(sum)?;
+        let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("step"))?;
         let cur = self.reals.get(cur.range()).ok_or(Error::Handle("step"))?;
         let h = self.reals.get(h.range()).ok_or(Error::Handle("step"))?;
@@ -116,11 +129,11 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         same("step: h_k", x.len(), h.len())?;
         let stride = per.div_ceil(32);
         if !side.is_empty() {
-            same("step: side bits", chunk.samples * m as usize * stride, side.len())?;
+            same("step: side bits", chunk.samples.saturating_mul(m as usize * stride), side.len())?;
         }
         side.fill(0);
         let (mut bad, mut total) = (First(None), 0_u64);
-        for s in 0..chunk.samples {
+        for s in 0..if per == 0 { 0 } else { chunk.samples } {
             let sigma = chunk.sigma(gamma, s);
             for e in 0..per {
                 let i = s * per + e;
@@ -139,7 +152,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
                 if x[i].unsigned_abs() > LIMIT as u32 {
                     bad.see(i, grid.dequantize::<f64>(x[i]));
                 }
-                total = total.wrapping_add(checksum(x[i], chunk.first * per + i));
+                total = total.wrapping_add(checksum(x[i], at.wrapping_add(i)));
             }
         }
         accumulate(sum, total)?;
@@ -159,6 +172,8 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         sum: Words,
     ) -> Result<()> {
         let (per, m) = (per_sample(chunk, x.len())?, gamma.planes()?);
+        check_sum(sum)?;
+        let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("inverse"))?;
         let cur = self.reals.get(cur.range()).ok_or(Error::Handle("inverse"))?;
         let h = self.reals.get(h.range()).ok_or(Error::Handle("inverse"))?;
@@ -166,9 +181,9 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         same("inverse: x_k", x.len(), cur.len())?;
         same("inverse: h_k", x.len(), h.len())?;
         let stride = per.div_ceil(32);
-        same("inverse: side bits", chunk.samples * m as usize * stride, side.len())?;
+        same("inverse: side bits", chunk.samples.saturating_mul(m as usize * stride), side.len())?;
         let mut total = 0_u64;
-        for s in 0..chunk.samples {
+        for s in 0..if per == 0 { 0 } else { chunk.samples } {
             let sigma = chunk.sigma(gamma, s);
             for e in 0..per {
                 let i = s * per + e;
@@ -178,7 +193,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
                     r |= (side[(s * m as usize + plane as usize) * stride + e / 32] >> (e % 32) & 1) << plane;
                 }
                 x[i] = retreat(m, sigma, x[i], q, r, e);
-                total = total.wrapping_add(checksum(x[i], chunk.first * per + i));
+                total = total.wrapping_add(checksum(x[i], at.wrapping_add(i)));
             }
         }
         accumulate(sum, total)
@@ -190,7 +205,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         same("blend: h_k", x.len(), h.len())?;
         let [x, cur, h] = split(self.reals, [x.range(), cur.range(), h.range()], "blend")?;
         let mut bad = First(None);
-        for s in 0..chunk.samples {
+        for s in 0..if per == 0 { 0 } else { chunk.samples } {
             let sigma = chunk.sigma(gamma, s);
             let g = gamma.value::<R>(sigma);
             for i in s * per..(s + 1) * per {
@@ -210,7 +225,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         same("unblend: x_k", x.len(), cur.len())?;
         same("unblend: h_k", x.len(), h.len())?;
         let [x, cur, h] = split(self.reals, [x.range(), cur.range(), h.range()], "unblend")?;
-        for s in 0..chunk.samples {
+        for s in 0..if per == 0 { 0 } else { chunk.samples } {
             let sigma = chunk.sigma(gamma, s);
             for i in s * per..(s + 1) * per {
                 x[i] = (x[i] - gamma.mix(sigma, cur[i], h[i])) / gamma.value(sigma);
@@ -224,7 +239,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         same("combine: G_k", next.len(), cur.len())?;
         same("combine: h", next.len(), h.len())?;
         let [next, cur, h] = split(self.reals, [next.range(), cur.range(), h.range()], "combine")?;
-        for s in 0..chunk.samples {
+        for s in 0..if per == 0 { 0 } else { chunk.samples } {
             let g = gamma.value::<R>(chunk.sigma(gamma, s));
             for i in s * per..(s + 1) * per {
                 (next[i], cur[i], h[i]) = combine(g, next[i], cur[i]);
@@ -242,6 +257,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
 
     fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
         same("count_differences", a.len(), b.len())?;
+        same("words of a count", 2, count.len())?;
         let differing = self.ints(a)?.iter().zip(self.ints(b)?).filter(|(a, b)| a != b).count() as u64;
         accumulate(self.words.get_mut(count.range()).ok_or(Error::Handle("count_differences"))?, differing)
     }

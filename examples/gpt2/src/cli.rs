@@ -686,7 +686,7 @@ mod tests {
     use super::*;
 
     fn read(arguments: &str) -> Result<Command, String> {
-        Cli::try_parse_from(std::iter::once("bdia-gpt2").chain(arguments.split_whitespace()))
+        Cli::try_parse_from(core::iter::once("bdia-gpt2").chain(arguments.split_whitespace()))
             .map(|c| c.command)
             .map_err(|e| e.to_string())
     }

@@ -233,7 +233,7 @@ impl Part {
                 let word = u64::from(words[0]) << 32 | u64::from(words[1]);
                 // Every start with a full window and its last target.
                 let starts = self.len.saturating_sub(context).max(1);
-                (u128::from(word) * u128::from(starts) >> 64) as u64
+                ((u128::from(word) * u128::from(starts)) >> 64) as u64
             }
             Order::Sequential => {
                 let n = u128::from(step) * u128::from(batches.per_step) + u128::from(index);
@@ -449,7 +449,7 @@ pub fn token_layout(path: &Path, head: &[u8], len: u64) -> Result<(u64, u64), Da
         _ => (0, None),
     };
     let bytes = len - offset;
-    if bytes % 2 != 0 {
+    if !bytes.is_multiple_of(2) {
         return Err(DataError::Odd { path: path.into(), bytes: len });
     }
     match declared {

@@ -108,8 +108,8 @@ fn sync_directory(path: &Path) -> Result<(), FileError> {
 /// A directory of its own for one test, removed at its end.
 #[cfg(test)]
 pub(crate) mod testing {
+    use core::sync::atomic::{AtomicU32, Ordering};
     use std::path::{Path, PathBuf};
-    use std::sync::atomic::{AtomicU32, Ordering};
 
     pub(crate) struct TempDir(PathBuf);
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bdia_core::backend::Backend;
 use bdia_core::plan::Choice;
-use bdia_core::{Gamma, Grid, Layout, Sign, stack};
+use bdia_core::{Category, Gamma, Grid, Layout, Sign, stack};
 use serde_json::json;
 
 use crate::cli::{self, EvalArgs, GenerateArgs, MachineArgs, PlanArgs};
@@ -16,7 +16,7 @@ use crate::model::{Gpt2, Inference, Setup};
 use crate::report;
 use crate::sample::Sampler;
 use crate::tokenizer::{EOT, Tokenizer, VOCAB};
-use crate::{train, weights};
+use crate::train;
 
 /// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid can use.
 fn lay_out(
@@ -78,7 +78,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     }
     impl Work for Eval<'_> {
         fn on<B: Backend<Real = f32>>(mut self, be: &mut B) -> Result<(), Failure> {
-            weights::load(&self.args.weights, &self.config, be, &self.model)?;
+            machine::load_weights(&self.args.weights, &self.config, be, &self.model)?;
             let inference = inference(self.args.inference, self.args.gamma.unwrap_or(0.0))?;
             let part = &self.corpus.validation;
             let Some((loss, tokens)) = train::evaluate(be, &mut self.model, part, usize::MAX, inference)? else {
@@ -124,7 +124,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     impl Work for Generate<'_> {
         fn on<B: Backend<Real = f32>>(mut self, be: &mut B) -> Result<(), Failure> {
             let args = self.args;
-            weights::load(&args.weights, &self.config, be, &self.model)?;
+            machine::load_weights(&args.weights, &self.config, be, &self.model)?;
             let tokenizer = Tokenizer::new();
             let mut prompt: Vec<i32> = tokenizer.encode(&args.prompt).into_iter().map(|t| t as i32).collect();
             if prompt.is_empty() {
@@ -195,27 +195,27 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         stack::Mode::BdiaFloat => "bdia-float".to_string(),
         stack::Mode::Checkpoint { every } => format!("checkpoint {every}"),
     };
-    let mut columns = vec![(format!("{} *", name(&setup.mode)), machine::bytes_of(&layout))];
+    let mut columns = vec![(format!("{} *", name(&setup.mode)), layout.clone())];
     let every = machine::checkpoint_every(None, layers);
     for mode in
         [stack::Mode::Bdia, stack::Mode::Standard, stack::Mode::Checkpoint { every }, stack::Mode::Checkpoint { every: 1 }]
     {
-        if mode == setup.mode || columns.iter().any(|c| c.0 == name(&mode)) {
+        if mode == setup.mode || columns.iter().any(|c: &(String, Layout)| c.0 == name(&mode)) {
             continue;
         }
         let grid = if mode == stack::Mode::Bdia { Some(Grid::new(args.mode.frac_bits)?) } else { None };
         let gamma = Gamma::new(0.5, Sign::Random)?;
         let other = Setup { mode, grid, gamma, verify: false, ..setup };
-        columns.push((name(&mode), machine::bytes_of(&machine::lay_out(&other, kind, None, Some(choice))?.2)));
+        columns.push((name(&mode), machine::lay_out(&other, kind, None, Some(choice))?.2));
     }
-    print!("{}", report::memory_table(&columns));
+    print!("{}", machine::memory_table(&columns, None));
     println!("* chunks of {} sample(s) inside a block, {} rows of logits at a time", choice.chunk, choice.head_rows);
     if let Some(budget) = args.machine.memory {
         println!("  fits into {}", report::bytes(budget));
     }
     if args.json {
         let categories: serde_json::Map<_, _> =
-            machine::bytes_of(&layout).into_iter().map(|(name, bytes)| (name, json!(bytes))).collect();
+            Category::ALL.iter().map(|&c| (c.to_string(), json!(layout.bytes(c)))).collect();
         println!(
             "{}",
             json!({

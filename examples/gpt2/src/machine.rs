@@ -12,6 +12,8 @@ use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs};
 use crate::config::{Activation, Bdia, Gpt2Config};
 use crate::error::Failure;
 use crate::model::{Dims, Gpt2, Setup};
+use crate::report::MemoryTable;
+use crate::weights::{self, Weights};
 
 /// The architecture of a configuration.
 pub fn dims(c: &Gpt2Config) -> Dims {
@@ -106,12 +108,64 @@ pub fn lay_out(
     }
 }
 
-/// A plan by rows of the memory table.
-pub fn bytes_of(layout: &Layout) -> Vec<(String, u64)> {
-    Category::ALL
-        .iter()
-        .map(|&c| (c.to_string(), layout.bytes(c) as u64))
-        .collect()
+/// The memory table of some plans, and of the measured peak where there is one (of the first plan's memory).
+pub fn memory_table(plans: &[(String, Layout)], peak: Option<u64>) -> MemoryTable {
+    let mut names: Vec<&str> = plans.iter().map(|p| p.0.as_str()).collect();
+    if peak.is_some() {
+        names.insert(1, "measured peak");
+    }
+    let mut table = MemoryTable::new(&names);
+    let mut row = |name: &str, measured: Option<u64>, bytes: &dyn Fn(&Layout) -> u64| {
+        let mut cells: Vec<_> = plans.iter().map(|p| Some(bytes(&p.1))).collect();
+        if peak.is_some() {
+            cells.insert(1, measured);
+        }
+        table.row(name, &cells);
+    };
+    for c in Category::ALL {
+        if plans.iter().any(|p| p.1.bytes(c) > 0) {
+            row(&c.to_string(), None, &|l| l.bytes(c) as u64);
+        }
+    }
+    row("total", peak, &|l| l.total() as u64);
+    table
+}
+
+/// Reads a model's weights, whatever their names' prefix, type and number of files.
+///
+/// # Errors
+/// Files that cannot be read, and every tensor that is missing, unexpected or of another shape.
+pub fn load_weights<B: Backend<Real = f32>>(
+    dir: &Path,
+    config: &Gpt2Config,
+    be: &mut B,
+    model: &Gpt2,
+) -> Result<(), Failure> {
+    let weights = Weights::read_dir(dir)?;
+    weights.check(&config.tensors())?;
+    for t in model.tensors() {
+        weights.stream::<Failure>(&t.name, |at, values| Ok(be.write_reals(t.values.sub(at, values.len()), values)?))?;
+    }
+    Ok(())
+}
+
+/// Writes `model.safetensors`.
+///
+/// # Errors
+/// A file that cannot be written; an existing one is untouched then.
+pub fn save_weights<B: Backend<Real = f32>>(dir: &Path, be: &B, model: &Gpt2) -> Result<(), Failure> {
+    let named = model.tensors();
+    let shapes: Vec<_> = named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
+    let mut piece = vec![0.0; 1 << 14];
+    weights::write::<Failure>(&dir.join(weights::FILE), &shapes, |i, sink| {
+        let values = named[i].values;
+        for at in (0..values.len()).step_by(1 << 14) {
+            let piece = &mut piece[..(1 << 14).min(values.len() - at)];
+            be.read_reals(values.sub(at, piece.len()), piece)?;
+            sink.put(piece)?;
+        }
+        Ok(())
+    })
 }
 
 /// Memory that the operating system can still give, where it says so.

@@ -359,10 +359,13 @@ mod tests {
             .row("parameters", &[Some(497_759_232), Some(497_759_232)])
             .row("side bits", &[Some(4096), None])
             .total("total");
-        let expected = "              plan  standard\n\
-                        parameters  498 MB    498 MB\n\
-                        side bits  4.10 kB         -\n\
-                        total       498 MB    498 MB\n";
+        let expected = [
+            "               plan  standard\n",
+            "parameters   498 MB    498 MB\n",
+            "side bits   4.10 kB         -\n",
+            "total        498 MB    498 MB\n",
+        ]
+        .concat();
         assert_eq!(table.to_string(), expected);
     }
 }

@@ -29,10 +29,9 @@ use crate::error::Failure;
 use crate::files::{FileError, read_limited, write_bytes};
 use crate::machine::{self, Work};
 use crate::model::{Gpt2, Inference, Outcome, Setup, Step};
-use crate::report;
+use crate::report::{self, Metric, Metrics};
 use crate::sample::Sampler;
 use crate::tokenizer::{EOT, Tokenizer};
-use crate::weights;
 
 /// Validation windows of the curve; the whole validation part is measured at the end.
 const CURVE_TOKENS: usize = 16_384;
@@ -204,15 +203,16 @@ impl Work for Run {
                     }
                 }
                 match &self.args.weights {
-                    Some(dir) => weights::load(dir, &self.config, be, &self.model)?,
+                    Some(dir) => machine::load_weights(dir, &self.config, be, &self.model)?,
                     None => self.model.initialize(be, self.args.seed)?,
                 }
                 let json = serde_json::to_string_pretty(&self.args).map_err(|e| Failure::Other(e.to_string()))?;
                 write_bytes(&out.join("run.json"), json.as_bytes())?;
             }
         }
-        let mut metrics = report::Metrics::open(&out.join("metrics.jsonl"), u64::from(first))?;
-        let mut curve = metrics.losses();
+        let log = out.join("metrics.jsonl");
+        let mut metrics = Metrics::resume(&log, u64::from(first))?;
+        let mut curve: Vec<_> = Metrics::read(&log)?.iter().map(|m| (m.step, m.loss)).collect();
 
         self.announce(first, &identity);
         // Ctrl-C may have been claimed by a program around this one: then it ends at once, as before.
@@ -270,18 +270,18 @@ impl Work for Run {
                 None
             };
             if let Some(loss) = val {
-                validation.push((step, loss));
+                validation.push((done, loss));
                 bar.println(format!("step {done:>6}  loss {:.4}  validation loss {loss:.4}", last.loss));
                 if !std::io::stderr().is_terminal() {
                     eprintln!("step {done:>6}  loss {:.4}  validation loss {loss:.4}", last.loss);
                 }
             }
-            curve.push((u64::from(step), last.loss));
-            metrics.write(&report::Metric {
-                step: u64::from(step),
+            curve.push((u64::from(done), last.loss));
+            metrics.push(&Metric {
+                step: u64::from(done),
                 loss: last.loss,
                 lr: plan.lr,
-                grad_norm: last.grad_norm,
+                grad_norm: Some(last.grad_norm),
                 tokens_per_s: tokens_per_step / took,
                 val_loss: val,
             })?;
@@ -313,7 +313,7 @@ impl Work for Run {
         bar.finish_and_clear();
 
         self.config.write_dir(&out)?;
-        weights::save(&out, be, &self.model)?;
+        machine::save_weights(&out, be, &self.model)?;
         if self.config.vocab_size == crate::tokenizer::VOCAB {
             self.tokenizer.write_hf_files(&out, self.config.n_positions)?;
         }
@@ -441,13 +441,11 @@ impl Run {
         if self.args.verify && self.args.mode.mode == Mode::BdiaFloat {
             text += &format!("rebuilding without a grid: largest error {worst:.3e}\n");
         }
-        let columns: Vec<_> = core::iter::once((format!("{} (plan)", self.mode_name()), machine::bytes_of(&self.layout)))
-            .chain(self.others.iter().map(|(name, l)| (name.clone(), machine::bytes_of(l))))
-            .collect();
-        text += &format!("\n{}", report::memory_table(&columns));
+        let plans: Vec<_> = core::iter::once((self.mode_name(), self.layout.clone())).chain(self.others.clone()).collect();
+        text += &format!("\n{}", machine::memory_table(&plans, Some(peak as u64)));
         text += &format!(
-            "measured peak of the same memory {}, of the whole process {}\n\nfiles in {}: model.safetensors, config.json, metrics.jsonl, loss.svg, step-*.ckpt\n",
-            report::bytes(peak as u64),
+            "peak of the whole process, with data and tokenizer: {}\n\nfiles in {}: model.safetensors, config.json, \
+             metrics.jsonl, loss.svg, step-*.ckpt\n",
             peak_rss_bytes().map_or("unknown".into(), report::bytes),
             self.args.out.display()
         );

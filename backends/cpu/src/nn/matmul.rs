@@ -124,11 +124,12 @@ pub(crate) fn matmul(
     c: &mut [f32],
     accumulate: bool,
 ) {
-    // Smaller tiles where there are few, so that every thread has some.
+    // Smaller tiles where there are few, so that every thread has some; not so small that packing them costs more than
+    // it gains.
     let (mut most_rows, mut most_cols) = (ROWS, COLS);
     let count = |r: usize, c: usize| rows.div_ceil(r) * cols.div_ceil(c);
-    while count(most_rows, most_cols) < 32 && (most_rows > 128 || most_cols > 96) {
-        if most_rows > 128 {
+    while count(most_rows, most_cols) < 32 && (most_rows > 256 || most_cols > 192) {
+        if most_rows > 256 {
             most_rows /= 2;
         } else {
             most_cols /= 2;

@@ -1,9 +1,10 @@
 //! The same operation on the reference backend and on the CPU with 1, 2 and 3 threads, over the same memory.
 
 #![allow(dead_code, reason = "each test program uses a part")]
+#![allow(clippy::unwrap_used, reason = "only tests are built of this")]
 
 use bdia_core::rng::{Draw, Stream};
-use bdia_core::{Backend, Category, Chunk, Error, Fault, Ints, Layout, Real, Reals, Reference, Result, Site, Words};
+use bdia_core::{Backend, Category, Chunk, Error, Fault, Ints, Layout, Reals, Reference, Result, Site, Words};
 use bdia_cpu::Cpu;
 
 /// The three arenas.
@@ -137,8 +138,4 @@ pub fn chunk(samples: usize) -> Chunk {
 /// Whether an operation was refused for its handles.
 pub fn is_handle<T>(r: &Result<T>) -> bool {
     matches!(r, Err(Error::Handle(_)))
-}
-
-pub fn bytes_of<R: Real>() -> usize {
-    R::BYTES
 }
