@@ -13,7 +13,7 @@
 //!   [`OptimOps::update`] does nothing.
 //! * **Handles are checked.** A handle outside its arena, operands that overlap where the documentation does not allow
 //!   it, or a wrong length give an [`Error`](crate::Error), never a panic. Empty operands are fine.
-//! * Run [`crate::testing`] (feature `testing`) against it.
+//! * Run `bdia_core::testing` (feature `testing`) against it.
 
 use crate::arena::{Ints, Reals, Words};
 use crate::error::{Fault, Result, Site};
@@ -65,7 +65,14 @@ impl Chunk {
 
     /// The random stream of sample `i` of this chunk.
     pub const fn stream(&self, i: usize, draw: Draw) -> crate::rng::Stream {
-        crate::rng::Stream::new(self.seed, self.step, self.global.wrapping_add(i as u32), self.stack, self.block(), draw)
+        crate::rng::Stream::new(
+            self.seed,
+            self.step,
+            self.global.wrapping_add(i as u32),
+            self.stack,
+            self.block(),
+            draw,
+        )
     }
 
     /// `σ` of sample `i` of this chunk.
@@ -142,13 +149,31 @@ pub trait UpdateOps: Storage {
     /// The step ([`Gamma::step`]) in place: `x` holds `X_{k-1}` and becomes `X_{k+1}`; `cur` is `x_k`, `h` is `h_k(x_k)`.
     /// Writes the side bits of `X_{k-1}` unless `side` is empty, adds the checksum of `X_{k+1}`. Faults as in
     /// [`add_quantized`](Self::add_quantized).
-    fn step(&mut self, chunk: &Chunk, grid: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words)
-    -> Result<()>;
+    fn step(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        gamma: Gamma,
+        x: Ints,
+        cur: Reals,
+        h: Reals,
+        side: Words,
+        sum: Words,
+    ) -> Result<()>;
 
     /// The inverse ([`Gamma::inverse`]) in place: `x` holds `X_{k+1}` and becomes `X_{k-1}`, whose checksum is added. A
     /// quantized value out of range counts as 0, as in the step, and raises nothing.
-    fn inverse(&mut self, chunk: &Chunk, grid: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words)
-    -> Result<()>;
+    fn inverse(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        gamma: Gamma,
+        x: Ints,
+        cur: Reals,
+        h: Reals,
+        side: Words,
+        sum: Words,
+    ) -> Result<()>;
 
     /// The step without a grid, in place: `x ← γ·x + ((1-γ)·cur + (1+γ)·h)`. With `|γ| = 0` the old content of `x` is
     /// not read and `x = cur + h`. A result that is not finite raises [`Fault::Range`].
@@ -336,7 +361,15 @@ pub trait NnOps: Storage {
 
     /// `x[i, t] = table[tokens[i, t]] + positions[t]`; `table[vocab, width]`, `positions[≥ T, width]`, `tokens[n, T]`,
     /// `x[n, T, width]`. A token outside the vocabulary raises [`Fault::Token`] and counts as a row of zeros.
-    fn embed(&mut self, chunk: &Chunk, tokens: Ints, table: Reals, positions: Reals, width: usize, x: Reals) -> Result<()>;
+    fn embed(
+        &mut self,
+        chunk: &Chunk,
+        tokens: Ints,
+        table: Reals,
+        positions: Reals,
+        width: usize,
+        x: Reals,
+    ) -> Result<()>;
 
     /// Its vector-Jacobian product: adds to `dtable` and `dpositions`.
     fn embed_vjp(
@@ -352,7 +385,14 @@ pub trait NnOps: Storage {
     /// Softmax cross-entropy in place: `logits[rows, vocab]` become `(softmax − onehot(target))·scale`, and
     /// `losses[rows] = −log softmax(target)`. Rows whose target is negative are masked: gradient and loss are 0. A loss
     /// that is not finite raises [`Fault::Loss`]; a target beyond the vocabulary raises [`Fault::Token`].
-    fn cross_entropy(&mut self, chunk: &Chunk, ce: &CrossEntropy, logits: Reals, targets: Ints, losses: Reals) -> Result<()>;
+    fn cross_entropy(
+        &mut self,
+        chunk: &Chunk,
+        ce: &CrossEntropy,
+        logits: Reals,
+        targets: Ints,
+        losses: Reals,
+    ) -> Result<()>;
 }
 
 /// Operations of optimizers, one parameter tensor at a time.

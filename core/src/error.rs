@@ -157,7 +157,10 @@ impl fmt::Display for Fault {
                 write!(f, "head, sample {sample}: the loss is {value}; no parameter was updated")
             }
             Self::Token { sample, value, vocab } => {
-                write!(f, "sample {sample}: token {value} is outside the vocabulary of {vocab}; no parameter was updated")
+                write!(
+                    f,
+                    "sample {sample}: token {value} is outside the vocabulary of {vocab}; no parameter was updated"
+                )
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Fitting a step into a memory budget.
 //!
-//! The plan itself is the [`Layout`](crate::Layout) that a model's buffers are asked of; here it is decided which of the
+//! The plan itself is the [`Layout`] that a model's buffers are asked of; here it is decided which of the
 //! possible layouts is used.
 
 use crate::arena::Layout;

@@ -6,7 +6,16 @@ use num_traits::Float;
 /// plain IEEE arithmetic, never from the platform (`num_traits::Float` changes its source with the features of other
 /// crates in the graph, so it serves only where no bit depends on it).
 pub trait Real:
-    Float + Default + core::fmt::Debug + core::iter::Sum + core::ops::AddAssign + core::ops::SubAssign + core::ops::MulAssign + Send + Sync + 'static
+    Float
+    + Default
+    + core::fmt::Debug
+    + core::iter::Sum
+    + core::ops::AddAssign
+    + core::ops::SubAssign
+    + core::ops::MulAssign
+    + Send
+    + Sync
+    + 'static
 {
     /// Bytes of one value.
     const BYTES: usize;

@@ -689,11 +689,7 @@ impl Stack {
             be.compare(self.sum(rebuilt), compared, rebuilt, k)?;
             if k > 0 && !self.originals.is_empty() {
                 let whole = self.x[0].len();
-                be.count_differences(
-                    self.x[(k - 1) % 2],
-                    self.originals.sub((k - 1) * whole, whole),
-                    self.differing,
-                )?;
+                be.count_differences(self.x[(k - 1) % 2], self.originals.sub((k - 1) * whole, whole), self.differing)?;
             }
             blocks.done(be, k)?;
         }
@@ -814,9 +810,7 @@ impl Stack {
         if self.config.gamma.magnitude() == 0.0 {
             return Ok(());
         }
-        let stored = |j: usize| {
-            self.input_of(&self.chunk(pass, Site::Block(j), self.frame_index(j, c), first, n))
-        };
+        let stored = |j: usize| self.input_of(&self.chunk(pass, Site::Block(j), self.frame_index(j, c), first, n));
         let probe = self.chunk(pass, Site::Block(0), 0, first, n);
         // `far` holds x_{j+1} and becomes x_{j-1}; `near` holds x_j.
         let (mut far, mut near) = (self.part(self.top, &probe), self.part(self.spare[0], &probe));

@@ -1,7 +1,7 @@
 //! The reversible update of one activation: grid, γ, side bits, step, inverse, gradient, checksum.
 //!
 //! Everything exact in this crate is in this file, element by element, in plain scalar code. Backends repeat it over
-//! tensors and must give the same bits (the suite in [`crate::testing`] compares them).
+//! tensors and must give the same bits (the suite in `bdia_core::testing` compares them).
 //!
 //! ```text
 //! step      X_{k+1} = σ·(X_{k-1} + s_{k-1}) / 2^m + Q((1-γ)·x_k + (1+γ)·h_k(x_k)),   γ = σ·2^-m

@@ -1,5 +1,6 @@
 //! The promises of the stack, shown with blocks that know nothing of this crate's layers: they implement
 //! [`Blocks`] over the first two trait layers, keep their own parameters, intermediates and optimizer.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
 
@@ -138,7 +139,7 @@ impl Ends {
         Self { inputs: of(1), targets: of(2), per, loss: 0.0, input_gradient: vec![0.0; batch * per] }
     }
 
-    fn range(&self, c: &Chunk) -> std::ops::Range<usize> {
+    fn range(&self, c: &Chunk) -> core::ops::Range<usize> {
         c.first * self.per..(c.first + c.samples) * self.per
     }
 }
@@ -227,7 +228,8 @@ fn rebuilt_activations_are_exact() {
         let blocks = 1 + n as usize % 9;
         let mut c = config(batch, rows * width, blocks, 1 + w[3] as usize % batch, Mode::Bdia);
         let m = 1 + v[0] % 3;
-        c.gamma = Gamma::new(1.0 / f64::from(1 << m), [Sign::Random, Sign::Plus, Sign::Minus][v[1] as usize % 3]).unwrap();
+        c.gamma =
+            Gamma::new(1.0 / f64::from(1 << m), [Sign::Random, Sign::Plus, Sign::Minus][v[1] as usize % 3]).unwrap();
         let l = [0, 5, 9, 14, 20, 24][v[2] as usize % 6];
         c.grid = Some(Grid::new(l).unwrap());
         // Small values; some grid steps; nearly the whole range (halved, since x_1 = x_0 + h_0 and drift need room).
@@ -342,7 +344,17 @@ impl<B: UpdateOps> UpdateOps for BitFlip<B> {
     fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
         self.inner.add_quantized(chunk, grid, x, h, sum)
     }
-    fn step(&mut self, chunk: &Chunk, g: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words) -> Result<()> {
+    fn step(
+        &mut self,
+        chunk: &Chunk,
+        g: Grid,
+        gamma: Gamma,
+        x: Ints,
+        cur: Reals,
+        h: Reals,
+        side: Words,
+        sum: Words,
+    ) -> Result<()> {
         self.inner.step(chunk, g, gamma, x, cur, h, side, sum)?;
         if chunk.block() == self.block && !side.is_empty() {
             let mut word = [0];
@@ -351,7 +363,17 @@ impl<B: UpdateOps> UpdateOps for BitFlip<B> {
         }
         Ok(())
     }
-    fn inverse(&mut self, chunk: &Chunk, g: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words) -> Result<()> {
+    fn inverse(
+        &mut self,
+        chunk: &Chunk,
+        g: Grid,
+        gamma: Gamma,
+        x: Ints,
+        cur: Reals,
+        h: Reals,
+        side: Words,
+        sum: Words,
+    ) -> Result<()> {
         self.inner.inverse(chunk, g, gamma, x, cur, h, side, sum)
     }
     fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
@@ -474,7 +496,10 @@ fn gradients_against_finite_differences() {
                 let mut scrap = Ends::new(3, 8, 1.0);
                 let slope = (probe(&mut a, &mut scrap) - probe(&mut b, &mut scrap)) / (2.0 * e);
                 // Central differences with 1e-5: the error is about 1e-10 of the third derivative, plus rounding.
-                assert!((slope - mlp.grads[k][i]).abs() < 1e-7 * (1.0 + slope.abs()), "{mode:?} block {k} parameter {i}");
+                assert!(
+                    (slope - mlp.grads[k][i]).abs() < 1e-7 * (1.0 + slope.abs()),
+                    "{mode:?} block {k} parameter {i}"
+                );
             }
         }
         for i in [0, 5, 23] {
@@ -557,8 +582,7 @@ fn context_has_a_gradient_of_its_own() {
     let e = 1e-5;
     for sample in 0..3 {
         let (_, gradient) = loss(Mode::BdiaFloat, 0.0, sample);
-        let slope =
-            (loss(Mode::BdiaFloat, e, sample).0 - loss(Mode::BdiaFloat, -e, sample).0) / (2.0 * e);
+        let slope = (loss(Mode::BdiaFloat, e, sample).0 - loss(Mode::BdiaFloat, -e, sample).0) / (2.0 * e);
         assert!((gradient - slope).abs() < 1e-7 * (1.0 + slope.abs()), "{gradient} {slope}");
         // On the grid (2^-14, four blocks) the same up to some grid steps.
         let (_, on_grid) = loss(Mode::Bdia, 0.0, sample);

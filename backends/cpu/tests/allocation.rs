@@ -1,8 +1,8 @@
 //! No operation allocates, except the packing of matrix products, which stays within its bound.
 
-use core::alloc::Layout as Block;
+use core::alloc::{GlobalAlloc, Layout as Block};
 use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::alloc::{GlobalAlloc, System};
+use std::alloc::System;
 
 use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
 use bdia_core::optim::{Rule, Update};

@@ -177,7 +177,13 @@ impl TransformerBlocks {
     ///
     /// # Errors
     /// Those of [`BlockShape::check`] and [`Rule::check`].
-    pub fn layout(shape: BlockShape, blocks: usize, rule: Option<Rule>, fused: bool, layout: &mut Layout) -> Result<Self> {
+    pub fn layout(
+        shape: BlockShape,
+        blocks: usize,
+        rule: Option<Rule>,
+        fused: bool,
+        layout: &mut Layout,
+    ) -> Result<Self> {
         shape.check()?;
         let (tensors, len) = shape.tensors();
         let params = Params::layout(layout, blocks, len, BLOCK_TENSORS, rule, fused)?;

@@ -120,8 +120,7 @@ impl<B: Backend> Head<B> for LmHead {
                 accumulate: true,
             };
             be.matmul(&p, logits, y, None, dweight)?;
-            let p =
-                Product { rows, cols: d, inner: self.vocab, a: Order::Plain, b: Order::Plain, accumulate: false };
+            let p = Product { rows, cols: d, inner: self.vocab, a: Order::Plain, b: Order::Plain, accumulate: false };
             be.matmul(&p, logits, self.weight, None, dy)?;
         }
         be.fill_reals(gx, B::Real::of(0.0))?;

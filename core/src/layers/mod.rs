@@ -126,11 +126,7 @@ impl Params {
 
     /// Gradients of group `k`.
     pub const fn gradient(&self, k: usize) -> Reals {
-        if self.gradients.len() == self.group {
-            self.gradients
-        } else {
-            self.gradients.sub(k * self.group, self.group)
-        }
+        if self.gradients.len() == self.group { self.gradients } else { self.gradients.sub(k * self.group, self.group) }
     }
 
     /// Sets gradients to zero: those of all groups.
@@ -163,13 +159,7 @@ impl Params {
         for t in tensors {
             let decay = if t.matrix { u.weight_decay } else { 0.0 };
             let update = Update { rule: u.rule, t: u.t, lr: u.lr, decay, scale: u.scale };
-            be.update(
-                &update,
-                t.of(self.group(k)),
-                t.of(self.gradient(k)),
-                state(self.m, t),
-                state(self.v, t),
-            )?;
+            be.update(&update, t.of(self.group(k)), t.of(self.gradient(k)), state(self.m, t), state(self.v, t))?;
         }
         Ok(())
     }
@@ -196,15 +186,15 @@ impl Params {
 }
 
 /// `y[rows, out] = x[rows, in]·W[in, out] + b`.
-pub(crate) fn linear<B: NnOps>(be: &mut B, rows: usize, w: (Reals, Tensor), b: Reals, x: Reals, y: Reals) -> Result<()> {
-    let p = Product {
-        rows,
-        cols: w.1.cols,
-        inner: w.1.rows,
-        a: Order::Plain,
-        b: Order::Plain,
-        accumulate: false,
-    };
+pub(crate) fn linear<B: NnOps>(
+    be: &mut B,
+    rows: usize,
+    w: (Reals, Tensor),
+    b: Reals,
+    x: Reals,
+    y: Reals,
+) -> Result<()> {
+    let p = Product { rows, cols: w.1.cols, inner: w.1.rows, a: Order::Plain, b: Order::Plain, accumulate: false };
     be.matmul(&p, x, w.1.of(w.0), Some(b), y)
 }
 

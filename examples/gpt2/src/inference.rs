@@ -97,11 +97,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         }
     }
     let config = Gpt2Config::read_dir(&args.weights)?;
-    let context = args
-        .context
-        .map(|c| c as usize)
-        .or_else(|| trained_context(&args.weights))
-        .unwrap_or(config.n_positions);
+    let context =
+        args.context.map(|c| c as usize).or_else(|| trained_context(&args.weights)).unwrap_or(config.n_positions);
     let corpus = Corpus::open(args.data.as_deref(), &Tokenizer::new(), config.vocab_size, context)?;
     let windows = corpus.validation.windows(context).len().max(1);
     let batch = (args.batch as usize).min(windows);
@@ -130,8 +127,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
             if prompt.is_empty() {
                 prompt.push(EOT as i32);
             }
-            let sampler =
-                Sampler { temperature: args.temperature, top_k: args.top_k as usize, top_p: args.top_p };
+            let sampler = Sampler { temperature: args.temperature, top_k: args.top_k as usize, top_p: args.top_p };
             let inference = inference(args.inference, 0.0)?;
             let tokens =
                 train::generate(be, &mut self.model, &prompt, args.tokens as usize, &sampler, args.seed, inference)?;
@@ -197,9 +193,12 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
     };
     let mut columns = vec![(format!("{} *", name(&setup.mode)), layout.clone())];
     let every = machine::checkpoint_every(None, layers);
-    for mode in
-        [stack::Mode::Bdia, stack::Mode::Standard, stack::Mode::Checkpoint { every }, stack::Mode::Checkpoint { every: 1 }]
-    {
+    for mode in [
+        stack::Mode::Bdia,
+        stack::Mode::Standard,
+        stack::Mode::Checkpoint { every },
+        stack::Mode::Checkpoint { every: 1 },
+    ] {
         if mode == setup.mode || columns.iter().any(|c: &(String, Layout)| c.0 == name(&mode)) {
             continue;
         }

@@ -1,5 +1,6 @@
 //! GPT-2 assembled from the layers and the stack of `bdia-core`: where every buffer is, and one optimizer step.
 
+use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::{Backend, Chunk, Gelu, Mask};
 use bdia_core::error::{Error, Result, Site};
@@ -9,7 +10,6 @@ use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Config as StackConfig, Mode, Pass, Stack, Tail};
 use bdia_core::update::{Gamma, Grid};
-use bdia_core::Real;
 
 /// The architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -220,7 +220,18 @@ impl Gpt2 {
             logits,
             scale: 1.0,
         };
-        let model = Self { setup: *setup, stack, blocks, input, head, ends, end_tensors, tokens, targets, staging: [Vec::new(), Vec::new()] };
+        let model = Self {
+            setup: *setup,
+            stack,
+            blocks,
+            input,
+            head,
+            ends,
+            end_tensors,
+            tokens,
+            targets,
+            staging: [Vec::new(), Vec::new()],
+        };
         Ok((model, layout))
     }
 
@@ -310,7 +321,8 @@ impl Gpt2 {
             return Err(setting("accumulate or clip", f64::NAN, "full gradient buffers (fused = false)").into());
         }
         let fused = self.setup.fused;
-        let updater = Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
+        let updater =
+            Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
         self.blocks.updater = updater;
         self.blocks.params.zero_gradients(be)?;
         self.ends.zero_gradients(be)?;

@@ -9,7 +9,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use bdia_core::backend::Backend;
@@ -135,7 +135,12 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     let fixed = from.as_ref().map(|(_, h)| Choice { chunk: h.chunk, head_rows: h.head_rows });
     let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, fixed)?;
     let others = other_plans(&setup, kind, choice, args.mode.mode)?;
-    machine::run(kind, threads, &layout, Run { args, config, corpus, tokenizer, choice, layout: layout.clone(), model, others, from })
+    machine::run(
+        kind,
+        threads,
+        &layout,
+        Run { args, config, corpus, tokenizer, choice, layout: layout.clone(), model, others, from },
+    )
 }
 
 /// The plans of the modes that are not used, for the table: with their own best chunk as far as they have one.
@@ -392,7 +397,10 @@ impl Run {
             s.context,
             s.batch,
             if self.args.accumulate > 1 { format!(" x {}", self.args.accumulate) } else { String::new() },
-            serde_json::to_value(self.args.mode.mode).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default(),
+            serde_json::to_value(self.args.mode.mode)
+                .ok()
+                .and_then(|v| v.as_str().map(str::to_owned))
+                .unwrap_or_default(),
             self.corpus.train.len(),
             self.corpus.validation.len(),
             self.corpus.name,
@@ -426,7 +434,15 @@ impl Run {
         let mut text = String::new();
         if self.config.vocab_size == crate::tokenizer::VOCAB {
             let sampler = Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 };
-            let tokens = generate(be, &mut self.model, &[EOT as i32], 60, &sampler, 1, Inference::Float(Gamma::new(0.0, Sign::Plus)?))?;
+            let tokens = generate(
+                be,
+                &mut self.model,
+                &[EOT as i32],
+                60,
+                &sampler,
+                1,
+                Inference::Float(Gamma::new(0.0, Sign::Plus)?),
+            )?;
             let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).filter(|&t| t != EOT).collect();
             text = format!("\nA sample:\n  {}\n", self.tokenizer.decode(&tokens).trim().replace('\n', "\n  "));
         }
@@ -441,7 +457,8 @@ impl Run {
         if self.args.verify && self.args.mode.mode == Mode::BdiaFloat {
             text += &format!("rebuilding without a grid: largest error {worst:.3e}\n");
         }
-        let plans: Vec<_> = core::iter::once((self.mode_name(), self.layout.clone())).chain(self.others.clone()).collect();
+        let plans: Vec<_> =
+            core::iter::once((self.mode_name(), self.layout.clone())).chain(self.others.clone()).collect();
         text += &format!("\n{}", machine::memory_table(&plans, Some(peak as u64)));
         text += &format!(
             "peak of the whole process, with data and tokenizer: {}\n\nfiles in {}: model.safetensors, config.json, \

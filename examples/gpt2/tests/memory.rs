@@ -1,5 +1,6 @@
 //! The plan is the measured peak, and a step allocates nothing of its own. One test, because the allocator counts the
 //! whole process.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -44,7 +45,8 @@ fn fill(_: usize, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), Error> 
 
 #[test]
 fn plan_and_peak() {
-    let modes = [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 2 }, Mode::Checkpoint { every: 1 }, Mode::BdiaFloat];
+    let modes =
+        [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 2 }, Mode::Checkpoint { every: 1 }, Mode::BdiaFloat];
     for mode in modes {
         for (layers, chunk) in [(1, 1), (2, 2), (5, 3), (12, 2)] {
             for fused in [true, false] {

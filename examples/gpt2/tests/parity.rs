@@ -1,5 +1,6 @@
 //! Loss, every gradient, activations and ten training losses against the state files of independent PyTorch programs
 //! (`tests/torch`), in f64 on both sides.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -59,7 +60,12 @@ fn check(file: &str, mode: Mode, gamma: f64, sign: Sign, chunk: usize, head_rows
         Ok::<(), Error>(())
     };
     let outcome = model.train(&mut be, &step, fill).unwrap();
-    assert!((outcome.loss - s.reals["loss"][0]).abs() < TOLERANCE, "{file}: loss {} vs {}", outcome.loss, s.reals["loss"][0]);
+    assert!(
+        (outcome.loss - s.reals["loss"][0]).abs() < TOLERANCE,
+        "{file}: loss {} vs {}",
+        outcome.loss,
+        s.reals["loss"][0]
+    );
     for t in model.tensors() {
         let d = difference(be.reals(t.gradient).unwrap(), &s.reals[&format!("grad.{}", t.name)]);
         assert!(d < TOLERANCE, "{file}: gradient of {} differs by {d:e}", t.name);

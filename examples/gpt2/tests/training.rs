@@ -1,5 +1,6 @@
 //! Training as a whole: the choice of chunks, threads and micro-batches, dropout, faults, and that modes agree where they
 //! must.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -7,7 +8,7 @@ use bdia_core::backend::Backend;
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Fault, Gamma, Reference, Sign, Site, Storage};
+use bdia_core::{Error, Fault, Gamma, Reference, Sign, Site};
 use bdia_cpu::Cpu;
 use bdia_gpt2::model::{Dims, Gpt2, Inference, Outcome, Setup, Step};
 use common::{Memory, grid, lay_out, small};
@@ -37,7 +38,12 @@ fn sample(i: usize, x: &mut [i32], y: &mut [i32]) {
     }
 }
 
-fn run<B: Backend>(be: &mut B, model: &mut Gpt2, steps: u32, step: Step) -> Result<(Vec<Outcome>, Vec<B::Real>), Error> {
+fn run<B: Backend>(
+    be: &mut B,
+    model: &mut Gpt2,
+    steps: u32,
+    step: Step,
+) -> Result<(Vec<Outcome>, Vec<B::Real>), Error> {
     let (context, batch) = (model.setup().context, model.setup().batch);
     model.initialize(be, 3)?;
     let mut outcomes = Vec::new();
