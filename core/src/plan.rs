@@ -18,6 +18,8 @@ pub struct Choice {
 impl Choice {
     /// Rows of a chunk where memory is no question: enough for full-speed matrix products, few enough for caches.
     pub const ROWS: usize = 512;
+    /// Rows of logits where memory is no question.
+    pub const HEAD_ROWS: usize = 256;
 
     /// From the fastest choice to the smallest, for `batch` samples of `tokens` tokens.
     pub fn all(batch: usize, tokens: usize) -> impl Iterator<Item = Self> {
@@ -25,7 +27,7 @@ impl Choice {
         let most = (Self::ROWS / tokens).clamp(1, batch.max(1));
         let halves = |n: usize| core::iter::successors(Some(n), |n| (*n > 1).then(|| n.div_ceil(2)));
         halves(most).flat_map(move |chunk| {
-            let rows = Self::ROWS.min(chunk * tokens);
+            let rows = Self::HEAD_ROWS.min(chunk * tokens);
             halves(rows).take_while(move |&r| r >= 8 || r == rows).map(move |head_rows| Self { chunk, head_rows })
         })
     }
@@ -65,7 +67,7 @@ mod tests {
             Ok((c.chunk, l))
         };
         let pick = |budget| fit(budget, Choice::all(8, 64), make);
-        assert_eq!(pick(None).unwrap().0, Choice { chunk: 8, head_rows: 512 });
+        assert_eq!(pick(None).unwrap().0, Choice { chunk: 8, head_rows: 256 });
         let (c, built, l) = pick(Some(20_000)).unwrap();
         assert!(l.total() <= 20_000 && built == c.chunk && c.chunk == 4, "{c:?}");
         assert_eq!(pick(Some(100)).unwrap_err(), Error::Budget { budget: 100, minimum: 4544 });

@@ -2,6 +2,7 @@
 //! for the seeds and mutations of them.
 #![allow(dead_code)]
 
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -20,11 +21,13 @@ fn tokenizer() -> &'static Tokenizer {
     TOKENIZER.get_or_init(Tokenizer::new)
 }
 
-/// The bytes as a file: one per process and name, written anew each time.
+/// The bytes as a new file, in memory where the system has a place for that.
 fn file(name: &str, bytes: &[u8]) -> PathBuf {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let n = COUNT.fetch_add(1, Ordering::Relaxed);
     let memory = Path::new("/dev/shm");
     let dir = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
-    let path = dir.join(format!("bdia-fuzz-{}-{name}", std::process::id()));
+    let path = dir.join(format!("bdia-fuzz-{}-{n}-{name}", std::process::id()));
     std::fs::write(&path, bytes).expect("the file for the input can be written");
     path
 }
@@ -111,7 +114,8 @@ pub fn checkpoint(data: &[u8]) {
     }
 }
 
-fn accepted(bytes: &[u8]) -> bool {
+/// Whether these bytes are a good checkpoint.
+pub fn accepted(bytes: &[u8]) -> bool {
     let Ok(header) = with_file("step.ckpt", bytes, checkpoint::check) else { return false };
     let values: usize = header.lens.iter().sum();
     assert!(4 * values + 24 < bytes.len());

@@ -104,6 +104,17 @@ pub fn list(dir: &Path) -> Vec<(u32, PathBuf)> {
     all
 }
 
+/// Removes what a killed run left of a checkpoint that it did not finish.
+pub fn sweep(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_str().is_some_and(|n| n.starts_with("step-") && n.ends_with(".ckpt.tmp")) {
+            // It only takes room.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Writes a checkpoint atomically, then removes all but the last two.
 ///
 /// # Errors
@@ -143,8 +154,11 @@ pub fn save<B: Backend<Real = f32>>(
         out.write_all(&digest.to_le_bytes()).map_err(io)?;
         Ok(())
     })?;
-    for (_, old) in list(dir).into_iter().skip(2) {
-        // One that cannot be removed only takes room.
+    // Two are kept. Newer ones than this were found to be damaged: they would only push good ones out. One that cannot be
+    // removed only takes room.
+    let all = list(dir);
+    let newer = all.iter().take_while(|(step, _)| *step > header.step).count();
+    for (_, old) in all.iter().take(newer).chain(all.iter().skip(newer + 2)) {
         let _ = std::fs::remove_file(old);
     }
     Ok(path)

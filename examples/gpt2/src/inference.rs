@@ -89,9 +89,9 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
                     self.model.setup().context
                 )));
             };
-            println!("loss {loss:.4}, perplexity {:.2}, over {tokens} tokens of {}", loss.exp(), self.corpus.name);
+            report::tell!("loss {loss:.4}, perplexity {:.2}, over {tokens} tokens of {}", loss.exp(), self.corpus.name);
             if self.args.json {
-                println!("{}", json!({"loss": loss, "perplexity": loss.exp(), "tokens": tokens}));
+                report::tell!("{}", json!({"loss": loss, "perplexity": loss.exp(), "tokens": tokens}));
             }
             Ok(())
         }
@@ -102,7 +102,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let corpus = Corpus::open(args.data.as_deref(), &Tokenizer::new(), config.vocab_size, context)?;
     let windows = corpus.validation.windows(context).len().max(1);
     let batch = (args.batch as usize).min(windows);
-    let rows = Choice::ROWS.min(batch * context);
+    let rows = Choice::HEAD_ROWS.min(batch * context);
     let (model, layout) = lay_out(&config, &args.machine, context, batch, rows, frac_bits(&config, args.frac_bits))?;
     let threads = machine::threads(&args.machine);
     machine::run(args.machine.backend, threads, &layout, Eval { args, config, model, corpus })
@@ -133,9 +133,9 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
                 train::generate(be, &mut self.model, &prompt, args.tokens as usize, &sampler, args.seed, inference)?;
             let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).filter(|&t| t != EOT).collect();
             let text = tokenizer.decode(&tokens);
-            println!("{}{text}", args.prompt);
+            report::tell!("{}{text}", args.prompt);
             if args.json {
-                println!("{}", json!({"prompt": args.prompt, "text": text, "tokens": tokens}));
+                report::tell!("{}", json!({"prompt": args.prompt, "text": text, "tokens": tokens}));
             }
             Ok(())
         }
@@ -178,7 +178,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         library: machine::library(kind, threads),
     };
     let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, None)?;
-    println!(
+    report::tell!(
         "{} parameters, {layers} blocks, width {}, {} sample(s) of {context} tokens, {}",
         model.parameters(),
         config.n_embd,
@@ -207,15 +207,19 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         let other = Setup { mode, grid, gamma, verify: false, ..setup };
         columns.push((name(&mode), machine::lay_out(&other, kind, None, Some(choice))?.2));
     }
-    print!("{}", machine::memory_table(&columns, None));
-    println!("* chunks of {} sample(s) inside a block, {} rows of logits at a time", choice.chunk, choice.head_rows);
+    report::tell!("{}", machine::memory_table(&columns, None).to_string().trim_end());
+    report::tell!(
+        "* chunks of {} sample(s) inside a block, {} rows of logits at a time",
+        choice.chunk,
+        choice.head_rows
+    );
     if let Some(budget) = args.machine.memory {
-        println!("  fits into {}", report::bytes(budget));
+        report::tell!("  fits into {}", report::bytes(budget));
     }
     if args.json {
         let categories: serde_json::Map<_, _> =
             Category::ALL.iter().map(|&c| (c.to_string(), json!(layout.bytes(c)))).collect();
-        println!(
+        report::tell!(
             "{}",
             json!({
                 "plan_bytes": layout.total(),

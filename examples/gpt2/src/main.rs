@@ -1,5 +1,6 @@
 //! GPT-2 trained with exact reversible backpropagation: see `bdia-gpt2 --help` and the repository's README.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use bdia_gpt2::alloc::Counting;
@@ -24,7 +25,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            // Where nobody can read it, the exit code is still there.
+            let _ = writeln!(std::io::stderr(), "error: {error}");
             ExitCode::FAILURE
         }
     }

@@ -10,6 +10,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::files::{FileError, write_atomic, write_bytes};
 
+/// `println!` that goes on where the reader is gone: a run does not end with its terminal.
+macro_rules! tell {
+    ($($arg:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout(), $($arg)*);
+    }};
+}
+/// `eprintln!` that goes on where the reader is gone.
+macro_rules! note {
+    ($($arg:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($arg)*);
+    }};
+}
+pub(crate) use {note, tell};
+
 /// Why a report could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ReportError {
@@ -84,6 +100,14 @@ impl Metrics {
     /// [`FileError`]
     pub fn push(&mut self, metric: &Metric) -> Result<(), FileError> {
         self.out.write_all(line(metric).as_bytes()).map_err(|e| FileError::io(&self.path, "append to it", e))
+    }
+
+    /// Puts what was pushed on disk.
+    ///
+    /// # Errors
+    /// [`FileError`]
+    pub fn sync(&self) -> Result<(), FileError> {
+        self.out.sync_data().map_err(|e| FileError::io(&self.path, "write it to disk", e))
     }
 
     /// The complete lines of a file, of steps that only rise; none if there is no file.

@@ -7,9 +7,9 @@
 //! step-*.ckpt                      the last two checkpoints
 //! ```
 
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::io::{IsTerminal, Write};
 use std::path::Path;
-use core::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use bdia_core::backend::Backend;
@@ -92,12 +92,21 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     let mut from = None;
     if let Some(dir) = args.resume.clone() {
         let path = dir.join("run.json");
+        if dir.is_dir() && !path.exists() {
+            let what = "there is no such file, so this is not the directory of a run, or it was stopped before it began; \
+                        start it with --out in place of --resume";
+            return Err(Failure::Run { path, what: what.into() });
+        }
         let saved: TrainArgs = serde_json::from_slice(&read_limited(&path, 1 << 20)?)
             .map_err(|e| Failure::Run { path: path.clone(), what: format!("not the flags of a run: {e}") })?;
         args = args.resumed(&saved)?;
         let (path, header, warnings) = checkpoint::newest(&dir)?;
         for warning in warnings {
-            eprintln!("warning: {warning}");
+            report::note!("warning: {warning}");
+        }
+        if u64::from(header.step) > args.steps {
+            let what = format!("it is of step {}, the run has {} steps", header.step, args.steps);
+            return Err(Failure::Run { path, what });
         }
         from = Some((path, header));
     }
@@ -132,7 +141,18 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     };
     schedule(&args).check()?;
     let kind = args.machine.backend;
-    let fixed = from.as_ref().map(|(_, h)| Choice { chunk: h.chunk, head_rows: h.head_rows });
+    let fixed = match &from {
+        Some((path, h)) => {
+            let choice = Choice { chunk: h.chunk, head_rows: h.head_rows };
+            let fits = (1..=setup.batch).contains(&h.chunk) && (1..=h.chunk * context).contains(&h.head_rows);
+            if !fits {
+                let what = format!("chunks of {} samples and {} rows do not fit this run", h.chunk, h.head_rows);
+                return Err(Failure::Run { path: path.clone(), what });
+            }
+            Some(choice)
+        }
+        None => None,
+    };
     let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, fixed)?;
     let others = other_plans(&setup, kind, choice, args.mode.mode)?;
     machine::run(
@@ -191,7 +211,7 @@ impl Work for Run {
                     return Err(Failure::Run { path: path.clone(), what: "the training data is not the same".into() });
                 }
                 if header.identity != identity {
-                    eprintln!(
+                    report::note!(
                         "warning: the run was computed by \"{}\", this is \"{identity}\": it goes on, with other rounding",
                         header.identity
                     );
@@ -201,40 +221,42 @@ impl Work for Run {
                 validation.clone_from(&header.validation);
             }
             None => {
-                if out.join("run.json").exists() && !checkpoint::list(&out).is_empty() {
-                    // A new run in an old directory: its checkpoints must not be taken for this one's.
-                    for (_, old) in checkpoint::list(&out) {
-                        std::fs::remove_file(&old).map_err(|e| FileError::io(&old, "remove it", e))?;
-                    }
-                }
                 match &self.args.weights {
                     Some(dir) => machine::load_weights(dir, &self.config, be, &self.model)?,
                     None => self.model.initialize(be, self.args.seed)?,
+                }
+                // A new run in an old directory, now that nothing speaks against it: the old checkpoints must not be taken
+                // for this one's.
+                for (_, old) in checkpoint::list(&out) {
+                    std::fs::remove_file(&old).map_err(|e| FileError::io(&old, "remove it", e))?;
                 }
                 let json = serde_json::to_string_pretty(&self.args).map_err(|e| Failure::Other(e.to_string()))?;
                 write_bytes(&out.join("run.json"), json.as_bytes())?;
             }
         }
+        checkpoint::sweep(&out);
         let log = out.join("metrics.jsonl");
         let mut metrics = Metrics::resume(&log, u64::from(first))?;
-        let mut curve: Vec<_> = Metrics::read(&log)?.iter().map(|m| (m.step, m.loss)).collect();
+        let before = Metrics::read(&log)?;
+        let mut curve: Vec<_> = before.iter().map(|m| (m.step, m.loss)).collect();
 
         self.announce(first, &identity);
         // Ctrl-C may have been claimed by a program around this one: then it ends at once, as before.
         let _ = ctrlc::set_handler(|| STOP.store(true, Ordering::SeqCst));
         let steps = self.args.steps as u32;
         let bar = progress(steps, first);
-        let mut order = Batches {
+        let order = Batches {
             order: self.args.order,
             seed: self.args.seed,
             per_step: self.args.batch * self.args.accumulate,
             context: self.model.setup().context,
         };
-        order.context = self.model.setup().context;
         let schedule = schedule(&self.args);
         let tokens_per_step = (self.args.batch * self.args.accumulate) as f64 * order.context as f64;
         let (mut seconds, mut mismatches, mut worst) = (0.0, 0_u64, 0.0_f64);
-        let mut last = Outcome { loss: f64::NAN, grad_norm: f64::NAN, mismatches: 0, rebuild_error: 0.0 };
+        // A finished run has no step left: what it ended with is still what there is to tell.
+        let loss = before.last().map_or(f64::NAN, |m| m.loss);
+        let mut last = Outcome { loss, grad_norm: f64::NAN, mismatches: 0, rebuild_error: 0.0 };
         self.model.prepare();
 
         for step in first..steps {
@@ -278,7 +300,7 @@ impl Work for Run {
                 validation.push((done, loss));
                 bar.println(format!("step {done:>6}  loss {:.4}  validation loss {loss:.4}", last.loss));
                 if !std::io::stderr().is_terminal() {
-                    eprintln!("step {done:>6}  loss {:.4}  validation loss {loss:.4}", last.loss);
+                    report::note!("step {done:>6}  loss {:.4}  validation loss {loss:.4}", last.loss);
                 }
             }
             curve.push((u64::from(done), last.loss));
@@ -307,11 +329,16 @@ impl Work for Run {
                     data: digest,
                     validation: validation.clone(),
                 };
+                // The losses up to a checkpoint are as safe as it is.
+                metrics.sync()?;
                 checkpoint::save(&out, be, &self.model, header)?;
             }
             if stop && done < steps {
                 bar.abandon();
-                println!("stopped after step {done} of {steps}; to go on:  bdia-gpt2 train --resume {}", out.display());
+                report::tell!(
+                    "stopped after step {done} of {steps}; to go on:  bdia-gpt2 train --resume {}",
+                    out.display()
+                );
                 return Ok(());
             }
         }
@@ -330,7 +357,7 @@ impl Work for Run {
         if self.args.json {
             let steps_run = f64::from(steps - first);
             let number = |x: f64| if x.is_finite() { json!(x) } else { json!(null) };
-            println!(
+            report::tell!(
                 "{}",
                 json!({
                     "loss": number(last.loss),
@@ -389,7 +416,7 @@ fn progress(steps: u32, first: u32) -> ProgressBar {
 impl Run {
     fn announce(&self, first: u32, identity: &str) {
         let s = self.model.setup();
-        eprintln!(
+        report::note!(
             "{} parameters, {} blocks, width {}, context {}, batch {}{}, mode {}; {} training and {} validation tokens of {}",
             self.model.parameters(),
             s.dims.layers,
@@ -405,14 +432,14 @@ impl Run {
             self.corpus.validation.len(),
             self.corpus.name,
         );
-        eprintln!(
+        report::note!(
             "{identity}, {} thread(s); plan {}, chunks of {} sample(s)",
             s.threads,
             report::bytes(self.layout.total() as u64),
             self.choice.chunk
         );
         if first > 0 {
-            eprintln!("goes on after step {first} of {}", self.args.steps);
+            report::note!("goes on after step {first} of {}", self.args.steps);
         }
     }
 

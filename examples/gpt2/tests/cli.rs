@@ -1,0 +1,316 @@
+//! The program's command line: what it refuses, and with which words; and what it leaves behind when all is well.
+#![allow(clippy::unwrap_used)]
+
+mod program;
+
+use std::path::Path;
+use std::process::Command;
+
+use program::{Dir, bad, content, copy, good, metrics, program, train};
+use serde_json::Value;
+
+const FLAGS: &str = "--steps 3 --checkpoint-interval 2";
+
+/// `eval` or `generate` of a directory.
+fn other(what: &str, weights: &Path, flags: &str) -> Command {
+    let mut c = program();
+    c.arg(what).arg("--weights").arg(weights).args(flags.split_whitespace());
+    c
+}
+
+/// `train --weights`.
+fn tune(data: &Path, out: &Path, weights: &Path) -> Command {
+    let mut c = program();
+    c.args(["train", "--steps", "2", "--batch", "4", "--threads", "2", "--data"]).arg(data);
+    c.arg("--weights").arg(weights).arg("--out").arg(out);
+    c
+}
+
+fn numbers(json: &Value, keys: &[&str]) {
+    for key in keys {
+        assert!(json[key].is_number(), "{key} in {json}");
+    }
+}
+
+#[test]
+fn unusable_data() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let out = dir.at("run");
+    good(&mut train(&data, &out, FLAGS));
+    let before = content(&out);
+    let tokens = std::fs::read(&data).unwrap();
+    let header = |count: i32| {
+        let mut h = [20_240_520, 1, count].iter().flat_map(|v: &i32| v.to_le_bytes()).collect::<Vec<_>>();
+        h.resize(1024, 0);
+        h.extend(&tokens);
+        h
+    };
+    let mut large = tokens.clone();
+    large[4001] = 9;
+    let cases: [(&str, Vec<u8>, &[&str]); 9] = [
+        ("empty.bin", vec![], &["empty"]),
+        ("empty.txt", vec![], &["empty"]),
+        ("binary.txt", vec![0xff, 0xfe, 0, 1], &["not UTF-8", "byte 0"]),
+        ("short.txt", b"a few words".to_vec(), &["expected at least 17", "--context"]),
+        ("short.bin", tokens[..30].to_vec(), &["expected at least 17", "--context"]),
+        ("odd.bin", tokens[..4001].to_vec(), &["4001 bytes", "even"]),
+        ("outside.bin", large, &["position 2000", "vocabulary of 64", "--vocab"]),
+        ("truncated.bin", header(5000), &["expected 5000", "found 4000"]),
+        ("cut.bin", header(4000)[..500].to_vec(), &["header of 1024 bytes"]),
+    ];
+    for (name, bytes, words) in cases {
+        let file = dir.file(name, &bytes);
+        let said = bad(&mut train(&file, &out, FLAGS), words);
+        assert!(said.err.contains(name), "{}", said.err);
+    }
+    bad(&mut train(&dir.at("missing.bin"), &out, FLAGS), &["missing.bin", "cannot open"]);
+    bad(&mut train(&dir.at("missing.txt"), &out, FLAGS), &["missing.txt", "cannot open"]);
+    bad(&mut train(&out, &out, FLAGS), &["cannot"]);
+    assert!(before == content(&out));
+}
+
+#[test]
+fn unusable_weights() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let (out, model) = (dir.at("run"), dir.at("model"));
+    good(&mut train(&data, &out, FLAGS));
+    copy(&out, &model);
+    for name in program::checkpoints(&model) {
+        std::fs::remove_file(model.join(name)).unwrap();
+    }
+    good(&mut tune(&data, &dir.at("tuned"), &model));
+    let before = content(&out);
+    let config = std::fs::read_to_string(model.join("config.json")).unwrap();
+    let weights = std::fs::read(model.join("model.safetensors")).unwrap();
+    let with = |key: &str, value: Value| {
+        let mut c: Value = serde_json::from_str(&config).unwrap();
+        c[key] = value;
+        c.to_string().into_bytes()
+    };
+    let mut nan = weights.clone();
+    let at = nan.len() - 40;
+    nan[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let mut first = weights.clone();
+    let at = 8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+    first[at..at + 4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    let mut huge = weights.clone();
+    huge[..8].copy_from_slice(&(1_u64 << 62).to_le_bytes());
+    let cases: [(&str, Vec<u8>, &[&str]); 12] = [
+        ("config.json", b"{".to_vec(), &["config.json"]),
+        ("config.json", vec![], &["config.json"]),
+        ("config.json", with("model_type", "llama".into()), &["llama"]),
+        ("config.json", with("n_head", 3.into()), &["n_head"]),
+        ("config.json", with("n_layer", 0.into()), &["n_layer"]),
+        ("config.json", with("n_layer", 4.into()), &["h.3."]),
+        ("config.json", with("n_embd", 32.into()), &["wte.weight", "32"]),
+        ("config.json", with("vocab_size", (1_u64 << 60).into()), &["vocab"]),
+        ("model.safetensors", nan, &["ln_f.bias", "NaN"]),
+        ("model.safetensors", first, &["inf", "finite"]),
+        ("model.safetensors", huge, &["model.safetensors", "header"]),
+        ("model.safetensors", weights[..weights.len() - 9].to_vec(), &["model.safetensors"]),
+    ];
+    for (i, (name, bytes, words)) in cases.into_iter().enumerate() {
+        let broken = dir.at(&format!("broken-{i}"));
+        copy(&model, &broken);
+        std::fs::write(broken.join(name), bytes).unwrap();
+        bad(&mut tune(&data, &out, &broken), words);
+        let mut eval = other("eval", &broken, "--context 16 --data");
+        bad(eval.arg(&data), words);
+        assert!(before == content(&out), "case {i}");
+    }
+    let without = dir.at("without");
+    copy(&model, &without);
+    std::fs::remove_file(without.join("model.safetensors")).unwrap();
+    bad(&mut tune(&data, &out, &without), &["safetensors"]);
+    bad(&mut tune(&data, &out, &dir.at("missing")), &["missing"]);
+    assert!(before == content(&out));
+}
+
+#[test]
+fn unusable_flags() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let out = dir.at("run");
+    good(&mut train(&data, &out, FLAGS));
+    let before = content(&out);
+    let cases: [(&str, &[&str]); 31] = [
+        ("--gamma 0", &["--gamma"]),
+        ("--gamma 0.3", &["--gamma"]),
+        ("--gamma NaN", &["--gamma"]),
+        ("--gamma -0.5", &["--gamma"]),
+        ("--mode bdia-float --gamma 1.5", &["--gamma"]),
+        ("--mode bdia-float --quantize", &["--quantize"]),
+        ("--checkpoint-every 2", &["--checkpoint-every", "--mode checkpoint"]),
+        ("--frac-bits 99", &["--frac-bits"]),
+        ("--lr NaN", &["--lr"]),
+        ("--lr inf", &["--lr"]),
+        ("--lr -1", &["--lr"]),
+        ("--min-lr 1", &["--min-lr"]),
+        ("--beta1 1", &["--beta1"]),
+        ("--eps 0", &["--eps"]),
+        ("--clip -1", &["--clip"]),
+        ("--dropout 1", &["--dropout"]),
+        ("--dropout NaN", &["--dropout"]),
+        ("--accumulate 0", &["--accumulate"]),
+        ("--accumulate -2", &["--accumulate"]),
+        ("--checkpoint-interval -1", &["--checkpoint-interval"]),
+        ("--warmup 99999999999999999999", &["--warmup"]),
+        ("--seed x", &["--seed"]),
+        ("--optimizer adam", &["adamw"]),
+        ("--memory 1MB", &["1000000", "smallest plan needs"]),
+        ("--memory 0", &["--memory"]),
+        ("--memory much", &["--memory"]),
+        ("--nonsense", &["--nonsense"]),
+        ("--config gpt2-xl", &["token"]),
+        ("--weights x --config mini", &["--config"]),
+        ("--resume x", &["--out"]),
+        ("--order random", &["shuffled"]),
+    ];
+    for (flags, words) in cases {
+        // The flags of the case replace those of the small model where they have none of their own.
+        let flags = format!("{FLAGS} {flags}");
+        let mut c = train(&data, &out, &flags);
+        if flags.contains("gpt2-xl") {
+            c = program();
+            c.args(["train", "--config", "gpt2-xl", "--batch", "4096", "--mode", "standard", "--data"]);
+            c.arg(dir.file("text.bin", &[0; 8192])).arg("--out").arg(&out);
+            bad(&mut c, &["plan needs", "--memory"]);
+            continue;
+        }
+        bad(&mut c, words);
+    }
+    for (flag, value) in [
+        ("layers", "0"),
+        ("heads", "3"),
+        ("heads", "-1"),
+        ("width", "0"),
+        ("context", "0"),
+        ("vocab", "0"),
+        ("vocab", "70000"),
+        ("batch", "0"),
+        ("batch", "-4"),
+        ("steps", "0"),
+        ("steps", "-3"),
+        ("steps", "1.5"),
+        ("threads", "0"),
+    ] {
+        let mut c = program();
+        let small: Vec<_> = program::SMALL.split(' ').collect();
+        c.arg("train").arg("--data").arg(&data).arg("--out").arg(&out);
+        for pair in small.chunks(2).filter(|p| p[0] != format!("--{flag}")) {
+            c.args(pair);
+        }
+        bad(c.args([format!("--{flag}"), value.to_string()]), &[flag.trim_end_matches('s')]);
+    }
+    assert!(before == content(&out));
+}
+
+#[test]
+fn unusable_places() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let file = dir.file("file", b"mine");
+    bad(&mut train(&data, &file, FLAGS), &["file", "cannot create the directory"]);
+    bad(&mut train(&data, &file.join("below"), FLAGS), &["below", "cannot create the directory"]);
+    assert_eq!(std::fs::read(&file).unwrap(), b"mine");
+    if cfg!(target_os = "linux") {
+        bad(&mut train(&data, Path::new("/proc/bdia"), FLAGS), &["/proc/bdia", "cannot create the directory"]);
+    }
+    let out = dir.at("run");
+    std::fs::create_dir_all(out.join("metrics.jsonl")).unwrap();
+    bad(&mut train(&data, &out, FLAGS), &["metrics.jsonl"]);
+}
+
+#[test]
+fn evaluation_and_text_of_what_is_no_model() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let (empty, out) = (dir.at("empty"), dir.at("run"));
+    std::fs::create_dir(&empty).unwrap();
+    good(&mut train(&data, &out, FLAGS));
+    for place in [empty, dir.at("missing"), data.clone()] {
+        bad(&mut other("eval", &place, ""), &["config.json"]);
+        bad(&mut other("generate", &place, ""), &["config.json"]);
+    }
+    bad(&mut other("generate", &out, ""), &["vocabulary has 64"]);
+    bad(&mut other("eval", &out, ""), &["vocabulary of 64"]);
+    bad(other("eval", &out, "--context 17 --data").arg(&data), &["17"]);
+    bad(other("eval", &out, "--gamma NaN --data").arg(&data), &["--gamma"]);
+    let few = dir.file("few.bin", &std::fs::read(&data).unwrap()[..40]);
+    bad(other("eval", &out, "--data").arg(&few), &["validation part", "--context"]);
+}
+
+#[test]
+fn a_run_and_its_evaluation() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let out = dir.at("run");
+    let json = good(&mut train(&data, &out, "--steps 30 --checkpoint-interval 8 --verify --json")).json();
+    numbers(&json, &["loss", "verify_mismatches", "tokens_per_s", "plan_bytes", "peak_bytes"]);
+    if cfg!(target_os = "linux") {
+        numbers(&json, &["peak_rss_bytes"]);
+    }
+    assert_eq!(json["verify_mismatches"], 0);
+    assert_eq!(metrics(&out).last().unwrap()["loss"], json["loss"]);
+    let files: Vec<_> = content(&out).into_keys().collect();
+    let expected = [
+        "config.json",
+        "loss.svg",
+        "metrics.jsonl",
+        "model.safetensors",
+        "run.json",
+        "step-00000024.ckpt",
+        "step-00000030.ckpt",
+    ];
+    assert_eq!(files, expected);
+    let before = content(&out);
+    let mut losses = Vec::new();
+    for flags in ["", "--context 8", "--inference quantized", "--gamma 0.5", "--gamma -0.5 --inference quantized"] {
+        let json = good(other("eval", &out, &format!("{flags} --json --data")).arg(&data)).json();
+        numbers(&json, &["loss", "perplexity", "tokens"]);
+        let loss = json["loss"].as_f64().unwrap();
+        assert!((json["perplexity"].as_f64().unwrap() - loss.exp()).abs() < 1e-9 * loss.exp());
+        assert!(loss < 4.5, "{flags}: {loss}");
+        losses.push(loss);
+    }
+    assert!((losses[0] - json["val_loss"].as_f64().unwrap()).abs() < 1e-9);
+    assert!(losses[2] != losses[0] && (losses[2] - losses[0]).abs() < 1e-2);
+    assert!(before == content(&out));
+}
+
+#[test]
+fn orders_backends_and_budgets() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let loss = |name: &str, flags: &str| {
+        let json = good(&mut train(&data, &dir.at(name), &format!("{FLAGS} --json {flags}"))).json();
+        (json["loss"].as_f64().unwrap(), json)
+    };
+    let (plain, json) = loss("plain", "");
+    let (reference, _) = loss("reference", "--backend reference");
+    assert!((plain - reference).abs() < 1e-2, "{plain} {reference}");
+    let (sequential, _) = loss("sequential", "--order sequential");
+    assert!(sequential.is_finite() && sequential != plain);
+    let budget = json["plan_bytes"].as_u64().unwrap() - 1000;
+    let (small, json) = loss("small", &format!("--memory {budget} --verify"));
+    assert!(json["plan_bytes"].as_u64().unwrap() <= budget);
+    assert!(json["peak_bytes"].as_u64().unwrap() <= budget);
+    assert_eq!(json["verify_mismatches"], 0);
+    assert!((plain - small).abs() < 1e-4);
+}
+
+/// A new run in the directory of another takes its place as a whole: nothing of the old one is gone on with.
+#[test]
+fn a_new_run_replaces_an_old_one() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let (out, fresh) = (dir.at("run"), dir.at("fresh"));
+    good(&mut train(&data, &out, "--steps 30 --seed 2"));
+    std::fs::remove_file(out.join("run.json")).unwrap();
+    good(&mut train(&data, &out, FLAGS));
+    good(&mut train(&data, &fresh, FLAGS));
+    assert_eq!(program::checkpoints(&out), program::checkpoints(&fresh));
+    assert_eq!(metrics(&out), metrics(&fresh));
+}
