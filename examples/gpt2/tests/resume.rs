@@ -4,10 +4,11 @@
 
 mod program;
 
+use core::time::Duration;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use program::{Dir, bad, checkpoints, content, copy, good, metrics, resume, run, spawn, train};
 
