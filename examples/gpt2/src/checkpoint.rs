@@ -19,7 +19,7 @@ use crate::model::Gpt2;
 
 const MAGIC: &[u8; 8] = b"BDIACKPT";
 const VERSION: u32 = 1;
-const HEADER_LIMIT: u32 = 1 << 20;
+const HEADER_LIMIT: u32 = 1 << 26;
 /// Values that are copied at a time.
 const PIECE: usize = 1 << 14;
 
