@@ -21,7 +21,7 @@
 
 use crate::arena::{Category, Ints, Layout, Reals, Words, product};
 use crate::backend::{Chunk, Storage, UpdateOps};
-use crate::error::{Error, Result, Site};
+use crate::error::{Error, Fault, Result, Site};
 use crate::real::Real;
 use crate::update::{Gamma, Grid, Sign};
 
@@ -601,6 +601,9 @@ impl Stack {
         head: &mut impl Head<B>,
         pass: &Pass,
     ) -> Result<()> {
+        if self.config.tail != Tail::Head {
+            return Err(Error::Setting { what: "tail", found: f64::NAN, possible: "a head, to turn at" });
+        }
         let last = self.config.blocks - 1;
         if !self.g[1].is_empty() {
             be.fill_reals(self.g[last % 2], B::Real::of(0.0))?;
@@ -671,6 +674,9 @@ impl Stack {
         let above = k - usize::from(self.config.tail == Tail::Head);
         for k in (0..above).rev() {
             be.fill_words(compared, 0)?;
+            // Block 0 repeats a step, which may raise a range fault: it did not in the forward pass, so that is a block
+            // that does not repeat itself, and blocks above are updated.
+            let earlier = if k == 0 { be.take_fault()? } else { None };
             for (_, first, n) in self.chunks() {
                 let chunk = self.chunk(pass, Site::Block(k), 0, first, n);
                 self.residual(be, blocks, &chunk, k, true)?;
@@ -684,6 +690,17 @@ impl Stack {
                     be.inverse(&chunk, grid, self.config.gamma, far, self.input_of(&chunk), h, side, compared)?;
                 }
                 self.backpropagate(be, blocks, &chunk, k)?;
+            }
+            if let Some(fault) = earlier {
+                be.take_fault()?;
+                be.raise(fault);
+            } else if k == 0
+                && let Some(fault) = be.take_fault()?
+            {
+                be.raise(match fault {
+                    Fault::Range { .. } => Fault::Checksum { activation: 1, block: 0 },
+                    other => other,
+                });
             }
             let rebuilt = if k == 0 { 1 } else { k - 1 };
             be.compare(self.sum(rebuilt), compared, rebuilt, k)?;

@@ -428,9 +428,9 @@ fn one_flipped_side_bit_is_noticed_before_the_update() {
 /// Three chunks a block: 15 calls forward, 3 at the turn, then block 4 from call 19 on.
 #[test]
 fn a_block_that_does_not_repeat_itself_is_noticed() {
-    for k in 0..=4 {
+    for (k, value) in (0..=4).flat_map(|k| [(k, 0.37), (k, f64::NAN), (k, 1e9)]) {
         let call = 18 + 3 * (4 - k) + 2;
-        let (fault, _, mlp, before) = troubled(99, Some((call, 0.37)), Mode::Bdia);
+        let (fault, _, mlp, before) = troubled(99, Some((call, value)), Mode::Bdia);
         let activation = if k == 0 { 1 } else { k - 1 };
         assert_eq!(fault, Some(Fault::Checksum { activation, block: k }));
         assert!((0..6).all(|j| (mlp.params[j] != before[j]) == (j > k)), "block {k}");

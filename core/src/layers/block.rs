@@ -102,7 +102,10 @@ impl BlockShape {
     pub const fn attention(&self) -> Attention {
         Attention {
             heads: self.heads,
-            head_dim: self.width / self.heads,
+            head_dim: match self.width.checked_div(self.heads) {
+                Some(n) => n,
+                None => 0,
+            },
             queries: self.tokens,
             keys: self.tokens,
             mask: self.mask,
@@ -116,9 +119,11 @@ impl BlockShape {
         let (t, d, i) = (self.tokens, self.width, self.inner);
         Needs {
             // ln_1, qkv, attention, x + f, ln_2: 7 d; c_fc before and after GELU: 2 i; statistics of both norms; lse.
-            frame: t * (7 * d + 2 * i + 4 + self.heads),
+            frame: t.saturating_mul(
+                (d.saturating_mul(7)).saturating_add(i.saturating_mul(2)).saturating_add(self.heads).saturating_add(4),
+            ),
             // Backward: one of d and du; and dact, whose place dqkv and datt take afterwards.
-            scratch: t * (2 * d + i.max(4 * d)),
+            scratch: t.saturating_mul(d.saturating_mul(2).saturating_add(i.max(d.saturating_mul(4)))),
             fixed: B::attention_scratch(&self.attention(), chunk, threads),
         }
     }

@@ -38,7 +38,7 @@ pub struct LmHead {
 impl LmHead {
     /// Reals of scratch for chunks of `samples` samples.
     pub const fn scratch(width: usize, per_sample: usize, samples: usize) -> usize {
-        samples * per_sample * (2 * width + 2)
+        samples.saturating_mul(per_sample).saturating_mul(width.saturating_mul(2).saturating_add(2))
     }
 
     /// Rows of logits that exist at a time.

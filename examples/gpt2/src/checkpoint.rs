@@ -72,6 +72,15 @@ pub enum CheckpointError {
         /// What was found to be wrong with those that are there.
         tried: String,
     },
+    /// The training has gone astray; the earlier checkpoints stay.
+    #[error(
+        "a parameter or an optimizer moment is not finite after step {step}: nothing is saved; start again with a lower \
+         --lr, or with --clip"
+    )]
+    NotFinite {
+        /// Steps that are done.
+        step: u32,
+    },
     /// The backend refused.
     #[error(transparent)]
     Core(#[from] bdia_core::Error),
@@ -145,6 +154,9 @@ pub fn save<B: Backend<Real = f32>>(
             for at in (0..t.len()).step_by(PIECE) {
                 let values = &mut values[..PIECE.min(t.len() - at)];
                 be.read_reals(t.sub(at, values.len()), values)?;
+                if values.iter().any(|v| !v.is_finite()) {
+                    return Err(CheckpointError::NotFinite { step: header.step });
+                }
                 bytes.clear();
                 bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
                 put(&bytes)?;

@@ -299,10 +299,10 @@ pub struct TrainArgs {
     #[serde(flatten)]
     pub optim: OptimArgs,
     /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 300, value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 250, value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
     pub steps: u64,
     /// Samples of a micro-batch
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count(1 << 20), help_heading = "Run")]
     pub batch: u64,
     /// Micro-batches of a step. More than one needs full gradient buffers
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10), help_heading = "Run")]
@@ -424,7 +424,7 @@ pub struct EvalArgs {
     /// The model: a run's directory, or one in Hugging Face's layout
     #[arg(long, value_name = "DIR", default_value = "runs/gpt2")]
     pub weights: PathBuf,
-    /// Plain UTF-8 text, or a .bin file of tokens [default: the built-in licence texts]; its validation part is used
+    /// Plain UTF-8 text, or a .bin file of tokens, all of it [default: the validation part of the run's data]
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// Tokens of a window [default: the context the model was trained with, or its positions]
@@ -730,7 +730,7 @@ mod tests {
             for flag in flags.split_whitespace() {
                 assert!(help.contains(&format!("--{flag}")), "{request}: {flag}");
             }
-            for default in ["[default: 300]", "[default: 0.001]", "[default: bdia]", "[default: runs/gpt2]"] {
+            for default in ["[default: 250]", "[default: 0.001]", "[default: bdia]", "[default: runs/gpt2]"] {
                 assert!(help.contains(default), "{request}: {default}");
             }
         }

@@ -318,6 +318,40 @@ impl Corpus {
         Ok(corpus)
     }
 
+    /// All tokens of a file, nothing set aside: what `eval` measures.
+    ///
+    /// # Errors
+    /// [`DataError`]
+    pub fn whole(path: &Path, tokenizer: &Tokenizer, vocab: usize) -> Result<Part, DataError> {
+        let part = if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("bin")) {
+            open_tokens(path)?
+        } else {
+            let bytes = read_limited(path, MOST_TEXT)?;
+            if bytes.is_empty() {
+                return Err(DataError::Empty(path.into()));
+            }
+            let text = core::str::from_utf8(&bytes)
+                .map_err(|e| DataError::NotText { path: path.into(), at: e.valid_up_to() })?;
+            let documents = documents(text);
+            Self::join(&documents, &tokenizer.encode_all(&documents))
+        };
+        part.check(&path.display().to_string(), vocab)?;
+        Ok(part)
+    }
+
+    /// Documents one after the other; a single one without the end-of-text token before it.
+    fn join(documents: &[&str], encoded: &[Vec<u32>]) -> Part {
+        let mut all = Vec::new();
+        for tokens in encoded {
+            if documents.len() > 1 {
+                document(&mut all, tokens);
+            } else {
+                all.extend(tokens.iter().map(|&t| t as u16));
+            }
+        }
+        Part::from_tokens(all)
+    }
+
     /// The licence texts that the crate `spdx` embeds. About a tenth of them, chosen by a hash of the name, are for
     /// validation. A text that several licences share is taken once, so that none is in both parts.
     pub fn licences(tokenizer: &Tokenizer) -> Self {
@@ -345,15 +379,7 @@ impl Corpus {
         let name = path.display().to_string();
         if documents.len() < 10 {
             // Too few to give whole ones away.
-            let mut all = Vec::new();
-            for tokens in &encoded {
-                if documents.len() > 1 {
-                    document(&mut all, tokens);
-                } else {
-                    all.extend(tokens.iter().map(|&t| t as u16));
-                }
-            }
-            return Ok(Self::split(Part::from_tokens(all), context, name));
+            return Ok(Self::split(Self::join(&documents, &encoded), context, name));
         }
         let (mut train, mut validation) = (Vec::new(), Vec::new());
         for (i, tokens) in encoded.iter().enumerate() {

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::cli::{self, EvalArgs, GenerateArgs, MachineArgs, PlanArgs};
 use crate::config::Gpt2Config;
-use crate::data::Corpus;
+use crate::data::{Corpus, Part};
 use crate::error::Failure;
 use crate::machine::{self, Work};
 use crate::model::{Gpt2, Inference, Setup};
@@ -24,7 +24,7 @@ fn lay_out(
     machine: &MachineArgs,
     context: usize,
     batch: usize,
-    head_rows: usize,
+    choice: Option<Choice>,
     frac_bits: u32,
 ) -> Result<(Gpt2, Layout), Failure> {
     let threads = machine::threads(machine);
@@ -41,8 +41,7 @@ fn lay_out(
         threads,
         library: machine::library(machine.backend, threads),
     };
-    let choice = Choice { chunk: batch, head_rows };
-    let (_, model, layout) = machine::lay_out(&setup, machine.backend, machine.memory, Some(choice))?;
+    let (_, model, layout) = machine::lay_out(&setup, machine.backend, machine.memory, choice)?;
     Ok((model, layout))
 }
 
@@ -58,14 +57,19 @@ fn frac_bits(config: &Gpt2Config, asked: Option<u32>) -> u32 {
     asked.or(config.bdia.map(|b| b.frac_bits)).unwrap_or(14)
 }
 
-/// The context that a run was trained with, if the directory is that of a run.
-fn trained_context(dir: &Path) -> Option<usize> {
+/// How a model was trained, if the directory is that of a run.
+fn run_of(dir: &Path) -> Option<cli::TrainArgs> {
     let bytes = crate::files::read_limited(&dir.join("run.json"), 1 << 20).ok()?;
-    let args: cli::TrainArgs = serde_json::from_slice(&bytes).ok()?;
-    args.model.context.map(|c| c as usize)
+    serde_json::from_slice(&bytes).ok()
 }
 
-/// Loss and perplexity over the sequential windows of the validation part.
+/// The context that it was trained with.
+fn trained_context(dir: &Path) -> Option<usize> {
+    run_of(dir)?.model.context.map(|c| c as usize)
+}
+
+/// Loss and perplexity over sequential windows: of all of `--data`, or of the validation part of what the run was trained
+/// with.
 ///
 /// # Errors
 /// [`Failure`]
@@ -74,22 +78,23 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         args: &'a EvalArgs,
         config: Gpt2Config,
         model: Gpt2,
-        corpus: Corpus,
+        part: Part,
+        name: String,
     }
     impl Work for Eval<'_> {
-        fn on<B: Backend<Real = f32>>(mut self, be: &mut B) -> Result<(), Failure> {
+        fn on<B: Backend<Real = f32>>(mut self, be: &mut B, _: usize) -> Result<(), Failure> {
             machine::load_weights(&self.args.weights, &self.config, be, &self.model)?;
             let inference = inference(self.args.inference, self.args.gamma.unwrap_or(0.0))?;
-            let part = &self.corpus.validation;
+            let part = &self.part;
             let Some((loss, tokens)) = train::evaluate(be, &mut self.model, part, usize::MAX, inference)? else {
                 return Err(Failure::Other(format!(
-                    "{}: the validation part has {} tokens, expected more than a context of {}; use a smaller --context",
-                    self.corpus.name,
+                    "{}: {} tokens to evaluate, expected more than a context of {}; use a smaller --context",
+                    self.name,
                     part.len(),
                     self.model.setup().context
                 )));
             };
-            report::tell!("loss {loss:.4}, perplexity {:.2}, over {tokens} tokens of {}", loss.exp(), self.corpus.name);
+            report::tell!("loss {loss:.4}, perplexity {:.2}, over {tokens} tokens of {}", loss.exp(), self.name);
             if self.args.json {
                 report::tell!("{}", json!({"loss": loss, "perplexity": loss.exp(), "tokens": tokens}));
             }
@@ -99,13 +104,20 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let config = Gpt2Config::read_dir(&args.weights)?;
     let context =
         args.context.map(|c| c as usize).or_else(|| trained_context(&args.weights)).unwrap_or(config.n_positions);
-    let corpus = Corpus::open(args.data.as_deref(), &Tokenizer::new(), config.vocab_size, context)?;
-    let windows = corpus.validation.windows(context).len().max(1);
+    let tokenizer = Tokenizer::new();
+    let (part, name) = match &args.data {
+        Some(path) => (Corpus::whole(path, &tokenizer, config.vocab_size)?, path.display().to_string()),
+        None => {
+            let trained = run_of(&args.weights).and_then(|r| r.data);
+            let corpus = Corpus::open(trained.as_deref(), &tokenizer, config.vocab_size, context)?;
+            (corpus.validation, format!("{} (validation part)", corpus.name))
+        }
+    };
+    let windows = part.windows(context).len().max(1);
     let batch = (args.batch as usize).min(windows);
-    let rows = Choice::HEAD_ROWS.min(batch * context);
-    let (model, layout) = lay_out(&config, &args.machine, context, batch, rows, frac_bits(&config, args.frac_bits))?;
+    let (model, layout) = lay_out(&config, &args.machine, context, batch, None, frac_bits(&config, args.frac_bits))?;
     let threads = machine::threads(&args.machine);
-    machine::run(args.machine.backend, threads, &layout, Eval { args, config, model, corpus })
+    machine::run(args.machine.backend, threads, &layout, Eval { args, config, model, part, name })
 }
 
 /// Text from a model.
@@ -119,7 +131,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         model: Gpt2,
     }
     impl Work for Generate<'_> {
-        fn on<B: Backend<Real = f32>>(mut self, be: &mut B) -> Result<(), Failure> {
+        fn on<B: Backend<Real = f32>>(mut self, be: &mut B, _: usize) -> Result<(), Failure> {
             let args = self.args;
             machine::load_weights(&args.weights, &self.config, be, &self.model)?;
             let tokenizer = Tokenizer::new();
@@ -149,7 +161,8 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         )));
     }
     let context = trained_context(&args.weights).unwrap_or(config.n_positions);
-    let (model, layout) = lay_out(&config, &args.machine, context, 1, 1, frac_bits(&config, None))?;
+    let one = Some(Choice { chunk: 1, head_rows: 1 });
+    let (model, layout) = lay_out(&config, &args.machine, context, 1, one, frac_bits(&config, None))?;
     let threads = machine::threads(&args.machine);
     machine::run(args.machine.backend, threads, &layout, Generate { args, config, model })
 }

@@ -8,6 +8,7 @@ use bdia_core::stack;
 use bdia_core::{Category, Error, Grid, Layout, Reference, Storage};
 use bdia_cpu::Cpu;
 
+use crate::alloc::Counting;
 use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs};
 use crate::config::{Activation, Bdia, Gpt2Config};
 use crate::error::Failure;
@@ -103,7 +104,8 @@ pub fn lay_out(
         BackendKind::Cpu => Gpt2::layout::<Cpu>(setup, choice),
     };
     match fixed {
-        Some(choice) => fit(budget, core::iter::once(choice), make),
+        // A choice that was made before, by a run within its budget.
+        Some(choice) => fit(None, core::iter::once(choice), make),
         None => fit(budget, Choice::all(setup.batch, setup.context), make),
     }
 }
@@ -177,11 +179,11 @@ pub fn available_memory() -> Option<u64> {
 
 /// Something to do on a backend of either kind.
 pub trait Work {
-    /// Does it.
+    /// Does it; `arenas` is what the allocator counted for the backend.
     ///
     /// # Errors
     /// Whatever goes wrong.
-    fn on<B: Backend<Real = f32>>(self, be: &mut B) -> Result<(), Failure>;
+    fn on<B: Backend<Real = f32>>(self, be: &mut B, arenas: usize) -> Result<(), Failure>;
 }
 
 /// Makes a backend for a layout and does the work on it.
@@ -194,12 +196,18 @@ pub fn run(kind: BackendKind, threads: usize, layout: &Layout, work: impl Work) 
     {
         return Err(Failure::TooBig { plan: layout.total() as u64, available });
     }
+    let before = Counting::current();
     match kind {
-        BackendKind::Cpu => work.on(&mut Cpu::new(layout, threads)?),
+        BackendKind::Cpu => {
+            let mut be = Cpu::new(layout, threads)?;
+            let arenas = Counting::current().saturating_sub(before);
+            work.on(&mut be, arenas)
+        }
         BackendKind::Reference => {
             let (ints, reals, words) = layout.arenas();
             let (mut ints, mut reals, mut words) = (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
-            work.on(&mut Reference::new(layout, &mut ints, &mut reals, &mut words)?)
+            let arenas = Counting::current().saturating_sub(before);
+            work.on(&mut Reference::new(layout, &mut ints, &mut reals, &mut words)?, arenas)
         }
     }
 }

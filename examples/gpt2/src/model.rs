@@ -317,6 +317,8 @@ impl Gpt2 {
     ) -> core::result::Result<Outcome, E> {
         let Some(rule) = self.setup.rule else { return Err(setting("optimizer", f64::NAN, "one, to train").into()) };
         self.prepare();
+        // A fault that an abandoned step left behind is not this one's.
+        be.take_fault()?;
         if self.setup.fused && (step.accumulate != 1 || step.clip > 0.0) {
             return Err(setting("accumulate or clip", f64::NAN, "full gradient buffers (fused = false)").into());
         }
@@ -408,6 +410,7 @@ impl Gpt2 {
         targets: &[i32],
         inference: Inference,
     ) -> Result<(f64, usize)> {
+        be.take_fault()?;
         let samples = tokens.len() / self.setup.context;
         let n = samples * self.setup.context;
         be.write_ints(self.targets.sub(0, n), targets)?;

@@ -33,8 +33,9 @@ use crate::report::{self, Metric, Metrics};
 use crate::sample::Sampler;
 use crate::tokenizer::{EOT, Tokenizer};
 
-/// Validation windows of the curve; the whole validation part is measured at the end.
-const CURVE_TOKENS: usize = 16_384;
+/// Validation tokens of the curve, and of the measurement at the end; `eval` has no such limit.
+const CURVE_TOKENS: usize = 8192;
+const FINAL_TOKENS: usize = 1 << 16;
 
 /// Set by Ctrl-C: the step is finished, then the run is saved.
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -89,6 +90,10 @@ struct Run {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     let mut args = args.clone();
+    // The run may be resumed from another working directory.
+    for path in [&mut args.data, &mut args.weights].into_iter().flatten() {
+        *path = std::path::absolute(&*path).map_err(|e| FileError::io(path, "find it", e))?;
+    }
     let mut from = None;
     if let Some(dir) = args.resume.clone() {
         let path = dir.join("run.json");
@@ -112,14 +117,15 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     }
 
     let tokenizer = Tokenizer::new();
-    let mut config = match &args.weights {
-        Some(dir) => {
+    let mut config = match (&args.weights, &args.resume) {
+        (_, Some(dir)) => Gpt2Config::read_dir(dir)?,
+        (Some(dir), None) => {
             let mut config = Gpt2Config::read_dir(dir)?;
             // Dropout is a choice of the training; the file's is what somebody else chose.
             config.set_dropout(args.dropout);
             config
         }
-        None => args.model.gpt2(args.dropout)?,
+        (None, None) => args.model.gpt2(args.dropout)?,
     };
     config.bdia = Some(machine::record(&args.mode)?);
     let context = args.model.context.map_or(config.n_positions, |c| c as usize);
@@ -163,7 +169,7 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     )
 }
 
-/// The plans of the modes that are not used, for the table: with their own best chunk as far as they have one.
+/// The plans of the modes that are not used, for the table: with this run's chunks.
 fn other_plans(
     setup: &Setup,
     kind: crate::cli::BackendKind,
@@ -194,12 +200,8 @@ fn other_plans(
 }
 
 impl Work for Run {
-    fn on<B: Backend<Real = f32>>(mut self, be: &mut B) -> Result<(), Failure> {
+    fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         let out = self.args.out.clone();
-        // What is allocated before the first step is what the plan says, apart from the libraries.
-        let own = self.layout.total() - self.model.setup().library;
-        let mut peak = 0;
-
         std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
         let identity = machine::identity(be);
         let digest = digest(&self.corpus.train)?;
@@ -227,10 +229,15 @@ impl Work for Run {
                 }
                 // A new run in an old directory, now that nothing speaks against it: the old checkpoints must not be taken
                 // for this one's.
-                for (_, old) in checkpoint::list(&out) {
+                let old = checkpoint::list(&out);
+                if !old.is_empty() {
+                    report::note!("the run that was in {} is replaced by this one", out.display());
+                }
+                for (_, old) in old {
                     std::fs::remove_file(&old).map_err(|e| FileError::io(&old, "remove it", e))?;
                 }
                 let json = serde_json::to_string_pretty(&self.args).map_err(|e| Failure::Other(e.to_string()))?;
+                self.config.write_dir(&out)?;
                 write_bytes(&out.join("run.json"), json.as_bytes())?;
             }
         }
@@ -257,7 +264,11 @@ impl Work for Run {
         // A finished run has no step left: what it ended with is still what there is to tell.
         let loss = before.last().map_or(f64::NAN, |m| m.loss);
         let mut last = Outcome { loss, grad_norm: f64::NAN, mismatches: 0, rebuild_error: 0.0 };
+        let before_staging = Counting::current();
         self.model.prepare();
+        // Measured, not planned: what the backend and the staging buffers took from the allocator.
+        let own = arenas + Counting::current().saturating_sub(before_staging);
+        let mut peak = own;
 
         for step in first..steps {
             let clock = Instant::now();
@@ -283,7 +294,7 @@ impl Work for Run {
                 }
                 Err(other) => return Err(other),
             };
-            peak = peak.max(Counting::peak() - others);
+            peak = peak.max(Counting::peak().saturating_sub(others));
             let took = clock.elapsed().as_secs_f64();
             seconds += took;
             mismatches += last.mismatches;
@@ -351,7 +362,7 @@ impl Work for Run {
         }
         let points: Vec<_> = validation.iter().map(|&(s, l)| (u64::from(s), l)).collect();
         report::loss_svg(&out.join("loss.svg"), &curve, &points)?;
-        let whole = self.validate(be, usize::MAX)?;
+        let whole = self.validate(be, FINAL_TOKENS)?;
         self.summary(be, (last, whole), mismatches, worst, peak)?;
 
         if self.args.json {
@@ -362,8 +373,8 @@ impl Work for Run {
                 json!({
                     "loss": number(last.loss),
                     "val_loss": whole.map(|(loss, _)| loss),
-                    "verify_mismatches": mismatches,
-                    "rebuild_error": worst,
+                    "verify_mismatches": (self.args.verify && self.args.mode.mode == Mode::Bdia).then_some(mismatches),
+                    "rebuild_error": (self.args.verify && self.args.mode.mode == Mode::BdiaFloat).then_some(worst),
                     "tokens_per_s": number(tokens_per_step * steps_run / seconds),
                     "plan_bytes": self.layout.total(),
                     "peak_bytes": peak,
@@ -380,9 +391,9 @@ impl Work for Run {
 fn kept(out: &Path) -> String {
     match checkpoint::list(out).first() {
         Some((step, path)) => format!(
-            "; the checkpoint after step {step} is good ({}), --resume {} goes on from it",
-            path.display(),
-            out.display()
+            "; the checkpoint after step {step} is intact ({}). Resuming it repeats the same numbers: start a new run with a \
+             lower --lr, or with --clip",
+            path.display()
         ),
         None => "; no checkpoint had been written yet".into(),
     }
@@ -393,11 +404,14 @@ fn digest(part: &Part) -> Result<u64, Failure> {
     let mut hash = xxhash_rust::xxh3::Xxh3::new();
     hash.update(&part.len().to_le_bytes());
     let mut buffer = [0_i32; 4096];
-    let n = buffer.len().min(usize::try_from(part.len()).unwrap_or(usize::MAX));
-    // Beginning, middle and end: a file of many gigabytes is not read twice for it.
-    for from in [0, part.len() / 2, part.len().saturating_sub(n as u64)] {
+    // All of it, but of a file of many gigabytes only a part of every megabyte.
+    let stride = if part.len() <= 1 << 26 { buffer.len() as u64 } else { 1 << 20 };
+    let mut from = 0;
+    while from < part.len() {
+        let n = buffer.len().min(usize::try_from(part.len() - from).unwrap_or(usize::MAX));
         part.copy(from, &mut buffer[..n])?;
         buffer[..n].iter().for_each(|t| hash.update(&t.to_le_bytes()));
+        from += stride;
     }
     Ok(hash.digest())
 }
@@ -518,7 +532,7 @@ pub fn evaluate<B: Backend<Real = f32>>(
     let (mut tokens, mut targets) = (vec![0; at_once * context], vec![0; at_once * context]);
     let (mut sum, mut count, mut filled) = (0.0, 0, 0);
     let mut starts = part.windows(context).take(windows).peekable();
-    while let Some(from) = starts.next() {
+    while let Some(from) = starts.next().filter(|_| !STOP.load(Ordering::SeqCst)) {
         let range = filled * context..(filled + 1) * context;
         part.window(from, &mut tokens[range.clone()], &mut targets[range.clone()])?;
         filled += 1;

@@ -235,11 +235,14 @@ fn evaluation_and_text_of_what_is_no_model() {
         bad(&mut other("generate", &place, ""), &["config.json"]);
     }
     bad(&mut other("generate", &out, ""), &["vocabulary has 64"]);
-    bad(&mut other("eval", &out, ""), &["vocabulary of 64"]);
     bad(other("eval", &out, "--context 17 --data").arg(&data), &["17"]);
     bad(other("eval", &out, "--gamma NaN --data").arg(&data), &["--gamma"]);
     let few = dir.file("few.bin", &std::fs::read(&data).unwrap()[..40]);
-    bad(other("eval", &out, "--data").arg(&few), &["validation part", "--context"]);
+    bad(other("eval", &out, "--data").arg(&few), &["20 tokens to evaluate", "--context"]);
+    // Without the run's flags the data is the default, whose tokens this vocabulary has not.
+    good(&mut other("eval", &out, ""));
+    std::fs::remove_file(out.join("run.json")).unwrap();
+    bad(&mut other("eval", &out, ""), &["vocabulary of 64"]);
 }
 
 #[test]
@@ -275,7 +278,13 @@ fn a_run_and_its_evaluation() {
         assert!(loss < 4.5, "{flags}: {loss}");
         losses.push(loss);
     }
-    assert!((losses[0] - json["val_loss"].as_f64().unwrap()).abs() < 1e-9);
+    // Without --data it is the validation part that the run measured; with it, every window of the file.
+    let own = good(&mut other("eval", &out, "--json")).json();
+    assert!((own["loss"].as_f64().unwrap() - json["val_loss"].as_f64().unwrap()).abs() < 1e-9);
+    let all = good(other("eval", &out, "--json --data").arg(&data)).json();
+    let tokens = std::fs::metadata(&data).unwrap().len() / 2;
+    assert_eq!(all["tokens"].as_u64().unwrap(), (tokens - 1) / 16 * 16);
+    assert!(own["tokens"].as_u64().unwrap() * 5 < all["tokens"].as_u64().unwrap());
     assert!(losses[2] != losses[0] && (losses[2] - losses[0]).abs() < 1e-2);
     assert!(before == content(&out));
 }

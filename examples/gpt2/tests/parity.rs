@@ -8,7 +8,7 @@ use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
 use bdia_core::update::{Gamma, Grid, Sign};
 use bdia_core::{Error, Reference, Storage};
-use bdia_gpt2::model::{Gpt2, Step};
+use bdia_gpt2::model::{Gpt2, Inference, Step};
 use common::{Memory, State, lay_out, state};
 
 fn load(model: &Gpt2, be: &mut Reference<'_, f64>, state: &State) {
@@ -59,6 +59,18 @@ fn check(file: &str, mode: Mode, gamma: f64, sign: Sign, chunk: usize, head_rows
         b.copy_from_slice(targets);
         Ok::<(), Error>(())
     };
+    // With a constant sign, training's forward pass is inference with that γ.
+    let inference = match (mode, sign) {
+        (Mode::Bdia, Sign::Minus) => Inference::Quantized(Gamma::new(-gamma, Sign::Plus).unwrap()),
+        (Mode::Bdia, _) => Inference::Quantized(Gamma::new(gamma, Sign::Plus).unwrap()),
+        _ => Inference::Float(Gamma::new(0.0, Sign::Plus).unwrap()),
+    };
+    let (context, vocab) = (setup.context, setup.dims.vocab);
+    for (i, sample) in tokens.chunks(context).enumerate() {
+        let ours = model.logits(&mut be, sample, 0..context, inference).unwrap();
+        let d = difference(&ours, &s.reals["logits"][i * context * vocab..][..context * vocab]);
+        assert!(d < TOLERANCE, "{file}: logits of sample {i} differ by {d:e}");
+    }
     let outcome = model.train(&mut be, &step, fill).unwrap();
     assert!(
         (outcome.loss - s.reals["loss"][0]).abs() < TOLERANCE,
