@@ -299,10 +299,10 @@ pub struct TrainArgs {
     #[serde(flatten)]
     pub optim: OptimArgs,
     /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 250, value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 130, value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
     pub steps: u64,
     /// Samples of a micro-batch
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count(1 << 20), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20), help_heading = "Run")]
     pub batch: u64,
     /// Micro-batches of a step. More than one needs full gradient buffers
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10), help_heading = "Run")]
@@ -730,7 +730,7 @@ mod tests {
             for flag in flags.split_whitespace() {
                 assert!(help.contains(&format!("--{flag}")), "{request}: {flag}");
             }
-            for default in ["[default: 250]", "[default: 0.001]", "[default: bdia]", "[default: runs/gpt2]"] {
+            for default in ["[default: 130]", "[default: 0.001]", "[default: bdia]", "[default: runs/gpt2]"] {
                 assert!(help.contains(default), "{request}: {default}");
             }
         }
