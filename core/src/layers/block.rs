@@ -280,8 +280,7 @@ impl<B: Backend> Blocks<B> for TransformerBlocks {
         let w = |i: usize| self.tensors[i].of(p);
         let m = |i: usize| (p, self.tensors[i]);
         let g = |i: usize| self.tensors[i].of(grad);
-        let trained = !grad.is_empty();
-        let pair = |i: usize| trained.then(|| (g(i), g(i + 1)));
+        let pair = |i: usize| (g(i), g(i + 1));
         let mut scratch = Cut(call.scratch);
         let d = scratch.take(rows * s.width);
         let dmid = scratch.take(rows * s.width);

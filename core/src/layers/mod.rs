@@ -203,17 +203,15 @@ pub(crate) fn linear_vjp<B: NnOps>(
     be: &mut B,
     rows: usize,
     w: (Reals, Tensor),
-    grads: Option<(Reals, Reals)>,
+    (dw, db): (Reals, Reals),
     x: Reals,
     dy: Reals,
     dx: Reals,
 ) -> Result<()> {
     let (inner, cols) = (w.1.rows, w.1.cols);
-    if let Some((dw, db)) = grads {
-        let p = Product { rows: inner, cols, inner: rows, a: Order::Transposed, b: Order::Plain, accumulate: true };
-        be.matmul(&p, x, dy, None, dw)?;
-        be.sum_rows(dy, db)?;
-    }
+    let p = Product { rows: inner, cols, inner: rows, a: Order::Transposed, b: Order::Plain, accumulate: true };
+    be.matmul(&p, x, dy, None, dw)?;
+    be.sum_rows(dy, db)?;
     let p = Product { rows, cols: inner, inner: cols, a: Order::Plain, b: Order::Transposed, accumulate: false };
     be.matmul(&p, dy, w.1.of(w.0), None, dx)
 }
