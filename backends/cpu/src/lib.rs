@@ -150,6 +150,8 @@ pub struct Cpu {
     ints: Arena<i32>,
     reals: Arena<f32>,
     words: Arena<u32>,
+    /// Packed operands of matrix products.
+    packing: Arena<f32>,
     fault: Option<Fault>,
     team: Team,
 }
@@ -174,6 +176,7 @@ impl Cpu {
             ints: Arena::new(ints)?,
             reals: Arena::new(reals)?,
             words: Arena::new(words)?,
+            packing: Arena::new(nn::matmul::scratch(threads))?,
             fault: None,
             team: Team { pool, threads },
         })
@@ -184,10 +187,12 @@ impl Cpu {
         self.team.threads
     }
 
-    /// A bound on what `gemm` allocates outside the arenas when `threads` threads (0: as many as there are cores)
-    /// compute: packing buffers and one slab of the size of the L2 cache per thread. It does not depend on the model.
+    /// A bound on the memory outside the arenas of a layout when `threads` threads (0: as many as there are cores)
+    /// compute: packed operands of matrix products, and what `gemm` allocates within a call (packing buffers and one slab
+    /// of the size of the L2 cache per thread). It does not depend on the model.
     pub fn library_bytes(threads: usize) -> usize {
-        actual_threads(threads) * nn::matmul::thread_bytes()
+        let threads = actual_threads(threads);
+        threads * nn::matmul::thread_bytes() + nn::matmul::scratch(threads) * size_of::<f32>()
     }
 
     /// The values of a handle.

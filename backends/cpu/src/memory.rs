@@ -165,6 +165,16 @@ impl<'a, T> Shared<'a, T> {
         unsafe { core::slice::from_raw_parts_mut(self.start.add(at), len) }
     }
 
+    /// `len` values from `at` on, to be read.
+    ///
+    /// # Safety
+    /// As long as the part lives, nothing writes to its values.
+    pub(crate) unsafe fn view(&self, at: usize, len: usize) -> &[T] {
+        assert!(at <= self.len && len <= self.len - at);
+        // SAFETY: within the slice; the caller promises that nothing is written.
+        unsafe { core::slice::from_raw_parts(self.start.add(at), len) }
+    }
+
     /// The first value's address, for strided access.
     pub(crate) fn pointer(&self) -> *mut T {
         self.start

@@ -200,7 +200,9 @@ pub fn read_header(
     // The claim is not trusted with memory: what is there is read, up to it.
     let mut header = Vec::new();
     reader.take(size).read_to_end(&mut header).map_err(failed)?;
-    let Entries(entries) = serde_json::from_slice(&header).map_err(|e| wrong(format!("the header: {e}")))?;
+    // JSON is UTF-8 also where its content is skipped, which the parser alone does not check.
+    let header = core::str::from_utf8(&header).map_err(|e| wrong(format!("the header is not UTF-8: {e}")))?;
+    let Entries(entries) = serde_json::from_str(header).map_err(|e| wrong(format!("the header: {e}")))?;
     let data = len - 8 - size;
     let mut ranges = Vec::with_capacity(entries.len());
     let mut tensors = Vec::with_capacity(entries.len());

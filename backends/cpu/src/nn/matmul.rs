@@ -1,4 +1,8 @@
-//! Matrix products: `gemm`, in tiles that the shape alone decides.
+//! Matrix products: which kernel computes them, and `gemm` in tiles that the shape alone decides.
+//!
+//! With the 16 registers of AVX2 (or the 32 of NEON) the products of layers go through [`super::packed`], which packs
+//! nothing twice. With AVX-512 `gemm` has better kernels than `wide` can express, and without fused multiply-add it
+//! chooses at run time what a build cannot: there `gemm` serves. The small products of attention are always `gemm`'s.
 
 use bdia_core::backend::Order;
 use gemm::Parallelism;
@@ -49,13 +53,13 @@ impl View {
         Self { start: x.as_ptr(), row, col }
     }
 
-    fn at(self, row: usize, col: usize) -> Self {
+    pub(super) fn at(self, row: usize, col: usize) -> Self {
         Self { start: self.start.wrapping_add(row * self.row + col * self.col), ..self }
     }
 }
 
 /// How a dimension is cut: into equal pieces of at most `most`, a multiple of `step`.
-fn cut(len: usize, most: usize, step: usize) -> usize {
+pub(super) fn cut(len: usize, most: usize, step: usize) -> usize {
     len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(step).max(step)
 }
 
@@ -114,7 +118,21 @@ pub(crate) unsafe fn product(
     }
 }
 
-/// `C (+)= A·B (+ bias)` for dense `c`, over the threads.
+/// Whether the products of layers are packed here.
+fn packed() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    let better = std::is_x86_feature_detected!("avx512f");
+    #[cfg(not(target_arch = "x86_64"))]
+    let better = false;
+    cfg!(any(target_feature = "fma", target_arch = "aarch64")) && !better
+}
+
+/// Values of packing memory that [`matmul`] needs.
+pub(crate) fn scratch(threads: usize) -> usize {
+    if packed() { super::packed::scratch(threads) } else { 0 }
+}
+
+/// `C (+)= A·B (+ bias)` for dense `c`, over the threads; `memory` holds [`scratch`] values.
 pub(crate) fn matmul(
     team: &Team,
     [rows, cols, inner]: [usize; 3],
@@ -123,7 +141,12 @@ pub(crate) fn matmul(
     bias: Option<&[f32]>,
     c: &mut [f32],
     accumulate: bool,
+    memory: &mut [f32],
 ) {
+    if packed() {
+        super::packed::product(team, [rows, cols, inner], a, b, bias, c, accumulate, memory);
+        return;
+    }
     // Smaller tiles where there are few, so that every thread has some; not so small that packing them costs more than
     // it gains.
     let (mut most_rows, mut most_cols) = (ROWS, COLS);

@@ -4,6 +4,7 @@ mod attention;
 mod dropout;
 mod gelu;
 pub(crate) mod matmul;
+mod packed;
 
 use bdia_core::arena::product;
 use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Product};
@@ -86,7 +87,7 @@ impl NnOps for Cpu {
         }
         let offset: Option<&[f32]> = bias.map(|_| &*offset);
         let (a, b) = (View::dense(a, p.a, p.rows, p.inner), View::dense(b, p.b, p.inner, p.cols));
-        matmul::matmul(&self.team, [p.rows, p.cols, p.inner], a, b, offset, c, p.accumulate);
+        matmul::matmul(&self.team, [p.rows, p.cols, p.inner], a, b, offset, c, p.accumulate, &mut self.packing);
         Ok(())
     }
 
