@@ -44,7 +44,7 @@ def main():
     body = model.transformer
     named = {name.removeprefix("transformer."): q for name, q in model.named_parameters()}
     if args.mode == "checkpointing":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def residual(block):
         def h(x):
