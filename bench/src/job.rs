@@ -52,6 +52,9 @@ impl Model {
             Self::VitBlocks => c.set_vocab(10),
             _ => {}
         }
+        if let Some(vocab) = job.vocab {
+            c.set_vocab(vocab);
+        }
         c.set_dropout(job.dropout);
         c.n_layer = job.layers.unwrap_or(c.n_layer);
         c.n_positions = c.n_positions.max(job.context(c.n_positions));
@@ -109,6 +112,9 @@ pub struct Job {
     /// Blocks, in place of the model's
     #[arg(long)]
     pub layers: Option<usize>,
+    /// Vocabulary, in place of the model's
+    #[arg(long)]
+    pub vocab: Option<usize>,
     /// Threads
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
@@ -143,6 +149,7 @@ impl Job {
             batch: None,
             context: None,
             layers: None,
+            vocab: None,
             threads: 2,
             steps: 5,
             warmup: 1,
@@ -207,6 +214,9 @@ impl Job {
         }
         if let Some(layers) = self.layers {
             put("layers", layers.to_string());
+        }
+        if let Some(vocab) = self.vocab {
+            put("vocab", vocab.to_string());
         }
         if let Some(dir) = &self.weights {
             put("weights", dir.display().to_string());
@@ -321,6 +331,7 @@ mod tests {
         let mut job = Job::new(Model::VitBlocks, Mode::Checkpoint);
         (job.layers, job.verify, job.dropout, job.weights) = (Some(3), true, 0.1, Some("a b".into()));
         (job.checkpoint_every, job.batch, job.context) = (Some(2), Some(7), Some(65));
+        job.vocab = Some(11);
         let line = core::iter::once("run".to_string()).chain(job.flags());
         assert_eq!(Line::parse_from(line).job, job);
     }
