@@ -172,7 +172,7 @@ impl Report {
     }
 
     fn job(&self, model: Model, mode: Mode) -> Job {
-        let steps = if self.args.quick { 4 } else { 6 };
+        let steps = if self.args.quick { 3 } else { 6 };
         Job { threads: self.threads, steps, ..Job::new(model, mode) }
     }
 
@@ -243,7 +243,7 @@ impl Report {
     /// Modes × backends × models.
     fn steps(&mut self) {
         let models: &[Model] = if self.args.quick {
-            &[Model::Mini, Model::VitBlocks]
+            &[Model::Tiny, Model::VitBlocks]
         } else {
             &[Model::Gpt2, Model::Gpt2Medium, Model::VitBlocks, Model::Mini]
         };
@@ -274,8 +274,10 @@ impl Report {
                 jobs.iter_mut().for_each(|j| j.batch = Some(8));
             }
             let reference = Job { backend: BackendKind::Reference, steps: 2, ..self.job(Model::Tiny, Mode::Bdia) };
-            if model == Model::Mini {
+            if matches!(model, Model::Mini | Model::Tiny) {
                 jobs.push(reference);
+            }
+            if model == Model::Mini {
                 jobs.push(Job { steps: 20, ..self.job(Model::Tiny, Mode::Bdia) });
             }
             let (mut speed, mut memories): (Vec<(String, f64, String, bool)>, Vec<_>) = (Vec::new(), Vec::new());
@@ -315,7 +317,7 @@ impl Report {
                     bytes(record.peak_rss),
                     bytes(record.planned("side bits and checksums")),
                 ]);
-                if job.model == model {
+                if job.model == model && job.backend == BackendKind::Cpu {
                     for p in &record.parts {
                         memory.row([
                             model.name().into(),
@@ -529,7 +531,7 @@ impl Report {
 
         let mut seconds = Vec::new();
         for p in [0.0, 0.1] {
-            let job = Job { dropout: p, ..self.job(if quick { Model::Mini } else { base }, Mode::Bdia) };
+            let job = Job { dropout: p, ..self.job(base, Mode::Bdia) };
             let Some(r) = self.asserted(&job) else { continue };
             table.rows.push(row("dropout", p.to_string(), &r));
             seconds.push(r.seconds_per_step());
