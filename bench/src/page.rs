@@ -63,12 +63,12 @@ pub fn markdown(title: &str, intro: &[String], sections: &[Section]) -> String {
 
 const STYLE: &str = "
 :root{--ink:#1b2430;--soft:#5b6675;--line:#dfe4ea;--back:#fbfcfd;--card:#fff;
---c0:#1f6feb;--c1:#e8833a;--c2:#2a9d6f;--c3:#a05cc8;--c4:#c94f6d;--c5:#7a8794;--c6:#d2a928;--c7:#3fb6c6;--good:#1d8a5b;--bad:#c0392b}
+--c0:#1f6feb;--c1:#e8833a;--c2:#2a9d6f;--c3:#a05cc8;--c4:#c94f6d;--c5:#7a8794;--c6:#d2a928;--c7:#3fb6c6;--c8:#8c5a3c;--c9:#b5c94f;--good:#1d8a5b;--bad:#c0392b}
 @media(prefers-color-scheme:dark){:root{--ink:#e6ebf1;--soft:#9aa6b4;--line:#2c3642;--back:#11161c;--card:#181f27;
---c0:#5b9cf5;--c1:#f0a068;--c2:#52c497;--c3:#bf8be0;--c4:#e67f97;--c5:#98a4b1;--c6:#e3c353;--c7:#6fd0dc;--good:#52c497;--bad:#f07a6c}}
+--c0:#5b9cf5;--c1:#f0a068;--c2:#52c497;--c3:#bf8be0;--c4:#e67f97;--c5:#98a4b1;--c6:#e3c353;--c7:#6fd0dc;--c8:#c08a68;--c9:#cfe06f;--good:#52c497;--bad:#f07a6c}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--back);color:var(--ink);font:15px/1.55 system-ui,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:36px 24px 80px}
+main{max-width:1280px;margin:0 auto;padding:36px 24px 80px}
 h1{font-size:28px;line-height:1.2;margin:0 0 14px}
 h2{font-size:19px;margin:0 0 8px}
 p{margin:0 0 8px;color:var(--soft);max-width:92ch}
@@ -76,7 +76,8 @@ p{margin:0 0 8px;color:var(--soft);max-width:92ch}
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:22px 24px;margin-top:22px}
 .scroll{overflow-x:auto;margin-top:12px}
 table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
-th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:right}
+td:not(:first-child){overflow-wrap:break-word}
 th:first-child,td:first-child{text-align:left}
 th{color:var(--soft);font-weight:600;vertical-align:bottom}
 tr:last-child td{border-bottom:0}
@@ -153,7 +154,7 @@ fn frame(title: &str, height: f64, body: &str) -> String {
 /// Horizontal bars: name, value, the text at the bar's end, and whether it is ours.
 pub fn bars(title: &str, rows: &[(String, f64, String, bool)]) -> String {
     let most = rows.iter().map(|r| r.1).fold(f64::MIN_POSITIVE, f64::max);
-    let room = WIDTH - LEFT - 92.0;
+    let room = WIDTH - LEFT - 130.0;
     let mut body = String::new();
     for (i, (name, value, text, ours)) in rows.iter().enumerate() {
         let (y, w) = (30.0 + 26.0 * i as f64, (value / most * room).max(1.0));
@@ -194,7 +195,7 @@ pub fn stacked(title: &str, parts: &[String], rows: &[(String, Vec<f64>, String)
                 let _ = write!(
                     body,
                     "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{w:.2}\" height=\"18\" fill=\"var(--c{})\"/>",
-                    j % 8
+                    j % 10
                 );
             }
             x += w;
@@ -212,7 +213,7 @@ pub fn stacked(title: &str, parts: &[String], rows: &[(String, Vec<f64>, String)
             "<rect x=\"{x:.1}\" y=\"{:.1}\" width=\"10\" height=\"10\" rx=\"2\" fill=\"var(--c{})\"/>\
              <text class=\"soft\" x=\"{:.1}\" y=\"{y:.1}\">{}</text>",
             y - 9.0,
-            j % 8,
+            j % 10,
             x + 15.0,
             escape(part)
         );
@@ -341,7 +342,7 @@ mod tests {
     #[test]
     fn charts_keep_their_proportions() {
         let svg = bars("b", &[("x".into(), 2.0, "2".into(), true), ("y".into(), 1.0, "1".into(), false)]);
-        let room = WIDTH - LEFT - 92.0;
+        let room = WIDTH - LEFT - 130.0;
         assert!(svg.contains(&format!("width=\"{room:.1}\"")) && svg.contains(&format!("width=\"{:.1}\"", room / 2.0)));
         assert_eq!(lines("empty", "x", "y", &[]), "");
     }
