@@ -1,0 +1,74 @@
+"""GPT-2 of transformers, trained on the CPU: everything stored, gradient checkpointing, or BDIA."""
+
+import peer
+
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import bdia
+
+peer.imports_done()
+
+# layers, heads, width, positions, vocabulary
+SIZES = {
+    "gpt2": (12, 12, 768, 1024, 50257),
+    "gpt2-medium": (24, 16, 1024, 1024, 50257),
+    "mini": (6, 4, 128, 128, 50257),
+    "tiny": (3, 4, 64, 64, 512),
+}
+
+
+def main():
+    p = peer.arguments(__doc__, ["store-all", "checkpointing", "bdia"])
+    p.add_argument("--model", default="gpt2", help=f"{', '.join(SIZES)}, or a name for the dimensions below")
+    p.add_argument("--context", type=int, default=256)
+    for name in ["layers", "heads", "width", "positions", "vocab", "inner"]:
+        p.add_argument(f"--{name}", type=int)
+    p.add_argument("--gelu", choices=["tanh", "exact"], default="tanh")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    preset = SIZES.get(args.model, SIZES["tiny"])
+    layers, heads, width, positions, vocab = (
+        given or usual
+        for given, usual in zip([args.layers, args.heads, args.width, args.positions, args.vocab], preset)
+    )
+    config = GPT2Config(
+        n_layer=layers, n_head=heads, n_embd=width, n_positions=positions, vocab_size=vocab, n_inner=args.inner,
+        activation_function={"tanh": "gelu_new", "exact": "gelu"}[args.gelu], use_cache=False,
+        embd_pdrop=args.dropout, attn_pdrop=args.dropout, resid_pdrop=args.dropout, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    body = model.transformer
+    named = {name.removeprefix("transformer."): q for name, q in model.named_parameters()}
+    if args.mode == "checkpointing":
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+    def residual(block):
+        def h(x):
+            f = block.attn(block.ln_1(x))[0]
+            return f + block.mlp(block.ln_2(x + f))
+
+        return h
+
+    stack = bdia.Stack([residual(block) for block in body.h], args.frac_bits, args.seed, args.verify)
+    tokens, targets = peer.sequences(args.seed, args.batch, args.context, vocab)
+    places = torch.arange(args.context)
+
+    def step_loss(step):
+        if args.mode == "bdia":
+            stack.step = step
+            x = body.drop(body.wte(tokens) + body.wpe(places))
+            logits = model.lm_head(body.ln_f(stack(x)))
+        else:
+            logits = model(tokens).logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    facts = {"model": args.model, "context": args.context, "unit": "tokens", "items": args.batch * args.context}
+    peer.measure(args, model, named, step_loss, facts, stack)
+
+
+if __name__ == "__main__":
+    main()

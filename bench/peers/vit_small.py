@@ -1,0 +1,120 @@
+"""The paper's ViT (`vit_small`: 32x32 images, 9,622,512 parameters with 10 classes), trained on the CPU: everything stored,
+checkpointing, or BDIA. Dropout is at the embedding, in attention, and behind both branches, as in the Rust layers."""
+
+import math
+
+import peer
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import bdia
+
+peer.imports_done()
+
+SIZE, PATCH, CHANNELS, CLASSES = 32, 4, 3, 10
+WIDTH, DEPTH, HEADS, HEAD_DIM, INNER = 512, 6, 8, 64, 512
+PATCHES = (SIZE // PATCH) ** 2
+PARAMETERS = 9_622_512
+
+
+class ShiftedPatches(nn.Module):
+    """Image and its four one-pixel shifts, cut into patches: [B, 3, 32, 32] -> [B, 64, d]."""
+
+    def __init__(self):
+        super().__init__()
+        values = 5 * CHANNELS * PATCH * PATCH
+        self.norm, self.linear = nn.LayerNorm(values), nn.Linear(values, WIDTH)
+
+    def forward(self, images):
+        shifted = [F.pad(images, pad) for pad in [(1, -1, 0, 0), (-1, 1, 0, 0), (0, 0, 1, -1), (0, 0, -1, 1)]]
+        patches = F.unfold(torch.cat([images, *shifted], dim=1), PATCH, stride=PATCH)  # [B, 15 * 16, 64]
+        return self.linear(self.norm(patches.transpose(1, 2)))
+
+
+class Block(nn.Module):
+    """Locality self-attention (learned temperature, no token sees itself) and MLP, each behind its norm."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.dropout = dropout
+        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * HEADS * HEAD_DIM, bias=False)
+        self.temperature = nn.Parameter(torch.tensor(math.log(HEAD_DIM**-0.5)))
+        self.out = nn.Linear(HEADS * HEAD_DIM, WIDTH)
+        self.inner, self.outer = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+        not_itself = torch.zeros(PATCHES + 1, PATCHES + 1).fill_diagonal_(-math.inf)
+        self.register_buffer("not_itself", not_itself, persistent=False)
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training)
+
+    def attention(self, x):
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        p = self.dropout if self.training else 0.0
+        q = q * self.temperature.exp()
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.not_itself.to(q.dtype), dropout_p=p, scale=1.0)
+        return self.drop(self.out(mixed.transpose(1, 2).reshape(b, t, HEADS * HEAD_DIM)))
+
+    def residual(self, x):
+        f = self.attention(self.norm_1(x))
+        return f + self.drop(self.outer(F.gelu(self.inner(self.norm_2(x + f)))))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x))
+        return x + self.drop(self.outer(F.gelu(self.inner(self.norm_2(x)))))
+
+
+class Vit(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.patches = ShiftedPatches()
+        self.class_token = nn.Parameter(torch.randn(WIDTH))
+        self.positions = nn.Parameter(torch.randn(PATCHES + 1, WIDTH))
+        self.dropout = dropout
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(DEPTH))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def embed(self, images):
+        x = self.patches(images)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.positions
+        return F.dropout(x, self.dropout, self.training)
+
+    def logits(self, x):
+        return self.head(self.norm(x[:, 0]))
+
+
+def main():
+    args = peer.arguments(__doc__, ["store-all", "checkpointing", "bdia"]).parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    model = Vit(args.dropout)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS
+    values = peer.numbers(args.seed, args.batch * (CHANNELS * SIZE * SIZE + 1))
+    labels = torch.from_numpy((values[: args.batch] % CLASSES).astype("int64"))
+    pixels = (values[args.batch :] >> 40).astype("float32") * 2.0**-23 - 1.0
+    images = torch.from_numpy(pixels).view(args.batch, CHANNELS, SIZE, SIZE)
+    stack = bdia.Stack([block.residual for block in model.blocks], args.frac_bits, args.seed, args.verify)
+
+    def step_loss(step):
+        x = model.embed(images)
+        if args.mode == "bdia":
+            stack.step = step
+            x = stack(x)
+        elif args.mode == "checkpointing":
+            for block in model.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+        else:
+            for block in model.blocks:
+                x = block(x)
+        return F.cross_entropy(model.logits(x), labels)
+
+    facts = {"model": "vit_small", "context": PATCHES + 1, "unit": "images", "items": args.batch}
+    peer.measure(args, model, dict(model.named_parameters()), step_loss, facts, stack)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+//! Every floating-point operation that a training step must do, stage by stage.
+//!
+//! One addition, multiplication, comparison of floats, division, root, `exp`, `tanh`, `erf` or rounding is **one**
+//! operation (so a multiply-add is two, and a transcendental function, which takes the processor many, is one: the count
+//! is a lower bound of the work). Integer work (side bits, checksums, Philox) and copies are not counted. Causal
+//! attention counts only the pairs that a query sees. Attention's backward pass counts the scores a second time, because
+//! nothing of size `T²` may be kept. `R` rows (samples · tokens), width `d`, inner width `i`, vocabulary `V`, `K` blocks,
+//! `P` parameters, `pairs` of query and key over all samples, and heads of width `w`:
+//!
+//! | stage | products | other operations |
+//! |---|---|---|
+//! | block, forward | `2R(4d² + 2di) + 4·pairs·H·w` | norms `2·7Rd`, biases `R(5d+i)`, GELU `9Ri` (exact 5), softmax `5·pairs·H + Rd`, sums `2Rd` |
+//! | block, backward | `4R(4d² + 2di) + 10·pairs·H·w` | norms `2·14Rd`, biases `R(5d+i)`, GELU `16Ri` (exact 11), softmax `6·pairs·H + 2Rd`, sums `2Rd` |
+//! | head, both | `6RdV` | norm `21Rd`, cross-entropy `6RV` |
+//! | embedding, both | | `3Rd` |
+//! | update of X, forward (K blocks) and inverse (K−1) | | `6Rd` each: `(1-γ)x + (1+γ)h`, scale, round, and `x` from `X` |
+//! | gradient of the update | | `4Rd` a block |
+//! | AdamW with the norm of the gradient | | `16P` |
+//! | dropout | | `1` a value, in each pass |
+
+use bdia_core::backend::Gelu;
+use bdia_gpt2::cli::Mode;
+use bdia_gpt2::model::Dims;
+
+use crate::job::Job;
+
+/// Operations of one stage of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stage {
+    /// Its name.
+    pub name: &'static str,
+    /// Inside matrix products.
+    pub products: f64,
+    /// All others.
+    pub other: f64,
+}
+
+/// The stages of a step of a job.
+pub fn stages(job: &Job) -> Vec<Stage> {
+    let config = job.model.config(job);
+    let parameters = config.parameters().unwrap_or(0) as f64;
+    count(&bdia_gpt2::machine::dims(&config), job.mode, job.every(), job.batch(), job.tokens(), parameters)
+}
+
+fn count(c: &Dims, mode: Mode, every: usize, batch: usize, tokens: usize, parameters: f64) -> Vec<Stage> {
+    let [d, i, v, k, heads] = [c.width, c.inner, c.vocab, c.layers, c.heads].map(|n| n as f64);
+    let (samples, t) = (batch as f64, tokens as f64);
+    let r = samples * t;
+    let pairs = samples * heads * t * (t + 1.0) / 2.0;
+    let w = d / heads;
+    let (gelu, gelu_vjp) = match c.gelu {
+        Gelu::Tanh => (9.0, 16.0),
+        Gelu::Exact => (5.0, 11.0),
+    };
+    let on = |p: f64| f64::from(u8::from(p > 0.0));
+    let [at_input, attention, residual] = c.dropout.map(on);
+    let linear = 2.0 * r * (4.0 * d * d + 2.0 * d * i);
+    let dropped = attention * pairs + residual * 2.0 * r * d;
+    let biases = r * (5.0 * d + i);
+    let forward = Stage {
+        name: "blocks, forward",
+        products: linear + 4.0 * pairs * w,
+        other: 14.0 * r * d + biases + gelu * r * i + 5.0 * pairs + r * d + 2.0 * r * d + dropped,
+    };
+    let backward = Stage {
+        name: "blocks, backward",
+        products: 2.0 * linear + 10.0 * pairs * w,
+        other: 28.0 * r * d + biases + gelu_vjp * r * i + 6.0 * pairs + 2.0 * r * d + 2.0 * r * d + dropped,
+    };
+    let times = |s: Stage, n: f64| Stage { products: s.products * n, other: s.other * n, ..s };
+    let again = match mode {
+        Mode::Bdia => k - 1.0,
+        Mode::Standard | Mode::BdiaFloat => 0.0,
+        // The last segment is not recomputed.
+        Mode::Checkpoint => {
+            let every = every.clamp(1, c.layers);
+            (c.layers - (c.layers - (c.layers.div_ceil(every) - 1) * every)) as f64
+        }
+    };
+    let (update, gradient) = match mode {
+        Mode::Bdia => (6.0 * r * d * (2.0 * k - 1.0), 4.0 * r * d * k),
+        Mode::BdiaFloat => (4.0 * r * d * k, 4.0 * r * d * k),
+        Mode::Standard | Mode::Checkpoint => (r * d * k, 0.0),
+    };
+    vec![
+        Stage { name: "embedding", products: 0.0, other: 3.0 * r * d + 2.0 * at_input * r * d },
+        times(forward, k),
+        Stage { name: "blocks, recomputed", ..times(forward, again) },
+        times(backward, k),
+        Stage { name: "head and loss", products: 6.0 * r * d * v, other: 21.0 * r * d + 6.0 * r * v },
+        Stage { name: "update of X, inverse, G", products: 0.0, other: update + gradient },
+        Stage { name: "AdamW", products: 0.0, other: 16.0 * parameters },
+    ]
+}
+
+/// All operations of a step.
+pub fn total(stages: &[Stage]) -> f64 {
+    stages.iter().map(|s| s.products + s.other).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::Model;
+
+    fn of(model: Model, mode: Mode, every: u64) -> f64 {
+        total(&stages(&Job { checkpoint_every: Some(every), ..Job::new(model, mode) }))
+    }
+
+    /// What BDIA costs by the count: the forward pass of K−1 of K blocks.
+    #[test]
+    fn bdia_over_standard() {
+        for (model, ratio) in [(Model::Gpt2, 1.21), (Model::Gpt2Medium, 1.28), (Model::VitBlocks, 1.28)] {
+            let found = of(model, Mode::Bdia, 1) / of(model, Mode::Standard, 1);
+            assert!((found - ratio).abs() < 0.015, "{model:?}: {found}");
+        }
+    }
+
+    /// 6·P·R of the usual rule of thumb, less the position table and the token table's first use, plus attention.
+    #[test]
+    fn products_are_six_per_parameter_and_token() {
+        let products: f64 = stages(&Job::new(Model::Gpt2, Mode::Standard)).iter().map(|s| s.products).sum();
+        let weights = (12.0 * 12.0 * 768.0 * 768.0) + 50257.0 * 768.0;
+        assert!((products / (6.0 * 1024.0 * weights) - 1.0).abs() < 0.03);
+    }
+
+    #[test]
+    fn segments_of_a_checkpointed_stack() {
+        let bare = of(Model::Gpt2, Mode::Standard, 1);
+        let one = (of(Model::Gpt2, Mode::Checkpoint, 1) - bare) / 11.0;
+        // 12 blocks in segments of 5, 5 and 2: ten are recomputed.
+        assert!(((of(Model::Gpt2, Mode::Checkpoint, 5) - bare) / one - 10.0).abs() < 1e-9);
+        assert_eq!(of(Model::Gpt2, Mode::Checkpoint, 12), bare);
+    }
+}

@@ -1,0 +1,352 @@
+//! What is run ([`Job`]) and what came out of it ([`Record`]): flags in, one line of JSON out, for our engine and for
+//! peers alike.
+
+use std::path::PathBuf;
+
+use bdia_gpt2::cli::{BackendKind, Mode, Size};
+use bdia_gpt2::config::{Activation, Gpt2Config};
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+/// A model, by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Model {
+    /// GPT-2, 124M parameters.
+    #[value(name = "gpt2")]
+    #[serde(rename = "gpt2")]
+    Gpt2,
+    /// GPT-2, 355M parameters.
+    #[value(name = "gpt2-medium")]
+    #[serde(rename = "gpt2-medium")]
+    Gpt2Medium,
+    /// 6 blocks of width 128 with GPT-2's vocabulary.
+    Mini,
+    /// 3 blocks of width 64 and 512 tokens: runs in milliseconds, also on the reference backend.
+    Tiny,
+    /// The transformer of the paper's ViT inside a GPT-2: 6 blocks of width 512, 8 heads, MLP 512, exact GELU, 65 tokens,
+    /// 10 classes, causal. An image is one sample.
+    VitBlocks,
+}
+
+impl Model {
+    /// The architecture; dropout as asked for.
+    pub fn config(self, job: &Job) -> Gpt2Config {
+        let mut c = match self {
+            Self::Gpt2 => Gpt2Config::preset(Size::Gpt2),
+            Self::Gpt2Medium => Gpt2Config::preset(Size::Medium),
+            Self::Mini => Gpt2Config::preset(Size::Mini),
+            Self::Tiny => Gpt2Config { n_layer: 3, n_embd: 64, n_positions: 64, ..Gpt2Config::preset(Size::Mini) },
+            Self::VitBlocks => Gpt2Config {
+                n_layer: 6,
+                n_head: 8,
+                n_embd: 512,
+                n_inner: Some(512),
+                n_positions: 65,
+                activation_function: Activation::Gelu,
+                ..Gpt2Config::preset(Size::Mini)
+            },
+        };
+        match self {
+            Self::Tiny => c.set_vocab(512),
+            Self::VitBlocks => c.set_vocab(10),
+            _ => {}
+        }
+        if let Some(vocab) = job.vocab {
+            c.set_vocab(vocab);
+        }
+        c.set_dropout(job.dropout);
+        c.n_layer = job.layers.unwrap_or(c.n_layer);
+        c.n_positions = c.n_positions.max(job.context(c.n_positions));
+        c
+    }
+
+    /// The batch and the context that it is measured with, unless a job says otherwise.
+    pub const fn usual(self) -> (usize, usize) {
+        match self {
+            Self::Gpt2 | Self::Gpt2Medium => (4, 256),
+            Self::Mini => (8, 128),
+            Self::Tiny => (4, 32),
+            Self::VitBlocks => (128, 65),
+        }
+    }
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Gpt2 => "gpt2",
+            Self::Gpt2Medium => "gpt2-medium",
+            Self::Mini => "mini",
+            Self::Tiny => "tiny",
+            Self::VitBlocks => "vit-blocks",
+        }
+    }
+
+    /// What its speed counts.
+    pub const fn unit(self) -> &'static str {
+        if matches!(self, Self::VitBlocks) { "images" } else { "tokens" }
+    }
+}
+
+/// One run of our engine: the flags of `bdia-bench run`.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct Job {
+    /// The model
+    #[arg(long, value_enum, default_value = "gpt2")]
+    pub model: Model,
+    /// How activations are kept
+    #[arg(long, value_enum, default_value = "bdia")]
+    pub mode: Mode,
+    /// Blocks between stored activations (mode checkpoint) [default: the square root of the number of blocks]
+    #[arg(long)]
+    pub checkpoint_every: Option<u64>,
+    /// Who computes
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub backend: BackendKind,
+    /// Samples [default: the model's]
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// Tokens of a sample [default: the model's]
+    #[arg(long)]
+    pub context: Option<usize>,
+    /// Blocks, in place of the model's
+    #[arg(long)]
+    pub layers: Option<usize>,
+    /// Vocabulary, in place of the model's
+    #[arg(long)]
+    pub vocab: Option<usize>,
+    /// Threads
+    #[arg(long, default_value_t = 2)]
+    pub threads: usize,
+    /// Optimizer steps
+    #[arg(long, default_value_t = 5)]
+    pub steps: usize,
+    /// Steps at the start that do not count in the rate
+    #[arg(long, default_value_t = 1)]
+    pub warmup: usize,
+    /// Dropout at all places
+    #[arg(long, default_value_t = 0.0)]
+    pub dropout: f64,
+    /// Seed of parameters, data and signs
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Start from the parameters in this directory (`bdia-bench init`)
+    #[arg(long)]
+    pub weights: Option<PathBuf>,
+    /// Keep all activations besides and count those that were rebuilt otherwise
+    #[arg(long)]
+    pub verify: bool,
+}
+
+impl Job {
+    /// A job with the model's usual size.
+    pub fn new(model: Model, mode: Mode) -> Self {
+        Self {
+            model,
+            mode,
+            checkpoint_every: None,
+            backend: BackendKind::Cpu,
+            batch: None,
+            context: None,
+            layers: None,
+            vocab: None,
+            threads: 2,
+            steps: 5,
+            warmup: 1,
+            dropout: 0.0,
+            seed: 1,
+            weights: None,
+            verify: false,
+        }
+    }
+
+    /// Samples.
+    pub fn batch(&self) -> usize {
+        self.batch.unwrap_or(self.model.usual().0)
+    }
+
+    fn context(&self, positions: usize) -> usize {
+        self.context.unwrap_or(self.model.usual().1.min(positions))
+    }
+
+    /// Tokens of a sample.
+    pub fn tokens(&self) -> usize {
+        self.context(usize::MAX)
+    }
+
+    /// Tokens or images of a step.
+    pub fn items(&self) -> usize {
+        self.batch() * if self.model.unit() == "images" { 1 } else { self.tokens() }
+    }
+
+    /// Blocks of a segment in mode checkpoint.
+    pub fn every(&self) -> usize {
+        bdia_gpt2::machine::checkpoint_every(self.checkpoint_every, self.model.config(self).n_layer)
+    }
+
+    /// The mode, with its segment length.
+    pub fn mode_name(&self) -> String {
+        match self.mode {
+            Mode::Bdia => "bdia".into(),
+            Mode::Standard => "standard".into(),
+            Mode::Checkpoint => format!("checkpoint {}", self.every()),
+            Mode::BdiaFloat => "bdia-float".into(),
+        }
+    }
+
+    /// The same as flags.
+    pub fn flags(&self) -> Vec<String> {
+        let name = |v: Option<clap::builder::PossibleValue>| v.map_or(String::new(), |v| v.get_name().to_string());
+        let mut flags = Vec::new();
+        let mut put = |flag: &str, value: String| flags.extend([format!("--{flag}"), value]);
+        put("model", name(self.model.to_possible_value()));
+        put("mode", name(self.mode.to_possible_value()));
+        put("backend", name(self.backend.to_possible_value()));
+        put("batch", self.batch().to_string());
+        put("context", self.tokens().to_string());
+        put("threads", self.threads.to_string());
+        put("steps", self.steps.to_string());
+        put("warmup", self.warmup.to_string());
+        put("dropout", self.dropout.to_string());
+        put("seed", self.seed.to_string());
+        if let Some(every) = self.checkpoint_every {
+            put("checkpoint-every", every.to_string());
+        }
+        if let Some(layers) = self.layers {
+            put("layers", layers.to_string());
+        }
+        if let Some(vocab) = self.vocab {
+            put("vocab", vocab.to_string());
+        }
+        if let Some(dir) = &self.weights {
+            put("weights", dir.display().to_string());
+        }
+        if self.verify {
+            flags.push("--verify".into());
+        }
+        flags
+    }
+}
+
+/// Bytes of one part of a run's memory: as planned and as found in the process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    /// What it is.
+    pub name: String,
+    /// By the plan.
+    pub plan: u64,
+    /// Pages that are there after the last step, or what the allocator counted at its peak.
+    pub measured: u64,
+}
+
+/// What a run gives, one line of JSON.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// `bdia` or the name of the peer.
+    pub engine: String,
+    /// Backend of our engine.
+    #[serde(default)]
+    pub backend: String,
+    /// Name of the model.
+    pub model: String,
+    /// Mode of the engine.
+    pub mode: String,
+    /// `f32`, or `bf16` for autocast.
+    pub precision: String,
+    /// Samples.
+    pub batch: usize,
+    /// Tokens of a sample.
+    pub context: usize,
+    /// Blocks, where they are not the model's.
+    #[serde(default)]
+    pub layers: Option<usize>,
+    /// `tokens` or `images`.
+    pub unit: String,
+    /// Threads.
+    pub threads: usize,
+    /// Dropout.
+    pub dropout: f64,
+    /// Steps at the start that do not count.
+    pub warmup: usize,
+    /// Seconds of every step.
+    pub seconds: Vec<f64>,
+    /// Items per second: by the median of the steps that count.
+    pub items_per_s: f64,
+    /// Most physical memory of the process, bytes.
+    pub peak_rss: u64,
+    /// Physical memory before the model was made, bytes.
+    pub base_rss: u64,
+    /// Number of parameters.
+    pub parameters: u64,
+    /// Loss of every step.
+    pub losses: Vec<f64>,
+    /// Values that were rebuilt otherwise, where they were counted.
+    pub mismatches: Option<u64>,
+    /// Version of the engine.
+    pub version: String,
+    /// Samples of a chunk and rows of logits that the plan chose.
+    #[serde(default)]
+    pub choice: Option<(usize, usize)>,
+    /// The plan, category by category.
+    #[serde(default)]
+    pub plan: Vec<(String, u64)>,
+    /// Plan beside what was found.
+    #[serde(default)]
+    pub parts: Vec<Part>,
+}
+
+impl Record {
+    /// Median seconds of the steps that count.
+    pub fn seconds_per_step(&self) -> f64 {
+        median(&self.seconds[self.warmup.min(self.seconds.len().saturating_sub(1))..])
+    }
+
+    /// Bytes of a category of the plan.
+    pub fn planned(&self, category: &str) -> u64 {
+        self.plan.iter().filter(|(name, _)| name == category).map(|(_, bytes)| bytes).sum()
+    }
+}
+
+/// The middle value, 0 of none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let n = sorted.len();
+    if n == 0 { 0.0 } else { f64::midpoint(sorted[(n - 1) / 2], sorted[n / 2]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        job: Job,
+    }
+
+    #[test]
+    fn flags_say_the_same_job() {
+        let mut job = Job::new(Model::VitBlocks, Mode::Checkpoint);
+        (job.layers, job.verify, job.dropout, job.weights) = (Some(3), true, 0.1, Some("a b".into()));
+        (job.checkpoint_every, job.batch, job.context) = (Some(2), Some(7), Some(65));
+        job.vocab = Some(11);
+        let line = core::iter::once("run".to_string()).chain(job.flags());
+        assert_eq!(Line::parse_from(line).job, job);
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!((median(&[]), median(&[3.0]), median(&[4.0, 1.0, 2.0]), median(&[1.0, 2.0])), (0.0, 3.0, 2.0, 1.5));
+    }
+
+    /// The paper's ViT without patches, class token, positions and head: 6 · 1,576,449 less 6 temperatures, plus the
+    /// biases of q, k and v, which GPT-2 has.
+    #[test]
+    fn vit_blocks_are_those_of_the_paper() {
+        let c = Model::VitBlocks.config(&Job::new(Model::VitBlocks, Mode::Bdia));
+        let ends = (10 + 65 + 2) * 512;
+        assert_eq!(c.parameters().unwrap() - ends, 6 * (1_576_449 - 1 + 3 * 512));
+    }
+}

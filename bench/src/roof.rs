@@ -1,0 +1,126 @@
+//! What the machine can do: the largest rate of a matrix product, and the bandwidth of a copy.
+
+use std::time::Instant;
+
+use bdia_core::Layout;
+use bdia_core::arena::{Category, Reals};
+use bdia_core::backend::{NnOps, Order, Product, Storage};
+use bdia_cpu::Cpu;
+
+use crate::Failure;
+
+/// The machine's limits with a number of threads.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Roof {
+    /// Threads.
+    pub threads: usize,
+    /// f32 product, operations per second (a multiply-add is two): the best of `gemm` on one square product a thread, and
+    /// of the backend's own product of the same operations.
+    pub flops: f64,
+    /// Bytes read plus bytes written per second of a copy that no cache holds.
+    pub bandwidth: f64,
+}
+
+impl Roof {
+    /// Measures for about `seconds` each.
+    ///
+    /// # Errors
+    /// Memory or threads that cannot be had.
+    pub fn measure(threads: usize, seconds: f64) -> Result<Self, Failure> {
+        let flops = square(threads, seconds).max(backend(threads, seconds)?);
+        Ok(Self { threads, flops, bandwidth: copy(threads, seconds) })
+    }
+}
+
+/// The best rate of `work` operations, run again and again.
+fn best(seconds: f64, work: f64, mut f: impl FnMut()) -> f64 {
+    f();
+    let (start, mut best) = (Instant::now(), 0.0_f64);
+    while start.elapsed().as_secs_f64() < seconds {
+        let clock = Instant::now();
+        f();
+        best = best.max(work / clock.elapsed().as_secs_f64());
+    }
+    best
+}
+
+/// Order of the square products: operands that the second-level cache holds in panels.
+const N: usize = 1024;
+
+/// Every thread multiplies its own square matrices, so nothing is shared and nobody waits: the best of the sums.
+fn square(threads: usize, seconds: f64) -> f64 {
+    let rates: Vec<f64> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.max(1))
+            .map(|_| {
+                scope.spawn(move || {
+                    let (a, b, mut c) = (vec![1.0_f32; N * N], vec![0.5_f32; N * N], vec![0.0_f32; N * N]);
+                    best(seconds, 2.0 * (N as f64).powi(3), || {
+                        // SAFETY: all three matrices are N by N, dense and column-major.
+                        unsafe {
+                            gemm::gemm(
+                                N,
+                                N,
+                                N,
+                                c.as_mut_ptr(),
+                                N as isize,
+                                1,
+                                false,
+                                a.as_ptr(),
+                                N as isize,
+                                1,
+                                b.as_ptr(),
+                                N as isize,
+                                1,
+                                0.0,
+                                1.0,
+                                false,
+                                false,
+                                false,
+                                gemm::Parallelism::None,
+                            );
+                        }
+                    })
+                })
+            })
+            .collect();
+        workers.into_iter().map(|w| w.join().unwrap_or(0.0)).collect()
+    });
+    rates.iter().sum()
+}
+
+/// One product of the backend over its threads.
+fn backend(threads: usize, seconds: f64) -> Result<f64, Failure> {
+    let mut layout = Layout::new(4);
+    let [a, b, c] = [(); 3].map(|()| layout.reals(Category::Workspace, N * N));
+    let mut be = Cpu::new(&layout, threads).map_err(bdia_gpt2::error::Failure::from)?;
+    be.fill_reals(Reals::new(0, c.start()), 0.5)?;
+    let p = Product { rows: N, cols: N, inner: N, a: Order::Plain, b: Order::Plain, accumulate: false };
+    let mut result = Ok(());
+    let rate = best(seconds, 2.0 * (N as f64).powi(3), || {
+        if let Err(error) = be.matmul(&p, a, b, None, c) {
+            result = Err(error);
+        }
+    });
+    result?;
+    Ok(rate)
+}
+
+/// Every thread copies its part of 256 MB.
+fn copy(threads: usize, seconds: f64) -> f64 {
+    let part = (64 << 20) / threads.max(1);
+    let rates: Vec<f64> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.max(1))
+            .map(|_| {
+                scope.spawn(move || {
+                    let (from, mut to) = (vec![1.0_f32; part], vec![0.0_f32; part]);
+                    best(seconds, 8.0 * part as f64, || {
+                        to.copy_from_slice(&from);
+                        core::hint::black_box(&mut to);
+                    })
+                })
+            })
+            .collect();
+        workers.into_iter().map(|w| w.join().unwrap_or(0.0)).collect()
+    });
+    rates.iter().sum()
+}
