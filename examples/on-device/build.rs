@@ -5,17 +5,16 @@
 
 use std::{env, fs, path::PathBuf};
 
-const PRETRAIN: usize = 1000;
+const PRETRAIN: usize = 1200;
 const TUNE: usize = 320;
 const SIDE: usize = 8;
 
-/// The new sensor: its picture is a negative, its optics draw wide strokes, and it is mounted one pixel off.
+/// The new sensor: its picture is a negative, and it is mounted one pixel off.
 fn new_sensor(image: &[u8; SIDE * SIDE]) -> [u8; SIDE * SIDE] {
     let at = |row: usize, col: usize| if row < SIDE && col < SIDE { image[row * SIDE + col] } else { 0 };
     core::array::from_fn(|i| {
         let (row, col) = (i / SIDE, (i % SIDE).wrapping_sub(1));
-        let wide = at(row, col).max(at(row, col.wrapping_sub(1)));
-        16 - wide
+        16 - at(row, col)
     })
 }
 

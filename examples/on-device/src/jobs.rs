@@ -38,7 +38,7 @@ pub const FULL: Job = Job {
     mode: Mode::Bdia,
     micro_batch: BATCH,
     rule: SGD,
-    lr: 0.2,
+    lr: 0.1,
     epochs: 5,
     weights: Some(WIDTH_24),
 };
@@ -49,16 +49,16 @@ pub const ADAM: Job = Job {
     width: 16,
     inner: 32,
     rule: ADAM_W,
-    lr: 3e-3,
+    lr: 1e-2,
     weights: Some(WIDTH_16),
     ..FULL
 };
 
 /// Biases, norms, positions and head.
-pub const VECTORS: Job = Job { name: "bias", trained: Trained::Vectors, rule: ADAM_W, lr: 1e-2, ..FULL };
+pub const VECTORS: Job = Job { name: "bias", trained: Trained::Vectors, rule: ADAM_W, lr: 2e-2, ..FULL };
 
 /// The head only.
-pub const HEAD: Job = Job { name: "head", trained: Trained::Head, rule: ADAM_W, lr: 1e-2, ..FULL };
+pub const HEAD: Job = Job { name: "head", trained: Trained::Head, rule: ADAM_W, lr: 2e-2, ..FULL };
 
 /// What the device does.
 pub const JOBS: [Job; 4] = [FULL, ADAM, VECTORS, HEAD];
