@@ -70,7 +70,8 @@ impl Platform for Board {
         let mut untouched = bottom;
         // The start-up code has painted the stack.
         // SAFETY: the addresses lie in the stack's region, which is readable memory; volatile, since the stack is in use.
-        while untouched < top && unsafe { (untouched as *const u32).read_volatile() } == cortex_m_rt::STACK_PAINT_VALUE {
+        while untouched < top && unsafe { (untouched as *const u32).read_volatile() } == cortex_m_rt::STACK_PAINT_VALUE
+        {
             untouched += 4;
         }
         let data = address(&raw const symbols::__edata) - address(&raw const symbols::__sdata);
@@ -106,7 +107,7 @@ fn main() -> ! {
             board.timer.enable_counter();
             let mut buffer = [0; 128];
             let words = command_line(&mut buffer).split_ascii_whitespace().skip(1);
-            match Request::parse(words).and_then(|request| program(request, ARENA_MEMORY, &mut board)) {
+            match Request::parse(words).and_then(|request| program(request, ARENA_MEMORY, &mut board, |_, _| ())) {
                 Ok(()) => debug::EXIT_SUCCESS,
                 Err(stop) => {
                     let _ = fmt::Write::write_fmt(&mut board, format_args!("{stop}\n"));

@@ -81,17 +81,27 @@ fn pretrain_all(check: bool) -> Result<(), String> {
     Ok(())
 }
 
-/// `pretrain [--check]`, or the device's program with its words.
+/// Runs all jobs and draws their curves into a file.
+fn plot(path: &str) -> Result<(), String> {
+    let (mut memory, mut curves) = (Box::new(Arena::new()), Vec::new());
+    program(Request::default(), &mut memory, &mut Host, |name, outcome| curves.push((name, outcome)))
+        .map_err(|stop| stop.to_string())?;
+    let svg = crate::plot::svg(&curves).map_err(|e| e.to_string())?;
+    std::fs::write(path, svg).map_err(|e| format!("{path}: {e}"))
+}
+
+/// `pretrain [--check]`, `plot FILE`, or the device's program with its words.
 pub fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["pretrain"] => pretrain_all(false),
         ["pretrain", "--check"] => pretrain_all(true),
+        ["plot", path] => plot(path),
         _ => {
             let mut memory = Box::new(Arena::new());
             Request::parse(words.into_iter())
-                .and_then(|request| program(request, &mut memory, &mut Host))
+                .and_then(|request| program(request, &mut memory, &mut Host, |_, _| ()))
                 .map_err(|stop| stop.to_string())
         }
     };

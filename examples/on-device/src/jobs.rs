@@ -44,15 +44,8 @@ pub const FULL: Job = Job {
 };
 
 /// All blocks of a smaller network, with AdamW.
-pub const ADAM: Job = Job {
-    name: "adamw",
-    width: 16,
-    inner: 32,
-    rule: ADAM_W,
-    lr: 1e-2,
-    weights: Some(WIDTH_16),
-    ..FULL
-};
+pub const ADAM: Job =
+    Job { name: "adamw", width: 16, inner: 32, rule: ADAM_W, lr: 1e-2, weights: Some(WIDTH_16), ..FULL };
 
 /// Biases, norms, positions and head.
 pub const VECTORS: Job = Job { name: "bias", trained: Trained::Vectors, rule: ADAM_W, lr: 2e-2, ..FULL };
@@ -109,12 +102,16 @@ impl<const N: usize> Arena<N> {
     pub fn backend(&mut self, layout: &Layout) -> Result<Be<'_>> {
         let (ints, reals, words) = layout.arenas();
         let expected = ints.saturating_add(reals).saturating_add(words);
-        let all = self.0.get_mut(..expected);
-        let all = all.ok_or(Error::Shape { what: "static memory, in values", expected, found: N })?;
+        let short = Error::Shape { what: "static memory, in values", expected, found: N };
+        let all = self.0.get_mut(..expected).ok_or(short)?;
         all.fill(0);
-        let (first, rest) = all.split_at_mut(ints);
-        let (second, third) = rest.split_at_mut(reals);
-        Reference::new(layout, bytemuck::cast_slice_mut(first), bytemuck::cast_slice_mut(second), third)
+        let (first, rest) = all.split_at_mut_checked(ints).ok_or(short)?;
+        let (second, third) = rest.split_at_mut_checked(reals).ok_or(short)?;
+        // Values of four bytes each, whatever they are: these casts always succeed.
+        let cast = |_| Error::Device("static memory cannot be shared out");
+        let first = bytemuck::try_cast_slice_mut(first).map_err(cast)?;
+        let second = bytemuck::try_cast_slice_mut(second).map_err(cast)?;
+        Reference::new(layout, first, second, third)
     }
 }
 

@@ -6,6 +6,8 @@
 mod device;
 #[cfg(not(target_os = "none"))]
 mod host;
+#[cfg(not(target_os = "none"))]
+mod plot;
 
 #[cfg(not(target_os = "none"))]
 fn main() -> std::process::ExitCode {

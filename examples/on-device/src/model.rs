@@ -245,14 +245,7 @@ impl ClassHead {
 }
 
 impl<'a> Head<Be<'a>> for ClassHead {
-    fn forward_backward(
-        &mut self,
-        be: &mut Be<'a>,
-        chunk: &Chunk,
-        x: Reals,
-        gx: Reals,
-        scratch: Reals,
-    ) -> Result<()> {
+    fn forward_backward(&mut self, be: &mut Be<'a>, chunk: &Chunk, x: Reals, gx: Reals, scratch: Reals) -> Result<()> {
         be.fill_reals(gx, 0.0)?;
         let dy = scratch.sub(self.width, self.width);
         for i in 0..chunk.samples {

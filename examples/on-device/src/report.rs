@@ -157,7 +157,13 @@ fn table(out: &mut impl Write) -> Result<(), Stop> {
 ///
 /// # Errors
 /// [`Error::Budget`] for a plan that does not fit; [`Error::Fault`] when the numbers went wrong.
-pub fn run<P: Platform>(job: &Job, be: &mut Be<'_>, model: Model, steps: Option<u32>, p: &mut P) -> Result<Outcome, Stop> {
+pub fn run<P: Platform>(
+    job: &Job,
+    be: &mut Be<'_>,
+    model: Model,
+    steps: Option<u32>,
+    p: &mut P,
+) -> Result<Outcome, Stop> {
     let mut outcome = Outcome::default();
     let mut session = Session::new(job, model, be, TUNE)?;
     let record = |loss, test, outcome: &mut Outcome| {
@@ -200,11 +206,16 @@ pub fn run<P: Platform>(job: &Job, be: &mut Be<'_>, model: Model, steps: Option<
     Ok(outcome)
 }
 
-/// The whole program.
+/// The whole program; `done` gets what became of each job.
 ///
 /// # Errors
 /// Those of [`run`], for a job that was asked for by name; without a name, the plans that do not fit are shown.
-pub fn program<P: Platform>(request: Request<'_>, memory: &mut Arena<ARENA>, p: &mut P) -> Result<(), Stop> {
+pub fn program<P: Platform>(
+    request: Request<'_>,
+    memory: &mut Arena<ARENA>,
+    p: &mut P,
+    mut done: impl FnMut(&'static str, Outcome),
+) -> Result<(), Stop> {
     writeln!(
         p,
         "{BLOCKS} blocks, {TOKENS} tokens, batches of {BATCH}, chunks of {CHUNK}; {} samples to fine-tune with, {} to test",
@@ -225,7 +236,7 @@ pub fn program<P: Platform>(request: Request<'_>, memory: &mut Arena<ARENA>, p: 
         let total = model.layout.total();
         writeln!(p, "\n{}: width {}, MLP {}, {:?}, {:?}", job.name, job.width, job.inner, job.trained, job.rule)?;
         let mut be = memory.backend(&model.layout)?;
-        run(job, &mut be, model, request.steps, p)?;
+        done(job.name, run(job, &mut be, model, request.steps, p)?);
         if let Some(used) = p.memory() {
             writeln!(p, "plan {} bytes; stack so far {} of {} bytes", total, used.stack, used.stack_limit)?;
         }

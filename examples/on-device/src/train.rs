@@ -132,7 +132,11 @@ impl<'j> Session<'j> {
         updater.fused = true;
         let updater = *updater;
 
-        if self.job.trained == Trained::Head { self.head_only(be)? } else { self.all_blocks(be)? }
+        if self.job.trained == Trained::Head {
+            self.head_only(be)?
+        } else {
+            self.all_blocks(be)?
+        }
         finish(be, &updater, Site::Embedding, &self.model.patches.weight)?;
         finish(be, &updater, Site::Embedding, &self.model.patches.positions)?;
         finish(be, &updater, Site::Head, &self.model.head.part)?;
