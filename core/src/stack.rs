@@ -305,17 +305,19 @@ impl Stack {
             ),
             saved_reals: l.reals(
                 Category::Activations,
-                if !reversible && !has_grid && segments > 1 { ok!(product("saved inputs", &[whole, segments])) } else { 0 },
+                if !reversible && !has_grid && segments > 1 {
+                    ok!(product("saved inputs", &[whole, segments]))
+                } else {
+                    0
+                },
             ),
             inputs: l.reals(stored_x, ok!(product("inputs of blocks", &[frames, part]))),
             frames: l.reals(frame_kind, ok!(product("frames", &[frames, frame]))),
             h: l.reals(Category::Workspace, part),
             top: l.reals(Category::Workspace, part),
             top_ints: l.ints(Category::Workspace, if reversible { part } else { 0 }),
-            scratch: l.reals(
-                Category::Workspace,
-                if scratch > config.ends_scratch { scratch } else { config.ends_scratch },
-            ),
+            scratch: l
+                .reals(Category::Workspace, if scratch > config.ends_scratch { scratch } else { config.ends_scratch }),
             spare: [
                 l.reals(Category::Verify, if float_verify { part } else { 0 }),
                 l.reals(Category::Verify, if float_verify { frame } else { 0 }),

@@ -192,14 +192,7 @@ impl Params {
 ///
 /// # Errors
 /// Those of the backend.
-pub fn linear<B: NnOps>(
-    be: &mut B,
-    rows: usize,
-    w: (Reals, Tensor),
-    b: Reals,
-    x: Reals,
-    y: Reals,
-) -> Result<()> {
+pub fn linear<B: NnOps>(be: &mut B, rows: usize, w: (Reals, Tensor), b: Reals, x: Reals, y: Reals) -> Result<()> {
     let p = Product { rows, cols: w.1.cols, inner: w.1.rows, a: Order::Plain, b: Order::Plain, accumulate: false };
     be.matmul(&p, x, w.1.of(w.0), Some(b), y)
 }
