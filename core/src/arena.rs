@@ -2,7 +2,8 @@
 //!
 //! A model is laid out once: every buffer is asked of a [`Layout`], which returns a handle and adds its bytes to a
 //! category. Handing out and counting are the same act, so the plan cannot differ from what is used. The finished
-//! layout says how long the arenas of a backend must be.
+//! layout says how long the arenas of a backend must be. Laying out is `const`, so that arenas can be `static`s whose
+//! lengths the compiler takes from the plan.
 
 use core::fmt;
 
@@ -227,7 +228,7 @@ impl Layout {
     ///
     /// # Errors
     /// [`Error::TooLarge`] where a size did not fit the address space.
-    pub fn checked(self) -> Result<Self> {
+    pub const fn checked(self) -> Result<Self> {
         if self.overflow || self.total() > isize::MAX as usize {
             return Err(Error::TooLarge("the plan"));
         }
@@ -239,10 +240,14 @@ impl Layout {
 ///
 /// # Errors
 /// The product does not fit `usize`.
-pub fn product(what: &'static str, factors: &[usize]) -> Result<usize> {
-    let mut p = 1_usize;
-    for &f in factors {
-        p = p.checked_mul(f).ok_or(Error::TooLarge(what))?;
+pub const fn product(what: &'static str, factors: &[usize]) -> Result<usize> {
+    let (mut p, mut i) = (1_usize, 0);
+    while i < factors.len() {
+        p = match p.checked_mul(factors[i]) {
+            Some(p) => p,
+            None => return Err(Error::TooLarge(what)),
+        };
+        i += 1;
     }
     Ok(p)
 }

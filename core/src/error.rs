@@ -9,6 +9,17 @@ use core::fmt;
 /// The result of everything that can fail in this crate.
 pub type Result<T> = core::result::Result<T, Error>;
 
+/// `?` for constant functions.
+macro_rules! ok {
+    ($result:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err(error) => return Err(error),
+        }
+    };
+}
+pub(crate) use ok;
+
 /// A request that cannot be carried out, or a step that stopped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]

@@ -1,7 +1,7 @@
 //! Optimizers, learning-rate schedules and clipping, as values that a backend's [`update`](crate::OptimOps::update)
 //! carries out tensor by tensor.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ok};
 
 /// The rule of an optimizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -44,19 +44,19 @@ impl Rule {
     ///
     /// # Errors
     /// [`Error::Setting`] names the first one that is NaN or out of range.
-    pub fn check(&self) -> Result<()> {
+    pub const fn check(&self) -> Result<()> {
         match *self {
             Self::Sgd { momentum } => within("momentum", momentum, 0.0, 1.0, "0 up to, not including, 1"),
             Self::AdamW { beta1, beta2, eps } | Self::SetAdam { beta1, beta2, eps } => {
-                within("beta1", beta1, 0.0, 1.0, "0 up to, not including, 1")?;
-                within("beta2", beta2, 0.0, 1.0, "0 up to, not including, 1")?;
+                ok!(within("beta1", beta1, 0.0, 1.0, "0 up to, not including, 1"));
+                ok!(within("beta2", beta2, 0.0, 1.0, "0 up to, not including, 1"));
                 within("eps", eps, 0.0, f64::INFINITY, "a finite number, not negative")
             }
         }
     }
 }
 
-fn within(what: &'static str, x: f64, low: f64, below: f64, possible: &'static str) -> Result<()> {
+const fn within(what: &'static str, x: f64, low: f64, below: f64, possible: &'static str) -> Result<()> {
     if x >= low && x < below { Ok(()) } else { Err(Error::Setting { what, found: x, possible }) }
 }
 

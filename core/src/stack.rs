@@ -21,7 +21,7 @@
 
 use crate::arena::{Category, Ints, Layout, Reals, Words, product};
 use crate::backend::{Chunk, Storage, UpdateOps};
-use crate::error::{Error, Fault, Result, Site};
+use crate::error::{Error, Fault, Result, Site, ok};
 use crate::real::Real;
 use crate::update::{Gamma, Grid, Sign};
 
@@ -218,50 +218,58 @@ pub struct Stack {
 
 const ZERO_GAMMA: f64 = 0.0;
 
+const fn positive(what: &'static str, n: usize) -> Result<usize> {
+    if n == 0 { Err(Error::Setting { what, found: 0.0, possible: "1 or more" }) } else { Ok(n) }
+}
+
+const fn smaller(a: usize, b: usize) -> usize {
+    if a < b { a } else { b }
+}
+
 impl Stack {
     /// Lays the stack out.
     ///
     /// # Errors
     /// [`Error::Setting`] or [`Error::Shape`] for a configuration that does not fit together, [`Error::TooLarge`] for
     /// sizes beyond the address space.
-    pub fn layout(mut config: Config, layout: &mut Layout) -> Result<Self> {
-        let positive = |what, n: usize| match n {
-            0 => Err(Error::Setting { what, found: 0.0, possible: "1 or more" }),
-            n => Ok(n),
-        };
-        let (b, k) = (positive("batch", config.batch)?, positive("blocks", config.blocks)?);
-        let p = positive("values of a sample", config.per_sample)?;
+    pub const fn layout(mut config: Config, layout: &mut Layout) -> Result<Self> {
+        let (b, k) = (ok!(positive("batch", config.batch)), ok!(positive("blocks", config.blocks)));
+        let p = ok!(positive("values of a sample", config.per_sample));
         if k > 1 << 16 {
             return Err(Error::Setting { what: "blocks", found: k as f64, possible: "up to 65536" });
         }
-        config.chunk = positive("chunk", config.chunk)?.min(b);
-        let chunk = config.chunk;
+        let chunk = smaller(ok!(positive("chunk", config.chunk)), b);
+        config.chunk = chunk;
         let chunks = b.div_ceil(chunk);
-        let reversible = config.mode == Mode::Bdia;
+        let reversible = matches!(config.mode, Mode::Bdia);
         let (mut planes, mut segment) = (0, k);
         match config.mode {
             Mode::Bdia => {
-                planes = config.gamma.planes()?;
+                planes = ok!(config.gamma.planes());
                 if config.grid.is_none() {
                     return Err(Error::Setting { what: "grid", found: f64::NAN, possible: "a grid in mode bdia" });
                 }
             }
-            Mode::Checkpoint { every } => segment = positive("checkpoint-every", every)?.min(k),
+            Mode::Checkpoint { every } => segment = smaller(ok!(positive("checkpoint-every", every)), k),
             Mode::BdiaFloat if config.grid.is_some() => {
                 return Err(Error::Setting { what: "grid", found: f64::NAN, possible: "no grid in mode bdia-float" });
             }
             Mode::Standard | Mode::BdiaFloat => {}
         }
-        if config.tail == Tail::Output && !reversible {
+        if matches!(config.tail, Tail::Output) && !reversible {
             return Err(Error::Setting { what: "tail", found: f64::NAN, possible: "an output only in mode bdia" });
         }
 
-        let whole = product("activations", &[b, p])?;
-        let part = product("activations of a chunk", &[chunk, p])?;
+        let whole = ok!(product("activations", &[b, p]));
+        let part = ok!(product("activations of a chunk", &[chunk, p]));
         let stored = Self::stored_planes(&config);
-        let side_words = product("side bits", &[b, p.div_ceil(32), planes as usize, stored])?;
-        let frame = product("frame", &[chunk, config.needs.frame])?;
-        let frames = if reversible || segment == 1 { 1 } else { product("frames", &[segment, chunks])? };
+        let side_words = ok!(product("side bits", &[b, p.div_ceil(32), planes as usize, stored]));
+        let frame = ok!(product("frame", &[chunk, config.needs.frame]));
+        let scratch = ok!(product("scratch", &[chunk, config.needs.scratch]));
+        let Some(scratch) = scratch.checked_add(config.needs.fixed) else {
+            return Err(Error::TooLarge("scratch"));
+        };
+        let frames = if reversible || segment == 1 { 1 } else { ok!(product("frames", &[segment, chunks])) };
         let segments = k.div_ceil(segment);
         let (stored_x, frame_kind) = match config.mode {
             Mode::Bdia => (Category::Workspace, Category::Workspace),
@@ -269,8 +277,8 @@ impl Stack {
             _ => (Category::Activations, Category::Activations),
         };
         let int_state = if reversible { whole } else { part };
-        let pair = reversible || config.mode == Mode::BdiaFloat;
-        let float_verify = config.verify && config.mode == Mode::BdiaFloat;
+        let pair = reversible || matches!(config.mode, Mode::BdiaFloat);
+        let float_verify = config.verify && matches!(config.mode, Mode::BdiaFloat);
         let has_grid = config.grid.is_some();
 
         let l = layout;
@@ -288,29 +296,28 @@ impl Stack {
             sums: l.words(Category::SideBits, if reversible { 2 * (k + 2) } else { 0 }),
             originals: l.ints(
                 Category::Verify,
-                if config.verify && reversible { product("originals", &[whole, stored])? } else { 0 },
+                if config.verify && reversible { ok!(product("originals", &[whole, stored])) } else { 0 },
             ),
             differing: l.words(Category::Verify, if config.verify && reversible { 2 } else { 0 }),
             saved_ints: l.ints(
                 Category::Activations,
-                if !reversible && has_grid { product("saved inputs", &[whole, segments])? } else { 0 },
+                if !reversible && has_grid { ok!(product("saved inputs", &[whole, segments])) } else { 0 },
             ),
             saved_reals: l.reals(
                 Category::Activations,
-                if !reversible && !has_grid && segments > 1 { product("saved inputs", &[whole, segments])? } else { 0 },
+                if !reversible && !has_grid && segments > 1 {
+                    ok!(product("saved inputs", &[whole, segments]))
+                } else {
+                    0
+                },
             ),
-            inputs: l.reals(stored_x, product("inputs of blocks", &[frames, part])?),
-            frames: l.reals(frame_kind, product("frames", &[frames, frame])?),
+            inputs: l.reals(stored_x, ok!(product("inputs of blocks", &[frames, part]))),
+            frames: l.reals(frame_kind, ok!(product("frames", &[frames, frame]))),
             h: l.reals(Category::Workspace, part),
             top: l.reals(Category::Workspace, part),
             top_ints: l.ints(Category::Workspace, if reversible { part } else { 0 }),
-            scratch: l.reals(
-                Category::Workspace,
-                product("scratch", &[chunk, config.needs.scratch])?
-                    .checked_add(config.needs.fixed)
-                    .ok_or(Error::TooLarge("scratch"))?
-                    .max(config.ends_scratch),
-            ),
+            scratch: l
+                .reals(Category::Workspace, if scratch > config.ends_scratch { scratch } else { config.ends_scratch }),
             spare: [
                 l.reals(Category::Verify, if float_verify { part } else { 0 }),
                 l.reals(Category::Verify, if float_verify { frame } else { 0 }),

@@ -114,7 +114,7 @@ impl Gamma {
     ///
     /// # Errors
     /// [`Error::Setting`] for a magnitude above 1 or NaN.
-    pub fn new(value: f64, sign: Sign) -> Result<Self> {
+    pub const fn new(value: f64, sign: Sign) -> Result<Self> {
         let magnitude = if value < 0.0 { -value } else { value };
         if magnitude <= 1.0 {
             let sign = match (value < 0.0, sign) {
@@ -142,10 +142,10 @@ impl Gamma {
     ///
     /// # Errors
     /// [`Error::Setting`] for a magnitude that is not one of `2^-1 … 2^-8`: only those have an exact inverse.
-    pub fn planes(self) -> Result<u32> {
+    pub const fn planes(self) -> Result<u32> {
         let mut m = 1;
         while m <= Self::MAX_PLANES {
-            if self.magnitude * f64::from(1_u32 << m) == 1.0 {
+            if self.magnitude * (1_u32 << m) as f64 == 1.0 {
                 return Ok(m);
             }
             m += 1;

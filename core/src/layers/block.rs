@@ -3,7 +3,7 @@
 use super::{Params, Tensor, Updater, linear, linear_vjp, place};
 use crate::arena::{Ints, Layout, Reals, product};
 use crate::backend::{Attention, Backend, Columns, Gelu, Mask};
-use crate::error::{Error, Result, Site};
+use crate::error::{Error, Result, Site, ok};
 use crate::optim::Rule;
 use crate::rng::Draw;
 use crate::stack::{Blocks, Call, Needs};
@@ -52,25 +52,30 @@ impl BlockShape {
     ///
     /// # Errors
     /// [`Error::Setting`] names the first that is wrong; [`Error::TooLarge`] for sizes beyond the address space.
-    pub fn check(&self) -> Result<()> {
-        for (what, n) in
-            [("tokens", self.tokens), ("width", self.width), ("heads", self.heads), ("MLP width", self.inner)]
-        {
-            if n == 0 {
-                return Err(Error::Setting { what, found: 0.0, possible: "1 or more" });
+    pub const fn check(&self) -> Result<()> {
+        let sizes = [("tokens", self.tokens), ("width", self.width), ("heads", self.heads), ("MLP width", self.inner)];
+        let mut i = 0;
+        while i < sizes.len() {
+            if sizes[i].1 == 0 {
+                return Err(Error::Setting { what: sizes[i].0, found: 0.0, possible: "1 or more" });
             }
+            i += 1;
         }
         if !self.width.is_multiple_of(self.heads) {
             return Err(Error::Setting { what: "heads", found: self.heads as f64, possible: "a divisor of the width" });
         }
-        for (what, p) in [("attention dropout", self.attention_dropout), ("residual dropout", self.residual_dropout)] {
-            if !(0.0..1.0).contains(&p) {
+        let dropouts = [("attention dropout", self.attention_dropout), ("residual dropout", self.residual_dropout)];
+        let mut i = 0;
+        while i < dropouts.len() {
+            let (what, p) = dropouts[i];
+            if !(p >= 0.0 && p < 1.0) {
                 return Err(Error::Setting { what, found: p, possible: "0 up to, not including, 1" });
             }
+            i += 1;
         }
-        product("block", &[self.width, 4, self.width])?;
-        product("block", &[self.width, 3, self.inner])?;
-        product("frame", &[self.tokens, 16, self.width.max(self.inner).max(self.heads)])?;
+        ok!(product("block", &[self.width, 4, self.width]));
+        ok!(product("block", &[self.width, 3, self.inner]));
+        ok!(product("frame", &[self.tokens, 16, larger(self.width, larger(self.inner, self.heads))]));
         Ok(())
     }
 
@@ -116,6 +121,11 @@ impl BlockShape {
 
     /// What a block needs of its stack, for chunks of `chunk` samples.
     pub fn needs<B: Backend>(&self, chunk: usize, threads: usize) -> Needs {
+        self.needs_with(B::attention_scratch(&self.attention(), chunk, threads))
+    }
+
+    /// The same for constant plans, where the backend's [`attention_scratch`](crate::NnOps::attention_scratch) is given.
+    pub const fn needs_with(&self, attention_scratch: usize) -> Needs {
         let (t, d, i) = (self.tokens, self.width, self.inner);
         Needs {
             // ln_1, qkv, attention, x + f, ln_2: 7 d; c_fc before and after GELU: 2 i; statistics of both norms; lse.
@@ -123,10 +133,15 @@ impl BlockShape {
                 (d.saturating_mul(7)).saturating_add(i.saturating_mul(2)).saturating_add(self.heads).saturating_add(4),
             ),
             // Backward: one of d and du; and dact, whose place dqkv and datt take afterwards.
-            scratch: t.saturating_mul(d.saturating_mul(2).saturating_add(i.max(d.saturating_mul(4)))),
-            fixed: B::attention_scratch(&self.attention(), chunk, threads),
+            scratch: t.saturating_mul(d.saturating_mul(2).saturating_add(larger(i, d.saturating_mul(4)))),
+            fixed: attention_scratch,
         }
     }
+}
+
+/// `Ord::max` for constant functions.
+const fn larger(a: usize, b: usize) -> usize {
+    if a > b { a } else { b }
 }
 
 /// Cuts handles one after another from a longer one.
@@ -173,6 +188,9 @@ pub struct TransformerBlocks {
     pub params: Params,
     /// The optimizer of the running step.
     pub updater: Updater,
+    /// Where the gradients of the block being worked on go, tensor by tensor, instead of into `params`; empty for a
+    /// matrix or bias that is frozen. (Both tensors of a norm have a gradient.)
+    pub gradients: Option<[Reals; BLOCK_TENSORS]>,
     /// Padding: the number of tokens of every sample of the batch; empty where all are full.
     pub key_lens: Ints,
 }
@@ -182,20 +200,23 @@ impl TransformerBlocks {
     ///
     /// # Errors
     /// Those of [`BlockShape::check`] and [`Rule::check`].
-    pub fn layout(
+    pub const fn layout(
         shape: BlockShape,
         blocks: usize,
         rule: Option<Rule>,
         fused: bool,
         layout: &mut Layout,
     ) -> Result<Self> {
-        shape.check()?;
+        ok!(shape.check());
         let (tensors, len) = shape.tensors();
-        let params = Params::layout(layout, blocks, len, BLOCK_TENSORS, rule, fused)?;
-        let rule = rule.unwrap_or(Rule::Sgd { momentum: 0.0 });
-        rule.check()?;
+        let params = ok!(Params::layout(layout, blocks, len, BLOCK_TENSORS, rule, fused));
+        let rule = match rule {
+            Some(rule) => rule,
+            None => Rule::Sgd { momentum: 0.0 },
+        };
+        ok!(rule.check());
         let updater = Updater { rule, weight_decay: 0.0, lr: 0.0, t: 1, scale: 1.0, fused };
-        Ok(Self { shape, tensors, params, updater, key_lens: Ints::EMPTY })
+        Ok(Self { shape, tensors, params, updater, gradients: None, key_lens: Ints::EMPTY })
     }
 
     /// The shape of a block.
@@ -279,7 +300,7 @@ impl<B: Backend> Blocks<B> for TransformerBlocks {
         let (p, grad) = (self.params.group(call.block), self.params.gradient(call.block));
         let w = |i: usize| self.tensors[i].of(p);
         let m = |i: usize| (p, self.tensors[i]);
-        let g = |i: usize| self.tensors[i].of(grad);
+        let g = |i: usize| self.gradients.map_or_else(|| self.tensors[i].of(grad), |g| g[i]);
         let pair = |i: usize| (g(i), g(i + 1));
         let mut scratch = Cut(call.scratch);
         let d = scratch.take(rows * s.width);

@@ -13,7 +13,7 @@ pub use head::LmHead;
 
 use crate::arena::{Category, Layout, Reals, product};
 use crate::backend::{NnOps, OptimOps, Order, Product};
-use crate::error::{Result, Site};
+use crate::error::{Result, Site, ok};
 use crate::optim::{Rule, Update};
 use crate::real::Real;
 
@@ -93,7 +93,7 @@ impl Params {
     ///
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge).
-    pub fn layout(
+    pub const fn layout(
         layout: &mut Layout,
         groups: usize,
         len: usize,
@@ -101,8 +101,11 @@ impl Params {
         rule: Option<Rule>,
         shared_gradient: bool,
     ) -> Result<Self> {
-        let all = product("parameters", &[groups, len])?;
-        let states = rule.map_or(0, |r| r.states());
+        let all = ok!(product("parameters", &[groups, len]));
+        let states = match rule {
+            Some(rule) => rule.states(),
+            None => 0,
+        };
         let gradients = match rule {
             None => 0,
             Some(_) if shared_gradient => len,
@@ -185,21 +188,20 @@ impl Params {
     }
 }
 
-/// `y[rows, out] = x[rows, in]·W[in, out] + b`.
-pub(crate) fn linear<B: NnOps>(
-    be: &mut B,
-    rows: usize,
-    w: (Reals, Tensor),
-    b: Reals,
-    x: Reals,
-    y: Reals,
-) -> Result<()> {
+/// `y[rows, out] = x[rows, in]·W[in, out] + b`; `w` is the group that `W` lies in, and its place there.
+///
+/// # Errors
+/// Those of the backend.
+pub fn linear<B: NnOps>(be: &mut B, rows: usize, w: (Reals, Tensor), b: Reals, x: Reals, y: Reals) -> Result<()> {
     let p = Product { rows, cols: w.1.cols, inner: w.1.rows, a: Order::Plain, b: Order::Plain, accumulate: false };
     be.matmul(&p, x, w.1.of(w.0), Some(b), y)
 }
 
-/// Its gradients: `dW += xᵀ·dy`, `db += Σ dy`, and `dx = dy·Wᵀ`.
-pub(crate) fn linear_vjp<B: NnOps>(
+/// Its gradients: `dW += xᵀ·dy`, `db += Σ dy`, and `dx = dy·Wᵀ`; each is left out where its handle is empty.
+///
+/// # Errors
+/// Those of the backend.
+pub fn linear_vjp<B: NnOps>(
     be: &mut B,
     rows: usize,
     w: (Reals, Tensor),
@@ -210,8 +212,15 @@ pub(crate) fn linear_vjp<B: NnOps>(
 ) -> Result<()> {
     let (inner, cols) = (w.1.rows, w.1.cols);
     let p = Product { rows: inner, cols, inner: rows, a: Order::Transposed, b: Order::Plain, accumulate: true };
-    be.matmul(&p, x, dy, None, dw)?;
-    be.sum_rows(dy, db)?;
+    if !dw.is_empty() {
+        be.matmul(&p, x, dy, None, dw)?;
+    }
+    if !db.is_empty() {
+        be.sum_rows(dy, db)?;
+    }
+    if dx.is_empty() {
+        return Ok(());
+    }
     let p = Product { rows, cols: inner, inner: cols, a: Order::Plain, b: Order::Transposed, accumulate: false };
     be.matmul(&p, dy, w.1.of(w.0), None, dx)
 }
