@@ -75,6 +75,14 @@ impl Chunk {
         )
     }
 
+    /// The `n`-th stream (0 to 127) of sample `i` that a block of another framework may draw from, for its dropout: the
+    /// same numbers when the block is recomputed, and none that this crate draws ([`Draw`] stays below 128).
+    pub const fn own_stream(&self, i: usize, n: u8) -> crate::rng::Stream {
+        let mut stream = self.stream(i, Draw::Sign);
+        stream.place |= 0x80 | (n & 0x7F) as u32;
+        stream
+    }
+
     /// `σ` of sample `i` of this chunk.
     pub fn sigma(&self, gamma: Gamma, i: usize) -> i32 {
         gamma.sigma(self.seed, self.step, self.global.wrapping_add(i as u32), self.stack, self.block())

@@ -75,7 +75,7 @@
 //! | `testing` | (feature) the conformance suite that a backend runs |
 //!
 //! Framework authors need [`Storage`], [`UpdateOps`], [`stack::Stack`] and an implementation of [`stack::Blocks`] over
-//! blocks of their own; `tests/exactness.rs` has such a framework in a hundred lines. Nothing here panics on input:
+//! blocks of their own: [`guide`] ("BDIA in your framework") is a whole program. Nothing here panics on input:
 //! requests that cannot be carried out give an [`Error`], numbers that go wrong a [`Fault`].
 //!
 //! # Features
@@ -89,6 +89,8 @@ extern crate std;
 pub mod arena;
 pub mod backend;
 pub mod error;
+#[doc = include_str!("guide.md")]
+pub mod guide {}
 pub mod layers;
 pub mod optim;
 pub mod plan;

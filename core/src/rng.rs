@@ -23,7 +23,8 @@ pub fn philox(key: u64, counter: [u32; 4]) -> [u32; 4] {
     c
 }
 
-/// What a random number is for. The discriminants are part of every run's result: never renumber.
+/// What a random number is for. The discriminants are part of every run's result: never renumber. 128 and above belong to
+/// blocks of other frameworks ([`Chunk::own_stream`](crate::backend::Chunk::own_stream)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Draw {

@@ -561,6 +561,20 @@ impl Stack {
         Ok(())
     }
 
+    /// The result of [`forward`](Self::forward) with [`Tail::Output`]: `x_K` of the whole batch, in the place of `G_K`.
+    /// Read it, then put `∂L/∂x_K` over it and call [`backward`](Self::backward).
+    ///
+    /// # Errors
+    /// [`Error::Setting`] with [`Tail::Head`], whose `x_K` the head alone sees; whatever the backend reports.
+    pub fn output<B: UpdateOps>(&self, be: &mut B) -> Result<Reals> {
+        let Some(grid) = self.config.grid.filter(|_| self.config.tail == Tail::Output) else {
+            return Err(Error::Setting { what: "tail", found: f64::NAN, possible: "an output, to read it" });
+        };
+        let place = self.gradient(self.config.blocks);
+        be.dequantize(grid, self.activation(self.config.blocks), place)?;
+        Ok(place)
+    }
+
     /// `h_k` of the chunk's `X_k` (mode `bdia`).
     fn residual<B: UpdateOps>(
         &self,

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use bdia_core::arena::{Ints, Layout, Reals, Words};
 use bdia_core::backend::{Chunk, Identity};
-use bdia_core::rng::philox;
+use bdia_core::rng::{Draw, philox};
 use bdia_core::stack::{Blocks, Call, Config, Context, Head, Input, Mode, Needs, Pass, Stack, Tail};
 use bdia_core::{Category, Error, Fault, Gamma, Grid, Real, Reference, Result, Sign, Site, Storage, UpdateOps};
 
@@ -248,10 +248,16 @@ fn rebuilt_activations_are_exact() {
         let fault = if c.tail == Tail::Output {
             stack.embed(&mut be, &mut ends, &PASS).unwrap();
             stack.forward(&mut be, &mut mlp, &PASS).unwrap();
-            be.fill_reals(stack.gradient(blocks), 1.0).unwrap();
+            let output = stack.output(&mut be).unwrap();
+            let x_k = be.ints(stack.activation(blocks)).unwrap();
+            assert!(
+                x_k.iter().zip(be.reals(output).unwrap()).all(|(&x, &y)| c.grid.unwrap().dequantize::<f32>(x) == y)
+            );
+            be.fill_reals(output, 1.0).unwrap();
             stack.backward(&mut be, &mut mlp, &PASS).unwrap();
             be.take_fault().unwrap()
         } else {
+            assert!(matches!(stack.output(&mut be), Err(Error::Setting { what: "tail", .. })));
             run(&mut be, &mut stack, &mut mlp, &mut ends).unwrap()
         };
         assert_eq!(fault, None, "case {n}: {c:?}");
@@ -512,6 +518,28 @@ fn gradients_against_finite_differences() {
             assert!((slope - ends.input_gradient[i]).abs() < 1e-7 * (1.0 + slope.abs()), "{mode:?} input {i}");
         }
     }
+}
+
+/// Streams of a foreign block: each its own, none that this crate draws from, the same whatever the chunk.
+#[test]
+fn a_foreign_block_has_random_numbers_of_its_own() {
+    let chunk = |first: usize| Chunk {
+        seed: 5,
+        step: 3,
+        stack: 0,
+        site: Site::Block(9),
+        first,
+        samples: 2,
+        global: first as u32,
+        frame: 0,
+    };
+    let mut places: Vec<u32> = (0..128).map(|n| chunk(0).own_stream(1, n).place).collect();
+    places.extend([Draw::Sign, Draw::MlpResidualDropout, Draw::Sample].map(|d| chunk(0).stream(1, d).place));
+    places.sort_unstable();
+    places.dedup();
+    assert_eq!(places.len(), 131);
+    assert_eq!(chunk(0).own_stream(1, 7), chunk(1).own_stream(0, 7));
+    assert_ne!(chunk(0).own_stream(1, 7), chunk(0).own_stream(0, 7));
 }
 
 /// A foreign optimizer over exact reversible training learns what it is asked.
