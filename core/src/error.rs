@@ -46,6 +46,9 @@ pub enum Error {
     Fault(Fault),
     /// The device below a backend failed.
     Device(&'static str),
+    /// A block that is not ours failed for a reason of its own, which its owner has kept (an exception of another
+    /// language, an error of another framework). What an implementation of [`Blocks`](crate::stack::Blocks) returns.
+    Block(usize),
 }
 
 impl fmt::Display for Error {
@@ -60,6 +63,7 @@ impl fmt::Display for Error {
             }
             Self::Fault(fault) => fault.fmt(f),
             Self::Device(what) => write!(f, "device: {what}"),
+            Self::Block(block) => write!(f, "block {block} failed; whoever computes it has the reason"),
         }
     }
 }

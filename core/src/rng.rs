@@ -43,6 +43,8 @@ pub enum Draw {
     Data = 6,
     /// Sampling of generated text.
     Sample = 7,
+    /// Seeds for the generators of blocks that another framework computes.
+    Foreign = 8,
 }
 
 /// The place of a random number, up to the element: key and the first three counter words.

@@ -34,6 +34,7 @@ mod simd;
 mod update;
 
 use core::fmt;
+use std::sync::Arc;
 
 use bdia_core::backend::Identity;
 use bdia_core::{Error, Fault, Ints, Layout, Reals, Result, Storage, Words};
@@ -151,7 +152,7 @@ pub struct Cpu {
     reals: Arena<f32>,
     words: Arena<u32>,
     fault: Option<Fault>,
-    team: Team,
+    team: Arc<Team>,
 }
 
 impl Cpu {
@@ -162,7 +163,6 @@ impl Cpu {
     pub fn new(layout: &Layout, threads: usize) -> core::result::Result<Self, CpuError> {
         require_cpu()?;
         let threads = actual_threads(threads);
-        let (ints, reals, words) = layout.arenas();
         let pool = if threads == 1 {
             None
         } else {
@@ -170,12 +170,26 @@ impl Cpu {
                 rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("bdia-{i}")).build();
             Some(built.map_err(|_| CpuError::Threads { threads })?)
         };
+        Self::with_team(layout, Arc::new(Team { pool, threads }))
+    }
+
+    /// Another backend, with the arenas of another layout and a status of its own, on the same threads. For programs
+    /// that hold several passes at a time, or lay memory out again for every shape they meet.
+    ///
+    /// # Errors
+    /// [`CpuError::Memory`].
+    pub fn sibling(&self, layout: &Layout) -> core::result::Result<Self, CpuError> {
+        Self::with_team(layout, Arc::clone(&self.team))
+    }
+
+    fn with_team(layout: &Layout, team: Arc<Team>) -> core::result::Result<Self, CpuError> {
+        let (ints, reals, words) = layout.arenas();
         Ok(Self {
             ints: Arena::new(ints)?,
             reals: Arena::new(reals)?,
             words: Arena::new(words)?,
             fault: None,
-            team: Team { pool, threads },
+            team,
         })
     }
 
@@ -220,6 +234,24 @@ impl Cpu {
     /// [`Error::Handle`] outside the arena.
     pub fn words(&self, h: Words) -> Result<&[u32]> {
         get(&self.words, h, "words")
+    }
+
+    /// The address of a handle's values, for blocks that another language computes: they read and write the arena
+    /// itself, nothing is copied. Aligned to 64 bytes where the handle comes from a [`Layout`]; valid, and always the
+    /// same, as long as the backend lives. An access while an operation of the backend runs is a data race.
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena.
+    pub fn reals_pointer(&mut self, h: Reals) -> Result<*mut f32> {
+        self.reals.pointer(h).ok_or(Error::Handle("reals_pointer"))
+    }
+
+    /// As [`reals_pointer`](Self::reals_pointer).
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena.
+    pub fn ints_pointer(&mut self, h: Ints) -> Result<*mut i32> {
+        self.ints.pointer(h).ok_or(Error::Handle("ints_pointer"))
     }
 
     /// Writes values stored in half precision.
