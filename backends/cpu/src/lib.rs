@@ -356,3 +356,29 @@ impl Storage for Cpu {
         Ok(self.fault.take())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bdia_core::Category;
+
+    #[test]
+    fn siblings_share_threads_and_nothing_else() {
+        let mut layout = Layout::new(4);
+        let x = layout.reals(Category::Workspace, 40_000);
+        let mut a = Cpu::new(&Layout::new(4), 3).unwrap();
+        let mut b = a.sibling(&layout).unwrap();
+        assert!(Arc::ptr_eq(&a.team, &b.team) && b.threads() == 3);
+        assert!(a.fill_reals(x, 1.0).is_err());
+        b.fill_reals(x, 1.0).unwrap();
+        a.raise(Fault::Loss { sample: 0, value: 1.0 });
+        assert_eq!(b.take_fault().unwrap(), None);
+        // The threads stay with whoever is left, and addresses are those of the arena.
+        drop(a);
+        b.fill_reals(x, 2.0).unwrap();
+        let p = b.reals_pointer(x).unwrap();
+        // SAFETY: the last value of the arena, which nothing else uses now.
+        assert_eq!(unsafe { *p.add(39_999) }, 2.0);
+        assert!(b.reals_pointer(Reals::new(0, 40_001)).is_err());
+    }
+}
