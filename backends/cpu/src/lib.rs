@@ -184,13 +184,7 @@ impl Cpu {
 
     fn with_team(layout: &Layout, team: Arc<Team>) -> core::result::Result<Self, CpuError> {
         let (ints, reals, words) = layout.arenas();
-        Ok(Self {
-            ints: Arena::new(ints)?,
-            reals: Arena::new(reals)?,
-            words: Arena::new(words)?,
-            fault: None,
-            team,
-        })
+        Ok(Self { ints: Arena::new(ints)?, reals: Arena::new(reals)?, words: Arena::new(words)?, fault: None, team })
     }
 
     /// The number of threads.
