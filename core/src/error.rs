@@ -58,8 +58,8 @@ pub enum Error {
     /// The device below a backend failed.
     Device(&'static str),
     /// A block, an input or a head of another framework failed. This type is plain data, so the adapter keeps that
-    /// framework's own error and gives it to its caller when the pass has returned.
-    Foreign(&'static str),
+    /// framework's own error (an exception, a status) and gives it to its caller when the pass has returned.
+    Foreign(Site),
 }
 
 impl fmt::Display for Error {
@@ -74,7 +74,7 @@ impl fmt::Display for Error {
             }
             Self::Fault(fault) => fault.fmt(f),
             Self::Device(what) => write!(f, "device: {what}"),
-            Self::Foreign(what) => write!(f, "{what} failed; its own error says why"),
+            Self::Foreign(site) => write!(f, "{site} failed; its own error says why"),
         }
     }
 }

@@ -34,6 +34,7 @@ mod simd;
 mod update;
 
 use core::fmt;
+use std::sync::Arc;
 
 use bdia_core::backend::Identity;
 use bdia_core::{Error, Fault, Ints, Layout, Reals, Result, Storage, Words};
@@ -153,7 +154,7 @@ pub struct Cpu {
     /// Packed operands of matrix products.
     packing: Arena<f32>,
     fault: Option<Fault>,
-    team: Team,
+    team: Arc<Team>,
 }
 
 impl Cpu {
@@ -164,7 +165,6 @@ impl Cpu {
     pub fn new(layout: &Layout, threads: usize) -> core::result::Result<Self, CpuError> {
         require_cpu()?;
         let threads = actual_threads(threads);
-        let (ints, reals, words) = layout.arenas();
         let pool = if threads == 1 {
             None
         } else {
@@ -172,13 +172,27 @@ impl Cpu {
                 rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("bdia-{i}")).build();
             Some(built.map_err(|_| CpuError::Threads { threads })?)
         };
+        Self::with_team(layout, Arc::new(Team { pool, threads }))
+    }
+
+    /// Another backend, with the arenas of another layout and a status of its own, on the same threads. For programs
+    /// that hold several passes at a time, or lay memory out again for every shape they meet.
+    ///
+    /// # Errors
+    /// [`CpuError::Memory`].
+    pub fn sibling(&self, layout: &Layout) -> core::result::Result<Self, CpuError> {
+        Self::with_team(layout, Arc::clone(&self.team))
+    }
+
+    fn with_team(layout: &Layout, team: Arc<Team>) -> core::result::Result<Self, CpuError> {
+        let (ints, reals, words) = layout.arenas();
         Ok(Self {
             ints: Arena::new(ints)?,
             reals: Arena::new(reals)?,
             words: Arena::new(words)?,
-            packing: Arena::new(nn::matmul::scratch(threads))?,
+            packing: Arena::new(nn::matmul::scratch(team.threads))?,
             fault: None,
-            team: Team { pool, threads },
+            team,
         })
     }
 
@@ -225,6 +239,24 @@ impl Cpu {
     /// [`Error::Handle`] outside the arena.
     pub fn words(&self, h: Words) -> Result<&[u32]> {
         get(&self.words, h, "words")
+    }
+
+    /// The address of a handle's values, for blocks that another language computes: they read and write the arena
+    /// itself, nothing is copied. Aligned to 64 bytes where the handle comes from a [`Layout`]; valid, and always the
+    /// same, as long as the backend lives. An access while an operation of the backend runs is a data race.
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena.
+    pub fn reals_pointer(&mut self, h: Reals) -> Result<*mut f32> {
+        self.reals.pointer(h).ok_or(Error::Handle("reals_pointer"))
+    }
+
+    /// As [`reals_pointer`](Self::reals_pointer).
+    ///
+    /// # Errors
+    /// [`Error::Handle`] outside the arena.
+    pub fn ints_pointer(&mut self, h: Ints) -> Result<*mut i32> {
+        self.ints.pointer(h).ok_or(Error::Handle("ints_pointer"))
     }
 
     /// Writes values stored in half precision.
@@ -327,5 +359,31 @@ impl Storage for Cpu {
 
     fn take_fault(&mut self) -> Result<Option<Fault>> {
         Ok(self.fault.take())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bdia_core::Category;
+
+    #[test]
+    fn siblings_share_threads_and_nothing_else() {
+        let mut layout = Layout::new(4);
+        let x = layout.reals(Category::Workspace, 40_000);
+        let mut a = Cpu::new(&Layout::new(4), 3).unwrap();
+        let mut b = a.sibling(&layout).unwrap();
+        assert!(Arc::ptr_eq(&a.team, &b.team) && b.threads() == 3);
+        assert!(a.fill_reals(x, 1.0).is_err());
+        b.fill_reals(x, 1.0).unwrap();
+        a.raise(Fault::Loss { sample: 0, value: 1.0 });
+        assert_eq!(b.take_fault().unwrap(), None);
+        // The threads stay with whoever is left, and addresses are those of the arena.
+        drop(a);
+        b.fill_reals(x, 2.0).unwrap();
+        let p = b.reals_pointer(x).unwrap();
+        // SAFETY: the last value of the arena, which nothing else uses now.
+        assert_eq!(unsafe { *p.add(39_999) }, 2.0);
+        assert!(b.reals_pointer(Reals::new(0, 40_001)).is_err());
     }
 }

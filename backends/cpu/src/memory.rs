@@ -52,6 +52,12 @@ impl<T: Plain> Arena<T> {
         let start = NonNull::new(unsafe { alloc_zeroed(layout) }.cast()).ok_or(CpuError::Memory { bytes })?;
         Ok(Self { start, len })
     }
+
+    /// The address of a handle's values, none where they lie outside. It comes from the allocation itself, not from a
+    /// reference, so it stays good while the arena is borrowed again and again.
+    pub(crate) fn pointer(&self, h: impl Handle) -> Option<*mut T> {
+        (h.place().end <= self.len && h.start() <= self.len).then(|| self.start.as_ptr().wrapping_add(h.start()))
+    }
 }
 
 impl<T: Plain> Drop for Arena<T> {
@@ -191,6 +197,22 @@ mod tests {
         assert_eq!(a.as_ptr() as usize % LINE, 0);
         assert!(a.len() == 1000 && a.iter().all(|&x| x == 0.0));
         assert!(Arena::<i32>::new(0).unwrap().is_empty());
+    }
+
+    #[test]
+    fn pointers_are_those_of_the_slices() {
+        let mut a = Arena::<f32>::new(10).unwrap();
+        let p = a.pointer(Reals::new(4, 6)).unwrap();
+        assert_eq!(p.cast_const(), a[4..].as_ptr());
+        // SAFETY: within the arena, and no reference to it is alive.
+        unsafe { *p = 2.5 };
+        a[5] = 1.0;
+        // SAFETY: as above; the pointer outlives borrows of the arena.
+        assert_eq!(unsafe { (*p, *p.add(1)) }, (2.5, 1.0));
+        assert!(a.pointer(Reals::new(5, 6)).is_none());
+        assert!(a.pointer(Reals::new(usize::MAX, 6)).is_none());
+        assert!(a.pointer(Reals::new(11, 0)).is_none());
+        assert!(a.pointer(Reals::new(10, 0)).is_some());
     }
 
     #[test]

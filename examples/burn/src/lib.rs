@@ -51,7 +51,7 @@ use core::fmt;
 use bdia_core::backend::Chunk;
 use bdia_core::rng::philox;
 use bdia_core::stack::{Blocks, Call, Config, Input, Mode, Needs, Pass, Stack, Tail};
-use bdia_core::{Fault, Gamma, Grid, Layout, Reals, Sign, Storage};
+use bdia_core::{Fault, Gamma, Grid, Layout, Reals, Sign, Site, Storage};
 use bdia_cpu::{Cpu, CpuError};
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
@@ -370,9 +370,9 @@ where
         }
     }
 
-    fn keep(&mut self, e: Error, what: &'static str) -> bdia_core::Error {
+    fn keep(&mut self, e: Error, site: Site) -> bdia_core::Error {
         self.failed = Some(e);
-        bdia_core::Error::Foreign(what)
+        bdia_core::Error::Foreign(site)
     }
 
     fn residual(&mut self, cpu: &mut Cpu, call: &Call, h: Reals) -> Result<()> {
@@ -400,7 +400,7 @@ where
 
     fn vjp(&mut self, cpu: &mut Cpu, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
         let (Some((x, h)), Some(grads)) = (self.graph.take(), self.grads.as_deref_mut()) else {
-            return Err(bdia_core::Error::Foreign("a product without its residual").into());
+            return Err(bdia_core::Error::Foreign(Site::Block(call.block)).into());
         };
         let gh = tensor(cpu.reals(gh)?, h.dims(), self.device);
         let mut found = backpropagate((h * gh).sum());
@@ -419,10 +419,10 @@ where
     M: AutodiffModule<B> + Residual<B, D>,
 {
     fn residual(&mut self, cpu: &mut Cpu, call: &Call, h: Reals) -> bdia_core::Result<()> {
-        Modules::residual(self, cpu, call, h).map_err(|e| self.keep(e, "a block"))
+        Modules::residual(self, cpu, call, h).map_err(|e| self.keep(e, Site::Block(call.block)))
     }
 
     fn vjp(&mut self, cpu: &mut Cpu, call: &Call, gh: Reals, gx: Reals) -> bdia_core::Result<()> {
-        Modules::vjp(self, cpu, call, gh, gx).map_err(|e| self.keep(e, "the backward pass of a block"))
+        Modules::vjp(self, cpu, call, gh, gx).map_err(|e| self.keep(e, Site::Block(call.block)))
     }
 }

@@ -50,7 +50,7 @@ use core::fmt;
 
 use bdia_core::backend::Chunk;
 use bdia_core::stack::{Blocks, Call, Config, Input, Mode, Needs, Pass, Stack, Tail};
-use bdia_core::{Category, Fault, Gamma, Grid, Layout, Reals, Sign, Storage};
+use bdia_core::{Category, Fault, Gamma, Grid, Layout, Reals, Sign, Site, Storage};
 use bdia_cpu::{Cpu, CpuError};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, ModuleT, Storage as CandleStorage, Tensor, Var};
@@ -386,7 +386,7 @@ impl Input<Cpu> for Whole<'_> {
     fn forward(&mut self, cpu: &mut Cpu, chunk: &Chunk, _: bool, x: Reals, _: Reals) -> bdia_core::Result<()> {
         let from = chunk.first * self.per;
         with_slice(self.x, |values| cpu.write_reals(x, &values[from..from + chunk.samples * self.per]))
-            .map_err(|_| bdia_core::Error::Foreign("reading the input"))?
+            .map_err(|_| bdia_core::Error::Foreign(Site::Embedding))?
     }
 
     fn vjp(&mut self, _: &mut Cpu, _: &Chunk, _: Reals, _: Reals) -> bdia_core::Result<()> {
@@ -429,7 +429,7 @@ impl<M: ModuleT> Modules<'_, M> {
 
     fn vjp(&mut self, cpu: &mut Cpu, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
         let (Some((x, h)), Some(grads)) = (self.graph.take(), self.grads.as_deref_mut()) else {
-            return Err(bdia_core::Error::Foreign("a product without its residual").into());
+            return Err(bdia_core::Error::Foreign(Site::Block(call.block)).into());
         };
         let gh = Tensor::from_slice(cpu.reals(gh)?, h.shape(), h.device())?;
         let g = collect(&(h * gh)?.sum_all()?, grads, Some(&x))?.ok_or(Error::Cut { block: call.block })?;
@@ -441,17 +441,17 @@ impl<M: ModuleT> Modules<'_, M> {
 
 impl<M: ModuleT> Blocks<Cpu> for Modules<'_, M> {
     fn residual(&mut self, cpu: &mut Cpu, call: &Call, h: Reals) -> bdia_core::Result<()> {
-        Modules::residual(self, cpu, call, h).map_err(|e| self.keep(e, "a block"))
+        Modules::residual(self, cpu, call, h).map_err(|e| self.keep(e, Site::Block(call.block)))
     }
 
     fn vjp(&mut self, cpu: &mut Cpu, call: &Call, gh: Reals, gx: Reals) -> bdia_core::Result<()> {
-        Modules::vjp(self, cpu, call, gh, gx).map_err(|e| self.keep(e, "the backward pass of a block"))
+        Modules::vjp(self, cpu, call, gh, gx).map_err(|e| self.keep(e, Site::Block(call.block)))
     }
 }
 
 impl<M> Modules<'_, M> {
-    fn keep(&mut self, e: Error, what: &'static str) -> bdia_core::Error {
+    fn keep(&mut self, e: Error, site: Site) -> bdia_core::Error {
         self.failed = Some(e);
-        bdia_core::Error::Foreign(what)
+        bdia_core::Error::Foreign(site)
     }
 }

@@ -1,0 +1,30 @@
+"""Measured peaks of a training step, each in a process of its own (bench/memory.py)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+
+BENCH = Path(__file__).parent.parent / "bench" / "memory.py"
+
+
+def measure(way, depth):
+    sizes = ["--batch", "8", "--tokens", "128", "--width", "128"]
+    command = [sys.executable, str(BENCH), *sizes, "--depths", str(depth), "--way", way]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def test_activation_memory_does_not_grow_with_depth():
+    peaks = {(way, depth): measure(way, depth) for way in ("checkpoint 1", "bdia") for depth in (8, 24, 48)}
+    activation = 8 * 128 * 128 * 4
+    growth = {way: peaks[way, 48]["peak"] - peaks[way, 8]["peak"] for way in ("checkpoint 1", "bdia")}
+    side = peaks["bdia", 48]["side_bits"] - peaks["bdia", 8]["side_bits"]
+    # Checkpointing keeps at least one activation a block; of forty, allocators may hide a few.
+    assert growth["checkpoint 1"] > 36 * activation
+    # We keep side bits; two activations' worth of allocator noise is allowed.
+    assert growth["bdia"] < side + 2 * activation
+    assert peaks["bdia", 48]["peak"] < peaks["checkpoint 1", 48]["peak"]
