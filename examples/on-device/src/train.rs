@@ -11,10 +11,11 @@ use bdia_core::plan::{Choice, fit};
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Head, Pass};
 use bdia_core::update::{Gamma, Sign};
+use bdia_core::{Real, Reals};
 
 use crate::data::Samples;
 use crate::digest::{Digests, fold};
-use crate::model::{BATCH, BLOCKS, Be, CHUNK, CLASSES, Job, Model, Trained};
+use crate::model::{BATCH, BLOCKS, Be, CHUNK, Job, Model, Part, Trained};
 
 /// Key of all random numbers.
 pub const SEED: u64 = 2025;
@@ -26,7 +27,11 @@ pub const SEED: u64 = 2025;
 pub fn plan(job: &Job, budget: usize) -> Result<Model> {
     // Chunks are as small as they can be: there is nothing to choose.
     let only = Choice { chunk: CHUNK, head_rows: 1 };
-    let make = |_| Model::plan(job).map(|model| (model.layout.clone(), model)).map(|(layout, model)| (model, layout));
+    let make = |_| {
+        let model = Model::plan(job)?;
+        let layout = model.layout.clone();
+        Ok((model, layout))
+    };
     fit(Some(budget), core::iter::once(only), make).map(|(_, model, _)| model)
 }
 
@@ -180,7 +185,7 @@ impl<'j> Session<'j> {
     }
 
     /// `x_K` of sample `i` of the batch, by the standard transformer that the network is at inference.
-    fn infer(&mut self, be: &mut Be<'_>, i: usize) -> Result<(bdia_core::Reals, Chunk)> {
+    fn infer(&mut self, be: &mut Be<'_>, i: usize) -> Result<(Reals, Chunk)> {
         let Model { stack, trunk, patches, .. } = &mut self.model;
         let batch = patches.batch;
         patches.batch[0] = batch[i];
@@ -245,21 +250,16 @@ impl<'j> Session<'j> {
     }
 }
 
-fn finish<const N: usize>(
-    be: &mut impl OptimOps,
-    updater: &Updater,
-    site: Site,
-    part: &crate::model::Part<N>,
-) -> Result<()> {
+fn finish<const N: usize>(be: &mut impl OptimOps, updater: &Updater, site: Site, part: &Part<N>) -> Result<()> {
     part.params.finished(be, updater, site, 0, &part.tensors)
 }
 
 /// Initial values: norms are 1, biases 0, matrices normal with the deviation `1/√rows`.
-fn draw(be: &mut Be<'_>, name: &str, rows: usize, values: bdia_core::Reals, at: usize) -> Result<()> {
+fn draw(be: &mut Be<'_>, name: &str, rows: usize, values: Reals, at: usize) -> Result<()> {
     let stream = Stream::new(SEED, 0, 0, 0, 0, Draw::Init);
     let deviation = match name {
         "positions" => 0.1,
-        _ => 1.0 / bdia_core::real::Real::root(rows as f64),
+        _ => 1.0 / Real::root(rows as f64),
     };
     for (i, value) in be.reals_mut(values)?.iter_mut().enumerate() {
         *value = if name.starts_with("ln_") {
@@ -279,5 +279,3 @@ const fn gcd(mut a: usize, mut b: usize) -> usize {
     }
     a
 }
-
-const _: () = assert!(CLASSES == 10);
