@@ -2,7 +2,7 @@
 //! or operations per second, with the machine's own limit in front.
 #![allow(missing_docs, reason = "criterion's macros")]
 
-use std::time::Duration;
+use core::time::Duration;
 
 use bdia_bench::kernels::{Bench, GPT2, VIT, Work};
 use bdia_bench::roof::Roof;

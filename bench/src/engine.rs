@@ -264,9 +264,10 @@ mod tests {
             for (a, b) in ours.losses.iter().zip(&reference.losses) {
                 assert!((a - b).abs() < 1e-4 * b, "{mode:?}: {a} {b}");
             }
-            for part in &ours.parts[..6] {
-                assert!(part.measured <= part.plan, "{part:?}");
-            }
+            // The arenas; norms and padding between tensors are in one part of the plan and in another of what is found.
+            let arenas = &ours.parts[..6];
+            let (plan, found) = arenas.iter().fold((0, 0), |(p, f), part| (p + part.plan, f + part.measured));
+            assert!(0 < found && found <= plan, "{arenas:?}");
         }
     }
 }

@@ -321,6 +321,7 @@ impl<B: Backend<Real = f32>> Bench<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bdia_core::Storage;
     use bdia_cpu::Cpu;
 
     #[test]

@@ -1,8 +1,9 @@
 //! The report: runs every configuration in a process of its own, asserts its results, and only then looks at its time.
 
+use core::time::Duration;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bdia_core::plan::Choice;
 use bdia_cpu::Cpu;
@@ -49,6 +50,9 @@ struct Target {
     found: String,
     met: bool,
 }
+
+/// A row of [`page::bars`].
+type Bar = (String, f64, String, bool);
 
 struct Report {
     args: ReportArgs,
@@ -280,7 +284,7 @@ impl Report {
             if model == Model::Mini {
                 jobs.push(Job { steps: 20, ..self.job(Model::Tiny, Mode::Bdia) });
             }
-            let (mut speed, mut memories): (Vec<(String, f64, String, bool)>, Vec<_>) = (Vec::new(), Vec::new());
+            let (mut speed, mut memories): (Vec<Bar>, Vec<_>) = (Vec::new(), Vec::new());
             let mut found: Vec<(Job, Record)> = Vec::new();
             for mut job in jobs {
                 job.dropout = dropout;
@@ -496,7 +500,8 @@ impl Report {
         // Context: a narrow model, so that attention shows.
         let longest = if quick { 512 } else { 4096 };
         let narrow = if quick { Model::Tiny } else { Model::Mini };
-        let (mut workspace, mut time): (Vec<(f64, f64)>, Vec<(f64, f64)>) = (Vec::new(), Vec::new());
+        let mut workspace: Vec<(f64, f64)> = Vec::new();
+        let mut time: Vec<(f64, f64)> = Vec::new();
         for t in (7..).map(|i| 1_usize << i).take_while(|&t| t <= longest) {
             let job = Job { context: Some(t), batch: Some(1), ..self.job(narrow, Mode::Bdia) };
             let Some(r) = self.asserted(&job) else { continue };
