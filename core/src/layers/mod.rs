@@ -4,12 +4,16 @@
 //! are `[in, out]`, so a linear layer is `y = x·W + b`.
 
 mod block;
+mod classifier;
 mod embedding;
 mod head;
+mod patches;
 
 pub use block::{BLOCK_TENSORS, BlockShape, TransformerBlocks};
+pub use classifier::{ClassHead, Mixup};
 pub use embedding::TokenEmbedding;
 pub use head::LmHead;
+pub use patches::{PatchEmbedding, Patches};
 
 use crate::arena::{Category, Layout, Reals, product};
 use crate::backend::{NnOps, OptimOps, Order, Product};
@@ -33,6 +37,11 @@ pub struct Tensor {
 }
 
 impl Tensor {
+    /// Whether the group does not have this tensor.
+    pub const fn is_empty(&self) -> bool {
+        self.rows == 0 || self.cols == 0
+    }
+
     /// The tensor's values in its group.
     pub const fn of(&self, group: Reals) -> Reals {
         group.sub(self.offset, self.rows * self.cols)
@@ -185,7 +194,7 @@ impl Params {
     }
 }
 
-/// `y[rows, out] = x[rows, in]·W[in, out] + b`.
+/// `y[rows, out] = x[rows, in]·W[in, out] + b`; without the bias where that is empty.
 pub(crate) fn linear<B: NnOps>(
     be: &mut B,
     rows: usize,
@@ -195,7 +204,7 @@ pub(crate) fn linear<B: NnOps>(
     y: Reals,
 ) -> Result<()> {
     let p = Product { rows, cols: w.1.cols, inner: w.1.rows, a: Order::Plain, b: Order::Plain, accumulate: false };
-    be.matmul(&p, x, w.1.of(w.0), Some(b), y)
+    be.matmul(&p, x, w.1.of(w.0), Some(b).filter(|b| !b.is_empty()), y)
 }
 
 /// Its gradients: `dW += xᵀ·dy`, `db += Σ dy`, and `dx = dy·Wᵀ`.
@@ -211,7 +220,9 @@ pub(crate) fn linear_vjp<B: NnOps>(
     let (inner, cols) = (w.1.rows, w.1.cols);
     let p = Product { rows: inner, cols, inner: rows, a: Order::Transposed, b: Order::Plain, accumulate: true };
     be.matmul(&p, x, dy, None, dw)?;
-    be.sum_rows(dy, db)?;
+    if !db.is_empty() {
+        be.sum_rows(dy, db)?;
+    }
     let p = Product { rows, cols: inner, inner: cols, a: Order::Plain, b: Order::Transposed, accumulate: false };
     be.matmul(&p, dy, w.1.of(w.0), None, dx)
 }

@@ -158,6 +158,9 @@ impl Gpt2 {
             mask: Mask::Causal,
             attention_dropout: d.dropout[1],
             residual_dropout: d.dropout[2],
+            hidden_dropout: 0.0,
+            qkv_bias: true,
+            temperature: false,
         };
         shape.check()?;
         product("parameters", &[d.vocab.max(d.positions), d.width])?;
@@ -251,7 +254,7 @@ impl Gpt2 {
         };
         let mut list = Vec::new();
         let mut push = |prefix: &str, params: &Params, group: usize, tensors: &[Tensor]| {
-            for t in tensors {
+            for t in tensors.iter().filter(|t| !t.is_empty()) {
                 let len = params.group(group).len();
                 list.push(Named {
                     name: format!("{prefix}{}", t.name),
