@@ -273,6 +273,13 @@ impl Gpt2 {
         list
     }
 
+    /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
+    pub fn saved(&self) -> Vec<Reals> {
+        let named = self.tensors();
+        let states = named.iter().flat_map(|t| t.state).filter(|s| !s.is_empty());
+        named.iter().map(|t| t.values).chain(states).collect()
+    }
+
     /// Number of parameters.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(|t| t.values.len()).sum()
