@@ -130,6 +130,8 @@ impl<B: Backend<Real = f32>> Bench<B> {
             mask: s.mask,
             key_lens: Ints::EMPTY,
             dropout: 0.0,
+            temperature: Reals::EMPTY,
+            temperature_grad: Reals::EMPTY,
         };
         let scratch = real(B::attention_scratch(&attention, s.samples, threads));
         let reals = Reals::new(0, weight.start());
@@ -257,7 +259,7 @@ impl<B: Backend<Real = f32>> Bench<B> {
             operations,
             Box::new(move |be| be.matmul(&p, hidden, table, None, logits)),
         );
-        let ce = CrossEntropy { vocab: v, tokens: s.tokens, row: 0, scale: 1.0 };
+        let ce = CrossEntropy { vocab: v, tokens: s.tokens, row: 0, scale: 1.0, smoothing: 0.0 };
         put(
             "cross_entropy",
             Work::Bytes(8.0 * (head_rows * v) as f64),

@@ -246,9 +246,12 @@ pub enum Mask {
     Full,
     /// Those at its own position and before (as many queries as keys).
     Causal,
+    /// All of its sample but the one at its own position (as many queries as keys): locality self-attention.
+    Others,
 }
 
-/// Multi-head scaled dot-product attention, `softmax(q·kᵀ/√head_dim)·v` per sample and head.
+/// Multi-head scaled dot-product attention, `softmax(q·kᵀ/√head_dim)·v` per sample and head, or with a learned factor of
+/// the scores, `softmax(e^τ·q·kᵀ)·v`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Attention {
     /// Number of heads.
@@ -267,6 +270,10 @@ pub struct Attention {
     /// Probability of dropping an attention weight; element `(head·queries + q)·keys + k` of
     /// [`Draw::AttentionDropout`].
     pub dropout: f64,
+    /// `τ`, one value: scores are `e^τ·q·k`. Empty: they are `q·k/√head_dim`.
+    pub temperature: Reals,
+    /// Gradient of `τ`, to which [`NnOps::attention_vjp`] *adds* `Σ dq·q`. As long as `temperature`.
+    pub temperature_grad: Reals,
 }
 
 /// Which GELU.
@@ -289,6 +296,8 @@ pub struct CrossEntropy {
     pub row: usize,
     /// Factor of the gradient, `1 / number of unmasked targets` of the whole optimizer step.
     pub scale: f64,
+    /// Label smoothing `ε`, from 0 to 1: the target distribution is `(1-ε)·onehot + ε/vocab`.
+    pub smoothing: f64,
 }
 
 /// Operations of transformer layers. All matrices are row-major; `rows` is samples · tokens of a chunk.
@@ -340,7 +349,7 @@ pub trait NnOps: Storage {
     ) -> Result<()>;
 
     /// Its vector-Jacobian product: *sets* `dq`, `dk`, `dv`, which lie in matrices as `q`, `k`, `v` do (the three may be
-    /// columns of one matrix; the columns do not overlap).
+    /// columns of one matrix; the columns do not overlap). *Adds* to the temperature's gradient.
     fn attention_vjp(
         &mut self,
         chunk: &Chunk,
@@ -390,8 +399,8 @@ pub trait NnOps: Storage {
         dpositions: Reals,
     ) -> Result<()>;
 
-    /// Softmax cross-entropy in place: `logits[rows, vocab]` become `(softmax − onehot(target))·scale`, and
-    /// `losses[rows] = −log softmax(target)`. Rows whose target is negative are masked: gradient and loss are 0. A loss
+    /// Softmax cross-entropy in place: `logits[rows, vocab]` become `(softmax − t)·scale`, and
+    /// `losses[rows] = −Σ t·log softmax`, where `t` is `onehot(target)`, smoothed as asked for. Rows whose target is negative are masked: gradient and loss are 0. A loss
     /// that is not finite raises [`Fault::Loss`]; a target beyond the vocabulary raises [`Fault::Token`].
     fn cross_entropy(
         &mut self,

@@ -44,6 +44,12 @@ pub enum Draw {
     Data = 6,
     /// Sampling of generated text.
     Sample = 7,
+    /// Dropout between the two layers of the MLP.
+    MlpHiddenDropout = 8,
+    /// Whole residuals that are dropped (stochastic depth).
+    StochasticDepth = 9,
+    /// How training data is changed: crops, flips, mixtures.
+    Augmentation = 10,
 }
 
 /// The place of a random number, up to the element: key and the first three counter words.

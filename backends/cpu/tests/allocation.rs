@@ -7,7 +7,7 @@ use std::alloc::System;
 use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
-use bdia_core::{Category, Chunk, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Sign, Site, Storage, UpdateOps};
+use bdia_core::{Category, Chunk, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Reals, Sign, Site, Storage, UpdateOps};
 use bdia_cpu::Cpu;
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
@@ -62,6 +62,8 @@ fn allocations() {
         mask: Mask::Causal,
         key_lens: Ints::EMPTY,
         dropout: 0.1,
+        temperature: Reals::EMPTY,
+        temperature_grad: Reals::EMPTY,
     };
     let columns = |of, at| Columns { of, stride: 300, at };
     let (scratch, lse) =
@@ -85,7 +87,7 @@ fn allocations() {
             let (w, bias, stats) = (c.sub(0, 100), c.sub(100, 100), d.sub(0, 2 * N / 100));
             cpu.layer_norm(1e-5, w, bias, a, b, stats).unwrap();
             cpu.layer_norm_vjp(d.sub(50_000, 100), a, stats, b, matrix_a.sub(0, N), w, bias).unwrap();
-            let ce = CrossEntropy { vocab: 1000, tokens: 100, row: 0, scale: 1.0 };
+            let ce = CrossEntropy { vocab: 1000, tokens: 100, row: 0, scale: 1.0, smoothing: 0.1 };
             cpu.cross_entropy(&chunk, &ce, a, x.sub(0, 100), c.sub(0, 100)).unwrap();
             let rule = Rule::SetAdam { beta1: 0.9, beta2: 0.9, eps: 1e-18 };
             cpu.update(&Update { rule, t: 1, lr: 0.1, decay: 0.1, scale: 1.0 }, a, b, c, d).unwrap();

@@ -147,6 +147,8 @@ fn attention_case(a: Attention, samples: usize, lens: &[i32], together: bool) {
         (dq, dk, dv) = (columns(queries), columns(keys), columns(keys));
     }
     let (out, dout, lse) = (at.take(queries * width), at.take(queries * width), at.take(queries * a.heads));
+    let [temperature, temperature_grad] = [0; 2].map(|_| at.take(a.temperature.len()));
+    let a = Attention { temperature, temperature_grad, ..a };
     let scratch = at.take(Cpu::attention_scratch(&a, samples, 3).max(a.keys));
     let mut world = World::new(4, lens.len(), at.0, 0);
     world.ints.copy_from_slice(lens);
@@ -176,6 +178,8 @@ fn attention() {
         mask: Mask::Causal,
         key_lens: Ints::EMPTY,
         dropout: 0.0,
+        temperature: Reals::EMPTY,
+        temperature_grad: Reals::EMPTY,
     };
     for dropout in [0.0, 0.3] {
         let a = Attention { dropout, ..base };
@@ -192,6 +196,16 @@ fn attention() {
         attention_case(Attention { mask: Mask::Full, keys: 0, ..a }, 2, &[], false);
         attention_case(Attention { mask: Mask::Full, queries: 0, ..a }, 2, &[], false);
         attention_case(a, 0, &[], true);
+        let others = Attention { mask: Mask::Others, ..a };
+        attention_case(others, 2, &[], true);
+        attention_case(Attention { queries: 1, keys: 1, ..others }, 2, &[], true);
+        attention_case(Attention { queries: 65, keys: 65, head_dim: 16, ..others }, 3, &[], true);
+        let padded = Attention { key_lens: Ints::new(0, 3), queries: 80, keys: 80, ..others };
+        attention_case(padded, 3, &[80, 1, 66], true);
+        // Its place is found with those of the other operands.
+        let tau = Reals::new(usize::MAX, 1);
+        attention_case(Attention { queries: 65, keys: 65, temperature: tau, ..others }, 3, &[], true);
+        attention_case(Attention { mask: Mask::Full, queries: 7, keys: 3, temperature: tau, ..a }, 2, &[], false);
     }
 }
 
@@ -205,6 +219,8 @@ fn attention_refuses_what_does_not_fit() {
         mask: Mask::Causal,
         key_lens: Ints::EMPTY,
         dropout: 0.0,
+        temperature: Reals::EMPTY,
+        temperature_grad: Reals::EMPTY,
     };
     let need = Cpu::attention_scratch(&a, 1, 2);
     let world = World::new(1, 4, 1000 + need, 0);
@@ -278,7 +294,7 @@ fn cross_entropy() {
         for (i, t) in world.ints.iter_mut().enumerate() {
             *t = if i % 5 == 4 { -1 } else { t.rem_euclid(vocab as i32) };
         }
-        let ce = CrossEntropy { vocab, tokens: 7, row: 3, scale: 0.01 };
+        let ce = CrossEntropy { vocab, tokens: 7, row: 3, scale: 0.01, smoothing: if rows == 300 { 0.2 } else { 0.0 } };
         let op: common::Op = &|b| b.cross_entropy(&chunk(2), &ce, logits, targets, losses);
         let after = world.close(&format!("cross_entropy {rows}×{vocab}"), TOLERANCE, op);
         assert_eq!(after.fault, None);

@@ -29,10 +29,16 @@ pub struct BlockShape {
     pub attention_dropout: f64,
     /// Dropout of both branches' outputs.
     pub residual_dropout: f64,
+    /// Dropout between the two layers of the MLP.
+    pub hidden_dropout: f64,
+    /// Whether `c_attn`, which gives q, k and v, has a bias.
+    pub qkv_bias: bool,
+    /// Whether the scores' factor is learned (`e^τ`, one `τ` a block) in place of `1/√head_dim`.
+    pub temperature: bool,
 }
 
-/// Number of parameter tensors of a block.
-pub const BLOCK_TENSORS: usize = 12;
+/// Most parameter tensors of a block; those that a block does not have are empty.
+pub const BLOCK_TENSORS: usize = 13;
 
 const LN_1_W: usize = 0;
 const LN_1_B: usize = 1;
@@ -46,6 +52,7 @@ const C_FC_W: usize = 8;
 const C_FC_B: usize = 9;
 const MLP_PROJ_W: usize = 10;
 const MLP_PROJ_B: usize = 11;
+const TEMPERATURE: usize = 12;
 
 impl BlockShape {
     /// Checks the dimensions.
@@ -64,7 +71,11 @@ impl BlockShape {
         if !self.width.is_multiple_of(self.heads) {
             return Err(Error::Setting { what: "heads", found: self.heads as f64, possible: "a divisor of the width" });
         }
-        let dropouts = [("attention dropout", self.attention_dropout), ("residual dropout", self.residual_dropout)];
+        let dropouts = [
+            ("attention dropout", self.attention_dropout),
+            ("residual dropout", self.residual_dropout),
+            ("hidden dropout", self.hidden_dropout),
+        ];
         let mut i = 0;
         while i < dropouts.len() {
             let (what, p) = dropouts[i];
@@ -79,7 +90,7 @@ impl BlockShape {
         Ok(())
     }
 
-    /// The parameter tensors of a block and the length of its group.
+    /// The parameter tensors of a block (empty ones for what it does not have) and the length of its group.
     pub const fn tensors(&self) -> ([Tensor; BLOCK_TENSORS], usize) {
         const fn t(name: &'static str, rows: usize, cols: usize, matrix: bool) -> Tensor {
             Tensor { name, rows, cols, matrix, offset: 0 }
@@ -89,7 +100,7 @@ impl BlockShape {
             t("ln_1.weight", 1, d, false),
             t("ln_1.bias", 1, d, false),
             t("attn.c_attn.weight", d, 3 * d, true),
-            t("attn.c_attn.bias", 1, 3 * d, false),
+            t("attn.c_attn.bias", if self.qkv_bias { 1 } else { 0 }, 3 * d, false),
             t("attn.c_proj.weight", d, d, true),
             t("attn.c_proj.bias", 1, d, false),
             t("ln_2.weight", 1, d, false),
@@ -98,12 +109,13 @@ impl BlockShape {
             t("mlp.c_fc.bias", 1, i, false),
             t("mlp.c_proj.weight", i, d, true),
             t("mlp.c_proj.bias", 1, d, false),
+            t("attn.temperature", if self.temperature { 1 } else { 0 }, 1, false),
         ];
         let len = place(&mut tensors);
         (tensors, len)
     }
 
-    /// The attention of a block.
+    /// The attention of a block, without its temperature.
     pub const fn attention(&self) -> Attention {
         Attention {
             heads: self.heads,
@@ -116,6 +128,8 @@ impl BlockShape {
             mask: self.mask,
             key_lens: Ints::EMPTY,
             dropout: self.attention_dropout,
+            temperature: Reals::EMPTY,
+            temperature_grad: Reals::EMPTY,
         }
     }
 
@@ -132,7 +146,7 @@ impl BlockShape {
             frame: t.saturating_mul(
                 (d.saturating_mul(7)).saturating_add(i.saturating_mul(2)).saturating_add(self.heads).saturating_add(4),
             ),
-            // Backward: one of d and du; and dact, whose place dqkv and datt take afterwards.
+            // Backward: dmid and d; and dact, whose place dqkv and dattn take afterwards.
             scratch: t.saturating_mul(d.saturating_mul(2).saturating_add(larger(i, d.saturating_mul(4)))),
             fixed: attention_scratch,
         }
@@ -224,7 +238,7 @@ impl TransformerBlocks {
         &self.shape
     }
 
-    /// The tensors of a block.
+    /// The tensors of a block; one that it does not have is empty.
     pub const fn tensors(&self) -> &[Tensor; BLOCK_TENSORS] {
         &self.tensors
     }
@@ -250,92 +264,167 @@ impl TransformerBlocks {
     fn attention(&self, call: &Call) -> Attention {
         let key_lens = self.key_lens.sub(call.chunk.first, call.chunk.samples);
         let dropout = if call.train { self.shape.attention_dropout } else { 0.0 };
-        Attention { key_lens, dropout, ..self.shape.attention() }
+        // Without training there is no gradient, and the handle is empty.
+        let (temperature, temperature_grad) = (self.value(call, TEMPERATURE), self.slope(call, TEMPERATURE));
+        Attention { key_lens, dropout, temperature, temperature_grad, ..self.shape.attention() }
     }
 
     fn qkv(&self, of: Reals) -> [Columns; 3] {
         let d = self.shape.width;
         [0, 1, 2].map(|i| Columns { of, stride: 3 * d, at: i * d })
     }
+
+    /// Parameter tensor `i` of the call's block: its group and its place, and the same values as a handle.
+    fn weight(&self, call: &Call, i: usize) -> (Reals, Tensor) {
+        (self.params.group(call.block), self.tensors[i])
+    }
+
+    fn value(&self, call: &Call, i: usize) -> Reals {
+        self.tensors[i].of(self.params.group(call.block))
+    }
+
+    fn slope(&self, call: &Call, i: usize) -> Reals {
+        match &self.gradients {
+            Some(gradients) => gradients[i],
+            None => self.tensors[i].of(self.params.gradient(call.block)),
+        }
+    }
+
+    /// Rows of a call, and whether the branches' outputs are dropped.
+    fn rows(&self, call: &Call) -> (usize, bool) {
+        (call.chunk.samples * self.shape.tokens, call.train && self.shape.residual_dropout > 0.0)
+    }
+
+    /// `f(x) = dropout(c_proj(attention(c_attn(ln_1(x)))))`: the attention branch alone, for residual networks of another
+    /// shape. `x` and `out` are `[rows, d]`; intermediates go to the frame, beside those of the MLP branch.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn attention_branch<B: Backend>(&self, be: &mut B, call: &Call, x: Reals, out: Reals) -> Result<()> {
+        let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
+        let (w, m) = (|i| self.value(call, i), |i| self.weight(call, i));
+        be.layer_norm(s.eps, w(LN_1_W), w(LN_1_B), x, frame.ln_1, frame.ln_1_stats)?;
+        linear(be, rows, m(C_ATTN_W), w(C_ATTN_B), frame.ln_1, frame.qkv)?;
+        let [q, k, v] = self.qkv(frame.qkv);
+        be.attention(&call.chunk, &self.attention(call), q, k, v, frame.attn, frame.lse, call.scratch)?;
+        linear(be, rows, m(ATTN_PROJ_W), w(ATTN_PROJ_B), frame.attn, out)?;
+        if drop {
+            be.dropout(&call.chunk, Draw::AttentionResidualDropout, s.residual_dropout, out)?;
+        }
+        Ok(())
+    }
+
+    /// `g(x) = dropout(c_proj(dropout(gelu(c_fc(ln_2(x))))))`: the MLP branch alone.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn mlp_branch<B: Backend>(&self, be: &mut B, call: &Call, x: Reals, out: Reals) -> Result<()> {
+        let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
+        let (w, m) = (|i| self.value(call, i), |i| self.weight(call, i));
+        be.layer_norm(s.eps, w(LN_2_W), w(LN_2_B), x, frame.ln_2, frame.ln_2_stats)?;
+        linear(be, rows, m(C_FC_W), w(C_FC_B), frame.ln_2, frame.c_fc)?;
+        be.gelu(s.gelu, frame.c_fc, frame.act)?;
+        if call.train && s.hidden_dropout > 0.0 {
+            be.dropout(&call.chunk, Draw::MlpHiddenDropout, s.hidden_dropout, frame.act)?;
+        }
+        linear(be, rows, m(MLP_PROJ_W), w(MLP_PROJ_B), frame.act, out)?;
+        if drop {
+            be.dropout(&call.chunk, Draw::MlpResidualDropout, s.residual_dropout, out)?;
+        }
+        Ok(())
+    }
+
+    /// The product of [`attention_branch`](Self::attention_branch) with its frame: *adds* `J_f(x)ᵀ·gout` to `gx`; `gout`
+    /// is overwritten. `scratch` is free for use.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn attention_branch_vjp<B: Backend>(
+        &self,
+        be: &mut B,
+        call: &Call,
+        x: Reals,
+        gout: Reals,
+        gx: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
+        let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
+        let (w, m, g) = (|i| self.value(call, i), |i| self.weight(call, i), |i| self.slope(call, i));
+        let pair = |i: usize| (g(i), g(i + 1));
+        let mut scratch = Cut(scratch);
+        let d = scratch.take(rows * s.width);
+        let dqkv = scratch.take(rows * 3 * s.width);
+        let dattn = scratch.take(rows * s.width);
+        if drop {
+            be.dropout(&call.chunk, Draw::AttentionResidualDropout, s.residual_dropout, gout)?;
+        }
+        linear_vjp(be, rows, m(ATTN_PROJ_W), pair(ATTN_PROJ_W), frame.attn, gout, dattn)?;
+        let ([q, k, v], [dq, dk, dv]) = (self.qkv(frame.qkv), self.qkv(dqkv));
+        let a = self.attention(call);
+        be.attention_vjp(&call.chunk, &a, q, k, v, frame.attn, frame.lse, dattn, dq, dk, dv, scratch.0)?;
+        linear_vjp(be, rows, m(C_ATTN_W), pair(C_ATTN_W), frame.ln_1, dqkv, d)?;
+        be.layer_norm_vjp(w(LN_1_W), x, frame.ln_1_stats, d, gx, g(LN_1_W), g(LN_1_B))
+    }
+
+    /// The product of [`mlp_branch`](Self::mlp_branch) with its frame: *adds* `J_g(x)ᵀ·gout` to `gx`; `gout` stays.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn mlp_branch_vjp<B: Backend>(
+        &self,
+        be: &mut B,
+        call: &Call,
+        x: Reals,
+        gout: Reals,
+        gx: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
+        let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
+        let (w, m, g) = (|i| self.value(call, i), |i| self.weight(call, i), |i| self.slope(call, i));
+        let pair = |i: usize| (g(i), g(i + 1));
+        let mut scratch = Cut(scratch);
+        let d = scratch.take(rows * s.width);
+        let dact = scratch.take(rows * s.inner);
+        let dg = if drop {
+            be.copy_reals(gout, d)?;
+            be.dropout(&call.chunk, Draw::MlpResidualDropout, s.residual_dropout, d)?;
+            d
+        } else {
+            gout
+        };
+        linear_vjp(be, rows, m(MLP_PROJ_W), pair(MLP_PROJ_W), frame.act, dg, dact)?;
+        if call.train && s.hidden_dropout > 0.0 {
+            be.dropout(&call.chunk, Draw::MlpHiddenDropout, s.hidden_dropout, dact)?;
+        }
+        be.gelu_vjp(s.gelu, frame.c_fc, dact)?;
+        linear_vjp(be, rows, m(C_FC_W), pair(C_FC_W), frame.ln_2, dact, d)?;
+        be.layer_norm_vjp(w(LN_2_W), x, frame.ln_2_stats, d, gx, g(LN_2_W), g(LN_2_B))
+    }
 }
 
 impl<B: Backend> Blocks<B> for TransformerBlocks {
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
-        let (s, frame, chunk) = (&self.shape, self.frame(call), &call.chunk);
-        let (rows, drop) = (chunk.samples * s.tokens, call.train && s.residual_dropout > 0.0);
-        let p = self.params.group(call.block);
-        let w = |i: usize| self.tensors[i].of(p);
-        let m = |i: usize| (p, self.tensors[i]);
-        let mut scratch = Cut(call.scratch);
-        let g = scratch.take(rows * s.width);
-
-        // f = dropout(c_proj(attention(c_attn(ln_1(x)))))
-        be.layer_norm(s.eps, w(LN_1_W), w(LN_1_B), call.x, frame.ln_1, frame.ln_1_stats)?;
-        linear(be, rows, m(C_ATTN_W), w(C_ATTN_B), frame.ln_1, frame.qkv)?;
-        let [q, k, v] = self.qkv(frame.qkv);
-        be.attention(chunk, &self.attention(call), q, k, v, frame.attn, frame.lse, scratch.0)?;
-        linear(be, rows, m(ATTN_PROJ_W), w(ATTN_PROJ_B), frame.attn, h)?;
-        if drop {
-            be.dropout(chunk, Draw::AttentionResidualDropout, s.residual_dropout, h)?;
-        }
-        be.copy_reals(call.x, frame.mid)?;
-        be.add(frame.mid, h)?;
-
-        // g = dropout(c_proj(gelu(c_fc(ln_2(x + f)))))
-        be.layer_norm(s.eps, w(LN_2_W), w(LN_2_B), frame.mid, frame.ln_2, frame.ln_2_stats)?;
-        linear(be, rows, m(C_FC_W), w(C_FC_B), frame.ln_2, frame.c_fc)?;
-        be.gelu(s.gelu, frame.c_fc, frame.act)?;
-        linear(be, rows, m(MLP_PROJ_W), w(MLP_PROJ_B), frame.act, g)?;
-        if drop {
-            be.dropout(chunk, Draw::MlpResidualDropout, s.residual_dropout, g)?;
-        }
-
-        // h = f + g
+        let mid = self.frame(call).mid;
+        // The attention branch is done with the scratch when the MLP branch's output goes there.
+        let g = call.scratch.sub(0, h.len());
+        // h = f(x) + g(x + f(x))
+        self.attention_branch(be, call, call.x, h)?;
+        be.copy_reals(call.x, mid)?;
+        be.add(mid, h)?;
+        self.mlp_branch(be, call, mid, g)?;
         be.add(h, g)
     }
 
     fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
-        let (s, frame, chunk) = (&self.shape, self.frame(call), &call.chunk);
-        let (rows, drop) = (chunk.samples * s.tokens, call.train && s.residual_dropout > 0.0);
-        let (p, grad) = (self.params.group(call.block), self.params.gradient(call.block));
-        let w = |i: usize| self.tensors[i].of(p);
-        let m = |i: usize| (p, self.tensors[i]);
-        let g = |i: usize| self.gradients.map_or_else(|| self.tensors[i].of(grad), |g| g[i]);
-        let pair = |i: usize| (g(i), g(i + 1));
+        let mid = self.frame(call).mid;
         let mut scratch = Cut(call.scratch);
-        let d = scratch.take(rows * s.width);
-        let dmid = scratch.take(rows * s.width);
-        let mut late = Cut(scratch.take(rows * s.inner.max(4 * s.width)));
-        let dact = late.0.sub(0, rows * s.inner);
-        let dqkv = late.take(rows * 3 * s.width);
-        let dattn = late.take(rows * s.width);
-
-        // g(mid), with dg = gh
-        let dg = if drop {
-            be.copy_reals(gh, d)?;
-            be.dropout(chunk, Draw::MlpResidualDropout, s.residual_dropout, d)?;
-            d
-        } else {
-            gh
-        };
-        linear_vjp(be, rows, m(MLP_PROJ_W), pair(MLP_PROJ_W), frame.act, dg, dact)?;
-        be.gelu_vjp(s.gelu, frame.c_fc, dact)?;
-        linear_vjp(be, rows, m(C_FC_W), pair(C_FC_W), frame.ln_2, dact, d)?;
+        let dmid = scratch.take(gh.len());
         be.fill_reals(dmid, crate::real::Real::of(0.0))?;
-        be.layer_norm_vjp(w(LN_2_W), frame.mid, frame.ln_2_stats, d, dmid, g(LN_2_W), g(LN_2_B))?;
-
+        self.mlp_branch_vjp(be, call, mid, gh, dmid, scratch.0)?;
         // mid = x + f: dx += dmid, df = gh + dmid
         be.add(gx, dmid)?;
         be.add(gh, dmid)?;
-        if drop {
-            be.dropout(chunk, Draw::AttentionResidualDropout, s.residual_dropout, gh)?;
-        }
-        linear_vjp(be, rows, m(ATTN_PROJ_W), pair(ATTN_PROJ_W), frame.attn, gh, dattn)?;
-        let ([q, k, v], [dq, dk, dv]) = (self.qkv(frame.qkv), self.qkv(dqkv));
-        let a = self.attention(call);
-        be.attention_vjp(chunk, &a, q, k, v, frame.attn, frame.lse, dattn, dq, dk, dv, scratch.0)?;
-        linear_vjp(be, rows, m(C_ATTN_W), pair(C_ATTN_W), frame.ln_1, dqkv, d)?;
-        be.layer_norm_vjp(w(LN_1_W), call.x, frame.ln_1_stats, d, gx, g(LN_1_W), g(LN_1_B))
+        self.attention_branch_vjp(be, call, call.x, gh, gx, scratch.0)
     }
 
     fn done(&mut self, be: &mut B, block: usize) -> Result<()> {

@@ -71,7 +71,7 @@ impl LmHead {
 
     fn loss_of<B: Backend>(&self, be: &mut B, chunk: &Chunk, row: usize, rows: usize, logits: Reals) -> Result<()> {
         let at = chunk.first * self.per_sample + row;
-        let ce = CrossEntropy { vocab: self.vocab, tokens: self.per_sample, row, scale: self.scale };
+        let ce = CrossEntropy { vocab: self.vocab, tokens: self.per_sample, row, scale: self.scale, smoothing: 0.0 };
         be.cross_entropy(chunk, &ce, logits, self.targets.sub(at, rows), self.losses.sub(at, rows))
     }
 

@@ -4,12 +4,16 @@
 //! are `[in, out]`, so a linear layer is `y = x·W + b`.
 
 mod block;
+mod classifier;
 mod embedding;
 mod head;
+mod patches;
 
 pub use block::{BLOCK_TENSORS, BlockShape, TransformerBlocks};
+pub use classifier::{ClassHead, Mixup};
 pub use embedding::TokenEmbedding;
 pub use head::LmHead;
+pub use patches::{PatchEmbedding, Patches};
 
 use crate::arena::{Category, Layout, Reals, product};
 use crate::backend::{NnOps, OptimOps, Order, Product};
@@ -33,6 +37,11 @@ pub struct Tensor {
 }
 
 impl Tensor {
+    /// Whether the group does not have this tensor.
+    pub const fn is_empty(&self) -> bool {
+        self.rows == 0 || self.cols == 0
+    }
+
     /// The tensor's values in its group.
     pub const fn of(&self, group: Reals) -> Reals {
         group.sub(self.offset, self.rows * self.cols)
@@ -188,13 +197,14 @@ impl Params {
     }
 }
 
-/// `y[rows, out] = x[rows, in]·W[in, out] + b`; `w` is the group that `W` lies in, and its place there.
+/// `y[rows, out] = x[rows, in]·W[in, out] + b`, without the bias where that is empty; `w` is the group that `W` lies in,
+/// and its place there.
 ///
 /// # Errors
 /// Those of the backend.
 pub fn linear<B: NnOps>(be: &mut B, rows: usize, w: (Reals, Tensor), b: Reals, x: Reals, y: Reals) -> Result<()> {
     let p = Product { rows, cols: w.1.cols, inner: w.1.rows, a: Order::Plain, b: Order::Plain, accumulate: false };
-    be.matmul(&p, x, w.1.of(w.0), Some(b), y)
+    be.matmul(&p, x, w.1.of(w.0), Some(b).filter(|b| !b.is_empty()), y)
 }
 
 /// Its gradients: `dW += xᵀ·dy`, `db += Σ dy`, and `dx = dy·Wᵀ`; each is left out where its handle is empty.

@@ -156,8 +156,8 @@ impl Operands {
         let width = product("attention: width", &[a.heads, a.head_dim])?;
         let queries = product("attention: queries", &[chunk.samples, a.queries])?;
         let keys = product("attention: keys", &[chunk.samples, a.keys])?;
-        if a.mask == Mask::Causal {
-            same("causal attention: keys", a.queries, a.keys)?;
+        if a.mask != Mask::Full {
+            same("masked attention: keys", a.queries, a.keys)?;
         }
         Ok(Self { width, queries, keys })
     }
@@ -174,12 +174,17 @@ impl Operands {
 }
 
 impl Attention {
-    /// Number of keys that query `q` of a sample with `present` keys sees: the first ones.
+    /// Number of keys among which are those that query `q` of a sample with `present` keys sees: the first ones.
     fn visible(&self, q: usize, present: usize) -> usize {
         match self.mask {
-            Mask::Full => present,
+            Mask::Full | Mask::Others => present,
             Mask::Causal => present.min(q + 1),
         }
+    }
+
+    /// Whether query `q` does not see `key`, one of the visible ones.
+    fn hides(&self, q: usize, key: usize) -> bool {
+        self.mask == Mask::Others && q == key
     }
 }
 
@@ -203,6 +208,22 @@ impl<R: Real> Reference<'_, R> {
             same("attention: key_lens", chunk.samples, a.key_lens.len())?;
         }
         self.place_ints("attention: key_lens", a.key_lens)
+    }
+
+    /// The place of the temperature, or none.
+    fn temperature(&self, h: Reals) -> Result<Range<usize>> {
+        if !h.is_empty() {
+            same("attention: temperature", 1, h.len())?;
+        }
+        self.place("attention: temperature", h)
+    }
+
+    /// Factor of the scores: `e^τ`, or `1/√head_dim`.
+    fn score_scale(&self, a: &Attention, temperature: &Range<usize>) -> R {
+        match self.reals[temperature.clone()].first() {
+            Some(tau) => tau.exponential(),
+            None => R::of(1.0 / libm::sqrt(a.head_dim.max(1) as f64)),
+        }
     }
 
     /// Keys of sample `i` that are not padding.
@@ -416,18 +437,20 @@ impl<R: Real> NnOps for Reference<'_, R> {
         let scratch = scratch.sub(0, a.keys);
         same("attention: scratch", a.keys, scratch.len())?;
         let (dropout, lens) = (dropout_of(a.dropout)?, self.key_lens(a, chunk)?);
+        let temperature = self.temperature(a.temperature)?;
         let outputs = [
             self.place("attention: out", out)?,
             self.place("attention: lse", lse)?,
             self.place("attention: scratch", scratch)?,
         ];
         disjoint("attention", &inputs, &outputs)?;
+        disjoint("attention: temperature", core::slice::from_ref(&temperature), &outputs)?;
         let [out_at, lse_at, scratch_at] = outputs;
         if all.queries == 0 {
             return Ok(());
         }
         let width = a.head_dim;
-        let scale = score_scale::<R>(a);
+        let scale = self.score_scale(a, &temperature);
 
         for i in 0..chunk.samples {
             let present = self.present(a, &lens, i);
@@ -440,6 +463,10 @@ impl<R: Real> NnOps for Reference<'_, R> {
                     // s_k = q·k/√head_dim, p_k = exp(s_k − max)/sum, out = Σ p_k·factor_k·v_k, lse = max + ln(sum)
                     let mut max = R::neg_infinity();
                     for key in 0..seen {
+                        if a.hides(row, key) {
+                            self.reals[scratch_at.start + key] = R::neg_infinity();
+                            continue;
+                        }
                         let s = scale * dot(&self.reals[qs.row(row, width)], &self.reals[ks.row(key, width)]);
                         self.reals[scratch_at.start + key] = s;
                         // A NaN stays one: it is the largest, and every exponential below then is NaN.
@@ -448,21 +475,23 @@ impl<R: Real> NnOps for Reference<'_, R> {
                         }
                     }
                     let mut sum = R::zero();
-                    for p in &mut self.reals[scratch_at.start..scratch_at.start + seen] {
-                        *p = (*p - max).exponential();
-                        sum += *p;
+                    for (key, p) in self.reals[scratch_at.start..scratch_at.start + seen].iter_mut().enumerate() {
+                        if !a.hides(row, key) {
+                            *p = (*p - max).exponential();
+                            sum += *p;
+                        }
                     }
                     let start = out_at.start + ((i * a.queries + row) * a.heads + head) * width;
                     self.reals[start..start + width].fill(R::zero());
                     let element = first_element(a, head, row);
-                    for key in 0..seen {
+                    for key in (0..seen).filter(|&key| !a.hides(row, key)) {
                         let factor = factors.factor(element.wrapping_add(key as u32));
                         let p = self.reals[scratch_at.start + key] / sum * factor;
                         let [o, v] = split(self.reals, [start..start + width, vs.row(key, width)], "attention: out")?;
                         add_scaled(o, p, v);
                     }
                     self.reals[lse_at.start + (i * a.heads + head) * a.queries + row] =
-                        if seen == 0 { R::neg_infinity() } else { max + sum.logarithm() };
+                        if sum == R::zero() { R::neg_infinity() } else { max + sum.logarithm() };
                 }
             }
         }
@@ -509,7 +538,15 @@ impl<R: Real> NnOps for Reference<'_, R> {
         for output in &outputs {
             disjoint("attention_vjp", &inputs, core::slice::from_ref(output))?;
         }
+        let (temperature, slope) = (self.temperature(a.temperature)?, self.temperature(a.temperature_grad)?);
+        same("attention_vjp: temperature_grad", a.temperature.len(), a.temperature_grad.len())?;
         let scratch = self.place("attention_vjp: scratch", scratch)?;
+        let read = inputs.iter().chain([&temperature]);
+        if read.chain(&outputs).chain([&scratch]).any(|x| overlap(x, &slope))
+            || outputs.iter().chain([&scratch]).any(|x| overlap(x, &temperature))
+        {
+            return Err(Error::Handle("attention_vjp: temperature"));
+        }
         disjoint("attention_vjp: scratch", &inputs, core::slice::from_ref(&scratch))?;
         disjoint("attention_vjp: scratch", &outputs, core::slice::from_ref(&scratch))?;
         let [dq_at, dk_at, dv_at] = outputs;
@@ -525,7 +562,7 @@ impl<R: Real> NnOps for Reference<'_, R> {
         }
         let (out_at, lse_at, dout_at) = (inputs[3].start, inputs[4].start, inputs[5].start);
         let width = a.head_dim;
-        let scale = score_scale::<R>(a);
+        let scale = self.score_scale(a, &temperature);
 
         for i in 0..chunk.samples {
             let present = self.present(a, &lens, i);
@@ -548,7 +585,7 @@ impl<R: Real> NnOps for Reference<'_, R> {
                     // s_k = scale·(q·k_k):       dq += scale·ds_k·k_k,  dk_k += scale·ds_k·q
                     let delta = dot(&self.reals[dout.clone()], &self.reals[out_at + start..out_at + start + width]);
                     let element = first_element(a, head, row);
-                    for key in 0..a.visible(row, present) {
+                    for key in (0..a.visible(row, present)).filter(|&key| !a.hides(row, key)) {
                         let s = scale * dot(&self.reals[qs.row(row, width)], &self.reals[ks.row(key, width)]);
                         let p = (s - lse).exponential();
                         let factor = factors.factor(element.wrapping_add(key as u32));
@@ -563,6 +600,19 @@ impl<R: Real> NnOps for Reference<'_, R> {
                     }
                 }
             }
+        }
+        if let Some(at) = slope.into_iter().next() {
+            // s_k = e^τ·(q·k_k): dτ = Σ ds_k·s_k = Σ q·(Σ_k e^τ·ds_k·k_k) = Σ q·dq
+            let mut sum = 0.0;
+            for i in 0..chunk.samples {
+                for head in 0..a.heads {
+                    let (qs, dqs) = (head_of(a, q, i, a.queries, head), head_of(a, dq, i, a.queries, head));
+                    for row in 0..a.queries {
+                        sum += dot(&self.reals[qs.row(row, width)], &self.reals[dqs.row(row, width)]).wide();
+                    }
+                }
+            }
+            self.reals[at] += R::of(sum);
         }
         Ok(())
     }
@@ -673,6 +723,7 @@ impl<R: Real> NnOps for Reference<'_, R> {
         let targets = self.place_ints("cross_entropy: targets", targets)?;
         let [logits, losses] = split(self.reals, places, "cross_entropy")?;
         let scale = R::of(ce.scale);
+        let (smooth, hard) = smoothing_of::<R>(ce)?;
         for (row, &target) in self.ints[targets].iter().enumerate() {
             let x = &mut logits[row * ce.vocab..(row + 1) * ce.vocab];
             let sample = chunk.first.wrapping_add(ce.row.wrapping_add(row).checked_div(ce.tokens).unwrap_or_default());
@@ -684,31 +735,43 @@ impl<R: Real> NnOps for Reference<'_, R> {
                 }
                 continue;
             };
-            // loss = max + ln Σ exp(x − max) − x[target],  dx = (exp(x − max)/Σ − onehot(target))·scale
+            // loss = max + ln Σ exp(x − max) − Σ t·x,  dx = (exp(x − max)/Σ − t)·scale,  t = (1-ε)·onehot + ε/vocab
             let mut max = R::neg_infinity();
             for &x in x.iter() {
                 if x > max || x.is_nan() {
                     max = x;
                 }
             }
-            let at_target = x[index];
+            let mut expected = hard * (x[index] - max);
             let mut sum = R::zero();
             for x in x.iter_mut() {
+                // Without smoothing an infinite logit elsewhere has no part in the loss.
+                if smooth > R::zero() {
+                    expected += smooth * (*x - max);
+                }
                 *x = (*x - max).exponential();
                 sum += *x;
             }
-            let loss = sum.logarithm() - (at_target - max);
+            let loss = sum.logarithm() - expected;
             losses[row] = loss;
             if !loss.is_finite() {
                 self.fault.get_or_insert(Fault::Loss { sample, value: loss.wide() });
             }
             for (c, x) in x.iter_mut().enumerate() {
-                let hot = if c == index { R::one() } else { R::zero() };
-                *x = (*x / sum - hot) * scale;
+                let t = if c == index { smooth + hard } else { smooth };
+                *x = (*x / sum - t) * scale;
             }
         }
         Ok(())
     }
+}
+
+/// `ε/vocab` and `1-ε`.
+fn smoothing_of<R: Real>(ce: &CrossEntropy) -> Result<(R, R)> {
+    if !(0.0..=1.0).contains(&ce.smoothing) {
+        return Err(Error::Setting { what: "label smoothing", found: ce.smoothing, possible: "0 to 1" });
+    }
+    Ok((R::of(ce.smoothing / ce.vocab.max(1) as f64), R::of(1.0 - ce.smoothing)))
 }
 
 /// Refuses inputs that overlap an output, and outputs that overlap each other. Inputs may share memory.
@@ -719,11 +782,6 @@ fn disjoint(what: &'static str, inputs: &[Range<usize>], outputs: &[Range<usize>
         }
     }
     Ok(())
-}
-
-/// `1/√head_dim`.
-fn score_scale<R: Real>(a: &Attention) -> R {
-    R::of(1.0 / libm::sqrt(a.head_dim.max(1) as f64))
 }
 
 /// Tokens of one sample and the vocabulary, once the operands' sizes agree.
@@ -921,16 +979,36 @@ mod tests {
     #[test]
     fn attention_gradient() {
         let lens: [Option<[i32; 2]>; 3] = [None, Some([3, 4]), Some([0, 2])];
-        for (mask, queries, keys) in
-            [(Mask::Full, 3, 4), (Mask::Causal, 4, 4), (Mask::Full, 5, 4), (Mask::Causal, 1, 1)]
-        {
+        for (mask, queries, keys, tau) in [
+            (Mask::Full, 3, 4, false),
+            (Mask::Causal, 4, 4, false),
+            (Mask::Full, 5, 4, true),
+            (Mask::Causal, 1, 1, false),
+            (Mask::Others, 4, 4, true),
+            (Mask::Others, 4, 4, false),
+        ] {
             for lens in lens {
                 for dropout in [0.0, 0.4] {
                     let (n, heads, head_dim) = (2, 2, 3);
                     let (width, stride) = (heads * head_dim, 2 * heads * head_dim + 1);
                     let mut m = Memory::new();
                     let key_lens = lens.map_or(Ints::EMPTY, |lens| m.ints(&lens));
-                    let a = Attention { heads, head_dim, queries, keys, mask, key_lens, dropout };
+                    let [temperature, temperature_grad] = [0; 2].map(|_| m.reals(usize::from(tau)));
+                    let a = Attention {
+                        heads,
+                        head_dim,
+                        queries,
+                        keys,
+                        mask,
+                        key_lens,
+                        dropout,
+                        temperature,
+                        temperature_grad,
+                    };
+                    // The gradient of the temperature is added; from 0 on it is the gradient itself.
+                    for i in temperature_grad.range() {
+                        m.reals[i] = 0.0;
+                    }
                     // q alone; k and v are columns of one matrix.
                     let (q, kv) = (m.reals(n * queries * width), m.reals(n * keys * stride));
                     let (out, lse) = (m.reals(n * queries * width), m.reals(n * queries * heads));
@@ -945,7 +1023,7 @@ mod tests {
                     let [v, dv] = [kv, dkv].map(|of| Columns { of, stride, at: 1 + width });
                     let chunk = chunk(n);
                     m.check(
-                        &[(q, dq), (kv, dkv)],
+                        &[(q, dq), (kv, dkv), (temperature, temperature_grad)],
                         false,
                         (out, dout),
                         |host| host.attention(&chunk, &a, qs, k, v, out, lse, scratch),
@@ -966,13 +1044,55 @@ mod tests {
         for i in q.range() {
             m.reals[i] = 0.0;
         }
-        let a = Attention { heads: 1, head_dim: 1, queries: 2, keys: 3, mask: Mask::Full, key_lens, dropout: 0.0 };
+        let a = Attention {
+            heads: 1,
+            head_dim: 1,
+            queries: 2,
+            keys: 3,
+            mask: Mask::Full,
+            key_lens,
+            dropout: 0.0,
+            temperature: Reals::EMPTY,
+            temperature_grad: Reals::EMPTY,
+        };
         let [q, k, vs] = [q, k, v].map(|of| Columns { of, stride: 1, at: 0 });
         let after = m.run(|host| host.attention(&chunk(2), &a, q, k, vs, out, lse, scratch));
         let mean = (m.reals[v.start()] + m.reals[v.start() + 1]) / 2.0;
         assert!((after[out.start()] - mean).abs() < 1e-15 && (after[lse.start()] - 2.0_f64.ln()).abs() < 1e-15);
         assert_eq!(after[out.start() + 2..out.start() + 4], [0.0; 2], "no key is visible");
         assert_eq!(after[lse.start() + 2..lse.start() + 4], [f64::NEG_INFINITY; 2]);
+    }
+
+    /// With one key hidden of two, the other one's value is what comes out; alone, a query sees nothing.
+    #[test]
+    fn a_query_that_does_not_see_itself() {
+        let mut m = Memory::new();
+        let key_lens = m.ints(&[2, 1]);
+        let (q, k, v) = (m.reals(4), m.reals(4), m.reals(4));
+        let (out, lse, scratch) = (m.reals(4), m.reals(4), m.reals(2));
+        let tau = m.reals(1);
+        m.reals[tau.start()] = 0.5;
+        let a = Attention {
+            heads: 1,
+            head_dim: 1,
+            queries: 2,
+            keys: 2,
+            mask: Mask::Others,
+            key_lens,
+            dropout: 0.0,
+            temperature: tau,
+            temperature_grad: Reals::EMPTY,
+        };
+        let [qs, ks, vs] = [q, k, v].map(|of| Columns { of, stride: 1, at: 0 });
+        let after = m.run(|host| host.attention(&chunk(2), &a, qs, ks, vs, out, lse, scratch));
+        let (q, k, v) = (&m.reals[q.range()], &m.reals[k.range()], &m.reals[v.range()]);
+        let (out, lse) = (&after[out.range()], &after[lse.range()]);
+        // Sample 0: each sees the other. Sample 1 has one key, which query 0 must not see.
+        assert_eq!(out, [v[1], v[0], 0.0, v[2]]);
+        assert_eq!(lse[2], f64::NEG_INFINITY);
+        for (lse, score) in [(lse[0], q[0] * k[1]), (lse[1], q[1] * k[0]), (lse[3], q[3] * k[2])] {
+            assert!((lse - 0.5_f64.exp() * score).abs() < 1e-15);
+        }
     }
 
     /// Dropped weights do not change the softmax's denominator, and over many elements the mean stays.
@@ -1021,8 +1141,14 @@ mod tests {
 
     #[test]
     fn cross_entropy_gradient() {
+        for smoothing in [0.0, 0.1, 1.0] {
+            cross_entropy_gradient_of(smoothing);
+        }
+    }
+
+    fn cross_entropy_gradient_of(smoothing: f64) {
         let (rows, vocab) = (5, 6);
-        let ce = CrossEntropy { vocab, tokens: 5, row: 0, scale: 0.3 };
+        let ce = CrossEntropy { vocab, tokens: 5, row: 0, scale: 0.3, smoothing };
         let mut m = Memory::new();
         let targets = m.ints(&[5, -1, 0, 3, -100]);
         let (logits, losses, scale) = (m.reals(rows * vocab), m.reals(rows), m.reals(rows));
@@ -1042,7 +1168,8 @@ mod tests {
         );
         let after = m.run(|host| host.cross_entropy(&chunk(1), &ce, logits, targets, losses));
         let row = &m.reals[logits.range()][2 * vocab..3 * vocab];
-        let loss = row.iter().map(|x| x.exp()).sum::<f64>().ln() - row[0];
+        let mean = row.iter().sum::<f64>() / vocab as f64;
+        let loss = row.iter().map(|x| x.exp()).sum::<f64>().ln() - (1.0 - smoothing) * row[0] - smoothing * mean;
         assert!((after[losses.start() + 2] - loss).abs() < 1e-14);
         assert_eq!((after[losses.start() + 1], after[losses.start() + 4]), (0.0, 0.0));
     }

@@ -142,12 +142,15 @@ struct Case {
     lens: Option<[i32; 3]>,
     /// q, k and v are columns of one matrix.
     together: bool,
+    /// The scores' factor is learned.
+    temperature: bool,
 }
 
 impl Case {
     const fn with(&self, key_lens: Ints) -> Attention {
         let Self { heads, head_dim, queries, keys, mask, dropout, .. } = *self;
-        Attention { heads, head_dim, queries, keys, mask, key_lens, dropout }
+        let (temperature, temperature_grad) = (Reals::EMPTY, Reals::EMPTY);
+        Attention { heads, head_dim, queries, keys, mask, key_lens, dropout, temperature, temperature_grad }
     }
 }
 
@@ -162,9 +165,10 @@ const PLAIN: Case = Case {
     dropout: 0.0,
     lens: None,
     together: true,
+    temperature: false,
 };
 
-const ATTENTIONS: [Case; 14] = [
+const ATTENTIONS: [Case; 20] = [
     PLAIN,
     Case { name: "causal", mask: Mask::Causal, ..PLAIN },
     Case { name: "causal, 16 tokens", mask: Mask::Causal, queries: 16, keys: 16, heads: 1, head_dim: 8, ..PLAIN },
@@ -205,6 +209,32 @@ const ATTENTIONS: [Case; 14] = [
     Case { name: "dropout", dropout: 0.3, ..PLAIN },
     Case { name: "causal with dropout and padding", mask: Mask::Causal, dropout: 0.6, lens: Some([4, 7, 0]), ..PLAIN },
     Case { name: "no samples", samples: 0, ..PLAIN },
+    Case { name: "others", mask: Mask::Others, ..PLAIN },
+    Case { name: "others, one token", mask: Mask::Others, queries: 1, keys: 1, ..PLAIN },
+    Case {
+        name: "others, many tokens",
+        mask: Mask::Others,
+        queries: 66,
+        keys: 66,
+        heads: 1,
+        head_dim: 3,
+        samples: 1,
+        ..PLAIN
+    },
+    Case { name: "temperature", temperature: true, ..PLAIN },
+    Case { name: "others with temperature and dropout", mask: Mask::Others, temperature: true, dropout: 0.3, ..PLAIN },
+    Case {
+        name: "others with padding",
+        mask: Mask::Others,
+        lens: Some([2, 1, 0]),
+        samples: 3,
+        heads: 2,
+        head_dim: 4,
+        queries: 6,
+        keys: 6,
+        temperature: true,
+        ..PLAIN
+    },
 ];
 
 fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure> {
@@ -214,7 +244,11 @@ fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure>
         Some(lens) => bench.ints(n, |i| lens[i % 3]),
         None => Ints::EMPTY,
     };
-    let a = case.with(key_lens);
+    // Near ln(1/2), so that scores stay of order one.
+    let seed = bench.cases;
+    let [temperature, temperature_grad] =
+        [0, 1].map(|i| bench.reals_of(usize::from(case.temperature), |_| 0.3 * noise(seed, i) - 0.7));
+    let a = Attention { temperature, temperature_grad, ..case.with(key_lens) };
     let chunk = chunk(n);
     let (q_rows, k_rows) = (n * case.queries, n * case.keys);
     // Columns of one matrix, with one column that is nobody's; or three matrices.
@@ -255,7 +289,8 @@ fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure>
         [
             Operand::columns("dq", dq, width, terms),
             Operand::columns("dk", dk, width, terms),
-            Operand::columns("dv", dv, width, terms)
+            Operand::columns("dv", dv, width, terms),
+            Operand::sum("temperature_grad", temperature_grad, terms + n * case.queries * width)
         ],
         |on, s| on.attention_vjp(&chunk, &a, q, k, v, out, lse, dout, dq, dk, dv, s)
     );
@@ -303,15 +338,24 @@ fn embedding<B: NnOps>(bench: &mut Bench<B>, [n, length, vocab, width]: [usize; 
 }
 
 fn losses<B: NnOps>(bench: &mut Bench<B>, [rows, vocab, tokens, row]: [usize; 4]) -> Result<(), Failure> {
-    let ce = CrossEntropy { vocab, tokens, row, scale: 0.125 };
     let chunk = chunk(row + rows);
     let last = rows.saturating_sub(1);
-    for case in ["all targets", "masked targets", "target too large", "NaN", "target impossible", "NaN in a masked row"]
-    {
+    for case in [
+        "all targets",
+        "masked targets",
+        "smoothed targets",
+        "target too large",
+        "NaN",
+        "target impossible",
+        "NaN in a masked row",
+    ] {
+        let smoothing = if case == "smoothed targets" { 0.1 } else { 0.0 };
+        let ce = CrossEntropy { vocab, tokens, row, scale: 0.125, smoothing };
         for spread in [2.0, 60.0] {
             bench.begin("cross_entropy", case, [rows, vocab, tokens, row]);
             let seed = bench.cases;
             let target = |i: usize| match case {
+                "masked targets" | "smoothed targets" if i % 4 == 2 => -100,
                 "masked targets" if i.is_multiple_of(2) => -100,
                 "target too large" if i == last => vocab as i32,
                 "NaN in a masked row" if i == last => -1,
@@ -410,8 +454,12 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "dpositions too short", |on| on.embed_vjp(&ok, tokens, out, 4, table, b.sub(0, 11)));
     refused!(bench, "dtable outside", |on| on.embed_vjp(&ok, tokens, out, 4, far(40), pos));
     bench.op = "cross_entropy";
-    let ce = CrossEntropy { vocab: 20, tokens: 3, row: 0, scale: 1.0 };
+    let ce = CrossEntropy { vocab: 20, tokens: 3, row: 0, scale: 1.0, smoothing: 0.0 };
     refused!(bench, "logits too short", |on| on.cross_entropy(&ok, &ce, a.sub(0, 119), tokens, b.sub(0, 6)));
+    for smoothing in [-0.1, 1.5, f64::NAN] {
+        let wrong = CrossEntropy { smoothing, ..ce };
+        refused!(bench, "smoothing outside 0 to 1", |on| on.cross_entropy(&ok, &wrong, a, tokens, b.sub(0, 6)));
+    }
     refused!(bench, "losses too short", |on| on.cross_entropy(&ok, &ce, a, tokens, b.sub(0, 5)));
     refused!(bench, "losses in the logits", |on| on.cross_entropy(&ok, &ce, a, tokens, a.sub(0, 6)));
     refused!(bench, "targets outside", |on| on.cross_entropy(&ok, &ce, a, Ints::new(OUTSIDE, 6), b.sub(0, 6)));
@@ -445,12 +493,33 @@ fn attention_refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "dropout of everything", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
     let wrong = Attention { heads: usize::MAX, head_dim: usize::MAX, ..a };
     refused!(bench, "sizes whose product overflows", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
-    let wrong = Attention { mask: Mask::Causal, keys: 2, ..a };
+    let fewer = Attention { mask: Mask::Causal, keys: 2, ..a };
+    let tau = bench.reals(2);
+    let wrong = Attention { mask: Mask::Others, keys: 2, ..a };
     let two = |at| column(qkv.sub(0, 48), at);
-    refused!(bench, "causal with fewer keys", |on| on.attention(&ok, &wrong, q, two(4), two(8), out, lse, s));
+    refused!(bench, "causal with fewer keys", |on| on.attention(&ok, &fewer, q, two(4), two(8), out, lse, s));
+    refused!(bench, "others with fewer keys", |on| on.attention(&ok, &wrong, q, two(4), two(8), out, lse, s));
+    let wrong = Attention { temperature: tau, ..a };
+    refused!(bench, "two temperatures", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
+    let wrong = Attention { temperature: Reals::new(OUTSIDE, 1), ..a };
+    refused!(bench, "temperature outside", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
+    let wrong = Attention { temperature: out.sub(3, 1), ..a };
+    refused!(bench, "temperature in out", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
     bench.op = "attention_vjp";
     refused!(bench, "dk overlaps dv", |on| {
         on.attention_vjp(&ok, &a, q, k, v, out, lse, dout, dq, dk, column(dqkv, 5), s)
+    });
+    let wrong = Attention { temperature: tau.sub(0, 1), ..a };
+    refused!(bench, "temperature without gradient", |on| {
+        on.attention_vjp(&ok, &wrong, q, k, v, out, lse, dout, dq, dk, dv, s)
+    });
+    let wrong = Attention { temperature_grad: tau.sub(0, 1), ..wrong };
+    refused!(bench, "temperature is its gradient", |on| {
+        on.attention_vjp(&ok, &wrong, q, k, v, out, lse, dout, dq, dk, dv, s)
+    });
+    let wrong = Attention { temperature_grad: dqkv.sub(0, 1), ..wrong };
+    refused!(bench, "temperature's gradient in dq", |on| {
+        on.attention_vjp(&ok, &wrong, q, k, v, out, lse, dout, dq, dk, dv, s)
     });
     refused!(bench, "dq lies in qkv", |on| on.attention_vjp(&ok, &a, q, k, v, out, lse, dout, q, dk, dv, s));
     refused!(bench, "dout too short", |on| {

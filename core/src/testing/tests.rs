@@ -3,7 +3,7 @@
 use std::{string::ToString, vec, vec::Vec};
 
 use super::*;
-use crate::backend::{Attention, CrossEntropy, Gelu, Identity, NnOps, OptimOps, Product, UpdateOps};
+use crate::backend::{Attention, CrossEntropy, Gelu, Identity, Mask, NnOps, OptimOps, Product, UpdateOps};
 use crate::optim::Update;
 use crate::rng::Draw;
 use crate::update::{Gamma, Grid};
@@ -39,6 +39,10 @@ enum Bug {
     AttentionWithoutDropout,
     AttentionWithoutPadding,
     AttentionVjpAdds,
+    AttentionSeesItself,
+    TemperatureForgotten,
+    TemperatureGradientSet,
+    NoSmoothing,
     LayerNormVjpBeyondItsEnd,
     MaskedTargetsCount,
     EmbedSilent,
@@ -254,6 +258,8 @@ impl NnOps for Broken {
         match self.bug {
             Bug::AttentionWithoutDropout if a.dropout < 1.0 => a.dropout = 0.0,
             Bug::AttentionWithoutPadding => a.key_lens = Ints::EMPTY,
+            Bug::AttentionSeesItself if a.mask == Mask::Others => a.mask = Mask::Full,
+            Bug::TemperatureForgotten if a.temperature.len() == 1 => a.temperature = Reals::EMPTY,
             _ => {}
         }
         self.inner.attention(chunk, &a, q, k, v, out, lse, scratch)
@@ -275,6 +281,9 @@ impl NnOps for Broken {
         scratch: Reals,
     ) -> OpResult<()> {
         let old: Vec<f32> = self.inner.reals(dk.of).unwrap_or_default().to_vec();
+        if self.bug == Bug::TemperatureGradientSet {
+            self.inner.fill_reals(a.temperature_grad, 0.0)?;
+        }
         self.inner.attention_vjp(chunk, a, q, k, v, out, lse, dout, dq, dk, dv, scratch)?;
         if self.bug == Bug::AttentionVjpAdds && !old.is_empty() {
             let sum = self.value(dk.of, dk.at) + old[dk.at];
@@ -322,7 +331,8 @@ impl NnOps for Broken {
                 self.inner.write_ints(targets.sub(i, 1), &[target])?;
             }
         }
-        self.inner.cross_entropy(chunk, ce, logits, targets, losses)
+        let smoothing = if self.bug == Bug::NoSmoothing && ce.smoothing < 1.0 { 0.0 } else { ce.smoothing };
+        self.inner.cross_entropy(chunk, &CrossEntropy { smoothing, ..*ce }, logits, targets, losses)
     }
 }
 
@@ -367,6 +377,10 @@ fn mistakes_are_found() {
         (Bug::AttentionWithoutDropout, "attention", "out"),
         (Bug::AttentionWithoutPadding, "attention", "out"),
         (Bug::AttentionVjpAdds, "attention_vjp", "dk"),
+        (Bug::AttentionSeesItself, "attention", "out"),
+        (Bug::TemperatureForgotten, "attention", "out"),
+        (Bug::TemperatureGradientSet, "attention_vjp", "temperature_grad"),
+        (Bug::NoSmoothing, "cross_entropy", "logits"),
         (Bug::LayerNormVjpBeyondItsEnd, "layer_norm_vjp", "real arena, outside the operands"),
         (Bug::MaskedTargetsCount, "cross_entropy", "integer arena"),
         (Bug::EmbedSilent, "embed", "status"),

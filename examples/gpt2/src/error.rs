@@ -1,49 +1,25 @@
 //! What ends the program with exit code 1.
 
-use std::path::PathBuf;
+pub use bdia_train::Failure;
 
-use crate::checkpoint::CheckpointError;
-use crate::cli::Contradiction;
 use crate::config::ConfigError;
 use crate::data::DataError;
-use crate::files::FileError;
-use crate::report::ReportError;
 use crate::sample::SampleError;
-use crate::weights::WeightsError;
 
-/// Everything that can go wrong.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
-pub enum Failure {
-    #[error("{0}")]
-    Core(#[from] bdia_core::Error),
-    #[error("{0}")]
-    Cpu(#[from] bdia_cpu::CpuError),
-    #[error("{0}")]
-    File(#[from] FileError),
-    #[error("{0}")]
-    Data(#[from] DataError),
-    #[error("{0}")]
-    Config(#[from] ConfigError),
-    #[error("{0}")]
-    Weights(#[from] WeightsError),
-    #[error("{0}")]
-    Checkpoint(#[from] CheckpointError),
-    #[error("{0}")]
-    Report(#[from] ReportError),
-    #[error("{0}")]
-    Sample(#[from] SampleError),
-    #[error("{0}")]
-    Contradiction(#[from] Contradiction),
-    #[error("{}: {what}", path.display())]
-    Run { path: PathBuf, what: String },
-    #[error(
-        "the plan needs {plan} bytes, this machine has {available} left; use --memory, a smaller batch, context or model, \
-         or look at `plan` with the same flags"
-    )]
-    TooBig { plan: u64, available: u64 },
-    #[error("step {step}: {error}{kept}")]
-    Step { step: u32, error: bdia_core::Error, kept: String },
-    #[error("{0}")]
-    Other(String),
+impl From<DataError> for Failure {
+    fn from(error: DataError) -> Self {
+        Self::Program(Box::new(error))
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::Program(Box::new(error))
+    }
+}
+
+impl From<SampleError> for Failure {
+    fn from(error: SampleError) -> Self {
+        Self::Program(Box::new(error))
+    }
 }

@@ -184,7 +184,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         mode: machine::stack_mode(&args.mode, layers),
         grid: machine::grid(&args.mode)?,
         gamma: args.mode.gamma()?,
-        rule: Some(train::rule(&args.optim)),
+        rule: Some(args.optim.rule()),
         fused: train::fused(args.optim.clip, args.accumulate),
         verify: args.verify,
         threads,

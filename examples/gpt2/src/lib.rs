@@ -2,15 +2,13 @@
 //!
 //! In the order in which data flows: [`cli`] → [`config`], [`tokenizer`], [`data`] → [`machine`] (plan and backend) →
 //! [`model`] (one optimizer step) → [`train`] (the run), with [`checkpoint`], [`weights`] and [`report`] for what it
-//! leaves behind; [`inference`] and [`sample`] for trained models.
+//! leaves behind; [`inference`] and [`sample`] for trained models. What other training programs need too is in
+//! [`bdia_train`].
 
-pub mod alloc;
-pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod data;
 pub mod error;
-pub mod files;
 pub mod inference;
 pub mod machine;
 pub mod model;
@@ -19,3 +17,5 @@ pub mod sample;
 pub mod tokenizer;
 pub mod train;
 pub mod weights;
+
+pub use bdia_train::{alloc, checkpoint, files};

@@ -158,6 +158,9 @@ impl Gpt2 {
             mask: Mask::Causal,
             attention_dropout: d.dropout[1],
             residual_dropout: d.dropout[2],
+            hidden_dropout: 0.0,
+            qkv_bias: true,
+            temperature: false,
         };
         shape.check()?;
         product("parameters", &[d.vocab.max(d.positions), d.width])?;
@@ -251,7 +254,7 @@ impl Gpt2 {
         };
         let mut list = Vec::new();
         let mut push = |prefix: &str, params: &Params, group: usize, tensors: &[Tensor]| {
-            for t in tensors {
+            for t in tensors.iter().filter(|t| !t.is_empty()) {
                 let len = params.group(group).len();
                 list.push(Named {
                     name: format!("{prefix}{}", t.name),
@@ -268,6 +271,13 @@ impl Gpt2 {
         }
         push("", &self.ends, 0, &self.ends()[2..]);
         list
+    }
+
+    /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
+    pub fn saved(&self) -> Vec<Reals> {
+        let named = self.tensors();
+        let states = named.iter().flat_map(|t| t.state).filter(|s| !s.is_empty());
+        named.iter().map(|t| t.values).chain(states).collect()
     }
 
     /// Number of parameters.

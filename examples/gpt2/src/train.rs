@@ -7,26 +7,23 @@
 //! step-*.ckpt                      the last two checkpoints
 //! ```
 
-use core::sync::atomic::{AtomicBool, Ordering};
 use std::io::{IsTerminal, Write};
-use std::path::Path;
 use std::time::Instant;
 
 use bdia_core::backend::Backend;
-use bdia_core::optim::{Decay, Rule, Schedule};
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Gamma, Layout, Sign};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use bdia_train::run;
 use serde_json::json;
 
 use crate::alloc::{Counting, peak_rss_bytes};
 use crate::checkpoint::{self, Header};
-use crate::cli::{Mode, Optimizer, ScheduleKind, TrainArgs};
+use crate::cli::{Mode, TrainArgs, name_of};
 use crate::config::Gpt2Config;
 use crate::data::{Batches, Corpus, Part};
 use crate::error::Failure;
-use crate::files::{FileError, read_limited, write_bytes};
+use crate::files::FileError;
 use crate::machine::{self, Work};
 use crate::model::{Gpt2, Inference, Outcome, Setup, Step};
 use crate::report::{self, Metric, Metrics};
@@ -37,36 +34,9 @@ use crate::tokenizer::{EOT, Tokenizer};
 const CURVE_TOKENS: usize = 8192;
 const FINAL_TOKENS: usize = 1 << 16;
 
-/// Set by Ctrl-C: the step is finished, then the run is saved.
-static STOP: AtomicBool = AtomicBool::new(false);
-
-/// The optimizer of the flags.
-pub fn rule(args: &crate::cli::OptimArgs) -> Rule {
-    let (beta1, beta2, eps) = (args.beta1, args.beta2, args.eps());
-    match args.optimizer {
-        Optimizer::Adamw => Rule::AdamW { beta1, beta2, eps },
-        Optimizer::SetAdam => Rule::SetAdam { beta1, beta2, eps },
-        Optimizer::Sgd => Rule::Sgd { momentum: beta1 },
-    }
-}
-
 /// Whether blocks are updated as soon as they are finished.
 pub const fn fused(clip: f64, accumulate: u64) -> bool {
     clip == 0.0 && accumulate == 1
-}
-
-fn schedule(args: &TrainArgs) -> Schedule {
-    Schedule {
-        lr: args.optim.lr,
-        min_lr: args.optim.min_lr(),
-        warmup: args.optim.warmup as u32,
-        steps: args.steps as u32,
-        decay: match args.optim.schedule {
-            ScheduleKind::Constant => Decay::Constant,
-            ScheduleKind::Cosine => Decay::Cosine,
-            ScheduleKind::Linear => Decay::Linear,
-        },
-    }
 }
 
 /// Everything that is known before memory is allocated.
@@ -96,14 +66,7 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     }
     let mut from = None;
     if let Some(dir) = args.resume.clone() {
-        let path = dir.join("run.json");
-        if dir.is_dir() && !path.exists() {
-            let what = "there is no such file, so this is not the directory of a run, or it was stopped before it began; \
-                        start it with --out in place of --resume";
-            return Err(Failure::Run { path, what: what.into() });
-        }
-        let saved: TrainArgs = serde_json::from_slice(&read_limited(&path, 1 << 20)?)
-            .map_err(|e| Failure::Run { path: path.clone(), what: format!("not the flags of a run: {e}") })?;
+        let saved: TrainArgs = run::saved(&dir)?;
         args = args.resumed(&saved)?;
         let (path, header, warnings) = checkpoint::newest(&dir)?;
         for warning in warnings {
@@ -139,13 +102,13 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
         mode: machine::stack_mode(&args.mode, config.n_layer),
         grid: machine::grid(&args.mode)?,
         gamma: args.mode.gamma()?,
-        rule: Some(rule(&args.optim)),
+        rule: Some(args.optim.rule()),
         fused: fused(args.optim.clip, args.accumulate),
         verify: args.verify,
         threads,
         library: machine::library(args.machine.backend, threads),
     };
-    schedule(&args).check()?;
+    args.optim.schedule(args.steps as u32).check()?;
     let kind = args.machine.backend;
     let fixed = match &from {
         Some((path, h)) => {
@@ -218,7 +181,7 @@ impl Work for Run {
                         header.identity
                     );
                 }
-                checkpoint::load(path, be, &self.model)?;
+                checkpoint::load(path, be, &self.model.saved())?;
                 first = header.step;
                 validation.clone_from(&header.validation);
             }
@@ -227,38 +190,28 @@ impl Work for Run {
                     Some(dir) => machine::load_weights(dir, &self.config, be, &self.model)?,
                     None => self.model.initialize(be, self.args.seed)?,
                 }
-                // A new run in an old directory, now that nothing speaks against it: the old checkpoints must not be taken
-                // for this one's.
-                let old = checkpoint::list(&out);
-                if !old.is_empty() {
-                    report::note!("the run that was in {} is replaced by this one", out.display());
-                }
-                for (_, old) in old {
-                    std::fs::remove_file(&old).map_err(|e| FileError::io(&old, "remove it", e))?;
-                }
-                let json = serde_json::to_string_pretty(&self.args).map_err(|e| Failure::Other(e.to_string()))?;
+                run::replace(&out)?;
                 self.config.write_dir(&out)?;
-                write_bytes(&out.join("run.json"), json.as_bytes())?;
+                run::save(&out, &self.args)?;
             }
         }
         checkpoint::sweep(&out);
         let log = out.join("metrics.jsonl");
-        let mut metrics = Metrics::resume(&log, u64::from(first))?;
-        let before = Metrics::read(&log)?;
+        let mut metrics = Metrics::<Metric>::resume(&log, u64::from(first))?;
+        let before = Metrics::<Metric>::read(&log)?;
         let mut curve: Vec<_> = before.iter().map(|m| (m.step, m.loss)).collect();
 
         self.announce(first, &identity);
-        // Ctrl-C may have been claimed by a program around this one: then it ends at once, as before.
-        let _ = ctrlc::set_handler(|| STOP.store(true, Ordering::SeqCst));
+        run::catch_interrupt();
         let steps = self.args.steps as u32;
-        let bar = progress(steps, first);
+        let bar = run::progress(steps, first);
         let order = Batches {
             order: self.args.order,
             seed: self.args.seed,
             per_step: self.args.batch * self.args.accumulate,
             context: self.model.setup().context,
         };
-        let schedule = schedule(&self.args);
+        let schedule = self.args.optim.schedule(steps);
         let tokens_per_step = (self.args.batch * self.args.accumulate) as f64 * order.context as f64;
         let (mut seconds, mut mismatches, mut worst) = (0.0, 0_u64, 0.0_f64);
         // A finished run has no step left: what it ended with is still what there is to tell.
@@ -290,7 +243,7 @@ impl Work for Run {
                 Ok(outcome) => outcome,
                 Err(Failure::Core(error)) => {
                     bar.abandon();
-                    return Err(Failure::Step { step, error, kept: kept(&out) });
+                    return Err(Failure::Step { step, error, kept: run::kept(&out) });
                 }
                 Err(other) => return Err(other),
             };
@@ -328,7 +281,7 @@ impl Work for Run {
             bar.set_message(format!("loss {:.3} {shown}{speed:.0} tok/s", last.loss));
             bar.inc(1);
 
-            let stop = STOP.load(Ordering::SeqCst);
+            let stop = run::interrupted();
             let every = self.args.checkpoint_interval as u32;
             if done == steps || stop || (every > 0 && done % every == 0) {
                 let header = Header {
@@ -342,7 +295,7 @@ impl Work for Run {
                 };
                 // The losses up to a checkpoint are as safe as it is.
                 metrics.sync()?;
-                checkpoint::save(&out, be, &self.model, header)?;
+                checkpoint::save(&out, be, &self.model.saved(), header)?;
             }
             if stop && done < steps {
                 bar.abandon();
@@ -388,17 +341,6 @@ impl Work for Run {
     }
 }
 
-fn kept(out: &Path) -> String {
-    match checkpoint::list(out).first() {
-        Some((step, path)) => format!(
-            "; the checkpoint after step {step} is intact ({}). Resuming it repeats the same numbers: start a new run with a \
-             lower --lr, or with --clip",
-            path.display()
-        ),
-        None => "; no checkpoint had been written yet".into(),
-    }
-}
-
 /// Identifies the training data of a run.
 fn digest(part: &Part) -> Result<u64, Failure> {
     let mut hash = xxhash_rust::xxh3::Xxh3::new();
@@ -416,17 +358,6 @@ fn digest(part: &Part) -> Result<u64, Failure> {
     Ok(hash.digest())
 }
 
-fn progress(steps: u32, first: u32) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(u64::from(steps)), ProgressDrawTarget::stderr_with_hz(4));
-    // The template is a constant; without it the bar is a plain one.
-    if let Ok(style) = ProgressStyle::with_template("{bar:24} step {pos}/{len} {msg} ETA {eta}") {
-        bar.set_style(style);
-    }
-    bar.set_position(u64::from(first));
-    bar.reset_eta();
-    bar
-}
-
 impl Run {
     fn announce(&self, first: u32, identity: &str) {
         let s = self.model.setup();
@@ -438,10 +369,7 @@ impl Run {
             s.context,
             s.batch,
             if self.args.accumulate > 1 { format!(" x {}", self.args.accumulate) } else { String::new() },
-            serde_json::to_value(self.args.mode.mode)
-                .ok()
-                .and_then(|v| v.as_str().map(str::to_owned))
-                .unwrap_or_default(),
+            self.mode_name(),
             self.corpus.train.len(),
             self.corpus.validation.len(),
             self.corpus.name,
@@ -513,7 +441,7 @@ impl Run {
     }
 
     fn mode_name(&self) -> String {
-        serde_json::to_value(self.args.mode.mode).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+        name_of(&self.args.mode.mode)
     }
 }
 
@@ -532,7 +460,7 @@ pub fn evaluate<B: Backend<Real = f32>>(
     let (mut tokens, mut targets) = (vec![0; at_once * context], vec![0; at_once * context]);
     let (mut sum, mut count, mut filled) = (0.0, 0, 0);
     let mut starts = part.windows(context).take(windows).peekable();
-    while let Some(from) = starts.next().filter(|_| !STOP.load(Ordering::SeqCst)) {
+    while let Some(from) = starts.next().filter(|_| !run::interrupted()) {
         let range = filled * context..(filled + 1) * context;
         part.window(from, &mut tokens[range.clone()], &mut targets[range.clone()])?;
         filled += 1;

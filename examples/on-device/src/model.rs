@@ -93,6 +93,9 @@ impl Job {
             mask: Mask::Full,
             attention_dropout: 0.0,
             residual_dropout: 0.0,
+            hidden_dropout: 0.0,
+            qkv_bias: true,
+            temperature: false,
         }
     }
 }

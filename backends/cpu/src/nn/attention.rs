@@ -63,8 +63,8 @@ impl Shape {
         let width = size("attention: width", &[a.heads, a.head_dim])?;
         let queries = size("attention: queries", &[chunk.samples, a.queries])?;
         let keys = size("attention: keys", &[chunk.samples, a.keys])?;
-        if a.mask == Mask::Causal {
-            same("causal attention: keys", a.queries, a.keys)?;
+        if a.mask != Mask::Full {
+            same("masked attention: keys", a.queries, a.keys)?;
         }
         Ok(Self { width, queries, keys, arena })
     }
@@ -76,6 +76,14 @@ impl Shape {
             return Err(Error::Shape { what, expected: end, found: c.stride });
         }
         self.place(what, c.of)
+    }
+
+    /// The place of a temperature or its gradient, or none.
+    fn temperature(&self, h: Reals) -> Result<core::ops::Range<usize>> {
+        if !h.is_empty() {
+            same("attention: temperature", 1, h.len())?;
+        }
+        self.place("attention: temperature", h)
     }
 
     /// The place of a handle; an empty one overlaps nothing.
@@ -100,9 +108,14 @@ fn checked_scratch(a: &Attention, threads: usize, h: Reals) -> Result<Reals> {
     Ok(h)
 }
 
-/// `1/√head_dim`.
-fn score_scale(a: &Attention) -> f32 {
-    (1.0 / libm::sqrt(a.head_dim.max(1) as f64)) as f32
+/// Factor of the scores: `e^τ`, or `1/√head_dim`. Also the place of `τ`, if there is one.
+fn score_scale(reals: &[f32], shape: &Shape, a: &Attention) -> Result<(f32, core::ops::Range<usize>)> {
+    let place = shape.temperature(a.temperature)?;
+    let scale = match reals[place.clone()].first() {
+        Some(&tau) => libm::expf(tau),
+        None => (1.0 / libm::sqrt(a.head_dim.max(1) as f64)) as f32,
+    };
+    Ok((scale, place))
 }
 
 /// First dropout element of a query's row of weights; wraps as the generator's counter does.
@@ -110,12 +123,17 @@ fn first_element(a: &Attention, head: usize, query: usize) -> u32 {
     (head as u32).wrapping_mul(a.queries as u32).wrapping_add(query as u32).wrapping_mul(a.keys as u32)
 }
 
-/// Number of keys that query `q` of a sample with `present` keys sees: the first ones.
+/// Number of keys among which are those that query `q` of a sample with `present` keys sees: the first ones.
 fn visible(a: &Attention, q: usize, present: usize) -> usize {
     match a.mask {
-        Mask::Full => present,
+        Mask::Full | Mask::Others => present,
         Mask::Causal => present.min(q + 1),
     }
+}
+
+/// The one of the visible keys that query `q` does not see.
+fn hidden(a: &Attention, q: usize, visible: usize) -> Option<usize> {
+    (a.mask == Mask::Others && q < visible).then_some(q)
 }
 
 /// Keys of a sample that are not padding.
@@ -154,8 +172,9 @@ pub(super) fn forward(
         shape.place("attention: lse", lse)?,
         shape.place("attention: scratch", scratch)?,
     ];
+    let (scale, tau) = score_scale(&cpu.reals, &shape, a)?;
     for (n, output) in outputs.iter().enumerate() {
-        if inputs.iter().chain(&outputs[..n]).any(|other| overlap(other, output)) {
+        if inputs.iter().chain(&outputs[..n]).chain([&tau]).any(|other| overlap(other, output)) {
             return Err(Error::Handle("attention"));
         }
     }
@@ -164,7 +183,7 @@ pub(super) fn forward(
     }
     let hd = a.head_dim;
     let (q, k, v) = (Heads::new(q, a.queries, hd), Heads::new(k, a.keys, hd), Heads::new(v, a.keys, hd));
-    let (stride, slot_len, scale) = (row_stride(a), slot_len(a), score_scale(a));
+    let (stride, slot_len) = (row_stride(a), slot_len(a));
     let tiles = a.queries.div_ceil(TILE);
     let reals = Shared::new(&mut cpu.reals);
     cpu.team.each(chunk.samples * a.heads * tiles, |slot, piece| {
@@ -196,11 +215,16 @@ pub(super) fn forward(
             let seen = visible(a, row + r, keys);
             // SAFETY: `scores` is borrowed again, after the product is done with it.
             let line = unsafe { core::slice::from_raw_parts_mut(tile.add(r * stride), keys) };
-            let (weights, hidden) = line.split_at_mut(seen);
-            hidden.fill(0.0);
-            if seen == 0 {
+            let (weights, beyond) = line.split_at_mut(seen);
+            beyond.fill(0.0);
+            let hole = hidden(a, row + r, seen);
+            if seen == usize::from(hole.is_some()) {
+                weights.fill(0.0);
                 lse[r] = f32::NEG_INFINITY;
                 continue;
+            }
+            if let Some(hole) = hole {
+                weights[hole] = f32::NEG_INFINITY;
             }
             // p = exp(s − max)/sum, lse = max + ln(sum)
             let max = max_of(weights) * scale;
@@ -264,6 +288,15 @@ pub(super) fn backward(
         shape.columns("attention_vjp: dv", dv, shape.keys)?,
     ];
     let scratch_at = shape.place("attention_vjp: scratch", scratch)?;
+    let (scale, tau) = score_scale(&cpu.reals, &shape, a)?;
+    same("attention_vjp: temperature_grad", a.temperature.len(), a.temperature_grad.len())?;
+    let slope = shape.temperature(a.temperature_grad)?;
+    let read = inputs.iter().chain([&tau]);
+    if read.chain(&outputs).chain([&scratch_at]).any(|x| overlap(x, &slope))
+        || outputs.iter().chain([&scratch_at]).any(|x| overlap(x, &tau))
+    {
+        return Err(Error::Handle("attention_vjp: temperature"));
+    }
     let meets = |x: &core::ops::Range<usize>| inputs.iter().any(|input| overlap(input, x));
     if outputs.iter().any(|x| meets(x) || overlap(x, &scratch_at)) || meets(&scratch_at) {
         return Err(Error::Handle("attention_vjp"));
@@ -283,7 +316,7 @@ pub(super) fn backward(
     let (q, dq) = (Heads::new(q, a.queries, hd), Heads::new(dq, a.queries, hd));
     let (k, dk) = (Heads::new(k, a.keys, hd), Heads::new(dk, a.keys, hd));
     let (v, dv) = (Heads::new(v, a.keys, hd), Heads::new(dv, a.keys, hd));
-    let (stride, slot_len, scale) = (row_stride(a), slot_len(a), score_scale(a));
+    let (stride, slot_len) = (row_stride(a), slot_len(a));
     let reals = Shared::new(&mut cpu.reals);
     // One piece is a whole head, so that no sum of dk and dv crosses pieces.
     cpu.team.each(chunk.samples * a.heads, |slot, piece| {
@@ -332,6 +365,9 @@ pub(super) fn backward(
                         *pointer(lse.start() + (i * a.heads + head) * a.queries + row + r),
                     )
                 };
+                let hole = hidden(a, row + r, seen);
+                // A query that sees nothing has no gradient.
+                let seen = if seen == usize::from(hole.is_some()) { 0 } else { seen };
                 p[seen..].fill(0.0);
                 ds[seen..].fill(0.0);
                 let (p, ds) = (&mut p[..seen], &mut ds[..seen]);
@@ -344,6 +380,9 @@ pub(super) fn backward(
                         let part = at..at + factors.len();
                         weights(&mut p[part.clone()], &mut ds[part], Some(factors), scale, lse, delta);
                     });
+                }
+                if let Some(hole) = hole.filter(|&hole| hole < seen) {
+                    (p[hole], ds[hole]) = (0.0, 0.0);
                 }
             }
             // dV += (P∘D)ᵀ·dO, dQ = dS·K, dK += dSᵀ·Q
@@ -376,6 +415,17 @@ pub(super) fn backward(
             }
         }
     });
+    if let Some(at) = slope.into_iter().next() {
+        // s_k = e^τ·(q·k_k): dτ = Σ ds_k·s_k = Σ q·(Σ_k e^τ·ds_k·k_k) = Σ q·dq, in the order of the rows.
+        let mut sum = 0.0;
+        for i in 0..chunk.samples {
+            for row in 0..a.queries {
+                let [x, dx] = [q, dq].map(|m| &cpu.reals[m.at(i, 0, row)..][..shape.width]);
+                sum += f64::from(fold_sum2(x, dx, |x, dx| x * dx));
+            }
+        }
+        cpu.reals[at] += sum as f32;
+    }
     Ok(())
 }
 

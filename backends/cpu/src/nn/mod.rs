@@ -349,7 +349,11 @@ impl NnOps for Cpu {
         same("cross_entropy: losses", rows, losses.len())?;
         let targets = get(&self.ints, targets, "cross_entropy: targets")?;
         let [logits, losses] = split(&mut self.reals, [logits, losses], "cross_entropy")?;
+        if !(0.0..=1.0).contains(&ce.smoothing) {
+            return Err(Error::Setting { what: "label smoothing", found: ce.smoothing, possible: "0 to 1" });
+        }
         let (scale, vocab, each) = (ce.scale as f32, ce.vocab, rows_per_piece(ce.vocab));
+        let targets_of = [ce.smoothing / vocab.max(1) as f64, 1.0 - ce.smoothing].map(|t| t as f32);
         let shared = (Shared::new(logits), Shared::new(losses));
         let bad = self.team.reduce(
             rows.div_ceil(each),
@@ -361,7 +365,7 @@ impl NnOps for Cpu {
                     let (x, loss) = unsafe { (shared.0.part(row * vocab, vocab), &mut shared.1.part(row, 1)[0]) };
                     match known(targets[row], vocab) {
                         Some(target) => {
-                            *loss = cross_entropy_row(x, target, scale);
+                            *loss = cross_entropy_row(x, target, targets_of, scale);
                             if !loss.is_finite() {
                                 bad = bad.min(row);
                             }
@@ -417,21 +421,27 @@ fn vjp_row(weight: &[f32], x: &[f32], dy: &[f32], dx: &mut [f32], mean: f32x8, r
     }
 }
 
-/// The loss of one row, which becomes its gradient.
+/// The loss of one row, which becomes its gradient; the target distribution is `smooth` everywhere, and `hard` more at
+/// the target.
 #[inline]
-fn cross_entropy_row(x: &mut [f32], target: usize, scale: f32) -> f32 {
-    // loss = ln Σ exp(x − max) − (x[target] − max),  dx = (exp(x − max)/Σ − onehot(target))·scale
+fn cross_entropy_row(x: &mut [f32], target: usize, [smooth, hard]: [f32; 2], scale: f32) -> f32 {
+    // loss = ln Σ exp(x − max) − Σ t·(x − max),  dx = (exp(x − max)/Σ − t)·scale
     let max = max_of(x);
-    let at_target = x[target];
     let m = f32x8::splat(max);
+    let mut expected = hard * (x[target] - max);
+    if smooth > 0.0 {
+        // Without smoothing an infinite logit elsewhere has no part in the loss.
+        expected += smooth * fold_sum(x, |x| x - m);
+    }
     map(x, |x| exp(x - m));
     let sum = fold_sum(x, |x| x);
     let inverse = f32x8::splat(1.0 / sum);
     let s = f32x8::splat(scale);
-    let hot = (x[target] * (1.0 / sum) - 1.0) * scale;
-    map(x, |x| x * inverse * s);
+    let hot = (x[target] * (1.0 / sum) - (smooth + hard)) * scale;
+    let t = f32x8::splat(smooth);
+    map(x, |x| (x * inverse - t) * s);
     x[target] = hot;
-    libm::logf(sum) - (at_target - max)
+    libm::logf(sum) - expected
 }
 
 /// A token that is in the vocabulary.

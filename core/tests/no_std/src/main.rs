@@ -71,6 +71,9 @@ fn train(memory: &mut Memory<f32, 4096, 32768, 512>) -> Result<(f32, f32)> {
         mask: Mask::Full,
         attention_dropout: 0.1,
         residual_dropout: 0.1,
+        hidden_dropout: 0.0,
+        qkv_bias: true,
+        temperature: false,
     };
     let mut layout = Layout::new(size_of::<f32>());
     let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };

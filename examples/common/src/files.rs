@@ -106,29 +106,37 @@ fn sync_directory(path: &Path) -> Result<(), FileError> {
 }
 
 /// A directory of its own for one test, removed at its end.
-#[cfg(test)]
-pub(crate) mod testing {
+#[cfg(any(test, feature = "testing"))]
+#[allow(clippy::unwrap_used, missing_docs)]
+pub mod testing {
     use core::sync::atomic::{AtomicU32, Ordering};
     use std::path::{Path, PathBuf};
 
-    pub(crate) struct TempDir(PathBuf);
+    #[derive(Debug)]
+    pub struct TempDir(PathBuf);
+
+    impl Default for TempDir {
+        fn default() -> Self {
+            Self::new()
+        }
+    }
 
     impl TempDir {
-        pub(crate) fn new() -> Self {
+        pub fn new() -> Self {
             static COUNT: AtomicU32 = AtomicU32::new(0);
             let n = COUNT.fetch_add(1, Ordering::Relaxed);
-            let dir = std::env::temp_dir().join(format!("bdia-gpt2-test-{}-{n}", std::process::id()));
+            let dir = std::env::temp_dir().join(format!("bdia-test-{}-{n}", std::process::id()));
             std::fs::create_dir_all(&dir).unwrap();
             Self(dir)
         }
 
-        pub(crate) fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
             let path = self.0.join(name);
             std::fs::write(&path, bytes).unwrap();
             path
         }
 
-        pub(crate) fn path(&self) -> &Path {
+        pub fn path(&self) -> &Path {
             &self.0
         }
     }

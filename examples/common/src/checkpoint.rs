@@ -3,7 +3,7 @@
 //! ```text
 //! "BDIACKPT"  version u32  header length u32  header (JSON)  tensors (f32, little endian)  xxh3-64 of all before
 //! ```
-//! Tensors are the parameters and then the optimizer's state, in the order of the model's tensors.
+//! Tensors are what the program gives: the parameters and then the optimizer's state, in the order of the model's tensors.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
@@ -15,7 +15,6 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::files::{FileError, write_atomic};
-use crate::model::Gpt2;
 
 const MAGIC: &[u8; 8] = b"BDIACKPT";
 const VERSION: u32 = 1;
@@ -30,15 +29,15 @@ pub struct Header {
     pub step: u32,
     /// Samples processed together inside a block: part of what is computed, so it is used again.
     pub chunk: usize,
-    /// Rows of logits at a time.
+    /// Rows of logits at a time, where the head has such a choice.
     pub head_rows: usize,
     /// The program and the processor that computed.
     pub identity: String,
     /// Number of values of each tensor that follows.
     pub lens: Vec<usize>,
-    /// Digest of the training tokens.
+    /// Digest of the training data.
     pub data: u64,
-    /// Validation losses so far: step and loss.
+    /// Validation so far: step and loss (or accuracy, where the program measures that).
     pub validation: Vec<(u32, f64)>,
 }
 
@@ -86,13 +85,6 @@ pub enum CheckpointError {
     Core(#[from] bdia_core::Error),
 }
 
-/// All tensors of a checkpoint, in order.
-fn tensors(model: &Gpt2) -> Vec<Reals> {
-    let named = model.tensors();
-    let states = named.iter().flat_map(|t| t.state).filter(|s| !s.is_empty());
-    named.iter().map(|t| t.values).chain(states).collect()
-}
-
 fn file_name(step: u32) -> String {
     format!("step-{step:08}.ckpt")
 }
@@ -131,10 +123,9 @@ pub fn sweep(dir: &Path) {
 pub fn save<B: Backend<Real = f32>>(
     dir: &Path,
     be: &B,
-    model: &Gpt2,
+    tensors: &[Reals],
     mut header: Header,
 ) -> Result<PathBuf, CheckpointError> {
-    let tensors = tensors(model);
     header.lens = tensors.iter().map(|t| t.len()).collect();
     let path = dir.join(file_name(header.step));
     let json = serde_json::to_vec(&header).map_err(|e| damaged(&path, format!("the header cannot be written: {e}")))?;
@@ -150,7 +141,7 @@ pub fn save<B: Backend<Real = f32>>(
         put(&(json.len() as u32).to_le_bytes())?;
         put(&json)?;
         let (mut values, mut bytes) = (vec![0.0; PIECE], Vec::with_capacity(4 * PIECE));
-        for t in &tensors {
+        for t in tensors {
             for at in (0..t.len()).step_by(PIECE) {
                 let values = &mut values[..PIECE.min(t.len() - at)];
                 be.read_reals(t.sub(at, values.len()), values)?;
@@ -266,9 +257,8 @@ pub fn newest(dir: &Path) -> Result<(PathBuf, Header, Vec<String>), CheckpointEr
 ///
 /// # Errors
 /// [`CheckpointError`]
-pub fn load<B: Backend<Real = f32>>(path: &Path, be: &mut B, model: &Gpt2) -> Result<Header, CheckpointError> {
+pub fn load<B: Backend<Real = f32>>(path: &Path, be: &mut B, tensors: &[Reals]) -> Result<Header, CheckpointError> {
     let (mut r, header) = open(path)?;
-    let tensors = tensors(model);
     let lens: Vec<_> = tensors.iter().map(|t| t.len()).collect();
     if lens != header.lens {
         let what = format!("{} tensors, expected {}, or other sizes", header.lens.len(), lens.len());

@@ -1,0 +1,159 @@
+//! The head of a vision transformer: `loss = cross_entropy(norm(x_K[class token])·W + b, label)`.
+
+use super::{Tensor, linear, linear_vjp};
+use crate::arena::{Ints, Reals};
+use crate::backend::{Backend, Chunk, CrossEntropy};
+use crate::error::Result;
+use crate::real::Real;
+use crate::stack::Head;
+
+/// Final norm of the class token, linear layer, loss. Parameters and gradients belong to the model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ClassHead {
+    /// Width `d`.
+    pub width: usize,
+    /// Tokens `T` of a sample; the class token is the first.
+    pub per_sample: usize,
+    /// `ε` of the norm.
+    pub eps: f64,
+    /// Weight of the norm, `[d]`, in the groups `params` and `grads`.
+    pub norm: Tensor,
+    /// Its bias, `[d]`.
+    pub norm_bias: Tensor,
+    /// `[d, classes]`.
+    pub weight: Tensor,
+    /// `[classes]`.
+    pub bias: Tensor,
+    /// The group of these four.
+    pub params: Reals,
+    /// Their gradients.
+    pub grads: Reals,
+    /// `[B]`; negative: masked.
+    pub labels: Ints,
+    /// `[B]`: the loss of every sample with its label.
+    pub losses: Reals,
+    /// `1 / number of labels` of the whole optimizer step.
+    pub scale: f64,
+    /// Label smoothing of training.
+    pub smoothing: f64,
+    /// Mixup in training.
+    pub mixup: Option<Mixup>,
+}
+
+/// Two labels a sample (Zhang et al., "mixup", 2018): the loss is `share·loss(label) + (1-share)·loss(other)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Mixup {
+    /// Share of the first label, from 0 to 1.
+    pub share: f64,
+    /// The second labels, `[B]`.
+    pub labels: Ints,
+    /// `[B]`: the loss of every sample with its second label.
+    pub losses: Reals,
+}
+
+/// Handles of one chunk of `n` samples.
+struct Parts {
+    /// `[n, d]`: class tokens.
+    class: Reals,
+    /// `[n, d]`: normalized.
+    y: Reals,
+    /// `[n, d]`.
+    dy: Reals,
+    /// `[n, 2]`.
+    stats: Reals,
+    /// `[n, classes]`.
+    logits: Reals,
+    /// `[n, classes]`, for the second label.
+    other: Reals,
+}
+
+impl ClassHead {
+    /// Reals of scratch for chunks of `samples` samples.
+    pub const fn scratch(width: usize, classes: usize, samples: usize) -> usize {
+        let per = width.saturating_mul(3).saturating_add(classes.saturating_mul(2)).saturating_add(2);
+        samples.saturating_mul(per)
+    }
+
+    fn forward<B: Backend>(&self, be: &mut B, n: usize, x: Reals, scratch: Reals) -> Result<Parts> {
+        let (d, p, classes) = (self.width, self.params, self.weight.cols);
+        let mut at = 0;
+        let mut take = |len: usize| {
+            at += len;
+            scratch.sub(at - len, len)
+        };
+        let parts = Parts {
+            class: take(n * d),
+            y: take(n * d),
+            dy: take(n * d),
+            logits: take(n * classes),
+            other: take(n * classes),
+            stats: take(2 * n),
+        };
+        for i in 0..n {
+            be.copy_reals(x.sub(i * self.per_sample * d, d), parts.class.sub(i * d, d))?;
+        }
+        be.layer_norm(self.eps, self.norm.of(p), self.norm_bias.of(p), parts.class, parts.y, parts.stats)?;
+        linear(be, n, (p, self.weight), self.bias.of(p), parts.y, parts.logits)?;
+        Ok(parts)
+    }
+
+    /// Logits of the chunk, `[n, classes]`: their place in the scratch.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn logits<B: Backend>(&self, be: &mut B, chunk: &Chunk, x: Reals, scratch: Reals) -> Result<Reals> {
+        Ok(self.forward(be, chunk.samples, x, scratch)?.logits)
+    }
+
+    /// Losses of the chunk from its `logits`, without smoothing, for evaluation. The logits are overwritten.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn loss<B: Backend>(&self, be: &mut B, chunk: &Chunk, logits: Reals) -> Result<()> {
+        self.cross_entropy(be, chunk, logits, (self.labels, self.losses), 0.0, self.scale)
+    }
+
+    fn cross_entropy<B: Backend>(
+        &self,
+        be: &mut B,
+        chunk: &Chunk,
+        logits: Reals,
+        (labels, losses): (Ints, Reals),
+        smoothing: f64,
+        scale: f64,
+    ) -> Result<()> {
+        let ce = CrossEntropy { vocab: self.weight.cols, tokens: 1, row: 0, scale, smoothing };
+        let (first, n) = (chunk.first, chunk.samples);
+        be.cross_entropy(chunk, &ce, logits, labels.sub(first, n), losses.sub(first, n))
+    }
+}
+
+impl<B: Backend> Head<B> for ClassHead {
+    fn forward_backward(&mut self, be: &mut B, chunk: &Chunk, x: Reals, gx: Reals, scratch: Reals) -> Result<()> {
+        let (d, n, g) = (self.width, chunk.samples, self.grads);
+        let parts = self.forward(be, n, x, scratch)?;
+        let share = self.mixup.map_or(1.0, |m| m.share);
+        if let Some(m) = self.mixup {
+            be.copy_reals(parts.logits, parts.other)?;
+            let scale = self.scale * (1.0 - share);
+            self.cross_entropy(be, chunk, parts.other, (m.labels, m.losses), self.smoothing, scale)?;
+        }
+        // From here on `logits` are their own gradient.
+        let own = (self.labels, self.losses);
+        self.cross_entropy(be, chunk, parts.logits, own, self.smoothing, self.scale * share)?;
+        if self.mixup.is_some() {
+            be.add(parts.logits, parts.other)?;
+        }
+        let grads = (self.weight.of(g), self.bias.of(g));
+        linear_vjp(be, n, (self.params, self.weight), grads, parts.y, parts.logits, parts.dy)?;
+        // Only the class token has a gradient; `y` is read no more and takes it.
+        be.fill_reals(parts.y, B::Real::of(0.0))?;
+        let (norm, stats) = (self.norm.of(self.params), parts.stats);
+        be.layer_norm_vjp(norm, parts.class, stats, parts.dy, parts.y, self.norm.of(g), self.norm_bias.of(g))?;
+        be.fill_reals(gx, B::Real::of(0.0))?;
+        for i in 0..n {
+            be.copy_reals(parts.y.sub(i * d, d), gx.sub(i * self.per_sample * d, d))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,446 @@
+//! Flags that every training program has, their checks, and what a resumed run may change.
+
+use std::collections::BTreeSet;
+
+use bdia_core::optim::{Decay, Rule, Schedule};
+use bdia_core::{Gamma, Grid, Sign};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// How activations are kept for the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Two activations and one bit per value and block; the rest is rebuilt exactly.
+    Bdia,
+    /// Everything is stored.
+    Standard,
+    /// The input of every n-th block is stored, the rest recomputed.
+    Checkpoint,
+    /// The same update without the grid, for any gamma; everything is stored.
+    BdiaFloat,
+}
+
+/// The sign of γ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GammaSign {
+    /// Drawn for every sample and block.
+    Random,
+    /// Always plus.
+    Plus,
+    /// Always minus.
+    Minus,
+}
+
+impl From<GammaSign> for Sign {
+    fn from(sign: GammaSign) -> Self {
+        match sign {
+            GammaSign::Random => Self::Random,
+            GammaSign::Plus => Self::Plus,
+            GammaSign::Minus => Self::Minus,
+        }
+    }
+}
+
+/// The optimizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Optimizer {
+    /// Adam with decoupled weight decay.
+    Adamw,
+    /// Adam with a suppressed range of step sizes (arXiv 2302.01029).
+    SetAdam,
+    /// Gradient descent; beta1 is its momentum.
+    Sgd,
+}
+
+/// How the learning rate moves after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScheduleKind {
+    /// Stays.
+    Constant,
+    /// Falls to the minimum along half a cosine.
+    Cosine,
+    /// Falls to the minimum along a line.
+    Linear,
+}
+
+/// Who computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackendKind {
+    /// Scalar code that is easy to read.
+    Reference,
+    /// SIMD and threads.
+    Cpu,
+}
+
+/// The arithmetic of the residual stream without training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Inference {
+    /// Plain float: the standard transformer.
+    Float,
+    /// Residuals rounded to the grid, as in the paper.
+    Quantized,
+}
+
+/// Where the activations of training live and how many are kept.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Reversibility")]
+pub struct ModeArgs {
+    /// How activations are kept for the backward pass
+    #[arg(long, default_value = "bdia")]
+    pub mode: Mode,
+    /// Blocks between stored activations, in mode checkpoint [default: the square root of the layers]
+    #[arg(long, value_name = "N", value_parser = count(65_000))]
+    pub checkpoint_every: Option<u64>,
+    /// Round to the grid in modes standard and checkpoint too
+    #[arg(long)]
+    pub quantize: bool,
+    /// Magnitude of gamma: 0.5, 0.25, … 2^-8; anything from 0 to 1 in mode bdia-float
+    #[arg(long, default_value_t = 0.5, value_parser = gamma)]
+    pub gamma: f64,
+    /// Sign of gamma
+    #[arg(long, default_value = "random")]
+    pub gamma_sign: GammaSign,
+    /// The grid is 2^-l: its l
+    #[arg(long, value_name = "L", default_value_t = 14, value_parser = frac_bits)]
+    pub frac_bits: u32,
+}
+
+impl ModeArgs {
+    /// γ as the core has it.
+    ///
+    /// # Errors
+    /// A γ that has no exact inverse, in mode bdia.
+    pub fn gamma(&self) -> bdia_core::Result<Gamma> {
+        let gamma = Gamma::new(self.gamma, self.gamma_sign.into())?;
+        if self.mode == Mode::Bdia {
+            gamma.planes()?;
+        }
+        Ok(gamma)
+    }
+}
+
+/// The optimizer and its settings.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Optimizer")]
+pub struct OptimArgs {
+    /// Optimizer
+    #[arg(long, default_value = "adamw")]
+    pub optimizer: Optimizer,
+    /// Learning rate after the warm-up
+    #[arg(long, default_value_t = 1e-3, value_parser = not_negative)]
+    pub lr: f64,
+    /// Decay of the first moment; momentum of sgd
+    #[arg(long, default_value_t = 0.9, value_parser = below_one)]
+    pub beta1: f64,
+    /// Decay of the second moment
+    #[arg(long, default_value_t = 0.999, value_parser = below_one)]
+    pub beta2: f64,
+    /// Keeps denominators from zero [default: 1e-8; 1e-18 for set-adam]
+    #[arg(long, value_parser = positive)]
+    pub eps: Option<f64>,
+    /// Weight decay of tensors with two or more dimensions
+    #[arg(long, default_value_t = 0.1, value_parser = not_negative)]
+    pub weight_decay: f64,
+    /// Learning rate after the warm-up: how it moves
+    #[arg(long, default_value = "cosine")]
+    pub schedule: ScheduleKind,
+    /// Steps in which the learning rate rises from 0
+    #[arg(long, value_name = "STEPS", default_value_t = 20, value_parser = count_or_zero(u64::from(u32::MAX)))]
+    pub warmup: u64,
+    /// Learning rate at the end of schedules cosine and linear [default: a tenth of --lr]
+    #[arg(long, value_parser = not_negative)]
+    pub min_lr: Option<f64>,
+    /// Largest norm of the gradient; 0 for none. Any other value needs full gradient buffers
+    #[arg(long, value_name = "NORM", default_value_t = 0.0, value_parser = not_negative)]
+    pub clip: f64,
+}
+
+impl OptimArgs {
+    /// `ε`, with the optimizer's own default.
+    pub fn eps(&self) -> f64 {
+        self.eps.unwrap_or(if self.optimizer == Optimizer::SetAdam { 1e-18 } else { 1e-8 })
+    }
+
+    /// The optimizer as the core has it.
+    pub fn rule(&self) -> Rule {
+        let (beta1, beta2, eps) = (self.beta1, self.beta2, self.eps());
+        match self.optimizer {
+            Optimizer::Adamw => Rule::AdamW { beta1, beta2, eps },
+            Optimizer::SetAdam => Rule::SetAdam { beta1, beta2, eps },
+            Optimizer::Sgd => Rule::Sgd { momentum: beta1 },
+        }
+    }
+
+    /// The schedule of a run of `steps` steps.
+    pub fn schedule(&self, steps: u32) -> Schedule {
+        Schedule {
+            lr: self.lr,
+            min_lr: self.min_lr(),
+            warmup: self.warmup as u32,
+            steps,
+            decay: match self.schedule {
+                ScheduleKind::Constant => Decay::Constant,
+                ScheduleKind::Cosine => Decay::Cosine,
+                ScheduleKind::Linear => Decay::Linear,
+            },
+        }
+    }
+
+    /// What single flags cannot show to be wrong.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn check(&self) -> Result<(), String> {
+        if self.schedule != ScheduleKind::Constant && self.min_lr() > self.lr {
+            return Err(format!("--min-lr is {}, expected at most --lr, which is {}", self.min_lr(), self.lr));
+        }
+        Ok(())
+    }
+
+    /// The last learning rate.
+    pub fn min_lr(&self) -> f64 {
+        self.min_lr.unwrap_or(self.lr / 10.0)
+    }
+}
+
+/// Where the computation happens.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Machine")]
+pub struct MachineArgs {
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = count(1024))]
+    pub threads: Option<u64>,
+    /// Memory that the plan may use, such as 2GB, 512MiB or bytes [default: no limit]
+    #[arg(long, value_name = "BYTES", value_parser = memory)]
+    pub memory: Option<u64>,
+    /// Who computes
+    #[arg(long, default_value = "cpu")]
+    pub backend: BackendKind,
+}
+
+/// A resumed run was asked for something else than it was started with.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the run cannot be resumed with other settings: {}; leave these flags out, or start a new run with --out",
+    .0.join("; ")
+)]
+pub struct Contradiction(pub Vec<String>);
+
+/// Which of the flags that were given differ between a new command line and a saved run, except those that may (`free`).
+///
+/// # Errors
+/// [`Contradiction`] names them, with both values.
+pub fn contradictions<T: Serialize>(
+    given: &BTreeSet<String>,
+    new: &T,
+    saved: &T,
+    free: &[&str],
+) -> Result<(), Contradiction> {
+    let (new, old) = (settings(new), settings(saved));
+    let show = |v: Option<&Value>| match v {
+        None | Some(Value::Null) => "nothing".to_string(),
+        Some(Value::String(s)) => s.clone(),
+        Some(other) => other.to_string(),
+    };
+    let wrong: Vec<_> = (given.iter())
+        .filter(|name| !free.contains(&name.as_str()) && new.get(*name) != old.get(*name))
+        .map(|name| {
+            let (new, old) = (show(new.get(name)), show(old.get(name)));
+            format!("--{} is {new}, the run has {old}", name.replace('_', "-"))
+        })
+        .collect();
+    if wrong.is_empty() { Ok(()) } else { Err(Contradiction(wrong)) }
+}
+
+fn settings<T: Serialize>(args: &T) -> Map<String, Value> {
+    match serde_json::to_value(args) {
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
+    }
+}
+
+/// The name of a value of a flag, as it is typed.
+pub fn name_of<T: Serialize>(value: &T) -> String {
+    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// What single flags of the mode cannot show to be wrong.
+///
+/// # Errors
+/// A sentence.
+pub fn check_mode(mode: &ModeArgs) -> Result<(), String> {
+    mode.gamma().map_err(|e| format!("--gamma: {e}"))?;
+    if mode.quantize && mode.mode == Mode::BdiaFloat {
+        return Err("--quantize contradicts --mode bdia-float, which has no grid; mode bdia always has it".into());
+    }
+    if mode.checkpoint_every.is_some() && mode.mode != Mode::Checkpoint {
+        return Err("--checkpoint-every belongs to --mode checkpoint; add that or leave it out".into());
+    }
+    Ok(())
+}
+
+/// Names (as in `weight_decay`) of the flags that the user gave.
+pub fn given(matches: &ArgMatches) -> BTreeSet<String> {
+    (matches.ids().map(clap::Id::as_str))
+        // Groups have ids too, and no source.
+        .filter(|id| matches.try_contains_id(id).is_ok() && matches.value_source(id) == Some(ValueSource::CommandLine))
+        .filter(|id| !id.chars().any(char::is_uppercase))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Reads a whole number from 1 to `most`.
+pub fn count(most: u64) -> impl Fn(&str) -> Result<u64, String> + Clone + Send + Sync + 'static {
+    move |s| whole(s, 1, most)
+}
+
+/// Reads a whole number from 0 to `most`.
+pub fn count_or_zero(most: u64) -> impl Fn(&str) -> Result<u64, String> + Clone + Send + Sync + 'static {
+    move |s| whole(s, 0, most)
+}
+
+/// Reads a whole number from `least` to `most`.
+///
+/// # Errors
+/// A sentence, as for all functions here that read a value.
+pub fn whole(s: &str, least: u64, most: u64) -> Result<u64, String> {
+    match s.trim().parse::<u64>() {
+        Ok(n) if (least..=most).contains(&n) => Ok(n),
+        _ => Err(format!("expected a whole number from {least} to {most}, found {s}")),
+    }
+}
+
+/// Reads a seed.
+///
+/// # Errors
+/// A sentence.
+pub fn seed(s: &str) -> Result<u64, String> {
+    whole(s, 0, u64::MAX)
+}
+
+/// Reads a number that `f32` can hold and that `fits`.
+///
+/// # Errors
+/// A sentence.
+pub fn real(s: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Result<f64, String> {
+    match s.trim().parse::<f64>() {
+        // Training is in f32, which must be able to hold it.
+        Ok(x) if x.is_finite() && x.abs() <= f64::from(f32::MAX) && fits(x) => Ok(x),
+        _ => Err(format!("expected {expected}, found {s}")),
+    }
+}
+
+/// Reads a number of 0 or more.
+///
+/// # Errors
+/// A sentence.
+pub fn not_negative(s: &str) -> Result<f64, String> {
+    real(s, "a number of 0 or more", |x| x >= 0.0)
+}
+
+/// Reads a number above 0.
+///
+/// # Errors
+/// A sentence.
+pub fn positive(s: &str) -> Result<f64, String> {
+    real(s, "a number above 0", |x| x > 0.0)
+}
+
+/// Reads a number from 0 to below 1.
+///
+/// # Errors
+/// A sentence.
+pub fn below_one(s: &str) -> Result<f64, String> {
+    real(s, "a number from 0 to below 1", |x| (0.0..1.0).contains(&x))
+}
+
+/// Reads a number above 0 and at most 1.
+///
+/// # Errors
+/// A sentence.
+pub fn probability(s: &str) -> Result<f64, String> {
+    real(s, "a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)
+}
+
+/// Reads the magnitude of γ.
+///
+/// # Errors
+/// A sentence.
+pub fn gamma(s: &str) -> Result<f64, String> {
+    real(s, "a number from 0 to 1; --gamma-sign has the sign", |x| (0.0..=1.0).contains(&x))
+}
+
+/// Reads a γ with its sign.
+///
+/// # Errors
+/// A sentence.
+pub fn signed_gamma(s: &str) -> Result<f64, String> {
+    real(s, "a number from -1 to 1", |x| (-1.0..=1.0).contains(&x))
+}
+
+/// Reads the `l` of a grid.
+///
+/// # Errors
+/// A sentence.
+pub fn frac_bits(s: &str) -> Result<u32, String> {
+    whole(s, 0, u64::from(Grid::MAX_FRAC_BITS)).map(|l| l as u32)
+}
+
+/// A number of bytes: plain, or with a decimal (kB, MB, GB, TB) or binary (KiB, MiB, GiB, TiB) unit.
+///
+/// # Errors
+/// A sentence.
+pub fn memory(s: &str) -> Result<u64, String> {
+    let wrong = || format!("expected a size such as 2GB, 512MiB, 1.5GiB or a number of bytes, found {s}");
+    let text = s.trim();
+    let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(wrong()),
+    };
+    let bytes = number.parse::<f64>().map_err(|_| wrong())? * factor;
+    // 2^53: every whole number up to it is an f64, and no machine has more.
+    if !(1.0..=9_007_199_254_740_992.0).contains(&bytes) {
+        return Err(wrong());
+    }
+    Ok(bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_in_bytes() {
+        for (s, bytes) in [
+            ("2GB", 2_000_000_000),
+            ("512MiB", 512 << 20),
+            ("1.5 gib", 3 << 29),
+            ("4096", 4096),
+            ("10kB", 10_000),
+            ("1TB", 1_000_000_000_000),
+        ] {
+            assert_eq!(memory(s), Ok(bytes), "{s}");
+        }
+        for s in ["", "GB", "-1", "1..5GB", "9999999TB", "∞", "0.1"] {
+            assert!(memory(s).is_err(), "{s}");
+        }
+    }
+}

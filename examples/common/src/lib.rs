@@ -1,0 +1,17 @@
+//! What the example training programs share. A program brings its model, its data and its loop; the rest is here.
+//!
+//! In the order in which data flows: [`cli`] (flags that every program has, and their checks) → [`machine`] (threads, plan,
+//! backend) → [`run`] (directory of a run, resuming, stopping, progress) → [`checkpoint`], [`weights`], [`report`] (what a
+//! run leaves behind), over [`files`] and [`alloc`].
+
+pub mod alloc;
+pub mod checkpoint;
+pub mod cli;
+pub mod error;
+pub mod files;
+pub mod machine;
+pub mod report;
+pub mod run;
+pub mod weights;
+
+pub use error::Failure;

@@ -1,0 +1,137 @@
+//! From flags to a plan and a backend.
+
+use std::path::Path;
+
+use bdia_core::backend::{Backend, Identity};
+use bdia_core::{Category, Error, Grid, Layout, Reference, Storage, stack};
+use bdia_cpu::Cpu;
+
+use crate::alloc::Counting;
+use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs};
+use crate::error::Failure;
+use crate::report::MemoryTable;
+
+/// Blocks between stored activations: as asked for, or the square root of `K`, where memory is smallest.
+pub fn checkpoint_every(asked: Option<u64>, layers: usize) -> usize {
+    asked.map_or_else(|| (layers as f64).sqrt().round().max(1.0) as usize, |n| usize::try_from(n).unwrap_or(usize::MAX))
+}
+
+/// The mode of the stack.
+pub fn stack_mode(args: &ModeArgs, layers: usize) -> stack::Mode {
+    match args.mode {
+        Mode::Bdia => stack::Mode::Bdia,
+        Mode::Standard => stack::Mode::Standard,
+        Mode::Checkpoint => stack::Mode::Checkpoint { every: checkpoint_every(args.checkpoint_every, layers) },
+        Mode::BdiaFloat => stack::Mode::BdiaFloat,
+    }
+}
+
+/// The grid, where the mode has one.
+///
+/// # Errors
+/// A grid that is too fine.
+pub fn grid(args: &ModeArgs) -> Result<Option<Grid>, Error> {
+    let has = args.mode == Mode::Bdia || (args.quantize && args.mode != Mode::BdiaFloat);
+    has.then(|| Grid::new(args.frac_bits)).transpose()
+}
+
+/// Threads of a run.
+pub fn threads(args: &MachineArgs) -> usize {
+    match args.backend {
+        BackendKind::Reference => 1,
+        BackendKind::Cpu => args
+            .threads
+            .map_or_else(|| std::thread::available_parallelism().map_or(1, core::num::NonZero::get), |n| n as usize),
+    }
+}
+
+/// Library scratch of a backend.
+pub fn library(kind: BackendKind, threads: usize) -> usize {
+    match kind {
+        BackendKind::Reference => 0,
+        BackendKind::Cpu => Cpu::library_bytes(threads),
+    }
+}
+
+/// The memory table of some plans, and of the measured peak where there is one (of the first plan's memory).
+pub fn memory_table(plans: &[(String, Layout)], peak: Option<u64>) -> MemoryTable {
+    let mut names: Vec<&str> = plans.iter().map(|p| p.0.as_str()).collect();
+    if peak.is_some() {
+        names.insert(1, "measured peak");
+    }
+    let mut table = MemoryTable::new(&names);
+    let mut row = |name: &str, measured: Option<u64>, bytes: &dyn Fn(&Layout) -> u64| {
+        let mut cells: Vec<_> = plans.iter().map(|p| Some(bytes(&p.1))).collect();
+        if peak.is_some() {
+            cells.insert(1, measured);
+        }
+        table.row(name, &cells);
+    };
+    for c in Category::ALL {
+        if plans.iter().any(|p| p.1.bytes(c) > 0) {
+            row(&c.to_string(), None, &|l| l.bytes(c) as u64);
+        }
+    }
+    row("total", peak, &|l| l.total() as u64);
+    table
+}
+
+/// Memory that the operating system can still give, where it says so.
+pub fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string(Path::new("/proc/meminfo")).ok()?;
+    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Something to do on a backend of either kind.
+pub trait Work {
+    /// Does it; `arenas` is what the allocator counted for the backend.
+    ///
+    /// # Errors
+    /// Whatever goes wrong.
+    fn on<B: Backend<Real = f32>>(self, be: &mut B, arenas: usize) -> Result<(), Failure>;
+}
+
+/// Makes a backend for a layout and does the work on it.
+///
+/// # Errors
+/// [`Failure::TooBig`] when the machine has not that much memory; whatever the work returns.
+pub fn run(kind: BackendKind, threads: usize, layout: &Layout, work: impl Work) -> Result<(), Failure> {
+    if let Some(available) = available_memory()
+        && layout.total() as u64 > available
+    {
+        return Err(Failure::TooBig { plan: layout.total() as u64, available });
+    }
+    let before = Counting::current();
+    match kind {
+        BackendKind::Cpu => {
+            let mut be = Cpu::new(layout, threads)?;
+            let arenas = Counting::current().saturating_sub(before);
+            work.on(&mut be, arenas)
+        }
+        BackendKind::Reference => {
+            let (ints, reals, words) = layout.arenas();
+            let (mut ints, mut reals, mut words) = (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
+            let arenas = Counting::current().saturating_sub(before);
+            work.on(&mut Reference::new(layout, &mut ints, &mut reals, &mut words)?, arenas)
+        }
+    }
+}
+
+/// The build and the processor that compute: a resumed run repeats its bits only where this is the same.
+///
+/// `program` is its name and version.
+pub fn identity<B: Storage>(be: &B, program: &str) -> String {
+    let Identity { name, lanes, fused } = be.identity();
+    let fused = if fused { "fused" } else { "unfused" };
+    let processor = std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|t| t.lines().find(|l| l.starts_with("model name")).map(|l| l.split(':').skip(1).collect::<String>()))
+        .unwrap_or_default();
+    format!(
+        "{program} {} {name} lanes {lanes} {fused}{}{}",
+        std::env::consts::ARCH,
+        if processor.is_empty() { "" } else { ", " },
+        processor.trim()
+    )
+}

@@ -1,0 +1,90 @@
+//! The directory of a run: its flags, what resumes it, what stops it, and the bar that shows it.
+
+use core::sync::atomic::{AtomicBool, Ordering};
+use std::path::Path;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::checkpoint;
+use crate::error::Failure;
+use crate::files::{FileError, read_limited, write_bytes};
+use crate::report;
+
+/// Set by Ctrl-C: the step is finished, then the run is saved.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// From now on Ctrl-C is a wish that [`interrupted`] tells.
+pub fn catch_interrupt() {
+    // It may have been claimed by a program around this one: then it ends at once, as before.
+    let _ = ctrlc::set_handler(|| STOP.store(true, Ordering::SeqCst));
+}
+
+/// Whether Ctrl-C was pressed.
+pub fn interrupted() -> bool {
+    STOP.load(Ordering::SeqCst)
+}
+
+/// Writes the flags of a run, `run.json`.
+///
+/// # Errors
+/// [`Failure`]
+pub fn save<T: Serialize>(dir: &Path, args: &T) -> Result<(), Failure> {
+    let json = serde_json::to_string_pretty(args).map_err(|e| Failure::Other(e.to_string()))?;
+    Ok(write_bytes(&dir.join("run.json"), json.as_bytes())?)
+}
+
+/// Reads the flags of a run.
+///
+/// # Errors
+/// [`Failure`], also for a directory that is not that of a run.
+pub fn saved<T: DeserializeOwned>(dir: &Path) -> Result<T, Failure> {
+    let path = dir.join("run.json");
+    if dir.is_dir() && !path.exists() {
+        let what = "there is no such file, so this is not the directory of a run, or it was stopped before it began; \
+                    start it with --out in place of --resume";
+        return Err(Failure::Run { path, what: what.into() });
+    }
+    serde_json::from_slice(&read_limited(&path, 1 << 20)?)
+        .map_err(|e| Failure::Run { path, what: format!("not the flags of a run: {e}") })
+}
+
+/// A new run in an old directory, once nothing speaks against it: the old checkpoints must not be taken for this one's.
+///
+/// # Errors
+/// [`FileError`]
+pub fn replace(dir: &Path) -> Result<(), FileError> {
+    let old = checkpoint::list(dir);
+    if !old.is_empty() {
+        report::note!("the run that was in {} is replaced by this one", dir.display());
+    }
+    for (_, old) in old {
+        std::fs::remove_file(&old).map_err(|e| FileError::io(&old, "remove it", e))?;
+    }
+    Ok(())
+}
+
+/// What is left after a step that failed.
+pub fn kept(out: &Path) -> String {
+    match checkpoint::list(out).first() {
+        Some((step, path)) => format!(
+            "; the checkpoint after step {step} is intact ({}). Resuming it repeats the same numbers: start a new run with a \
+             lower --lr, or with --clip",
+            path.display()
+        ),
+        None => "; no checkpoint had been written yet".into(),
+    }
+}
+
+/// A bar over the steps of a run that goes on after step `first`.
+pub fn progress(steps: u32, first: u32) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(u64::from(steps)), ProgressDrawTarget::stderr_with_hz(4));
+    // The template is a constant; without it the bar is a plain one.
+    if let Ok(style) = ProgressStyle::with_template("{bar:24} step {pos}/{len} {msg} ETA {eta}") {
+        bar.set_style(style);
+    }
+    bar.set_position(u64::from(first));
+    bar.reset_eta();
+    bar
+}

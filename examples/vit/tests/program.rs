@@ -1,0 +1,167 @@
+//! Runs of the program itself: training, exact resuming, evaluation, every experiment in small.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use bdia_train::files::testing::TempDir;
+use serde_json::Value;
+
+const SMALL: &str =
+    "--train-subset 80 --test-subset 40 --layers 3 --width 16 --heads 2 --mlp 16 --batch 16 --threads 2";
+
+fn run(out: &Path, arguments: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_bdia-vit"))
+        .args(arguments.split_whitespace())
+        .arg(if arguments.contains("experiment") { "--dir" } else { "--out" })
+        .arg(out)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn good(out: &Path, arguments: &str) -> String {
+    let o = run(out, arguments);
+    assert!(o.status.success(), "{arguments}\n{}", String::from_utf8_lossy(&o.stderr));
+    String::from_utf8(o.stdout).unwrap()
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text.lines().last().unwrap()).unwrap()
+}
+
+/// `metrics.jsonl` without what depends on the clock.
+fn metrics(dir: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let line = |l: &str| {
+        let mut v: Value = serde_json::from_str(l).unwrap();
+        v.as_object_mut().unwrap().remove("images_per_s").unwrap();
+        v
+    };
+    text.lines().map(line).collect()
+}
+
+#[test]
+fn training_is_exact_and_resumes_exactly() {
+    let dir = TempDir::new();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let flags = format!("train {SMALL} --epochs 4 --checkpoint-interval 1 --mixup 0.2 --smoothing 0.1 --drop-path 0.1");
+    let whole = json(&good(&a, &format!("{flags} --verify --json")));
+    assert_eq!(whole["verify_mismatches"], 0);
+    assert!(
+        whole["accuracy"].as_f64().is_some()
+            && whole["peak_bytes"].as_u64() <= whole["plan_bytes"].as_u64().map(|p| p + (1 << 20))
+    );
+    for file in ["config.json", "model.safetensors", "best.safetensors", "run.json", "loss.svg", "accuracy.svg"] {
+        assert!(a.join(file).is_file(), "{file}");
+    }
+    // The last epoch again, from the checkpoint before it.
+    good(&b, &flags);
+    std::fs::remove_file(b.join("step-00000020.ckpt")).unwrap();
+    std::fs::remove_file(b.join("model.safetensors")).unwrap();
+    let o = Command::new(env!("CARGO_BIN_EXE_bdia-vit")).args(["train", "--resume"]).arg(&b).output().unwrap();
+    assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("goes on after step 15"));
+    for file in ["model.safetensors", "best.safetensors"] {
+        assert_eq!(std::fs::read(a.join(file)).unwrap(), std::fs::read(b.join(file)).unwrap(), "{file}");
+    }
+    assert_eq!(metrics(&a), metrics(&b));
+
+    // Other settings are refused, by name.
+    let o =
+        Command::new(env!("CARGO_BIN_EXE_bdia-vit")).args(["--resume"]).arg(&b).args(["--lr", "0.5"]).output().unwrap();
+    assert_eq!(o.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("--lr is 0.5, the run has 0.001"));
+
+    // What was saved is what is evaluated, in float and on the grid.
+    for inference in ["float", "quantized"] {
+        let o = Command::new(env!("CARGO_BIN_EXE_bdia-vit"))
+            .args(["eval", "--json", "--inference", inference, "--weights"])
+            .arg(&a)
+            .output()
+            .unwrap();
+        assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+        let found = json(&String::from_utf8(o.stdout).unwrap());
+        let (x, y) = (found["accuracy"].as_f64().unwrap(), whole["accuracy"].as_f64().unwrap());
+        // One of the 40 images may fall to the other side on the grid.
+        assert!((x - y).abs() <= if inference == "float" { 0.0 } else { 0.026 }, "{x} {y}");
+    }
+}
+
+/// Every baseline trains, from the same data in the same order; more threads give the same bits.
+#[test]
+fn baselines() {
+    let dir = TempDir::new();
+    let mut accuracies = Vec::new();
+    for (i, flags) in [
+        "--mode standard",
+        "--mode standard --quantize",
+        "--mode checkpoint",
+        "--mode bdia-float --gamma 0.6 --verify",
+        "--gamma 0.25 --verify",
+        "--network revvit --verify",
+        "--mode standard --drop-path 0.3",
+        "--plain",
+        "--clip 1 --optimizer adamw",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = dir.path().join(i.to_string());
+        let v = json(&good(&out, &format!("train {SMALL} --epochs 2 {flags} --json")));
+        assert!(v["val_loss"].as_f64().unwrap().is_finite(), "{flags}");
+        if let Some(e) = v["rebuild_error"].as_f64() {
+            assert!(e > 0.0 && e < 1e-2, "{flags}: {e}");
+        }
+        accuracies.push(v["val_loss"].as_f64().unwrap().to_bits());
+    }
+    // Storing and recomputing give the same bits.
+    assert_eq!(accuracies[0], accuracies[2]);
+    let one = json(&good(
+        &dir.path().join("one"),
+        &format!("train {} --epochs 2 --mode standard --json", SMALL.replace("--threads 2", "--threads 1")),
+    ));
+    assert_eq!(one["val_loss"].as_f64().unwrap().to_bits(), accuracies[0]);
+}
+
+#[test]
+fn experiments_in_small() {
+    let dir = TempDir::new();
+    let flags = format!("{SMALL} --epochs 1 --seeds 1");
+    for name in ["accuracy", "gamma", "robustness", "reconstruction", "precision", "inference", "regularizers"] {
+        good(dir.path(), &format!("experiment {name} {flags}"));
+        for end in [".csv", "-runs.csv", ".svg"] {
+            assert!(dir.path().join(format!("{name}{end}")).is_file(), "{name}{end}");
+        }
+    }
+    // Nothing is run twice: a second call says the same, although it could not train.
+    let csv = std::fs::read(dir.path().join("accuracy-runs.csv")).unwrap();
+    let o = run(dir.path(), &format!("experiment accuracy {flags}"));
+    assert!(o.status.success() && !String::from_utf8_lossy(&o.stderr).contains("with seed"));
+    assert_eq!(csv, std::fs::read(dir.path().join("accuracy-runs.csv")).unwrap());
+    let o = run(dir.path(), &format!("experiment accuracy {flags} --lr 0.5"));
+    assert_eq!(o.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("other flags"));
+    // The exact rows of the reconstruction are exact.
+    let csv = std::fs::read_to_string(dir.path().join("reconstruction-runs.csv")).unwrap();
+    let exact: Vec<_> = csv.lines().filter(|l| l.starts_with("rebuild-bdia")).collect();
+    assert!(exact.len() == 5 && exact.iter().all(|l| l.ends_with(",0")), "{csv}");
+}
+
+#[test]
+fn mistakes_are_told_with_exit_code_1() {
+    let dir = TempDir::new();
+    for (flags, expected) in [
+        ("train --data /nowhere/at/all", "/nowhere/at/all"),
+        ("train --batch 5000", "expected at least a batch of 5000"),
+        ("train --patch 3", "image height"),
+        ("train --heads 5", "heads"),
+        ("train --memory 1kB", "does not fit"),
+        ("train --epochs 1048576 --batch 1 --lr NaN", "found NaN"),
+    ] {
+        let o = run(&dir.path().join("x"), flags);
+        let text = String::from_utf8_lossy(&o.stderr).into_owned();
+        assert_eq!(o.status.code(), Some(1), "{flags}: {text}");
+        assert!(text.contains(expected) && !text.contains("panicked"), "{flags}: {text}");
+    }
+}
