@@ -76,6 +76,7 @@ def load(named, path):
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        header = {name.removeprefix("transformer."): entry for name, entry in header.items()}
         if set(header) != set(named):
             raise SystemExit(f"{path}: tensors differ from the model's: {sorted(set(header) ^ set(named))[:5]}")
         for name, parameter in named.items():
