@@ -221,6 +221,7 @@ impl<B: Backend<Real = f32>> Bench<B> {
 
         let pairs = match s.mask {
             Mask::Full => s.tokens * s.tokens,
+            Mask::Others => s.tokens * (s.tokens - 1),
             Mask::Causal => s.tokens * (s.tokens + 1) / 2,
         };
         let per_head = (s.samples * pairs * d) as f64;
