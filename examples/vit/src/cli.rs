@@ -56,7 +56,7 @@ pub struct TrainArgs {
     /// Rows and columns that pictures of class folders are scaled to
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = count(4096), help_heading = "Data")]
     pub image_size: u64,
-    /// What training changes of images [default: crop-flip for colour images, crop for others]
+    /// What training changes of images [default: none below 16 rows, else crop-flip for colour images, crop for others]
     #[arg(long, help_heading = "Data")]
     pub augment: Option<AugmentKind>,
     /// Pixels of padding before a window is cut [default: 4, or 1 below 16 rows]
@@ -289,7 +289,7 @@ struct Raw {
 /// The defaults that differ from those of text: the paper's optimizer, no weight decay.
 fn defaults(command: clap::Command) -> clap::Command {
     let mut command = command;
-    for (flag, value) in [("optimizer", "set-adam"), ("lr", "0.001"), ("weight_decay", "0"), ("warmup", "50")] {
+    for (flag, value) in [("optimizer", "set-adam"), ("lr", "0.002"), ("weight_decay", "0"), ("warmup", "50")] {
         command = command.mut_arg(flag, |a| a.default_value(value));
     }
     command
@@ -358,7 +358,7 @@ mod tests {
             assert!(t.given.is_empty() && t.mode.mode == Mode::Bdia);
         }
         let Command::Experiment(e) = read("experiment gamma --epochs 2 --seeds 1").unwrap() else { panic!() };
-        assert_eq!((e.name, e.train.epochs, e.train.optim.lr), (Experiment::Gamma, 2, 1e-3));
+        assert_eq!((e.name, e.train.epochs, e.train.optim.lr), (Experiment::Gamma, 2, 2e-3));
     }
 
     #[test]

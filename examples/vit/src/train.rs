@@ -138,7 +138,12 @@ pub fn prepare(args: &TrainArgs) -> Result<(Dataset, VitConfig, Augment), Failur
             mode: args.mode.mode,
         },
     };
-    let kind = args.augment.unwrap_or(if channels == 3 { AugmentKind::CropFlip } else { AugmentKind::Crop });
+    let kind = args.augment.unwrap_or(match channels {
+        // Eight pixels across: a crop loses more than it teaches.
+        _ if little => AugmentKind::None,
+        3 => AugmentKind::CropFlip,
+        _ => AugmentKind::Crop,
+    });
     let padding = args.padding.map_or(if little { 1 } else { 4 }, |p| p as u32);
     let augment = Augment {
         padding: if kind == AugmentKind::None { 0 } else { padding },

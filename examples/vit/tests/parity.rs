@@ -9,7 +9,7 @@ use bdia_core::backend::Backend;
 use bdia_core::layers::Patches;
 use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Gamma, Grid, Layout, Real, Reference, Sign, Storage};
+use bdia_core::{Error, Gamma, Grid, Layout, Real, Reference, Sign};
 use bdia_vit::model::{Dims, Inference, Named, Setup, Step, Vit};
 use safetensors::{Dtype, SafeTensors};
 

@@ -71,7 +71,7 @@ fn training_is_exact_and_resumes_exactly() {
     let o =
         Command::new(env!("CARGO_BIN_EXE_bdia-vit")).args(["--resume"]).arg(&b).args(["--lr", "0.5"]).output().unwrap();
     assert_eq!(o.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&o.stderr).contains("--lr is 0.5, the run has 0.001"));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("--lr is 0.5, the run has 0.002"));
 
     // What was saved is what is evaluated, in float and on the grid.
     for inference in ["float", "quantized"] {
