@@ -40,7 +40,7 @@
 //! [`candle_nn::ops::softmax_last_dim`] and the like have no gradient (with candle alone neither): a block through which no
 //! gradient reaches its input is reported ([`Error::Cut`]), see [`model::norm`] for what to use.
 
-#[path = "../../gpt2/src/alloc.rs"]
+#[path = "../../common/src/alloc.rs"]
 pub mod alloc;
 mod dropout;
 pub mod model;
