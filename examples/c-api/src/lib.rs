@@ -10,6 +10,7 @@
 //! What the callers of unsafe functions promise is the same everywhere, and at the top of the header: pointers are NULL,
 //! or they point to as many values as their function says and to nothing that is in use elsewhere.
 #![allow(clippy::missing_safety_doc, reason = "said once, above; these documents are the comments of a C header")]
+#![allow(rustdoc::broken_intra_doc_links, reason = "the comments of a C header index arrays")]
 
 mod pointer;
 mod raw;
@@ -18,8 +19,9 @@ mod stack;
 use core::cell::RefCell;
 use core::ffi::{CStr, c_char};
 use core::fmt;
+use core::panic::AssertUnwindSafe;
 use std::ffi::CString;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::catch_unwind;
 
 use bdia_core::{Error, Fault};
 

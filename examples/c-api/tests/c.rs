@@ -3,6 +3,8 @@
 //! A C compiler is needed. valgrind may be missing on a developer's machine: then that test says so and passes, unless
 //! `BDIA_NEED_VALGRIND` is set, as CI does.
 
+#![allow(clippy::unwrap_used, reason = "only tests are built of this")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;

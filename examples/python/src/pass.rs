@@ -1,6 +1,7 @@
 //! One forward and backward pass: the stack of `bdia-core` over callbacks into Python.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Mutex;
 
 use bdia_core::arena::Words;
@@ -102,13 +103,11 @@ impl Engine {
         let mut teams = TEAMS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let teams = teams.get_or_insert_default();
         let key = (std::process::id(), threads);
-        if !teams.contains_key(&key) {
-            teams.insert(key, Cpu::new(&Layout::new(4), threads)?);
-        }
-        match teams.get(&key) {
-            Some(team) => Ok(Self::Single(team.sibling(layout)?)),
-            None => Ok(Self::Single(Cpu::new(layout, threads)?)),
-        }
+        let team = match teams.entry(key) {
+            Entry::Occupied(team) => team.into_mut(),
+            Entry::Vacant(place) => place.insert(Cpu::new(&Layout::new(4), threads)?),
+        };
+        Ok(Self::Single(team.sibling(layout)?))
     }
 
     fn double(layout: &Layout) -> Result<Self, bdia_cpu::CpuError> {
