@@ -242,7 +242,7 @@ impl ClassHead {
     /// Sets the loss of sample `chunk.first + i`; its logits become their gradient.
     pub fn loss(&self, be: &mut Be<'_>, chunk: &Chunk, i: usize, logits: Reals) -> Result<()> {
         let at = chunk.first.saturating_add(i);
-        let ce = CrossEntropy { vocab: CLASSES, tokens: 1, row: i, scale: 1.0 / BATCH as f64 };
+        let ce = CrossEntropy { vocab: CLASSES, tokens: 1, row: i, scale: 1.0 / BATCH as f64, smoothing: 0.0 };
         be.cross_entropy(chunk, &ce, logits, self.targets.sub(at, 1), self.losses.sub(at, 1))
     }
 }
