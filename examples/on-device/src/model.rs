@@ -459,6 +459,10 @@ impl Model {
         let mut next = |t: &Tensor, group: Option<Reals>| {
             let (from, len) = (at, t.rows * t.cols);
             at += len;
+            // A tensor that these blocks do not have.
+            if len == 0 {
+                return Ok(());
+            }
             group.map_or(Ok(()), |group| fill(t, t.of(group), from))
         };
         next(&self.patches.weight.tensors[0], Some(self.patches.weight.params.group(0)))?;
