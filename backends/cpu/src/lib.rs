@@ -1,4 +1,4 @@
-//! The CPU backend of [`bdia_core`]: SIMD lanes (`wide`), threads (`rayon`), fast matrix products (`gemm`), in `f32`.
+//! The CPU backend of [`bdia_core`]: SIMD lanes (`wide`), threads (`rayon`), packed matrix products, in `f32`.
 //!
 //! ```
 //! use bdia_core::{Category, Layout, Storage};
@@ -18,7 +18,8 @@
 //!   partial sums are combined in the order of the pieces. Bits do depend on the build (lanes, fused multiply-add) and,
 //!   through the kernels of `gemm`, on the processor's instruction sets.
 //! * [`UpdateOps`](bdia_core::UpdateOps) give the bits of the reference backend, everywhere.
-//! * **No allocation within an operation**, except the packing buffers of `gemm`, which [`Cpu::library_bytes`] bounds.
+//! * **No allocation within an operation**, except the memory for packed operands, which the first matrix product makes,
+//!   and the packing buffers of `gemm`; [`Cpu::library_bytes`] bounds both.
 //! * A bad handle or length is an [`Error`], never a panic.
 //!
 //! # Which processors
@@ -151,7 +152,7 @@ pub struct Cpu {
     ints: Arena<i32>,
     reals: Arena<f32>,
     words: Arena<u32>,
-    /// Packed operands of matrix products.
+    /// Packed operands of matrix products; empty until there is one, which programs with blocks of their own never need.
     packing: Arena<f32>,
     fault: Option<Fault>,
     team: Arc<Team>,
@@ -190,7 +191,7 @@ impl Cpu {
             ints: Arena::new(ints)?,
             reals: Arena::new(reals)?,
             words: Arena::new(words)?,
-            packing: Arena::new(nn::matmul::scratch(team.threads))?,
+            packing: Arena::new(0)?,
             fault: None,
             team,
         })

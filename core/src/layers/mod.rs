@@ -136,6 +136,11 @@ impl Params {
         self.values.sub(k * self.group, self.group)
     }
 
+    /// Optimizer state of a tensor of group `k`: the two moments, empty where the rule has none.
+    pub fn state(&self, k: usize, t: &Tensor) -> [Reals; 2] {
+        [self.m, self.v].map(|all| if all.is_empty() { all } else { t.of(all.sub(k * self.group, self.group)) })
+    }
+
     /// Gradients of group `k`.
     pub const fn gradient(&self, k: usize) -> Reals {
         if self.gradients.len() == self.group { self.gradients } else { self.gradients.sub(k * self.group, self.group) }
@@ -165,13 +170,11 @@ impl Params {
     /// # Errors
     /// Those of the backend.
     pub fn update<B: OptimOps>(&self, be: &mut B, u: &Updater, k: usize, tensors: &[Tensor]) -> Result<()> {
-        let state = |all: Reals, t: &Tensor| {
-            if all.is_empty() { all } else { t.of(all.sub(k * self.group, self.group)) }
-        };
         for t in tensors {
             let decay = if t.matrix { u.weight_decay } else { 0.0 };
             let update = Update { rule: u.rule, t: u.t, lr: u.lr, decay, scale: u.scale };
-            be.update(&update, t.of(self.group(k)), t.of(self.gradient(k)), state(self.m, t), state(self.v, t))?;
+            let [m, v] = self.state(k, t);
+            be.update(&update, t.of(self.group(k)), t.of(self.gradient(k)), m, v)?;
         }
         Ok(())
     }

@@ -249,19 +249,15 @@ impl Gpt2 {
 
     /// All parameter tensors, in the order of the file.
     pub fn tensors(&self) -> Vec<Named> {
-        let state = |all: Reals, at: usize, len: usize, t: &Tensor| {
-            if all.is_empty() { all } else { t.of(all.sub(at * len, len)) }
-        };
         let mut list = Vec::new();
         let mut push = |prefix: &str, params: &Params, group: usize, tensors: &[Tensor]| {
             for t in tensors.iter().filter(|t| !t.is_empty()) {
-                let len = params.group(group).len();
                 list.push(Named {
                     name: format!("{prefix}{}", t.name),
                     shape: if t.matrix { vec![t.rows, t.cols] } else { vec![t.cols] },
                     values: t.of(params.group(group)),
                     gradient: t.of(params.gradient(group)),
-                    state: [state(params.m, group, len, t), state(params.v, group, len, t)],
+                    state: params.state(group, t),
                 });
             }
         };

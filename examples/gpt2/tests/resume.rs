@@ -6,7 +6,7 @@ mod program;
 
 use core::time::Duration;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
@@ -117,6 +117,15 @@ fn same(a: &Path, b: &Path, steps: usize) {
     assert!(checkpoints(b).len() <= 2);
 }
 
+/// A whole run, and a copy of it without its last checkpoint.
+fn cut_short(dir: &Dir) -> (PathBuf, PathBuf) {
+    let (whole, out) = (dir.at("whole"), dir.at("out"));
+    good(&mut train(&dir.tokens(), &whole, FLAGS));
+    copy(&whole, &out);
+    std::fs::remove_file(out.join("step-00000060.ckpt")).unwrap();
+    (whole, out)
+}
+
 #[test]
 fn killed_at_any_moment() {
     let dir = Dir::new();
@@ -168,11 +177,7 @@ fn killed_in_every_mode() {
 #[test]
 fn other_threads_and_checkpoint_interval_change_no_bit() {
     let dir = Dir::new();
-    let data = dir.tokens();
-    let (whole, out) = (dir.at("whole"), dir.at("out"));
-    good(&mut train(&data, &whole, FLAGS));
-    copy(&whole, &out);
-    std::fs::remove_file(out.join("step-00000060.ckpt")).unwrap();
+    let (whole, out) = cut_short(&dir);
     // What a kill in the middle of a write leaves behind.
     std::fs::write(out.join("step-00000057.ckpt.tmp"), b"BDIACKPT").unwrap();
     good(&mut resume(&out, "--threads 1 --checkpoint-interval 3 --verify"));
@@ -280,11 +285,7 @@ fn damaged_checkpoints() {
 #[test]
 fn a_damaged_checkpoint_does_not_push_out_a_good_one() {
     let dir = Dir::new();
-    let data = dir.tokens();
-    let (whole, out) = (dir.at("whole"), dir.at("out"));
-    good(&mut train(&data, &whole, FLAGS));
-    copy(&whole, &out);
-    std::fs::remove_file(out.join("step-00000060.ckpt")).unwrap();
+    let (whole, out) = cut_short(&dir);
     std::fs::write(out.join("step-00000099.ckpt"), b"BDIACKPT").unwrap();
     let said = good(&mut resume(&out, "--checkpoint-interval 1"));
     assert!(said.err.contains("step-00000099.ckpt"));
@@ -310,11 +311,7 @@ fn with_header(bytes: &[u8], change: impl FnOnce(&mut serde_json::Value)) -> Vec
 #[test]
 fn other_headers() {
     let dir = Dir::new();
-    let data = dir.tokens();
-    let (whole, out) = (dir.at("whole"), dir.at("out"));
-    good(&mut train(&data, &whole, FLAGS));
-    copy(&whole, &out);
-    std::fs::remove_file(out.join("step-00000060.ckpt")).unwrap();
+    let (whole, out) = cut_short(&dir);
     let path = out.join("step-00000056.ckpt");
     let bytes = std::fs::read(&path).unwrap();
 
@@ -347,11 +344,7 @@ fn other_headers() {
 #[test]
 fn a_checkpoint_that_cannot_be_written_leaves_the_last_one() {
     let dir = Dir::new();
-    let data = dir.tokens();
-    let (whole, out) = (dir.at("whole"), dir.at("out"));
-    good(&mut train(&data, &whole, FLAGS));
-    copy(&whole, &out);
-    std::fs::remove_file(out.join("step-00000060.ckpt")).unwrap();
+    let (whole, out) = cut_short(&dir);
     let inner = resume(&out, "--checkpoint-interval 1");
     let mut limited = Command::new("sh");
     limited
@@ -366,7 +359,7 @@ fn a_checkpoint_that_cannot_be_written_leaves_the_last_one() {
 
 #[test]
 fn a_full_disk_leaves_the_last_checkpoint() {
-    struct Mount(std::path::PathBuf);
+    struct Mount(PathBuf);
     impl Mount {
         fn size(&self, size: &str, remount: bool) -> bool {
             let options = format!("size={size}{}", if remount { ",remount" } else { "" });

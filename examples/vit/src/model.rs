@@ -312,13 +312,9 @@ impl Vit {
 
     /// All parameter tensors, in the order of the file.
     pub fn tensors(&self) -> Vec<Named> {
-        let state = |all: Reals, at: usize, len: usize, t: &Tensor| {
-            if all.is_empty() { all } else { t.of(all.sub(at * len, len)) }
-        };
         let mut list = Vec::new();
         let mut push = |prefix: &str, params: &Params, group: usize, tensors: &[Tensor]| {
             for t in tensors.iter().filter(|t| !t.is_empty()) {
-                let len = params.group(group).len();
                 let (shape, transposed) = match t.name {
                     "cls_token" => (vec![1, 1, t.cols], None),
                     "pos_embed" => (vec![1, t.rows, t.cols], None),
@@ -331,7 +327,7 @@ impl Vit {
                     transposed,
                     values: t.of(params.group(group)),
                     gradient: t.of(params.gradient(group)),
-                    state: [state(params.m, group, len, t), state(params.v, group, len, t)],
+                    state: params.state(group, t),
                 });
             }
         };

@@ -14,7 +14,7 @@ use wide::f32x8;
 
 use self::dropout::Dropout;
 use self::matmul::View;
-use crate::memory::{Shared, get, same, split};
+use crate::memory::{Arena, Shared, get, same, split};
 use crate::simd::{exp, fold_sum, fold_sum2, map, map2, map3, max_of};
 use crate::update::Pieces;
 use crate::{BLOCK, Cpu, Team};
@@ -80,6 +80,9 @@ impl NnOps for Cpu {
         same("matmul: c", product("matmul: c", &[p.rows, p.cols])?, c.len())?;
         if let Some(bias) = bias {
             same("matmul: bias", p.cols, bias.len())?;
+        }
+        if self.packing.is_empty() {
+            self.packing = Arena::new(matmul::scratch(self.team.threads))?;
         }
         let [a, b, offset, c] = split(&mut self.reals, [a, b, bias.unwrap_or(Reals::EMPTY), c], "matmul")?;
         if c.is_empty() {
