@@ -383,13 +383,9 @@ where
         let [a, b, ..] = philox(seed, [step, global, call.block as u32, 0]);
         B::seed(self.device, u64::from(a) << 32 | u64::from(b));
         let block = &self.blocks[call.block];
-        // Without the product no graph: the parameters are not tracked, everything else is the same.
-        let (x, y) = if call.keep {
-            let x = x.require_grad();
-            (x.clone(), block.residual(x))
-        } else {
-            (x.clone(), block.clone().no_grad().residual(x))
-        };
+        // In both passes with burn's graph: without it burn may take other kernels, and then other bits.
+        let x = x.require_grad();
+        let y = block.residual(x.clone());
         if y.dims() != dims {
             return Err(Error::Residual { block: call.block });
         }
