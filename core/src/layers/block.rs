@@ -154,15 +154,15 @@ impl BlockShape {
 }
 
 /// `Ord::max` for constant functions.
-const fn larger(a: usize, b: usize) -> usize {
+pub(super) const fn larger(a: usize, b: usize) -> usize {
     if a > b { a } else { b }
 }
 
 /// Cuts handles one after another from a longer one.
-struct Cut(Reals);
+pub(super) struct Cut(pub(super) Reals);
 
 impl Cut {
-    fn take(&mut self, len: usize) -> Reals {
+    pub(super) fn take(&mut self, len: usize) -> Reals {
         let part = self.0.sub(0, len);
         self.0 = self.0.sub(len, self.0.len());
         part
@@ -231,6 +231,18 @@ impl TransformerBlocks {
         ok!(rule.check());
         let updater = Updater { rule, weight_decay: 0.0, lr: 0.0, t: 1, scale: 1.0, fused };
         Ok(Self { shape, tensors, params, updater, gradients: None, key_lens: Ints::EMPTY })
+    }
+
+    /// The same blocks, with the same parameters, for samples of another length.
+    #[must_use]
+    pub const fn with_tokens(mut self, tokens: usize) -> Self {
+        self.shape.tokens = tokens;
+        self
+    }
+
+    /// Where `x + f(x)` is in a call's frame.
+    pub(super) fn mid(&self, call: &Call) -> Reals {
+        self.frame(call).mid
     }
 
     /// The shape of a block.
