@@ -4,11 +4,13 @@
 
 use bdia_core::arena::{Ints, Layout, Reals};
 use bdia_core::backend::{Gelu, Mask};
-use bdia_core::layers::{BlockShape, DecoderBlocks, EncoderOutput, LmHead, Params, Tensor, TokenEmbedding, place};
+use bdia_core::layers::{
+    BlockShape, Cached, DecoderBlocks, EncoderOutput, LmHead, Params, Tensor, TokenEmbedding, place,
+};
 use bdia_core::layers::{TransformerBlocks, Updater};
 use bdia_core::optim::Rule;
 use bdia_core::rng::philox;
-use bdia_core::stack::{Config, Context, Mode, Pass, Stack, Tail, Workspace};
+use bdia_core::stack::{Call, Config, Context, Mode, Pass, Stack, Tail, Workspace};
 use bdia_core::{Category, Error, Fault, Gamma, Grid, Real, Reference, Result, Sign, Storage};
 
 const BATCH: usize = 3;
@@ -279,6 +281,69 @@ fn padding_is_not_seen() {
     assert_eq!(before.loss.to_bits(), after.loss.to_bits());
     for (_, g) in groups(&m) {
         assert!(before.reals[g.range()] == after.reals[g.range()]);
+    }
+}
+
+/// Token by token with a cache, for two hypotheses a sentence: the activations of the whole sequence at once.
+#[test]
+fn one_token_at_a_time_is_the_same_decoder() {
+    const BEAMS: usize = 2;
+    let (m, mut l) = model::<f64>(Mode::Standard, false, BATCH);
+    let p = parameters::<f64>(&m, l.arenas().1);
+    let (rows, d) = (BATCH * BEAMS, WIDTH);
+    let blocks = m.decoder.with_tokens(1, SOURCE);
+    let needs = blocks.needs::<Reference<'_, f64>>(rows, 1);
+    let mut take = |n: usize| l.reals(Category::Workspace, n);
+    let (cache, kv) = (take(BLOCKS * rows * TARGET * 2 * d), take(BLOCKS * BATCH * SOURCE * 2 * d));
+    let (x, h, frame, scratch) = (take(rows * d), take(rows * d), take(rows * needs.frame), take(rows * needs.scratch));
+    let lens = l.ints(Category::Workspace, rows);
+    let (i, r, w) = l.arenas();
+    let (mut i, mut r, mut w) = (vec![0; i], vec![f64::NAN; r], vec![0; w]);
+    r[..p.len()].copy_from_slice(&p);
+    let mut be = Reference::new(&l, &mut i, &mut r, &mut w).unwrap();
+    be.write_ints(m.lens[0], &SOURCE_LENS).unwrap();
+    be.write_ints(m.lens[1], &[TARGET as i32; BATCH]).unwrap();
+    let memory: Vec<_> = (0..BATCH * SOURCE * d).map(|i| noise(8, i)).collect();
+    let inputs: Vec<_> = (0..BATCH * TARGET * d).map(|i| noise(9, i)).collect();
+    be.write_reals(m.output.context.value, &memory).unwrap();
+    // All at once.
+    struct Fixed(Vec<f64>);
+    impl<B: Storage<Real = f64>> bdia_core::stack::Input<B> for Fixed {
+        fn forward(&mut self, be: &mut B, _: &bdia_core::Chunk, _: bool, x: Reals, _: Reals) -> Result<()> {
+            be.write_reals(x, &self.0)
+        }
+        fn vjp(&mut self, _: &mut B, _: &bdia_core::Chunk, _: Reals, _: Reals) -> Result<()> {
+            Ok(())
+        }
+    }
+    let mut stack = m.stacks[1];
+    stack.context = Some(m.output.context);
+    let zero = Gamma::new(0.0, Sign::Plus).unwrap();
+    let mut decoder = m.decoder;
+    let all = stack.infer(&mut be, &mut decoder, &mut Fixed(inputs.clone()), BATCH, zero).unwrap();
+    let expected = be.reals(all).unwrap().to_vec();
+    // One after the other.
+    let place = |k: usize, all: Reals| all.sub(k * (all.len() / BLOCKS), all.len() / BLOCKS);
+    for k in 0..BLOCKS {
+        blocks.keys_values(&mut be, k, m.output.context.value, place(k, kv)).unwrap();
+    }
+    for position in 0..TARGET {
+        be.write_ints(lens, &[position as i32 + 1; BATCH * BEAMS]).unwrap();
+        let tokens: Vec<_> = (0..rows * d).map(|i| inputs[(i / d / BEAMS * TARGET + position) * d + i % d]).collect();
+        be.write_reals(x, &tokens).unwrap();
+        for k in 0..BLOCKS {
+            let site = bdia_core::Site::Block(k);
+            let chunk =
+                bdia_core::Chunk { seed: 0, step: 0, stack: 1, site, first: 0, samples: rows, global: 0, frame: 0 };
+            let call = Call { chunk, block: k, x, frame, scratch, context: None, train: false, keep: false };
+            let cached = Cached { of: place(k, cache), keys: TARGET, position, lens };
+            blocks.next(&mut be, &call, &cached, (place(k, kv), BEAMS), h).unwrap();
+            bdia_core::NnOps::add(&mut be, x, h).unwrap();
+        }
+        for (i, found) in be.reals(x).unwrap().iter().enumerate() {
+            let expected = expected[(i / d / BEAMS * TARGET + position) * d + i % d];
+            assert!((found - expected).abs() < 1e-12, "position {position}, value {i}: {found} {expected}");
+        }
     }
 }
 

@@ -10,7 +10,7 @@
 //! Its keys and values are computed anew in every block and pass: nothing of it is kept.
 
 use super::block::{Cut, larger};
-use super::{Params, Tensor, TransformerBlocks, linear, linear_vjp, place};
+use super::{Cached, Params, Tensor, TransformerBlocks, linear, linear_vjp, place};
 use crate::arena::{Ints, Layout, Reals};
 use crate::backend::{Attention, Backend, Chunk, Columns, Mask, Order, Product};
 use crate::error::{Error, Result, Site, ok};
@@ -160,7 +160,7 @@ impl DecoderBlocks {
     }
 
     /// Parameter tensor `i` of the cross-attention of block `k`.
-    pub fn value(&self, k: usize, i: usize) -> Reals {
+    fn value(&self, k: usize, i: usize) -> Reals {
         self.tensors[i].of(self.cross.group(k))
     }
 
@@ -202,7 +202,7 @@ impl DecoderBlocks {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn queries<B: Backend>(&self, be: &mut B, k: usize, x: Reals, ln: Reals, stats: Reals, q: Reals) -> Result<()> {
+    fn queries<B: Backend>(&self, be: &mut B, k: usize, x: Reals, ln: Reals, stats: Reals, q: Reals) -> Result<()> {
         let s = self.own.shape();
         let rows = x.len().checked_div(s.width).unwrap_or(0);
         be.layer_norm(s.eps, self.value(k, LN_W), self.value(k, LN_B), x, ln, stats)?;
@@ -213,7 +213,7 @@ impl DecoderBlocks {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn project<B: Backend>(&self, be: &mut B, k: usize, attn: Reals, out: Reals) -> Result<()> {
+    fn project<B: Backend>(&self, be: &mut B, k: usize, attn: Reals, out: Reals) -> Result<()> {
         let rows = attn.len().checked_div(self.own.shape().width).unwrap_or(0);
         linear(be, rows, self.weight(k, PROJ_W), self.value(k, PROJ_B), attn, out)
     }
@@ -263,6 +263,44 @@ impl DecoderBlocks {
         be.matmul(&p, dkv, self.value(k, KV_W), None, context.grad)?;
         linear_vjp(be, rows, self.weight(k, Q_W), pair(Q_W), frame.ln, dq, dln)?;
         be.layer_norm_vjp(self.value(k, LN_W), x, frame.stats, dln, gx, slope(LN_W), slope(LN_B))
+    }
+}
+
+impl DecoderBlocks {
+    /// The residual of one more token, at inference: `h = h_k(x)` for `[rows, d]`, where the rows of a sample of the context
+    /// are `beams` hypotheses one after the other. The blocks are those [`with_tokens`](Self::with_tokens)`(1, S)`; `call` has
+    /// `rows` samples; `kv` holds the context's [`keys_values`](Self::keys_values) in this block, and `context_lens` one
+    /// length for each of its samples.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn next<B: Backend>(
+        &self,
+        be: &mut B,
+        call: &Call,
+        cached: &Cached,
+        (kv, beams): (Reals, usize),
+        h: Reals,
+    ) -> Result<()> {
+        let (own, frame) = self.parts(call);
+        let (k, a) = (call.block, self.own.mid(&own));
+        let out = call.scratch.sub(0, h.len());
+        self.own.next_attention_branch(be, &own, cached, call.x, h)?;
+        be.copy_reals(call.x, a)?;
+        be.add(a, h)?;
+        self.queries(be, k, a, frame.ln, frame.stats, frame.q)?;
+        let [q, keys, values] = self.columns(frame.q, kv);
+        // The hypotheses of a sentence are queries over the same keys.
+        let samples = call.chunk.samples.checked_div(beams).unwrap_or(0);
+        let (chunk, key_lens) = (Chunk { samples, ..call.chunk }, self.context_lens.sub(0, samples));
+        let attention = Attention { key_lens, ..self.attention(beams) };
+        be.attention(&chunk, &attention, q, keys, values, frame.attn, frame.lse, call.scratch)?;
+        self.project(be, k, frame.attn, out)?;
+        be.add(h, out)?;
+        be.copy_reals(a, frame.mid)?;
+        be.add(frame.mid, out)?;
+        self.own.mlp_branch(be, &own, frame.mid, out)?;
+        be.add(h, out)
     }
 }
 

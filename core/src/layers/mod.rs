@@ -10,7 +10,7 @@ mod embedding;
 mod head;
 mod patches;
 
-pub use block::{BLOCK_TENSORS, BlockShape, TransformerBlocks};
+pub use block::{BLOCK_TENSORS, BlockShape, Cached, TransformerBlocks};
 pub use classifier::{ClassHead, Mixup};
 pub use decoder::{CROSS_TENSORS, DecoderBlocks, EncoderOutput};
 pub use embedding::TokenEmbedding;
