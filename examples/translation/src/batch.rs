@@ -80,7 +80,8 @@ impl Batches {
         for (n, bucket) in self.0.iter().enumerate() {
             let mut members = bucket.members.clone();
             shuffle(&mut members, &stream(n as u32));
-            batches.extend(members.chunks(bucket.samples).map(|m| Batch { longest: bucket.longest, members: m.to_vec() }));
+            batches
+                .extend(members.chunks(bucket.samples).map(|m| Batch { longest: bucket.longest, members: m.to_vec() }));
         }
         shuffle(&mut batches, &stream(u32::MAX));
         batches
@@ -104,9 +105,8 @@ mod tests {
 
     #[test]
     fn every_sentence_is_in_one_batch_of_its_length() {
-        let pairs: Vec<_> = (0..500)
-            .map(|i| Tokens { source: vec![3; i * 7 % 40], target: vec![3; i * 5 % 30] })
-            .collect();
+        let pairs: Vec<_> =
+            (0..500).map(|i| Tokens { source: vec![3; i * 7 % 40], target: vec![3; i * 5 % 30] }).collect();
         let batches = Batches::new(&pairs, 128, 41);
         let mut orders = Vec::new();
         for epoch in 0..3 {

@@ -108,11 +108,7 @@ pub fn bleu<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> f64 {
         };
         logs += precision.ln();
     }
-    let brevity = if c.hypothesis < c.reference {
-        (1.0 - c.reference as f64 / c.hypothesis as f64).exp()
-    } else {
-        1.0
-    };
+    let brevity = if c.hypothesis < c.reference { (1.0 - c.reference as f64 / c.hypothesis as f64).exp() } else { 1.0 };
     brevity * (logs / 4.0).exp()
 }
 

@@ -336,7 +336,6 @@ impl Cli {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -361,7 +360,9 @@ mod tests {
         }
         let Command::Experiment(e) = read("experiment --epochs 2 --seeds 1").unwrap() else { panic!() };
         assert_eq!((e.train.epochs, e.seeds, e.train.optim.warmup), (2, 1, 200));
-        let Command::Train(t) = read("--data a.en a.fr --schedule noam --optimizer set-adam").unwrap() else { panic!() };
+        let Command::Train(t) = read("--data a.en a.fr --schedule noam --optimizer set-adam").unwrap() else {
+            panic!()
+        };
         assert_eq!((t.data.len(), t.optim.schedule), (2, ScheduleKind::Noam));
     }
 

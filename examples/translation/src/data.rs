@@ -164,7 +164,8 @@ fn pair(path: [&Path; 2], line: usize, source: &str, target: &str) -> Result<Pai
         }
     }
     // Translations are printed line by line.
-    let one_line = |s: &str| s.split(['\n', '\r']).map(str::trim).filter(|s| !s.is_empty()).collect::<Vec<_>>().join(" ");
+    let one_line =
+        |s: &str| s.split(['\n', '\r']).map(str::trim).filter(|s| !s.is_empty()).collect::<Vec<_>>().join(" ");
     Ok(Pair { source: one_line(source), target: one_line(target) })
 }
 
@@ -288,7 +289,8 @@ impl Dataset {
                 (names.join(", "), read(files)?)
             }
         };
-        let few = |what: &'static str, found: usize, expected| DataError::Few { name: name.clone(), found, what, expected };
+        let few =
+            |what: &'static str, found: usize, expected| DataError::Few { name: name.clone(), found, what, expected };
         if all.len() < 2 {
             return Err(few("pair(s)", all.len(), 2));
         }

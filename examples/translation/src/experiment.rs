@@ -40,8 +40,7 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
     if args.train.resume.is_some() || args.train.given.contains("mode") {
         return Err(Failure::Other("experiments choose --mode and --resume of their runs themselves".into()));
     }
-    let study: Study<'_, TrainArgs, Summary> =
-        Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
+    let study: Study<'_, TrainArgs, Summary> = Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
     let more = args.more_dropout;
     let mut cells = vec![
         study.cell("standard", 0.0, |a| a.mode.mode = Mode::Standard),

@@ -257,8 +257,7 @@ impl Translator {
         shape(Mask::Full).check()?;
         product("parameters", &[d.vocab[0].max(d.vocab[1]).max(d.longest), d.width])?;
         let encoder = TransformerBlocks::layout(shape(Mask::Full), d.layers[0], setup.rule, setup.fused, l)?;
-        let decoder =
-            DecoderBlocks::layout(shape(Mask::Causal), d.longest, d.layers[1], setup.rule, setup.fused, l)?;
+        let decoder = DecoderBlocks::layout(shape(Mask::Causal), d.longest, d.layers[1], setup.rule, setup.fused, l)?;
         let (end_tensors, len) = end_tensors(d);
         let ends = Params::layout(l, 1, len, ENDS, setup.rule, true)?;
         // The staging buffer on the host: the tokens of a batch.
@@ -515,12 +514,7 @@ impl Translator {
     /// The shape of a batch, with `chunk` samples at a time inside a block.
     pub fn shape_of(batch: &[&Tokens], chunk: usize) -> Shape {
         let longest = |side: fn(&Tokens) -> usize| batch.iter().map(|t| side(t) + 1).max().unwrap_or(1);
-        Shape {
-            samples: batch.len(),
-            source: longest(|t| t.source.len()),
-            target: longest(|t| t.target.len()),
-            chunk,
-        }
+        Shape { samples: batch.len(), source: longest(|t| t.source.len()), target: longest(|t| t.target.len()), chunk }
     }
 
     /// Writes a batch: sources and their ends; targets behind a mark of the beginning, and before one of the end.
@@ -556,13 +550,7 @@ impl Translator {
     ///
     /// # Errors
     /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says.
-    pub fn train<B: Backend>(
-        &mut self,
-        be: &mut B,
-        step: &Step,
-        batch: &[&Tokens],
-        chunk: usize,
-    ) -> Result<Outcome> {
+    pub fn train<B: Backend>(&mut self, be: &mut B, step: &Step, batch: &[&Tokens], chunk: usize) -> Result<Outcome> {
         let mut part = self.part::<B>(&Self::shape_of(batch, chunk))?.0;
         self.train_part(be, &mut part, step, batch)
     }

@@ -270,7 +270,12 @@ fn lay_out(
 }
 
 /// The plans of the modes that are not used, for the table.
-fn other_plans(setup: &Setup, p: &Prepared, kind: BackendKind, choice: Choice) -> Result<Vec<(String, Layout)>, Failure> {
+fn other_plans(
+    setup: &Setup,
+    p: &Prepared,
+    kind: BackendKind,
+    choice: Choice,
+) -> Result<Vec<(String, Layout)>, Failure> {
     use stack::Mode as M;
     let every = machine::checkpoint_every(None, setup.dims.layers[0].max(setup.dims.layers[1]));
     let mut plans = Vec::new();
@@ -422,8 +427,7 @@ impl Work for Run<'_> {
                 clip: self.args.optim.clip,
             };
             let batch = &order[within as usize];
-            let pairs: Vec<&Tokens> =
-                batch.members.iter().map(|&i| &self.prepared.train.tokens[i as usize]).collect();
+            let pairs: Vec<&Tokens> = batch.members.iter().map(|&i| &self.prepared.train.tokens[i as usize]).collect();
             let chunk = chunk_of(self.laid.choice.chunk, longest, batch.longest);
             let others = Counting::current().saturating_sub(own);
             Counting::reset_peak();

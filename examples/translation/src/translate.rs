@@ -170,8 +170,7 @@ pub fn load_weights<B: Backend<Real = f32>>(path: &Path, be: &mut B, model: &Tra
             match p.transposed {
                 None => be.write_reals(p.values, piece)?,
                 Some([rows, cols]) => {
-                    let ours: Vec<f32> =
-                        (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect();
+                    let ours: Vec<f32> = (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect();
                     be.write_reals(p.values, &ours)?;
                 }
             }
@@ -249,11 +248,7 @@ impl Trained {
     }
 
     /// Lays the model out for translating, fewer sentences at a time where there is a budget, and for losses of these batches.
-    fn lay_out(
-        &mut self,
-        args: &SearchArgs,
-        batches: Option<&Batches>,
-    ) -> Result<(Translator, Layout), Failure> {
+    fn lay_out(&mut self, args: &SearchArgs, batches: Option<&Batches>) -> Result<(Translator, Layout), Failure> {
         let kind = args.machine.backend;
         loop {
             let shapes: Vec<_> = batches.iter().flat_map(|b| b.shapes(1, self.config.positions)).collect();
@@ -388,7 +383,9 @@ pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
                     }
                     number += 1;
                     let text = String::from_utf8(bytes).map_err(|_| {
-                        Failure::Other(format!("standard input, line {number}: not valid UTF-8; nothing after it is read"))
+                        Failure::Other(format!(
+                            "standard input, line {number}: not valid UTF-8; nothing after it is read"
+                        ))
                     })?;
                     lines.push(text.trim().to_string());
                     // Who types wants an answer.

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use bdia_train::Failure;
 use bdia_train::files::{read_limited, write_bytes};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::models::{ModelWrapper, TrainerWrapper};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
 /// Fills the rest of a row; never looked at.
@@ -176,7 +176,8 @@ mod tests {
 
     #[test]
     fn training_repeats_and_text_comes_back() {
-        let texts = ["vingt et un", "quatre-vingts", "deux cent un", "œuvre naïve", "twenty-one", "vingt-deux"].repeat(9);
+        let texts =
+            ["vingt et un", "quatre-vingts", "deux cent un", "œuvre naïve", "twenty-one", "vingt-deux"].repeat(9);
         let a = Vocabulary::train(texts.iter().copied(), 400).unwrap();
         let b = Vocabulary::train(texts.iter().copied(), 400).unwrap();
         assert_eq!(a.0.to_string(false).unwrap(), b.0.to_string(false).unwrap());

@@ -126,7 +126,8 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
             let batch = s.batch();
             let shape = Translator::shape_of(&batch, chunk);
             let (mut model, layout) =
-                Translator::layout::<Reference<'_, f64>>(&s.setup(Mode::Standard), &[shape], |_| Ok(Vec::new())).unwrap();
+                Translator::layout::<Reference<'_, f64>>(&s.setup(Mode::Standard), &[shape], |_| Ok(Vec::new()))
+                    .unwrap();
             let mut memory = Memory::<f64>::new(&layout);
             let mut be = memory.backend(&layout);
             let expected = s.reals.keys().filter(|n| n.starts_with("param.")).count();

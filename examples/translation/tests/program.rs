@@ -167,7 +167,10 @@ fn baselines() {
     let first = dir.path().join("0");
     let v = json(&good(
         &dir.path().join("more"),
-        &format!("train {SMALL} --epochs 1 --lr 0 --weight-decay 0 --mode standard --json --weights {}", first.display()),
+        &format!(
+            "train {SMALL} --epochs 1 --lr 0 --weight-decay 0 --mode standard --json --weights {}",
+            first.display()
+        ),
     ));
     assert_eq!(v["val_loss"].as_f64().unwrap().to_bits(), losses[0]);
 }
