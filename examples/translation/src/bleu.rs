@@ -125,7 +125,10 @@ pub fn chrf<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> f64 {
     for (hypothesis, reference) in pairs {
         let [h, r] = [hypothesis, reference].map(|s| s.chars().filter(|&c| !is_space(c)).collect::<Vec<_>>());
         for (n, order) in (1..).zip(&mut orders) {
-            order.hypothesis += (h.len() + 1).saturating_sub(n) as u64;
+            // What is longer than its whole reference is not counted against the hypothesis.
+            if r.len() >= n {
+                order.hypothesis += (h.len() + 1).saturating_sub(n) as u64;
+            }
             order.reference += (r.len() + 1).saturating_sub(n) as u64;
             order.both += common(&ngrams(&h, n), &ngrams(&r, n));
         }

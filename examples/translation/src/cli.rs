@@ -91,7 +91,7 @@ pub struct TrainArgs {
     #[serde(flatten)]
     pub optim: OptimArgs,
     /// Passes over the pairs
-    #[arg(long, value_name = "N", default_value_t = 12, value_parser = count(1 << 20), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count(1 << 20), help_heading = "Run")]
     pub epochs: u64,
     /// Positions of a step on each side, padding counted
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = count(1 << 24), help_heading = "Run")]

@@ -144,7 +144,7 @@ fn baselines() {
         "--gamma 0.25 --verify",
         "--embeddings separate --verify",
         "--clip 1 --optimizer set-adam --schedule noam",
-        "--memory 9MB --verify",
+        "--memory 12.7MB --verify",
     ]
     .iter()
     .enumerate()
