@@ -4,8 +4,8 @@
 //! smoothed exponentially: the first counts as half a match, the next as a quarter, and so on. chrF: character n-grams up to
 //! 6 without white space, recall counting twice as much as precision, averaged over the orders that occur.
 
+use core::hash::Hash;
 use std::collections::HashMap;
-use std::hash::Hash;
 
 /// Counts of one corpus for BLEU.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -459,7 +459,7 @@ impl Work for Run<'_> {
                 bleu: None,
                 exact: None,
             };
-            if done == steps || (epoch_done && every > 0 && epochs % every == 0) {
+            if done == steps || (epoch_done && every > 0 && epochs.is_multiple_of(every)) {
                 let loss = self.held_loss(be)?;
                 metric.val_loss = Some(loss);
                 validation.push((done, loss));
@@ -487,7 +487,7 @@ impl Work for Run<'_> {
 
             let stop = run::interrupted();
             let every = self.args.checkpoint_interval as u32;
-            if done == steps || stop || (epoch_done && every > 0 && epochs % every == 0) {
+            if done == steps || stop || (epoch_done && every > 0 && epochs.is_multiple_of(every)) {
                 let header = Header {
                     step: done,
                     chunk: self.laid.choice.chunk,

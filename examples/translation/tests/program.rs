@@ -134,7 +134,7 @@ fn training_is_exact_and_resumes_exactly() {
 #[test]
 fn baselines() {
     let dir = TempDir::new();
-    let mut losses = Vec::new();
+    let (mut losses, mut plan) = (Vec::new(), 0);
     for (i, flags) in [
         "--mode standard",
         "--mode standard --quantize",
@@ -144,7 +144,6 @@ fn baselines() {
         "--gamma 0.25 --verify",
         "--embeddings separate --verify",
         "--clip 1 --optimizer set-adam --schedule noam",
-        "--memory 12.7MB --verify",
     ]
     .iter()
     .enumerate()
@@ -157,7 +156,16 @@ fn baselines() {
             assert!(e > 0.0 && e < 1e-2, "{flags}: {e}");
         }
         losses.push(v["val_loss"].as_f64().unwrap().to_bits());
+        if i == 5 {
+            plan = v["plan_bytes"].as_u64().unwrap();
+        }
     }
+    // Within less memory the same is added in smaller chunks.
+    let budget = plan - 600_000;
+    let flags = format!("train {SMALL} --epochs 1 --gamma 0.25 --verify --memory {budget} --json");
+    let v = json(&good(&dir.path().join("budget"), &flags));
+    assert!(v["plan_bytes"].as_u64().unwrap() <= budget && v["verify_mismatches"] == 0, "{v}");
+    assert!((v["val_loss"].as_f64().unwrap() - f64::from_bits(losses[5])).abs() < 1e-3, "{v}");
     assert_eq!([losses[0]; 2], [losses[2], losses[3]]);
     let one = SMALL.replace("--threads 2", "--threads 1");
     let v = json(&good(&dir.path().join("one"), &format!("train {one} --epochs 1 --mode standard --json")));
