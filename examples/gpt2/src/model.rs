@@ -299,12 +299,24 @@ impl Gpt2 {
                 continue;
             }
             let sigma = if t.name.ends_with("c_proj.weight") { projections } else { 0.02 };
-            // The tensor's index in the file is its place in the random stream; rows are samples of it.
-            for row in 0..t.shape[0] {
-                let s = Stream::new(seed, i as u32, row as u32, 0, 0, Draw::Init);
-                piece.clear();
-                piece.extend((0..t.shape[1] as u32).map(|e| B::Real::of(sigma * s.normal(e))));
-                be.write_reals(t.values.sub(row * t.shape[1], t.shape[1]), &piece)?;
+            // The tensor's index in the file is its place in the random stream; rows are samples of it, so threads share
+            // them out.
+            let (rows, cols) = (t.shape[0], t.shape[1]);
+            let share = (1_usize << 14).div_ceil(cols.max(1));
+            for first in (0..rows).step_by(share * self.setup.threads.max(1)) {
+                piece.resize((share * self.setup.threads.max(1)).min(rows - first) * cols, B::Real::of(0.0));
+                std::thread::scope(|scope| {
+                    for (part, values) in piece.chunks_mut((share * cols).max(1)).enumerate() {
+                        scope.spawn(move || {
+                            for (row, line) in values.chunks_mut(cols).enumerate() {
+                                let row = (first + part * share + row) as u32;
+                                let s = Stream::new(seed, i as u32, row, 0, 0, Draw::Init);
+                                line.iter_mut().zip(0..).for_each(|(x, e)| *x = B::Real::of(sigma * s.normal(e)));
+                            }
+                        });
+                    }
+                });
+                be.write_reals(t.values.sub(first * cols, piece.len()), &piece)?;
             }
         }
         Ok(())

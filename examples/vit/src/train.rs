@@ -174,8 +174,16 @@ fn setup(args: &TrainArgs, config: &VitConfig) -> Result<Setup, Failure> {
     })
 }
 
+/// The build and the processor that compute ([`machine::identity`]).
+pub fn identity<B: Backend>(be: &B) -> String {
+    machine::identity(be, concat!("bdia-vit ", env!("CARGO_PKG_VERSION")))
+}
+
 /// Lays a model out within a budget, or with the chunk of a saved run.
-fn lay_out(
+///
+/// # Errors
+/// What does not fit together, or into the budget.
+pub fn lay_out(
     setup: &Setup,
     kind: BackendKind,
     budget: Option<u64>,
@@ -430,7 +438,7 @@ impl Work for Run<'_> {
     fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         let out = self.args.out.clone();
         std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
-        let identity = machine::identity(be, concat!("bdia-vit ", env!("CARGO_PKG_VERSION")));
+        let identity = identity(be);
         let digest = self.data.digest();
         let (mut first, mut validation) = (0, Vec::new());
         match &self.from {
