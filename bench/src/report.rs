@@ -652,9 +652,14 @@ impl Report {
             "above parameters and state",
             "ours / it",
         ]);
+        if !bf16_products() {
+            let why = "not run: this processor has no bf16 products (AVX512-BF16), without them a step takes minutes";
+            self.checks.row([Peer::BF16.name(), "runs".into(), why.into()]);
+        }
         let mut charts = Vec::new();
         let dir = std::env::temp_dir().join(format!("bdia-bench-{}", std::process::id()));
         for &(model, peers) in models {
+            let peers: Vec<Peer> = peers.iter().copied().filter(|p| bf16_products() || *p != Peer::BF16).collect();
             let mut job = self.job(model, Mode::Bdia);
             if quick && model == Model::VitSmall {
                 job.batch = Some(8);
@@ -910,6 +915,14 @@ fn activations(r: &Record) -> f64 {
         r.planned("parameters") + r.planned("gradients") + r.planned("optimizer state")
     };
     r.peak_rss.saturating_sub(r.base_rss + fixed) as f64
+}
+
+/// Whether autocast has products to cast for.
+fn bf16_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// How far points are from the line through the first and the last, relative to the line.

@@ -110,6 +110,22 @@ impl Study<'_> {
         cells.iter().map(|c| (1..=self.seeds).map(|seed| self.result(c, seed)).collect()).collect()
     }
 
+    /// Milliseconds an image of every cell and seed, from runs of a few steps each, made after all others and in turn:
+    /// a machine whose speed changes, or that did something else during the long runs, treats all cells alike.
+    fn speeds(&self, cells: &[Cell]) -> Result<Vec<Vec<f64>>, Failure> {
+        let mut speeds = vec![Vec::new(); cells.len()];
+        for seed in 1..=self.seeds {
+            for (cell, speeds) in cells.iter().zip(&mut speeds) {
+                let mut args = cell.args.clone();
+                (args.epochs, args.eval_interval, args.checkpoint_interval) = (1, 0, 0);
+                (args.train_subset, args.test_subset) = (Some(args.batch * 8), Some(args.batch));
+                let run = Cell { name: format!("time-{}", cell.name), x: cell.x, args };
+                speeds.push(1000.0 / self.result(&run, seed)?.images_per_s);
+            }
+        }
+        Ok(speeds)
+    }
+
     fn standard(&self) -> Cell {
         self.cell("vit", 0.0, |a| a.mode.mode = Mode::Standard)
     }
@@ -129,16 +145,8 @@ struct Table {
 impl Table {
     /// What a run tells in every experiment.
     fn of_runs(cells: &[Cell], results: &[Vec<Summary>]) -> Self {
-        let columns = vec![
-            "accuracy",
-            "best_accuracy",
-            "val_loss",
-            "train_loss",
-            "activation_bytes",
-            "plan_bytes",
-            "peak_bytes",
-            "ms_per_image",
-        ];
+        let columns =
+            vec!["accuracy", "best_accuracy", "val_loss", "train_loss", "activation_bytes", "plan_bytes", "peak_bytes"];
         let row = |s: &Summary| {
             vec![
                 s.accuracy,
@@ -148,7 +156,6 @@ impl Table {
                 s.activation_bytes as f64,
                 s.plan_bytes as f64,
                 s.peak_bytes as f64,
-                1000.0 / s.images_per_s,
             ]
         };
         let rows = cells.iter().zip(results).map(|(c, r)| (c.name.clone(), c.x, r.iter().map(row).collect())).collect();
@@ -273,7 +280,14 @@ fn accuracy(study: &Study<'_>) -> Result<(), Failure> {
         study.cell("bdia-m2", 0.25, |a| a.mode.gamma = 0.25),
     ];
     let results = study.results(&cells)?;
-    Table::of_runs(&cells, &results).csv(study, "accuracy")?;
+    let mut table = Table::of_runs(&cells, &results);
+    for ((_, _, rows), speeds) in table.rows.iter_mut().zip(study.speeds(&cells)?) {
+        for (row, speed) in rows.iter_mut().zip(speeds) {
+            row.push(speed);
+        }
+    }
+    table.columns.push("ms_per_image");
+    table.csv(study, "accuracy")?;
     let y = "held-out accuracy (%)";
     draw(study, "accuracy", "Accuracy in training", "optimizer step", y, &curves(study, &cells)?)
 }
