@@ -196,6 +196,29 @@ impl Layout {
         Words::new(start, len)
     }
 
+    /// Makes room for another layout over the same arenas, of something that is used at another time: both began as the
+    /// same layout, and what they claimed after that may overlap. Where the other's arenas are longer, the difference is
+    /// counted as workspace; start with the largest.
+    pub const fn cover(&mut self, other: &Self) {
+        let mut claims = [
+            (&mut self.ints, other.ints, 4),
+            (&mut self.reals, other.reals, self.real_bytes),
+            (&mut self.words, other.words, 4),
+        ];
+        let (mut more, mut i) = (0_usize, 0);
+        while i < claims.len() {
+            let (own, wanted, size) = &mut claims[i];
+            if *wanted > **own {
+                // Each arena is checked to be far below the address space when it is claimed.
+                more = more.saturating_add((*wanted - **own).saturating_mul(*size));
+                **own = *wanted;
+            }
+            i += 1;
+        }
+        self.overflow |= other.overflow;
+        self.outside(Category::Workspace, more);
+    }
+
     /// Counts bytes that live outside the arenas.
     pub const fn outside(&mut self, category: Category, bytes: usize) {
         match self.bytes[category as usize].checked_add(bytes) {
@@ -266,6 +289,20 @@ mod tests {
         assert_eq!((l.bytes(Category::Parameters), l.bytes(Category::Gradients), l.total()), (64, 128, 192));
         assert_eq!(b.sub(10, 100).len(), 7);
         assert_eq!(b.sub(100, 1).len(), 0);
+    }
+
+    #[test]
+    fn layouts_over_the_same_arenas() {
+        let mut base = Layout::new(8);
+        let _ = base.reals(Category::Parameters, 16);
+        let (mut a, mut b) = (base.clone(), base);
+        let first = a.reals(Category::Activations, 64);
+        let second = b.reals(Category::Activations, 32);
+        let _ = b.ints(Category::Head, 16);
+        assert_eq!(first.start(), second.start());
+        a.cover(&b);
+        assert_eq!((a.arenas(), a.bytes(Category::Workspace)), ((16, 80, 0), 64));
+        assert_eq!(a.total(), 16 * 4 + 80 * 8);
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub struct Chunk {
     pub seed: u64,
     /// Optimizer step: a counter word of the generator.
     pub step: u32,
-    /// Which stack of the model (encoder 0, decoder 1).
+    /// Which stack of the model (encoder 0, decoder 1). With the highest bit: a stack's cross-attention, for its draws.
     pub stack: u8,
     /// Which part of the stack; its block index is a counter word.
     pub site: Site,

@@ -84,6 +84,9 @@ pub enum Decay {
     Cosine,
     /// A straight line from the peak to the minimum.
     Linear,
+    /// With the root of the number of steps, without an end (Vaswani et al., 2017, equation 3, there called after Noam
+    /// Shazeer): `lr·√(warmup / (step + 1))`.
+    Noam,
 }
 
 /// A learning-rate schedule: linear warm-up, then [`Decay`].
@@ -124,6 +127,7 @@ impl Schedule {
                 self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + libm::cos(core::f64::consts::PI * done))
             }
             Decay::Linear => self.lr + (self.min_lr - self.lr) * done,
+            Decay::Noam => self.lr * libm::sqrt(f64::from(self.warmup.max(1)) / (f64::from(step) + 1.0)),
         }
     }
 }
@@ -144,6 +148,8 @@ mod tests {
         assert!((s.at(14) - 0.1).abs() < 1e-12 && (s.at(9) - 0.55).abs() < 1e-12);
         let s = Schedule { decay: Decay::Linear, ..s };
         assert!((s.at(9) - 0.55).abs() < 1e-12 && (s.at(14) - 0.1).abs() < 1e-12 && (s.at(99) - 0.1).abs() < 1e-12);
+        let s = Schedule { decay: Decay::Noam, ..s };
+        assert_eq!((s.at(3), s.at(15), s.at(399)), (1.0, 0.5, 0.1));
         let s = Schedule { warmup: 0, steps: 1, decay: Decay::Constant, ..s };
         assert_eq!((s.at(0), s.at(7)), (1.0, 1.0));
         assert!(Schedule { lr: f64::NAN, ..s }.check().is_err());

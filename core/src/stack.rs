@@ -46,8 +46,8 @@ pub enum Mode {
 pub enum Tail {
     /// A head follows at once; `X_K` is not kept.
     Head,
-    /// `X_K` is the result (an encoder, a part of a foreign model): kept together with `X_{K-1}`. Only in
-    /// [`Mode::Bdia`].
+    /// `x_K` is the result (an encoder, a part of a foreign model). Reversible: `X_K` is kept together with `X_{K-1}`, and
+    /// all blocks are recomputed. Other modes keep `x_K`; `checkpoint` then recomputes the last segment as well.
     Output,
 }
 
@@ -185,6 +185,138 @@ pub struct Pass {
     pub global: u32,
 }
 
+/// What stacks that run one after the other share, such as an encoder and its decoder: the memory of one chunk, and the
+/// gradients `G`, whose content is over when a stack's backward pass is. (The intermediates that modes other than `bdia` and
+/// `checkpoint 1` store are each stack's own.)
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Workspace {
+    g: [Reals; 2],
+    inputs: Reals,
+    frames: Reals,
+    h: Reals,
+    top: Reals,
+    top_ints: Ints,
+    scratch: Reals,
+}
+
+impl Workspace {
+    /// Lays out what each of the stacks with these configurations needs.
+    ///
+    /// # Errors
+    /// As [`Stack::layout`].
+    pub const fn layout(configs: &[Config], layout: &mut Layout) -> Result<Self> {
+        let mut most = Sizes { samples: 0, whole: 0, part: 0, inputs: 0, frame: 0, frames: 0, scratch: 0 };
+        let (mut pair, mut ints, mut i) = (0, 0, 0);
+        while i < configs.len() {
+            let (config, s) = (&configs[i], ok!(Sizes::of(&configs[i])));
+            most.whole = larger(most.whole, s.whole);
+            most.part = larger(most.part, s.part);
+            most.scratch = larger(most.scratch, s.scratch);
+            if !config.stores_frames() {
+                most.inputs = larger(most.inputs, s.inputs);
+                most.frames = larger(most.frames, s.frames);
+            }
+            if config.has_pair() {
+                pair = larger(pair, s.whole);
+            }
+            if matches!(config.mode, Mode::Bdia) {
+                ints = larger(ints, s.part);
+            }
+            i += 1;
+        }
+        let l = layout;
+        Ok(Self {
+            g: [l.reals(Category::ActivationGradients, most.whole), l.reals(Category::ActivationGradients, pair)],
+            inputs: l.reals(Category::Workspace, most.inputs),
+            frames: l.reals(Category::Workspace, most.frames),
+            h: l.reals(Category::Workspace, most.part),
+            top: l.reals(Category::Workspace, most.part),
+            top_ints: l.ints(Category::Workspace, ints),
+            scratch: l.reals(Category::Workspace, most.scratch),
+        })
+    }
+}
+
+impl Config {
+    /// Whether γ leads from one activation to the one after next, which takes two gradients.
+    const fn has_pair(&self) -> bool {
+        matches!(self.mode, Mode::Bdia | Mode::BdiaFloat)
+    }
+
+    /// Blocks in a segment (segmented modes).
+    const fn segment(&self) -> usize {
+        match self.mode {
+            Mode::Checkpoint { every } => smaller(every, self.blocks),
+            _ => self.blocks,
+        }
+    }
+
+    /// Number of segments.
+    const fn segments(&self) -> usize {
+        self.blocks.div_ceil(self.segment())
+    }
+
+    /// Whether a single segment waits from the forward to the backward pass with all its intermediates, because something
+    /// else runs in between.
+    const fn waits(&self) -> bool {
+        matches!(self.tail, Tail::Output) && !matches!(self.mode, Mode::Bdia) && self.segments() == 1
+    }
+
+    /// Whether all chunks of a block use one frame.
+    const fn one_frame(&self) -> bool {
+        matches!(self.mode, Mode::Bdia) || (self.segment() == 1 && !self.waits())
+    }
+
+    /// Whether intermediates are stored rather than recomputed.
+    const fn stores_frames(&self) -> bool {
+        self.waits() || !matches!(self.mode, Mode::Bdia | Mode::Checkpoint { every: 1 })
+    }
+}
+
+/// Numbers of values of a stack's buffers.
+struct Sizes {
+    /// Samples of a chunk.
+    samples: usize,
+    /// Activations of a batch, and of a chunk.
+    whole: usize,
+    part: usize,
+    /// All inputs of blocks that are there at a time.
+    inputs: usize,
+    /// One frame, and all.
+    frame: usize,
+    frames: usize,
+    scratch: usize,
+}
+
+impl Sizes {
+    const fn of(config: &Config) -> Result<Self> {
+        let b = ok!(positive("batch", config.batch));
+        let p = ok!(positive("values of a sample", config.per_sample));
+        ok!(positive("blocks", config.blocks));
+        if let Mode::Checkpoint { every } = config.mode {
+            ok!(positive("checkpoint-every", every));
+        }
+        let samples = smaller(ok!(positive("chunk", config.chunk)), b);
+        let part = ok!(product("activations of a chunk", &[samples, p]));
+        let count =
+            if config.one_frame() { 1 } else { ok!(product("frames", &[config.segment(), b.div_ceil(samples)])) };
+        let frame = ok!(product("frame", &[samples, config.needs.frame]));
+        let Some(scratch) = ok!(product("scratch", &[samples, config.needs.scratch])).checked_add(config.needs.fixed)
+        else {
+            return Err(Error::TooLarge("scratch"));
+        };
+        Ok(Self {
+            samples,
+            whole: ok!(product("activations", &[b, p])),
+            part,
+            inputs: ok!(product("inputs of blocks", &[count, part])),
+            frame,
+            frames: ok!(product("frames", &[count, frame])),
+            scratch: larger(scratch, config.ends_scratch),
+        })
+    }
+}
+
 /// A stack of blocks laid out in the arenas of a backend. It holds handles only.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Stack {
@@ -200,6 +332,8 @@ pub struct Stack {
     /// Segmented: the inputs of segments.
     saved_ints: Ints,
     saved_reals: Reals,
+    /// Segmented, with an output: `x_K`.
+    output: Reals,
     /// `x_k` of every frame.
     inputs: Reals,
     frames: Reals,
@@ -226,23 +360,34 @@ const fn smaller(a: usize, b: usize) -> usize {
     if a < b { a } else { b }
 }
 
+const fn larger(a: usize, b: usize) -> usize {
+    if a > b { a } else { b }
+}
+
 impl Stack {
     /// Lays the stack out.
     ///
     /// # Errors
     /// [`Error::Setting`] or [`Error::Shape`] for a configuration that does not fit together, [`Error::TooLarge`] for
     /// sizes beyond the address space.
-    pub const fn layout(mut config: Config, layout: &mut Layout) -> Result<Self> {
-        let (b, k) = (ok!(positive("batch", config.batch)), ok!(positive("blocks", config.blocks)));
-        let p = ok!(positive("values of a sample", config.per_sample));
+    pub const fn layout(config: Config, layout: &mut Layout) -> Result<Self> {
+        let workspace = ok!(Workspace::layout(&[config], layout));
+        Self::layout_in(config, &workspace, layout)
+    }
+
+    /// Lays the stack out around a workspace that was made for this configuration and others.
+    ///
+    /// # Errors
+    /// As [`layout`](Self::layout).
+    pub const fn layout_in(mut config: Config, workspace: &Workspace, layout: &mut Layout) -> Result<Self> {
+        let s = ok!(Sizes::of(&config));
+        let k = config.blocks;
         if k > 1 << 16 {
             return Err(Error::Setting { what: "blocks", found: k as f64, possible: "up to 65536" });
         }
-        let chunk = smaller(ok!(positive("chunk", config.chunk)), b);
-        config.chunk = chunk;
-        let chunks = b.div_ceil(chunk);
+        config.chunk = s.samples;
         let reversible = matches!(config.mode, Mode::Bdia);
-        let (mut planes, mut segment) = (0, k);
+        let mut planes = 0;
         match config.mode {
             Mode::Bdia => {
                 planes = ok!(config.gamma.planes());
@@ -250,77 +395,54 @@ impl Stack {
                     return Err(Error::Setting { what: "grid", found: f64::NAN, possible: "a grid in mode bdia" });
                 }
             }
-            Mode::Checkpoint { every } => segment = smaller(ok!(positive("checkpoint-every", every)), k),
             Mode::BdiaFloat if config.grid.is_some() => {
                 return Err(Error::Setting { what: "grid", found: f64::NAN, possible: "no grid in mode bdia-float" });
             }
-            Mode::Standard | Mode::BdiaFloat => {}
-        }
-        if matches!(config.tail, Tail::Output) && !reversible {
-            return Err(Error::Setting { what: "tail", found: f64::NAN, possible: "an output only in mode bdia" });
+            Mode::Checkpoint { .. } | Mode::Standard | Mode::BdiaFloat => {}
         }
 
-        let whole = ok!(product("activations", &[b, p]));
-        let part = ok!(product("activations of a chunk", &[chunk, p]));
         let stored = Self::stored_planes(&config);
-        let side_words = ok!(product("side bits", &[b, p.div_ceil(32), planes as usize, stored]));
-        let frame = ok!(product("frame", &[chunk, config.needs.frame]));
-        let scratch = ok!(product("scratch", &[chunk, config.needs.scratch]));
-        let Some(scratch) = scratch.checked_add(config.needs.fixed) else {
-            return Err(Error::TooLarge("scratch"));
-        };
-        let frames = if reversible || segment == 1 { 1 } else { ok!(product("frames", &[segment, chunks])) };
-        let segments = k.div_ceil(segment);
-        let (stored_x, frame_kind) = match config.mode {
-            Mode::Bdia => (Category::Workspace, Category::Workspace),
-            Mode::Checkpoint { every: 1 } => (Category::Workspace, Category::Workspace),
-            _ => (Category::Activations, Category::Activations),
-        };
-        let int_state = if reversible { whole } else { part };
-        let pair = reversible || matches!(config.mode, Mode::BdiaFloat);
+        let side_words =
+            ok!(product("side bits", &[config.batch, config.per_sample.div_ceil(32), planes as usize, stored]));
+        let segments = config.segments();
+        let saved = if reversible { 0 } else { ok!(product("saved inputs", &[s.whole, segments])) };
         let float_verify = config.verify && matches!(config.mode, Mode::BdiaFloat);
         let has_grid = config.grid.is_some();
+        let output = matches!(config.tail, Tail::Output) && !reversible;
 
-        let l = layout;
-        let x_kind = if reversible { Category::Activations } else { Category::Workspace };
+        let (l, w) = (layout, workspace);
+        let (x_kind, int_state) =
+            if reversible { (Category::Activations, s.whole) } else { (Category::Workspace, s.part) };
+        let (inputs, frames) = if config.stores_frames() {
+            (l.reals(Category::Activations, s.inputs), l.reals(Category::Activations, s.frames))
+        } else {
+            (w.inputs.sub(0, s.inputs), w.frames.sub(0, s.frames))
+        };
         Ok(Self {
             x: [
                 l.ints(x_kind, if has_grid { int_state } else { 0 }),
-                l.ints(x_kind, if reversible { whole } else { 0 }),
+                l.ints(x_kind, if reversible { s.whole } else { 0 }),
             ],
-            g: [
-                l.reals(Category::ActivationGradients, whole),
-                l.reals(Category::ActivationGradients, if pair { whole } else { 0 }),
-            ],
+            g: [w.g[0].sub(0, s.whole), w.g[1].sub(0, if config.has_pair() { s.whole } else { 0 })],
             side: l.words(Category::SideBits, side_words),
             sums: l.words(Category::SideBits, if reversible { 2 * (k + 2) } else { 0 }),
             originals: l.ints(
                 Category::Verify,
-                if config.verify && reversible { ok!(product("originals", &[whole, stored])) } else { 0 },
+                if config.verify && reversible { ok!(product("originals", &[s.whole, stored])) } else { 0 },
             ),
             differing: l.words(Category::Verify, if config.verify && reversible { 2 } else { 0 }),
-            saved_ints: l.ints(
-                Category::Activations,
-                if !reversible && has_grid { ok!(product("saved inputs", &[whole, segments])) } else { 0 },
-            ),
-            saved_reals: l.reals(
-                Category::Activations,
-                if !reversible && !has_grid && segments > 1 {
-                    ok!(product("saved inputs", &[whole, segments]))
-                } else {
-                    0
-                },
-            ),
-            inputs: l.reals(stored_x, ok!(product("inputs of blocks", &[frames, part]))),
-            frames: l.reals(frame_kind, ok!(product("frames", &[frames, frame]))),
-            h: l.reals(Category::Workspace, part),
-            top: l.reals(Category::Workspace, part),
-            top_ints: l.ints(Category::Workspace, if reversible { part } else { 0 }),
-            scratch: l
-                .reals(Category::Workspace, if scratch > config.ends_scratch { scratch } else { config.ends_scratch }),
+            saved_ints: l.ints(Category::Activations, if has_grid { saved } else { 0 }),
+            saved_reals: l.reals(Category::Activations, if !has_grid && segments > 1 { saved } else { 0 }),
+            output: l.reals(Category::Activations, if output { s.whole } else { 0 }),
+            inputs,
+            frames,
+            h: w.h.sub(0, s.part),
+            top: w.top.sub(0, s.part),
+            top_ints: w.top_ints.sub(0, if reversible { s.part } else { 0 }),
+            scratch: w.scratch.sub(0, s.scratch),
             spare: [
-                l.reals(Category::Verify, if float_verify { part } else { 0 }),
-                l.reals(Category::Verify, if float_verify { frame } else { 0 }),
+                l.reals(Category::Verify, if float_verify { s.part } else { 0 }),
+                l.reals(Category::Verify, if float_verify { s.frame } else { 0 }),
             ],
             rebuild_error: 0.0,
             context: None,
@@ -469,27 +591,12 @@ impl Stack {
         Call { chunk, block, x, frame, scratch: self.scratch, context, train: true, keep }
     }
 
-    /// Blocks in a segment (segmented modes).
-    const fn segment(&self) -> usize {
-        match self.config.mode {
-            Mode::Checkpoint { every } => {
-                if every < self.config.blocks {
-                    every
-                } else {
-                    self.config.blocks
-                }
-            }
-            _ => self.config.blocks,
-        }
-    }
-
     /// Frame of block `k` and chunk `c`.
     fn frame_index(&self, k: usize, c: usize) -> usize {
-        let segment = self.segment();
-        if self.config.mode == Mode::Bdia || segment == 1 {
+        if self.config.one_frame() {
             return 0;
         }
-        (k % segment) * self.config.batch.div_ceil(self.config.chunk) + c
+        (k % self.config.segment()) * self.config.batch.div_ceil(self.config.chunk) + c
     }
 
     fn step_gamma(&self, k: usize) -> Result<Gamma> {
@@ -536,10 +643,15 @@ impl Stack {
     /// Whatever the backend or the blocks report.
     pub fn forward<B: UpdateOps>(&mut self, be: &mut B, blocks: &mut impl Blocks<B>, pass: &Pass) -> Result<()> {
         if self.config.mode != Mode::Bdia {
-            let (segment, k) = (self.segment(), self.config.blocks);
-            for s in 0..k.div_ceil(segment) - 1 {
+            let below = self.config.segments() - usize::from(self.config.tail == Tail::Head);
+            for s in 0..below {
                 for (c, first, n) in self.chunks() {
-                    self.run_segment(be, blocks, pass, s, (c, first, n), false)?;
+                    self.run_segment(be, blocks, pass, s, (c, first, n), self.config.waits())?;
+                    if !self.spare[0].is_empty() && self.config.waits() {
+                        let chunk = self.chunk(pass, Site::Head, 0, first, n);
+                        be.copy_reals(self.of(self.output, &chunk), self.part(self.top, &chunk))?;
+                        self.measure_rebuilding(be, blocks, pass, (c, first, n))?;
+                    }
                 }
             }
             return Ok(());
@@ -567,11 +679,16 @@ impl Stack {
     /// # Errors
     /// [`Error::Setting`] with [`Tail::Head`], whose `x_K` the head alone sees; whatever the backend reports.
     pub fn output<B: UpdateOps>(&self, be: &mut B) -> Result<Reals> {
-        let Some(grid) = self.config.grid.filter(|_| self.config.tail == Tail::Output) else {
+        if self.config.tail != Tail::Output {
             return Err(Error::Setting { what: "tail", found: f64::NAN, possible: "an output, to read it" });
-        };
+        }
         let place = self.gradient(self.config.blocks);
-        be.dequantize(grid, self.activation(self.config.blocks), place)?;
+        match self.config.grid {
+            Some(grid) if self.config.mode == Mode::Bdia => {
+                be.dequantize(grid, self.activation(self.config.blocks), place)?;
+            }
+            _ => be.copy_reals(self.output, place)?,
+        }
         Ok(place)
     }
 
@@ -629,7 +746,7 @@ impl Stack {
         if !self.g[1].is_empty() {
             be.fill_reals(self.g[last % 2], B::Real::of(0.0))?;
         }
-        let segments = self.config.blocks.div_ceil(self.segment());
+        let segments = self.config.segments();
         for (c, first, n) in self.chunks() {
             let chunk = self.chunk(pass, Site::Block(last), self.frame_index(last, c), first, n);
             let top = self.part(self.top, &chunk);
@@ -756,8 +873,10 @@ impl Stack {
         (c, first, n): (usize, usize, usize),
         keep: bool,
     ) -> Result<()> {
-        let (segment, k, whole) = (self.segment(), self.config.blocks, self.config.batch * self.config.per_sample);
+        let (segment, k, whole) =
+            (self.config.segment(), self.config.blocks, self.config.batch * self.config.per_sample);
         let range = s * segment..((s + 1) * segment).min(k);
+        let output = self.config.tail == Tail::Output;
         for j in range.clone() {
             let chunk = self.chunk(pass, Site::Block(j), self.frame_index(j, c), first, n);
             let h = self.part(self.h, &chunk);
@@ -773,21 +892,22 @@ impl Stack {
             }
             blocks.residual(be, &call, h)?;
             let ends = j + 1 == range.end;
-            if ends && j + 1 < k && keep {
+            if ends && keep && (j + 1 < k || (output && !self.config.waits())) {
                 // A recomputed segment: its result is known, only its frames were wanted.
                 return Ok(());
             }
+            let last = if output { self.of(self.output, &chunk) } else { self.part(self.top, &chunk) };
             if let Some(grid) = self.config.grid {
                 be.add_quantized(&chunk, grid, running, h, Words::EMPTY)?;
                 if j + 1 == k {
-                    be.dequantize(grid, running, self.part(self.top, &chunk))?;
+                    be.dequantize(grid, running, last)?;
                 } else if ends {
                     be.copy_ints(running, self.of_ints(self.saved_ints.sub((s + 1) * whole, whole), &chunk))?;
                 }
                 continue;
             }
             let target = if j + 1 == k {
-                self.part(self.top, &chunk)
+                last
             } else if ends {
                 self.of(self.saved_reals.sub((s + 1) * whole, whole), &chunk)
             } else {
@@ -810,7 +930,7 @@ impl Stack {
         pass: &Pass,
         s: usize,
     ) -> Result<()> {
-        let (segment, k) = (self.segment(), self.config.blocks);
+        let (segment, k) = (self.config.segment(), self.config.blocks);
         for j in (s * segment..((s + 1) * segment).min(k) - 1).rev() {
             for (c, first, n) in self.chunks() {
                 let chunk = self.chunk(pass, Site::Block(j), self.frame_index(j, c), first, n);
@@ -822,11 +942,17 @@ impl Stack {
     }
 
     fn backward_segments<B: UpdateOps>(&self, be: &mut B, blocks: &mut impl Blocks<B>, pass: &Pass) -> Result<()> {
-        let segment = self.segment();
-        for s in (0..self.config.blocks.div_ceil(segment) - 1).rev() {
-            let last = (s + 1) * segment - 1;
+        let (segment, k, waits) = (self.config.segment(), self.config.blocks, self.config.waits());
+        let output = self.config.tail == Tail::Output;
+        if output && !self.g[1].is_empty() {
+            be.fill_reals(self.g[(k - 1) % 2], B::Real::of(0.0))?;
+        }
+        for s in (0..self.config.segments() - usize::from(!output)).rev() {
+            let last = ((s + 1) * segment).min(k) - 1;
             for (c, first, n) in self.chunks() {
-                self.run_segment(be, blocks, pass, s, (c, first, n), true)?;
+                if !waits {
+                    self.run_segment(be, blocks, pass, s, (c, first, n), true)?;
+                }
                 let chunk = self.chunk(pass, Site::Block(last), self.frame_index(last, c), first, n);
                 self.backpropagate(be, blocks, &chunk, last)?;
             }

@@ -154,19 +154,32 @@ impl BlockShape {
 }
 
 /// `Ord::max` for constant functions.
-const fn larger(a: usize, b: usize) -> usize {
+pub(super) const fn larger(a: usize, b: usize) -> usize {
     if a > b { a } else { b }
 }
 
 /// Cuts handles one after another from a longer one.
-struct Cut(Reals);
+pub(super) struct Cut(pub(super) Reals);
 
 impl Cut {
-    fn take(&mut self, len: usize) -> Reals {
+    pub(super) fn take(&mut self, len: usize) -> Reals {
         let part = self.0.sub(0, len);
         self.0 = self.0.sub(len, self.0.len());
         part
     }
+}
+
+/// Keys and values of the tokens so far, in one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cached {
+    /// `[samples, keys, 2 d]`.
+    pub of: Reals,
+    /// Most tokens of a sample.
+    pub keys: usize,
+    /// The token that is added, from 0.
+    pub position: usize,
+    /// Tokens with that one, for every sample.
+    pub lens: Ints,
 }
 
 /// The intermediates of one call, for `rows = samples · T` rows.
@@ -231,6 +244,18 @@ impl TransformerBlocks {
         ok!(rule.check());
         let updater = Updater { rule, weight_decay: 0.0, lr: 0.0, t: 1, scale: 1.0, fused };
         Ok(Self { shape, tensors, params, updater, gradients: None, key_lens: Ints::EMPTY })
+    }
+
+    /// The same blocks, with the same parameters, for samples of another length.
+    #[must_use]
+    pub const fn with_tokens(mut self, tokens: usize) -> Self {
+        self.shape.tokens = tokens;
+        self
+    }
+
+    /// Where `x + f(x)` is in a call's frame.
+    pub(super) fn mid(&self, call: &Call) -> Reals {
+        self.frame(call).mid
     }
 
     /// The shape of a block.
@@ -312,6 +337,38 @@ impl TransformerBlocks {
             be.dropout(&call.chunk, Draw::AttentionResidualDropout, s.residual_dropout, out)?;
         }
         Ok(())
+    }
+
+    /// The attention branch for one more token of each sample, at inference: `x` and `out` are `[samples, d]`, in a call of
+    /// blocks [`with_tokens`](Self::with_tokens)`(1)`. Keys and values of the tokens before are in `cache`,
+    /// `[samples, keys, 2 d]`, at positions below `position`, where this token's are put; `lens` says `position + 1` for
+    /// every sample.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn next_attention_branch<B: Backend>(
+        &self,
+        be: &mut B,
+        call: &Call,
+        cached: &Cached,
+        x: Reals,
+        out: Reals,
+    ) -> Result<()> {
+        let (s, frame, rows) = (&self.shape, self.frame(call), call.chunk.samples);
+        let (w, m) = (|i| self.value(call, i), |i| self.weight(call, i));
+        let (d, keys) = (s.width, cached.keys);
+        be.layer_norm(s.eps, w(LN_1_W), w(LN_1_B), x, frame.ln_1, frame.ln_1_stats)?;
+        linear(be, rows, m(C_ATTN_W), w(C_ATTN_B), frame.ln_1, frame.qkv)?;
+        for row in 0..rows {
+            let place = (row * keys + cached.position) * 2 * d;
+            be.copy_reals(frame.qkv.sub(row * 3 * d + d, 2 * d), cached.of.sub(place, 2 * d))?;
+        }
+        let [q, ..] = self.qkv(frame.qkv);
+        let [k, v] = [0, d].map(|at| Columns { of: cached.of, stride: 2 * d, at });
+        let (mask, key_lens, temperature) = (Mask::Full, cached.lens, w(TEMPERATURE));
+        let a = Attention { queries: 1, keys, mask, key_lens, dropout: 0.0, temperature, ..s.attention() };
+        be.attention(&call.chunk, &a, q, k, v, frame.attn, frame.lse, call.scratch)?;
+        linear(be, rows, m(ATTN_PROJ_W), w(ATTN_PROJ_B), frame.attn, out)
     }
 
     /// `g(x) = dropout(c_proj(dropout(gelu(c_fc(ln_2(x))))))`: the MLP branch alone.

@@ -33,6 +33,8 @@ pub struct LmHead {
     pub logits: Reals,
     /// `1 / number of unmasked targets` of the whole optimizer step.
     pub scale: f64,
+    /// Label smoothing of training; [`loss`](Self::loss) has none.
+    pub smoothing: f64,
 }
 
 impl LmHead {
@@ -69,9 +71,16 @@ impl LmHead {
         Ok(logits)
     }
 
-    fn loss_of<B: Backend>(&self, be: &mut B, chunk: &Chunk, row: usize, rows: usize, logits: Reals) -> Result<()> {
+    fn loss_of<B: Backend>(
+        &self,
+        be: &mut B,
+        chunk: &Chunk,
+        (row, rows): (usize, usize),
+        logits: Reals,
+        smoothing: f64,
+    ) -> Result<()> {
         let at = chunk.first * self.per_sample + row;
-        let ce = CrossEntropy { vocab: self.vocab, tokens: self.per_sample, row, scale: self.scale, smoothing: 0.0 };
+        let ce = CrossEntropy { vocab: self.vocab, tokens: self.per_sample, row, scale: self.scale, smoothing };
         be.cross_entropy(chunk, &ce, logits, self.targets.sub(at, rows), self.losses.sub(at, rows))
     }
 
@@ -85,7 +94,7 @@ impl LmHead {
         for row in (0..all).step_by(step) {
             let rows = step.min(all - row);
             let logits = self.logits_of(be, rows, y.sub(row * self.width, rows * self.width))?;
-            self.loss_of(be, chunk, row, rows, logits)?;
+            self.loss_of(be, chunk, (row, rows), logits, 0.0)?;
         }
         Ok(())
     }
@@ -110,7 +119,7 @@ impl<B: Backend> Head<B> for LmHead {
             let (y, dy) = (y.sub(row * d, rows * d), dy.sub(row * d, rows * d));
             let logits = self.logits_of(be, rows, y)?;
             // From here on `logits` are their own gradient.
-            self.loss_of(be, chunk, row, rows, logits)?;
+            self.loss_of(be, chunk, (row, rows), logits, self.smoothing)?;
             let p = Product {
                 rows: self.vocab,
                 cols: d,

@@ -5,12 +5,14 @@
 
 mod block;
 mod classifier;
+mod decoder;
 mod embedding;
 mod head;
 mod patches;
 
-pub use block::{BLOCK_TENSORS, BlockShape, TransformerBlocks};
+pub use block::{BLOCK_TENSORS, BlockShape, Cached, TransformerBlocks};
 pub use classifier::{ClassHead, Mixup};
+pub use decoder::{CROSS_TENSORS, DecoderBlocks, EncoderOutput};
 pub use embedding::TokenEmbedding;
 pub use head::LmHead;
 pub use patches::{PatchEmbedding, Patches};

@@ -222,6 +222,7 @@ impl Gpt2 {
             losses,
             logits,
             scale: 1.0,
+            smoothing: 0.0,
         };
         let model = Self {
             setup: *setup,
