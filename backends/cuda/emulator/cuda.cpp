@@ -21,13 +21,12 @@ namespace kernels {
 #include "../kernels/common.cu"
 
 #include "../kernels/update.cu"
-#ifdef ALL
+
 #include "../kernels/nn.cu"
 
 #include "../kernels/attention.cu"
 
 #include "../kernels/optim.cu"
-#endif
 } // namespace kernels
 
 namespace emulator {
@@ -229,10 +228,13 @@ struct Kernel {
 
 static const Kernel table[] = {
     ENTRY(raise), ENTRY(quantize), ENTRY(dequantize), ENTRY(add_quantized), ENTRY(step), ENTRY(inverse), ENTRY(blend),
-    ENTRY(unblend), ENTRY(combine), ENTRY(compare), ENTRY(count_differences), ENTRY(fill),
-#ifdef ALL
-    KERNELS
-#endif
+    ENTRY(unblend), ENTRY(combine), ENTRY(compare), ENTRY(count_differences), ENTRY(fill), ENTRY(add), ENTRY(bias_rows),
+    ENTRY(to_bf16), ENTRY(add_parts), ENTRY(sum_rows), ENTRY(layer_norm), ENTRY(layer_norm_dx), ENTRY(layer_norm_dw),
+    ENTRY(gelu), ENTRY(gelu_vjp), ENTRY(dropout), ENTRY(embed), ENTRY(embed_positions), ENTRY(embed_table),
+    ENTRY(cross_entropy), ENTRY(attention_32), ENTRY(attention_64), ENTRY(attention_128), ENTRY(attention_delta),
+    ENTRY(attention_dq_32), ENTRY(attention_dq_64), ENTRY(attention_dq_128), ENTRY(attention_dkv_32),
+    ENTRY(attention_dkv_64), ENTRY(attention_dkv_128), ENTRY(add_total), ENTRY(squares), ENTRY(squares_total), ENTRY(sgd),
+    ENTRY(adam_w), ENTRY(set_adam_moments), ENTRY(set_adam_sums), ENTRY(set_adam_step),
 };
 
 } // namespace emulator

@@ -21,7 +21,7 @@ typedef unsigned long long u64;
 typedef int32_t i32;
 
 #define __device__
-#define __forceinline__ inline
+#define UNROLL
 #define KERNEL(threads, blocks) static void
 
 namespace emulator {

@@ -25,6 +25,9 @@ template <class T> struct Out {
 
 // A kernel of at most `threads` threads a block, with registers for `blocks` blocks on a multiprocessor.
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+// Before loops over a thread's own few values, so that they stay in registers.
+#define UNROLL _Pragma("unroll")
+#define INFINITY __int_as_float(0x7f800000)
 #define SHARED(T, name, n) __shared__ T name[n]
 template <class T> using Shared = T*;
 #endif

@@ -194,10 +194,10 @@ fn hash((major, minor): (c_int, c_int)) -> u128 {
 /// Names of all kernels in the source.
 pub fn names() -> Vec<String> {
     let mut names = vec![];
-    for line in SOURCE.lines().filter(|line| line.starts_with("KERNEL(")) {
-        if let Some(name) = line.split(") ").nth(1).and_then(|rest| rest.split('(').next()) {
-            names.push(name.to_owned());
-        }
+    for part in SOURCE.split("\nKERNEL(").skip(1) {
+        // KERNEL(threads, blocks) name(parameters …
+        let rest = part.split_once(')').map_or("", |(_, rest)| rest);
+        names.push(rest.split('(').next().unwrap_or_default().trim().to_owned());
     }
     names
 }

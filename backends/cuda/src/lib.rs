@@ -4,6 +4,8 @@ pub mod compile;
 mod device;
 mod error;
 mod library;
+mod nn;
+mod optim;
 mod span;
 mod status;
 mod update;
@@ -21,6 +23,8 @@ pub use error::CudaError;
 
 /// Bytes for partial sums.
 const SCRATCH: usize = 4 << 20;
+/// Bytes for the factors of one product as bf16: those of GPT-2 up to 355M, head and all.
+const HALF: usize = 160 << 20;
 
 /// Where a backend runs, and how it multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -41,6 +45,8 @@ pub struct Cuda {
     words: Memory,
     status: Memory,
     scratch: Memory,
+    /// Room for the factors of a product as bf16.
+    half: Memory,
     /// Number of the next operation that may raise a fault.
     seq: u32,
     /// The fault that the host raised first since the status was read, and its number.
@@ -60,23 +66,25 @@ impl Cuda {
         let arenas = Arenas::of(layout);
         let (free, total) = device.memory()?;
         let bytes = |values: usize| values.saturating_mul(4);
-        let wanted = [bytes(arenas.ints), bytes(arenas.reals), bytes(arenas.words), size_of::<Status>(), SCRATCH];
+        let half = if options.precision == Precision::Bf16 { HALF } else { 0 };
+        let wanted = [bytes(arenas.ints), bytes(arenas.reals), bytes(arenas.words), size_of::<Status>(), SCRATCH, half];
         if wanted.iter().fold(0_usize, |sum, &b| sum.saturating_add(b)) > free {
             return Err(CudaError::Memory { plan, free, total });
         }
-        let [ints, reals, words, status, scratch] = wanted;
+        let [ints, reals, words, status, scratch, half] = wanted;
         let [ints, reals, words] = [device.alloc(ints, plan)?, device.alloc(reals, plan)?, device.alloc(words, plan)?];
-        let (status, scratch) = (device.alloc(status, plan)?, device.alloc(scratch, plan)?);
+        let [status, scratch, half] =
+            [device.alloc(status, plan)?, device.alloc(scratch, plan)?, device.alloc(half, plan)?];
         let call = |_| CudaError::Call { what: "cuMemsetD8Async", error: "the status could not be set" };
         device.set(status.at, 0xFF, status.bytes).map_err(call)?;
-        Ok(Self { device, arenas, ints, reals, words, status, scratch, seq: 0, raised: None, lost: None })
+        Ok(Self { device, arenas, ints, reals, words, status, scratch, half, seq: 0, raised: None, lost: None })
     }
 
-    /// Memory outside the arenas of a layout: the fixed workspace of cuBLAS, room for partial sums, the status. It does
+    /// Memory outside the arenas of a layout: the fixed workspace of cuBLAS, room for partial sums and bf16 factors, the status. It does
     /// not depend on the model. The driver's own context (some hundred MB, for kernels and its queues) is not in it.
     pub const fn library_bytes(precision: Precision) -> usize {
-        let _ = precision;
-        device::BLAS_WORKSPACE + SCRATCH + size_of::<Status>()
+        let half = if matches!(precision, Precision::Bf16) { HALF } else { 0 };
+        device::BLAS_WORKSPACE + SCRATCH + size_of::<Status>() + half
     }
 
     /// The device's name.

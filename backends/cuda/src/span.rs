@@ -22,7 +22,7 @@ macro_rules! parameters {
         unsafe impl Parameter for $t {}
     )*};
 }
-parameters!(Span, Streams, Shape, Report);
+parameters!(Span, Streams, Shape, Report, Attend, Constants);
 
 /// `In` or `Out`: an address and a number of values.
 #[repr(C)]
@@ -99,4 +99,48 @@ pub(crate) struct Report {
     pub first: u64,
     pub per: u64,
     pub vocab: u64,
+}
+
+/// `Matrix` of attention.cu
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix {
+    pub stride: u32,
+    pub at: u32,
+}
+
+/// `Attend` of attention.cu
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Attend {
+    pub heads: u32,
+    pub head_dim: u32,
+    pub queries: u32,
+    pub keys: u32,
+    pub mask: u32,
+    pub scale: f32,
+    pub kept: f32,
+    pub streams: Streams,
+    pub q: Matrix,
+    pub k: Matrix,
+    pub v: Matrix,
+    pub dq: Matrix,
+    pub dk: Matrix,
+    pub dv: Matrix,
+}
+
+/// `Rule` of optim.cu
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Constants {
+    pub shrink: f32,
+    pub scale: f32,
+    pub rate: f32,
+    pub keep1: f32,
+    pub take1: f32,
+    pub keep2: f32,
+    pub take2: f32,
+    pub inverse: f32,
+    pub eps: f32,
+    pub correction: f64,
 }

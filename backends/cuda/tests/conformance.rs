@@ -16,3 +16,15 @@ fn device(layout: &Layout) -> Cuda {
 fn update_operations() {
     testing::update_ops(device).map_err(|f| f.to_string()).unwrap();
 }
+
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn network_operations() {
+    testing::nn_ops(device).map_err(|f| f.to_string()).unwrap();
+}
+
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn optimizers() {
+    testing::optim_ops(device).map_err(|f| f.to_string()).unwrap();
+}
