@@ -218,8 +218,8 @@ impl NnOps for Cuda {
         let (lens, temperature) = (self.ints(a.key_lens), self.reals(a.temperature));
         let (out, lse) = (self.reals(out), self.reals(lse));
         let kernel = match a.head_dim {
-            ..=32 => Kernel::Attention32,
-            ..=64 => Kernel::Attention64,
+            0..=32 => Kernel::Attention32,
+            33..=64 => Kernel::Attention64,
             _ => Kernel::Attention128,
         };
         let grid = [a.queries.div_ceil(tiles(a.head_dim).0), a.heads, chunk.samples];
@@ -260,8 +260,8 @@ impl NnOps for Cuda {
         let args = &mut [arg(&attend), arg(&samples), arg(&out), arg(&dout), arg(&delta)];
         self.device.launch(Kernel::AttentionDelta, [rows.div_ceil(WARPS), 1, 1], THREADS, args)?;
         let (for_q, for_kv) = match a.head_dim {
-            ..=32 => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
-            ..=64 => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
+            0..=32 => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
+            33..=64 => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
             _ => (Kernel::AttentionDq128, Kernel::AttentionDkv128),
         };
         let common = [
