@@ -33,6 +33,7 @@ const FRAC_BITS: u32 = 14;
 /// Whatever the model's library reports: among it a plan that is larger than the machine's memory.
 pub fn run(job: &Job) -> Result<Record, Failure> {
     let config = job.model.config(job);
+    job.machine().check().map_err(bdia_gpt2::error::Failure::Other)?;
     let setup = setup(job, &config)?;
     let (choice, model, layout) = machine::lay_out(&setup, job.backend, None, None)?;
     let base = status("VmRSS");
@@ -41,6 +42,13 @@ pub fn run(job: &Job) -> Result<Record, Failure> {
             let mut be = Cpu::new(&layout, job.threads).map_err(bdia_gpt2::error::Failure::from)?;
             let (mut record, scratch, model) = train(job, &config, &mut be, model, choice, &layout, base)?;
             record.parts = parts(&be, &model, &layout, scratch as u64)?;
+            Ok(record)
+        }
+        BackendKind::Cuda => {
+            let mut be = machine::cuda(&job.machine(), &layout)?;
+            let mut record = train(job, &config, &mut be, model, choice, &layout, base)?.0;
+            let (plan, measured) = (layout.total() as u64, be.allocated_bytes() as u64);
+            record.parts = vec![Part { name: "memory of the device".into(), plan, measured }];
             Ok(record)
         }
         BackendKind::Reference => {
@@ -85,7 +93,7 @@ fn setup(job: &Job, config: &Gpt2Config) -> Result<Setup, Failure> {
         fused: true,
         verify: job.verify,
         threads: job.threads,
-        library: machine::library(job.backend, job.threads),
+        library: machine::library(&job.machine(), job.threads),
     })
 }
 
@@ -143,7 +151,7 @@ fn train<B: Backend<Real = f32>>(
         backend: be.identity().name.into(),
         model: job.model.name().into(),
         mode: job.mode_name(),
-        precision: "f32".into(),
+        precision: machine::precision(&job.machine()).name().into(),
         batch: job.batch(),
         context,
         layers: job.layers,

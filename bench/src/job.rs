@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use bdia_gpt2::cli::{BackendKind, Mode, Size};
+use bdia_gpt2::cli::{BackendKind, MachineArgs, Mode, PrecisionKind, Size};
 use bdia_gpt2::config::{Activation, Gpt2Config};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -103,6 +103,9 @@ pub struct Job {
     /// Who computes
     #[arg(long, value_enum, default_value = "cpu")]
     pub backend: BackendKind,
+    /// Matrix products on a CUDA device
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: PrecisionKind,
     /// Samples [default: the model's]
     #[arg(long)]
     pub batch: Option<usize>,
@@ -146,6 +149,7 @@ impl Job {
             mode,
             checkpoint_every: None,
             backend: BackendKind::Cpu,
+            precision: PrecisionKind::F32,
             batch: None,
             context: None,
             layers: None,
@@ -158,6 +162,11 @@ impl Job {
             weights: None,
             verify: false,
         }
+    }
+
+    /// The machine that the job asks for.
+    pub const fn machine(&self) -> MachineArgs {
+        MachineArgs { precision: self.precision, ..MachineArgs::on(self.backend) }
     }
 
     /// Samples.
@@ -202,6 +211,7 @@ impl Job {
         put("model", name(self.model.to_possible_value()));
         put("mode", name(self.mode.to_possible_value()));
         put("backend", name(self.backend.to_possible_value()));
+        put("precision", name(self.precision.to_possible_value()));
         put("batch", self.batch().to_string());
         put("context", self.tokens().to_string());
         put("threads", self.threads.to_string());

@@ -196,9 +196,12 @@ static void run_block(u32 threads, bool backwards) {
     }
 }
 
+// Not a local variable: those are lost when a failure jumps back.
+static std::unique_ptr<Call> owned;
+
 static bool launch(Call* (*bind)(void**), void** args, Dim grid, u32 threads) {
     failure.clear();
-    std::unique_ptr<Call> owned;
+    owned.reset();
     if (setjmp(outside_of_launch) == 0) {
         if (threads == 0 || threads % 32 || threads > 1024) fail("blocks of %u threads", threads);
         owned.reset(call = bind(args));

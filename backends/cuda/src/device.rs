@@ -172,7 +172,7 @@ pub(crate) struct Device {
     module: Option<sys::CUmodule>,
     functions: Vec<sys::CUfunction>,
     blas: Option<cublas::sys::cublasHandle_t>,
-    allocated: Vec<u64>,
+    allocated: Vec<Memory>,
     name: String,
     capability: u32,
     precision: Precision,
@@ -280,6 +280,11 @@ impl Device {
         self.capability
     }
 
+    /// Bytes of all memory that was allocated.
+    pub(crate) fn allocated(&self) -> usize {
+        self.allocated.iter().map(|m| m.bytes).sum()
+    }
+
     pub(crate) fn precision(&self) -> Precision {
         self.precision
     }
@@ -304,7 +309,7 @@ impl Device {
             }
             other => other.map_err(call("cuMemAlloc"))?,
         };
-        self.allocated.push(at);
+        self.allocated.push(Memory { at, bytes });
         // SAFETY: the allocation has `bytes` bytes.
         unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.map_err(call("cuMemsetD8Async"))?;
         Ok(Memory { at, bytes })
@@ -431,7 +436,7 @@ impl Drop for Device {
             if let Some(handle) = self.blas {
                 let _ = cublas::result::destroy_handle(handle);
             }
-            for &at in &self.allocated {
+            for &Memory { at, .. } in &self.allocated {
                 let _ = result::free_sync(at);
             }
             if let Some(module) = self.module {

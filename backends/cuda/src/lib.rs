@@ -10,6 +10,8 @@ mod span;
 mod status;
 mod update;
 
+use std::sync::{Mutex, PoisonError};
+
 use bdia_core::backend::Identity;
 use bdia_core::check::{Arenas, same};
 use bdia_core::{Error, Fault, Ints, Layout, Reals, Result, Site, Storage, Words};
@@ -39,6 +41,8 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Cuda {
     device: Device,
+    /// For [`Identity`]: precision, device, architecture.
+    name: &'static str,
     arenas: Arenas,
     ints: Memory,
     reals: Memory,
@@ -77,7 +81,12 @@ impl Cuda {
             [device.alloc(status, plan)?, device.alloc(scratch, plan)?, device.alloc(half, plan)?];
         let call = |_| CudaError::Call { what: "cuMemsetD8Async", error: "the status could not be set" };
         device.set(status.at, 0xFF, status.bytes).map_err(call)?;
-        Ok(Self { device, arenas, ints, reals, words, status, scratch, half, seq: 0, raised: None, lost: None })
+        let short = match options.precision {
+            Precision::F32 => String::new(),
+            other => format!("-{}", other.name()),
+        };
+        let name = interned(format!("cuda{short} {} sm_{}", device.name(), device.capability()));
+        Ok(Self { device, name, arenas, ints, reals, words, status, scratch, half, seq: 0, raised: None, lost: None })
     }
 
     /// Memory outside the arenas of a layout: the fixed workspace of cuBLAS, room for partial sums and bf16 factors, the status. It does
@@ -95,6 +104,11 @@ impl Cuda {
     /// Compute capability of the device, `10·major + minor`.
     pub fn capability(&self) -> u32 {
         self.device.capability()
+    }
+
+    /// Bytes that this backend has allocated on the device, all of them when it was made.
+    pub fn allocated_bytes(&self) -> usize {
+        self.device.allocated()
     }
 
     /// Bytes free on the device, and all that it has, as the driver says.
@@ -150,6 +164,18 @@ impl Cuda {
     }
 }
 
+/// The same text for the rest of the program, once for each that differs: an [`Identity`] is plain data.
+fn interned(name: String) -> &'static str {
+    static ALL: Mutex<Vec<&'static str>> = Mutex::new(vec![]);
+    let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = all.iter().find(|known| **known == name) {
+        return known;
+    }
+    let known: &'static str = name.leak();
+    all.push(known);
+    known
+}
+
 /// `len` values of four bytes from the `start`-th on.
 fn span(memory: Memory, start: usize, len: usize) -> Span {
     if len == 0 { Span::EMPTY } else { Span { at: memory.at + 4 * start as u64, len: len as u64 } }
@@ -159,12 +185,7 @@ impl Storage for Cuda {
     type Real = f32;
 
     fn identity(&self) -> Identity {
-        let name = match self.device.precision() {
-            Precision::F32 => "cuda",
-            Precision::Tf32 => "cuda-tf32",
-            Precision::Bf16 => "cuda-bf16",
-        };
-        Identity { name, lanes: 32, fused: true }
+        Identity { name: self.name, lanes: 32, fused: true }
     }
 
     fn read_reals(&self, src: Reals, dst: &mut [f32]) -> Result<()> {
