@@ -66,10 +66,9 @@ fn on_cuda(s: &Setup, chunk: usize, precision: Precision, steps: u32, step: Step
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn exact_and_like_the_reference() {
-    for rule in [
-        Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 },
-        Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 },
-    ] {
+    for rule in
+        [Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 }, Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 }]
+    {
         let s = Setup { rule: Some(rule), ..setup(Mode::Bdia) };
         let (mut model, layout) = lay_out::<f64>(&s, 4, 36);
         let mut memory = Memory::<f64>::new(&layout);
@@ -94,13 +93,8 @@ fn modes_agree_bit_for_bit() {
     let (standard, bits) = of(Mode::Standard, true);
     assert_eq!(bits, of(Mode::Checkpoint { every: 2 }, true).1);
     assert_eq!(bits, of(Mode::Standard, false).1);
-    let clipped = on_cuda(
-        &Setup { fused: false, ..setup(Mode::Standard) },
-        2,
-        Precision::F32,
-        2,
-        Step { clip: 0.01, ..STEP },
-    );
+    let clipped =
+        on_cuda(&Setup { fused: false, ..setup(Mode::Standard) }, 2, Precision::F32, 2, Step { clip: 0.01, ..STEP });
     assert!(standard[0].loss == clipped.0[0].loss && clipped.0[0].grad_norm > 0.01 && bits != clipped.1);
 }
 
