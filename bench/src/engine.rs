@@ -35,6 +35,7 @@ const FRAC_BITS: u32 = 14;
 /// Whatever the model's library reports: among it a plan that is larger than the machine's memory.
 pub fn run(job: &Job) -> Result<Record, Failure> {
     let architecture = job.model.architecture(job);
+    job.machine().check().map_err(bdia_train::Failure::Other)?;
     let settings = settings(job)?;
     match &architecture {
         Architecture::Gpt2(config) => {
@@ -62,6 +63,13 @@ fn on_backend<N: Network>(
             let mut be = Cpu::new(layout, job.threads).map_err(bdia_train::Failure::from)?;
             let (mut record, scratch, model) = train(job, architecture, &mut be, model, choice, layout, base)?;
             record.parts = parts(&be, &model, layout, scratch as u64)?;
+            Ok(record)
+        }
+        BackendKind::Cuda => {
+            let mut be = machine::cuda(&job.machine(), layout)?;
+            let mut record = train(job, architecture, &mut be, model, choice, layout, base)?.0;
+            let (plan, measured) = (layout.total() as u64, be.allocated_bytes() as u64);
+            record.parts = vec![Part { name: "memory of the device".into(), plan, measured }];
             Ok(record)
         }
         BackendKind::Reference => {
@@ -117,7 +125,7 @@ fn settings(job: &Job) -> Result<Settings, Failure> {
         },
         grid: if job.mode == Mode::Bdia { Some(Grid::new(FRAC_BITS)?) } else { None },
         gamma: Gamma::new(0.5, Sign::Random)?,
-        library: machine::library(job.backend, job.threads),
+        library: machine::library(&job.machine(), job.threads),
     })
 }
 
@@ -272,7 +280,7 @@ fn train<B: Backend<Real = f32>, N: Network>(
         backend: be.identity().name.into(),
         model: job.model.name().into(),
         mode: job.mode_name(),
-        precision: "f32".into(),
+        precision: machine::precision(&job.machine()).name().into(),
         batch: job.batch(),
         context: job.tokens(),
         layers: job.layers,

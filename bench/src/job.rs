@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use bdia_core::layers::Patches;
-use bdia_gpt2::cli::{BackendKind, Mode, Size};
+use bdia_gpt2::cli::{BackendKind, MachineArgs, Mode, PrecisionKind, Size};
 use bdia_gpt2::config::Gpt2Config;
 use bdia_vit::model::Dims;
 use clap::{Args, ValueEnum};
@@ -135,6 +135,9 @@ pub struct Job {
     /// Who computes
     #[arg(long, value_enum, default_value = "cpu")]
     pub backend: BackendKind,
+    /// Matrix products on a CUDA device
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: PrecisionKind,
     /// Samples [default: the model's]
     #[arg(long)]
     pub batch: Option<usize>,
@@ -178,6 +181,7 @@ impl Job {
             mode,
             checkpoint_every: None,
             backend: BackendKind::Cpu,
+            precision: PrecisionKind::F32,
             batch: None,
             context: None,
             layers: None,
@@ -190,6 +194,11 @@ impl Job {
             weights: None,
             verify: false,
         }
+    }
+
+    /// The machine that the job asks for.
+    pub const fn machine(&self) -> MachineArgs {
+        MachineArgs { precision: self.precision, ..MachineArgs::on(self.backend) }
     }
 
     /// Samples.
@@ -235,6 +244,7 @@ impl Job {
         put("model", name(self.model.to_possible_value()));
         put("mode", name(self.mode.to_possible_value()));
         put("backend", name(self.backend.to_possible_value()));
+        put("precision", name(self.precision.to_possible_value()));
         put("batch", self.batch().to_string());
         put("context", self.tokens().to_string());
         put("threads", self.threads.to_string());
