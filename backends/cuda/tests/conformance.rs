@@ -2,6 +2,7 @@
 //!
 //! These tests need one, so they are ignored unless asked for: `cargo test -p bdia-cuda -- --ignored` where there is a
 //! GPU; `.ci/cuda` runs them on the emulated device.
+#![allow(clippy::unwrap_used)]
 
 use bdia_core::Layout;
 use bdia_core::testing;

@@ -2,6 +2,7 @@
 //!
 //! NVRTC is, and `ptxas` (its path in `PTXAS`, or on the path), so the tests are ignored unless asked for; `.ci/cuda`
 //! installs both.
+#![allow(clippy::unwrap_used)]
 
 use std::process::Command;
 

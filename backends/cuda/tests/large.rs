@@ -1,5 +1,6 @@
 //! What the conformance suite's sizes do not reach: several tiles and blocks, every width of heads, sums in parts, the
 //! longest paths of the optimizers. Against the reference backend in `f32`, operation by operation.
+#![allow(clippy::unwrap_used)]
 
 use bdia_core::backend::{Attention, Columns, CrossEntropy, Mask};
 use bdia_core::optim::{Rule, Update};

@@ -1,4 +1,5 @@
 //! Memory of the device. A program of its own, with one test, because others on the device would show in the numbers.
+#![allow(clippy::unwrap_used)]
 
 use bdia_core::{Category, Layout};
 use bdia_cuda::{Cuda, CudaError, Options, Precision};
