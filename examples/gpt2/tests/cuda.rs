@@ -162,7 +162,7 @@ fn the_program_trains() {
     let last = said.json();
     assert_eq!(last["verify_mismatches"], 0, "{last}");
     let tight = good(&mut train(&data, &dir.at("other"), "--steps 2 --backend cuda --precision bf16 --dropout 0.1"));
-    assert!(tight.out.contains("cuda-bf16"), "{}", tight.out);
+    assert!(tight.err.contains("cuda-bf16"), "{}", tight.err);
 }
 
 /// Without a driver, or without that device, the program says so and ends with 1.
