@@ -10,7 +10,13 @@ use crate::error::CudaError;
 use crate::library;
 
 /// The kernels, one after another: a single program, so that they share what `common.cu` has.
-pub const SOURCE: &str = concat!(include_str!("../kernels/common.cu"), include_str!("../kernels/update.cu"),);
+pub const SOURCE: &str = concat!(
+    include_str!("../kernels/common.cu"),
+    include_str!("../kernels/update.cu"),
+    include_str!("../kernels/nn.cu"),
+    include_str!("../kernels/attention.cu"),
+    include_str!("../kernels/optim.cu"),
+);
 
 /// Products and sums as they stand: the update's bits do not depend on the compiler. Kernels that may fuse say so.
 const OPTIONS: [&str; 2] = ["--fmad=false", "--std=c++17"];

@@ -456,3 +456,18 @@ pub(crate) fn arg<T: crate::span::Parameter>(x: &T) -> *mut c_void {
 }
 
 const _: () = assert!(size_of::<Span>() == 16);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The emulated device compiles the files by itself, so it would not miss one that NVRTC is not given.
+    #[test]
+    fn the_source_has_every_kernel() {
+        let mut names = compile::names();
+        let mut wanted: Vec<_> = Kernel::ALL.iter().map(|k| k.name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        wanted.sort();
+        assert_eq!(names, wanted);
+    }
+}

@@ -103,7 +103,7 @@ pub fn available_memory() -> Option<u64> {
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// Something to do on a backend of either kind.
+/// Something to do on a backend of any kind.
 pub trait Work {
     /// Does it; `arenas` is what the allocator counted for the backend, or what a device has for it.
     ///
