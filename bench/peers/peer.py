@@ -111,15 +111,16 @@ def adamw(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
 
 
-def measure(args, model, named, step_loss, facts, stack):
+def measure(args, model, named, step_loss, facts, stack, loaded=lambda: None):
     """Trains `args.steps` steps and prints the line. `step_loss(step)` gives the loss tensor; `facts` go into the line;
-    `stack` counted mismatches where it was asked to."""
+    `stack` counted mismatches where it was asked to; `loaded` is called when the parameters come from a file."""
     import torch
 
     if args.save:
         return save(named, args.save)
     if args.weights:
         load(named, args.weights)
+        loaded()
     model.train()
     optimizer = adamw(model, args)
     seconds, losses = [], []

@@ -1,5 +1,5 @@
 """The paper's ViT (`vit_small`: 32x32 images, 9,622,512 parameters with 10 classes), trained on the CPU: everything stored,
-checkpointing, or BDIA. Dropout is at the embedding, in attention, and behind both branches, as in the Rust layers."""
+checkpointing, or BDIA. Dropout is at the embedding, in attention, inside the MLP, and behind both branches."""
 
 import math
 
@@ -59,13 +59,16 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.not_itself.to(q.dtype), dropout_p=p, scale=1.0)
         return self.drop(self.out(mixed.transpose(1, 2).reshape(b, t, HEADS * HEAD_DIM)))
 
+    def mlp(self, x):
+        return self.drop(self.outer(self.drop(F.gelu(self.inner(x)))))
+
     def residual(self, x):
         f = self.attention(self.norm_1(x))
-        return f + self.drop(self.outer(F.gelu(self.inner(self.norm_2(x + f)))))
+        return f + self.mlp(self.norm_2(x + f))
 
     def forward(self, x):
         x = x + self.attention(self.norm_1(x))
-        return x + self.drop(self.outer(F.gelu(self.inner(self.norm_2(x)))))
+        return x + self.mlp(self.norm_2(x))
 
 
 class Vit(nn.Module):
@@ -85,6 +88,32 @@ class Vit(nn.Module):
 
     def logits(self, x):
         return self.head(self.norm(x[:, 0]))
+
+    def named(self):
+        """Parameters by their names in files, with the shapes there."""
+        flat = lambda p: p.detach().view(-1)
+        named = {
+            "patch_embed.norm": self.patches.norm, "patch_embed.proj": self.patches.linear,
+            "norm": self.norm, "head": self.head,
+        }  # fmt: skip
+        tensors = {"cls_token": flat(self.class_token).view(1, 1, -1), "pos_embed": self.positions.detach()[None]}
+        for k, b in enumerate(self.blocks):
+            parts = {
+                "norm1": b.norm_1, "attn.qkv": b.qkv, "attn.proj": b.out,
+                "norm2": b.norm_2, "mlp.fc1": b.inner, "mlp.fc2": b.outer,
+            }  # fmt: skip
+            named |= {f"blocks.{k}.{name}": part for name, part in parts.items()}
+            tensors[f"blocks.{k}.attn.temperature"] = flat(b.temperature)
+        for name, part in named.items():
+            tensors |= {f"{name}.{which}": p.detach() for which, p in part.named_parameters()}
+        return tensors
+
+    def reorder(self):
+        """Files have a patch as [row, column, copy, channel], `unfold` gives [copy, channel, row, column]."""
+        n = 5 * CHANNELS
+        for p in [self.patches.norm.weight, self.patches.norm.bias, self.patches.linear.weight]:
+            there = p.detach().view(-1, PATCH, PATCH, n)
+            p.detach().copy_(there.permute(0, 3, 1, 2).reshape(p.shape).clone())
 
 
 def main():
@@ -112,8 +141,8 @@ def main():
                 x = block(x)
         return F.cross_entropy(model.logits(x), labels)
 
-    facts = {"model": "vit_small", "context": PATCHES + 1, "unit": "images", "items": args.batch}
-    peer.measure(args, model, dict(model.named_parameters()), step_loss, facts, stack)
+    facts = {"model": "vit-small", "context": PATCHES + 1, "unit": "images", "items": args.batch}
+    peer.measure(args, model, model.named(), step_loss, facts, stack, model.reorder)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 //! One addition, multiplication, comparison of floats, division, root, `exp`, `tanh`, `erf` or rounding is **one**
 //! operation (so a multiply-add is two, and a transcendental function, which takes the processor many, is one: the count
 //! is a lower bound of the work). Integer work (side bits, checksums, Philox) and copies are not counted. Causal
-//! attention counts only the pairs that a query sees. Attention's backward pass counts the scores a second time, because
+//! attention counts only the pairs that a query sees (a token of the ViT sees all others). Attention's backward pass counts the scores a second time, because
 //! nothing of size `T²` may be kept. `R` rows (samples · tokens), width `d`, inner width `i`, vocabulary `V`, `K` blocks,
 //! `P` parameters, `pairs` of query and key over all samples, and heads of width `w`:
 //!
 //! | stage | products | other operations |
 //! |---|---|---|
-//! | block, forward | `2R(4d² + 2di) + 4·pairs·H·w` | norms `2·7Rd`, biases `R(5d+i)`, GELU `9Ri` (exact 5), softmax `5·pairs·H + Rd`, sums `2Rd` |
+//! | block, forward | `2R(4d² + 2di) + 4·pairs·H·w` | norms `2·7Rd`, biases `R(5d+i)` (ViT `R(2d+i)`), GELU `9Ri` (exact 5), softmax `5·pairs·H + Rd`, sums `2Rd` |
 //! | block, backward | `4R(4d² + 2di) + 10·pairs·H·w` | norms `2·14Rd`, biases `R(5d+i)`, GELU `16Ri` (exact 11), softmax `6·pairs·H + 2Rd`, sums `2Rd` |
-//! | head, both | `6RdV` | norm `21Rd`, cross-entropy `6RV` |
+//! | head, both (of the ViT: `R = B`) | `6RdV` | norm `21Rd`, cross-entropy `6RV` |
 //! | embedding, both | | `3Rd` |
+//! | patches, both (`N` of `v` values a sample) | `6BNvd` | `21BNv + 3Rd` |
 //! | update of X, forward (K blocks) and inverse (K−1) | | `6Rd` each: `(1-γ)x + (1+γ)h`, scale, round, and `x` from `X` |
 //! | gradient of the update | | `4Rd` a block |
 //! | AdamW with the norm of the gradient | | `16P` |
@@ -20,9 +21,8 @@
 
 use bdia_core::backend::Gelu;
 use bdia_gpt2::cli::Mode;
-use bdia_gpt2::model::Dims;
 
-use crate::job::Job;
+use crate::job::{Architecture, Job};
 
 /// Operations of one stage of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,28 +35,82 @@ pub struct Stage {
     pub other: f64,
 }
 
-/// The stages of a step of a job.
-pub fn stages(job: &Job) -> Vec<Stage> {
-    let config = job.model.config(job);
-    let parameters = config.parameters().unwrap_or(0) as f64;
-    count(&bdia_gpt2::machine::dims(&config), job.mode, job.every(), job.batch(), job.tokens(), parameters)
+/// What the count depends on.
+struct Shape {
+    width: usize,
+    inner: usize,
+    vocab: usize,
+    layers: usize,
+    heads: usize,
+    /// Pairs of query and key, of one sample and head.
+    pairs: f64,
+    gelu: Gelu,
+    /// Dropout: of the embedding, of attention probabilities, of the branches' outputs, inside the MLP.
+    dropout: [f64; 4],
+    qkv_bias: bool,
+    /// Patches of an image and values of a patch; none of text.
+    patches: Option<[usize; 2]>,
+    parameters: f64,
 }
 
-fn count(c: &Dims, mode: Mode, every: usize, batch: usize, tokens: usize, parameters: f64) -> Vec<Stage> {
+/// The stages of a step of a job.
+pub fn stages(job: &Job) -> Vec<Stage> {
+    let t = job.tokens() as f64;
+    let shape = match job.model.architecture(job) {
+        Architecture::Gpt2(config) => {
+            let d = bdia_gpt2::machine::dims(&config);
+            let [input, attention, residual] = d.dropout;
+            Shape {
+                width: d.width,
+                inner: d.inner,
+                vocab: d.vocab,
+                layers: d.layers,
+                heads: d.heads,
+                pairs: t * (t + 1.0) / 2.0,
+                gelu: d.gelu,
+                dropout: [input, attention, residual, 0.0],
+                qkv_bias: true,
+                patches: None,
+                parameters: config.parameters().unwrap_or(0) as f64,
+            }
+        }
+        Architecture::Vit(d) => {
+            let values = d.patches.values();
+            let block = 4 * d.width * d.width + 2 * d.width * d.inner + 6 * d.width + d.inner + 1;
+            let input = values * (2 + d.width) + d.width + (job.tokens() + 1) * d.width;
+            Shape {
+                width: d.width,
+                inner: d.inner,
+                vocab: d.classes,
+                layers: d.layers,
+                heads: d.heads,
+                pairs: t * (t - 1.0),
+                gelu: Gelu::Exact,
+                dropout: d.dropout,
+                qkv_bias: false,
+                patches: Some([d.patches.count(), values]),
+                parameters: (input + d.layers * block + 2 * d.width + d.width * d.classes + d.classes) as f64,
+            }
+        }
+    };
+    count(&shape, job.mode, job.every(), job.batch(), job.tokens())
+}
+
+fn count(c: &Shape, mode: Mode, every: usize, batch: usize, tokens: usize) -> Vec<Stage> {
     let [d, i, v, k, heads] = [c.width, c.inner, c.vocab, c.layers, c.heads].map(|n| n as f64);
     let (samples, t) = (batch as f64, tokens as f64);
     let r = samples * t;
-    let pairs = samples * heads * t * (t + 1.0) / 2.0;
+    let pairs = samples * heads * c.pairs;
     let w = d / heads;
     let (gelu, gelu_vjp) = match c.gelu {
         Gelu::Tanh => (9.0, 16.0),
         Gelu::Exact => (5.0, 11.0),
     };
     let on = |p: f64| f64::from(u8::from(p > 0.0));
-    let [at_input, attention, residual] = c.dropout.map(on);
+    let [at_input, attention, residual, hidden] = c.dropout.map(on);
     let linear = 2.0 * r * (4.0 * d * d + 2.0 * d * i);
-    let dropped = attention * pairs + residual * 2.0 * r * d;
-    let biases = r * (5.0 * d + i);
+    let dropped = attention * pairs + residual * 2.0 * r * d + hidden * r * i;
+    let biases = r * (if c.qkv_bias { 5.0 } else { 2.0 } * d + i);
     let forward = Stage {
         name: "blocks, forward",
         products: linear + 4.0 * pairs * w,
@@ -67,6 +121,9 @@ fn count(c: &Dims, mode: Mode, every: usize, batch: usize, tokens: usize, parame
         products: 2.0 * linear + 10.0 * pairs * w,
         other: 28.0 * r * d + biases + gelu_vjp * r * i + 6.0 * pairs + 2.0 * r * d + 2.0 * r * d + dropped,
     };
+    let patches = c.patches.map_or(0.0, |[n, values]| samples * (n * values) as f64);
+    // Text: every row goes through the head; an image: its class token.
+    let head_rows = if c.patches.is_some() { samples } else { r };
     let times = |s: Stage, n: f64| Stage { products: s.products * n, other: s.other * n, ..s };
     let again = match mode {
         Mode::Bdia => k - 1.0,
@@ -83,13 +140,17 @@ fn count(c: &Dims, mode: Mode, every: usize, batch: usize, tokens: usize, parame
         Mode::Standard | Mode::Checkpoint => (r * d * k, 0.0),
     };
     vec![
-        Stage { name: "embedding", products: 0.0, other: 3.0 * r * d + 2.0 * at_input * r * d },
+        Stage {
+            name: "embedding",
+            products: 6.0 * patches * d,
+            other: 21.0 * patches + 3.0 * r * d + 2.0 * at_input * r * d,
+        },
         times(forward, k),
         Stage { name: "blocks, recomputed", ..times(forward, again) },
         times(backward, k),
-        Stage { name: "head and loss", products: 6.0 * r * d * v, other: 21.0 * r * d + 6.0 * r * v },
+        Stage { name: "head and loss", products: 6.0 * head_rows * d * v, other: head_rows * (21.0 * d + 6.0 * v) },
         Stage { name: "update of X, inverse, G", products: 0.0, other: update + gradient },
-        Stage { name: "AdamW", products: 0.0, other: 16.0 * parameters },
+        Stage { name: "AdamW", products: 0.0, other: 16.0 * c.parameters },
     ]
 }
 
@@ -110,7 +171,7 @@ mod tests {
     /// What BDIA costs by the count: the forward pass of K−1 of K blocks.
     #[test]
     fn bdia_over_standard() {
-        for (model, ratio) in [(Model::Gpt2, 1.21), (Model::Gpt2Medium, 1.28), (Model::VitBlocks, 1.28)] {
+        for (model, ratio) in [(Model::Gpt2, 1.21), (Model::Gpt2Medium, 1.28), (Model::VitSmall, 1.27)] {
             let found = of(model, Mode::Bdia, 1) / of(model, Mode::Standard, 1);
             assert!((found - ratio).abs() < 0.015, "{model:?}: {found}");
         }
@@ -122,6 +183,12 @@ mod tests {
         let products: f64 = stages(&Job::new(Model::Gpt2, Mode::Standard)).iter().map(|s| s.products).sum();
         let weights = (12.0 * 12.0 * 768.0 * 768.0) + 50257.0 * 768.0;
         assert!((products / (6.0 * 1024.0 * weights) - 1.0).abs() < 0.03);
+    }
+
+    #[test]
+    fn parameters_of_the_vit() {
+        let update = stages(&Job::new(Model::VitSmall, Mode::Bdia)).pop().unwrap();
+        assert_eq!(update.other / 16.0, 9_622_512.0);
     }
 
     #[test]

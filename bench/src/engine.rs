@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
 use std::time::Instant;
 
 use bdia_core::arena::{Category, Ints, Layout, Reals, Words};
@@ -15,10 +16,12 @@ use bdia_gpt2::alloc::Counting;
 use bdia_gpt2::cli::{BackendKind, Mode};
 use bdia_gpt2::config::Gpt2Config;
 use bdia_gpt2::machine;
-use bdia_gpt2::model::{Gpt2, Setup, Step};
+use bdia_gpt2::model as gpt2;
+use bdia_train::weights::FILE;
+use bdia_vit::model as vit;
 
 use crate::Failure;
-use crate::job::{Job, Part, Record, median};
+use crate::job::{Architecture, Job, Part, Record, median};
 
 /// Settings that the peers have as well.
 const LR: f64 = 3e-4;
@@ -26,67 +29,215 @@ const WEIGHT_DECAY: f64 = 0.1;
 const RULE: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 const FRAC_BITS: u32 = 14;
 
-/// Runs a job. Every model of the report comes through here; one that is not a GPT-2 (the ViT of `examples/vit`) is
-/// dispatched here, by [`crate::job::Model`].
+/// Runs a job.
 ///
 /// # Errors
 /// Whatever the model's library reports: among it a plan that is larger than the machine's memory.
 pub fn run(job: &Job) -> Result<Record, Failure> {
-    let config = job.model.config(job);
-    let setup = setup(job, &config)?;
-    let (choice, model, layout) = machine::lay_out(&setup, job.backend, None, None)?;
+    let architecture = job.model.architecture(job);
+    job.machine().check().map_err(bdia_train::Failure::Other)?;
+    let settings = settings(job)?;
+    match &architecture {
+        Architecture::Gpt2(config) => {
+            let (choice, model, layout) = machine::lay_out(&gpt2(job, config, &settings), job.backend, None, None)?;
+            on_backend(job, &architecture, model, choice, &layout)
+        }
+        Architecture::Vit(dims) => {
+            let setup = vit(job, *dims, &settings);
+            let (choice, model, layout) = bdia_vit::train::lay_out(&setup, job.backend, None, None)?;
+            on_backend(job, &architecture, model, choice, &layout)
+        }
+    }
+}
+
+fn on_backend<N: Network>(
+    job: &Job,
+    architecture: &Architecture,
+    model: N,
+    choice: Choice,
+    layout: &Layout,
+) -> Result<Record, Failure> {
     let base = status("VmRSS");
     match job.backend {
         BackendKind::Cpu => {
-            let mut be = Cpu::new(&layout, job.threads).map_err(bdia_gpt2::error::Failure::from)?;
-            let (mut record, scratch, model) = train(job, &config, &mut be, model, choice, &layout, base)?;
-            record.parts = parts(&be, &model, &layout, scratch as u64)?;
+            let mut be = Cpu::new(layout, job.threads).map_err(bdia_train::Failure::from)?;
+            let (mut record, scratch, model) = train(job, architecture, &mut be, model, choice, layout, base)?;
+            record.parts = parts(&be, &model, layout, scratch as u64)?;
+            Ok(record)
+        }
+        BackendKind::Cuda => {
+            let mut be = machine::cuda(&job.machine(), layout)?;
+            let mut record = train(job, architecture, &mut be, model, choice, layout, base)?.0;
+            let (plan, measured) = (layout.total() as u64, be.allocated_bytes() as u64);
+            record.parts = vec![Part { name: "memory of the device".into(), plan, measured }];
             Ok(record)
         }
         BackendKind::Reference => {
             let (ints, reals, words) = layout.arenas();
             let (mut ints, mut reals, mut words) = (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
-            let mut be = Reference::new(&layout, &mut ints, &mut reals, &mut words)?;
-            Ok(train(job, &config, &mut be, model, choice, &layout, base)?.0)
+            let mut be = Reference::new(layout, &mut ints, &mut reals, &mut words)?;
+            Ok(train(job, architecture, &mut be, model, choice, layout, base)?.0)
         }
     }
 }
 
-/// Writes the job's initial parameters in Hugging Face's layout, for both sides to start from.
+/// Writes the job's initial parameters as a safetensors file, for both sides to start from.
 ///
 /// # Errors
 /// Files that cannot be written.
-pub fn init(job: &Job, dir: &std::path::Path) -> Result<(), Failure> {
-    let config = job.model.config(job);
-    let setup = Setup { rule: None, batch: 1, ..setup(job, &config)? };
-    let (_, model, layout) = machine::lay_out(&setup, BackendKind::Cpu, None, None)?;
-    let mut be = Cpu::new(&layout, job.threads).map_err(bdia_gpt2::error::Failure::from)?;
-    model.initialize(&mut be, job.seed)?;
+pub fn init(job: &Job, dir: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(dir).map_err(|error| Failure::File { path: dir.into(), error })?;
-    config.write_dir(dir).map_err(bdia_gpt2::error::Failure::from)?;
-    Ok(machine::save_weights(dir, &be, &model)?)
+    let settings = settings(job)?;
+    match job.model.architecture(job) {
+        Architecture::Gpt2(config) => {
+            let setup = gpt2::Setup { rule: None, batch: 1, ..gpt2(job, &config, &settings) };
+            let (_, model, layout) = machine::lay_out(&setup, BackendKind::Cpu, None, None)?;
+            let mut be = Cpu::new(&layout, job.threads).map_err(bdia_train::Failure::from)?;
+            model.initialize(&mut be, job.seed)?;
+            config.write_dir(dir).map_err(bdia_gpt2::error::Failure::from)?;
+            Ok(machine::save_weights(dir, &be, &model)?)
+        }
+        Architecture::Vit(dims) => {
+            let setup = vit::Setup { rule: None, batch: 1, ..vit(job, dims, &settings) };
+            let (_, model, layout) = bdia_vit::train::lay_out(&setup, BackendKind::Cpu, None, None)?;
+            let mut be = Cpu::new(&layout, job.threads).map_err(bdia_train::Failure::from)?;
+            model.initialize(&mut be, job.seed)?;
+            Ok(bdia_vit::train::save_weights(&dir.join(FILE), &be, &model)?)
+        }
+    }
 }
 
-fn setup(job: &Job, config: &Gpt2Config) -> Result<Setup, Failure> {
-    let mode = match job.mode {
-        Mode::Bdia => stack::Mode::Bdia,
-        Mode::Standard => stack::Mode::Standard,
-        Mode::Checkpoint => stack::Mode::Checkpoint { every: job.every() },
-        Mode::BdiaFloat => stack::Mode::BdiaFloat,
-    };
-    Ok(Setup {
+/// What both models are set up with.
+struct Settings {
+    mode: stack::Mode,
+    grid: Option<Grid>,
+    gamma: Gamma,
+    library: usize,
+}
+
+fn settings(job: &Job) -> Result<Settings, Failure> {
+    Ok(Settings {
+        mode: match job.mode {
+            Mode::Bdia => stack::Mode::Bdia,
+            Mode::Standard => stack::Mode::Standard,
+            Mode::Checkpoint => stack::Mode::Checkpoint { every: job.every() },
+            Mode::BdiaFloat => stack::Mode::BdiaFloat,
+        },
+        grid: if job.mode == Mode::Bdia { Some(Grid::new(FRAC_BITS)?) } else { None },
+        gamma: Gamma::new(0.5, Sign::Random)?,
+        library: machine::library(&job.machine(), job.threads),
+    })
+}
+
+fn gpt2(job: &Job, config: &Gpt2Config, s: &Settings) -> gpt2::Setup {
+    gpt2::Setup {
         dims: machine::dims(config),
         batch: job.batch(),
         context: job.tokens(),
-        mode,
-        grid: if job.mode == Mode::Bdia { Some(Grid::new(FRAC_BITS)?) } else { None },
-        gamma: Gamma::new(0.5, Sign::Random)?,
+        mode: s.mode,
+        grid: s.grid,
+        gamma: s.gamma,
         rule: Some(RULE),
         fused: true,
         verify: job.verify,
         threads: job.threads,
-        library: machine::library(job.backend, job.threads),
-    })
+        library: s.library,
+    }
+}
+
+fn vit(job: &Job, dims: vit::Dims, s: &Settings) -> vit::Setup {
+    vit::Setup {
+        dims,
+        batch: job.batch(),
+        chunk: 1,
+        mode: s.mode,
+        grid: s.grid,
+        gamma: s.gamma,
+        rule: Some(RULE),
+        fused: true,
+        verify: job.verify,
+        drop_path: 0.0,
+        smoothing: 0.0,
+        mixup: false,
+        threads: job.threads,
+        library: s.library,
+    }
+}
+
+/// A model that is measured. Every step sees the same batch: then the losses show whether gradients and updates agree.
+trait Network {
+    fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure>;
+    fn prepare(&mut self);
+    /// Loss and mismatches of a step.
+    fn step<B: Backend<Real = f32>>(&mut self, job: &Job, be: &mut B, step: u32) -> Result<(f64, u64), Failure>;
+    /// Values, gradient and optimizer state of every parameter tensor.
+    fn tensors(&self) -> Vec<(Reals, Reals, [Reals; 2])>;
+}
+
+impl Network for gpt2::Gpt2 {
+    fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure> {
+        match (&job.weights, job.model.architecture(job)) {
+            (Some(dir), Architecture::Gpt2(config)) => machine::load_weights(dir, &config, be, self)?,
+            _ => self.initialize(be, job.seed)?,
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self) {
+        self.prepare();
+    }
+
+    fn step<B: Backend<Real = f32>>(&mut self, job: &Job, be: &mut B, step: u32) -> Result<(f64, u64), Failure> {
+        let plan = gpt2::Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0, accumulate: 1 };
+        let (context, vocab) = (job.tokens(), self.setup().dims.vocab as u64);
+        let outcome = self.train(be, &plan, |_, tokens, targets| {
+            for (i, (sample, next)) in tokens.chunks_mut(context).zip(targets.chunks_mut(context)).enumerate() {
+                let at = |t: usize| (number(job.seed, (i * (context + 1) + t) as u64) % vocab) as i32;
+                for t in 0..context {
+                    (sample[t], next[t]) = (at(t), at(t + 1));
+                }
+            }
+            Ok::<(), Error>(())
+        })?;
+        Ok((outcome.loss, outcome.mismatches))
+    }
+
+    fn tensors(&self) -> Vec<(Reals, Reals, [Reals; 2])> {
+        self.tensors().into_iter().map(|t| (t.values, t.gradient, t.state)).collect()
+    }
+}
+
+impl Network for vit::Vit {
+    fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure> {
+        match &job.weights {
+            Some(dir) => bdia_vit::train::load_weights(&dir.join(FILE), be, self)?,
+            None => self.initialize(be, job.seed)?,
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self) {
+        self.prepare();
+    }
+
+    fn step<B: Backend<Real = f32>>(&mut self, job: &Job, be: &mut B, step: u32) -> Result<(f64, u64), Failure> {
+        let plan = vit::Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0, share: 1.0 };
+        let (batch, classes) = (job.batch(), self.setup().dims.classes as u64);
+        let outcome = self.train(be, &plan, |i, pixels| {
+            let first = batch + i * pixels.len();
+            for (at, pixel) in pixels.iter_mut().enumerate() {
+                // The upper 24 bits, from -1 to 1.
+                *pixel = (number(job.seed, (first + at) as u64) >> 40) as f64 / f64::from(1 << 23) - 1.0;
+            }
+            let label = (number(job.seed, i as u64) % classes) as i32;
+            Ok::<_, Error>([label; 2])
+        })?;
+        Ok((outcome.loss, outcome.mismatches))
+    }
+
+    fn tensors(&self) -> Vec<(Reals, Reals, [Reals; 2])> {
+        self.tensors().into_iter().map(|t| (t.values, t.gradient, t.state)).collect()
+    }
 }
 
 /// Well-mixed 64-bit numbers, as `bench/peers/peer.py` makes them.
@@ -99,42 +250,28 @@ fn number(seed: u64, i: u64) -> u64 {
 }
 
 /// Trains; also gives what the allocator gave during the steps at most, without what was there before, and the model.
-fn train<B: Backend<Real = f32>>(
+fn train<B: Backend<Real = f32>, N: Network>(
     job: &Job,
-    config: &Gpt2Config,
+    architecture: &Architecture,
     be: &mut B,
-    mut model: Gpt2,
+    mut model: N,
     choice: Choice,
     layout: &Layout,
     base_rss: u64,
-) -> Result<(Record, usize, Gpt2), Failure> {
-    match &job.weights {
-        Some(dir) => machine::load_weights(dir, config, be, &model)?,
-        None => model.initialize(be, job.seed)?,
-    }
+) -> Result<(Record, usize, N), Failure> {
+    model.initialize(job, be)?;
     model.prepare();
-    let (context, vocab) = (job.tokens(), config.vocab_size as u64);
     let (mut seconds, mut losses, mut mismatches) = (Vec::new(), Vec::new(), 0);
     seconds.reserve_exact(job.steps);
     losses.reserve_exact(job.steps);
     let before = Counting::current();
     Counting::reset_peak();
     for step in 0..job.steps as u32 {
-        let plan = Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0, accumulate: 1 };
         let clock = Instant::now();
-        // The same batch in every step: then the losses show whether gradients and updates agree.
-        let outcome = model.train(be, &plan, |_, tokens, targets| {
-            for (i, (sample, next)) in tokens.chunks_mut(context).zip(targets.chunks_mut(context)).enumerate() {
-                let at = |t: usize| (number(job.seed, (i * (context + 1) + t) as u64) % vocab) as i32;
-                for t in 0..context {
-                    (sample[t], next[t]) = (at(t), at(t + 1));
-                }
-            }
-            Ok::<(), Error>(())
-        })?;
+        let (loss, differing) = model.step(job, be, step)?;
         seconds.push(clock.elapsed().as_secs_f64());
-        losses.push(outcome.loss);
-        mismatches += outcome.mismatches;
+        losses.push(loss);
+        mismatches += differing;
     }
     let scratch = Counting::peak().saturating_sub(before);
     let counted = median(&seconds[job.warmup.min(seconds.len().saturating_sub(1))..]);
@@ -143,9 +280,9 @@ fn train<B: Backend<Real = f32>>(
         backend: be.identity().name.into(),
         model: job.model.name().into(),
         mode: job.mode_name(),
-        precision: "f32".into(),
+        precision: machine::precision(&job.machine()).name().into(),
         batch: job.batch(),
-        context,
+        context: job.tokens(),
         layers: job.layers,
         unit: job.model.unit().into(),
         threads: job.threads,
@@ -155,10 +292,13 @@ fn train<B: Backend<Real = f32>>(
         items_per_s: if counted > 0.0 { job.items() as f64 / counted } else { 0.0 },
         peak_rss: status("VmHWM"),
         base_rss,
-        parameters: model.parameters() as u64,
+        parameters: model.tensors().iter().map(|t| t.0.len() as u64).sum(),
         losses,
         mismatches: (job.verify && job.mode == Mode::Bdia).then_some(mismatches),
-        version: machine::identity(be),
+        version: match architecture {
+            Architecture::Gpt2(_) => machine::identity(be),
+            Architecture::Vit(_) => bdia_vit::train::identity(be),
+        },
         choice: Some((choice.chunk, choice.head_rows)),
         plan: Category::ALL.map(|c| (c.to_string(), layout.bytes(c) as u64)).into(),
         parts: Vec::new(),
@@ -167,19 +307,19 @@ fn train<B: Backend<Real = f32>>(
 }
 
 /// Plan beside the pages that are there, by what can be told apart from outside.
-fn parts(be: &Cpu, model: &Gpt2, layout: &Layout, scratch: u64) -> Result<Vec<Part>, Failure> {
+fn parts<N: Network>(be: &Cpu, model: &N, layout: &Layout, scratch: u64) -> Result<Vec<Part>, Failure> {
     let bytes = |c| layout.bytes(c) as u64;
     let (ints, reals, words) = layout.arenas();
     let mut pages = Pages::open()?;
     let [mut parameters, mut gradients, mut optimizer] = [0; 3];
     let mut seen = BTreeSet::new();
-    for t in model.tensors() {
-        parameters += pages.resident(be.reals(t.values)?)?;
+    for (values, gradient, states) in model.tensors() {
+        parameters += pages.resident(be.reals(values)?)?;
         // The blocks share one buffer, tensor by tensor; every place counts once.
-        if seen.insert(t.gradient.start()) {
-            gradients += pages.resident(be.reals(t.gradient)?)?;
+        if seen.insert(gradient.start()) {
+            gradients += pages.resident(be.reals(gradient)?)?;
         }
-        for state in t.state {
+        for state in states {
             optimizer += pages.resident(be.reals(state)?)?;
         }
     }

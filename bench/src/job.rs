@@ -3,8 +3,10 @@
 
 use std::path::PathBuf;
 
-use bdia_gpt2::cli::{BackendKind, Mode, Size};
-use bdia_gpt2::config::{Activation, Gpt2Config};
+use bdia_core::layers::Patches;
+use bdia_gpt2::cli::{BackendKind, MachineArgs, Mode, PrecisionKind, Size};
+use bdia_gpt2::config::Gpt2Config;
+use bdia_vit::model::Dims;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -24,33 +26,63 @@ pub enum Model {
     Mini,
     /// 3 blocks of width 64 and 512 tokens: runs in milliseconds, also on the reference backend.
     Tiny,
-    /// The transformer of the paper's ViT inside a GPT-2: 6 blocks of width 512, 8 heads, MLP 512, exact GELU, 65 tokens,
-    /// 10 classes, causal. An image is one sample.
-    VitBlocks,
+    /// The paper's ViT for images of 32×32 and 10 classes: 6 blocks of width 512, 8 heads, MLP 512, 65 tokens. An image is
+    /// one sample.
+    VitSmall,
+}
+
+/// What a job trains.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Architecture {
+    /// A GPT-2.
+    Gpt2(Box<Gpt2Config>),
+    /// A vision transformer.
+    Vit(Dims),
+}
+
+impl Architecture {
+    /// Blocks.
+    pub fn layers(&self) -> usize {
+        match self {
+            Self::Gpt2(c) => c.n_layer,
+            Self::Vit(d) => d.layers,
+        }
+    }
+
+    /// Words, or classes.
+    pub fn vocab(&self) -> usize {
+        match self {
+            Self::Gpt2(c) => c.vocab_size,
+            Self::Vit(d) => d.classes,
+        }
+    }
 }
 
 impl Model {
     /// The architecture; dropout as asked for.
-    pub fn config(self, job: &Job) -> Gpt2Config {
+    pub fn architecture(self, job: &Job) -> Architecture {
         let mut c = match self {
             Self::Gpt2 => Gpt2Config::preset(Size::Gpt2),
             Self::Gpt2Medium => Gpt2Config::preset(Size::Medium),
             Self::Mini => Gpt2Config::preset(Size::Mini),
             Self::Tiny => Gpt2Config { n_layer: 3, n_embd: 64, n_positions: 64, ..Gpt2Config::preset(Size::Mini) },
-            Self::VitBlocks => Gpt2Config {
-                n_layer: 6,
-                n_head: 8,
-                n_embd: 512,
-                n_inner: Some(512),
-                n_positions: 65,
-                activation_function: Activation::Gelu,
-                ..Gpt2Config::preset(Size::Mini)
-            },
+            Self::VitSmall => {
+                return Architecture::Vit(Dims {
+                    patches: Patches { channels: 3, height: 32, width: 32, patch: 4, shifted: true },
+                    classes: job.vocab.unwrap_or(10),
+                    width: 512,
+                    layers: job.layers.unwrap_or(6),
+                    heads: 8,
+                    inner: 512,
+                    eps: 1e-5,
+                    locality: true,
+                    dropout: [job.dropout; 4],
+                    two_streams: false,
+                });
+            }
         };
-        match self {
-            Self::Tiny => c.set_vocab(512),
-            Self::VitBlocks => c.set_vocab(10),
-            _ => {}
+        if self == Self::Tiny {
+            c.set_vocab(512);
         }
         if let Some(vocab) = job.vocab {
             c.set_vocab(vocab);
@@ -58,7 +90,7 @@ impl Model {
         c.set_dropout(job.dropout);
         c.n_layer = job.layers.unwrap_or(c.n_layer);
         c.n_positions = c.n_positions.max(job.context(c.n_positions));
-        c
+        Architecture::Gpt2(Box::new(c))
     }
 
     /// The batch and the context that it is measured with, unless a job says otherwise.
@@ -67,7 +99,7 @@ impl Model {
             Self::Gpt2 | Self::Gpt2Medium => (4, 256),
             Self::Mini => (8, 128),
             Self::Tiny => (4, 32),
-            Self::VitBlocks => (128, 65),
+            Self::VitSmall => (128, 65),
         }
     }
 
@@ -78,13 +110,13 @@ impl Model {
             Self::Gpt2Medium => "gpt2-medium",
             Self::Mini => "mini",
             Self::Tiny => "tiny",
-            Self::VitBlocks => "vit-blocks",
+            Self::VitSmall => "vit-small",
         }
     }
 
     /// What its speed counts.
     pub const fn unit(self) -> &'static str {
-        if matches!(self, Self::VitBlocks) { "images" } else { "tokens" }
+        if matches!(self, Self::VitSmall) { "images" } else { "tokens" }
     }
 }
 
@@ -103,16 +135,19 @@ pub struct Job {
     /// Who computes
     #[arg(long, value_enum, default_value = "cpu")]
     pub backend: BackendKind,
+    /// Matrix products on a CUDA device
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: PrecisionKind,
     /// Samples [default: the model's]
     #[arg(long)]
     pub batch: Option<usize>,
-    /// Tokens of a sample [default: the model's]
+    /// Tokens of a sample; of an image always 65 [default: the model's]
     #[arg(long)]
     pub context: Option<usize>,
     /// Blocks, in place of the model's
     #[arg(long)]
     pub layers: Option<usize>,
-    /// Vocabulary, in place of the model's
+    /// Vocabulary, or classes, in place of the model's
     #[arg(long)]
     pub vocab: Option<usize>,
     /// Threads
@@ -146,6 +181,7 @@ impl Job {
             mode,
             checkpoint_every: None,
             backend: BackendKind::Cpu,
+            precision: PrecisionKind::F32,
             batch: None,
             context: None,
             layers: None,
@@ -160,13 +196,19 @@ impl Job {
         }
     }
 
+    /// The machine that the job asks for.
+    pub const fn machine(&self) -> MachineArgs {
+        MachineArgs { precision: self.precision, ..MachineArgs::on(self.backend) }
+    }
+
     /// Samples.
     pub fn batch(&self) -> usize {
         self.batch.unwrap_or(self.model.usual().0)
     }
 
     fn context(&self, positions: usize) -> usize {
-        self.context.unwrap_or(self.model.usual().1.min(positions))
+        let given = self.context.filter(|_| self.model != Model::VitSmall);
+        given.unwrap_or(self.model.usual().1.min(positions))
     }
 
     /// Tokens of a sample.
@@ -181,7 +223,7 @@ impl Job {
 
     /// Blocks of a segment in mode checkpoint.
     pub fn every(&self) -> usize {
-        bdia_gpt2::machine::checkpoint_every(self.checkpoint_every, self.model.config(self).n_layer)
+        bdia_gpt2::machine::checkpoint_every(self.checkpoint_every, self.model.architecture(self).layers())
     }
 
     /// The mode, with its segment length.
@@ -202,6 +244,7 @@ impl Job {
         put("model", name(self.model.to_possible_value()));
         put("mode", name(self.mode.to_possible_value()));
         put("backend", name(self.backend.to_possible_value()));
+        put("precision", name(self.precision.to_possible_value()));
         put("batch", self.batch().to_string());
         put("context", self.tokens().to_string());
         put("threads", self.threads.to_string());
@@ -328,7 +371,7 @@ mod tests {
 
     #[test]
     fn flags_say_the_same_job() {
-        let mut job = Job::new(Model::VitBlocks, Mode::Checkpoint);
+        let mut job = Job::new(Model::VitSmall, Mode::Checkpoint);
         (job.layers, job.verify, job.dropout, job.weights) = (Some(3), true, 0.1, Some("a b".into()));
         (job.checkpoint_every, job.batch, job.context) = (Some(2), Some(7), Some(65));
         job.vocab = Some(11);
@@ -339,14 +382,5 @@ mod tests {
     #[test]
     fn medians() {
         assert_eq!((median(&[]), median(&[3.0]), median(&[4.0, 1.0, 2.0]), median(&[1.0, 2.0])), (0.0, 3.0, 2.0, 1.5));
-    }
-
-    /// The paper's ViT without patches, class token, positions and head: 6 · 1,576,449 less 6 temperatures, plus the
-    /// biases of q, k and v, which GPT-2 has.
-    #[test]
-    fn vit_blocks_are_those_of_the_paper() {
-        let c = Model::VitBlocks.config(&Job::new(Model::VitBlocks, Mode::Bdia));
-        let ends = (10 + 65 + 2) * 512;
-        assert_eq!(c.parameters().unwrap() - ends, 6 * (1_576_449 - 1 + 3 * 512));
     }
 }

@@ -63,7 +63,7 @@ pub const GPT2: Shapes = Shapes {
     heads: 12,
     inner: 3072,
     vocab: 50257,
-    head_rows: 256,
+    head_rows: 192,
     gelu: Gelu::Tanh,
     mask: Mask::Causal,
 };

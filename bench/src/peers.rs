@@ -6,7 +6,7 @@ use std::process::Command;
 use bdia_core::backend::Gelu;
 
 use crate::Failure;
-use crate::job::{Job, Record};
+use crate::job::{Architecture, Job, Record};
 
 /// How a peer trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,12 +48,16 @@ impl Python {
         Self { python, programs: Path::new(env!("CARGO_MANIFEST_DIR")).join("peers") }
     }
 
-    /// The GPT-2 of transformers with a job's dimensions, data and settings.
+    /// The same model with a job's dimensions, data and settings: the GPT-2 of transformers, or the paper's ViT.
     ///
     /// # Errors
     /// A program that cannot be started, fails, or prints something else.
-    pub fn gpt2(&self, job: &Job, peer: Peer) -> Result<Record, Failure> {
-        let d = bdia_gpt2::machine::dims(&job.model.config(job));
+    pub fn run(&self, job: &Job, peer: Peer) -> Result<Record, Failure> {
+        let config = match job.model.architecture(job) {
+            Architecture::Vit(_) => return output(self.command("vit_small.py", job, peer)),
+            Architecture::Gpt2(config) => config,
+        };
+        let d = bdia_gpt2::machine::dims(&config);
         let mut command = self.command("gpt2.py", job, peer);
         command.args(["--model", job.model.name(), "--context", &job.tokens().to_string()]);
         for (flag, n) in [
@@ -67,18 +71,7 @@ impl Python {
             command.args([format!("--{flag}"), n.to_string()]);
         }
         command.args(["--gelu", if d.gelu == Gelu::Tanh { "tanh" } else { "exact" }]);
-        if let Some(dir) = &job.weights {
-            command.arg("--weights").arg(dir.join(bdia_gpt2::weights::FILE));
-        }
         output(command)
-    }
-
-    /// The paper's ViT.
-    ///
-    /// # Errors
-    /// As [`gpt2`](Self::gpt2).
-    pub fn vit_small(&self, job: &Job, peer: Peer) -> Result<Record, Failure> {
-        output(self.command("vit_small.py", job, peer))
     }
 
     fn command(&self, program: &str, job: &Job, peer: Peer) -> Command {
@@ -93,6 +86,9 @@ impl Python {
             ("seed", job.seed.to_string()),
         ] {
             command.args([format!("--{flag}"), value]);
+        }
+        if let Some(dir) = &job.weights {
+            command.arg("--weights").arg(dir.join(bdia_gpt2::weights::FILE));
         }
         if job.verify {
             command.arg("--verify");

@@ -27,9 +27,16 @@ impl Roof {
     /// # Errors
     /// Memory or threads that cannot be had.
     pub fn measure(threads: usize, seconds: f64) -> Result<Self, Failure> {
-        let flops = square(threads, seconds).max(backend(threads, seconds)?);
-        Ok(Self { threads, flops, bandwidth: copy(threads, seconds) })
+        Ok(Self { threads, flops: product(threads, seconds)?, bandwidth: copy(threads, seconds) })
     }
+}
+
+/// The product alone, see [`Roof::flops`].
+///
+/// # Errors
+/// Memory or threads that cannot be had.
+pub fn product(threads: usize, seconds: f64) -> Result<f64, Failure> {
+    Ok(square(threads, seconds).max(backend(threads, seconds)?))
 }
 
 /// The best rate of `work` operations, run again and again.
@@ -92,7 +99,7 @@ fn square(threads: usize, seconds: f64) -> f64 {
 fn backend(threads: usize, seconds: f64) -> Result<f64, Failure> {
     let mut layout = Layout::new(4);
     let [a, b, c] = [(); 3].map(|()| layout.reals(Category::Workspace, N * N));
-    let mut be = Cpu::new(&layout, threads).map_err(bdia_gpt2::error::Failure::from)?;
+    let mut be = Cpu::new(&layout, threads).map_err(bdia_train::Failure::from)?;
     be.fill_reals(Reals::new(0, c.start()), 0.5)?;
     let p = Product { rows: N, cols: N, inner: N, a: Order::Plain, b: Order::Plain, accumulate: false };
     let mut result = Ok(());
@@ -106,7 +113,7 @@ fn backend(threads: usize, seconds: f64) -> Result<f64, Failure> {
 }
 
 /// Every thread copies its part of 256 MB.
-fn copy(threads: usize, seconds: f64) -> f64 {
+pub fn copy(threads: usize, seconds: f64) -> f64 {
     let part = (64 << 20) / threads.max(1);
     let rates: Vec<f64> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads.max(1))

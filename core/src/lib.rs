@@ -68,6 +68,7 @@
 //! | [`rng`] | a random number is a function of its place only: nothing to store, nothing depends on chunks or threads |
 //! | [`arena`] | memory is handles; handing out and counting are one act, so the plan is what is used |
 //! | [`backend`] | traits in layers; update operations give the same bits on every backend |
+//! | [`check`] | what is refused before anything is touched, for all backends |
 //! | [`mod@reference`] | the scalar backend over memory that the caller supplies |
 //! | [`stack`] | rebuilt activations are exact or the step stops; four training modes over one block code |
 //! | [`layers`] | transformer layers with hand-written vector-Jacobian products |
@@ -88,6 +89,7 @@ extern crate std;
 
 pub mod arena;
 pub mod backend;
+pub mod check;
 pub mod error;
 #[doc = include_str!("guide.md")]
 pub mod guide {}

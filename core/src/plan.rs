@@ -19,7 +19,7 @@ impl Choice {
     /// Rows of a chunk where memory is no question: enough for full-speed matrix products, few enough for caches.
     pub const ROWS: usize = 1024;
     /// Rows of logits where memory is no question.
-    pub const HEAD_ROWS: usize = 256;
+    pub const HEAD_ROWS: usize = 192;
 
     /// From the fastest choice to the smallest, for `batch` samples of `tokens` tokens.
     pub fn all(batch: usize, tokens: usize) -> impl Iterator<Item = Self> {
@@ -67,7 +67,7 @@ mod tests {
             Ok((c.chunk, l))
         };
         let pick = |budget| fit(budget, Choice::all(8, 64), make);
-        assert_eq!(pick(None).unwrap().0, Choice { chunk: 8, head_rows: 256 });
+        assert_eq!(pick(None).unwrap().0, Choice { chunk: 8, head_rows: Choice::HEAD_ROWS });
         let (c, built, l) = pick(Some(20_000)).unwrap();
         assert!(l.total() <= 20_000 && built == c.chunk && c.chunk == 4, "{c:?}");
         assert_eq!(pick(Some(100)).unwrap_err(), Error::Budget { budget: 100, minimum: 4544 });

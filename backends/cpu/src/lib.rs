@@ -38,10 +38,11 @@ use core::fmt;
 use std::sync::Arc;
 
 use bdia_core::backend::Identity;
+use bdia_core::check::{Arenas, same};
 use bdia_core::{Error, Fault, Ints, Layout, Reals, Result, Storage, Words};
 use rayon::prelude::*;
 
-use memory::{Arena, get, get_mut, same, split};
+use memory::{Arena, get, get_mut, split};
 
 pub use processor::require_cpu;
 
@@ -197,6 +198,10 @@ impl Cpu {
         })
     }
 
+    fn arenas(&self) -> Arenas {
+        Arenas { ints: self.ints.len(), reals: self.reals.len(), words: self.words.len() }
+    }
+
     /// The number of threads.
     pub fn threads(&self) -> usize {
         self.team.threads
@@ -336,7 +341,7 @@ impl Storage for Cpu {
     }
 
     fn copy_reals(&mut self, src: Reals, dst: Reals) -> Result<()> {
-        same("copy_reals", dst.len(), src.len())?;
+        self.arenas().copy_reals(src, dst)?;
         let [src, dst] = split(&mut self.reals, [src, dst], "copy_reals")?;
         let (src, dst) = (&*src, memory::Shared::new(dst));
         self.team.each(src.len().div_ceil(BLOCK), |_, b| {
@@ -348,7 +353,7 @@ impl Storage for Cpu {
     }
 
     fn copy_ints(&mut self, src: Ints, dst: Ints) -> Result<()> {
-        same("copy_ints", dst.len(), src.len())?;
+        self.arenas().copy_ints(src, dst)?;
         let [src, dst] = split(&mut self.ints, [src, dst], "copy_ints")?;
         dst.copy_from_slice(src);
         Ok(())

@@ -134,11 +134,6 @@ pub(crate) fn split<'s, T, H: Handle, const N: usize>(
     arena.get_disjoint_mut(places).map_err(|_| Error::Handle(what))
 }
 
-/// An error unless two sizes agree.
-pub(crate) fn same(what: &'static str, expected: usize, found: usize) -> Result<()> {
-    if expected == found { Ok(()) } else { Err(Error::Shape { what, expected, found }) }
-}
-
 /// A mutable slice of which several threads take disjoint parts.
 pub(crate) struct Shared<'a, T> {
     start: *mut T,

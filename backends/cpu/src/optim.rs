@@ -1,10 +1,10 @@
 //! [`OptimOps`]: one pass over memory per update, two more for SET-Adam's sums.
 
 use bdia_core::optim::{Rule, Update};
-use bdia_core::{Error, Fault, OptimOps, Reals, Result, Site};
+use bdia_core::{Fault, OptimOps, Reals, Result, Site};
 use wide::f32x8;
 
-use crate::memory::{Shared, same, split};
+use crate::memory::{Shared, split};
 use crate::simd::{LANES, load_part};
 use crate::{BLOCK, Cpu, Team};
 
@@ -35,20 +35,6 @@ fn sum_wide(x: &[f32], g: impl Fn(f32) -> f64) -> f64 {
         }
     }
     tail.iter().fold(acc.iter().sum(), |sum, &x| sum + g(x))
-}
-
-/// Refuses constants that would turn every parameter into NaN.
-fn check(u: &Update) -> Result<()> {
-    u.rule.check()?;
-    if u.t == 0 {
-        return Err(Error::Setting { what: "number of the update", found: 0.0, possible: "1 and up" });
-    }
-    for (what, found) in [("lr", u.lr), ("weight decay", u.decay), ("gradient scale", u.scale)] {
-        if !found.is_finite() {
-            return Err(Error::Setting { what, found, possible: "a finite number" });
-        }
-    }
-    Ok(())
 }
 
 /// `1 − β^t`.
@@ -109,7 +95,7 @@ fn block(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: impl Fn([f32
 impl OptimOps for Cpu {
     /// Also raises [`Fault::Gradient`] where the sum itself leaves the range of `f32`: no norm, no clipping.
     fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> Result<()> {
-        same("sum_squares: out", 1, out.len())?;
+        self.arenas().sum_squares(g, out)?;
         let [g, out] = split(&mut self.reals, [g, out], "sum_squares")?;
         let square = |x: f32| f64::from(x) * f64::from(x);
         let sum = partials(&self.team, g, 0.0, |part| sum_wide(part, square), |a, b| a + b);
@@ -121,11 +107,7 @@ impl OptimOps for Cpu {
     }
 
     fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
-        check(u)?;
-        let states = u.rule.states();
-        same("update: gradient", p.len(), g.len())?;
-        same("update: first moment", if states > 0 { p.len() } else { 0 }, m.len())?;
-        same("update: second moment", if states > 1 { p.len() } else { 0 }, v.len())?;
+        self.arenas().update(u, p, g, m, v)?;
         let [p, g, m, v] = split(&mut self.reals, [p, g, m, v], "update")?;
         if self.fault.is_some() {
             return Ok(());

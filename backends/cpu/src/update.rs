@@ -8,7 +8,7 @@ use bdia_core::{Chunk, Fault, Gamma, Grid, Ints, Reals, Result, UpdateOps, Words
 use wide::bytemuck::cast;
 use wide::{f32x8, i32x8};
 
-use crate::memory::{Shared, get, get_mut, same, split};
+use crate::memory::{Shared, get, get_mut, split};
 use crate::simd::LANES;
 use crate::{BLOCK, Cpu, Team};
 
@@ -28,10 +28,8 @@ pub(crate) struct Pieces {
 }
 
 impl Pieces {
-    pub(crate) fn new(chunk: &Chunk, len: usize) -> Result<Self> {
-        let per = len.checked_div(chunk.samples).unwrap_or(0);
-        same("values of a chunk", per * chunk.samples, len)?;
-        Ok(Self { samples: chunk.samples, per, blocks: per.div_ceil(BLOCK) })
+    pub(crate) fn new(chunk: &Chunk, per: usize) -> Self {
+        Self { samples: chunk.samples, per, blocks: per.div_ceil(BLOCK) }
     }
 
     pub(crate) fn count(self) -> usize {
@@ -74,11 +72,6 @@ fn accumulate(words: &mut [u32], add: u64) {
         let sum = (u64::from(*high) << 32 | u64::from(*low)).wrapping_add(add);
         (*low, *high) = (sum as u32, (sum >> 32) as u32);
     }
-}
-
-/// The two words of a sum, or none.
-fn sum_words(sum: &[u32]) -> Result<()> {
-    if sum.is_empty() { Ok(()) } else { same("words of a sum", 2, sum.len()) }
 }
 
 fn range_fault(fault: &mut Option<Fault>, chunk: &Chunk, pieces: Pieces, report: Report) {
@@ -409,12 +402,10 @@ fn first_wild(x: &[f32]) -> Option<(usize, f64)> {
 
 impl UpdateOps for Cpu {
     fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> Result<()> {
-        let pieces = Pieces::new(chunk, x.len())?;
+        let pieces = Pieces::new(chunk, self.arenas().quantize("quantize", chunk, y, x, sum)?);
         let x = get_mut(&mut self.ints, x, "quantize")?;
         let y = get(&self.reals, y, "quantize")?;
         let sum = get_mut(&mut self.words, sum, "quantize")?;
-        same("quantize", x.len(), y.len())?;
-        sum_words(sum)?;
         let (x, with_sum, scale) = (Shared::new(x), !sum.is_empty(), f32x8::splat(grid.scale()));
         let report = self.team.reduce(
             pieces.count(),
@@ -450,9 +441,9 @@ impl UpdateOps for Cpu {
     }
 
     fn dequantize(&mut self, grid: Grid, x: Ints, y: Reals) -> Result<()> {
+        self.arenas().dequantize(x, y)?;
         let x = get(&self.ints, x, "dequantize")?;
         let y = get_mut(&mut self.reals, y, "dequantize")?;
-        same("dequantize", x.len(), y.len())?;
         let (y, unit) = (Shared::new(y), grid.unit::<f32>());
         self.team.each(x.len().div_ceil(BLOCK), |_, b| {
             let x = &x[b * BLOCK..x.len().min((b + 1) * BLOCK)];
@@ -466,12 +457,10 @@ impl UpdateOps for Cpu {
     }
 
     fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
-        let pieces = Pieces::new(chunk, x.len())?;
+        let pieces = Pieces::new(chunk, self.arenas().quantize("add_quantized", chunk, h, x, sum)?);
         let x = get_mut(&mut self.ints, x, "add_quantized")?;
         let h = get(&self.reals, h, "add_quantized")?;
         let sum = get_mut(&mut self.words, sum, "add_quantized")?;
-        same("add_quantized", x.len(), h.len())?;
-        sum_words(sum)?;
         let (x, with_sum) = (Shared::new(x), !sum.is_empty());
         let (scale, unit) = (f32x8::splat(grid.scale()), grid.unit::<f64>());
         let report = self.team.reduce(
@@ -521,18 +510,13 @@ impl UpdateOps for Cpu {
         side: Words,
         sum: Words,
     ) -> Result<()> {
-        let (pieces, m) = (Pieces::new(chunk, x.len())?, gamma.planes()?);
+        let (per, m) = self.arenas().step("step", chunk, gamma, x, [cur, h], (side, true), sum)?;
+        let pieces = Pieces::new(chunk, per);
         let x = get_mut(&mut self.ints, x, "step")?;
         let cur = get(&self.reals, cur, "step")?;
         let h = get(&self.reals, h, "step")?;
         let [side, sum] = split(&mut self.words, [side, sum], "step")?;
-        same("step: x_k", x.len(), cur.len())?;
-        same("step: h_k", x.len(), h.len())?;
-        sum_words(sum)?;
         let planes = Planes { m: m as usize, stride: pieces.per.div_ceil(GROUP) };
-        if !side.is_empty() {
-            same("step: side bits", chunk.samples * planes.m * planes.stride, side.len())?;
-        }
         let (with_side, with_sum) = (!side.is_empty(), !sum.is_empty());
         let (x, side) = (Shared::new(x), Shared::new(side));
         let (scale, unit) = (f32x8::splat(grid.scale()), grid.unit::<f64>());
@@ -578,16 +562,13 @@ impl UpdateOps for Cpu {
         side: Words,
         sum: Words,
     ) -> Result<()> {
-        let (pieces, m) = (Pieces::new(chunk, x.len())?, gamma.planes()?);
+        let (per, m) = self.arenas().step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
+        let pieces = Pieces::new(chunk, per);
         let x = get_mut(&mut self.ints, x, "inverse")?;
         let cur = get(&self.reals, cur, "inverse")?;
         let h = get(&self.reals, h, "inverse")?;
         let [side, sum] = split(&mut self.words, [side, sum], "inverse")?;
-        same("inverse: x_k", x.len(), cur.len())?;
-        same("inverse: h_k", x.len(), h.len())?;
-        sum_words(sum)?;
         let planes = Planes { m: m as usize, stride: pieces.per.div_ceil(GROUP) };
-        same("inverse: side bits", chunk.samples * planes.m * planes.stride, side.len())?;
         let (x, side, with_sum) = (Shared::new(x), &*side, !sum.is_empty());
         let scale = f32x8::splat(grid.scale());
         let total = self.team.reduce(
@@ -615,9 +596,7 @@ impl UpdateOps for Cpu {
     }
 
     fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
-        let pieces = Pieces::new(chunk, x.len())?;
-        same("blend: x_k", x.len(), cur.len())?;
-        same("blend: h_k", x.len(), h.len())?;
+        let pieces = Pieces::new(chunk, self.arenas().blend("blend", chunk, x, cur, h)?);
         let tensors = split(&mut self.reals, [x, cur, h], "blend")?;
         let without_x = gamma.magnitude() == 0.0;
         let report = reals3(&self.team, chunk, gamma, pieces, tensors, |s, x, cur, h| {
@@ -632,9 +611,7 @@ impl UpdateOps for Cpu {
     }
 
     fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
-        let pieces = Pieces::new(chunk, x.len())?;
-        same("unblend: x_k", x.len(), cur.len())?;
-        same("unblend: h_k", x.len(), h.len())?;
+        let pieces = Pieces::new(chunk, self.arenas().blend("unblend", chunk, x, cur, h)?);
         let tensors = split(&mut self.reals, [x, cur, h], "unblend")?;
         reals3(&self.team, chunk, gamma, pieces, tensors, |s, x, cur, h| {
             crate::simd::map3(x, cur, h, |x, cur, h| (x - s.mix(cur, h)) / s.gamma);
@@ -644,9 +621,7 @@ impl UpdateOps for Cpu {
     }
 
     fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
-        let pieces = Pieces::new(chunk, next.len())?;
-        same("combine: G_k", next.len(), cur.len())?;
-        same("combine: h", next.len(), h.len())?;
+        let pieces = Pieces::new(chunk, self.arenas().blend("combine", chunk, next, cur, h)?);
         let tensors = split(&mut self.reals, [next, cur, h], "combine")?;
         reals3(&self.team, chunk, gamma, pieces, tensors, |s, next, cur, h| {
             let g = s.gamma.to_array()[0];
@@ -659,6 +634,7 @@ impl UpdateOps for Cpu {
     }
 
     fn compare(&mut self, a: Words, b: Words, activation: usize, block: usize) -> Result<()> {
+        self.arenas().compare(a, b)?;
         if self.words(a)? != self.words(b)? {
             self.fault.get_or_insert(Fault::Checksum { activation, block });
         }
@@ -666,10 +642,9 @@ impl UpdateOps for Cpu {
     }
 
     fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
-        same("count_differences", a.len(), b.len())?;
+        self.arenas().count_differences(a, b, count)?;
         let (a, b) = (get(&self.ints, a, "count_differences")?, get(&self.ints, b, "count_differences")?);
         let count = get_mut(&mut self.words, count, "count_differences")?;
-        sum_words(count)?;
         let differing = self.team.reduce(
             a.len().div_ceil(BLOCK),
             0,

@@ -11,6 +11,7 @@ pub use memory::Memory;
 
 use crate::arena::{Ints, Layout, Reals, Words};
 use crate::backend::{Identity, Storage};
+use crate::check::{Arenas, same};
 use crate::error::{Error, Fault, Result};
 use crate::real::Real;
 
@@ -38,6 +39,10 @@ impl<'a, R: Real> Reference<'a, R> {
             }
         }
         Ok(Self { ints, reals, words, fault: None })
+    }
+
+    fn arenas(&self) -> Arenas {
+        Arenas { ints: self.ints.len(), reals: self.reals.len(), words: self.words.len() }
     }
 
     /// The integers of a handle.
@@ -73,17 +78,14 @@ impl<'a, R: Real> Reference<'a, R> {
     }
 }
 
-/// Borrows several parts of an arena at once; an error where they overlap or lie outside.
+/// Borrows several parts of an arena at once; an error where they overlap or lie outside. An empty part overlaps nothing.
 pub(crate) fn split<'s, T, const N: usize>(
     arena: &'s mut [T],
     parts: [core::ops::Range<usize>; N],
     what: &'static str,
 ) -> Result<[&'s mut [T]; N]> {
+    let parts = parts.map(|part| if part.is_empty() { 0..0 } else { part });
     arena.get_disjoint_mut(parts).map_err(|_| Error::Handle(what))
-}
-
-pub(crate) fn same(what: &'static str, expected: usize, found: usize) -> Result<()> {
-    if expected == found { Ok(()) } else { Err(Error::Shape { what, expected, found }) }
 }
 
 fn copy<T: Copy>(what: &'static str, src: Option<&[T]>, dst: Option<&mut [T]>) -> Result<()> {
@@ -135,14 +137,14 @@ impl<R: Real> Storage for Reference<'_, R> {
     }
 
     fn copy_reals(&mut self, src: Reals, dst: Reals) -> Result<()> {
-        same("copy_reals", dst.len(), src.len())?;
+        self.arenas().copy_reals(src, dst)?;
         let [src, dst] = split(self.reals, [src.range(), dst.range()], "copy_reals")?;
         dst.copy_from_slice(src);
         Ok(())
     }
 
     fn copy_ints(&mut self, src: Ints, dst: Ints) -> Result<()> {
-        same("copy_ints", dst.len(), src.len())?;
+        self.arenas().copy_ints(src, dst)?;
         let [src, dst] = split(self.ints, [src.range(), dst.range()], "copy_ints")?;
         dst.copy_from_slice(src);
         Ok(())

@@ -2,37 +2,16 @@
 
 use core::ops::Range;
 
-use super::{Reference, same, split};
-use crate::arena::{Ints, Reals, product};
+use super::{Reference, split};
+use crate::arena::{Ints, Reals};
 use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Gelu, Mask, NnOps, Order, Product};
 use crate::error::{Error, Fault, Result};
 use crate::real::Real;
 use crate::rng::{Draw, Stream, drop_threshold, keep};
 
-/// The place of a handle in an arena of `arena` values. An empty one is moved to the start, where it overlaps nothing.
-fn place(what: &'static str, start: usize, len: usize, arena: usize) -> Result<Range<usize>> {
-    let end = start.checked_add(len).filter(|&end| end <= arena).ok_or(Error::Handle(what))?;
-    Ok(if len == 0 { 0..0 } else { start..end })
-}
-
-/// Number of rows of `cols` values each in `len` values.
-fn rows_of(what: &'static str, len: usize, cols: usize) -> Result<usize> {
-    let rows = len.checked_div(cols).unwrap_or(0);
-    same(what, rows * cols, len)?;
-    Ok(rows)
-}
-
-fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
-    a.start < b.end && b.start < a.end
-}
-
 /// `1/(1-p)` and the threshold of the words that drop.
-fn dropout_of<R: Real>(p: f64) -> Result<(R, u32)> {
-    if (0.0..1.0).contains(&p) {
-        Ok((R::of(1.0 / (1.0 - p)), drop_threshold(p)))
-    } else {
-        Err(Error::Setting { what: "dropout", found: p, possible: "0 up to, not including, 1" })
-    }
+fn dropout_of<R: Real>(p: f64) -> (R, u32) {
+    (R::of(1.0 / (1.0 - p)), drop_threshold(p))
 }
 
 /// The factors 0 or `1/(1-p)` of the elements of one stream; the four words of a counter are drawn once.
@@ -144,35 +123,6 @@ impl Head {
     }
 }
 
-/// Checked operands of attention.
-struct Operands {
-    width: usize,
-    queries: usize,
-    keys: usize,
-}
-
-impl Operands {
-    fn new(a: &Attention, chunk: &Chunk) -> Result<Self> {
-        let width = product("attention: width", &[a.heads, a.head_dim])?;
-        let queries = product("attention: queries", &[chunk.samples, a.queries])?;
-        let keys = product("attention: keys", &[chunk.samples, a.keys])?;
-        if a.mask != Mask::Full {
-            same("masked attention: keys", a.queries, a.keys)?;
-        }
-        Ok(Self { width, queries, keys })
-    }
-
-    /// The place of the matrix that the columns lie in.
-    fn columns(&self, what: &'static str, c: Columns, rows: usize, arena: usize) -> Result<Range<usize>> {
-        same(what, product(what, &[rows, c.stride])?, c.of.len())?;
-        let end = c.at.checked_add(self.width).ok_or(Error::TooLarge(what))?;
-        if end > c.stride {
-            return Err(Error::Shape { what, expected: end, found: c.stride });
-        }
-        place(what, c.of.start(), c.of.len(), arena)
-    }
-}
-
 impl Attention {
     /// Number of keys among which are those that query `q` of a sample with `present` keys sees: the first ones.
     fn visible(&self, q: usize, present: usize) -> usize {
@@ -194,41 +144,18 @@ fn first_element(a: &Attention, head: usize, q: usize) -> u32 {
 }
 
 impl<R: Real> Reference<'_, R> {
-    fn place(&self, what: &'static str, h: Reals) -> Result<Range<usize>> {
-        place(what, h.start(), h.len(), self.reals.len())
-    }
-
-    fn place_ints(&self, what: &'static str, h: Ints) -> Result<Range<usize>> {
-        place(what, h.start(), h.len(), self.ints.len())
-    }
-
-    /// Checks the padding lengths: none, or one for each sample.
-    fn key_lens(&self, a: &Attention, chunk: &Chunk) -> Result<Range<usize>> {
-        if !a.key_lens.is_empty() {
-            same("attention: key_lens", chunk.samples, a.key_lens.len())?;
-        }
-        self.place_ints("attention: key_lens", a.key_lens)
-    }
-
-    /// The place of the temperature, or none.
-    fn temperature(&self, h: Reals) -> Result<Range<usize>> {
-        if !h.is_empty() {
-            same("attention: temperature", 1, h.len())?;
-        }
-        self.place("attention: temperature", h)
-    }
-
     /// Factor of the scores: `e^τ`, or `1/√head_dim`.
-    fn score_scale(&self, a: &Attention, temperature: &Range<usize>) -> R {
-        match self.reals[temperature.clone()].first() {
+    fn score_scale(&self, a: &Attention) -> Result<R> {
+        Ok(match self.reals(a.temperature)?.first() {
             Some(tau) => tau.exponential(),
             None => R::of(1.0 / libm::sqrt(a.head_dim.max(1) as f64)),
-        }
+        })
     }
 
     /// Keys of sample `i` that are not padding.
-    fn present(&self, a: &Attention, lens: &Range<usize>, i: usize) -> usize {
-        if lens.is_empty() { a.keys } else { usize::try_from(self.ints[lens.start + i]).unwrap_or(0).min(a.keys) }
+    fn present(&self, a: &Attention, i: usize) -> usize {
+        let len = self.ints.get(a.key_lens.range()).and_then(|lens| lens.get(i));
+        len.map_or(a.keys, |&len| usize::try_from(len).unwrap_or(0).min(a.keys))
     }
 }
 
@@ -240,18 +167,8 @@ fn head_of(a: &Attention, c: Columns, i: usize, rows: usize, head: usize) -> Hea
 
 impl<R: Real> NnOps for Reference<'_, R> {
     fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
-        same("matmul: a", product("matmul: a", &[p.rows, p.inner])?, a.len())?;
-        same("matmul: b", product("matmul: b", &[p.inner, p.cols])?, b.len())?;
-        same("matmul: c", product("matmul: c", &[p.rows, p.cols])?, c.len())?;
-        if let Some(bias) = bias {
-            same("matmul: bias", p.cols, bias.len())?;
-        }
-        let places = [
-            self.place("matmul: a", a)?,
-            self.place("matmul: b", b)?,
-            self.place("matmul: bias", bias.unwrap_or(Reals::EMPTY))?,
-            self.place("matmul: c", c)?,
-        ];
+        self.arenas().matmul(p, a, b, bias, c)?;
+        let places = [a.range(), b.range(), bias.unwrap_or(Reals::EMPTY).range(), c.range()];
         let [a, b, offset, c] = split(self.reals, places, "matmul")?;
         if c.is_empty() {
             return Ok(());
@@ -294,9 +211,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
 
     fn sum_rows(&mut self, x: Reals, sum: Reals) -> Result<()> {
         let cols = sum.len();
-        let rows = rows_of("sum_rows", x.len(), cols)?;
-        let places = [self.place("sum_rows: x", x)?, self.place("sum_rows: sum", sum)?];
-        let [x, sum] = split(self.reals, places, "sum_rows")?;
+        let rows = self.arenas().sum_rows(x, sum)?;
+        let [x, sum] = split(self.reals, [x.range(), sum.range()], "sum_rows")?;
         for r in 0..rows {
             add_scaled(sum, R::one(), &x[r * cols..(r + 1) * cols]);
         }
@@ -304,26 +220,16 @@ impl<R: Real> NnOps for Reference<'_, R> {
     }
 
     fn add(&mut self, x: Reals, y: Reals) -> Result<()> {
-        same("add", x.len(), y.len())?;
-        let places = [self.place("add: x", x)?, self.place("add: y", y)?];
-        let [x, y] = split(self.reals, places, "add")?;
+        self.arenas().pair("add", x, y)?;
+        let [x, y] = split(self.reals, [x.range(), y.range()], "add")?;
         add_scaled(x, R::one(), y);
         Ok(())
     }
 
     fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
         let width = weight.len();
-        let rows = rows_of("layer_norm: x", x.len(), width)?;
-        same("layer_norm: bias", width, bias.len())?;
-        same("layer_norm: y", x.len(), y.len())?;
-        same("layer_norm: stats", product("layer_norm: stats", &[2, rows])?, stats.len())?;
-        let places = [
-            self.place("layer_norm: weight", weight)?,
-            self.place("layer_norm: bias", bias)?,
-            self.place("layer_norm: x", x)?,
-            self.place("layer_norm: y", y)?,
-            self.place("layer_norm: stats", stats)?,
-        ];
+        let rows = self.arenas().layer_norm(weight, bias, x, y, stats)?;
+        let places = [weight, bias, x, y, stats].map(Reals::range);
         let [weight, bias, x, y, stats] = split(self.reals, places, "layer_norm")?;
         for r in 0..rows {
             let (x, y) = (&x[r * width..(r + 1) * width], &mut y[r * width..(r + 1) * width]);
@@ -356,21 +262,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
         dbias: Reals,
     ) -> Result<()> {
         let width = weight.len();
-        let rows = rows_of("layer_norm_vjp: x", x.len(), width)?;
-        same("layer_norm_vjp: stats", product("layer_norm_vjp: stats", &[2, rows])?, stats.len())?;
-        same("layer_norm_vjp: dy", x.len(), dy.len())?;
-        same("layer_norm_vjp: dx", x.len(), dx.len())?;
-        same("layer_norm_vjp: dweight", width, dweight.len())?;
-        same("layer_norm_vjp: dbias", width, dbias.len())?;
-        let places = [
-            self.place("layer_norm_vjp: weight", weight)?,
-            self.place("layer_norm_vjp: x", x)?,
-            self.place("layer_norm_vjp: stats", stats)?,
-            self.place("layer_norm_vjp: dy", dy)?,
-            self.place("layer_norm_vjp: dx", dx)?,
-            self.place("layer_norm_vjp: dweight", dweight)?,
-            self.place("layer_norm_vjp: dbias", dbias)?,
-        ];
+        let rows = self.arenas().layer_norm_vjp(weight, x, stats, dy, dx, dweight, dbias)?;
+        let places = [weight, x, stats, dy, dx, dweight, dbias].map(Reals::range);
         let [weight, x, stats, dy, dx, dweight, dbias] = split(self.reals, places, "layer_norm_vjp")?;
         for r in 0..rows {
             let (mean, rstd) = (stats[2 * r], stats[2 * r + 1]);
@@ -396,9 +289,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
     }
 
     fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
-        same("gelu", x.len(), y.len())?;
-        let places = [self.place("gelu: x", x)?, self.place("gelu: y", y)?];
-        let [x, y] = split(self.reals, places, "gelu")?;
+        self.arenas().pair("gelu", x, y)?;
+        let [x, y] = split(self.reals, [x.range(), y.range()], "gelu")?;
         for (y, &x) in y.iter_mut().zip(x.iter()) {
             *y = gelu(kind, x);
         }
@@ -406,9 +298,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
     }
 
     fn gelu_vjp(&mut self, kind: Gelu, x: Reals, d: Reals) -> Result<()> {
-        same("gelu_vjp", x.len(), d.len())?;
-        let places = [self.place("gelu_vjp: x", x)?, self.place("gelu_vjp: d", d)?];
-        let [x, d] = split(self.reals, places, "gelu_vjp")?;
+        self.arenas().pair("gelu_vjp", x, d)?;
+        let [x, d] = split(self.reals, [x.range(), d.range()], "gelu_vjp")?;
         for (d, &x) in d.iter_mut().zip(x.iter()) {
             *d *= gelu_derivative(kind, x);
         }
@@ -426,34 +317,18 @@ impl<R: Real> NnOps for Reference<'_, R> {
         lse: Reals,
         scratch: Reals,
     ) -> Result<()> {
-        let all = Operands::new(a, chunk)?;
-        let inputs = [
-            all.columns("attention: q", q, all.queries, self.reals.len())?,
-            all.columns("attention: k", k, all.keys, self.reals.len())?,
-            all.columns("attention: v", v, all.keys, self.reals.len())?,
-        ];
-        same("attention: out", product("attention: out", &[all.queries, all.width])?, out.len())?;
-        same("attention: lse", product("attention: lse", &[all.queries, a.heads])?, lse.len())?;
         let scratch = scratch.sub(0, a.keys);
-        same("attention: scratch", a.keys, scratch.len())?;
-        let (dropout, lens) = (dropout_of(a.dropout)?, self.key_lens(a, chunk)?);
-        let temperature = self.temperature(a.temperature)?;
-        let outputs = [
-            self.place("attention: out", out)?,
-            self.place("attention: lse", lse)?,
-            self.place("attention: scratch", scratch)?,
-        ];
-        disjoint("attention", &inputs, &outputs)?;
-        disjoint("attention: temperature", core::slice::from_ref(&temperature), &outputs)?;
-        let [out_at, lse_at, scratch_at] = outputs;
-        if all.queries == 0 {
+        self.arenas().attention(chunk, a, [q, k, v], out, lse, (scratch, a.keys))?;
+        if chunk.samples * a.queries == 0 {
             return Ok(());
         }
+        let dropout = dropout_of(a.dropout);
+        let (out_at, lse_at, scratch_at) = (out.range(), lse.range(), scratch.range());
         let width = a.head_dim;
-        let scale = self.score_scale(a, &temperature);
+        let scale = self.score_scale(a)?;
 
         for i in 0..chunk.samples {
-            let present = self.present(a, &lens, i);
+            let present = self.present(a, i);
             let mut factors = Factors::new(chunk.stream(i, Draw::AttentionDropout), dropout);
             for head in 0..a.heads {
                 let (qs, ks) = (head_of(a, q, i, a.queries, head), head_of(a, k, i, a.keys, head));
@@ -513,59 +388,18 @@ impl<R: Real> NnOps for Reference<'_, R> {
         dv: Columns,
         scratch: Reals,
     ) -> Result<()> {
-        let all = Operands::new(a, chunk)?;
-        let arena = self.reals.len();
-        let values = product("attention_vjp: out", &[all.queries, all.width])?;
-        same("attention_vjp: out", values, out.len())?;
-        same("attention_vjp: dout", values, dout.len())?;
-        same("attention_vjp: lse", product("attention_vjp: lse", &[all.queries, a.heads])?, lse.len())?;
         let scratch = scratch.sub(0, a.keys);
-        same("attention_vjp: scratch", a.keys, scratch.len())?;
-        let (dropout, lens) = (dropout_of(a.dropout)?, self.key_lens(a, chunk)?);
-        let inputs = [
-            all.columns("attention_vjp: q", q, all.queries, arena)?,
-            all.columns("attention_vjp: k", k, all.keys, arena)?,
-            all.columns("attention_vjp: v", v, all.keys, arena)?,
-            self.place("attention_vjp: out", out)?,
-            self.place("attention_vjp: lse", lse)?,
-            self.place("attention_vjp: dout", dout)?,
-        ];
-        let outputs = [
-            all.columns("attention_vjp: dq", dq, all.queries, arena)?,
-            all.columns("attention_vjp: dk", dk, all.keys, arena)?,
-            all.columns("attention_vjp: dv", dv, all.keys, arena)?,
-        ];
-        for output in &outputs {
-            disjoint("attention_vjp", &inputs, core::slice::from_ref(output))?;
-        }
-        let (temperature, slope) = (self.temperature(a.temperature)?, self.temperature(a.temperature_grad)?);
-        same("attention_vjp: temperature_grad", a.temperature.len(), a.temperature_grad.len())?;
-        let scratch = self.place("attention_vjp: scratch", scratch)?;
-        let read = inputs.iter().chain([&temperature]);
-        if read.chain(&outputs).chain([&scratch]).any(|x| overlap(x, &slope))
-            || outputs.iter().chain([&scratch]).any(|x| overlap(x, &temperature))
-        {
-            return Err(Error::Handle("attention_vjp: temperature"));
-        }
-        disjoint("attention_vjp: scratch", &inputs, core::slice::from_ref(&scratch))?;
-        disjoint("attention_vjp: scratch", &outputs, core::slice::from_ref(&scratch))?;
-        let [dq_at, dk_at, dv_at] = outputs;
-        for (x, x_at, y, y_at) in [(dq, &dq_at, dk, &dk_at), (dq, &dq_at, dv, &dv_at), (dk, &dk_at, dv, &dv_at)] {
-            // Columns of one matrix must not meet; other matrices must not overlap.
-            let apart = x.of == y.of && x.stride == y.stride && x.at.abs_diff(y.at) >= all.width;
-            if all.width > 0 && overlap(x_at, y_at) && !apart {
-                return Err(Error::Handle("attention_vjp: dq, dk, dv"));
-            }
-        }
-        if all.width == 0 || (all.queries == 0 && all.keys == 0) {
+        self.arenas().attention_vjp(chunk, a, [q, k, v], [out, lse, dout], [dq, dk, dv], (scratch, a.keys))?;
+        if a.heads * a.head_dim == 0 || chunk.samples * (a.queries + a.keys) == 0 {
             return Ok(());
         }
-        let (out_at, lse_at, dout_at) = (inputs[3].start, inputs[4].start, inputs[5].start);
+        let dropout = dropout_of(a.dropout);
+        let (out_at, lse_at, dout_at) = (out.start(), lse.start(), dout.start());
         let width = a.head_dim;
-        let scale = self.score_scale(a, &temperature);
+        let scale = self.score_scale(a)?;
 
         for i in 0..chunk.samples {
-            let present = self.present(a, &lens, i);
+            let present = self.present(a, i);
             let mut factors = Factors::new(chunk.stream(i, Draw::AttentionDropout), dropout);
             for head in 0..a.heads {
                 let (qs, dqs) = (head_of(a, q, i, a.queries, head), head_of(a, dq, i, a.queries, head));
@@ -601,7 +435,7 @@ impl<R: Real> NnOps for Reference<'_, R> {
                 }
             }
         }
-        if let Some(at) = slope.into_iter().next() {
+        for at in a.temperature_grad.range() {
             // s_k = e^τ·(q·k_k): dτ = Σ ds_k·s_k = Σ q·(Σ_k e^τ·ds_k·k_k) = Σ q·dq
             let mut sum = 0.0;
             for i in 0..chunk.samples {
@@ -623,10 +457,9 @@ impl<R: Real> NnOps for Reference<'_, R> {
     }
 
     fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> Result<()> {
-        let per = rows_of("dropout", x.len(), chunk.samples)?;
-        let dropout = dropout_of::<R>(p)?;
-        let at = self.place("dropout", x)?;
-        let x = &mut self.reals[at];
+        let per = self.arenas().dropout(chunk, p, x)?;
+        let dropout = dropout_of::<R>(p);
+        let x = self.reals_mut(x)?;
         if dropout.1 == 0 || x.is_empty() {
             return Ok(());
         }
@@ -650,13 +483,9 @@ impl<R: Real> NnOps for Reference<'_, R> {
         width: usize,
         x: Reals,
     ) -> Result<()> {
-        let (length, vocab) = embed_shapes(chunk, tokens, x, table, positions, width)?;
-        let tokens = self.ints.get(self.place_ints("embed: tokens", tokens)?).ok_or(Error::Handle("embed"))?;
-        let places = [
-            place("embed: table", table.start(), table.len(), self.reals.len())?,
-            place("embed: positions", positions.start(), positions.len(), self.reals.len())?,
-            place("embed: x", x.start(), x.len(), self.reals.len())?,
-        ];
+        let (length, vocab) = self.arenas().embed("embed", chunk, tokens, [x, table, positions], width)?;
+        let tokens = self.ints.get(tokens.range()).ok_or(Error::Handle("embed"))?;
+        let places = [table, positions, x].map(Reals::range);
         let [table, positions, x] = split(self.reals, places, "embed")?;
         if width == 0 {
             return Ok(());
@@ -685,13 +514,9 @@ impl<R: Real> NnOps for Reference<'_, R> {
         dtable: Reals,
         dpositions: Reals,
     ) -> Result<()> {
-        let (length, vocab) = embed_shapes(chunk, tokens, dx, dtable, dpositions, width)?;
-        let tokens = self.ints.get(self.place_ints("embed_vjp: tokens", tokens)?).ok_or(Error::Handle("embed_vjp"))?;
-        let places = [
-            place("embed_vjp: dtable", dtable.start(), dtable.len(), self.reals.len())?,
-            place("embed_vjp: dpositions", dpositions.start(), dpositions.len(), self.reals.len())?,
-            place("embed_vjp: dx", dx.start(), dx.len(), self.reals.len())?,
-        ];
+        let (length, vocab) = self.arenas().embed("embed_vjp", chunk, tokens, [dx, dtable, dpositions], width)?;
+        let tokens = self.ints.get(tokens.range()).ok_or(Error::Handle("embed_vjp"))?;
+        let places = [dtable, dpositions, dx].map(Reals::range);
         let [dtable, dpositions, dx] = split(self.reals, places, "embed_vjp")?;
         if width == 0 {
             return Ok(());
@@ -716,15 +541,13 @@ impl<R: Real> NnOps for Reference<'_, R> {
         targets: Ints,
         losses: Reals,
     ) -> Result<()> {
-        let rows = targets.len();
-        same("cross_entropy: logits", product("cross_entropy: logits", &[rows, ce.vocab])?, logits.len())?;
-        same("cross_entropy: losses", rows, losses.len())?;
-        let places = [self.place("cross_entropy: logits", logits)?, self.place("cross_entropy: losses", losses)?];
-        let targets = self.place_ints("cross_entropy: targets", targets)?;
-        let [logits, losses] = split(self.reals, places, "cross_entropy")?;
+        self.arenas().cross_entropy(ce, logits, targets, losses)?;
+        let targets = self.ints.get(targets.range()).ok_or(Error::Handle("cross_entropy"))?;
+        let [logits, losses] = split(self.reals, [logits.range(), losses.range()], "cross_entropy")?;
         let scale = R::of(ce.scale);
-        let (smooth, hard) = smoothing_of::<R>(ce)?;
-        for (row, &target) in self.ints[targets].iter().enumerate() {
+        // ε/vocab and 1-ε
+        let (smooth, hard) = (R::of(ce.smoothing / ce.vocab.max(1) as f64), R::of(1.0 - ce.smoothing));
+        for (row, &target) in targets.iter().enumerate() {
             let x = &mut logits[row * ce.vocab..(row + 1) * ce.vocab];
             let sample = chunk.first.wrapping_add(ce.row.wrapping_add(row).checked_div(ce.tokens).unwrap_or_default());
             let Some(index) = usize::try_from(target).ok().filter(|&index| index < ce.vocab) else {
@@ -764,43 +587,6 @@ impl<R: Real> NnOps for Reference<'_, R> {
         }
         Ok(())
     }
-}
-
-/// `ε/vocab` and `1-ε`.
-fn smoothing_of<R: Real>(ce: &CrossEntropy) -> Result<(R, R)> {
-    if !(0.0..=1.0).contains(&ce.smoothing) {
-        return Err(Error::Setting { what: "label smoothing", found: ce.smoothing, possible: "0 to 1" });
-    }
-    Ok((R::of(ce.smoothing / ce.vocab.max(1) as f64), R::of(1.0 - ce.smoothing)))
-}
-
-/// Refuses inputs that overlap an output, and outputs that overlap each other. Inputs may share memory.
-fn disjoint(what: &'static str, inputs: &[Range<usize>], outputs: &[Range<usize>]) -> Result<()> {
-    for (n, output) in outputs.iter().enumerate() {
-        if inputs.iter().chain(&outputs[..n]).any(|other| overlap(other, output)) {
-            return Err(Error::Handle(what));
-        }
-    }
-    Ok(())
-}
-
-/// Tokens of one sample and the vocabulary, once the operands' sizes agree.
-fn embed_shapes(
-    chunk: &Chunk,
-    tokens: Ints,
-    x: Reals,
-    table: Reals,
-    positions: Reals,
-    width: usize,
-) -> Result<(usize, usize)> {
-    let length = rows_of("embed: tokens", tokens.len(), chunk.samples)?;
-    same("embed: x", product("embed: x", &[tokens.len(), width])?, x.len())?;
-    let vocab = rows_of("embed: table", table.len(), width)?;
-    let needed = product("embed: positions", &[length, width])?;
-    if positions.len() < needed {
-        return Err(Error::Shape { what: "embed: positions", expected: needed, found: positions.len() });
-    }
-    Ok((length, vocab))
 }
 
 #[cfg(test)]

@@ -1,16 +1,16 @@
 //! [`OptimOps`] of the reference backend.
 
-use super::{Reference, same, split};
+use super::{Reference, split};
 use crate::arena::Reals;
 use crate::backend::OptimOps;
-use crate::error::{Error, Fault, Result, Site};
+use crate::error::{Fault, Result, Site};
 use crate::optim::{Rule, Update};
 use crate::real::Real;
 
 impl<R: Real> OptimOps for Reference<'_, R> {
     /// Also raises [`Fault::Gradient`] where the sum itself leaves the range of the real type: no norm, no clipping.
     fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> Result<()> {
-        same("sum_squares: out", 1, out.len())?;
+        self.arenas().sum_squares(g, out)?;
         let [g, out] = split(self.reals, [g.range(), out.range()], "sum_squares")?;
         let mut sum = 0.0;
         for g in g.iter() {
@@ -24,11 +24,7 @@ impl<R: Real> OptimOps for Reference<'_, R> {
     }
 
     fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
-        check(u)?;
-        let states = u.rule.states();
-        same("update: gradient", p.len(), g.len())?;
-        same("update: first moment", if states > 0 { p.len() } else { 0 }, m.len())?;
-        same("update: second moment", if states > 1 { p.len() } else { 0 }, v.len())?;
+        self.arenas().update(u, p, g, m, v)?;
         let [p, g, m, v] = split(self.reals, [p.range(), g.range(), m.range(), v.range()], "update")?;
         if self.fault.is_some() {
             return Ok(());
@@ -52,20 +48,6 @@ impl<R: Real> OptimOps for Reference<'_, R> {
         }
         Ok(())
     }
-}
-
-/// Refuses constants that would turn every parameter into NaN.
-fn check(u: &Update) -> Result<()> {
-    u.rule.check()?;
-    if u.t == 0 {
-        return Err(Error::Setting { what: "number of the update", found: 0.0, possible: "1 and up" });
-    }
-    for (what, found) in [("lr", u.lr), ("weight decay", u.decay), ("gradient scale", u.scale)] {
-        if !found.is_finite() {
-            return Err(Error::Setting { what, found, possible: "a finite number" });
-        }
-    }
-    Ok(())
 }
 
 /// `1 − β^t`.

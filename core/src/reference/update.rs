@@ -1,23 +1,11 @@
 //! [`UpdateOps`] of the reference backend: [`crate::update`] element by element.
 
-use super::{Reference, same, split};
+use super::{Reference, split};
 use crate::arena::{Ints, Reals, Words};
 use crate::backend::{Chunk, UpdateOps};
 use crate::error::{Error, Fault, Result};
 use crate::real::Real;
 use crate::update::{Gamma, Grid, LIMIT, advance, checksum, combine, retreat};
-
-/// Values of one sample of a chunk of `len` values.
-fn per_sample(chunk: &Chunk, len: usize) -> Result<usize> {
-    let per = len.checked_div(chunk.samples).unwrap_or(0);
-    same("values of a chunk", per.saturating_mul(chunk.samples), len)?;
-    Ok(per)
-}
-
-/// A sum has two words, or none where it is not wanted. Asked before anything is changed.
-fn check_sum(sum: Words) -> Result<()> {
-    if sum.is_empty() { Ok(()) } else { same("words of a sum", 2, sum.len()) }
-}
 
 /// Adds to a 64-bit number kept in two words; nothing where there are none.
 fn accumulate(words: &mut [u32], add: u64) -> Result<()> {
@@ -52,13 +40,11 @@ impl<R: Real> Reference<'_, R> {
 
 impl<R: Real> UpdateOps for Reference<'_, R> {
     fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> Result<()> {
-        let per = per_sample(chunk, x.len())?;
-        check_sum(sum)?;
+        let per = self.arenas().quantize("quantize", chunk, y, x, sum)?;
         let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("quantize"))?;
         let y = self.reals.get(y.range()).ok_or(Error::Handle("quantize"))?;
         let sum = self.words.get_mut(sum.range()).ok_or(Error::Handle("quantize"))?;
-        same("quantize", x.len(), y.len())?;
         let (mut bad, mut total) = (First(None), 0_u64);
         for (i, (x, &y)) in x.iter_mut().zip(y).enumerate() {
             *x = grid.quantize(y).unwrap_or_else(|| {
@@ -73,9 +59,9 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     }
 
     fn dequantize(&mut self, grid: Grid, x: Ints, y: Reals) -> Result<()> {
+        self.arenas().dequantize(x, y)?;
         let x = self.ints.get(x.range()).ok_or(Error::Handle("dequantize"))?;
         let y = self.reals.get_mut(y.range()).ok_or(Error::Handle("dequantize"))?;
-        same("dequantize", x.len(), y.len())?;
         for (y, &x) in y.iter_mut().zip(x) {
             *y = grid.dequantize(x);
         }
@@ -83,13 +69,11 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     }
 
     fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
-        let per = per_sample(chunk, x.len())?;
-        check_sum(sum)?;
+        let per = self.arenas().quantize("add_quantized", chunk, h, x, sum)?;
         let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("add_quantized"))?;
         let h = self.reals.get(h.range()).ok_or(Error::Handle("add_quantized"))?;
         let sum = self.words.get_mut(sum.range()).ok_or(Error::Handle("add_quantized"))?;
-        same("add_quantized", x.len(), h.len())?;
         let (mut bad, mut total) = (First(None), 0_u64);
         for (i, (x, &h)) in x.iter_mut().zip(h).enumerate() {
             let q = grid.quantize(h).unwrap_or_else(|| {
@@ -118,19 +102,13 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         side: Words,
         sum: Words,
     ) -> Result<()> {
-        let (per, m) = (per_sample(chunk, x.len())?, gamma.planes()?);
-        check_sum(sum)?;
+        let (per, m) = self.arenas().step("step", chunk, gamma, x, [cur, h], (side, true), sum)?;
         let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("step"))?;
         let cur = self.reals.get(cur.range()).ok_or(Error::Handle("step"))?;
         let h = self.reals.get(h.range()).ok_or(Error::Handle("step"))?;
         let [side, sum] = split(self.words, [side.range(), sum.range()], "step")?;
-        same("step: x_k", x.len(), cur.len())?;
-        same("step: h_k", x.len(), h.len())?;
         let stride = per.div_ceil(32);
-        if !side.is_empty() {
-            same("step: side bits", chunk.samples.saturating_mul(m as usize * stride), side.len())?;
-        }
         side.fill(0);
         let (mut bad, mut total) = (First(None), 0_u64);
         for s in 0..if per == 0 { 0 } else { chunk.samples } {
@@ -171,17 +149,13 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         side: Words,
         sum: Words,
     ) -> Result<()> {
-        let (per, m) = (per_sample(chunk, x.len())?, gamma.planes()?);
-        check_sum(sum)?;
+        let (per, m) = self.arenas().step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
         let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("inverse"))?;
         let cur = self.reals.get(cur.range()).ok_or(Error::Handle("inverse"))?;
         let h = self.reals.get(h.range()).ok_or(Error::Handle("inverse"))?;
         let [side, sum] = split(self.words, [side.range(), sum.range()], "inverse")?;
-        same("inverse: x_k", x.len(), cur.len())?;
-        same("inverse: h_k", x.len(), h.len())?;
         let stride = per.div_ceil(32);
-        same("inverse: side bits", chunk.samples.saturating_mul(m as usize * stride), side.len())?;
         let mut total = 0_u64;
         for s in 0..if per == 0 { 0 } else { chunk.samples } {
             let sigma = chunk.sigma(gamma, s);
@@ -200,9 +174,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     }
 
     fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
-        let per = per_sample(chunk, x.len())?;
-        same("blend: x_k", x.len(), cur.len())?;
-        same("blend: h_k", x.len(), h.len())?;
+        let per = self.arenas().blend("blend", chunk, x, cur, h)?;
         let [x, cur, h] = split(self.reals, [x.range(), cur.range(), h.range()], "blend")?;
         let mut bad = First(None);
         for s in 0..if per == 0 { 0 } else { chunk.samples } {
@@ -221,9 +193,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     }
 
     fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
-        let per = per_sample(chunk, x.len())?;
-        same("unblend: x_k", x.len(), cur.len())?;
-        same("unblend: h_k", x.len(), h.len())?;
+        let per = self.arenas().blend("unblend", chunk, x, cur, h)?;
         let [x, cur, h] = split(self.reals, [x.range(), cur.range(), h.range()], "unblend")?;
         for s in 0..if per == 0 { 0 } else { chunk.samples } {
             let sigma = chunk.sigma(gamma, s);
@@ -235,9 +205,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     }
 
     fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
-        let per = per_sample(chunk, next.len())?;
-        same("combine: G_k", next.len(), cur.len())?;
-        same("combine: h", next.len(), h.len())?;
+        let per = self.arenas().blend("combine", chunk, next, cur, h)?;
         let [next, cur, h] = split(self.reals, [next.range(), cur.range(), h.range()], "combine")?;
         for s in 0..if per == 0 { 0 } else { chunk.samples } {
             let g = gamma.value::<R>(chunk.sigma(gamma, s));
@@ -249,6 +217,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     }
 
     fn compare(&mut self, a: Words, b: Words, activation: usize, block: usize) -> Result<()> {
+        self.arenas().compare(a, b)?;
         if self.words(a)? != self.words(b)? {
             self.fault.get_or_insert(Fault::Checksum { activation, block });
         }
@@ -256,8 +225,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     }
 
     fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
-        same("count_differences", a.len(), b.len())?;
-        same("words of a count", 2, count.len())?;
+        self.arenas().count_differences(a, b, count)?;
         let differing = self.ints(a)?.iter().zip(self.ints(b)?).filter(|(a, b)| a != b).count() as u64;
         accumulate(self.words.get_mut(count.range()).ok_or(Error::Handle("count_differences"))?, differing)
     }

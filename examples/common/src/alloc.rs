@@ -34,6 +34,11 @@ impl Counting {
         PEAK.store(CURRENT.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
+    /// Counts memory that is not the process's own: what a device's driver gave. It stays counted.
+    pub fn add_device(bytes: usize) {
+        Self::grow(bytes);
+    }
+
     fn grow(bytes: usize) {
         COUNT.fetch_add(1, Ordering::Relaxed);
         let now = CURRENT.fetch_add(bytes, Ordering::Relaxed).wrapping_add(bytes);

@@ -79,6 +79,21 @@ pub enum BackendKind {
     Reference,
     /// SIMD and threads.
     Cpu,
+    /// A CUDA device.
+    Cuda,
+}
+
+/// The precision of matrix products on a CUDA device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrecisionKind {
+    /// f32 throughout.
+    #[default]
+    F32,
+    /// Factors with 10 bits of fraction, sums in f32.
+    Tf32,
+    /// Factors as bf16, sums and master weights in f32.
+    Bf16,
 }
 
 /// The arithmetic of the residual stream without training.
@@ -228,6 +243,32 @@ pub struct MachineArgs {
     /// Who computes
     #[arg(long, default_value = "cpu")]
     pub backend: BackendKind,
+    /// Number of the CUDA device
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = count_or_zero(1024))]
+    #[serde(default)]
+    pub device: u64,
+    /// Matrix products on the CUDA device
+    #[arg(long, default_value = "f32")]
+    #[serde(default)]
+    pub precision: PrecisionKind,
+}
+
+impl MachineArgs {
+    /// The defaults, on a backend.
+    pub const fn on(backend: BackendKind) -> Self {
+        Self { threads: None, memory: None, backend, device: 0, precision: PrecisionKind::F32 }
+    }
+
+    /// What single flags cannot show to be wrong.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn check(&self) -> Result<(), String> {
+        if self.backend != BackendKind::Cuda && (self.device != 0 || self.precision != PrecisionKind::F32) {
+            return Err("--device and --precision are for a CUDA device: add --backend cuda, or leave them out".into());
+        }
+        Ok(())
+    }
 }
 
 /// A resumed run was asked for something else than it was started with.

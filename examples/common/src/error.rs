@@ -17,6 +17,8 @@ pub enum Failure {
     #[error("{0}")]
     Cpu(#[from] bdia_cpu::CpuError),
     #[error("{0}")]
+    Cuda(#[from] bdia_cuda::CudaError),
+    #[error("{0}")]
     File(#[from] FileError),
     #[error("{0}")]
     Weights(#[from] WeightsError),

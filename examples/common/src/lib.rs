@@ -10,6 +10,8 @@ pub mod cli;
 pub mod error;
 pub mod files;
 pub mod machine;
+#[cfg(feature = "testing")]
+pub mod mutations;
 pub mod report;
 pub mod run;
 pub mod study;

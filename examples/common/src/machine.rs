@@ -5,9 +5,10 @@ use std::path::Path;
 use bdia_core::backend::{Backend, Identity};
 use bdia_core::{Category, Error, Grid, Layout, Reference, Storage, stack};
 use bdia_cpu::Cpu;
+use bdia_cuda::{Cuda, Options, Precision};
 
 use crate::alloc::Counting;
-use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs};
+use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs, PrecisionKind};
 use crate::error::Failure;
 use crate::report::MemoryTable;
 
@@ -38,7 +39,7 @@ pub fn grid(args: &ModeArgs) -> Result<Option<Grid>, Error> {
 /// Threads of a run.
 pub fn threads(args: &MachineArgs) -> usize {
     match args.backend {
-        BackendKind::Reference => 1,
+        BackendKind::Reference | BackendKind::Cuda => 1,
         BackendKind::Cpu => args
             .threads
             .map_or_else(|| std::thread::available_parallelism().map_or(1, core::num::NonZero::get), |n| n as usize),
@@ -46,11 +47,30 @@ pub fn threads(args: &MachineArgs) -> usize {
 }
 
 /// Library scratch of a backend.
-pub fn library(kind: BackendKind, threads: usize) -> usize {
-    match kind {
+pub fn library(args: &MachineArgs, threads: usize) -> usize {
+    match args.backend {
         BackendKind::Reference => 0,
         BackendKind::Cpu => Cpu::library_bytes(threads),
+        BackendKind::Cuda => Cuda::library_bytes(precision(args)),
     }
+}
+
+/// How a CUDA device multiplies.
+pub const fn precision(args: &MachineArgs) -> Precision {
+    match args.precision {
+        PrecisionKind::F32 => Precision::F32,
+        PrecisionKind::Tf32 => Precision::Tf32,
+        PrecisionKind::Bf16 => Precision::Bf16,
+    }
+}
+
+/// The CUDA device that flags ask for, with the arenas of a layout.
+///
+/// # Errors
+/// [`Failure::Cuda`] says which library, device or memory is missing.
+pub fn cuda(args: &MachineArgs, layout: &Layout) -> Result<Cuda, Failure> {
+    let device = usize::try_from(args.device).unwrap_or(usize::MAX);
+    Ok(Cuda::new(layout, Options { device, precision: precision(args) })?)
 }
 
 /// The memory table of some plans, and of the measured peak where there is one (of the first plan's memory).
@@ -83,9 +103,9 @@ pub fn available_memory() -> Option<u64> {
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// Something to do on a backend of either kind.
+/// Something to do on a backend of any kind.
 pub trait Work {
-    /// Does it; `arenas` is what the allocator counted for the backend.
+    /// Does it; `arenas` is what the allocator counted for the backend, or what a device has for it.
     ///
     /// # Errors
     /// Whatever goes wrong.
@@ -95,15 +115,24 @@ pub trait Work {
 /// Makes a backend for a layout and does the work on it.
 ///
 /// # Errors
-/// [`Failure::TooBig`] when the machine has not that much memory; whatever the work returns.
-pub fn run(kind: BackendKind, threads: usize, layout: &Layout, work: impl Work) -> Result<(), Failure> {
-    if let Some(available) = available_memory()
+/// [`Failure::TooBig`] when the machine has not that much memory; [`Failure::Cuda`] where there is no such device, or not
+/// enough memory on it; whatever the work returns.
+pub fn run(args: &MachineArgs, threads: usize, layout: &Layout, work: impl Work) -> Result<(), Failure> {
+    args.check().map_err(Failure::Other)?;
+    if args.backend != BackendKind::Cuda
+        && let Some(available) = available_memory()
         && layout.total() as u64 > available
     {
         return Err(Failure::TooBig { plan: layout.total() as u64, available });
     }
     let before = Counting::current();
-    match kind {
+    match args.backend {
+        BackendKind::Cuda => {
+            let mut be = cuda(args, layout)?;
+            Counting::add_device(be.allocated_bytes());
+            let arenas = Counting::current().saturating_sub(before);
+            work.on(&mut be, arenas)
+        }
         BackendKind::Cpu => {
             let mut be = Cpu::new(layout, threads)?;
             let arenas = Counting::current().saturating_sub(before);

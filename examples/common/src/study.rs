@@ -130,6 +130,30 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
         cells.iter().map(|c| (1..=self.seeds).map(|seed| self.result(c, seed)).collect()).collect()
     }
 
+    /// What `of` takes from short runs of every cell and seed, made after all others and in turn: a machine whose speed
+    /// changes, or that did something else during the long runs, treats all cells alike. `short` makes a cell's run
+    /// one of a few steps.
+    ///
+    /// # Errors
+    /// As [`result`](Self::result).
+    pub fn speeds(
+        &self,
+        cells: &[Cell<A>],
+        short: impl Fn(&mut A),
+        of: impl Fn(&S) -> f64,
+    ) -> Result<Vec<Vec<f64>>, Failure> {
+        let mut speeds = vec![Vec::new(); cells.len()];
+        for seed in 1..=self.seeds {
+            for (cell, speeds) in cells.iter().zip(&mut speeds) {
+                let mut args = cell.args.clone();
+                short(&mut args);
+                let run = Cell { name: format!("time-{}", cell.name), x: cell.x, args };
+                speeds.push(of(&self.result(&run, seed)?));
+            }
+        }
+        Ok(speeds)
+    }
+
     /// Draws `NAME.svg`.
     ///
     /// # Errors
@@ -190,6 +214,16 @@ impl Table {
         let rows =
             cells.iter().zip(results).map(|(c, r)| (c.name.clone(), c.x, r.iter().map(&row).collect())).collect();
         Self { columns: columns.to_vec(), rows }
+    }
+
+    /// One more column, by cell and seed.
+    pub fn push(&mut self, column: &'static str, values: Vec<Vec<f64>>) {
+        for ((_, _, rows), values) in self.rows.iter_mut().zip(values) {
+            for (row, value) in rows.iter_mut().zip(values) {
+                row.push(value);
+            }
+        }
+        self.columns.push(column);
     }
 
     /// Writes `NAME-runs.csv` and `NAME.csv` and tells the means.

@@ -158,7 +158,7 @@ pub struct TrainArgs {
 
 impl TrainArgs {
     /// Flags that may differ from the saved ones when a run is resumed: they change no number.
-    pub const FREE: [&str; 5] = ["resume", "json", "threads", "checkpoint_interval", "verify"];
+    pub const FREE: [&str; 6] = ["resume", "json", "threads", "device", "checkpoint_interval", "verify"];
 
     /// The settings with which a saved run goes on: the saved ones, and those of [`TrainArgs::FREE`] that were given.
     ///

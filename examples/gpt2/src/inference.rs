@@ -39,7 +39,7 @@ fn lay_out(
         fused: true,
         verify: false,
         threads,
-        library: machine::library(machine.backend, threads),
+        library: machine::library(machine, threads),
     };
     let (_, model, layout) = machine::lay_out(&setup, machine.backend, machine.memory, choice)?;
     Ok((model, layout))
@@ -117,7 +117,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let batch = (args.batch as usize).min(windows);
     let (model, layout) = lay_out(&config, &args.machine, context, batch, None, frac_bits(&config, args.frac_bits))?;
     let threads = machine::threads(&args.machine);
-    machine::run(args.machine.backend, threads, &layout, Eval { args, config, model, part, name })
+    machine::run(&args.machine, threads, &layout, Eval { args, config, model, part, name })
 }
 
 /// Text from a model.
@@ -164,7 +164,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     let one = Some(Choice { chunk: 1, head_rows: 1 });
     let (model, layout) = lay_out(&config, &args.machine, context, 1, one, frac_bits(&config, None))?;
     let threads = machine::threads(&args.machine);
-    machine::run(args.machine.backend, threads, &layout, Generate { args, config, model })
+    machine::run(&args.machine, threads, &layout, Generate { args, config, model })
 }
 
 /// The memory table, without training.
@@ -188,7 +188,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         fused: train::fused(args.optim.clip, args.accumulate),
         verify: args.verify,
         threads,
-        library: machine::library(kind, threads),
+        library: machine::library(&args.machine, threads),
     };
     let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, None)?;
     report::tell!(

@@ -6,6 +6,7 @@ use bdia_core::backend::{Backend, Gelu};
 use bdia_core::plan::{Choice, fit};
 use bdia_core::{Error, Layout, Reference, Storage};
 use bdia_cpu::Cpu;
+use bdia_cuda::Cuda;
 pub use bdia_train::machine::*;
 
 use crate::cli::{BackendKind, Mode, ModeArgs};
@@ -63,6 +64,7 @@ pub fn lay_out(
     let make = |choice| match kind {
         BackendKind::Reference => Gpt2::layout::<Reference<'_, f32>>(setup, choice),
         BackendKind::Cpu => Gpt2::layout::<Cpu>(setup, choice),
+        BackendKind::Cuda => Gpt2::layout::<Cuda>(setup, choice),
     };
     match fixed {
         // A choice that was made before, by a run within its budget.

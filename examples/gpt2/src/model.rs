@@ -300,12 +300,29 @@ impl Gpt2 {
                 continue;
             }
             let sigma = if t.name.ends_with("c_proj.weight") { projections } else { 0.02 };
-            // The tensor's index in the file is its place in the random stream; rows are samples of it.
-            for row in 0..t.shape[0] {
-                let s = Stream::new(seed, i as u32, row as u32, 0, 0, Draw::Init);
-                piece.clear();
-                piece.extend((0..t.shape[1] as u32).map(|e| B::Real::of(sigma * s.normal(e))));
-                be.write_reals(t.values.sub(row * t.shape[1], t.shape[1]), &piece)?;
+            // The tensor's index in the file is its place in the random stream; rows are samples of it, so threads share
+            // them out.
+            let (rows, cols, threads) = (t.shape[0], t.shape[1], self.setup.threads.max(1));
+            let share = (1_usize << 14).div_ceil(cols.max(1));
+            let draw = |first: usize, values: &mut [B::Real]| {
+                for (row, line) in values.chunks_mut(cols).enumerate() {
+                    let s = Stream::new(seed, i as u32, (first + row) as u32, 0, 0, Draw::Init);
+                    line.iter_mut().zip(0..).for_each(|(x, e)| *x = B::Real::of(sigma * s.normal(e)));
+                }
+            };
+            for first in (0..rows).step_by(share * threads) {
+                piece.resize((share * threads).min(rows - first) * cols, B::Real::of(0.0));
+                if threads == 1 {
+                    draw(first, &mut piece);
+                } else {
+                    std::thread::scope(|scope| {
+                        for (part, values) in piece.chunks_mut((share * cols).max(1)).enumerate() {
+                            let draw = &draw;
+                            scope.spawn(move || draw(first + part * share, values));
+                        }
+                    });
+                }
+                be.write_reals(t.values.sub(first * cols, piece.len()), &piece)?;
             }
         }
         Ok(())

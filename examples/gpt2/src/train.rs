@@ -106,7 +106,7 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
         fused: fused(args.optim.clip, args.accumulate),
         verify: args.verify,
         threads,
-        library: machine::library(args.machine.backend, threads),
+        library: machine::library(&args.machine, threads),
     };
     args.optim.schedule(args.steps as u32).check()?;
     let kind = args.machine.backend;
@@ -124,8 +124,9 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     };
     let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, fixed)?;
     let others = other_plans(&setup, kind, choice, args.mode.mode)?;
+    let place = args.machine.clone();
     machine::run(
-        kind,
+        &place,
         threads,
         &layout,
         Run { args, config, corpus, tokenizer, choice, layout: layout.clone(), model, others, from },

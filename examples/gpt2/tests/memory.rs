@@ -50,8 +50,8 @@ fn plan_and_peak() {
     for mode in modes {
         for (layers, chunk) in [(1, 1), (2, 2), (5, 3), (12, 2)] {
             for fused in [true, false] {
-                // The reference backend has no library below it: everything is the plan's, to the byte.
-                let s = Setup { library: 0, ..setup(mode, layers, fused, small()) };
+                // The reference backend has no threads and no library below it: everything is the plan's, to the byte.
+                let s = Setup { library: 0, threads: 1, ..setup(mode, layers, fused, small()) };
                 let choice = Choice { chunk, head_rows: 7 };
                 let (mut model, layout) = Gpt2::layout::<bdia_core::Reference<'_, f32>>(&s, choice).unwrap();
                 let before = Counting::current();

@@ -19,6 +19,7 @@ use bdia_core::backend::Backend;
 use bdia_core::plan::{Choice, fit};
 use bdia_core::{Gamma, Grid, Layout, Reference, Sign, stack};
 use bdia_cpu::Cpu;
+use bdia_cuda::Cuda;
 use bdia_train::alloc::{Counting, peak_rss_bytes};
 use bdia_train::checkpoint::{self, Header};
 use bdia_train::files::{FileError, write_bytes};
@@ -193,7 +194,7 @@ fn setup(args: &TrainArgs, config: &TranslationConfig) -> Result<Setup, Failure>
         smoothing: args.smoothing,
         head_rows: Choice::HEAD_ROWS,
         threads,
-        library: machine::library(args.machine.backend, threads),
+        library: machine::library(&args.machine, threads),
     })
 }
 
@@ -247,6 +248,12 @@ fn lay_out(
                 let one = |s: &Sizes| model.decoding_layout::<Reference<'_, f32>>(s);
                 sizes = fits(&training, TOGETHER, &one)?;
                 Translator::layout::<Reference<'_, f32>>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
+            }
+            BackendKind::Cuda => {
+                let (model, training) = Translator::layout::<Cuda>(&setup, &shapes, |_| Ok(Vec::new()))?;
+                let one = |s: &Sizes| model.decoding_layout::<Cuda>(s);
+                sizes = fits(&training, TOGETHER, &one)?;
+                Translator::layout::<Cuda>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
             }
             BackendKind::Cpu => {
                 let (model, training) = Translator::layout::<Cpu>(&setup, &shapes, |_| Ok(Vec::new()))?;
@@ -346,8 +353,9 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let others = other_plans(&setup, &prepared, kind, laid.choice)?;
     let mut summary = None;
     let layout = laid.layout.clone();
+    let place = args.machine.clone();
     let work = Run { args, prepared, laid, others, from, summary: &mut summary };
-    machine::run(kind, setup.threads, &layout, work)?;
+    machine::run(&place, setup.threads, &layout, work)?;
     Ok(summary)
 }
 

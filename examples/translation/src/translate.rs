@@ -4,8 +4,10 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
 
 use bdia_core::backend::Backend;
+use bdia_core::plan::Choice;
 use bdia_core::{Gamma, Grid, Layout, Reference, Sign, stack};
 use bdia_cpu::Cpu;
+use bdia_cuda::Cuda;
 use bdia_train::files::write_bytes;
 use bdia_train::machine::{self, Work};
 use bdia_train::weights::{self, Weights};
@@ -234,9 +236,9 @@ impl Trained {
             fused: true,
             verify: false,
             smoothing: 0.0,
-            head_rows: 256,
+            head_rows: Choice::HEAD_ROWS,
             threads,
-            library: machine::library(args.machine.backend, threads),
+            library: machine::library(&args.machine, threads),
         };
         let inference = match args.inference {
             cli::Inference::Float => Inference::Float,
@@ -259,6 +261,9 @@ impl Trained {
                 }),
                 BackendKind::Cpu => {
                     Translator::layout::<Cpu>(setup, &shapes, |m| Ok(vec![m.decoding_layout::<Cpu>(sizes)?]))
+                }
+                BackendKind::Cuda => {
+                    Translator::layout::<Cuda>(setup, &shapes, |m| Ok(vec![m.decoding_layout::<Cuda>(sizes)?]))
                 }
             }?;
             match args.machine.memory {
@@ -341,7 +346,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let (model, layout) = trained.lay_out(&args.search, Some(&batches))?;
     let machine = &args.search.machine;
     let threads = trained.setup.threads;
-    machine::run(machine.backend, threads, &layout, Eval { args, trained, model, encoded, batches })
+    machine::run(machine, threads, &layout, Eval { args, trained, model, encoded, batches })
 }
 
 /// The pairs that a run's flags name.
@@ -436,5 +441,5 @@ pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
     let mut trained = Trained::read(&args.search)?;
     let (model, layout) = trained.lay_out(&args.search, None)?;
     let threads = trained.setup.threads;
-    machine::run(args.search.machine.backend, threads, &layout, Lines { args, trained, model })
+    machine::run(&args.search.machine, threads, &layout, Lines { args, trained, model })
 }

@@ -83,8 +83,16 @@ impl VitConfig {
     /// [`Failure`] for a file that is absent or not such a file.
     pub fn read_dir(dir: &Path) -> Result<Self, Failure> {
         let path = dir.join("config.json");
-        let wrong = |what: String| Failure::Run { path: path.clone(), what };
-        let config: Self = serde_json::from_slice(&read_limited(&path, 1 << 20)?)
+        Self::from_json(&path, &read_limited(&path, 1 << 20)?)
+    }
+
+    /// Reads the text of a file, whose path is for errors.
+    ///
+    /// # Errors
+    /// [`Failure::Run`]
+    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self, Failure> {
+        let wrong = |what: String| Failure::Run { path: path.into(), what };
+        let config: Self = serde_json::from_slice(text)
             .map_err(|e| wrong(format!("not the config.json of a vision transformer of this program: {e}")))?;
         let sizes = [config.patch, config.width, config.layers, config.heads, config.mlp, config.classes.len()];
         if config.image.iter().chain(&sizes).any(|&n| n == 0 || n > MOST) {

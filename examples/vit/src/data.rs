@@ -267,34 +267,59 @@ fn class_names(path: &Path, count: usize) -> Vec<String> {
     if names.len() == count { names } else { (0..count).map(|c| c.to_string()).collect() }
 }
 
-/// CIFAR's binary files: records of `labels` bytes, of which the last counts, and 3·32·32 pixels, channel by channel.
 fn cifar(paths: &[PathBuf], labels: usize, classes: u16) -> Result<Images, DataError> {
     let mut images = Images { shape: [3, 32, 32], ..Images::default() };
-    let record = labels + 3072;
     for path in paths {
-        let bytes = read_limited(path, LIMIT)?;
-        if bytes.is_empty() || bytes.len() % record != 0 {
-            return Err(DataError::Size { path: path.clone(), found: bytes.len() as u64, record });
-        }
-        for (i, r) in bytes.chunks_exact(record).enumerate() {
-            let label = u16::from(r[labels - 1]);
-            if label >= classes {
-                let (found, most) = (u32::from(label), u32::from(classes) - 1);
-                return Err(DataError::Label { path: path.clone(), record: i, found, most });
-            }
-            images.push(&r[labels..], label);
-        }
+        cifar_records(path, &read_limited(path, LIMIT)?, labels, classes, &mut images)?;
     }
     Ok(images)
 }
 
-/// Reads a file of IDX, unpacked where it ends in `.gz`; `header` bytes say how long the rest must be.
+/// Appends the records of one of CIFAR's binary files: `labels` bytes, of which the last counts, and 3·32·32 pixels,
+/// channel by channel. The path is for errors.
+///
+/// # Errors
+/// [`DataError::Size`], [`DataError::Label`]
+pub fn cifar_records(
+    path: &Path,
+    bytes: &[u8],
+    labels: usize,
+    classes: u16,
+    images: &mut Images,
+) -> Result<(), DataError> {
+    let record = labels + 3072;
+    if bytes.is_empty() || !bytes.len().is_multiple_of(record) {
+        return Err(DataError::Size { path: path.into(), found: bytes.len() as u64, record });
+    }
+    for (i, r) in bytes.chunks_exact(record).enumerate() {
+        let label = u16::from(r[labels - 1]);
+        if label >= classes {
+            let (found, most) = (u32::from(label), u32::from(classes) - 1);
+            return Err(DataError::Label { path: path.into(), record: i, found, most });
+        }
+        images.push(&r[labels..], label);
+    }
+    Ok(())
+}
+
+/// Reads a file of IDX.
 fn idx_file(path: &Path, magic: u32, dims: usize) -> Result<(Vec<usize>, Vec<u8>), DataError> {
     let file = File::open(path).map_err(|e| FileError::io(path, "open it", e))?;
-    let mut reader: Box<dyn Read> = if path.extension().is_some_and(|e| e == "gz") {
-        Box::new(flate2::read::GzDecoder::new(file))
+    idx_values(path, file, magic, dims)
+}
+
+/// Sizes and values of an IDX file, unpacked where its name ends in `.gz`; its header says how long the rest must be.
+///
+/// # Errors
+/// [`DataError::Format`]
+pub fn idx_values(path: &Path, file: impl Read, magic: u32, dims: usize) -> Result<(Vec<usize>, Vec<u8>), DataError> {
+    let (mut plain, mut packed);
+    let reader: &mut dyn Read = if path.extension().is_some_and(|e| e == "gz") {
+        packed = flate2::read::GzDecoder::new(file);
+        &mut packed
     } else {
-        Box::new(file)
+        plain = file;
+        &mut plain
     };
     let mut header = vec![0; 4 + 4 * dims];
     let cut = |e: std::io::Error| format(path, format!("it ends too early or is damaged: {e}"));
@@ -392,12 +417,18 @@ fn folders(dir: &Path, side: usize) -> Result<Dataset, DataError> {
     Ok(Dataset { name: "folders".into(), train, test, classes })
 }
 
-/// One picture as `[3, side, side]`.
 fn picture(path: &Path, side: usize) -> Result<Vec<u8>, DataError> {
-    let bytes = read_limited(path, IMAGE_LIMIT)?;
+    decode(path, &read_limited(path, IMAGE_LIMIT)?, side)
+}
+
+/// A PNG or JPEG as `[3, side, side]`. The path is for errors.
+///
+/// # Errors
+/// [`DataError::Format`], for one that claims to be huge too.
+pub fn decode(path: &Path, bytes: &[u8], side: usize) -> Result<Vec<u8>, DataError> {
     let wrong = |e: &dyn core::fmt::Display| format(path, format!("not a usable PNG or JPEG: {e}"));
     let mut reader =
-        image::ImageReader::new(std::io::Cursor::new(&bytes)).with_guessed_format().map_err(|e| wrong(&e))?;
+        image::ImageReader::new(std::io::Cursor::new(bytes)).with_guessed_format().map_err(|e| wrong(&e))?;
     let mut limits = image::Limits::default();
     (limits.max_image_width, limits.max_image_height) = (Some(IMAGE_SIDE), Some(IMAGE_SIDE));
     limits.max_alloc = Some(IMAGE_BYTES);

@@ -18,6 +18,7 @@ use bdia_core::plan::{Choice, fit};
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Gamma, Grid, Layout, Reference, Sign, stack};
 use bdia_cpu::Cpu;
+use bdia_cuda::Cuda;
 use bdia_train::alloc::{Counting, peak_rss_bytes};
 use bdia_train::checkpoint::{self, Header};
 use bdia_train::files::FileError;
@@ -170,12 +171,20 @@ fn setup(args: &TrainArgs, config: &VitConfig) -> Result<Setup, Failure> {
         smoothing: args.smoothing,
         mixup: args.mixup > 0.0,
         threads,
-        library: machine::library(args.machine.backend, threads),
+        library: machine::library(&args.machine, threads),
     })
 }
 
+/// The build and the processor that compute ([`machine::identity`]).
+pub fn identity<B: Backend>(be: &B) -> String {
+    machine::identity(be, concat!("bdia-vit ", env!("CARGO_PKG_VERSION")))
+}
+
 /// Lays a model out within a budget, or with the chunk of a saved run.
-fn lay_out(
+///
+/// # Errors
+/// What does not fit together, or into the budget.
+pub fn lay_out(
     setup: &Setup,
     kind: BackendKind,
     budget: Option<u64>,
@@ -186,6 +195,7 @@ fn lay_out(
         match kind {
             BackendKind::Reference => Vit::layout::<Reference<'_, f32>>(&setup),
             BackendKind::Cpu => Vit::layout::<Cpu>(&setup),
+            BackendKind::Cuda => Vit::layout::<Cuda>(&setup),
         }
     };
     let budget = budget.map(|b| usize::try_from(b).unwrap_or(usize::MAX));
@@ -276,10 +286,10 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let kind = args.machine.backend;
     let (choice, model, layout) = lay_out(&setup, kind, args.machine.memory, fixed)?;
     let others = other_plans(&setup, kind, choice.chunk)?;
-    let mut summary = None;
+    let (mut summary, place) = (None, args.machine.clone());
     let work =
         Run { args, config, data, augment, choice, layout: layout.clone(), model, others, from, summary: &mut summary };
-    machine::run(kind, setup.threads, &layout, work)?;
+    machine::run(&place, setup.threads, &layout, work)?;
     Ok(summary)
 }
 
@@ -430,7 +440,7 @@ impl Work for Run<'_> {
     fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         let out = self.args.out.clone();
         std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
-        let identity = machine::identity(be, concat!("bdia-vit ", env!("CARGO_PKG_VERSION")));
+        let identity = identity(be);
         let digest = self.data.digest();
         let (mut first, mut validation) = (0, Vec::new());
         match &self.from {
@@ -777,11 +787,11 @@ fn with_model(
         smoothing: 0.0,
         mixup: false,
         threads,
-        library: machine::library(machine_args.backend, threads),
+        library: machine::library(machine_args, threads),
     };
     let (_, model, layout) = lay_out(&setup, machine_args.backend, machine_args.memory, None)?;
     let path = dir.join(if best { "best.safetensors" } else { weights::FILE });
-    machine::run(machine_args.backend, threads, &layout, Eval { path, config, images, model, task })
+    machine::run(machine_args, threads, &layout, Eval { path, config, images, model, task })
 }
 
 /// What is done with a trained model.

@@ -9,7 +9,8 @@ use bdia_core::backend::Backend;
 use bdia_core::layers::Patches;
 use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Gamma, Grid, Layout, Real, Reference, Sign};
+use bdia_core::{Error, Gamma, Grid, Layout, Real, Reference, Sign, Storage};
+use bdia_train::Failure;
 use bdia_vit::model::{Dims, Inference, Named, Setup, Step, Vit};
 use safetensors::{Dtype, SafeTensors};
 
@@ -176,6 +177,45 @@ fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
     // Rounding to 2^-20 at every block, with slopes of order one.
     assert!((a.0 - b.0).abs() < 1e-4, "{} {}", a.0, b.0);
     assert!(a.1.iter().zip(&b.1).all(|(x, y)| (x - y).abs() < 1e-4 * (1.0 + y.abs())));
+}
+
+/// Files of DeiT hold the patches' matrix as the kernel of a convolution, `[d, C, y, x]`.
+#[test]
+fn a_convolutions_kernel_is_read_as_patches() {
+    let s = state("plain");
+    let (model, layout) = Vit::layout::<Reference<'_, f32>>(&s.setup()).unwrap();
+    let (c, p) = (s.size("channels"), s.size("patch"));
+    assert!(c > 1 && p > 1, "otherwise the order does not show");
+    let named = model.tensors();
+    let (mut shapes, mut files) = (Vec::new(), Vec::new());
+    for t in &named {
+        let file: Vec<f32> = s.reals[&format!("param.{}", t.name)].iter().map(|&x| x as f32).collect();
+        if t.name == "patch_embed.proj.weight" {
+            let d = t.shape[0];
+            let at = |o: usize, c_: usize, y: usize, x: usize| file[o * c * p * p + (y * p + x) * c + c_];
+            let mut kernel = Vec::new();
+            for (o, c_, y, x) in (0..d * c * p * p).map(|i| (i / (c * p * p), i / (p * p) % c, i / p % p, i % p)) {
+                kernel.push(at(o, c_, y, x));
+            }
+            shapes.push((t.name.clone(), vec![d, c, p, p]));
+            files.push(kernel);
+        } else {
+            shapes.push((t.name.clone(), t.shape.clone()));
+            files.push(file);
+        }
+    }
+    let dir = bdia_train::files::testing::TempDir::new();
+    let path = dir.path().join("model.safetensors");
+    bdia_train::weights::write::<Failure>(&path, &shapes, |i, sink| Ok(sink.put(&files[i])?)).unwrap();
+    let mut memory = Memory::<f32>::new(&layout);
+    let mut be = memory.backend(&layout);
+    bdia_vit::train::load_weights(&path, &mut be, &model).unwrap();
+    for t in &named {
+        let expected = ours(t, &s.reals[&format!("param.{}", t.name)]);
+        let mut found = vec![0.0_f32; t.values.len()];
+        be.read_reals(t.values, &mut found).unwrap();
+        assert!(found.iter().zip(&expected).all(|(a, &b)| a.to_bits() == (b as f32).to_bits()), "{}", t.name);
+    }
 }
 
 #[test]

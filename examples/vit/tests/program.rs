@@ -88,6 +88,54 @@ fn training_is_exact_and_resumes_exactly() {
     }
 }
 
+/// Killed at many moments, while checkpoints are written too, a run ends with the bits of one that was left alone.
+#[test]
+fn killed_runs_end_the_same() {
+    let dir = TempDir::new();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let flags = format!("train {SMALL} --epochs 30 --checkpoint-interval 1 --mixup 0.2");
+    good(&a, &flags);
+    let lines =
+        |dir: &Path| std::fs::read(dir.join("metrics.jsonl")).map_or(0, |t| t.split(|&c| c == b'\n').count() - 1);
+    let names = |dir: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        let mut names: Vec<_> = entries.filter_map(|e| e.file_name().into_string().ok()).collect();
+        names.sort();
+        names
+    };
+    let mut kills = 0_usize;
+    for i in 0..100_u32 {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bdia-vit"));
+        if names(&b).iter().any(|n| n.ends_with(".ckpt")) {
+            command.args(["train", "--resume"]).arg(&b);
+        } else {
+            command.args(flags.split_whitespace()).arg("--out").arg(&b);
+        }
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        if kills < 8 {
+            // After some more steps, or with a checkpoint half written.
+            let (after, half) = (lines(&b) + 3 + (i as usize * 7) % 11, i % 2 == 0);
+            let done = || lines(&b) >= after && (!half || names(&b).iter().any(|n| n.ends_with(".tmp")));
+            while child.try_wait().unwrap().is_none() && !done() {
+                std::thread::sleep(core::time::Duration::from_micros(200));
+            }
+            child.kill().unwrap();
+        }
+        let status = child.wait().unwrap();
+        if status.success() {
+            break;
+        }
+        assert_eq!(status.code(), None, "it ended by itself");
+        kills += 1;
+    }
+    assert!(kills >= 4, "killed only {kills} times");
+    assert_eq!(names(&a), names(&b));
+    for file in names(&a).iter().filter(|n| n.ends_with("safetensors") || n.ends_with("ckpt")) {
+        assert_eq!(std::fs::read(a.join(file)).unwrap(), std::fs::read(b.join(file)).unwrap(), "{file}");
+    }
+    assert_eq!(metrics(&a), metrics(&b));
+}
+
 /// Every baseline trains, from the same data in the same order; more threads give the same bits.
 #[test]
 fn baselines() {

@@ -1,14 +1,13 @@
 //! Attention in tiles of queries: per head, 64 rows of scores at a time exist, in the scratch of one thread.
 
-use bdia_core::arena::product as size;
 use bdia_core::backend::{Attention, Columns, Mask};
 use bdia_core::rng::Draw;
-use bdia_core::{Chunk, Error, Reals, Result};
+use bdia_core::{Chunk, Reals, Result};
 use wide::f32x8;
 
 use super::dropout::Dropout;
 use super::matmul::{View, product};
-use crate::memory::{Handle, Shared, get, same};
+use crate::memory::{Shared, get};
 use crate::simd::{LANES, exp, fold_sum, fold_sum2, load_part, map, max_of};
 use crate::{Cpu, actual_threads};
 
@@ -50,72 +49,12 @@ impl Heads {
     }
 }
 
-/// Checked operands: sizes, and the places that are read and written.
-struct Shape {
-    width: usize,
-    queries: usize,
-    keys: usize,
-    arena: usize,
-}
-
-impl Shape {
-    fn new(a: &Attention, chunk: &Chunk, arena: usize) -> Result<Self> {
-        let width = size("attention: width", &[a.heads, a.head_dim])?;
-        let queries = size("attention: queries", &[chunk.samples, a.queries])?;
-        let keys = size("attention: keys", &[chunk.samples, a.keys])?;
-        if a.mask != Mask::Full {
-            same("masked attention: keys", a.queries, a.keys)?;
-        }
-        Ok(Self { width, queries, keys, arena })
-    }
-
-    fn columns(&self, what: &'static str, c: Columns, rows: usize) -> Result<core::ops::Range<usize>> {
-        same(what, size(what, &[rows, c.stride])?, c.of.len())?;
-        let end = c.at.checked_add(self.width).ok_or(Error::TooLarge(what))?;
-        if end > c.stride {
-            return Err(Error::Shape { what, expected: end, found: c.stride });
-        }
-        self.place(what, c.of)
-    }
-
-    /// The place of a temperature or its gradient, or none.
-    fn temperature(&self, h: Reals) -> Result<core::ops::Range<usize>> {
-        if !h.is_empty() {
-            same("attention: temperature", 1, h.len())?;
-        }
-        self.place("attention: temperature", h)
-    }
-
-    /// The place of a handle; an empty one overlaps nothing.
-    fn place(&self, what: &'static str, h: Reals) -> Result<core::ops::Range<usize>> {
-        let place = h.place();
-        if place.end > self.arena {
-            return Err(Error::Handle(what));
-        }
-        Ok(if place.is_empty() { 0..0 } else { place })
-    }
-}
-
-fn overlap(a: &core::ops::Range<usize>, b: &core::ops::Range<usize>) -> bool {
-    a.start < b.end && b.start < a.end
-}
-
-/// The scratch that an operation uses of the handle it got.
-fn checked_scratch(a: &Attention, threads: usize, h: Reals) -> Result<Reals> {
-    let needed = scratch(a, threads);
-    let h = h.sub(0, needed);
-    same("attention: scratch", needed, h.len())?;
-    Ok(h)
-}
-
-/// Factor of the scores: `e^τ`, or `1/√head_dim`. Also the place of `τ`, if there is one.
-fn score_scale(reals: &[f32], shape: &Shape, a: &Attention) -> Result<(f32, core::ops::Range<usize>)> {
-    let place = shape.temperature(a.temperature)?;
-    let scale = match reals[place.clone()].first() {
+/// Factor of the scores: `e^τ`, or `1/√head_dim`.
+fn score_scale(cpu: &Cpu, a: &Attention) -> Result<f32> {
+    Ok(match cpu.reals(a.temperature)?.first() {
         Some(&tau) => libm::expf(tau),
         None => (1.0 / libm::sqrt(a.head_dim.max(1) as f64)) as f32,
-    };
-    Ok((scale, place))
+    })
 }
 
 /// First dropout element of a query's row of weights; wraps as the generator's counter does.
@@ -141,13 +80,6 @@ fn present(a: &Attention, lens: &[i32], sample: usize) -> usize {
     lens.get(sample).map_or(a.keys, |&n| usize::try_from(n).unwrap_or(0).min(a.keys))
 }
 
-fn key_lens<'c>(cpu: &'c [i32], a: &Attention, chunk: &Chunk) -> Result<&'c [i32]> {
-    if !a.key_lens.is_empty() {
-        same("attention: key_lens", chunk.samples, a.key_lens.len())?;
-    }
-    get(cpu, a.key_lens, "attention: key_lens")
-}
-
 pub(super) fn forward(
     cpu: &mut Cpu,
     chunk: &Chunk,
@@ -157,28 +89,13 @@ pub(super) fn forward(
     lse: Reals,
     scratch: Reals,
 ) -> Result<()> {
-    let shape = Shape::new(a, chunk, cpu.reals.len())?;
-    same("attention: out", size("attention: out", &[shape.queries, shape.width])?, out.len())?;
-    same("attention: lse", size("attention: lse", &[shape.queries, a.heads])?, lse.len())?;
-    let scratch = checked_scratch(a, cpu.team.threads, scratch)?;
-    let (dropout, lens) = (Dropout::new(a.dropout)?, key_lens(&cpu.ints, a, chunk)?);
-    let inputs = [
-        shape.columns("attention: q", q, shape.queries)?,
-        shape.columns("attention: k", k, shape.keys)?,
-        shape.columns("attention: v", v, shape.keys)?,
-    ];
-    let outputs = [
-        shape.place("attention: out", out)?,
-        shape.place("attention: lse", lse)?,
-        shape.place("attention: scratch", scratch)?,
-    ];
-    let (scale, tau) = score_scale(&cpu.reals, &shape, a)?;
-    for (n, output) in outputs.iter().enumerate() {
-        if inputs.iter().chain(&outputs[..n]).chain([&tau]).any(|other| overlap(other, output)) {
-            return Err(Error::Handle("attention"));
-        }
-    }
-    if shape.queries == 0 || a.heads == 0 {
+    let needed = self::scratch(a, cpu.team.threads);
+    let scratch = scratch.sub(0, needed);
+    cpu.arenas().attention(chunk, a, [q, k, v], out, lse, (scratch, needed))?;
+    let (dropout, scale) = (Dropout::new(a.dropout), score_scale(cpu, a)?);
+    let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
+    let width = a.heads * a.head_dim;
+    if chunk.samples * a.queries == 0 || a.heads == 0 {
         return Ok(());
     }
     let hd = a.head_dim;
@@ -240,7 +157,7 @@ pub(super) fn forward(
             }
         }
         // O = P·V
-        let o = reals.pointer().wrapping_add(out.start() + (i * a.queries + row) * shape.width + head * hd);
+        let o = reals.pointer().wrapping_add(out.start() + (i * a.queries + row) * width + head * hd);
         // SAFETY: as above; these rows and columns of `out` belong to this piece.
         unsafe {
             product(
@@ -248,7 +165,7 @@ pub(super) fn forward(
                 View { start: tile, row: stride, col: 1 },
                 view(v.at(i, head, 0), v.stride, 1),
                 o,
-                shape.width,
+                width,
                 false,
             );
         }
@@ -267,49 +184,13 @@ pub(super) fn backward(
     [dq, dk, dv]: [Columns; 3],
     scratch: Reals,
 ) -> Result<()> {
-    let shape = Shape::new(a, chunk, cpu.reals.len())?;
-    let values = size("attention_vjp: out", &[shape.queries, shape.width])?;
-    same("attention_vjp: out", values, out.len())?;
-    same("attention_vjp: dout", values, dout.len())?;
-    same("attention_vjp: lse", size("attention_vjp: lse", &[shape.queries, a.heads])?, lse.len())?;
-    let scratch = checked_scratch(a, cpu.team.threads, scratch)?;
-    let (dropout, lens) = (Dropout::new(a.dropout)?, key_lens(&cpu.ints, a, chunk)?);
-    let inputs = [
-        shape.columns("attention_vjp: q", q, shape.queries)?,
-        shape.columns("attention_vjp: k", k, shape.keys)?,
-        shape.columns("attention_vjp: v", v, shape.keys)?,
-        shape.place("attention_vjp: out", out)?,
-        shape.place("attention_vjp: lse", lse)?,
-        shape.place("attention_vjp: dout", dout)?,
-    ];
-    let outputs = [
-        shape.columns("attention_vjp: dq", dq, shape.queries)?,
-        shape.columns("attention_vjp: dk", dk, shape.keys)?,
-        shape.columns("attention_vjp: dv", dv, shape.keys)?,
-    ];
-    let scratch_at = shape.place("attention_vjp: scratch", scratch)?;
-    let (scale, tau) = score_scale(&cpu.reals, &shape, a)?;
-    same("attention_vjp: temperature_grad", a.temperature.len(), a.temperature_grad.len())?;
-    let slope = shape.temperature(a.temperature_grad)?;
-    let read = inputs.iter().chain([&tau]);
-    if read.chain(&outputs).chain([&scratch_at]).any(|x| overlap(x, &slope))
-        || outputs.iter().chain([&scratch_at]).any(|x| overlap(x, &tau))
-    {
-        return Err(Error::Handle("attention_vjp: temperature"));
-    }
-    let meets = |x: &core::ops::Range<usize>| inputs.iter().any(|input| overlap(input, x));
-    if outputs.iter().any(|x| meets(x) || overlap(x, &scratch_at)) || meets(&scratch_at) {
-        return Err(Error::Handle("attention_vjp"));
-    }
-    let of = [(dq, &outputs[0]), (dk, &outputs[1]), (dv, &outputs[2])];
-    for (x, y) in [(of[0], of[1]), (of[0], of[2]), (of[1], of[2])] {
-        // Columns of one matrix must not meet; other matrices must not overlap.
-        let apart = x.0.of == y.0.of && x.0.stride == y.0.stride && x.0.at.abs_diff(y.0.at) >= shape.width;
-        if shape.width > 0 && overlap(x.1, y.1) && !apart {
-            return Err(Error::Handle("attention_vjp: dq, dk, dv"));
-        }
-    }
-    if shape.width == 0 || (shape.queries == 0 && shape.keys == 0) {
+    let needed = self::scratch(a, cpu.team.threads);
+    let scratch = scratch.sub(0, needed);
+    cpu.arenas().attention_vjp(chunk, a, [q, k, v], [out, lse, dout], [dq, dk, dv], (scratch, needed))?;
+    let (dropout, scale) = (Dropout::new(a.dropout), score_scale(cpu, a)?);
+    let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
+    let width = a.heads * a.head_dim;
+    if width == 0 || chunk.samples * (a.queries + a.keys) == 0 {
         return Ok(());
     }
     let hd = a.head_dim;
@@ -334,8 +215,8 @@ pub(super) fn backward(
         for row in (0..a.queries).step_by(TILE) {
             let rows = TILE.min(a.queries - row);
             let keys = visible(a, row + rows - 1, present);
-            let o_at = (i * a.queries + row) * shape.width + head * hd;
-            let d_out = view(dout.start() + o_at, shape.width, 1);
+            let o_at = (i * a.queries + row) * width + head * hd;
+            let d_out = view(dout.start() + o_at, width, 1);
             let p_tile = pointer(scratch.start() + slot * slot_len);
             let ds_tile = p_tile.wrapping_add(stride * rows);
             // S = Q·Kᵀ, dP = dO·Vᵀ
@@ -356,7 +237,7 @@ pub(super) fn backward(
                 // SAFETY: lines of the slot, and inputs that nothing writes.
                 let (p, ds, o, d, lse) = unsafe {
                     let from = |at: usize| core::slice::from_raw_parts(pointer(at).cast_const(), hd);
-                    let at = o_at + r * shape.width;
+                    let at = o_at + r * width;
                     (
                         core::slice::from_raw_parts_mut(p_tile.add(r * stride), keys),
                         core::slice::from_raw_parts_mut(ds_tile.add(r * stride), keys),
@@ -415,12 +296,12 @@ pub(super) fn backward(
             }
         }
     });
-    if let Some(at) = slope.into_iter().next() {
+    for at in a.temperature_grad.range() {
         // s_k = e^τ·(q·k_k): dτ = Σ ds_k·s_k = Σ q·(Σ_k e^τ·ds_k·k_k) = Σ q·dq, in the order of the rows.
         let mut sum = 0.0;
         for i in 0..chunk.samples {
             for row in 0..a.queries {
-                let [x, dx] = [q, dq].map(|m| &cpu.reals[m.at(i, 0, row)..][..shape.width]);
+                let [x, dx] = [q, dq].map(|m| &cpu.reals[m.at(i, 0, row)..][..width]);
                 sum += f64::from(fold_sum2(x, dx, |x, dx| x * dx));
             }
         }

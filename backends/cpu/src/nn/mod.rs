@@ -6,15 +6,14 @@ mod gelu;
 pub(crate) mod matmul;
 mod packed;
 
-use bdia_core::arena::product;
 use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Product};
 use bdia_core::rng::Draw;
-use bdia_core::{Chunk, Error, Fault, Ints, NnOps, Reals, Result};
+use bdia_core::{Chunk, Fault, Ints, NnOps, Reals, Result};
 use wide::f32x8;
 
 use self::dropout::Dropout;
 use self::matmul::View;
-use crate::memory::{Arena, Shared, get, same, split};
+use crate::memory::{Arena, Shared, get, split};
 use crate::simd::{exp, fold_sum, fold_sum2, map, map2, map3, max_of};
 use crate::update::Pieces;
 use crate::{BLOCK, Cpu, Team};
@@ -23,13 +22,6 @@ use crate::{BLOCK, Cpu, Team};
 const COLUMNS: usize = 64;
 /// Rows that are summed before their sum is added to the total: rounding grows with the root of each.
 const ROWS: usize = 64;
-
-/// Number of rows of `cols` values each in `len` values.
-fn rows_of(what: &'static str, len: usize, cols: usize) -> Result<usize> {
-    let rows = len.checked_div(cols).unwrap_or(0);
-    same(what, rows * cols, len)?;
-    Ok(rows)
-}
 
 /// Rows of one piece of row-wise work.
 fn rows_per_piece(width: usize) -> usize {
@@ -75,12 +67,7 @@ fn column_sums<const N: usize>(
 
 impl NnOps for Cpu {
     fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
-        same("matmul: a", product("matmul: a", &[p.rows, p.inner])?, a.len())?;
-        same("matmul: b", product("matmul: b", &[p.inner, p.cols])?, b.len())?;
-        same("matmul: c", product("matmul: c", &[p.rows, p.cols])?, c.len())?;
-        if let Some(bias) = bias {
-            same("matmul: bias", p.cols, bias.len())?;
-        }
+        self.arenas().matmul(p, a, b, bias, c)?;
         if self.packing.is_empty() {
             self.packing = Arena::new(matmul::scratch(self.team.threads))?;
         }
@@ -96,7 +83,7 @@ impl NnOps for Cpu {
 
     fn sum_rows(&mut self, x: Reals, sum: Reals) -> Result<()> {
         let cols = sum.len();
-        let rows = rows_of("sum_rows", x.len(), cols)?;
+        let rows = self.arenas().sum_rows(x, sum)?;
         let [x, sum] = split(&mut self.reals, [x, sum], "sum_rows")?;
         let x = &*x;
         column_sums(&self.team, rows, [sum], |r, from, [part], n| {
@@ -110,7 +97,7 @@ impl NnOps for Cpu {
     }
 
     fn add(&mut self, x: Reals, y: Reals) -> Result<()> {
-        same("add", x.len(), y.len())?;
+        self.arenas().pair("add", x, y)?;
         let [x, y] = split(&mut self.reals, [x, y], "add")?;
         blocks2(&self.team, x, y, |x, y| map2(x, y, |x, y| x + y));
         Ok(())
@@ -118,10 +105,7 @@ impl NnOps for Cpu {
 
     fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
         let width = weight.len();
-        let rows = rows_of("layer_norm: x", x.len(), width)?;
-        same("layer_norm: bias", width, bias.len())?;
-        same("layer_norm: y", x.len(), y.len())?;
-        same("layer_norm: stats", product("layer_norm: stats", &[2, rows])?, stats.len())?;
+        let rows = self.arenas().layer_norm(weight, bias, x, y, stats)?;
         let [weight, bias, x, y, stats] = split(&mut self.reals, [weight, bias, x, y, stats], "layer_norm")?;
         let (weight, bias, x) = (&*weight, &*bias, &*x);
         let (y, stats, each) = (Shared::new(y), Shared::new(stats), rows_per_piece(width));
@@ -155,12 +139,7 @@ impl NnOps for Cpu {
         dbias: Reals,
     ) -> Result<()> {
         let width = weight.len();
-        let rows = rows_of("layer_norm_vjp: x", x.len(), width)?;
-        same("layer_norm_vjp: stats", product("layer_norm_vjp: stats", &[2, rows])?, stats.len())?;
-        same("layer_norm_vjp: dy", x.len(), dy.len())?;
-        same("layer_norm_vjp: dx", x.len(), dx.len())?;
-        same("layer_norm_vjp: dweight", width, dweight.len())?;
-        same("layer_norm_vjp: dbias", width, dbias.len())?;
+        let rows = self.arenas().layer_norm_vjp(weight, x, stats, dy, dx, dweight, dbias)?;
         let [weight, x, stats, dy, dx, dweight, dbias] =
             split(&mut self.reals, [weight, x, stats, dy, dx, dweight, dbias], "layer_norm_vjp")?;
         let (weight, x, stats, dy) = (&*weight, &*x, &*stats, &*dy);
@@ -189,7 +168,7 @@ impl NnOps for Cpu {
     }
 
     fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
-        same("gelu", x.len(), y.len())?;
+        self.arenas().pair("gelu", x, y)?;
         let [x, y] = split(&mut self.reals, [x, y], "gelu")?;
         match kind {
             Gelu::Tanh => blocks2(&self.team, y, x, |y, x| map2(y, x, |_, x| gelu::value(Gelu::Tanh, x))),
@@ -199,7 +178,7 @@ impl NnOps for Cpu {
     }
 
     fn gelu_vjp(&mut self, kind: Gelu, x: Reals, d: Reals) -> Result<()> {
-        same("gelu_vjp", x.len(), d.len())?;
+        self.arenas().pair("gelu_vjp", x, d)?;
         let [x, d] = split(&mut self.reals, [x, d], "gelu_vjp")?;
         match kind {
             Gelu::Tanh => blocks2(&self.team, d, x, |d, x| map2(d, x, |d, x| d * gelu::derivative(Gelu::Tanh, x))),
@@ -246,7 +225,7 @@ impl NnOps for Cpu {
     }
 
     fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> Result<()> {
-        let (pieces, dropout) = (Pieces::new(chunk, x.len())?, Dropout::new(p)?);
+        let (pieces, dropout) = (Pieces::new(chunk, self.arenas().dropout(chunk, p, x)?), Dropout::new(p));
         let [x] = split(&mut self.reals, [x], "dropout")?;
         if dropout.is_none() {
             return Ok(());
@@ -275,7 +254,7 @@ impl NnOps for Cpu {
         width: usize,
         x: Reals,
     ) -> Result<()> {
-        let (length, vocab) = embed_shapes(chunk, tokens, x, table, positions, width)?;
+        let (length, vocab) = self.arenas().embed("embed", chunk, tokens, [x, table, positions], width)?;
         let tokens = get(&self.ints, tokens, "embed: tokens")?;
         let [table, positions, x] = split(&mut self.reals, [table, positions, x], "embed")?;
         if width == 0 {
@@ -316,7 +295,7 @@ impl NnOps for Cpu {
         dtable: Reals,
         dpositions: Reals,
     ) -> Result<()> {
-        let (length, vocab) = embed_shapes(chunk, tokens, dx, dtable, dpositions, width)?;
+        let (length, vocab) = self.arenas().embed("embed_vjp", chunk, tokens, [dx, dtable, dpositions], width)?;
         let tokens = get(&self.ints, tokens, "embed_vjp: tokens")?;
         let [dtable, dpositions, dx] = split(&mut self.reals, [dtable, dpositions, dx], "embed_vjp")?;
         let (dx, dtable, dpositions) = (&*dx, Shared::new(dtable), Shared::new(dpositions));
@@ -348,13 +327,9 @@ impl NnOps for Cpu {
         losses: Reals,
     ) -> Result<()> {
         let rows = targets.len();
-        same("cross_entropy: logits", product("cross_entropy: logits", &[rows, ce.vocab])?, logits.len())?;
-        same("cross_entropy: losses", rows, losses.len())?;
+        self.arenas().cross_entropy(ce, logits, targets, losses)?;
         let targets = get(&self.ints, targets, "cross_entropy: targets")?;
         let [logits, losses] = split(&mut self.reals, [logits, losses], "cross_entropy")?;
-        if !(0.0..=1.0).contains(&ce.smoothing) {
-            return Err(Error::Setting { what: "label smoothing", found: ce.smoothing, possible: "0 to 1" });
-        }
         let (scale, vocab, each) = (ce.scale as f32, ce.vocab, rows_per_piece(ce.vocab));
         let targets_of = [ce.smoothing / vocab.max(1) as f64, 1.0 - ce.smoothing].map(|t| t as f32);
         let shared = (Shared::new(logits), Shared::new(losses));
@@ -450,23 +425,4 @@ fn cross_entropy_row(x: &mut [f32], target: usize, [smooth, hard]: [f32; 2], sca
 /// A token that is in the vocabulary.
 fn known(token: i32, vocab: usize) -> Option<usize> {
     usize::try_from(token).ok().filter(|&token| token < vocab)
-}
-
-/// Tokens of one sample and the vocabulary, once the operands' sizes agree.
-fn embed_shapes(
-    chunk: &Chunk,
-    tokens: Ints,
-    x: Reals,
-    table: Reals,
-    positions: Reals,
-    width: usize,
-) -> Result<(usize, usize)> {
-    let length = rows_of("embed: tokens", tokens.len(), chunk.samples)?;
-    same("embed: x", product("embed: x", &[tokens.len(), width])?, x.len())?;
-    let vocab = rows_of("embed: table", table.len(), width)?;
-    let needed = product("embed: positions", &[length, width])?;
-    if positions.len() < needed {
-        return Err(Error::Shape { what: "embed: positions", expected: needed, found: positions.len() });
-    }
-    Ok((length, vocab))
 }

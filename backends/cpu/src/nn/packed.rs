@@ -18,6 +18,9 @@ const MR: usize = 6;
 const NR: usize = 2 * LANES;
 /// Inner terms of a panel: one of `B` is 16 KiB, half of an L1 cache.
 const DEPTH: usize = 256;
+/// Inner terms without a jump, and how many terms ahead `A` is asked for.
+const UNROLL: usize = 4;
+const AHEAD: usize = 32;
 /// Rows (a multiple of `MR`) and columns (of `NR`) that are multiplied panel by panel before the next: 147 KiB and
 /// 196 KiB, which an L2 cache of 512 KiB holds.
 const ROWS: usize = 144;
@@ -66,21 +69,28 @@ unsafe fn pack<const W: usize>(
                 // SAFETY: as above; the values lie side by side.
                 *line = unsafe { *from.add(k * inner).cast() };
             }
-        } else if inner == 1 && W.is_multiple_of(LANES) {
-            let (eights, rest) = panel.as_chunks_mut::<LANES>();
-            let whole = eights.len() * LANES;
-            for (k, lines) in eights.iter_mut().enumerate() {
-                for half in 0..W / LANES {
+        } else if inner == 1 {
+            // Eight terms of up to eight rows are turned at a time.
+            let whole = panel.len() / LANES * LANES;
+            let flat = panel.as_flattened_mut();
+            for k in (0..whole).step_by(LANES) {
+                for first in (0..W).step_by(LANES) {
+                    let n = LANES.min(W - first);
                     // SAFETY: as above.
-                    let row = |i: usize| f32x8::new(unsafe { *from.add((half * LANES + i) * step + k * LANES).cast() });
-                    let block = f32x8::transpose(core::array::from_fn(row));
-                    for (line, values) in lines.iter_mut().zip(block) {
-                        line[half * LANES..][..LANES].copy_from_slice(&values.to_array());
+                    let row = |i: usize| f32x8::new(unsafe { *from.add((first + i) * step + k).cast() });
+                    let block = f32x8::transpose(core::array::from_fn(|i| if i < n { row(i) } else { f32x8::ZERO }));
+                    for (t, values) in block.iter().enumerate() {
+                        let to = &mut flat[(k + t) * W + first..];
+                        // What lies behind a line that is narrower than a register is written by a later store.
+                        match to.first_chunk_mut() {
+                            Some(to) => *to = values.to_array(),
+                            None => to[..n].copy_from_slice(&values.to_array()[..n]),
+                        }
                     }
                 }
             }
-            for (k, line) in rest.iter_mut().enumerate() {
-                *line = core::array::from_fn(|i| at(i, whole + k));
+            for (k, line) in panel.iter_mut().enumerate().skip(whole) {
+                *line = core::array::from_fn(|i| at(i, k));
             }
         } else {
             for (k, line) in panel.iter_mut().enumerate() {
@@ -94,15 +104,41 @@ unsafe fn pack<const W: usize>(
 #[inline(always)]
 fn kernel(a: &[[f32; MR]], b: &[[f32; NR]]) -> [[f32x8; 2]; MR] {
     let mut sums = [[f32x8::ZERO; 2]; MR];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<UNROLL>(), b.as_chunks::<UNROLL>());
     for (a, b) in a.iter().zip(b) {
-        let [b0, b1] = halves(b);
-        for r in 0..MR {
-            let x = f32x8::splat(a[r]);
-            sums[r][0] = x.mul_add(b0, sums[r][0]);
-            sums[r][1] = x.mul_add(b1, sums[r][1]);
+        // `B` stays in the L1 cache from tile to tile, `A` comes from the L2 cache.
+        prefetch(a.as_ptr().wrapping_add(AHEAD));
+        for (a, b) in a.iter().zip(b) {
+            add(&mut sums, a, b);
         }
     }
+    for (a, b) in a_rest.iter().zip(b_rest) {
+        add(&mut sums, a, b);
+    }
     sums
+}
+
+/// One inner term of a tile.
+#[inline(always)]
+fn add(sums: &mut [[f32x8; 2]; MR], a: &[f32; MR], b: &[f32; NR]) {
+    let [b0, b1] = halves(b);
+    for (sums, &a) in sums.iter_mut().zip(a) {
+        let x = f32x8::splat(a);
+        sums[0] = x.mul_add(b0, sums[0]);
+        sums[1] = x.mul_add(b1, sums[1]);
+    }
+}
+
+/// Asks for the cache line at an address, which need not be one of ours.
+#[inline(always)]
+fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint; the address is not accessed.
+    unsafe {
+        core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 #[inline(always)]
@@ -135,8 +171,13 @@ struct Target<'a> {
 /// Nothing else accesses the tile.
 #[inline(never)]
 unsafe fn tile(a: &[[f32; MR]], b: &[[f32; NR]], c: Target, row: usize, col: usize, arrival: Arrival) {
-    let sums = kernel(a, b);
     let (rows, cols) = (MR.min(c.rows - row), NR.min(c.cols - col));
+    for r in 0..rows {
+        // `C` is needed when the sums are there, and neither cache has it.
+        prefetch(c.values.pointer().wrapping_add((row + r) * c.stride + col));
+        prefetch(c.values.pointer().wrapping_add((row + r) * c.stride + col + cols - 1));
+    }
+    let sums = kernel(a, b);
     if cols == NR {
         for (r, sums) in sums.iter().enumerate().take(rows) {
             // SAFETY: the tile is within `C`, and nothing else accesses it.

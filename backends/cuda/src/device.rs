@@ -1,0 +1,473 @@
+//! The device: context, stream, memory, kernels and products, through cudarc's thin layer over the driver and cuBLAS.
+//!
+//! All work goes to one stream, in the order of the calls. Nothing waits but [`Device::read`].
+
+use core::ffi::{CStr, c_int, c_void};
+use core::fmt;
+use std::ffi::CString;
+
+use bdia_core::{Error, Result};
+use cudarc::cublas;
+use cudarc::driver::{result, sys};
+
+use crate::compile;
+use crate::error::CudaError;
+use crate::library;
+use crate::span::Span;
+
+/// Bytes that cuBLAS may use within a product: a fixed workspace, so that the same product gives the same bits.
+pub(crate) const BLAS_WORKSPACE: usize = 32 << 20;
+/// Threads of a block, as `THREADS` in `common.cu`.
+pub(crate) const THREADS: u32 = 256;
+/// Most blocks of a kernel whose blocks take several pieces each: enough for every device, and the same on all of them,
+/// because partial sums are combined by block.
+pub(crate) const BLOCKS: usize = 2048;
+
+/// How products are computed. The grid, its updates and all sums stay as they are: exactness does not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// `f32` throughout.
+    #[default]
+    F32,
+    /// Factors rounded to TF32 (10 bits of fraction), sums in `f32`.
+    Tf32,
+    /// Factors rounded to bf16 (7 bits of fraction), sums in `f32`. Master weights stay `f32`.
+    Bf16,
+}
+
+impl Precision {
+    /// As flags and reports write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Tf32 => "tf32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+macro_rules! kernels {
+    ($($kernel:ident $name:literal)*) => {
+        /// The kernels, by the names that they have in the source.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum Kernel { $($kernel),* }
+
+        impl Kernel {
+            const ALL: &[Self] = &[$(Self::$kernel),*];
+
+            const fn name(self) -> &'static CStr {
+                match self { $(Self::$kernel => $name),* }
+            }
+        }
+    };
+}
+
+kernels! {
+    Raise c"raise"
+    Fill c"fill"
+    Quantize c"quantize"
+    Dequantize c"dequantize"
+    AddQuantized c"add_quantized"
+    Step c"step"
+    Inverse c"inverse"
+    Blend c"blend"
+    Unblend c"unblend"
+    Combine c"combine"
+    Compare c"compare"
+    CountDifferences c"count_differences"
+    Add c"add"
+    BiasRows c"bias_rows"
+    ToBf16 c"to_bf16"
+    AddParts c"add_parts"
+    SumRows c"sum_rows"
+    LayerNorm c"layer_norm"
+    LayerNormDx c"layer_norm_dx"
+    LayerNormDw c"layer_norm_dw"
+    Gelu c"gelu"
+    GeluVjp c"gelu_vjp"
+    Dropout c"dropout"
+    Embed c"embed"
+    EmbedPositions c"embed_positions"
+    EmbedTable c"embed_table"
+    CrossEntropy c"cross_entropy"
+    Attention32 c"attention_32"
+    Attention64 c"attention_64"
+    Attention128 c"attention_128"
+    AttentionDelta c"attention_delta"
+    AttentionDq32 c"attention_dq_32"
+    AttentionDq64 c"attention_dq_64"
+    AttentionDq128 c"attention_dq_128"
+    AttentionDkv32 c"attention_dkv_32"
+    AttentionDkv64 c"attention_dkv_64"
+    AttentionDkv128 c"attention_dkv_128"
+    AddTotal c"add_total"
+    Squares c"squares"
+    SquaresTotal c"squares_total"
+    Sgd c"sgd"
+    AdamW c"adam_w"
+    SetAdamMoments c"set_adam_moments"
+    SetAdamSums c"set_adam_sums"
+    SetAdamStep c"set_adam_step"
+}
+
+/// The driver's name of an error.
+fn name_of(e: result::DriverError) -> &'static str {
+    let mut name = core::ptr::null();
+    // SAFETY: the driver gives the address of a text that it never frees.
+    let found = unsafe { sys::cuGetErrorName(e.0, &mut name) }.result().is_ok() && !name.is_null();
+    // SAFETY: as above.
+    if found { unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("unknown error") } else { "unknown error" }
+}
+
+fn call(what: &'static str) -> impl Fn(result::DriverError) -> CudaError {
+    move |e| CudaError::Call { what, error: name_of(e) }
+}
+
+fn device_error(e: result::DriverError) -> Error {
+    Error::Device(name_of(e))
+}
+
+fn blas(what: &'static str) -> impl Fn(cublas::result::CublasError) -> CudaError {
+    move |e| CudaError::Call { what, error: blas_name(e) }
+}
+
+fn blas_name(e: cublas::result::CublasError) -> &'static str {
+    use cublas::sys::cublasStatus_t as S;
+    match e.0 {
+        S::CUBLAS_STATUS_NOT_INITIALIZED => "CUBLAS_STATUS_NOT_INITIALIZED",
+        S::CUBLAS_STATUS_ALLOC_FAILED => "CUBLAS_STATUS_ALLOC_FAILED",
+        S::CUBLAS_STATUS_INVALID_VALUE => "CUBLAS_STATUS_INVALID_VALUE",
+        S::CUBLAS_STATUS_ARCH_MISMATCH => "CUBLAS_STATUS_ARCH_MISMATCH",
+        S::CUBLAS_STATUS_EXECUTION_FAILED => "CUBLAS_STATUS_EXECUTION_FAILED",
+        S::CUBLAS_STATUS_NOT_SUPPORTED => "CUBLAS_STATUS_NOT_SUPPORTED",
+        _ => "a cuBLAS error",
+    }
+}
+
+/// Memory of the device. It is freed by [`Device`], which owns it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Memory {
+    pub at: u64,
+    pub bytes: usize,
+}
+
+/// A matrix product of column-major matrices, as cuBLAS has it: `C[m, n] = A·B + beta·C`.
+pub(crate) struct Gemm {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    /// Address and leading dimension, and whether the matrix is transposed.
+    pub a: (u64, usize, bool),
+    pub b: (u64, usize, bool),
+    pub c: (u64, usize),
+    pub beta: f32,
+    /// A and B are bf16.
+    pub half: bool,
+}
+
+pub(crate) struct Device {
+    ordinal: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    module: Option<sys::CUmodule>,
+    functions: Vec<sys::CUfunction>,
+    blas: Option<cublas::sys::cublasHandle_t>,
+    allocated: Vec<Memory>,
+    name: String,
+    capability: u32,
+    precision: Precision,
+}
+
+// SAFETY: handles of the driver and of cuBLAS may be used from any thread, one at a time; `enter` makes the context that of
+// the calling thread.
+unsafe impl Send for Device {}
+// SAFETY: `&Device` only reads fields and makes calls that the driver orders itself.
+unsafe impl Sync for Device {}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({}, sm_{})", self.name, self.capability)
+    }
+}
+
+impl Device {
+    /// Opens device `number` and loads the kernels.
+    pub(crate) fn open(number: usize, precision: Precision) -> core::result::Result<Self, CudaError> {
+        library::driver()?;
+        library::cublas()?;
+        let none = |e: result::DriverError| match e.0 {
+            sys::CUresult::CUDA_ERROR_NO_DEVICE => CudaError::Device { asked: number, found: 0 },
+            _ => call("cuInit")(e),
+        };
+        result::init().map_err(none)?;
+        let found = usize::try_from(result::device::get_count().map_err(none)?).unwrap_or(0);
+        let ordinal = c_int::try_from(number).ok().filter(|_| number < found);
+        let ordinal = ordinal.ok_or(CudaError::Device { asked: number, found })?;
+        let ordinal = result::device::get(ordinal).map_err(call("cuDeviceGet"))?;
+        let attribute = |a| {
+            // SAFETY: the device is there.
+            let value = unsafe { result::device::get_attribute(ordinal, a) };
+            value.map(|v| u32::try_from(v).unwrap_or(0)).map_err(call("cuDeviceGetAttribute"))
+        };
+        use sys::CUdevice_attribute_enum as A;
+        let capability = 10 * attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
+            + attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let name = result::device::get_name(ordinal).map_err(call("cuDeviceGetName"))?;
+        let kernels = compile::kernels(capability)?;
+        // SAFETY: the device is there; the context is released when the device is dropped.
+        let context = unsafe { result::primary_ctx::retain(ordinal) }.map_err(call("cuDevicePrimaryCtxRetain"))?;
+        let mut device = Self {
+            ordinal,
+            context,
+            stream: core::ptr::null_mut(),
+            module: None,
+            functions: vec![],
+            blas: None,
+            allocated: vec![],
+            name,
+            capability,
+            precision,
+        };
+        device.enter()?;
+        device.stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(call("cuStreamCreate"))?;
+        device.load(kernels)?;
+        let handle = cublas::result::create_handle().map_err(blas("cublasCreate"))?;
+        device.blas = Some(handle);
+        let workspace = device.alloc(BLAS_WORKSPACE, BLAS_WORKSPACE)?;
+        // SAFETY: the handle and the stream are there, and the workspace lives as long as the handle.
+        unsafe {
+            cublas::result::set_stream(handle, device.stream.cast()).map_err(blas("cublasSetStream"))?;
+            cublas::sys::cublasSetWorkspace_v2(handle, workspace.at as *mut c_void, workspace.bytes)
+                .result()
+                .map_err(blas("cublasSetWorkspace"))?;
+            cublas::sys::cublasSetMathMode(handle, cublas::sys::cublasMath_t::CUBLAS_DEFAULT_MATH)
+                .result()
+                .map_err(blas("cublasSetMathMode"))?;
+        }
+        Ok(device)
+    }
+
+    fn load(&mut self, kernels: compile::Kernels) -> core::result::Result<(), CudaError> {
+        // SAFETY: the image ends with a zero byte, which text must and code may.
+        let load = |image: &[u8]| unsafe { result::module::load_data(image.as_ptr().cast()) };
+        let mut loaded = load(&kernels.image);
+        if let (Err(_), Some(file)) = (&loaded, &kernels.cached) {
+            // A file that was damaged: once more from the source.
+            loaded = load(&compile::fresh(self.capability, Some(file))?);
+        }
+        let module = loaded.map_err(call("cuModuleLoadData"))?;
+        self.module = Some(module);
+        for kernel in Kernel::ALL {
+            // SAFETY: the module is loaded.
+            let function = unsafe { result::module::get_function(module, CString::from(kernel.name())) };
+            self.functions.push(function.map_err(call("cuModuleGetFunction"))?);
+        }
+        Ok(())
+    }
+
+    /// Makes this device that of the calling thread.
+    fn enter(&self) -> core::result::Result<(), CudaError> {
+        // SAFETY: the context is retained as long as `self` lives.
+        unsafe { result::ctx::set_current(self.context) }.map_err(call("cuCtxSetCurrent"))
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn capability(&self) -> u32 {
+        self.capability
+    }
+
+    /// Bytes of all memory that was allocated.
+    pub(crate) fn allocated(&self) -> usize {
+        self.allocated.iter().map(|m| m.bytes).sum()
+    }
+
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Bytes free on the device, and all that it has.
+    pub(crate) fn memory(&self) -> core::result::Result<(usize, usize), CudaError> {
+        self.enter()?;
+        result::mem_get_info().map_err(call("cuMemGetInfo"))
+    }
+
+    /// Memory full of zeros, a part of a plan of `plan` bytes.
+    pub(crate) fn alloc(&mut self, bytes: usize, plan: usize) -> core::result::Result<Memory, CudaError> {
+        if bytes == 0 {
+            return Ok(Memory { at: 0, bytes });
+        }
+        self.enter()?;
+        // SAFETY: the address is freed once, in `drop`.
+        let at = match unsafe { result::malloc_sync(bytes) } {
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let (free, total) = self.memory()?;
+                return Err(CudaError::Memory { plan, free, total });
+            }
+            other => other.map_err(call("cuMemAlloc"))?,
+        };
+        self.allocated.push(Memory { at, bytes });
+        // SAFETY: the allocation has `bytes` bytes.
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.map_err(call("cuMemsetD8Async"))?;
+        Ok(Memory { at, bytes })
+    }
+
+    /// Sets bytes.
+    pub(crate) fn set(&self, at: u64, value: u8, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: callers pass places inside their allocations.
+        unsafe { result::memset_d8_async(at, value, bytes, self.stream) }.map_err(device_error)
+    }
+
+    /// Copies to the device. The driver has taken the values when this returns: they are in pageable memory.
+    pub(crate) fn write<T: Copy>(&self, at: u64, src: &[T]) -> Result<()> {
+        if src.is_empty() {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: callers pass places inside their allocations.
+        unsafe { result::memcpy_htod_async(at, src, self.stream) }.map_err(device_error)
+    }
+
+    /// Waits for all work before it and copies to the host.
+    pub(crate) fn read<T: Copy>(&self, at: u64, dst: &mut [T]) -> Result<()> {
+        if dst.is_empty() {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: callers pass places inside their allocations; `dst` is not used before the wait is over.
+        unsafe {
+            result::memcpy_dtoh_async(dst, at, self.stream).map_err(device_error)?;
+            result::stream::synchronize(self.stream).map_err(device_error)
+        }
+    }
+
+    /// Copies within the device.
+    pub(crate) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: callers pass places inside their allocations.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(device_error)
+    }
+
+    /// Starts a kernel with blocks of `threads` threads. `args` are the addresses of its parameters, in order and of the
+    /// types that the source has.
+    pub(crate) fn launch(
+        &self,
+        kernel: Kernel,
+        grid: [usize; 3],
+        threads: u32,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let most = [i32::MAX as usize, 65_535, 65_535];
+        if grid.iter().zip(most).any(|(&g, most)| g > most) {
+            return Err(Error::TooLarge("blocks of a kernel"));
+        }
+        self.enter()?;
+        let [x, y, z] = grid.map(|g| g as u32);
+        let function = self.functions[kernel as usize];
+        // SAFETY: the functions are those of the loaded module, in the order of `Kernel::ALL`; the parameters are those of
+        // the source, and their spans lie within allocations.
+        unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), 0, self.stream, args) }
+            .map_err(device_error)
+    }
+
+    /// Starts a matrix product.
+    pub(crate) fn gemm(&self, g: &Gemm) -> Result<()> {
+        use cublas::sys::{
+            cublasComputeType_t as Compute, cublasGemmAlgo_t, cublasOperation_t as Op, cudaDataType as Type,
+        };
+        self.enter()?;
+        let size = |n: usize| c_int::try_from(n).map_err(|_| Error::TooLarge("matrix product"));
+        let op = |transposed| if transposed { Op::CUBLAS_OP_T } else { Op::CUBLAS_OP_N };
+        let (alpha, beta) = (1.0_f32, g.beta);
+        let factors = if g.half { Type::CUDA_R_16BF } else { Type::CUDA_R_32F };
+        let compute = match self.precision {
+            _ if g.half => Compute::CUBLAS_COMPUTE_32F,
+            Precision::F32 => Compute::CUBLAS_COMPUTE_32F_PEDANTIC,
+            Precision::Tf32 => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
+            Precision::Bf16 => Compute::CUBLAS_COMPUTE_32F_FAST_16BF,
+        };
+        let Some(handle) = self.blas else { return Err(Error::Device("cuBLAS is not there")) };
+        // SAFETY: the handle is there; callers pass matrices inside their allocations; the factors lie on this stack,
+        // where cuBLAS reads them before it returns.
+        unsafe {
+            cublas::result::gemm_ex(
+                handle,
+                op(g.a.2),
+                op(g.b.2),
+                size(g.m)?,
+                size(g.n)?,
+                size(g.k)?,
+                (&raw const alpha).cast(),
+                g.a.0 as *const c_void,
+                factors,
+                size(g.a.1)?,
+                g.b.0 as *const c_void,
+                factors,
+                size(g.b.1)?,
+                (&raw const beta).cast(),
+                g.c.0 as *mut c_void,
+                Type::CUDA_R_32F,
+                size(g.c.1)?,
+                compute,
+                cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .map_err(|e| Error::Device(blas_name(e)))
+    }
+}
+
+impl Drop for Device {
+    /// Frees everything; there is nothing to do about failures here.
+    fn drop(&mut self) {
+        let _ = self.enter();
+        // SAFETY: each of these was made by `open` or `alloc` and is given back once; the stream is waited for first.
+        unsafe {
+            let _ = result::stream::synchronize(self.stream);
+            if let Some(handle) = self.blas {
+                let _ = cublas::result::destroy_handle(handle);
+            }
+            for &Memory { at, .. } in &self.allocated {
+                let _ = result::free_sync(at);
+            }
+            if let Some(module) = self.module {
+                let _ = result::module::unload(module);
+            }
+            if !self.stream.is_null() {
+                let _ = result::stream::destroy(self.stream);
+            }
+            let _ = result::primary_ctx::release(self.ordinal);
+        }
+    }
+}
+
+/// The address of a parameter, as [`Device::launch`] takes it.
+pub(crate) fn arg<T: crate::span::Parameter>(x: &T) -> *mut c_void {
+    (&raw const *x).cast_mut().cast()
+}
+
+const _: () = assert!(size_of::<Span>() == 16);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The emulated device compiles the files by itself, so it would not miss one that NVRTC is not given.
+    #[test]
+    fn the_source_has_every_kernel() {
+        let mut names = compile::names();
+        let mut wanted: Vec<_> = Kernel::ALL.iter().map(|k| k.name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        wanted.sort();
+        assert_eq!(names, wanted);
+    }
+}

@@ -1,0 +1,271 @@
+#![doc = include_str!("../README.md")]
+
+pub mod compile;
+mod device;
+mod error;
+mod library;
+mod nn;
+mod optim;
+mod span;
+mod status;
+mod update;
+
+use std::sync::{Mutex, PoisonError};
+
+use bdia_core::backend::Identity;
+use bdia_core::check::{Arenas, same};
+use bdia_core::{Error, Fault, Ints, Layout, Reals, Result, Site, Storage, Words};
+
+use device::{BLOCKS, Device, Kernel, Memory, THREADS, arg};
+use span::{Report, Span, Status};
+use status::{Cause, Code, NONE};
+
+pub use device::Precision;
+pub use error::CudaError;
+
+/// Bytes for partial sums.
+const SCRATCH: usize = 4 << 20;
+/// Bytes for the factors of one product as bf16: those of GPT-2 up to 355M, head and all.
+const HALF: usize = 160 << 20;
+
+/// Where a backend runs, and how it multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// Number of the device, as the driver counts.
+    pub device: usize,
+    /// Precision of matrix products.
+    pub precision: Precision,
+}
+
+/// The backend: three arenas in a device's memory, and one stream of work.
+#[derive(Debug)]
+pub struct Cuda {
+    device: Device,
+    /// For [`Identity`]: precision, device, architecture.
+    name: &'static str,
+    arenas: Arenas,
+    ints: Memory,
+    reals: Memory,
+    words: Memory,
+    status: Memory,
+    scratch: Memory,
+    /// Room for the factors of a product as bf16.
+    half: Memory,
+    /// Number of the next operation that may raise a fault.
+    seq: u32,
+    /// The fault that the host raised first since the status was read, and its number.
+    raised: Option<(u32, Fault)>,
+    /// Why a fault could not be raised, for the next one who asks.
+    lost: Option<Error>,
+}
+
+impl Cuda {
+    /// A backend with the arenas of a layout, all zero.
+    ///
+    /// # Errors
+    /// [`CudaError`]: a library or the device is missing, the kernels do not compile, or the plan does not fit.
+    pub fn new(layout: &Layout, options: Options) -> core::result::Result<Self, CudaError> {
+        let mut device = Device::open(options.device, options.precision)?;
+        let plan = layout.total().max(Self::library_bytes(options.precision));
+        let arenas = Arenas::of(layout);
+        let (free, total) = device.memory()?;
+        let bytes = |values: usize| values.saturating_mul(4);
+        let half = if options.precision == Precision::Bf16 { HALF } else { 0 };
+        let wanted = [bytes(arenas.ints), bytes(arenas.reals), bytes(arenas.words), size_of::<Status>(), SCRATCH, half];
+        if wanted.iter().fold(0_usize, |sum, &b| sum.saturating_add(b)) > free {
+            return Err(CudaError::Memory { plan, free, total });
+        }
+        let [ints, reals, words, status, scratch, half] = wanted;
+        let [ints, reals, words] = [device.alloc(ints, plan)?, device.alloc(reals, plan)?, device.alloc(words, plan)?];
+        let [status, scratch, half] =
+            [device.alloc(status, plan)?, device.alloc(scratch, plan)?, device.alloc(half, plan)?];
+        let call = |_| CudaError::Call { what: "cuMemsetD8Async", error: "the status could not be set" };
+        device.set(status.at, 0xFF, status.bytes).map_err(call)?;
+        let short = match options.precision {
+            Precision::F32 => String::new(),
+            other => format!("-{}", other.name()),
+        };
+        let name = interned(format!("cuda{short} {} sm_{}", device.name(), device.capability()));
+        Ok(Self { device, name, arenas, ints, reals, words, status, scratch, half, seq: 0, raised: None, lost: None })
+    }
+
+    /// Memory outside the arenas of a layout: the fixed workspace of cuBLAS, room for partial sums and bf16 factors, the status. It does
+    /// not depend on the model. The driver's own context (some hundred MB, for kernels and its queues) is not in it.
+    pub const fn library_bytes(precision: Precision) -> usize {
+        let half = if matches!(precision, Precision::Bf16) { HALF } else { 0 };
+        device::BLAS_WORKSPACE + SCRATCH + size_of::<Status>() + half
+    }
+
+    /// The device's name.
+    pub fn device_name(&self) -> &str {
+        self.device.name()
+    }
+
+    /// Compute capability of the device, `10·major + minor`.
+    pub fn capability(&self) -> u32 {
+        self.device.capability()
+    }
+
+    /// Bytes that this backend has allocated on the device, all of them when it was made.
+    pub fn allocated_bytes(&self) -> usize {
+        self.device.allocated()
+    }
+
+    /// Bytes free on the device, and all that it has, as the driver says.
+    ///
+    /// # Errors
+    /// [`CudaError::Call`]
+    pub fn device_memory(&self) -> core::result::Result<(usize, usize), CudaError> {
+        self.device.memory()
+    }
+
+    // Spans of checked handles: addresses inside the arenas.
+
+    fn reals(&self, h: Reals) -> Span {
+        span(self.reals, h.start(), h.len())
+    }
+
+    fn ints(&self, h: Ints) -> Span {
+        span(self.ints, h.start(), h.len())
+    }
+
+    fn words(&self, h: Words) -> Span {
+        span(self.words, h.start(), h.len())
+    }
+
+    /// What the next operation reports with.
+    fn report(&mut self, cause: Cause) -> Report {
+        let seq = self.seq;
+        // It stands at the last number until the status is read: then the later ones of two faults may stay.
+        self.seq = seq.saturating_add(1).min(NONE - 1);
+        cause.report(self.status.at, seq)
+    }
+
+    /// Waits for the work before it.
+    fn status(&self) -> Result<Status> {
+        let mut status = [Status {
+            owner: NONE,
+            code: 0,
+            site_kind: 0,
+            frac_bits: 0,
+            site: 0,
+            first: 0,
+            per: 0,
+            vocab: 0,
+            detail: 0,
+        }];
+        self.device.read(self.status.at, &mut status)?;
+        Ok(status[0])
+    }
+
+    fn fill(&self, dst: Span, bits: u32) -> Result<()> {
+        let blocks = (dst.len as usize).div_ceil(THREADS as usize).min(BLOCKS);
+        self.device.launch(Kernel::Fill, [blocks, 1, 1], THREADS, &mut [arg(&dst), arg(&bits)])
+    }
+}
+
+/// The same text for the rest of the program, once for each that differs: an [`Identity`] is plain data.
+fn interned(name: String) -> &'static str {
+    static ALL: Mutex<Vec<&'static str>> = Mutex::new(vec![]);
+    let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = all.iter().find(|known| **known == name) {
+        return known;
+    }
+    let known: &'static str = name.leak();
+    all.push(known);
+    known
+}
+
+/// `len` values of four bytes from the `start`-th on.
+fn span(memory: Memory, start: usize, len: usize) -> Span {
+    if len == 0 { Span::EMPTY } else { Span { at: memory.at + 4 * start as u64, len: len as u64 } }
+}
+
+impl Storage for Cuda {
+    type Real = f32;
+
+    fn identity(&self) -> Identity {
+        Identity { name: self.name, lanes: 32, fused: true }
+    }
+
+    fn read_reals(&self, src: Reals, dst: &mut [f32]) -> Result<()> {
+        same("read_reals", src.len(), dst.len())?;
+        self.arenas.reals("read_reals", src)?;
+        self.device.read(self.reals(src).at, dst)
+    }
+
+    fn write_reals(&mut self, dst: Reals, src: &[f32]) -> Result<()> {
+        same("write_reals", dst.len(), src.len())?;
+        self.arenas.reals("write_reals", dst)?;
+        self.device.write(self.reals(dst).at, src)
+    }
+
+    fn read_ints(&self, src: Ints, dst: &mut [i32]) -> Result<()> {
+        same("read_ints", src.len(), dst.len())?;
+        self.arenas.ints("read_ints", src)?;
+        self.device.read(self.ints(src).at, dst)
+    }
+
+    fn write_ints(&mut self, dst: Ints, src: &[i32]) -> Result<()> {
+        same("write_ints", dst.len(), src.len())?;
+        self.arenas.ints("write_ints", dst)?;
+        self.device.write(self.ints(dst).at, src)
+    }
+
+    fn read_words(&self, src: Words, dst: &mut [u32]) -> Result<()> {
+        same("read_words", src.len(), dst.len())?;
+        self.arenas.words("read_words", src)?;
+        self.device.read(self.words(src).at, dst)
+    }
+
+    fn write_words(&mut self, dst: Words, src: &[u32]) -> Result<()> {
+        same("write_words", dst.len(), src.len())?;
+        self.arenas.words("write_words", dst)?;
+        self.device.write(self.words(dst).at, src)
+    }
+
+    fn fill_reals(&mut self, dst: Reals, value: f32) -> Result<()> {
+        self.arenas.reals("fill_reals", dst)?;
+        self.fill(self.reals(dst), value.to_bits())
+    }
+
+    fn fill_words(&mut self, dst: Words, value: u32) -> Result<()> {
+        self.arenas.words("fill_words", dst)?;
+        self.fill(self.words(dst), value)
+    }
+
+    fn copy_reals(&mut self, src: Reals, dst: Reals) -> Result<()> {
+        self.arenas.copy_reals(src, dst)?;
+        self.device.copy(self.reals(src).at, self.reals(dst).at, 4 * src.len())
+    }
+
+    fn copy_ints(&mut self, src: Ints, dst: Ints) -> Result<()> {
+        self.arenas.copy_ints(src, dst)?;
+        self.device.copy(self.ints(src).at, self.ints(dst).at, 4 * src.len())
+    }
+
+    fn raise(&mut self, fault: Fault) {
+        let report = self.report(Cause::new(Code::Host, Site::Head));
+        self.raised.get_or_insert((report.seq, fault));
+        if let Err(error) = self.device.launch(Kernel::Raise, [1, 1, 1], 32, &mut [arg(&report)]) {
+            self.lost.get_or_insert(error);
+        }
+    }
+
+    fn take_fault(&mut self) -> Result<Option<Fault>> {
+        let fault = self.peek_fault()?;
+        if fault.is_some() {
+            self.device.set(self.status.at, 0xFF, self.status.bytes)?;
+        }
+        // Numbers start anew: all work before is done.
+        (self.seq, self.raised) = (0, None);
+        Ok(fault)
+    }
+
+    fn peek_fault(&mut self) -> Result<Option<Fault>> {
+        if let Some(error) = self.lost.take() {
+            return Err(error);
+        }
+        Ok(status::fault(&self.status()?, self.raised))
+    }
+}

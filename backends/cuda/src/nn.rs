@@ -1,0 +1,399 @@
+//! [`NnOps`]: products through cuBLAS, everything else in kernels of our own.
+
+use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
+use bdia_core::rng::{Draw, drop_threshold};
+use bdia_core::{Chunk, Error, Ints, NnOps, Reals, Result};
+
+use crate::device::{BLOCKS, Gemm, Kernel, Precision, THREADS, arg};
+use crate::span::{Attend, Matrix, Span, Streams};
+use crate::status::{Cause, Code, MOST};
+use crate::{Cuda, SCRATCH};
+
+/// Warps of a block.
+const WARPS: usize = THREADS as usize / 32;
+/// The widest head that the attention kernels have room for.
+const MOST_HEAD: usize = 128;
+/// Rows that are summed by one block before partial sums are combined.
+const ROWS: usize = 256;
+
+/// A size that kernels take as 32 bits.
+fn small(what: &'static str, n: usize) -> Result<u32> {
+    if n < 1 << 31 { Ok(n as u32) } else { Err(Error::TooLarge(what)) }
+}
+
+/// Rows that a report can name.
+fn reportable(what: &'static str, rows: usize) -> Result<u32> {
+    if rows < MOST { Ok(rows as u32) } else { Err(Error::TooLarge(what)) }
+}
+
+/// Blocks of a kernel that takes `n` values one by one.
+pub(crate) fn blocks(n: usize) -> [usize; 3] {
+    [n.div_ceil(THREADS as usize).min(BLOCKS), 1, 1]
+}
+
+/// How a sum of `rows` rows of `cols` columns is cut into parts, by its shape alone: rows of a part, and parts.
+fn parts(rows: usize, cols: usize, sums: usize) -> (usize, usize) {
+    let room = SCRATCH / 4 / (cols * sums).max(1);
+    let parts = rows.div_ceil(ROWS).min(64).min(room).max(1);
+    let each = rows.div_ceil(parts).max(1);
+    (each, rows.div_ceil(each).max(1))
+}
+
+/// Queries of the smallest tile on the way back, by which sums of the temperature's gradient are cut.
+const TILE: usize = 16;
+
+/// Queries of a tile of the forward pass, and of one of the way back, for a width of heads.
+const fn tiles(head_dim: usize) -> (usize, usize) {
+    if head_dim <= 64 { (64, 32) } else { (32, TILE) }
+}
+
+impl Cuda {
+    /// Operands of attention as the kernels see them.
+    fn attend(
+        &self,
+        chunk: &Chunk,
+        a: &Attention,
+        [q, k, v]: [Columns; 3],
+        [dq, dk, dv]: [Columns; 3],
+    ) -> Result<Attend> {
+        if a.head_dim > MOST_HEAD {
+            let found = a.head_dim as f64;
+            return Err(Error::Setting { what: "width of a head", found, possible: "up to 128 on a CUDA device" });
+        }
+        small("attention: rows", chunk.samples.saturating_mul(a.queries.max(a.keys)).saturating_mul(a.heads.max(1)))?;
+        let matrix = |c: Columns| -> Result<Matrix> {
+            Ok(Matrix { stride: small("attention: columns", c.stride)?, at: c.at as u32 })
+        };
+        Ok(Attend {
+            heads: a.heads as u32,
+            head_dim: a.head_dim as u32,
+            queries: a.queries as u32,
+            keys: a.keys as u32,
+            mask: match a.mask {
+                Mask::Full => 0,
+                Mask::Causal => 1,
+                Mask::Others => 2,
+            },
+            scale: (1.0 / libm::sqrt(a.head_dim.max(1) as f64)) as f32,
+            kept: (1.0 / (1.0 - a.dropout)) as f32,
+            streams: Streams::new(chunk, Draw::AttentionDropout, drop_threshold(a.dropout)),
+            q: matrix(q)?,
+            k: matrix(k)?,
+            v: matrix(v)?,
+            dq: matrix(dq)?,
+            dk: matrix(dk)?,
+            dv: matrix(dv)?,
+        })
+    }
+
+    /// A factor of a product as bf16, in the room for them from `at` bytes on; the room that it takes.
+    fn halved(&self, x: Span, at: usize) -> Result<usize> {
+        let words = (x.len as usize).div_ceil(2);
+        let half = Span { at: self.half.at + at as u64, len: words as u64 };
+        self.device.launch(Kernel::ToBf16, blocks(words), THREADS, &mut [arg(&x), arg(&half)])?;
+        Ok((4 * words).next_multiple_of(256))
+    }
+}
+
+impl NnOps for Cuda {
+    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
+        self.arenas.matmul(p, a, b, bias, c)?;
+        let (a, b, c) = (self.reals(a), self.reals(b), self.reals(c));
+        if c.len == 0 {
+            return Ok(());
+        }
+        let mut add = p.accumulate;
+        if let Some(bias) = bias {
+            let (bias, accumulate) = (self.reals(bias), u32::from(add));
+            let args = &mut [arg(&accumulate), arg(&bias), arg(&c)];
+            self.device.launch(Kernel::BiasRows, blocks(c.len as usize), THREADS, args)?;
+            add = true;
+        }
+        if p.inner == 0 {
+            return if add { Ok(()) } else { self.fill(c, 0) };
+        }
+        // cuBLAS counts by columns, where our matrices are their transposes: Cᵀ = Bᵀ·Aᵀ.
+        let mut left = (b.at, if p.b == Order::Plain { p.cols } else { p.inner }, p.b == Order::Transposed);
+        let mut right = (a.at, if p.a == Order::Plain { p.inner } else { p.rows }, p.a == Order::Transposed);
+        let bytes = |x: Span| (4 * (x.len as usize).div_ceil(2)).next_multiple_of(256);
+        // Factors that find no room are rounded by cuBLAS itself. Which ones do is a matter of their shapes alone.
+        let half = self.device.precision() == Precision::Bf16 && bytes(a) + bytes(b) <= self.half.bytes;
+        if half {
+            let next = self.halved(b, 0)?;
+            self.halved(a, next)?;
+            (left.0, right.0) = (self.half.at, self.half.at + next as u64);
+        }
+        self.device.gemm(&Gemm {
+            m: p.cols,
+            n: p.rows,
+            k: p.inner,
+            a: left,
+            b: right,
+            c: (c.at, p.cols),
+            beta: if add { 1.0 } else { 0.0 },
+            half,
+        })
+    }
+
+    fn sum_rows(&mut self, x: Reals, sum: Reals) -> Result<()> {
+        let rows = self.arenas.sum_rows(x, sum)?;
+        let (each, parts) = parts(rows, sum.len(), 1);
+        let (x, sum, part) = (self.reals(x), self.reals(sum), self.partials(parts * sum.len()));
+        let (rows, each) = (small("sum_rows", rows)?, each as u32);
+        let grid = [sum.len.div_ceil(32) as usize, parts, 1];
+        let args = &mut [arg(&rows), arg(&each), arg(&x), arg(&sum), arg(&part)];
+        self.device.launch(Kernel::SumRows, grid, THREADS, args)?;
+        self.add_parts(parts, part, sum)
+    }
+
+    fn add(&mut self, x: Reals, y: Reals) -> Result<()> {
+        self.arenas.pair("add", x, y)?;
+        let (x, y) = (self.reals(x), self.reals(y));
+        self.device.launch(Kernel::Add, blocks(x.len as usize), THREADS, &mut [arg(&x), arg(&y)])
+    }
+
+    fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
+        let rows = small("layer_norm", self.arenas.layer_norm(weight, bias, x, y, stats)?)?;
+        let (weight, bias, x) = (self.reals(weight), self.reals(bias), self.reals(x));
+        let (y, stats, eps) = (self.reals(y), self.reals(stats), eps as f32);
+        let args = &mut [arg(&rows), arg(&eps), arg(&weight), arg(&bias), arg(&x), arg(&y), arg(&stats)];
+        self.device.launch(Kernel::LayerNorm, [(rows as usize).div_ceil(WARPS), 1, 1], THREADS, args)
+    }
+
+    fn layer_norm_vjp(
+        &mut self,
+        weight: Reals,
+        x: Reals,
+        stats: Reals,
+        dy: Reals,
+        dx: Reals,
+        dweight: Reals,
+        dbias: Reals,
+    ) -> Result<()> {
+        let rows = self.arenas.layer_norm_vjp(weight, x, stats, dy, dx, dweight, dbias)?;
+        let width = weight.len();
+        let (each, parts) = parts(rows, width, 2);
+        let part = self.partials(2 * parts * width);
+        let (weight, x, stats, dy) = (self.reals(weight), self.reals(x), self.reals(stats), self.reals(dy));
+        let (dx, dweight, dbias) = (self.reals(dx), self.reals(dweight), self.reals(dbias));
+        let (rows, each) = (small("layer_norm_vjp", rows)?, each as u32);
+        let args = &mut [arg(&rows), arg(&weight), arg(&x), arg(&stats), arg(&dy), arg(&dx)];
+        self.device.launch(Kernel::LayerNormDx, [(rows as usize).div_ceil(WARPS), 1, 1], THREADS, args)?;
+        let args =
+            &mut [arg(&rows), arg(&each), arg(&x), arg(&stats), arg(&dy), arg(&dweight), arg(&dbias), arg(&part)];
+        self.device.launch(Kernel::LayerNormDw, [width.div_ceil(32), parts, 1], THREADS, args)?;
+        let half = (parts * width) as u64;
+        self.add_parts(parts, Span { len: half, ..part }, dweight)?;
+        self.add_parts(parts, Span { at: part.at + 4 * half, len: half }, dbias)
+    }
+
+    fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
+        self.arenas.pair("gelu", x, y)?;
+        let (exact, x, y) = (u32::from(kind == Gelu::Exact), self.reals(x), self.reals(y));
+        self.device.launch(Kernel::Gelu, blocks(y.len as usize), THREADS, &mut [arg(&exact), arg(&x), arg(&y)])
+    }
+
+    fn gelu_vjp(&mut self, kind: Gelu, x: Reals, d: Reals) -> Result<()> {
+        self.arenas.pair("gelu_vjp", x, d)?;
+        let (exact, x, d) = (u32::from(kind == Gelu::Exact), self.reals(x), self.reals(d));
+        self.device.launch(Kernel::GeluVjp, blocks(d.len as usize), THREADS, &mut [arg(&exact), arg(&x), arg(&d)])
+    }
+
+    fn attention(
+        &mut self,
+        chunk: &Chunk,
+        a: &Attention,
+        q: Columns,
+        k: Columns,
+        v: Columns,
+        out: Reals,
+        lse: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
+        let needed = Self::attention_scratch(a, chunk.samples, 1);
+        let scratch = scratch.sub(0, needed);
+        self.arenas.attention(chunk, a, [q, k, v], out, lse, (scratch, needed))?;
+        let attend = self.attend(chunk, a, [q, k, v], [q, k, v])?;
+        let (q, k, v) = (self.reals(q.of), self.reals(k.of), self.reals(v.of));
+        let (lens, temperature) = (self.ints(a.key_lens), self.reals(a.temperature));
+        let (out, lse) = (self.reals(out), self.reals(lse));
+        let kernel = match a.head_dim {
+            0..=32 => Kernel::Attention32,
+            33..=64 => Kernel::Attention64,
+            _ => Kernel::Attention128,
+        };
+        let grid = [a.queries.div_ceil(tiles(a.head_dim).0), a.heads, chunk.samples];
+        let args = &mut [arg(&attend), arg(&q), arg(&k), arg(&v), arg(&lens), arg(&temperature), arg(&out), arg(&lse)];
+        self.device.launch(kernel, grid, THREADS, args)
+    }
+
+    fn attention_vjp(
+        &mut self,
+        chunk: &Chunk,
+        a: &Attention,
+        q: Columns,
+        k: Columns,
+        v: Columns,
+        out: Reals,
+        lse: Reals,
+        dout: Reals,
+        dq: Columns,
+        dk: Columns,
+        dv: Columns,
+        scratch: Reals,
+    ) -> Result<()> {
+        let needed = Self::attention_scratch(a, chunk.samples, 1);
+        let scratch = scratch.sub(0, needed);
+        let [values, grads] = [[q, k, v], [dq, dk, dv]];
+        self.arenas.attention_vjp(chunk, a, values, [out, lse, dout], grads, (scratch, needed))?;
+        let attend = self.attend(chunk, a, values, grads)?;
+        let rows = chunk.samples * a.queries * a.heads;
+        let tile = tiles(a.head_dim).1;
+        let slopes = if a.temperature.is_empty() { 0 } else { chunk.samples * a.heads * a.queries.div_ceil(tile) };
+        let (delta, slopes) = (self.reals(scratch.sub(0, rows)), self.reals(scratch.sub(rows, slopes)));
+        let (q, k, v) = (self.reals(q.of), self.reals(k.of), self.reals(v.of));
+        let (lens, temperature) = (self.ints(a.key_lens), self.reals(a.temperature));
+        let (out, lse, dout) = (self.reals(out), self.reals(lse), self.reals(dout));
+        let (dq, dk, dv) = (self.reals(dq.of), self.reals(dk.of), self.reals(dv.of));
+
+        let samples = chunk.samples as u32;
+        let args = &mut [arg(&attend), arg(&samples), arg(&out), arg(&dout), arg(&delta)];
+        self.device.launch(Kernel::AttentionDelta, [rows.div_ceil(WARPS), 1, 1], THREADS, args)?;
+        let (for_q, for_kv) = match a.head_dim {
+            0..=32 => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
+            33..=64 => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
+            _ => (Kernel::AttentionDq128, Kernel::AttentionDkv128),
+        };
+        let common = [
+            arg(&attend),
+            arg(&q),
+            arg(&k),
+            arg(&v),
+            arg(&lens),
+            arg(&temperature),
+            arg(&lse),
+            arg(&delta),
+            arg(&dout),
+        ];
+        let grid = |n: usize| [n.div_ceil(tile), a.heads, chunk.samples];
+        let mut args = [common.as_slice(), &[arg(&dq), arg(&slopes)]].concat();
+        self.device.launch(for_q, grid(a.queries), THREADS, &mut args)?;
+        let mut args = [common.as_slice(), &[arg(&dk), arg(&dv)]].concat();
+        self.device.launch(for_kv, grid(a.keys), THREADS, &mut args)?;
+        if slopes.len > 0 {
+            let grad = self.reals(a.temperature_grad);
+            self.device.launch(Kernel::AddTotal, [1, 1, 1], THREADS, &mut [arg(&slopes), arg(&grad)])?;
+        }
+        Ok(())
+    }
+
+    /// `dout·out` of every row of a head, and one number for every tile of queries.
+    fn attention_scratch(a: &Attention, samples: usize, _threads: usize) -> usize {
+        let each = a.queries.saturating_add(a.queries.div_ceil(TILE));
+        samples.saturating_mul(a.heads).saturating_mul(each)
+    }
+
+    fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> Result<()> {
+        let per = self.arenas.dropout(chunk, p, x)?;
+        let streams = Streams::new(chunk, draw, drop_threshold(p));
+        if streams.threshold == 0 || per == 0 {
+            return Ok(());
+        }
+        let (samples, per) = (small("dropout", chunk.samples)?, small("dropout", per)?);
+        let (kept, x) = ((1.0 / (1.0 - p)) as f32, self.reals(x));
+        let args = &mut [arg(&samples), arg(&per), arg(&kept), arg(&streams), arg(&x)];
+        self.device.launch(Kernel::Dropout, blocks((x.len as usize).div_ceil(4)), THREADS, args)
+    }
+
+    fn embed(
+        &mut self,
+        chunk: &Chunk,
+        tokens: Ints,
+        table: Reals,
+        positions: Reals,
+        width: usize,
+        x: Reals,
+    ) -> Result<()> {
+        let (length, vocab) = self.arenas.embed("embed", chunk, tokens, [x, table, positions], width)?;
+        reportable("embed: tokens", tokens.len())?;
+        let (per, width) = (small("embed", length)?, small("embed: width", width)?);
+        let cause = Cause { first: chunk.first, per: length, vocab, ..Cause::new(Code::Token, chunk.site) };
+        let report = self.report(cause);
+        let (tokens, table, positions, x) =
+            (self.ints(tokens), self.reals(table), self.reals(positions), self.reals(x));
+        let args = &mut [arg(&report), arg(&per), arg(&width), arg(&tokens), arg(&table), arg(&positions), arg(&x)];
+        self.device.launch(Kernel::Embed, blocks(x.len as usize), THREADS, args)
+    }
+
+    fn embed_vjp(
+        &mut self,
+        chunk: &Chunk,
+        tokens: Ints,
+        dx: Reals,
+        width: usize,
+        dtable: Reals,
+        dpositions: Reals,
+    ) -> Result<()> {
+        let (length, _) = self.arenas.embed("embed_vjp", chunk, tokens, [dx, dtable, dpositions], width)?;
+        let grid = blocks(length * width);
+        let (samples, length) = (small("embed_vjp", chunk.samples)?, small("embed_vjp", length)?);
+        let (rows, width) = (small("embed_vjp", tokens.len())?, small("embed_vjp: width", width)?);
+        let (tokens, dx, dtable, dpositions) =
+            (self.ints(tokens), self.reals(dx), self.reals(dtable), self.reals(dpositions));
+        if width == 0 {
+            return Ok(());
+        }
+        let args = &mut [arg(&samples), arg(&length), arg(&width), arg(&dx), arg(&dpositions)];
+        self.device.launch(Kernel::EmbedPositions, grid, THREADS, args)?;
+        let args = &mut [arg(&width), arg(&tokens), arg(&dx), arg(&dtable)];
+        self.device.launch(Kernel::EmbedTable, [rows as usize, 1, 1], THREADS, args)
+    }
+
+    fn cross_entropy(
+        &mut self,
+        chunk: &Chunk,
+        ce: &CrossEntropy,
+        logits: Reals,
+        targets: Ints,
+        losses: Reals,
+    ) -> Result<()> {
+        self.arenas.cross_entropy(ce, logits, targets, losses)?;
+        let rows = targets.len();
+        let (vocab, first) = (small("cross_entropy: vocab", ce.vocab)?, ce.row as u32);
+        reportable("cross_entropy: rows", rows.saturating_add(ce.row))?;
+        let (scale, hard) = (ce.scale as f32, (1.0 - ce.smoothing) as f32);
+        let smooth = (ce.smoothing / ce.vocab.max(1) as f64) as f32;
+        let cause = Cause { first: chunk.first, per: ce.tokens, vocab: ce.vocab, ..Cause::new(Code::Loss, chunk.site) };
+        let report = self.report(cause);
+        let (targets, logits, losses) = (self.ints(targets), self.reals(logits), self.reals(losses));
+        let args = &mut [
+            arg(&report),
+            arg(&vocab),
+            arg(&first),
+            arg(&scale),
+            arg(&smooth),
+            arg(&hard),
+            arg(&targets),
+            arg(&logits),
+            arg(&losses),
+        ];
+        self.device.launch(Kernel::CrossEntropy, [rows, 1, 1], THREADS, args)
+    }
+}
+
+impl Cuda {
+    /// Room for `len` partial sums of a reduction.
+    fn partials(&self, len: usize) -> Span {
+        Span { at: self.scratch.at, len: len.min(SCRATCH / 4) as u64 }
+    }
+
+    /// `sum += Σ parts`, where there was more than one.
+    fn add_parts(&self, n: usize, parts: Span, sum: Span) -> Result<()> {
+        if n == 1 {
+            return Ok(());
+        }
+        let n = n as u32;
+        let args = &mut [arg(&n), arg(&parts), arg(&sum)];
+        self.device.launch(Kernel::AddParts, blocks(sum.len as usize), THREADS, args)
+    }
+}

@@ -1,0 +1,100 @@
+//! [`OptimOps`]: one kernel an update, three for SET-Adam. Nothing is read back.
+
+use bdia_core::optim::{Rule, Update};
+use bdia_core::{OptimOps, Reals, Result, Site};
+
+use crate::Cuda;
+use crate::device::{Kernel, THREADS, arg};
+use crate::span::{Constants, Span};
+use crate::status::{Cause, Code};
+
+/// Blocks of a sum over a tensor, each with a partial sum.
+const PARTIALS: usize = 512;
+/// Bytes of the partial sums that one pass leaves: two of double precision for each block.
+const PASS: usize = 2 * 8 * PARTIALS;
+
+fn blocks(len: usize) -> usize {
+    // Eight values a thread, before there are more blocks.
+    len.div_ceil(8 * THREADS as usize).clamp(1, PARTIALS)
+}
+
+/// `1 − β^t`.
+fn correction(beta: f64, t: u32) -> f64 {
+    1.0 - libm::pow(beta, f64::from(t))
+}
+
+impl Cuda {
+    /// `len` partial sums (of 4 or 8 bytes, as the kernels know) of the `pass`-th pass.
+    fn pass(&self, pass: usize, len: usize) -> Span {
+        Span { at: self.scratch.at + (pass * PASS) as u64, len: len as u64 }
+    }
+}
+
+impl OptimOps for Cuda {
+    /// Also raises [`Fault::Gradient`](bdia_core::Fault::Gradient) where the sum itself leaves the range of `f32`: no norm,
+    /// no clipping.
+    fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> Result<()> {
+        self.arenas.sum_squares(g, out)?;
+        let blocks = blocks(g.len());
+        let report = self.report(Cause::new(Code::Gradient, site));
+        let (g, out, parts) = (self.reals(g), self.reals(out), self.pass(0, blocks));
+        self.device.launch(Kernel::Squares, [blocks, 1, 1], THREADS, &mut [arg(&g), arg(&parts)])?;
+        self.device.launch(Kernel::SquaresTotal, [1, 1, 1], THREADS, &mut [arg(&report), arg(&parts), arg(&out)])
+    }
+
+    fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
+        self.arenas.update(u, p, g, m, v)?;
+        if p.is_empty() {
+            return Ok(());
+        }
+        let blocks = blocks(p.len());
+        let status = self.status.at;
+        let (p, g, m, v) = (self.reals(p), self.reals(g), self.reals(m), self.reals(v));
+        let constants = Constants { shrink: (u.lr * u.decay) as f32, scale: u.scale as f32, ..Constants::default() };
+        let moments = |beta1: f64, beta2: f64, eps: f64| Constants {
+            rate: (u.lr / correction(beta1, u.t)) as f32,
+            keep1: beta1 as f32,
+            take1: (1.0 - beta1) as f32,
+            keep2: beta2 as f32,
+            take2: (1.0 - beta2) as f32,
+            inverse: (1.0 / correction(beta2, u.t)) as f32,
+            eps: eps as f32,
+            correction: correction(beta2, u.t),
+            ..constants
+        };
+        let grid = [blocks, 1, 1];
+        match u.rule {
+            Rule::Sgd { momentum } => {
+                let rule = Constants { keep1: momentum as f32, rate: u.lr as f32, ..constants };
+                let args = &mut [arg(&status), arg(&rule), arg(&p), arg(&g), arg(&m)];
+                self.device.launch(Kernel::Sgd, grid, THREADS, args)
+            }
+            Rule::AdamW { beta1, beta2, eps } => {
+                let rule = moments(beta1, beta2, eps);
+                let args = &mut [arg(&status), arg(&rule), arg(&p), arg(&g), arg(&m), arg(&v)];
+                self.device.launch(Kernel::AdamW, grid, THREADS, args)
+            }
+            Rule::SetAdam { beta1, beta2, eps } => {
+                let rule = moments(beta1, beta2, eps);
+                let (extremes, sums) = (self.pass(0, 2 * blocks), self.pass(1, 2 * blocks));
+                let first = Span { len: blocks as u64, ..sums };
+                let second = Span { at: sums.at + 8 * blocks as u64, ..first };
+                let args = &mut [arg(&status), arg(&rule), arg(&p), arg(&g), arg(&m), arg(&v), arg(&extremes)];
+                self.device.launch(Kernel::SetAdamMoments, grid, THREADS, args)?;
+                let args = &mut [arg(&status), arg(&v), arg(&extremes), arg(&sums)];
+                self.device.launch(Kernel::SetAdamSums, grid, THREADS, args)?;
+                let args = &mut [
+                    arg(&status),
+                    arg(&rule),
+                    arg(&m),
+                    arg(&v),
+                    arg(&extremes),
+                    arg(&first),
+                    arg(&second),
+                    arg(&p),
+                ];
+                self.device.launch(Kernel::SetAdamStep, grid, THREADS, args)
+            }
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! [`UpdateOps`]: the bits of the reference backend, one kernel an operation.
+
+use bdia_core::rng::Draw;
+use bdia_core::{Chunk, Error, Gamma, Grid, Ints, Reals, Result, Sign, Site, UpdateOps, Words};
+
+use crate::Cuda;
+use crate::device::{BLOCKS, Kernel, THREADS, arg};
+use crate::span::{Shape, Streams};
+use crate::status::{Cause, Code, MOST};
+
+/// Warps of a block: each takes one group of 32 elements at a time.
+const WARPS: usize = THREADS as usize / 32;
+
+/// How kernels see a tensor of `samples` samples of `per` values, and how many blocks they take for it.
+fn shape(samples: usize, per: usize) -> Result<(Shape, usize)> {
+    if samples.saturating_mul(per) >= MOST {
+        return Err(Error::TooLarge("values of one chunk on a device (below 2^30)"));
+    }
+    let samples = if per == 0 { 0 } else { samples };
+    let groups = per.div_ceil(32);
+    let shape = Shape {
+        samples: samples as u32,
+        per: per as u32,
+        groups: groups as u32,
+        at: 0,
+        streams: Streams { seed: 0, step: 0, global: 0, place: 0, threshold: 0 },
+        sign: 1,
+        m: 0,
+        magnitude: 0.0,
+        scale: 1.0,
+        unit: 1.0,
+    };
+    Ok((shape, (samples * groups).div_ceil(WARPS).min(BLOCKS)))
+}
+
+impl Shape {
+    fn of_chunk(self, chunk: &Chunk) -> Self {
+        Self { at: (chunk.first as u32).wrapping_mul(self.per), ..self }
+    }
+
+    fn grid(self, grid: Grid) -> Self {
+        Self { scale: grid.scale(), unit: grid.unit(), ..self }
+    }
+
+    fn gamma(self, gamma: Gamma, chunk: &Chunk, m: u32) -> Self {
+        let sign = match gamma.sign() {
+            Sign::Random => 0,
+            Sign::Plus => 1,
+            Sign::Minus => -1,
+        };
+        Self { sign, m, magnitude: gamma.magnitude() as f32, streams: Streams::new(chunk, Draw::Sign, 0), ..self }
+    }
+}
+
+/// The fault of a value that is not finite or leaves the range.
+fn range(chunk: &Chunk, per: usize, grid: Option<Grid>) -> Cause {
+    let frac_bits = grid.map_or(0, Grid::frac_bits);
+    Cause { first: chunk.first, per, frac_bits, ..Cause::new(Code::Range, chunk.site) }
+}
+
+impl UpdateOps for Cuda {
+    fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> Result<()> {
+        let per = self.arenas.quantize("quantize", chunk, y, x, sum)?;
+        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, report) = (shape.of_chunk(chunk).grid(grid), self.report(range(chunk, per, Some(grid))));
+        let (y, x, sum) = (self.reals(y), self.ints(x), self.words(sum));
+        let args = &mut [arg(&shape), arg(&report), arg(&y), arg(&x), arg(&sum)];
+        self.device.launch(Kernel::Quantize, [blocks, 1, 1], THREADS, args)
+    }
+
+    fn dequantize(&mut self, grid: Grid, x: Ints, y: Reals) -> Result<()> {
+        self.arenas.dequantize(x, y)?;
+        let (shape, blocks) = shape(1, x.len())?;
+        let (shape, x, y) = (shape.grid(grid), self.ints(x), self.reals(y));
+        let args = &mut [arg(&shape), arg(&x), arg(&y)];
+        self.device.launch(Kernel::Dequantize, [blocks, 1, 1], THREADS, args)
+    }
+
+    fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+        let per = self.arenas.quantize("add_quantized", chunk, h, x, sum)?;
+        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, report) = (shape.of_chunk(chunk).grid(grid), self.report(range(chunk, per, Some(grid))));
+        let (x, h, sum) = (self.ints(x), self.reals(h), self.words(sum));
+        let args = &mut [arg(&shape), arg(&report), arg(&x), arg(&h), arg(&sum)];
+        self.device.launch(Kernel::AddQuantized, [blocks, 1, 1], THREADS, args)
+    }
+
+    fn step(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        gamma: Gamma,
+        x: Ints,
+        cur: Reals,
+        h: Reals,
+        side: Words,
+        sum: Words,
+    ) -> Result<()> {
+        let (per, m) = self.arenas.step("step", chunk, gamma, x, [cur, h], (side, true), sum)?;
+        let (shape, blocks) = shape(chunk.samples, per)?;
+        let shape = shape.of_chunk(chunk).grid(grid).gamma(gamma, chunk, m);
+        let report = self.report(range(chunk, per, Some(grid)));
+        let (x, cur, h) = (self.ints(x), self.reals(cur), self.reals(h));
+        let (side, sum) = (self.words(side), self.words(sum));
+        let args = &mut [arg(&shape), arg(&report), arg(&x), arg(&cur), arg(&h), arg(&side), arg(&sum)];
+        self.device.launch(Kernel::Step, [blocks, 1, 1], THREADS, args)
+    }
+
+    fn inverse(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        gamma: Gamma,
+        x: Ints,
+        cur: Reals,
+        h: Reals,
+        side: Words,
+        sum: Words,
+    ) -> Result<()> {
+        let (per, m) = self.arenas.step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
+        let (shape, blocks) = shape(chunk.samples, per)?;
+        let shape = shape.of_chunk(chunk).grid(grid).gamma(gamma, chunk, m);
+        let (x, cur, h) = (self.ints(x), self.reals(cur), self.reals(h));
+        let (side, sum) = (self.words(side), self.words(sum));
+        let args = &mut [arg(&shape), arg(&x), arg(&cur), arg(&h), arg(&side), arg(&sum)];
+        self.device.launch(Kernel::Inverse, [blocks, 1, 1], THREADS, args)
+    }
+
+    fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+        let per = self.arenas.blend("blend", chunk, x, cur, h)?;
+        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, report) = (shape.gamma(gamma, chunk, 0), self.report(range(chunk, per, None)));
+        let (x, cur, h) = (self.reals(x), self.reals(cur), self.reals(h));
+        let args = &mut [arg(&shape), arg(&report), arg(&x), arg(&cur), arg(&h)];
+        self.device.launch(Kernel::Blend, [blocks, 1, 1], THREADS, args)
+    }
+
+    fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+        let per = self.arenas.blend("unblend", chunk, x, cur, h)?;
+        let (shape, blocks) = shape(chunk.samples, per)?;
+        let shape = shape.gamma(gamma, chunk, 0);
+        let (x, cur, h) = (self.reals(x), self.reals(cur), self.reals(h));
+        let args = &mut [arg(&shape), arg(&x), arg(&cur), arg(&h)];
+        self.device.launch(Kernel::Unblend, [blocks, 1, 1], THREADS, args)
+    }
+
+    fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
+        let per = self.arenas.blend("combine", chunk, next, cur, h)?;
+        let (shape, blocks) = shape(chunk.samples, per)?;
+        let shape = shape.gamma(gamma, chunk, 0);
+        let (next, cur, h) = (self.reals(next), self.reals(cur), self.reals(h));
+        let args = &mut [arg(&shape), arg(&next), arg(&cur), arg(&h)];
+        self.device.launch(Kernel::Combine, [blocks, 1, 1], THREADS, args)
+    }
+
+    fn compare(&mut self, a: Words, b: Words, activation: usize, block: usize) -> Result<()> {
+        self.arenas.compare(a, b)?;
+        let cause = Cause { first: activation, ..Cause::new(Code::Checksum, Site::Block(block)) };
+        let (report, a, b) = (self.report(cause), self.words(a), self.words(b));
+        self.device.launch(Kernel::Compare, [1, 1, 1], 32, &mut [arg(&report), arg(&a), arg(&b)])
+    }
+
+    fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
+        self.arenas.count_differences(a, b, count)?;
+        let (shape, blocks) = shape(1, a.len())?;
+        let (a, b, count) = (self.ints(a), self.ints(b), self.words(count));
+        let args = &mut [arg(&shape), arg(&a), arg(&b), arg(&count)];
+        self.device.launch(Kernel::CountDifferences, [blocks, 1, 1], THREADS, args)
+    }
+}

@@ -1,0 +1,70 @@
+//! Every kernel compiles for every architecture, within the limits of registers and shared memory. No device is needed.
+//!
+//! NVRTC is, and `ptxas` (its path in `PTXAS`, or on the path), so the tests are ignored unless asked for; `.ci/cuda`
+//! installs both.
+#![allow(clippy::unwrap_used)]
+
+use std::process::Command;
+
+use bdia_cuda::compile::{self, Image};
+
+/// Compute capabilities from Turing to Blackwell.
+const ALL: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
+/// Shared memory of a block that needs no opting in.
+const SHARED: usize = 48 << 10;
+/// Registers of a multiprocessor; a block of 256 threads must fit.
+const REGISTERS: usize = 255;
+
+/// The numbers in a line of ptxas that stand before `unit`.
+fn before(line: &str, unit: &str) -> Option<usize> {
+    line.split(unit).next()?.split_whitespace().last()?.parse().ok()
+}
+
+#[test]
+#[ignore = "needs NVRTC and ptxas: .ci/cuda"]
+fn compile_everywhere() {
+    let names = compile::names();
+    let supported = compile::supported().map_err(|e| e.to_string()).unwrap();
+    let dir = std::env::temp_dir().join(format!("bdia-cuda-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let ptxas = std::env::var("PTXAS").unwrap_or_else(|_| "ptxas".into());
+    for arch in ALL {
+        assert!(supported.contains(&arch), "NVRTC knows sm_{arch}: {supported:?}");
+        let ptx = compile::compile(arch, Image::Ptx).map_err(|e| e.to_string()).unwrap();
+        let text = String::from_utf8(ptx).unwrap();
+        for name in &names {
+            assert!(text.contains(&format!(".entry {name}(")), "sm_{arch}: {name}");
+        }
+        assert!(compile::compile(arch, Image::Cubin).map_err(|e| e.to_string()).unwrap().starts_with(b"\x7fELF"));
+        let (source, object) = (dir.join(format!("{arch}.ptx")), dir.join(format!("{arch}.cubin")));
+        std::fs::write(&source, text.trim_end_matches('\0')).unwrap();
+        let run =
+            Command::new(&ptxas).args(["-v", &format!("-arch=sm_{arch}"), "-o"]).args([&object, &source]).output();
+        let run = run.unwrap_or_else(|e| panic!("{ptxas}: {e}; PTXAS says where it is"));
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert!(run.status.success(), "sm_{arch}: {said}");
+        let (mut kernel, mut seen, mut most) = (String::new(), 0, (0, 0));
+        for line in said.lines() {
+            if let Some(rest) = line.split("Compiling entry function '").nth(1) {
+                kernel = rest.split('\'').next().unwrap_or_default().to_owned();
+            } else if line.contains("spill stores") {
+                assert_eq!(before(line, " bytes spill stores"), Some(0), "sm_{arch} {kernel}: {line}");
+            } else if line.contains("Used ") {
+                let (registers, shared) =
+                    (before(line, " registers").unwrap(), before(line, " bytes smem").unwrap_or(0));
+                assert!(registers <= REGISTERS && shared <= SHARED, "sm_{arch} {kernel}: {line}");
+                (seen, most) = (seen + 1, (most.0.max(registers), most.1.max(shared)));
+            }
+        }
+        assert_eq!(seen, names.len(), "sm_{arch}: {said}");
+        println!("sm_{arch}: {seen} kernels, at most {} registers and {} bytes of shared memory", most.0, most.1);
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// The source and the host agree about which kernels there are.
+#[test]
+fn names_are_found() {
+    let names = compile::names();
+    assert!(names.len() > 10 && names.iter().any(|n| n == "step") && names.iter().all(|n| !n.is_empty()), "{names:?}");
+}

@@ -1,0 +1,231 @@
+//! What the conformance suite's sizes do not reach: several tiles and blocks, every width of heads, sums in parts, the
+//! longest paths of the optimizers. Against the reference backend in `f32`, operation by operation.
+#![allow(clippy::unwrap_used)]
+
+use bdia_core::backend::{Attention, Columns, CrossEntropy, Mask};
+use bdia_core::optim::{Rule, Update};
+use bdia_core::rng::{Draw, Stream};
+use bdia_core::{
+    Backend, Category, Chunk, Fault, Ints, Layout, NnOps, OptimOps, Reals, Reference, Result, Site, Storage,
+};
+use bdia_cuda::{Cuda, Options};
+
+/// Memory with random contents, the same on both sides.
+struct World {
+    layout: Layout,
+    reals: Vec<f32>,
+    ints: Vec<i32>,
+}
+
+impl World {
+    fn new() -> Self {
+        Self { layout: Layout::new(4), reals: vec![], ints: vec![] }
+    }
+
+    fn reals(&mut self, len: usize) -> Reals {
+        let h = self.layout.reals(Category::Workspace, len);
+        let s = Stream::new(7, 0, 0, 0, 0, Draw::Data);
+        self.reals.resize(h.start(), f32::NAN);
+        self.reals.extend((h.start()..h.start() + len).map(|i| s.normal(i as u32) as f32));
+        h
+    }
+
+    fn ints(&mut self, values: &[i32]) -> Ints {
+        let h = self.layout.ints(Category::Workspace, values.len());
+        self.ints.resize(h.start(), 0);
+        self.ints.extend(values);
+        h
+    }
+
+    /// Runs an operation on both sides, on the device twice; compares what `outputs` names, up to `tolerance` of the
+    /// largest magnitude, and that nothing else changed.
+    fn compare(&mut self, what: &str, tolerance: f32, outputs: &[Reals], op: impl Fn(&mut dyn Both) -> Result<()>) {
+        let (ints, reals, words) = self.layout.arenas();
+        self.reals.resize(reals, f32::NAN);
+        self.ints.resize(ints, 0);
+        let (mut expected, mut their_ints, mut their_words) = (self.reals.clone(), self.ints.clone(), vec![0; words]);
+        let mut reference = Reference::new(&self.layout, &mut their_ints, &mut expected, &mut their_words)
+            .map_err(|e| e.to_string())
+            .unwrap();
+        op(&mut reference).unwrap();
+        let fault = reference.take_fault().unwrap();
+        let mut found: Vec<Vec<f32>> = vec![];
+        for _ in 0..2 {
+            let mut cuda = Cuda::new(&self.layout, Options::default()).map_err(|e| e.to_string()).unwrap();
+            cuda.write_reals(Reals::new(0, reals), &self.reals).unwrap();
+            cuda.write_ints(Ints::new(0, ints), &self.ints).unwrap();
+            op(&mut cuda).unwrap();
+            assert_eq!(format!("{:?}", cuda.take_fault().unwrap()), format!("{fault:?}"), "{what}");
+            let mut all = vec![0.0; reals];
+            cuda.read_reals(Reals::new(0, reals), &mut all).unwrap();
+            found.push(all);
+        }
+        for i in 0..reals {
+            assert_eq!(found[0][i].to_bits(), found[1][i].to_bits(), "{what}: value {i} is not repeated");
+            let inside = outputs.iter().any(|h| h.range().contains(&i));
+            let same = self.reals[i].to_bits() == found[0][i].to_bits();
+            assert!(inside || same, "{what}: value {i} outside the outputs changed");
+        }
+        for h in outputs {
+            let largest = expected[h.range()].iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f32::max);
+            assert!(largest > 0.0, "{what}: nothing was computed");
+            for i in h.range() {
+                let (e, f) = (expected[i], found[0][i]);
+                let close = e == f || (e.is_nan() && f.is_nan()) || (e - f).abs() <= tolerance * largest;
+                assert!(close, "{what}: value {} is {f:e}, reference {e:e}, largest {largest:e}", i - h.start());
+            }
+        }
+    }
+}
+
+/// Both backends without the type.
+trait Both: NnOps<Real = f32> + OptimOps {}
+impl<T: Backend<Real = f32>> Both for T {}
+
+fn chunk(samples: usize) -> Chunk {
+    Chunk { seed: 5, step: 2, stack: 0, site: Site::Block(1), first: 3, samples, global: 9, frame: 0 }
+}
+
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn attention() {
+    let plain = (Mask::Full, 2, 70, 70, 0.0, false, false);
+    for head_dim in [32, 40, 64, 100, 128] {
+        for (mask, heads, queries, keys, dropout, padded, tau) in [
+            plain,
+            (Mask::Causal, 2, 100, 100, 0.0, false, false),
+            (Mask::Causal, 1, 67, 67, 0.2, true, false),
+            (Mask::Others, 1, 65, 65, 0.1, false, true),
+            (Mask::Full, 1, 33, 90, 0.0, true, true),
+        ] {
+            let (n, width) = (2, heads * head_dim);
+            let mut w = World::new();
+            let key_lens = if padded { w.ints(&[keys as i32 - 5, 40]) } else { Ints::EMPTY };
+            let [temperature, temperature_grad] = [0; 2].map(|_| w.reals(usize::from(tau)));
+            if tau {
+                // About 1/√head_dim, so that scores are of order one.
+                w.reals[temperature.start()] = -0.5 * (head_dim as f32).ln();
+            }
+            let a =
+                Attention { heads, head_dim, queries, keys, mask, key_lens, dropout, temperature, temperature_grad };
+            let stride = 2 * width + 3;
+            let (q, kv) = (w.reals(n * queries * width), w.reals(n * keys * stride));
+            let (dq, dkv) = (w.reals(n * queries * width), w.reals(n * keys * stride));
+            let (out, lse) = (w.reals(n * queries * width), w.reals(n * queries * heads));
+            let (dout, scratch) = (w.reals(n * queries * width), w.reals(Cuda::attention_scratch(&a, n, 1).max(keys)));
+            let [qs, dqs] = [q, dq].map(|of| Columns { of, stride: width, at: 0 });
+            let [k, dk] = [kv, dkv].map(|of| Columns { of, stride, at: 1 });
+            let [v, dv] = [kv, dkv].map(|of| Columns { of, stride, at: width + 2 });
+            let chunk = chunk(n);
+            let what = format!("{mask:?}, heads of {head_dim}, {queries} × {keys}, dropout {dropout}, padded {padded}");
+            let mut outputs = vec![out, dq, dkv, lse, scratch];
+            if tau {
+                outputs.push(temperature_grad);
+            }
+            // The scratch differs and is nobody's: it is set to the same afterwards.
+            w.compare(&what, 2e-5, &outputs, |on| {
+                on.attention(&chunk, &a, qs, k, v, out, lse, scratch)?;
+                on.attention_vjp(&chunk, &a, qs, k, v, out, lse, dout, dqs, dk, dv, scratch)?;
+                let ones = vec![1.0; scratch.len()];
+                on.write_reals(scratch, &ones)
+            });
+        }
+    }
+}
+
+/// Sums in parts, several rows a block, many blocks.
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn sums_over_rows() {
+    for (rows, width) in [(700, 70), (1031, 33), (3, 2000)] {
+        let mut w = World::new();
+        let (x, y, dy, dx) =
+            (w.reals(rows * width), w.reals(rows * width), w.reals(rows * width), w.reals(rows * width));
+        let (weight, bias, stats) = (w.reals(width), w.reals(width), w.reals(2 * rows));
+        let (dweight, dbias, sum) = (w.reals(width), w.reals(width), w.reals(width));
+        w.compare(&format!("{rows} × {width}"), 3e-5, &[y, stats, dx, dweight, dbias, sum], |on| {
+            on.layer_norm(1e-5, weight, bias, x, y, stats)?;
+            on.layer_norm_vjp(weight, x, stats, dy, dx, dweight, dbias)?;
+            on.sum_rows(x, sum)
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn embedding_and_loss() {
+    let (n, length, vocab, width) = (3, 200, 50, 300);
+    let mut w = World::new();
+    // Few tokens often, so that their rows are found in several tiles.
+    let s = Stream::new(3, 0, 0, 0, 0, Draw::Data);
+    let tokens: Vec<i32> = (0..n * length).map(|i| (s.word(i as u32) % 7 * 8) as i32).collect();
+    let tokens = w.ints(&tokens);
+    let (table, positions) = (w.reals(vocab * width), w.reals(length * width));
+    let (x, dtable, dpositions) = (w.reals(n * length * width), w.reals(vocab * width), w.reals(length * width));
+    let chunk = chunk(n);
+    w.compare("embedding", 1e-6, &[x, dtable, dpositions], |on| {
+        on.embed_vjp(&chunk, tokens, x, width, dtable, dpositions)?;
+        on.embed(&chunk, tokens, table, positions, width, x)
+    });
+
+    let (rows, vocab) = (9, 5003);
+    let mut w = World::new();
+    let targets: Vec<i32> =
+        (0..rows).map(|i| if i == 4 { -1 } else { (s.word(i as u32) % vocab as u32) as i32 }).collect();
+    let targets = w.ints(&targets);
+    let (logits, losses) = (w.reals(rows * vocab), w.reals(rows));
+    for smoothing in [0.0, 0.1] {
+        let ce = CrossEntropy { vocab, tokens: 5, row: 2, scale: 0.25, smoothing };
+        w.compare("loss", 2e-6, &[logits, losses], |on| on.cross_entropy(&chunk, &ce, logits, targets, losses));
+    }
+    // The first of several wrong rows is told, whatever the order of blocks.
+    w.ints[targets.start() + 3..targets.start() + 8].copy_from_slice(&[1 << 20, 5, i32::MAX, 0, 1 << 21]);
+    w.reals[logits.start() + 5 * vocab + 77] = f32::NAN;
+    let ce = CrossEntropy { vocab, tokens: 5, row: 2, scale: 0.25, smoothing: 0.0 };
+    w.compare("faults", 2e-6, &[losses, logits], |on| on.cross_entropy(&chunk, &ce, logits, targets, losses));
+}
+
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn optimizers() {
+    let n = 1_200_000;
+    let mut w = World::new();
+    let (p, g, m, v, out) = (w.reals(n), w.reals(n), w.reals(n), w.reals(n), w.reals(1));
+    for i in v.range() {
+        w.reals[i] = w.reals[i].abs();
+    }
+    for rule in [
+        Rule::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8 },
+        Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 },
+        Rule::Sgd { momentum: 0.9 },
+    ] {
+        let u = Update { rule, t: 4, lr: 0.01, decay: 0.1, scale: 0.5 };
+        let second = if rule.states() > 1 { v } else { Reals::EMPTY };
+        w.compare(&format!("{rule:?}"), 1e-6, &[p, m, v, out], |on| {
+            on.sum_squares(Site::Block(0), g, out)?;
+            on.update(&u, p, g, m, second)
+        });
+    }
+}
+
+/// A fault that the host raises stays, if it was first, and no update happens meanwhile.
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn the_first_fault_stays() {
+    let mut layout = Layout::new(4);
+    let g = layout.reals(Category::Gradients, 40);
+    let out = layout.reals(Category::Gradients, 1);
+    let mut cuda = Cuda::new(&layout, Options::default()).unwrap();
+    cuda.write_reals(g, &[f32::NAN; 40]).unwrap();
+    let own = Fault::Checksum { activation: 4, block: 5 };
+    cuda.sum_squares(Site::Head, g, out).unwrap();
+    cuda.raise(own);
+    assert_eq!(cuda.peek_fault(), Ok(Some(Fault::Gradient { site: Site::Head })));
+    assert_eq!(cuda.take_fault(), Ok(Some(Fault::Gradient { site: Site::Head })));
+    assert_eq!(cuda.take_fault(), Ok(None));
+    cuda.raise(own);
+    cuda.sum_squares(Site::Head, g, out).unwrap();
+    cuda.raise(Fault::Gradient { site: Site::Embedding });
+    assert_eq!(cuda.take_fault(), Ok(Some(own)));
+    assert_eq!(cuda.peek_fault(), Ok(None));
+}

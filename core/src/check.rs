@@ -1,0 +1,457 @@
+//! Checks of operands: what every backend asks before it touches anything, in one place.
+//!
+//! [`Arenas`] knows how long a backend's arenas are. For each operation of the [traits](crate::backend) it has a function
+//! of the same name that takes the operation's operands and tells whether sizes agree, handles lie inside, outputs overlap
+//! nothing else, and settings are possible. It returns the sizes that follow from the operands' lengths. After it, an
+//! operation cannot fail for its operands.
+
+use core::ops::Range;
+
+use crate::arena::{Ints, Layout, Reals, Words, product};
+use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Mask, Product};
+use crate::error::{Error, Result};
+use crate::optim::Update;
+use crate::update::Gamma;
+
+/// Refuses two sizes that do not agree.
+///
+/// # Errors
+/// [`Error::Shape`], as all functions here where sizes do not agree; [`Error::Handle`] for handles outside and for
+/// overlaps, [`Error::Setting`] for impossible settings, [`Error::TooLarge`] for sizes beyond the address space.
+pub fn same(what: &'static str, expected: usize, found: usize) -> Result<()> {
+    if expected == found { Ok(()) } else { Err(Error::Shape { what, expected, found }) }
+}
+
+/// Number of rows of `cols` values each in `len` values.
+///
+/// # Errors
+/// [`same`]
+pub fn rows_of(what: &'static str, len: usize, cols: usize) -> Result<usize> {
+    let rows = len.checked_div(cols).unwrap_or(0);
+    same(what, rows * cols, len)?;
+    Ok(rows)
+}
+
+/// Values of each sample of a chunk that has `len` values.
+///
+/// # Errors
+/// [`same`]
+pub fn per_sample(chunk: &Chunk, len: usize) -> Result<usize> {
+    rows_of("values of a chunk", len, chunk.samples)
+}
+
+/// Whether two places have a value in common.
+pub fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+/// Refuses inputs that overlap an output, and outputs that overlap each other. Inputs may share memory.
+///
+/// # Errors
+/// [`same`]
+pub fn disjoint(what: &'static str, inputs: &[Range<usize>], outputs: &[Range<usize>]) -> Result<()> {
+    for (n, output) in outputs.iter().enumerate() {
+        if inputs.iter().chain(&outputs[..n]).any(|other| overlap(other, output)) {
+            return Err(Error::Handle(what));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a probability of dropping that is not in `[0, 1)`.
+///
+/// # Errors
+/// [`same`]
+pub fn dropout_rate(p: f64) -> Result<()> {
+    if (0.0..1.0).contains(&p) {
+        Ok(())
+    } else {
+        Err(Error::Setting { what: "dropout", found: p, possible: "0 up to, not including, 1" })
+    }
+}
+
+/// A sum has two words, or none where it is not wanted.
+fn sum_words(sum: Words) -> Result<()> {
+    if sum.is_empty() { Ok(()) } else { same("words of a sum", 2, sum.len()) }
+}
+
+fn place(what: &'static str, start: usize, len: usize, arena: usize) -> Result<Range<usize>> {
+    let end = start.checked_add(len).filter(|&end| end <= arena).ok_or(Error::Handle(what))?;
+    Ok(if len == 0 { 0..0 } else { start..end })
+}
+
+/// Lengths of the three arenas of a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arenas {
+    /// Integers.
+    pub ints: usize,
+    /// Reals.
+    pub reals: usize,
+    /// Words.
+    pub words: usize,
+}
+
+/// The errors of all functions are those of [`same`].
+#[allow(clippy::missing_errors_doc)]
+impl Arenas {
+    /// Those of a layout.
+    pub const fn of(layout: &Layout) -> Self {
+        let (ints, reals, words) = layout.arenas();
+        Self { ints, reals, words }
+    }
+
+    /// The place of a handle. An empty one is moved to the start, where it overlaps nothing.
+    pub fn ints(&self, what: &'static str, h: Ints) -> Result<Range<usize>> {
+        place(what, h.start(), h.len(), self.ints)
+    }
+
+    /// As [`ints`](Self::ints).
+    pub fn reals(&self, what: &'static str, h: Reals) -> Result<Range<usize>> {
+        place(what, h.start(), h.len(), self.reals)
+    }
+
+    /// As [`ints`](Self::ints).
+    pub fn words(&self, what: &'static str, h: Words) -> Result<Range<usize>> {
+        place(what, h.start(), h.len(), self.words)
+    }
+
+    /// Places of reals none of which may overlap.
+    fn apart<const N: usize>(&self, what: &'static str, handles: [Reals; N]) -> Result<()> {
+        let mut places = [const { 0..0 }; N];
+        for (place, h) in places.iter_mut().zip(handles) {
+            *place = self.reals(what, h)?;
+        }
+        disjoint(what, &[], &places)
+    }
+
+    /// [`Storage::copy_reals`](crate::Storage::copy_reals)
+    pub fn copy_reals(&self, src: Reals, dst: Reals) -> Result<()> {
+        same("copy_reals", dst.len(), src.len())?;
+        self.apart("copy_reals", [src, dst])
+    }
+
+    /// [`Storage::copy_ints`](crate::Storage::copy_ints)
+    pub fn copy_ints(&self, src: Ints, dst: Ints) -> Result<()> {
+        same("copy_ints", dst.len(), src.len())?;
+        disjoint("copy_ints", &[self.ints("copy_ints", src)?], &[self.ints("copy_ints", dst)?])
+    }
+
+    /// `quantize` and `add_quantized`: values of a sample.
+    pub fn quantize(&self, what: &'static str, chunk: &Chunk, y: Reals, x: Ints, sum: Words) -> Result<usize> {
+        let per = per_sample(chunk, x.len())?;
+        same(what, x.len(), y.len())?;
+        sum_words(sum)?;
+        self.ints(what, x)?;
+        self.reals(what, y)?;
+        self.words(what, sum)?;
+        Ok(per)
+    }
+
+    /// [`UpdateOps::dequantize`](crate::UpdateOps::dequantize)
+    pub fn dequantize(&self, x: Ints, y: Reals) -> Result<()> {
+        same("dequantize", x.len(), y.len())?;
+        self.ints("dequantize", x)?;
+        self.reals("dequantize", y)?;
+        Ok(())
+    }
+
+    /// `step` (`side` may be empty) and `inverse`: values of a sample, and planes `m`.
+    pub fn step(
+        &self,
+        what: &'static str,
+        chunk: &Chunk,
+        gamma: Gamma,
+        x: Ints,
+        [cur, h]: [Reals; 2],
+        (side, optional): (Words, bool),
+        sum: Words,
+    ) -> Result<(usize, u32)> {
+        let (per, m) = (per_sample(chunk, x.len())?, gamma.planes()?);
+        sum_words(sum)?;
+        same(what, x.len(), cur.len())?;
+        same(what, x.len(), h.len())?;
+        if !(optional && side.is_empty()) {
+            same(what, product(what, &[chunk.samples, m as usize, per.div_ceil(32)])?, side.len())?;
+        }
+        self.ints(what, x)?;
+        self.reals(what, cur)?;
+        self.reals(what, h)?;
+        disjoint(what, &[], &[self.words(what, side)?, self.words(what, sum)?])?;
+        Ok((per, m))
+    }
+
+    /// `blend`, `unblend` and `combine`: values of a sample.
+    pub fn blend(&self, what: &'static str, chunk: &Chunk, x: Reals, cur: Reals, h: Reals) -> Result<usize> {
+        let per = per_sample(chunk, x.len())?;
+        same(what, x.len(), cur.len())?;
+        same(what, x.len(), h.len())?;
+        self.apart(what, [x, cur, h])?;
+        Ok(per)
+    }
+
+    /// [`UpdateOps::compare`](crate::UpdateOps::compare)
+    pub fn compare(&self, a: Words, b: Words) -> Result<()> {
+        same("compare", a.len(), b.len())?;
+        self.words("compare", a)?;
+        self.words("compare", b)?;
+        Ok(())
+    }
+
+    /// [`UpdateOps::count_differences`](crate::UpdateOps::count_differences)
+    pub fn count_differences(&self, a: Ints, b: Ints, count: Words) -> Result<()> {
+        same("count_differences", a.len(), b.len())?;
+        same("words of a count", 2, count.len())?;
+        self.ints("count_differences", a)?;
+        self.ints("count_differences", b)?;
+        self.words("count_differences", count)?;
+        Ok(())
+    }
+
+    /// [`NnOps::matmul`](crate::NnOps::matmul)
+    pub fn matmul(&self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
+        same("matmul: a", product("matmul: a", &[p.rows, p.inner])?, a.len())?;
+        same("matmul: b", product("matmul: b", &[p.inner, p.cols])?, b.len())?;
+        same("matmul: c", product("matmul: c", &[p.rows, p.cols])?, c.len())?;
+        if let Some(bias) = bias {
+            same("matmul: bias", p.cols, bias.len())?;
+        }
+        self.apart("matmul", [a, b, bias.unwrap_or(Reals::EMPTY), c])
+    }
+
+    /// [`NnOps::sum_rows`](crate::NnOps::sum_rows): the number of rows.
+    pub fn sum_rows(&self, x: Reals, sum: Reals) -> Result<usize> {
+        let rows = rows_of("sum_rows", x.len(), sum.len())?;
+        self.apart("sum_rows", [x, sum])?;
+        Ok(rows)
+    }
+
+    /// `add`, `gelu` and `gelu_vjp`: two tensors of the same length.
+    pub fn pair(&self, what: &'static str, x: Reals, y: Reals) -> Result<()> {
+        same(what, x.len(), y.len())?;
+        self.apart(what, [x, y])
+    }
+
+    /// [`NnOps::layer_norm`](crate::NnOps::layer_norm): the number of rows.
+    pub fn layer_norm(&self, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<usize> {
+        let width = weight.len();
+        let rows = rows_of("layer_norm: x", x.len(), width)?;
+        same("layer_norm: bias", width, bias.len())?;
+        same("layer_norm: y", x.len(), y.len())?;
+        same("layer_norm: stats", product("layer_norm: stats", &[2, rows])?, stats.len())?;
+        self.apart("layer_norm", [weight, bias, x, y, stats])?;
+        Ok(rows)
+    }
+
+    /// [`NnOps::layer_norm_vjp`](crate::NnOps::layer_norm_vjp): the number of rows.
+    pub fn layer_norm_vjp(
+        &self,
+        weight: Reals,
+        x: Reals,
+        stats: Reals,
+        dy: Reals,
+        dx: Reals,
+        dweight: Reals,
+        dbias: Reals,
+    ) -> Result<usize> {
+        let width = weight.len();
+        let rows = rows_of("layer_norm_vjp: x", x.len(), width)?;
+        same("layer_norm_vjp: stats", product("layer_norm_vjp: stats", &[2, rows])?, stats.len())?;
+        same("layer_norm_vjp: dy", x.len(), dy.len())?;
+        same("layer_norm_vjp: dx", x.len(), dx.len())?;
+        same("layer_norm_vjp: dweight", width, dweight.len())?;
+        same("layer_norm_vjp: dbias", width, dbias.len())?;
+        self.apart("layer_norm_vjp", [weight, x, stats, dy, dx, dweight, dbias])?;
+        Ok(rows)
+    }
+
+    /// [`NnOps::attention`](crate::NnOps::attention). `scratch` is the part of the operand that is used, of `needed`
+    /// values.
+    pub fn attention(
+        &self,
+        chunk: &Chunk,
+        a: &Attention,
+        [q, k, v]: [Columns; 3],
+        out: Reals,
+        lse: Reals,
+        (scratch, needed): (Reals, usize),
+    ) -> Result<()> {
+        let all = Heads::new(a, chunk)?;
+        same("attention: out", product("attention: out", &[all.queries, all.width])?, out.len())?;
+        same("attention: lse", product("attention: lse", &[all.queries, a.heads])?, lse.len())?;
+        same("attention: scratch", needed, scratch.len())?;
+        dropout_rate(a.dropout)?;
+        self.key_lens(a, chunk)?;
+        let inputs = [
+            self.columns("attention: q", &all, q, all.queries)?,
+            self.columns("attention: k", &all, k, all.keys)?,
+            self.columns("attention: v", &all, v, all.keys)?,
+            self.temperature(a.temperature)?,
+        ];
+        let outputs = [
+            self.reals("attention: out", out)?,
+            self.reals("attention: lse", lse)?,
+            self.reals("attention: scratch", scratch)?,
+        ];
+        disjoint("attention", &inputs, &outputs)
+    }
+
+    /// [`NnOps::attention_vjp`](crate::NnOps::attention_vjp), with the scratch as in [`attention`](Self::attention).
+    pub fn attention_vjp(
+        &self,
+        chunk: &Chunk,
+        a: &Attention,
+        [q, k, v]: [Columns; 3],
+        [out, lse, dout]: [Reals; 3],
+        [dq, dk, dv]: [Columns; 3],
+        (scratch, needed): (Reals, usize),
+    ) -> Result<()> {
+        let all = Heads::new(a, chunk)?;
+        let values = product("attention_vjp: out", &[all.queries, all.width])?;
+        same("attention_vjp: out", values, out.len())?;
+        same("attention_vjp: dout", values, dout.len())?;
+        same("attention_vjp: lse", product("attention_vjp: lse", &[all.queries, a.heads])?, lse.len())?;
+        same("attention_vjp: scratch", needed, scratch.len())?;
+        same("attention_vjp: temperature_grad", a.temperature.len(), a.temperature_grad.len())?;
+        dropout_rate(a.dropout)?;
+        self.key_lens(a, chunk)?;
+        let inputs = [
+            self.columns("attention_vjp: q", &all, q, all.queries)?,
+            self.columns("attention_vjp: k", &all, k, all.keys)?,
+            self.columns("attention_vjp: v", &all, v, all.keys)?,
+            self.reals("attention_vjp: out", out)?,
+            self.reals("attention_vjp: lse", lse)?,
+            self.reals("attention_vjp: dout", dout)?,
+            self.temperature(a.temperature)?,
+        ];
+        let [dq_at, dk_at, dv_at] = [
+            self.columns("attention_vjp: dq", &all, dq, all.queries)?,
+            self.columns("attention_vjp: dk", &all, dk, all.keys)?,
+            self.columns("attention_vjp: dv", &all, dv, all.keys)?,
+        ];
+        let (scratch, slope) = (self.reals("attention_vjp: scratch", scratch)?, self.temperature(a.temperature_grad)?);
+        for output in [&dq_at, &dk_at, &dv_at] {
+            disjoint("attention_vjp", &inputs, core::slice::from_ref(output))?;
+            disjoint("attention_vjp: scratch", core::slice::from_ref(output), &[scratch.clone(), slope.clone()])?;
+        }
+        disjoint("attention_vjp: scratch", &inputs, &[scratch, slope])?;
+        for (x, x_at, y, y_at) in [(dq, &dq_at, dk, &dk_at), (dq, &dq_at, dv, &dv_at), (dk, &dk_at, dv, &dv_at)] {
+            // Columns of one matrix must not meet; other matrices must not overlap.
+            let apart = x.of == y.of && x.stride == y.stride && x.at.abs_diff(y.at) >= all.width;
+            if all.width > 0 && overlap(x_at, y_at) && !apart {
+                return Err(Error::Handle("attention_vjp: dq, dk, dv"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The padding lengths: none, or one for each sample.
+    fn key_lens(&self, a: &Attention, chunk: &Chunk) -> Result<()> {
+        if !a.key_lens.is_empty() {
+            same("attention: key_lens", chunk.samples, a.key_lens.len())?;
+        }
+        self.ints("attention: key_lens", a.key_lens)?;
+        Ok(())
+    }
+
+    /// The place of the temperature, or none.
+    fn temperature(&self, h: Reals) -> Result<Range<usize>> {
+        if !h.is_empty() {
+            same("attention: temperature", 1, h.len())?;
+        }
+        self.reals("attention: temperature", h)
+    }
+
+    /// The place of the matrix that the columns lie in.
+    fn columns(&self, what: &'static str, all: &Heads, c: Columns, rows: usize) -> Result<Range<usize>> {
+        same(what, product(what, &[rows, c.stride])?, c.of.len())?;
+        let end = c.at.checked_add(all.width).ok_or(Error::TooLarge(what))?;
+        if end > c.stride {
+            return Err(Error::Shape { what, expected: end, found: c.stride });
+        }
+        self.reals(what, c.of)
+    }
+
+    /// [`NnOps::dropout`](crate::NnOps::dropout): values of a sample.
+    pub fn dropout(&self, chunk: &Chunk, p: f64, x: Reals) -> Result<usize> {
+        let per = rows_of("dropout", x.len(), chunk.samples)?;
+        dropout_rate(p)?;
+        self.reals("dropout", x)?;
+        Ok(per)
+    }
+
+    /// `embed` and `embed_vjp`: tokens of one sample, and the vocabulary.
+    pub fn embed(
+        &self,
+        what: &'static str,
+        chunk: &Chunk,
+        tokens: Ints,
+        [x, table, positions]: [Reals; 3],
+        width: usize,
+    ) -> Result<(usize, usize)> {
+        let length = rows_of("embed: tokens", tokens.len(), chunk.samples)?;
+        same("embed: x", product("embed: x", &[tokens.len(), width])?, x.len())?;
+        let vocab = rows_of("embed: table", table.len(), width)?;
+        let needed = product("embed: positions", &[length, width])?;
+        if positions.len() < needed {
+            return Err(Error::Shape { what: "embed: positions", expected: needed, found: positions.len() });
+        }
+        self.ints(what, tokens)?;
+        self.apart(what, [table, positions, x])?;
+        Ok((length, vocab))
+    }
+
+    /// [`NnOps::cross_entropy`](crate::NnOps::cross_entropy)
+    pub fn cross_entropy(&self, ce: &CrossEntropy, logits: Reals, targets: Ints, losses: Reals) -> Result<()> {
+        let rows = targets.len();
+        same("cross_entropy: logits", product("cross_entropy: logits", &[rows, ce.vocab])?, logits.len())?;
+        same("cross_entropy: losses", rows, losses.len())?;
+        if !(0.0..=1.0).contains(&ce.smoothing) {
+            return Err(Error::Setting { what: "label smoothing", found: ce.smoothing, possible: "0 to 1" });
+        }
+        self.ints("cross_entropy: targets", targets)?;
+        self.apart("cross_entropy", [logits, losses])
+    }
+
+    /// [`OptimOps::sum_squares`](crate::OptimOps::sum_squares)
+    pub fn sum_squares(&self, g: Reals, out: Reals) -> Result<()> {
+        same("sum_squares: out", 1, out.len())?;
+        self.apart("sum_squares", [g, out])
+    }
+
+    /// [`OptimOps::update`](crate::OptimOps::update). Also refuses constants that would turn every parameter into NaN.
+    pub fn update(&self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
+        u.rule.check()?;
+        if u.t == 0 {
+            return Err(Error::Setting { what: "number of the update", found: 0.0, possible: "1 and up" });
+        }
+        for (what, found) in [("lr", u.lr), ("weight decay", u.decay), ("gradient scale", u.scale)] {
+            if !found.is_finite() {
+                return Err(Error::Setting { what, found, possible: "a finite number" });
+            }
+        }
+        let states = u.rule.states();
+        same("update: gradient", p.len(), g.len())?;
+        same("update: first moment", if states > 0 { p.len() } else { 0 }, m.len())?;
+        same("update: second moment", if states > 1 { p.len() } else { 0 }, v.len())?;
+        self.apart("update", [p, g, m, v])
+    }
+}
+
+/// Sizes of an attention: width of all heads, queries and keys of all samples.
+struct Heads {
+    width: usize,
+    queries: usize,
+    keys: usize,
+}
+
+impl Heads {
+    fn new(a: &Attention, chunk: &Chunk) -> Result<Self> {
+        let width = product("attention: width", &[a.heads, a.head_dim])?;
+        let queries = product("attention: queries", &[chunk.samples, a.queries])?;
+        let keys = product("attention: keys", &[chunk.samples, a.keys])?;
+        if a.mask != Mask::Full {
+            same("masked attention: keys", a.queries, a.keys)?;
+        }
+        Ok(Self { width, queries, keys })
+    }
+}
