@@ -74,8 +74,16 @@ impl TranslationConfig {
     /// [`Failure`] for a file that is absent or not such a file.
     pub fn read_dir(dir: &Path) -> Result<Self, Failure> {
         let path = dir.join("config.json");
-        let wrong = |what: String| Failure::Run { path: path.clone(), what };
-        let c: Self = serde_json::from_slice(&read_limited(&path, 1 << 20)?)
+        Self::from_json(&path, &read_limited(&path, 1 << 20)?)
+    }
+
+    /// What the file's bytes describe.
+    ///
+    /// # Errors
+    /// [`Failure`] for bytes that are no such file's.
+    pub fn from_json(path: &Path, bytes: &[u8]) -> Result<Self, Failure> {
+        let wrong = |what: String| Failure::Run { path: path.into(), what };
+        let c: Self = serde_json::from_slice(bytes)
             .map_err(|e| wrong(format!("not the config.json of a translation model of this program: {e}")))?;
         let sizes = [c.positions, c.width, c.encoder_layers, c.decoder_layers, c.heads, c.mlp];
         if sizes.iter().any(|&n| n == 0 || n > MOST) || c.vocab.iter().any(|&n| n == 0 || n > MOST_ENTRIES) {

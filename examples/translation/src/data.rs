@@ -127,8 +127,7 @@ impl From<DataError> for Failure {
 const LIMIT: u64 = 1 << 34;
 
 /// The bytes of a file, unpacked.
-fn bytes(path: &Path) -> Result<Vec<u8>, DataError> {
-    let packed = read_limited(path, LIMIT)?;
+fn unpacked(path: &Path, packed: Vec<u8>) -> Result<Vec<u8>, DataError> {
     if !packed.starts_with(&[0x1f, 0x8b]) {
         return Ok(packed);
     }
@@ -143,9 +142,9 @@ fn bytes(path: &Path) -> Result<Vec<u8>, DataError> {
     Ok(plain)
 }
 
-/// The file's text, or the first line that is none.
-fn text(path: &Path) -> Result<String, DataError> {
-    let mut text = String::from_utf8(bytes(path)?).map_err(|e| {
+/// The text of a file's bytes, or the first line that is none.
+fn text(path: &Path, bytes: Vec<u8>) -> Result<String, DataError> {
+    let mut text = String::from_utf8(unpacked(path, bytes)?).map_err(|e| {
         let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
         DataError::Encoding { path: path.into(), line: 1 + good.iter().filter(|&&b| b == b'\n').count() }
     })?;
@@ -175,18 +174,23 @@ fn pair(path: [&Path; 2], line: usize, source: &str, target: &str) -> Result<Pai
 /// [`DataError`] names file and line.
 pub fn read(files: &[PathBuf]) -> Result<Vec<Pair>, DataError> {
     match files {
-        [source, target] => aligned(source, target),
-        [one] => {
-            let name = one.to_string_lossy().to_lowercase();
-            let name = name.strip_suffix(".gz").unwrap_or(&name);
-            if name.ends_with(".csv") { table(one) } else { tabs(one) }
-        }
+        [source, target] => aligned([source, target], [read_limited(source, LIMIT)?, read_limited(target, LIMIT)?]),
+        [one] => one_file(one, read_limited(one, LIMIT)?),
         _ => Ok(Vec::new()),
     }
 }
 
-fn table(path: &Path) -> Result<Vec<Pair>, DataError> {
-    let text = text(path)?;
+/// The pairs of a file with these bytes; its name says whether it is a table or has tabs.
+///
+/// # Errors
+/// [`DataError`] names file and line.
+pub fn one_file(path: &Path, bytes: Vec<u8>) -> Result<Vec<Pair>, DataError> {
+    let name = path.to_string_lossy().to_lowercase();
+    let text = text(path, bytes)?;
+    if name.strip_suffix(".gz").unwrap_or(&name).ends_with(".csv") { table(path, &text) } else { tabs(path, &text) }
+}
+
+fn table(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
     let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(text.as_bytes());
     let expected = "2: a table of two columns with a header";
     let columns = |line: usize, found: usize| DataError::Columns { path: path.into(), line, found, expected };
@@ -210,8 +214,7 @@ fn table(path: &Path) -> Result<Vec<Pair>, DataError> {
     Ok(pairs)
 }
 
-fn tabs(path: &Path) -> Result<Vec<Pair>, DataError> {
-    let text = text(path)?;
+fn tabs(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
     let expected = "2 or more, with tabs between them";
     (text.lines().enumerate())
         .map(|(i, line)| {
@@ -224,8 +227,13 @@ fn tabs(path: &Path) -> Result<Vec<Pair>, DataError> {
         .collect()
 }
 
-fn aligned(source: &Path, target: &Path) -> Result<Vec<Pair>, DataError> {
-    let (sources, targets) = (text(source)?, text(target)?);
+/// The pairs of two files with these bytes, line by line.
+///
+/// # Errors
+/// [`DataError`] names file and line.
+pub fn aligned([source, target]: [&Path; 2], bytes: [Vec<u8>; 2]) -> Result<Vec<Pair>, DataError> {
+    let [sources, targets] = bytes;
+    let (sources, targets) = (text(source, sources)?, text(target, targets)?);
     let (mut s, mut t) = (sources.lines(), targets.lines());
     let mut pairs = Vec::new();
     loop {
@@ -305,8 +313,7 @@ impl Dataset {
             if count >= keys.len() {
                 return Err(few("different source sentence(s)", keys.len(), count + 1));
             }
-            let limit = if count == 0 { 0 } else { keys[count - 1] + 1 };
-            (held, train) = all.into_iter().partition(|p| key(p) < limit);
+            (held, train) = all.into_iter().partition(|p| count > 0 && key(p) <= keys[count - 1]);
         } else {
             train = all;
             held = read(source.held_files)?;

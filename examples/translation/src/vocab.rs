@@ -64,6 +64,10 @@ impl Vocabulary {
         if !matches!(tokenizer.get_model(), ModelWrapper::BPE(_)) {
             return Err("expected a BPE model".into());
         }
+        let entries = tokenizer.get_vocab(true);
+        if let Some((token, id)) = entries.iter().find(|(_, id)| **id as usize >= entries.len()) {
+            return Err(format!("entry {token:?} has number {id}, but there are {} entries", entries.len()));
+        }
         Ok(Self(tokenizer))
     }
 
