@@ -321,13 +321,18 @@ pub fn name_of<T: Serialize>(value: &T) -> String {
 ///
 /// # Errors
 /// A sentence.
-pub fn check_mode(mode: &ModeArgs) -> Result<(), String> {
+pub fn check_mode(mode: &ModeArgs, verify: bool) -> Result<(), String> {
     mode.gamma().map_err(|e| format!("--gamma: {e}"))?;
     if mode.quantize && mode.mode == Mode::BdiaFloat {
         return Err("--quantize contradicts --mode bdia-float, which has no grid; mode bdia always has it".into());
     }
     if mode.checkpoint_every.is_some() && mode.mode != Mode::Checkpoint {
         return Err("--checkpoint-every belongs to --mode checkpoint; add that or leave it out".into());
+    }
+    if verify && matches!(mode.mode, Mode::Standard | Mode::Checkpoint) {
+        return Err(
+            "--verify belongs to modes bdia and bdia-float; the others rebuild nothing that could differ".into()
+        );
     }
     Ok(())
 }

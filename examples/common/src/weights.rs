@@ -64,9 +64,12 @@ pub enum WeightsError {
     },
     /// A weight that is NaN or infinite.
     #[error(
-        "tensor {name}: element {at} is {value}, expected a finite number; the file is damaged or its training diverged"
+        "{}, tensor {name}: element {at} is {value}, expected a finite number; the file is damaged or its training diverged",
+        path.display()
     )]
     NotFinite {
+        /// The file.
+        path: PathBuf,
         /// The tensor.
         name: String,
         /// The element.
@@ -416,7 +419,8 @@ impl Weights {
                 }
             }
             if let Some(i) = values[..n].iter().position(|v| !v.is_finite()) {
-                return Err(WeightsError::NotFinite { name: name.into(), at: at + i, value: values[i] }.into());
+                let (path, name, at) = (path.clone(), name.into(), at + i);
+                return Err(WeightsError::NotFinite { path, name, at, value: values[i] }.into());
             }
             put(at, &values[..n])?;
             at += n;

@@ -171,6 +171,9 @@ impl TrainArgs {
         run.json = self.json;
         run.given.clone_from(&self.given);
         run.machine.threads = self.machine.threads.or(saved.machine.threads);
+        if self.given.contains("device") {
+            run.machine.device = self.machine.device;
+        }
         if self.given.contains("checkpoint_interval") {
             run.checkpoint_interval = self.checkpoint_interval;
         }
@@ -183,7 +186,7 @@ impl TrainArgs {
 
     /// What single flags cannot show to be wrong.
     fn check(&self) -> Result<(), String> {
-        check_mode(&self.mode)?;
+        check_mode(&self.mode, self.verify)?;
         self.optim.check()
     }
 }
@@ -338,7 +341,7 @@ impl Cli {
                 train.given = given(sub.unwrap_or(&matches));
                 train.check()
             }
-            Command::Plan(plan) => check_mode(&plan.mode),
+            Command::Plan(plan) => check_mode(&plan.mode, plan.verify),
             Command::Eval(_) | Command::Generate(_) => Ok(()),
         };
         checked.map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
@@ -445,6 +448,7 @@ mod tests {
             ("--threads 0", "from 1 to 1024"),
             ("--mode bdia-float --quantize", "contradicts"),
             ("--checkpoint-every 2", "--mode checkpoint"),
+            ("--mode standard --verify", "rebuild nothing"),
             ("--config gpt3", "gpt2-medium"),
             ("--mode fast", "bdia-float"),
             ("--nonsense", "--nonsense"),
@@ -476,8 +480,9 @@ mod tests {
         let saved = train("--lr 0.002 --layers 3 --threads 1 --mode checkpoint --memory 1GB");
         let json = serde_json::to_string(&saved).unwrap();
         let saved: TrainArgs = serde_json::from_str(&json).unwrap();
-        let run = train("--resume runs/a --threads 2 --lr 2e-3 --json").resumed(&saved).unwrap();
+        let run = train("--resume runs/a --threads 2 --device 3 --lr 2e-3 --json").resumed(&saved).unwrap();
         assert_eq!((run.optim.lr, run.model.layers, run.machine.threads), (0.002, Some(3), Some(2)));
+        assert_eq!(run.machine.device, 3);
         assert_eq!((run.mode.mode, run.out, run.json), (Mode::Checkpoint, PathBuf::from("runs/a"), true));
         let error = train("--resume runs/a --lr 0.1 --mode bdia --heads 2").resumed(&saved).unwrap_err();
         assert_eq!(error.0.len(), 3);

@@ -43,7 +43,7 @@ pub struct TrainArgs {
     /// Learn from so many pairs only [default: all of --data, 20000 number words]
     #[arg(long, value_name = "N", value_parser = count(1 << 32), help_heading = "Data")]
     pub pairs: Option<u64>,
-    /// Hold out so many source sentences [default: 1000, or a twentieth]
+    /// Hold out so many source sentences, of --held-out use so many [default: 1000, or a twentieth; all of --held-out]
     #[arg(long, value_name = "N", value_parser = count(1 << 32), help_heading = "Data")]
     pub held: Option<u64>,
     /// Entries of a vocabulary, at most
@@ -144,7 +144,7 @@ fn longest(s: &str) -> Result<u64, String> {
 
 impl TrainArgs {
     /// Flags that may differ from the saved ones when a run is resumed: they change no number.
-    pub const FREE: [&str; 5] = ["resume", "json", "threads", "checkpoint_interval", "verify"];
+    pub const FREE: [&str; 6] = ["resume", "json", "threads", "device", "checkpoint_interval", "verify"];
 
     /// The settings with which a saved run goes on: the saved ones, and those of [`TrainArgs::FREE`] that were given.
     ///
@@ -157,6 +157,9 @@ impl TrainArgs {
         run.json = self.json;
         run.given.clone_from(&self.given);
         run.machine.threads = self.machine.threads.or(saved.machine.threads);
+        if self.given.contains("device") {
+            run.machine.device = self.machine.device;
+        }
         if self.given.contains("checkpoint_interval") {
             run.checkpoint_interval = self.checkpoint_interval;
         }
@@ -172,10 +175,13 @@ impl TrainArgs {
     /// # Errors
     /// A sentence.
     pub fn check(&self) -> Result<(), String> {
-        check_mode(&self.mode)?;
+        check_mode(&self.mode, self.verify)?;
         self.optim.check()?;
         if self.data.is_empty() && !self.held_out.is_empty() {
             return Err("--held-out belongs to --data; number words are split by themselves".into());
+        }
+        if self.weights.is_some() && self.given.contains("vocab") {
+            return Err("--weights comes with its vocabulary; leave --vocab out".into());
         }
         if self.batch_tokens < self.longest {
             let (batch, longest) = (self.batch_tokens, self.longest);

@@ -3,7 +3,8 @@
 //! | files | read as |
 //! |---|---|
 //! | one, ending in `.csv` | two columns with a header, commas, quotes (Kaggle's English-French table) |
-//! | one, ending otherwise | lines `source TAB target`, further columns ignored (Tatoeba's exports, manythings.org) |
+//! | one, ending otherwise | lines `source TAB target`, further columns ignored (manythings.org) |
+//! | one of that kind whose first line is numbered | lines `number TAB source TAB number TAB target` (Tatoeba's pairs) |
 //! | two | aligned lines: the n-th of one is the translation of the n-th of the other |
 //!
 //! Each may be packed with gzip, which its first bytes tell. Text is UTF-8. White space at both ends of a sentence and a byte
@@ -191,6 +192,7 @@ pub fn one_file(path: &Path, bytes: Vec<u8>) -> Result<Vec<Pair>, DataError> {
 }
 
 fn table(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
+    check_rows(path, text)?;
     let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(text.as_bytes());
     let expected = "2: a table of two columns with a header";
     let columns = |line: usize, found: usize| DataError::Columns { path: path.into(), line, found, expected };
@@ -214,14 +216,47 @@ fn table(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
     Ok(pairs)
 }
 
+/// Rows that the library passes over: empty ones, and all that follow a quote that is never closed.
+fn check_rows(path: &Path, text: &str) -> Result<(), DataError> {
+    let (mut line, mut opened, mut quoted, mut in_field, mut in_row) = (1, 1, false, false, false);
+    let mut bytes = text.bytes().peekable();
+    while let Some(b) = bytes.next() {
+        match b {
+            b'"' if quoted && bytes.peek() == Some(&b'"') => drop(bytes.next()),
+            b'"' if quoted => quoted = false,
+            b'"' if !in_field => (quoted, opened) = (true, line),
+            b'\n' if !quoted && !in_row => return Err(DataError::Empty { path: path.into(), line, side: "source" }),
+            _ => {}
+        }
+        // A quote means something only where a field begins.
+        in_field = quoted || !matches!(b, b',' | b'\n' | b'\r');
+        in_row = quoted || (b != b'\n' && (in_row || b != b'\r'));
+        line += usize::from(b == b'\n');
+    }
+    if quoted {
+        let what = "the quote that opens here is never closed".into();
+        return Err(DataError::Csv { path: path.into(), line: opened as u64, what });
+    }
+    Ok(())
+}
+
 fn tabs(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
-    let expected = "2 or more, with tabs between them";
+    let columns = |line: &str| line.split('\t').map(str::to_owned).collect::<Vec<_>>();
+    let id = |text: &String| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let numbered = text.lines().next().map(columns).is_some_and(|c| c.len() >= 4 && id(&c[0]) && id(&c[2]));
+    let (source, target, expected) = if numbered {
+        (1, 3, "4: a number, source, a number, target")
+    } else {
+        (0, 1, "2 or more, with tabs between them")
+    };
     (text.lines().enumerate())
         .map(|(i, line)| {
-            let mut columns = line.split('\t');
-            match (columns.next(), columns.next()) {
-                (Some(source), Some(target)) => pair([path; 2], i + 1, source, target),
-                _ => Err(DataError::Columns { path: path.into(), line: i + 1, found: 1, expected }),
+            let c = columns(line);
+            match (c.get(source), c.get(target)) {
+                (Some(source), Some(target)) if !numbered || (id(&c[0]) && id(&c[2])) => {
+                    pair([path; 2], i + 1, source, target)
+                }
+                _ => Err(DataError::Columns { path: path.into(), line: i + 1, found: c.len(), expected }),
             }
         })
         .collect()
@@ -271,7 +306,7 @@ pub struct Source<'a> {
     pub held_files: &'a [PathBuf],
     /// The most pairs to learn from.
     pub pairs: Option<usize>,
-    /// How many source sentences are held out.
+    /// How many source sentences are held out; with `held_files`, the most that are used of them.
     pub held: Option<usize>,
 }
 
@@ -287,16 +322,11 @@ impl Dataset {
     /// # Errors
     /// [`DataError`]
     pub fn open(source: &Source<'_>) -> Result<Self, DataError> {
-        let (name, all) = match source.files {
-            [] => {
-                let held = source.held.unwrap_or(HELD);
-                ("number words".to_string(), numbers::pairs(source.pairs.unwrap_or(NUMBER_PAIRS).saturating_add(held)))
-            }
-            files => {
-                let names: Vec<_> = files.iter().map(|f| f.display().to_string()).collect();
-                (names.join(", "), read(files)?)
-            }
-        };
+        if source.files.is_empty() {
+            return Self::numbers(source.pairs.unwrap_or(NUMBER_PAIRS), source.held.unwrap_or(HELD));
+        }
+        let names: Vec<_> = source.files.iter().map(|f| f.display().to_string()).collect();
+        let (name, all) = (names.join(", "), read(source.files)?);
         let few =
             |what: &'static str, found: usize, expected| DataError::Few { name: name.clone(), found, what, expected };
         if all.len() < 2 {
@@ -320,7 +350,9 @@ impl Dataset {
             let known: std::collections::HashSet<&str> = held.iter().map(|p| p.source.as_str()).collect();
             train.retain(|p| !known.contains(p.source.as_str()));
             if let Some(n) = source.held {
-                held.truncate(n);
+                let kept: std::collections::HashSet<String> =
+                    references(&held).iter().take(n).map(|(source, _)| (*source).to_string()).collect();
+                held.retain(|p| kept.contains(&p.source));
             }
         }
         if let Some(n) = source.pairs {
@@ -335,6 +367,18 @@ impl Dataset {
         if train.is_empty() || held.is_empty() {
             return Err(few("pair(s) on one side of the split", 0, 1));
         }
+        Ok(Self { name, train, held })
+    }
+
+    fn numbers(pairs: usize, held: usize) -> Result<Self, DataError> {
+        let name = "number words".to_string();
+        let what = ["number(s) to learn from", "number(s) to hold out"];
+        for ((expected, found), what) in [pairs, held].into_iter().zip(numbers::available()).zip(what) {
+            if expected > found {
+                return Err(DataError::Few { name, found, what, expected });
+            }
+        }
+        let [train, held] = numbers::pairs([pairs, held]);
         Ok(Self { name, train, held })
     }
 

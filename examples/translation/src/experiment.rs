@@ -14,7 +14,8 @@ use crate::train::{Metric, Summary, train};
 
 impl Flags for TrainArgs {
     fn of_run(&self, seed: u64, out: &Path) -> Self {
-        Self { seed, out: out.into(), json: false, resume: None, ..self.clone() }
+        let verify = self.verify && matches!(self.mode.mode, Mode::Bdia | Mode::BdiaFloat);
+        Self { seed, out: out.into(), json: false, resume: None, verify, ..self.clone() }
     }
 
     fn resuming(&self, out: &Path) -> Self {
@@ -23,7 +24,7 @@ impl Flags for TrainArgs {
 
     fn comparable(&self) -> Self {
         let mut a = Self { given: Default::default(), out: PathBuf::new(), verify: false, ..self.clone() };
-        (a.machine.threads, a.checkpoint_interval, a.resume) = (None, 0, None);
+        (a.machine.threads, a.machine.device, a.checkpoint_interval, a.resume) = (None, 0, 0, None);
         for path in a.data.iter_mut().chain(&mut a.held_out).chain(&mut a.weights) {
             *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
         }
@@ -37,8 +38,10 @@ impl Flags for TrainArgs {
 /// [`Failure`]; what is finished stays, and the same command goes on.
 pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
     std::fs::create_dir_all(&args.dir).map_err(|e| FileError::io(&args.dir, "create the directory", e))?;
-    if args.train.resume.is_some() || args.train.given.contains("mode") {
-        return Err(Failure::Other("experiments choose --mode and --resume of their runs themselves".into()));
+    if let Some(flag) =
+        ["mode", "quantize", "seed", "out", "resume", "json"].iter().find(|f| args.train.given.contains(**f))
+    {
+        return Err(Failure::Other(format!("experiments choose --{flag} of their runs themselves; leave it out")));
     }
     let study: Study<'_, TrainArgs, Summary> = Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
     let more = args.more_dropout;
@@ -79,8 +82,9 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
         &cells,
         |a| {
             (a.epochs, a.eval_interval, a.translate, a.checkpoint_interval) = (1, 0, 0, 0);
+            // The vocabulary of all pairs: logits take a good part of the time.
+            a.weights = Some(study.run_dir("standard", 1));
             (a.pairs, a.held) = (Some(a.pairs.unwrap_or(u64::MAX).min(1000)), Some(20));
-            a.held_out.clear();
         },
         |s| 1e6 / s.tokens_per_s,
     )?;

@@ -9,6 +9,7 @@
 //! * "mille" has neither a plural nor an "un" before it; "cent" has no "un" either.
 
 use bdia_core::rng::{Draw, Stream};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::data::Pair;
 
@@ -108,13 +109,28 @@ fn french_below_hundred(n: u32, last: bool) -> String {
     }
 }
 
-/// `count` pairs of different numbers, in an order of a fixed seed: half of them drawn evenly, half with an even number of
-/// digits' worth of magnitude, so that short numbers are there too.
-pub fn pairs(count: usize) -> Vec<Pair> {
+/// Whether a number is one of those that are held out: an eighth, in no order. It depends on the number alone, so that no
+/// run learns from what another one is tested with.
+fn held_out(n: u32) -> bool {
+    xxh3_64(&n.to_le_bytes()).is_multiple_of(8)
+}
+
+/// How many numbers there are to learn from, and how many are held out.
+pub fn available() -> [usize; 2] {
+    let held = (0..NUMBERS).filter(|&n| held_out(n)).count();
+    [NUMBERS as usize - held, held]
+}
+
+/// Pairs of different numbers to learn from, and pairs that are held out, as many as asked for (or as [`available`] says), in an
+/// order of a fixed seed: more pairs begin with the same ones. Half of them are drawn evenly, half evenly in the logarithm, so
+/// that short numbers are there too.
+pub fn pairs(counts: [usize; 2]) -> [Vec<Pair>; 2] {
     let stream = Stream::new(0x6e75_6d62, 0, 0, 0, 0, Draw::Data);
     let mut seen = vec![false; NUMBERS as usize];
-    let (mut pairs, mut draw) = (Vec::new(), 0_u32);
-    while pairs.len() < count.min(NUMBERS as usize) {
+    let available = available();
+    let counts = [counts[0].min(available[0]), counts[1].min(available[1])];
+    let (mut pairs, mut draw) = ([Vec::new(), Vec::new()], 0_u32);
+    while pairs[0].len() < counts[0] || pairs[1].len() < counts[1] {
         let n = if draw.is_multiple_of(2) {
             stream.below(draw, NUMBERS)
         } else {
@@ -122,8 +138,9 @@ pub fn pairs(count: usize) -> Vec<Pair> {
             ((10_f64.powf(6.0 * stream.uniform(draw)) - 1.0) as u32).min(NUMBERS - 1)
         };
         draw = draw.wrapping_add(1);
-        if !core::mem::replace(&mut seen[n as usize], true) {
-            pairs.push(Pair { source: english(n), target: french(n) });
+        let side = usize::from(held_out(n));
+        if !core::mem::replace(&mut seen[n as usize], true) && pairs[side].len() < counts[side] {
+            pairs[side].push(Pair { source: english(n), target: french(n) });
         }
     }
     pairs
@@ -189,10 +206,15 @@ mod tests {
 
     #[test]
     fn drawn_pairs_are_different_and_repeat() {
-        let all = pairs(3000);
-        let different: std::collections::HashSet<_> = all.iter().map(|p| &p.source).collect();
-        assert_eq!((all.len(), different.len()), (3000, 3000));
-        assert_eq!(all, pairs(3000));
+        let [all, held] = pairs([3000, 500]);
+        let different: std::collections::HashSet<_> = all.iter().chain(&held).map(|p| &p.source).collect();
+        assert_eq!((all.len(), held.len(), different.len()), (3000, 500, 3500));
+        assert_eq!([all.clone(), held.clone()], pairs([3000, 500]));
+        // Other counts begin with the same ones.
+        let [some, few] = pairs([40, 600]);
+        assert_eq!((&some[..], &few[..500]), (&all[..40], &held[..]));
+        let [learned, held] = available();
+        assert!(learned + held == NUMBERS as usize && held > 120_000, "{held}");
         // Short ones too: a tenth has less than four digits.
         assert!(all.iter().filter(|p| !p.source.contains("thousand")).count() > 300);
     }

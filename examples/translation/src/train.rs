@@ -34,7 +34,9 @@ use crate::config::{Bdia, TranslationConfig};
 use crate::data::Dataset;
 use crate::decode::{Search, Sizes};
 use crate::model::{Inference, Setup, Shape, Step, Tokens, Translator};
-use crate::translate::{Encoded, Sentence, TOGETHER, held_out, load_weights, loss, save_weights, score, translations};
+use crate::translate::{
+    Encoded, Sentence, TOGETHER, dataset, digest, load_weights, loss, save_weights, score, translations,
+};
 use crate::vocab::{Vocabularies, Vocabulary};
 
 /// A line of `metrics.jsonl`.
@@ -122,9 +124,23 @@ struct Prepared {
     config: TranslationConfig,
 }
 
+impl Prepared {
+    /// A number that changes with the pairs and with the vocabulary.
+    fn digest(&self) -> Result<u64, Failure> {
+        digest(&self.data, &self.vocabularies)
+    }
+
+    fn tell_too_long(&self) {
+        let too_long = self.train.too_long + self.held.too_long;
+        if too_long > 0 {
+            report::note!("{too_long} pairs of more than {} tokens are left out", self.config.positions);
+        }
+    }
+}
+
 /// `vocabulary`: a directory that has one; otherwise one is trained.
 fn prepare(args: &TrainArgs, vocabulary: Option<&Path>) -> Result<Prepared, Failure> {
-    let data = held_out(args)?;
+    let data = dataset(args)?;
     let shared = args.embeddings == Embeddings::Shared;
     let vocabularies = match vocabulary {
         Some(dir) => Vocabularies::read(dir, shared)?,
@@ -229,7 +245,7 @@ fn lay_out(
     let sizes_of = |sentences| Sizes { sentences, beams, longest: setup.dims.longest };
     let make = |choice: Choice| {
         // The choice counts samples of the longest sentences that are there; batches count those that there may be.
-        let chunk = (choice.chunk * most / setup.dims.longest).max(1);
+        let chunk = (choice.chunk.saturating_mul(most) / setup.dims.longest).max(1);
         let setup = Setup { head_rows: choice.head_rows, ..*setup };
         let shapes = shapes(p, chunk).0;
         let sizes;
@@ -268,7 +284,7 @@ fn lay_out(
     let (choice, (chunk, sizes, model), layout) = match fixed {
         Some(choice) => {
             // What was saved already counts the longest that there may be.
-            let chunk = (choice.chunk * setup.dims.longest).div_ceil(most);
+            let chunk = choice.chunk.saturating_mul(setup.dims.longest).div_ceil(most);
             fit(None, core::iter::once(Choice { chunk, ..choice }), make)?
         }
         None => fit(budget, Choice::all(samples, most), make)?,
@@ -327,6 +343,7 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     if let Some(dir) = args.resume.clone() {
         let saved: TrainArgs = run::saved(&dir)?;
         args = args.resumed(&saved)?;
+        bdia_train::cli::check_mode(&args.mode, args.verify).map_err(Failure::Other)?;
         let (path, header, warnings) = checkpoint::newest(&dir)?;
         for warning in warnings {
             report::note!("warning: {warning}");
@@ -372,12 +389,15 @@ impl Work for Run<'_> {
         let out = self.args.out.clone();
         std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
         let identity = machine::identity(be, concat!("bdia-translate ", env!("CARGO_PKG_VERSION")));
-        let digest = self.prepared.data.digest();
+        let digest = self.prepared.digest()?;
         let (mut first, mut validation) = (0, Vec::new());
         match &self.from {
             Some((path, header)) => {
                 if header.data != digest {
-                    return Err(Failure::Run { path: path.clone(), what: "the pairs are not the same".into() });
+                    return Err(Failure::Run {
+                        path: path.clone(),
+                        what: "the pairs or the vocabulary are not the same".into(),
+                    });
                 }
                 if header.identity != identity {
                     report::note!(
@@ -614,10 +634,7 @@ impl Run<'_> {
             p.held.tokens.len(),
             p.data.name,
         );
-        let too_long = p.train.too_long + p.held.too_long;
-        if too_long > 0 {
-            report::note!("{too_long} pairs of more than {} tokens are left out", c.positions);
-        }
+        p.tell_too_long();
         report::note!(
             "{identity}, {} thread(s); plan {}, batches of {} tokens, chunks of {} sentence(s) of {}",
             s.threads,
@@ -680,6 +697,9 @@ impl Run<'_> {
 /// # Errors
 /// [`Failure`]
 pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
+    if args.resume.is_some() {
+        return Err(Failure::Other("plan lays out a new run; leave --resume out and give the run's flags".into()));
+    }
     let prepared = prepare(args, args.weights.as_deref())?;
     let setup = setup(args, &prepared.config)?;
     let kind = args.machine.backend;
@@ -694,6 +714,7 @@ pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
         c.positions,
         laid.sizes.sentences
     );
+    prepared.tell_too_long();
     report::tell!("{}", machine::memory_table(&plans, None));
     if args.json {
         let json = serde_json::json!({"parameters": laid.model.parameters(), "plan_bytes": laid.layout.total()});

@@ -1,6 +1,6 @@
 //! What a trained model does: losses, translations and their scores; `eval` and `translate`.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 
 use bdia_core::backend::Backend;
@@ -11,7 +11,7 @@ use bdia_cuda::Cuda;
 use bdia_train::files::write_bytes;
 use bdia_train::machine::{self, Work};
 use bdia_train::weights::{self, Weights};
-use bdia_train::{Failure, report, run};
+use bdia_train::{Failure, checkpoint, report, run};
 
 use crate::batch::{Batches, chunk_of};
 use crate::bleu::{bleu, chrf};
@@ -249,9 +249,12 @@ impl Trained {
         Ok(Self { config, vocabularies, setup, search, sizes })
     }
 
-    /// Lays the model out for translating, fewer sentences at a time where there is a budget, and for losses of these batches.
+    /// Lays the model out for translating, and for losses of these batches: fewer sentences at a time where the budget, or what
+    /// the machine has, is less.
     fn lay_out(&mut self, args: &SearchArgs, batches: Option<&Batches>) -> Result<(Translator, Layout), Failure> {
         let kind = args.machine.backend;
+        let available = (kind != BackendKind::Cuda).then(machine::available_memory).flatten();
+        let budget = args.machine.memory.or(available);
         loop {
             let shapes: Vec<_> = batches.iter().flat_map(|b| b.shapes(1, self.config.positions)).collect();
             let (setup, sizes) = (&self.setup, &self.sizes);
@@ -266,7 +269,7 @@ impl Trained {
                     Translator::layout::<Cuda>(setup, &shapes, |m| Ok(vec![m.decoding_layout::<Cuda>(sizes)?]))
                 }
             }?;
-            match args.machine.memory {
+            match budget {
                 Some(budget) if made.1.total() as u64 > budget && self.sizes.sentences > 1 => {
                     self.sizes.sentences = self.sizes.sentences.div_ceil(2);
                 }
@@ -282,6 +285,14 @@ impl Trained {
     fn file(args: &SearchArgs) -> std::path::PathBuf {
         args.weights.join(if args.best { "best.safetensors" } else { weights::FILE })
     }
+}
+
+/// What a checkpoint notes of the data: a number that changes with the pairs and with the vocabulary.
+///
+/// # Errors
+/// What the vocabulary reports.
+pub fn digest(data: &Dataset, vocabularies: &Vocabularies) -> Result<u64, Failure> {
+    Ok(data.digest() ^ vocabularies.digest()?.rotate_left(1))
 }
 
 /// `eval`.
@@ -329,8 +340,16 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     }
     let mut trained = Trained::read(&args.search)?;
     let pairs = if args.data.is_empty() {
-        let saved: TrainArgs = run::saved(&args.search.weights)?;
-        held_out(&saved)?.held
+        let dir = &args.search.weights;
+        let data = dataset(&run::saved::<TrainArgs>(dir)?)?;
+        // What was learned from must not be what is asked for.
+        if let Ok((path, header, _)) = checkpoint::newest(dir)
+            && header.data != digest(&data, &trained.vocabularies)?
+        {
+            let what = "the pairs or the vocabulary have changed since; --data names pairs to evaluate";
+            return Err(Failure::Run { path, what: what.into() });
+        }
+        data.held
     } else {
         read(&args.data)?
     };
@@ -353,7 +372,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
 ///
 /// # Errors
 /// [`Failure`], for files that cannot be used.
-pub fn held_out(args: &TrainArgs) -> Result<Dataset, Failure> {
+pub fn dataset(args: &TrainArgs) -> Result<Dataset, Failure> {
     let source = Source {
         files: &args.data,
         held_files: &args.held_out,
@@ -376,64 +395,69 @@ pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
     impl Work for Lines<'_> {
         fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
             load_weights(&Trained::file(&self.args.search), be, &self.model)?;
-            let mut input = std::io::stdin().lock();
-            let mut number = 0;
-            loop {
+            let mut input = BufReader::new(std::io::stdin());
+            let (mut number, mut bad) = (0, None);
+            while bad.is_none() {
                 let mut lines = Vec::new();
                 while lines.len() < self.trained.sizes.sentences {
-                    let mut bytes = Vec::new();
-                    let read = input.read_until(b'\n', &mut bytes);
-                    if read.map_err(|e| Failure::Other(format!("standard input: {e}")))? == 0 {
-                        break;
+                    match self.line(&mut input, &mut number) {
+                        Ok(Some(tokens)) => lines.push(tokens),
+                        Ok(None) => break,
+                        Err(error) => {
+                            bad = Some(error);
+                            break;
+                        }
                     }
-                    number += 1;
-                    let text = String::from_utf8(bytes).map_err(|_| {
-                        Failure::Other(format!(
-                            "standard input, line {number}: not valid UTF-8; nothing after it is read"
-                        ))
-                    })?;
-                    lines.push(text.trim().to_string());
-                    // Who types wants an answer.
-                    if std::io::stdin().is_terminal() {
+                    // Whoever has written a line may wait for its translation.
+                    if input.buffer().is_empty() {
                         break;
                     }
                 }
                 if lines.is_empty() {
-                    return Ok(());
+                    break;
                 }
-                let mut out = self.some(be, &lines, number - lines.len())?.join("\n");
-                out.push('\n');
+                let out = self.some(be, &lines)?;
                 let mut stdout = std::io::stdout().lock();
                 if stdout.write_all(out.as_bytes()).and_then(|()| stdout.flush()).is_err() {
                     // Nobody reads on.
                     return Ok(());
                 }
             }
+            bad.map_or(Ok(()), Err)
         }
     }
     impl Lines<'_> {
-        /// Empty lines stay empty; the line of a sentence that is too long is named.
-        fn some<B: Backend>(&self, be: &mut B, lines: &[String], before: usize) -> Result<Vec<String>, Failure> {
-            let Trained { vocabularies, sizes, search, .. } = &self.trained;
-            let (mut tokens, mut places) = (Vec::new(), Vec::new());
-            for (i, line) in lines.iter().enumerate().filter(|(_, line)| !line.is_empty()) {
-                let encoded = vocabularies.source.encode(line)?;
-                if encoded.len() >= sizes.longest {
-                    return Err(Failure::Other(format!(
-                        "standard input, line {}: {} tokens, expected less than {}; split the sentence",
-                        before + i + 1,
-                        encoded.len(),
-                        sizes.longest
-                    )));
-                }
-                tokens.push(encoded);
-                places.push(i);
+        /// The next line's tokens, none where it is empty; nothing at the end.
+        fn line(&self, input: &mut impl BufRead, number: &mut usize) -> Result<Option<Vec<i32>>, Failure> {
+            let mut bytes = Vec::new();
+            let read = input.read_until(b'\n', &mut bytes);
+            if read.map_err(|e| Failure::Other(format!("standard input: {e}")))? == 0 {
+                return Ok(None);
             }
-            let sources: Vec<_> = tokens.iter().map(Vec::as_slice).collect();
-            let mut out = vec![String::new(); lines.len()];
-            let found = translations(be, &self.model, vocabularies.target(), &sources, sizes, search)?;
-            for (i, text) in places.into_iter().zip(found) {
-                out[i] = text;
+            *number += 1;
+            let wrong = |what: String| Failure::Other(format!("standard input, line {number}: {what}"));
+            let text =
+                String::from_utf8(bytes).map_err(|_| wrong("not valid UTF-8; nothing after it is read".into()))?;
+            let tokens = self.trained.vocabularies.source.encode(text.trim_start_matches('\u{feff}').trim())?;
+            let longest = self.trained.sizes.longest;
+            if tokens.len() >= longest {
+                let found = tokens.len();
+                return Err(wrong(format!("{found} tokens, expected less than {longest}; split the sentence")));
+            }
+            Ok(Some(tokens))
+        }
+
+        /// The translations of some lines; empty ones stay empty.
+        fn some<B: Backend>(&self, be: &mut B, lines: &[Vec<i32>]) -> Result<String, Failure> {
+            let Trained { vocabularies, sizes, search, .. } = &self.trained;
+            let sources: Vec<_> = lines.iter().map(Vec::as_slice).filter(|l| !l.is_empty()).collect();
+            let mut found = translations(be, &self.model, vocabularies.target(), &sources, sizes, search)?.into_iter();
+            let mut out = String::new();
+            for line in lines {
+                if !line.is_empty() {
+                    out += &found.next().unwrap_or_default();
+                }
+                out.push('\n');
             }
             Ok(out)
         }

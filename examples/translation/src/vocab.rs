@@ -11,7 +11,8 @@ use bdia_train::files::{read_limited, write_bytes};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::models::{ModelWrapper, TrainerWrapper};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, Tokenizer};
+use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, Tokenizer};
+use xxhash_rust::xxh3::Xxh3;
 
 /// Fills the rest of a row; never looked at.
 pub const PAD: i32 = 0;
@@ -53,16 +54,23 @@ impl Vocabulary {
     }
 
     fn checked(mut tokenizer: Tokenizer) -> Result<Self, String> {
-        // What looks like a special entry in a text is text.
+        // What looks like a special entry in a text is text; a sentence is neither cut nor filled up.
         tokenizer.set_encode_special_tokens(true);
+        tokenizer.with_truncation(None).map_err(|e| e.to_string())?.with_padding(None);
         for (id, token) in SPECIAL.iter().enumerate() {
             let found = tokenizer.token_to_id(token);
             if found != Some(id as u32) {
                 return Err(format!("entry {id} is expected to be {token}, which is {found:?}"));
             }
         }
-        if !matches!(tokenizer.get_model(), ModelWrapper::BPE(_)) {
-            return Err("expected a BPE model".into());
+        let ModelWrapper::BPE(bpe) = tokenizer.get_model() else { return Err("expected a BPE model".into()) };
+        if bpe.dropout.is_some() {
+            return Err("the model drops merges at random; expected one without dropout".into());
+        }
+        if !matches!(tokenizer.get_pre_tokenizer(), Some(PreTokenizerWrapper::ByteLevel(_)))
+            || !matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
+        {
+            return Err("expected pre-tokenizer and decoder to be ByteLevel".into());
         }
         let entries = tokenizer.get_vocab(true);
         if let Some((token, id)) = entries.iter().find(|(_, id)| **id as usize >= entries.len()) {
@@ -161,6 +169,18 @@ impl Vocabularies {
                 separate.write(&target)
             }
         }
+    }
+
+    /// A number that changes with every entry, merge and setting.
+    ///
+    /// # Errors
+    /// What the library reports.
+    pub fn digest(&self) -> Result<u64, Failure> {
+        let mut hash = Xxh3::new();
+        for v in core::iter::once(&self.source).chain(&self.separate) {
+            hash.update(v.0.to_string(false).map_err(|e| failed("cannot be written", &e))?.as_bytes());
+        }
+        Ok(hash.digest())
     }
 
     /// That of the target.

@@ -41,6 +41,13 @@ fn tables_of_two_columns() {
     refused(&[dir.file("b.csv", b"E,F\na,b,c\n")], &["b.csv", "line 2", "3 column(s)"]);
     let e = refused(&[dir.file("b.csv", b"E,F\na,b\nc,\n")], &["b.csv", "line 3", "target sentence is empty"]);
     assert!(matches!(e, DataError::Empty { line: 3, side: "target", .. }));
+    // What the library would pass over.
+    refused(&[dir.file("b.csv", b"E,F\na,b\n\nd,e\n")], &["line 3", "empty"]);
+    refused(&[dir.file("b.csv", b"E,F\r\na,b\r\n\r\n")], &["line 3", "empty"]);
+    let e = refused(&[dir.file("b.csv", b"E,F\na,b\nc,\"d\ne,f\ng,h\n")], &["b.csv", "line 3", "never closed"]);
+    assert!(matches!(e, DataError::Csv { line: 3, .. }));
+    let quotes = dir.file("q.csv", b"E,F\na \"b\",c\n\"\"\"d\"\"\",\"e\n\nf\"\n");
+    assert_eq!(read(&[quotes]).unwrap(), pairs(&[("a \"b\"", "c"), ("\"d\"", "e f")]));
     refused(&[dir.file("b.csv", b"E,F\n\" \",b\n")], &["line 2", "source sentence is empty"]);
     let e = refused(&[dir.file("b.csv", b"E,F\na,b\nc,d\xff\n")], &["b.csv", "line 3", "UTF-8"]);
     assert!(matches!(e, DataError::Encoding { line: 3, .. }));
@@ -53,6 +60,9 @@ fn lines_with_tabs() {
     let expected = pairs(&[("Hi.", "Salut !"), ("Go.", "Va !")]);
     assert_eq!(read(&[dir.file("fra.txt", good.as_bytes())]).unwrap(), expected);
     assert_eq!(read(&[dir.file("fra.tsv.gz", &packed(good.as_bytes()))]).unwrap(), expected);
+    let numbered = "1276\tHi.\t3092\tSalut !\n1277\tGo.\t12\tVa !\n";
+    assert_eq!(read(&[dir.file("tatoeba.tsv", numbered.as_bytes())]).unwrap(), expected);
+    refused(&[dir.file("b.tsv", b"1\ta\t2\tb\nc\td\n")], &["line 2", "2 column(s)", "expected 4"]);
     refused(&[dir.file("b.tsv", b"a\tb\nno tab\n")], &["b.tsv", "line 2", "1 column(s)", "tabs"]);
     refused(&[dir.file("b.tsv", b"a\tb\n\nc\td\n")], &["b.tsv", "line 2"]);
     refused(&[dir.file("b.tsv", b"a\tb\nc\t\n")], &["line 2", "target sentence is empty"]);
@@ -108,12 +118,23 @@ fn no_source_sentence_is_on_both_sides() {
     let held_files = [dir.file("h.tsv", b"sentence 7\tautre\nnew\tnouveau\n")];
     let d = Dataset::open(&Source { files: &files, held_files: &held_files, pairs: None, held: None }).unwrap();
     assert_eq!((d.train.len(), d.held.len()), (297, 2));
+    // So many source sentences of them, with all their translations.
+    let held_files = [dir.file("i.tsv", b"new\tnouveau\nother\tautre\nnew\tneuf\n")];
+    let d = Dataset::open(&Source { files: &files, held_files: &held_files, pairs: None, held: Some(1) }).unwrap();
+    assert_eq!(d.held, pairs(&[("new", "nouveau"), ("new", "neuf")]));
 }
 
 #[test]
 fn number_words_are_split() {
     let d = open(&[], Some(2000), Some(300)).unwrap();
     assert_eq!((d.train.len(), d.held.len()), (2000, 300));
+    // What is held out does not depend on what is learned.
+    let other = open(&[], Some(9000), Some(400)).unwrap();
+    assert!(other.train[..2000] == d.train && other.held[..300] == d.held);
+    let known: HashSet<_> = other.train.iter().map(|p| &p.source).collect();
+    assert!(other.held.iter().all(|p| !known.contains(&p.source)));
+    let e = open(&[], Some(2_000_000), Some(10)).unwrap_err().to_string();
+    assert!(e.contains("number(s) to learn from, expected 2000000"), "{e}");
 }
 
 /// The hypotheses, the references, and what sacreBLEU says of them (`torch/scores.py` repeats it).

@@ -1,7 +1,7 @@
 //! Runs of the program itself: training, exact resuming, evaluation, translation, the experiment in small.
 #![allow(clippy::unwrap_used)]
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -95,6 +95,18 @@ fn training_is_exact_and_resumes_exactly() {
     }
     assert_eq!(metrics(&a), metrics(&b));
 
+    // Another vocabulary of the same size is not the run's.
+    let c = dir.path().join("c");
+    good(&c, &format!("train {} --epochs 1", SMALL.replace("--pairs 200", "--pairs 150")));
+    let own = std::fs::read(b.join("tokenizer.json")).unwrap();
+    std::fs::copy(c.join("tokenizer.json"), b.join("tokenizer.json")).unwrap();
+    for command in [&mut command("--resume"), &mut command("eval --weights")] {
+        let o = command.arg(&b).output().unwrap();
+        let told = String::from_utf8_lossy(&o.stderr).into_owned();
+        assert!(o.status.code() == Some(1) && told.contains("vocabulary"), "{told}");
+    }
+    std::fs::write(b.join("tokenizer.json"), own).unwrap();
+
     // Other settings are refused, by name.
     let o = command("--resume").arg(&b).args(["--lr", "0.5"]).output().unwrap();
     assert_eq!(o.status.code(), Some(1));
@@ -116,6 +128,7 @@ fn training_is_exact_and_resumes_exactly() {
     assert!(near(&evaluated("--inference quantized")["loss"], &whole["val_loss"], 1e-2));
     assert!(evaluated("--beams 3")["bleu"].as_f64().is_some());
 
+    answers_before_the_end(&a);
     // Lines, empty ones too, in their order; the search batches them and changes none.
     let sources = std::fs::read_to_string(a.join("held-out.source.txt")).unwrap();
     let expected = std::fs::read_to_string(a.join("held-out.translation.txt")).unwrap();
@@ -123,11 +136,15 @@ fn training_is_exact_and_resumes_exactly() {
     assert!(ok && out == expected, "{err}");
     let (out, _, ok) = translated(&a, "--beams 2 --inference quantized", b"one\n\ntwo hundred");
     assert!(ok && out.lines().count() == 3 && out.lines().nth(1) == Some(""), "{out:?}");
-    let (_, err, ok) = translated(&a, "", b"one\ntwo \xff\n");
-    assert!(!ok && err.contains("line 2") && err.contains("UTF-8"), "{err}");
+    let first = out.lines().next().unwrap().to_string() + "\n";
+    let (out, err, ok) = translated(&a, "--beams 2 --inference quantized", b"one\ntwo \xff\n");
+    assert!(!ok && out == first && err.contains("line 2") && err.contains("UTF-8"), "{err}");
     let long = "one ".repeat(200);
-    let (_, err, ok) = translated(&a, "", format!("one\n{long}\n").as_bytes());
-    assert!(!ok && err.contains("line 2") && err.contains("expected less than 48"), "{err}");
+    let (out, err, ok) = translated(&a, "", format!("one\n{long}\n").as_bytes());
+    assert!(
+        !ok && out.lines().count() == 1 && err.contains("line 2") && err.contains("expected less than 48"),
+        "{err}"
+    );
 }
 
 /// Every mode and option trains; storing and recomputing give the same bits, and so do more threads.
@@ -176,7 +193,8 @@ fn baselines() {
     let v = json(&good(
         &dir.path().join("more"),
         &format!(
-            "train {SMALL} --epochs 1 --lr 0 --weight-decay 0 --mode standard --json --weights {}",
+            "train {} --epochs 1 --lr 0 --weight-decay 0 --mode standard --json --weights {}",
+            SMALL.replace("--vocab 300", ""),
             first.display()
         ),
     ));
@@ -197,9 +215,31 @@ fn the_experiment_in_small() {
     let o = run(dir.path(), &format!("experiment {flags}"));
     assert!(o.status.success() && !String::from_utf8_lossy(&o.stderr).contains("with seed"));
     assert_eq!(csv, std::fs::read_to_string(dir.path().join("regularizers-runs.csv")).unwrap());
+    let o = run(dir.path(), &format!("experiment {flags} --seed 3"));
+    assert!(o.status.code() == Some(1) && String::from_utf8_lossy(&o.stderr).contains("--seed"));
     let o = run(dir.path(), &format!("experiment {flags} --lr 0.5"));
     assert_eq!(o.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&o.stderr).contains("other flags"));
+}
+
+/// Whoever writes a line gets its translation without closing the pipe.
+fn answers_before_the_end(dir: &Path) {
+    let mut child = command("translate --weights")
+        .arg(dir)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (mut to, mut from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+    for _ in 0..2 {
+        to.write_all(b"twenty-one\n").unwrap();
+        let mut answer = String::new();
+        from.read_line(&mut answer).unwrap();
+        assert!(answer.ends_with('\n'));
+    }
+    drop(to);
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]
@@ -228,7 +268,7 @@ fn mistakes_are_told_with_exit_code_1() {
         (&format!("train --data {}", bad.display()), "bad.tsv, line 2"),
         ("train --heads 5", "heads"),
         ("train --memory 1kB", "does not fit"),
-        ("train --pairs 50 --held 10 --longest 2 --batch-tokens 50", "use a larger --longest"),
+        ("train --pairs 50 --held 1 --longest 2 --batch-tokens 50", "use a larger --longest"),
         ("eval --weights /nowhere", "/nowhere"),
     ] {
         let o = if flags.starts_with("eval") {

@@ -165,6 +165,9 @@ impl TrainArgs {
         run.json = self.json;
         run.given.clone_from(&self.given);
         run.machine.threads = self.machine.threads.or(saved.machine.threads);
+        if self.given.contains("device") {
+            run.machine.device = self.machine.device;
+        }
         if self.given.contains("checkpoint_interval") {
             run.checkpoint_interval = self.checkpoint_interval;
         }
@@ -180,7 +183,7 @@ impl TrainArgs {
     /// # Errors
     /// A sentence.
     pub fn check(&self) -> Result<(), String> {
-        check_mode(&self.mode)?;
+        check_mode(&self.mode, self.verify)?;
         self.optim.check()?;
         if self.network == Network::Revvit && (self.given.contains("mode") || self.mode.quantize) {
             return Err("--mode and --quantize belong to --network vit; revvit has a backward pass of its own".into());

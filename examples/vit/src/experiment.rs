@@ -18,7 +18,8 @@ type Cell = study::Cell<TrainArgs>;
 
 impl Flags for TrainArgs {
     fn of_run(&self, seed: u64, out: &Path) -> Self {
-        Self { seed, out: out.into(), json: false, resume: None, ..self.clone() }
+        let verify = self.verify && matches!(self.mode.mode, Mode::Bdia | Mode::BdiaFloat);
+        Self { seed, out: out.into(), json: false, resume: None, verify, ..self.clone() }
     }
 
     fn resuming(&self, out: &Path) -> Self {
@@ -27,7 +28,7 @@ impl Flags for TrainArgs {
 
     fn comparable(&self) -> Self {
         let mut a = Self { given: Default::default(), out: PathBuf::new(), verify: false, ..self.clone() };
-        (a.machine.threads, a.checkpoint_interval, a.resume) = (None, 0, None);
+        (a.machine.threads, a.machine.device, a.checkpoint_interval, a.resume) = (None, 0, 0, None);
         if let Some(data) = &mut a.data {
             *data = std::path::absolute(&*data).unwrap_or_else(|_| data.clone());
         }

@@ -263,6 +263,7 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     if let Some(dir) = args.resume.clone() {
         let saved: TrainArgs = run::saved(&dir)?;
         args = args.resumed(&saved)?;
+        bdia_train::cli::check_mode(&args.mode, args.verify).map_err(Failure::Other)?;
         let (path, header, warnings) = checkpoint::newest(&dir)?;
         for warning in warnings {
             report::note!("warning: {warning}");
