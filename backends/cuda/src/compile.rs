@@ -15,6 +15,7 @@ pub const SOURCE: &str = concat!(
     include_str!("../kernels/update.cu"),
     include_str!("../kernels/nn.cu"),
     include_str!("../kernels/attention.cu"),
+    include_str!("../kernels/tensor.cu"),
     include_str!("../kernels/optim.cu"),
 );
 
@@ -197,13 +198,36 @@ fn hash((major, minor): (c_int, c_int)) -> u128 {
     })
 }
 
-/// Names of all kernels in the source.
-pub fn names() -> Vec<String> {
-    let mut names = vec![];
+/// The first compute capability that has the kernels of `tensor.cu`; others do without them.
+pub const TENSOR: u32 = 80;
+
+/// A kernel of the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// Registers that a thread may have for as many blocks on a multiprocessor as it asks for.
+    pub registers: usize,
+    /// Whether it needs [`TENSOR`].
+    pub tensor: bool,
+}
+
+/// All kernels of the source.
+pub fn listed() -> Vec<Listed> {
+    const TENSOR_SOURCE: &str = include_str!("../kernels/tensor.cu");
+    let mut all = vec![];
     for part in SOURCE.split("\nKERNEL(").skip(1) {
         // KERNEL(threads, blocks) name(parameters …
-        let rest = part.split_once(')').map_or("", |(_, rest)| rest);
-        names.push(rest.split('(').next().unwrap_or_default().trim().to_owned());
+        let (bounds, rest) = part.split_once(')').unwrap_or_default();
+        let name = rest.split('(').next().unwrap_or_default().trim().to_owned();
+        let number = |text: &str| match text.trim() {
+            "THREADS" => 256,
+            "TENSOR_THREADS" => 128,
+            digits => digits.parse().unwrap_or(1024),
+        };
+        let wanted = bounds.split(',').map(number).product::<usize>();
+        let tensor = TENSOR_SOURCE.contains(&format!(") {name}("));
+        all.push(Listed { name, registers: (65536 / wanted.max(1)).min(255), tensor });
     }
-    names
+    all
 }

@@ -165,7 +165,70 @@ fn the_program_trains() {
     assert!(tight.err.contains("cuda-bf16"), "{}", tight.err);
 }
 
-/// Without a driver, or without that device, the program says so and ends with 1.
+/// Driver calls of the emulated device so far: kernels, products, uploads from page-locked and from other memory, copies
+/// to the host, waits with work before them, waits without. None on a real device, which does not count them.
+fn calls() -> Option<[u64; 7]> {
+    use core::ffi::{CStr, c_char, c_int, c_void};
+    unsafe extern "C" {
+        fn dlopen(file: *const c_char, flags: c_int) -> *mut c_void;
+        fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+    }
+    const NOW_IF_LOADED: c_int = 2 | 4;
+    let name = |s: &'static CStr| s.as_ptr();
+    // SAFETY: the library is there already; its symbol is a function without parameters that gives the address of seven
+    // numbers, which live as long as the library.
+    unsafe {
+        let library = dlopen(name(c"libcuda.so"), NOW_IF_LOADED);
+        let symbol = dlsym(library, name(c"emulator_calls"));
+        if library.is_null() || symbol.is_null() {
+            return None;
+        }
+        let calls: extern "C" fn() -> *const [u64; 7] = core::mem::transmute(symbol);
+        Some(*calls())
+    }
+}
+
+/// Nothing waits within a step but the status read at its end, and, in mode `bdia`, two more around block 0: its repetition
+/// may raise a fault that means something else than the forward pass's, so the stack asks before and after it
+/// (`Stack::backward`). Uploads come from page-locked memory. The emulated device counts.
+#[test]
+#[ignore = "needs the emulated device of .ci/cuda"]
+fn emulated_calls_of_a_step() {
+    for (mode, waits) in [(Mode::Standard, 1), (Mode::Checkpoint { every: 2 }, 1), (Mode::Bdia, 3)] {
+        let mut counts = vec![];
+        for layers in [3, 4] {
+            let s = Setup { dims: Dims { layers, ..small() }, verify: false, ..setup(mode) };
+            let (mut model, layout) = Gpt2::layout::<Cuda>(&s, Choice { chunk: 2, head_rows: 36 }).unwrap();
+            let mut be = Cuda::new(&layout, Options::default()).map_err(|e| e.to_string()).unwrap();
+            model.initialize(&mut be, 3).unwrap();
+            let mut before = [0; 7];
+            for i in 0..3 {
+                let Some(now) = calls() else { panic!("this test is about the emulated device") };
+                before = now;
+                model
+                    .train(&mut be, &Step { step: i, ..STEP }, |_, x, y| {
+                        (x.fill(3), y.fill(4));
+                        Ok::<(), Error>(())
+                    })
+                    .unwrap();
+            }
+            let after = calls().unwrap();
+            let [launches, products, pinned, pageable, downloads, found, _] =
+                core::array::from_fn(|i| after[i] - before[i]);
+            assert_eq!(found, waits, "{mode:?}: waits for work");
+            assert_eq!((pinned, pageable), (2, 0), "{mode:?}: tokens and targets, from page-locked memory");
+            // Status, losses, norms of blocks and ends: the last three when nothing is left to wait for.
+            assert_eq!(downloads, waits + 3, "{mode:?}");
+            counts.push(launches + products);
+        }
+        let each = counts[1] - counts[0];
+        println!("{mode:?}: {} launches a step of 3 blocks in 2 chunks, {each} more for each block", counts[0]);
+        // Forward and backward pass of two chunks, and the update of 12 tensors.
+        assert!((60..=160).contains(&each), "{mode:?}: {each}");
+    }
+}
+
+/// Without a driver, or without that device/// Without a driver, or without that device, the program says so and ends with 1.
 #[test]
 fn a_missing_device_is_named() {
     let dir = Dir::new();
@@ -175,4 +238,48 @@ fn a_missing_device_is_named() {
     assert!(missing || absent, "{}", said.err);
     let run = dir.at("run");
     program::bad(&mut train(&dir.tokens(), &run, "--steps 1 --precision bf16"), &["--precision", "--backend cuda"]);
+}
+
+/// A directory of the dynamic loader with some libraries of the emulated device, and no others.
+fn libraries(dir: &Dir, names: &[&str]) -> std::path::PathBuf {
+    let path = std::env::var("LD_LIBRARY_PATH").unwrap();
+    let chosen = dir.at("lib");
+    std::fs::create_dir_all(&chosen).unwrap();
+    for name in names {
+        let found = path.split(':').map(|p| std::path::Path::new(p).join(name)).find(|p| p.exists());
+        std::os::unix::fs::symlink(found.unwrap(), chosen.join(name)).unwrap();
+    }
+    chosen
+}
+
+/// Which library is missing, and where it was looked for.
+#[test]
+#[ignore = "needs the emulated device of .ci/cuda"]
+fn emulated_missing_libraries_are_named() {
+    for (there, missing) in [
+        (&[][..], "the CUDA driver (libcuda"),
+        (&["libcuda.so"][..], "cuBLAS (libcublas"),
+        (&["libcuda.so", "libcublas.so"][..], "NVRTC (libnvrtc"),
+    ] {
+        let dir = Dir::new();
+        let lib = libraries(&dir, there);
+        let mut command = train(&dir.tokens(), &dir.at("run"), "--steps 1 --backend cuda");
+        let said = program::bad(command.env("LD_LIBRARY_PATH", &lib).env_remove("BDIA_CUDA_CACHE"), &[]);
+        for part in [missing, "looked for lib", &format!("in LD_LIBRARY_PATH ({})", lib.display()), "--backend cpu"] {
+            assert!(said.err.contains(part), "{part}: {}", said.err);
+        }
+    }
+}
+
+/// A device with little memory: the plan stands beside what is free; a device that is not there: how many are.
+#[test]
+#[ignore = "needs the emulated device of .ci/cuda"]
+fn emulated_limits_are_told() {
+    let dir = Dir::new();
+    let (data, out) = (dir.tokens(), dir.at("run"));
+    let mut command = train(&data, &out, "--steps 1 --backend cuda");
+    let said = program::bad(command.env("BDIA_EMULATED_MEMORY", "20000000"), &[]);
+    assert!(said.err.contains("the plan needs ") && said.err.contains("has 20000000 free of 20000000"), "{}", said.err);
+    let said = program::bad(&mut train(&data, &out, "--steps 1 --backend cuda --device 7"), &[]);
+    assert!(said.err.contains("device 7 was asked for, the driver finds 1: numbers 0 to 0"), "{}", said.err);
 }
