@@ -3,6 +3,7 @@
 use core::ffi::{c_char, c_int};
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::nvrtc::{result, sys};
 
@@ -119,6 +120,9 @@ pub(crate) fn kernels(capability: u32) -> Result<Kernels, CudaError> {
         return Ok(Kernels { image: terminated(text.as_bytes().to_vec()), cached: None });
     }
     library::nvrtc()?;
+    // Of several threads that start one compiles, and the others find what it made.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let version = version();
     let file = cache_dir().map(|dir| dir.join(format!("{:032x}-{capability}.image", hash(version))));
     if let Some(file) = &file
@@ -206,8 +210,8 @@ pub const TENSOR: u32 = 80;
 pub struct Listed {
     /// Its name.
     pub name: String,
-    /// Registers that a thread may have for as many blocks on a multiprocessor as it asks for.
-    pub registers: usize,
+    /// Threads on a multiprocessor, of as many blocks as it asks for.
+    pub threads: usize,
     /// Whether it needs [`TENSOR`].
     pub tensor: bool,
 }
@@ -225,9 +229,9 @@ pub fn listed() -> Vec<Listed> {
             "TENSOR_THREADS" => 128,
             digits => digits.parse().unwrap_or(1024),
         };
-        let wanted = bounds.split(',').map(number).product::<usize>();
+        let threads = bounds.split(',').map(number).product();
         let tensor = TENSOR_SOURCE.contains(&format!(") {name}("));
-        all.push(Listed { name, registers: (65536 / wanted.max(1)).min(255), tensor });
+        all.push(Listed { name, threads, tensor });
     }
     all
 }

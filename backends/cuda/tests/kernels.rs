@@ -31,11 +31,14 @@ fn compile_everywhere() {
         assert!(supported.contains(&arch), "NVRTC knows sm_{arch}: {supported:?}");
         let ptx = compile::compile(arch, Image::Ptx).map_err(|e| e.to_string()).unwrap();
         let text = String::from_utf8(ptx).unwrap();
-        // Registers that each may have: those of a multiprocessor (65536), by the threads of the blocks that it asks for.
+        // Registers that each may have: those of a multiprocessor by the threads that it asks for, of which Turing has no
+        // more than 1024.
+        let most_threads = if arch == 75 { 1024 } else { 1536 };
+        let registers = |k: &compile::Listed| (65536 / k.threads.min(most_threads)).min(255);
         let kernels: BTreeMap<_, _> = all
             .iter()
             .filter(|k| arch >= compile::TENSOR || !k.tensor)
-            .map(|k| (k.name.as_str(), k.registers))
+            .map(|k| (k.name.as_str(), registers(k)))
             .collect();
         for k in &all {
             assert_eq!(
@@ -44,7 +47,7 @@ fn compile_everywhere() {
                 "{arch} {k:?}"
             );
         }
-        assert!(compile::compile(arch, Image::Cubin).map_err(|e| e.to_string()).unwrap().starts_with(b"\x7fELF"));
+        // Code is made by ptxas, from which it can be asked what it used; NVRTC has the same assembler inside.
         let (source, object) = (dir.join(format!("{arch}.ptx")), dir.join(format!("{arch}.cubin")));
         std::fs::write(&source, text.trim_end_matches('\0')).unwrap();
         let run =

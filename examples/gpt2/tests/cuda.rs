@@ -165,69 +165,6 @@ fn the_program_trains() {
     assert!(tight.err.contains("cuda-bf16"), "{}", tight.err);
 }
 
-/// Driver calls of the emulated device so far: kernels, products, uploads from page-locked and from other memory, copies
-/// to the host, waits with work before them, waits without. None on a real device, which does not count them.
-fn calls() -> Option<[u64; 7]> {
-    use core::ffi::{CStr, c_char, c_int, c_void};
-    unsafe extern "C" {
-        fn dlopen(file: *const c_char, flags: c_int) -> *mut c_void;
-        fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
-    }
-    const NOW_IF_LOADED: c_int = 2 | 4;
-    let name = |s: &'static CStr| s.as_ptr();
-    // SAFETY: the library is there already; its symbol is a function without parameters that gives the address of seven
-    // numbers, which live as long as the library.
-    unsafe {
-        let library = dlopen(name(c"libcuda.so"), NOW_IF_LOADED);
-        let symbol = dlsym(library, name(c"emulator_calls"));
-        if library.is_null() || symbol.is_null() {
-            return None;
-        }
-        let calls: extern "C" fn() -> *const [u64; 7] = core::mem::transmute(symbol);
-        Some(*calls())
-    }
-}
-
-/// Nothing waits within a step but the status read at its end, and, in mode `bdia`, two more around block 0: its repetition
-/// may raise a fault that means something else than the forward pass's, so the stack asks before and after it
-/// (`Stack::backward`). Uploads come from page-locked memory. The emulated device counts.
-#[test]
-#[ignore = "needs the emulated device of .ci/cuda"]
-fn emulated_calls_of_a_step() {
-    for (mode, waits) in [(Mode::Standard, 1), (Mode::Checkpoint { every: 2 }, 1), (Mode::Bdia, 3)] {
-        let mut counts = vec![];
-        for layers in [3, 4] {
-            let s = Setup { dims: Dims { layers, ..small() }, verify: false, ..setup(mode) };
-            let (mut model, layout) = Gpt2::layout::<Cuda>(&s, Choice { chunk: 2, head_rows: 36 }).unwrap();
-            let mut be = Cuda::new(&layout, Options::default()).map_err(|e| e.to_string()).unwrap();
-            model.initialize(&mut be, 3).unwrap();
-            let mut before = [0; 7];
-            for i in 0..3 {
-                let Some(now) = calls() else { panic!("this test is about the emulated device") };
-                before = now;
-                model
-                    .train(&mut be, &Step { step: i, ..STEP }, |_, x, y| {
-                        (x.fill(3), y.fill(4));
-                        Ok::<(), Error>(())
-                    })
-                    .unwrap();
-            }
-            let after = calls().unwrap();
-            let [launches, products, pinned, pageable, downloads, found, _] =
-                core::array::from_fn(|i| after[i] - before[i]);
-            assert_eq!(found, waits, "{mode:?}: waits for work");
-            assert_eq!((pinned, pageable), (2, 0), "{mode:?}: tokens and targets, from page-locked memory");
-            // Status, losses, norms of blocks and ends: the last three when nothing is left to wait for.
-            assert_eq!(downloads, waits + 3, "{mode:?}");
-            counts.push(launches + products);
-        }
-        let each = counts[1] - counts[0];
-        println!("{mode:?}: {} launches a step of 3 blocks in 2 chunks, {each} more for each block", counts[0]);
-        // Forward and backward pass of two chunks, and the update of 12 tensors.
-        assert!((60..=160).contains(&each), "{mode:?}: {each}");
-    }
-}
-
 /// Without a driver, or without that device/// Without a driver, or without that device, the program says so and ends with 1.
 #[test]
 fn a_missing_device_is_named() {
