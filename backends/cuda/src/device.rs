@@ -4,8 +4,8 @@
 
 use core::ffi::{CStr, c_int, c_void};
 use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::ffi::CString;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bdia_core::{Error, Result};
 use cudarc::cublas;
