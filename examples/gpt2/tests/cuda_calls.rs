@@ -69,7 +69,8 @@ fn emulated_calls_of_a_step() {
                         &mut be,
                         &Step { step: i, seed: 11, lr: 3e-3, weight_decay: 0.1, clip: 0.0, accumulate: 1 },
                         |_, x, y| {
-                            (x.fill(3), y.fill(4));
+                            x.fill(3);
+                            y.fill(4);
                             Ok::<(), Error>(())
                         },
                     )
