@@ -68,7 +68,7 @@ fn on_backend<N: Network>(
         BackendKind::Cuda => {
             let mut be = machine::cuda(&job.machine(), layout)?;
             let mut record = train(job, architecture, &mut be, model, choice, layout, base)?.0;
-            let (plan, measured) = (layout.total() as u64, be.allocated_bytes() as u64);
+            let (plan, measured) = (layout.total() as u64, be.taken_bytes() as u64);
             record.parts = vec![Part { name: "memory of the device".into(), plan, measured }];
             Ok(record)
         }

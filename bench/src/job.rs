@@ -135,7 +135,10 @@ pub struct Job {
     /// Who computes
     #[arg(long, value_enum, default_value = "cpu")]
     pub backend: BackendKind,
-    /// Matrix products on a CUDA device
+    /// Number of the CUDA device
+    #[arg(long, default_value_t = 0)]
+    pub device: u64,
+    /// Matrix products on the CUDA device
     #[arg(long, value_enum, default_value = "f32")]
     pub precision: PrecisionKind,
     /// Samples [default: the model's]
@@ -181,6 +184,7 @@ impl Job {
             mode,
             checkpoint_every: None,
             backend: BackendKind::Cpu,
+            device: 0,
             precision: PrecisionKind::F32,
             batch: None,
             context: None,
@@ -198,7 +202,7 @@ impl Job {
 
     /// The machine that the job asks for.
     pub const fn machine(&self) -> MachineArgs {
-        MachineArgs { precision: self.precision, ..MachineArgs::on(self.backend) }
+        MachineArgs { device: self.device, precision: self.precision, ..MachineArgs::on(self.backend) }
     }
 
     /// Samples.
@@ -244,6 +248,7 @@ impl Job {
         put("model", name(self.model.to_possible_value()));
         put("mode", name(self.mode.to_possible_value()));
         put("backend", name(self.backend.to_possible_value()));
+        put("device", self.device.to_string());
         put("precision", name(self.precision.to_possible_value()));
         put("batch", self.batch().to_string());
         put("context", self.tokens().to_string());
@@ -272,7 +277,7 @@ impl Job {
 }
 
 /// Bytes of one part of a run's memory: as planned and as found in the process.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Part {
     /// What it is.
     pub name: String,
@@ -344,6 +349,12 @@ impl Record {
         median(&self.seconds[self.warmup.min(self.seconds.len().saturating_sub(1))..])
     }
 
+    /// The fastest and the slowest of the steps that count, seconds.
+    pub fn spread(&self) -> (f64, f64) {
+        let counted = &self.seconds[self.warmup.min(self.seconds.len().saturating_sub(1))..];
+        counted.iter().fold((f64::MAX, 0.0_f64), |(a, b), &s| (a.min(s), b.max(s)))
+    }
+
     /// Bytes of a category of the plan.
     pub fn planned(&self, category: &str) -> u64 {
         self.plan.iter().filter(|(name, _)| name == category).map(|(_, bytes)| bytes).sum()
@@ -375,6 +386,7 @@ mod tests {
         (job.layers, job.verify, job.dropout, job.weights) = (Some(3), true, 0.1, Some("a b".into()));
         (job.checkpoint_every, job.batch, job.context) = (Some(2), Some(7), Some(65));
         job.vocab = Some(11);
+        (job.backend, job.device, job.precision) = (BackendKind::Cuda, 1, PrecisionKind::Bf16);
         let line = core::iter::once("run".to_string()).chain(job.flags());
         assert_eq!(Line::parse_from(line).job, job);
     }

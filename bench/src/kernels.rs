@@ -1,11 +1,16 @@
 //! Every kernel of a backend with the work that one call does: for `cargo bench` and for the report.
 
+use core::time::Duration;
+use std::time::Instant;
+
 use bdia_core::arena::{Category, Ints, Layout, Reals};
 use bdia_core::backend::{Attention, Backend, Chunk, Columns, CrossEntropy, Gelu, Mask, Order, Product};
-use bdia_core::error::{Result, Site};
+use bdia_core::error::{Error, Result, Site};
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
 use bdia_core::{Gamma, Grid, Sign};
+
+use crate::job::median;
 
 /// What limits a kernel, and how much of it one call needs.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -27,6 +32,33 @@ pub struct Kernel<B> {
     pub work: Work,
     /// The call.
     pub call: Call<B>,
+}
+
+impl<B: Backend<Real = f32>> Kernel<B> {
+    /// Median seconds of a call, from calls for about `span`. Where calls are only queued, so many of them are waited for
+    /// together that the wait does not count.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn seconds(&mut self, be: &mut B, span: Duration) -> Result<f64> {
+        // The first call may load what the others find.
+        (self.call)(be)?;
+        let mut run = |n: u32| {
+            let clock = Instant::now();
+            for _ in 0..n {
+                (self.call)(be)?;
+            }
+            be.peek_fault()?;
+            Ok::<f64, Error>(clock.elapsed().as_secs_f64() / f64::from(n))
+        };
+        run(1)?;
+        let together = (1e-3 / run(1)?).clamp(1.0, 100.0) as u32;
+        let (start, mut times) = (Instant::now(), Vec::new());
+        while start.elapsed() < span || times.len() < 3 {
+            times.push(run(together)?);
+        }
+        Ok(median(&times))
+    }
 }
 
 /// The shapes of a model's kernels.

@@ -1,5 +1,7 @@
 //! The report: runs every configuration in a process of its own, asserts its results, and only then looks at its time.
 
+mod cuda;
+
 use core::time::Duration;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,9 +9,9 @@ use std::time::SystemTime;
 
 use bdia_core::plan::Choice;
 use bdia_cpu::Cpu;
-use bdia_gpt2::cli::{BackendKind, Mode};
+use bdia_gpt2::cli::{BackendKind, Mode, PrecisionKind};
 use bdia_gpt2::report::bytes;
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::Failure;
 use crate::count::{stages, total};
@@ -38,9 +40,24 @@ pub struct ReportArgs {
     /// Times that both sides are run, with --peers [default: 3; quick: 2]
     #[arg(long)]
     pub rounds: Option<usize>,
+    /// Only this part; --peers belongs to the processor's [default: the processor, and a CUDA device where there is one]
+    #[arg(long)]
+    pub only: Option<Only>,
+    /// Number of the CUDA device
+    #[arg(long, default_value_t = 0)]
+    pub device: u64,
     /// Where to write [default: bench/reports/MACHINE-DATE]
     #[arg(long)]
     pub out: Option<PathBuf>,
+}
+
+/// What a report can be about alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Only {
+    /// The processor.
+    Cpu,
+    /// A CUDA device.
+    Cuda,
 }
 
 /// A promise and what was found.
@@ -93,15 +110,21 @@ pub fn report(args: &ReportArgs) -> Result<(), Failure> {
         sections: Vec::new(),
     };
     // What is measured is on disk before the next part begins: these are long.
-    if args.peers {
-        r.peers()?;
+    if args.only != Some(Only::Cuda) {
+        if args.peers {
+            r.peers()?;
+            r.write(clock.elapsed())?;
+        }
+        r.steps()?;
+        r.write(clock.elapsed())?;
+        r.scaling()?;
+        r.write(clock.elapsed())?;
+        r.kernels()?;
         r.write(clock.elapsed())?;
     }
-    r.steps()?;
-    r.write(clock.elapsed())?;
-    r.scaling()?;
-    r.write(clock.elapsed())?;
-    r.kernels()?;
+    if args.only != Some(Only::Cpu) {
+        r.cuda()?;
+    }
     r.operations();
     let dir = r.write(clock.elapsed())?;
     say(&format!("written to {}", dir.display()));
@@ -147,7 +170,11 @@ fn spawn(job: &Job) -> Result<Record, Failure> {
 fn title(job: &Job) -> String {
     let layers = job.layers.map_or(String::new(), |k| format!(" K={k}"));
     let dropout = if job.dropout > 0.0 { format!(" dropout {}", job.dropout) } else { String::new() };
-    format!("{}{layers} {} B={} T={}{dropout}", job.model.name(), job.mode_name(), job.batch(), job.tokens())
+    let on = match job.backend {
+        BackendKind::Cuda => format!(" cuda {}", bdia_gpt2::cli::name_of(&job.precision)),
+        _ => String::new(),
+    };
+    format!("{}{layers}{on} {} B={} T={}{dropout}", job.model.name(), job.mode_name(), job.batch(), job.tokens())
 }
 
 impl Report {
@@ -180,7 +207,9 @@ impl Report {
         let name = title(job);
         say(&name);
         let span = if self.args.quick { 0.1 } else { 0.5 };
-        let before = product(self.threads, span)?;
+        // The processor's rate says nothing about a device.
+        let near = |threads| if job.backend == BackendKind::Cuda { Ok(0.0) } else { product(threads, span) };
+        let before = near(self.threads)?;
         let record = match spawn(job) {
             Ok(record) => record,
             Err(error) => {
@@ -188,7 +217,7 @@ impl Report {
                 return Ok(None);
             }
         };
-        self.near = before.max(product(self.threads, span)?);
+        self.near = before.max(near(self.threads)?);
         self.roof.flops = self.roof.flops.max(self.near);
         let finite = record.losses.iter().all(|l| l.is_finite());
         if !finite {
@@ -196,7 +225,7 @@ impl Report {
             return Ok(None);
         }
         self.records.push(record.clone());
-        if job.mode == Mode::Bdia && job.backend == BackendKind::Cpu {
+        if job.mode == Mode::Bdia && job.backend != BackendKind::Reference {
             let steps = if job.model == Model::Gpt2Medium { 1 } else { 2.min(job.steps) };
             let result = match spawn(&Job { verify: true, steps, warmup: 0, ..job.clone() }) {
                 Err(Failure::Other(text)) if text.contains("plan needs") => {
@@ -232,15 +261,22 @@ impl Report {
             verify: true,
             ..job.clone()
         };
-        let result = match (spawn(&small), spawn(&Job { backend: BackendKind::Reference, ..small.clone() })) {
+        let plain = Job { backend: BackendKind::Reference, device: 0, precision: PrecisionKind::F32, ..small.clone() };
+        // Two orders of summation in f32; the second loss has seen gradients and an update. Factors with 10 or 7 bits of
+        // fraction are 2^3 and 2^6 times as coarse as that allows for in one product; sums average most of it out.
+        let (limit, assertion) = match job.precision {
+            PrecisionKind::F32 => (2e-4, "losses of the scalar reference, to 2e-4"),
+            PrecisionKind::Tf32 => (2e-3, "losses of the scalar reference, to 2e-3"),
+            PrecisionKind::Bf16 => (1e-2, "losses of the scalar reference, to 1e-2"),
+        };
+        let result = match (spawn(&small), spawn(&plain)) {
             (Ok(a), Ok(b)) => match apart(&a.losses, &b.losses) {
-                // Two orders of summation in f32; the second loss has seen gradients and an update.
-                d if d < 2e-4 => Ok(()),
+                d if d < limit => Ok(()),
                 d => Err(format!("{d:.1e} apart: {:?} and {:?}", a.losses, b.losses)),
             },
             (Err(e), _) | (_, Err(e)) => Err(e.to_string()),
         };
-        self.check(&title(&small), "losses of the scalar reference, to 2e-4", result);
+        self.check(&title(&small), assertion, result);
     }
 
     /// Modes × backends × models.
@@ -309,8 +345,7 @@ impl Report {
                     }
                 }
                 let operations = total(&stages(&job));
-                let counted = &record.seconds[record.warmup.min(record.seconds.len() - 1)..];
-                let (low, high) = counted.iter().fold((f64::MAX, 0.0_f64), |(a, b), &s| (a.min(s), b.max(s)));
+                let (low, high) = record.spread();
                 let seconds = record.seconds_per_step();
                 let share = if job.backend == BackendKind::Cpu { operations / seconds / self.near } else { 0.0 };
                 table.row([
@@ -586,14 +621,7 @@ impl Report {
             for i in 0..bench.kernels.len() {
                 bench.fill(&mut be)?;
                 let kernel = &mut bench.kernels[i];
-                (kernel.call)(&mut be)?;
-                let (start, mut times) = (std::time::Instant::now(), Vec::new());
-                while start.elapsed() < span || times.len() < 3 {
-                    let clock = std::time::Instant::now();
-                    (kernel.call)(&mut be)?;
-                    times.push(clock.elapsed().as_secs_f64());
-                }
-                let seconds = median(&times);
+                let seconds = kernel.seconds(&mut be, span)?;
                 let (work, roof, unit) = match kernel.work {
                     Work::Bytes(n) => (n, self.roof.bandwidth, "GB/s"),
                     Work::Operations(n) => (n, self.roof.flops, "GFLOP/s"),

@@ -1,4 +1,4 @@
-//! What the machine can do: the largest rate of a matrix product, and the bandwidth of a copy.
+//! What the machine can do, and what a CUDA device can: the largest rate of a matrix product, and the bandwidth of a copy.
 
 use std::time::Instant;
 
@@ -6,6 +6,8 @@ use bdia_core::Layout;
 use bdia_core::arena::{Category, Reals};
 use bdia_core::backend::{NnOps, Order, Product, Storage};
 use bdia_cpu::Cpu;
+use bdia_gpt2::cli::{BackendKind, MachineArgs, PrecisionKind};
+use bdia_gpt2::machine;
 
 use crate::Failure;
 
@@ -43,7 +45,7 @@ pub fn product(threads: usize, seconds: f64) -> Result<f64, Failure> {
 fn best(seconds: f64, work: f64, mut f: impl FnMut()) -> f64 {
     f();
     let (start, mut best) = (Instant::now(), 0.0_f64);
-    while start.elapsed().as_secs_f64() < seconds {
+    while best == 0.0 || start.elapsed().as_secs_f64() < seconds {
         let clock = Instant::now();
         f();
         best = best.max(work / clock.elapsed().as_secs_f64());
@@ -130,4 +132,58 @@ pub fn copy(threads: usize, seconds: f64) -> f64 {
         workers.into_iter().map(|w| w.join().unwrap_or(0.0)).collect()
     });
     rates.iter().sum()
+}
+
+/// The limits of a CUDA device with a precision.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeviceRoof {
+    /// The backend's identity: device, architecture, precision.
+    pub name: String,
+    /// The backend's own square product, operations per second: of the smallest size that takes 2 ms, or of 4096.
+    pub flops: f64,
+    /// Bytes read plus bytes written per second of a copy that no cache holds.
+    pub bandwidth: f64,
+}
+
+impl DeviceRoof {
+    /// Measures for about `seconds` each.
+    ///
+    /// # Errors
+    /// What the device or its libraries lack.
+    pub fn measure(device: u64, precision: PrecisionKind, seconds: f64) -> Result<Self, Failure> {
+        // More than the second-level cache of any card.
+        const COPIED: usize = 32 << 20;
+        const MOST: usize = 4096;
+        let args = MachineArgs { device, precision, ..MachineArgs::on(BackendKind::Cuda) };
+        let mut layout = Layout::new(4);
+        let [a, b, c] = [(); 3].map(|()| layout.reals(Category::Workspace, COPIED.max(MOST * MOST)));
+        let mut be = machine::cuda(&args, &layout)?;
+        // Queued one after another, waited for together.
+        let mut rate = |work: f64, seconds: f64, call: &dyn Fn(&mut bdia_cuda::Cuda) -> bdia_core::Result<()>| {
+            let mut result = Ok(());
+            let found = best(seconds, 8.0 * work, || {
+                for _ in 0..8 {
+                    result = result.and_then(|()| call(&mut be));
+                }
+                result = result.and_then(|()| be.peek_fault().map(drop));
+            });
+            result.map(|()| found)
+        };
+        let mut n = 256;
+        let flops = loop {
+            let p = Product { rows: n, cols: n, inner: n, a: Order::Plain, b: Order::Plain, accumulate: false };
+            let work = 2.0 * (n as f64).powi(3);
+            let [a, b, c] = [a, b, c].map(|r| r.sub(0, n * n));
+            let product = |be: &mut bdia_cuda::Cuda| be.matmul(&p, a, b, None, c);
+            rate(1.0, 0.0, &|be| be.fill_reals(a, 0.5).and_then(|()| be.fill_reals(b, 0.5)))?;
+            let first = rate(work, 0.0, &product)?;
+            if n == MOST || work / first.max(1.0) > 2e-3 {
+                break rate(work, seconds, &product)?;
+            }
+            n *= 2;
+        };
+        let (from, to) = (a.sub(0, COPIED), b.sub(0, COPIED));
+        let bandwidth = rate(8.0 * COPIED as f64, seconds, &|be| be.copy_reals(from, to))?;
+        Ok(Self { name: be.identity().name.into(), flops, bandwidth })
+    }
 }

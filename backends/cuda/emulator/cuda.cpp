@@ -26,6 +26,8 @@ namespace kernels {
 
 #include "../kernels/attention.cu"
 
+#include "../kernels/tensor.cu"
+
 #include "../kernels/optim.cu"
 } // namespace kernels
 
@@ -236,7 +238,10 @@ static const Kernel table[] = {
     ENTRY(gelu), ENTRY(gelu_vjp), ENTRY(dropout), ENTRY(embed), ENTRY(embed_positions), ENTRY(embed_table),
     ENTRY(cross_entropy), ENTRY(attention_32), ENTRY(attention_64), ENTRY(attention_128), ENTRY(attention_delta),
     ENTRY(attention_dq_32), ENTRY(attention_dq_64), ENTRY(attention_dq_128), ENTRY(attention_dkv_32),
-    ENTRY(attention_dkv_64), ENTRY(attention_dkv_128), ENTRY(add_total), ENTRY(squares), ENTRY(squares_total), ENTRY(sgd),
+    ENTRY(attention_dkv_64), ENTRY(attention_dkv_128),
+    ENTRY(attention_bf16_32), ENTRY(attention_bf16_64), ENTRY(attention_bf16_128), ENTRY(attention_dq_bf16_32),
+    ENTRY(attention_dq_bf16_64), ENTRY(attention_dq_bf16_128), ENTRY(attention_dkv_bf16_32), ENTRY(attention_dkv_bf16_64),
+    ENTRY(attention_dkv_bf16_128), ENTRY(add_total), ENTRY(squares), ENTRY(squares_total), ENTRY(sgd),
     ENTRY(adam_w), ENTRY(set_adam_moments), ENTRY(set_adam_sums), ENTRY(set_adam_step),
 };
 
@@ -249,6 +254,40 @@ using emulator::Shadow;
 
 static std::recursive_mutex lock;
 static size_t used = 0;
+// Memory is handed out in whole pages of 2 MiB, as a driver does it.
+static const size_t PAGE = (size_t)2 << 20;
+static size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+
+// What was called, for tests that count it: kernels, products, uploads from page-locked and from other memory, copies to the
+// host, waits with work before them, waits without.
+enum { LAUNCHES, PRODUCTS, PINNED, PAGEABLE, DOWNLOADS, WAITS, IDLE_WAITS, KINDS };
+static u64 calls[KINDS];
+static bool busy = false;
+
+extern "C" __attribute__((visibility("default"))) const u64* emulator_calls() { return calls; }
+
+// Uploads from page-locked memory: they happen when the stream gets to them, not when they are queued, so that a program
+// that uses their memory again too early is found out.
+struct Upload {
+    uintptr_t to;
+    const void* from;
+    size_t bytes;
+};
+static std::vector<Upload> queued;
+static std::map<uintptr_t, size_t> locked;
+
+// Something else is about to happen on the stream.
+static void proceed() {
+    for (const Upload& u : queued) memcpy((void*)u.to, u.from, u.bytes);
+    queued.clear();
+    busy = true;
+}
+
+extern "C" __attribute__((visibility("default"))) void emulator_product() {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    proceed();
+    calls[PRODUCTS]++;
+}
 
 // Memory of the emulated device, BDIA_EMULATED_MEMORY bytes or 2 GiB.
 static size_t total() {
@@ -279,7 +318,25 @@ API cuDevicePrimaryCtxRetain(void** context, int) { return *context = (void*)1, 
 API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API cuCtxSetCurrent(void*) { return SUCCESS; }
 API cuStreamCreate(void** stream, unsigned) { return *stream = (void*)2, SUCCESS; }
-API cuStreamSynchronize(void*) { return SUCCESS; }
+API cuStreamSynchronize(void*) {
+    LOCK;
+    calls[busy || !queued.empty() ? WAITS : IDLE_WAITS]++;
+    proceed();
+    busy = false;
+    return SUCCESS;
+}
+API cuMemHostAlloc(void** at, size_t bytes, unsigned) {
+    LOCK;
+    *at = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    if (!*at) return OUT_OF_MEMORY;
+    locked[(uintptr_t)*at] = bytes;
+    return SUCCESS;
+}
+API cuMemFreeHost(void* at) {
+    LOCK;
+    if (!locked.erase((uintptr_t)at)) return INVALID_VALUE;
+    return free(at), SUCCESS;
+}
 API cuStreamDestroy_v2(void*) { return SUCCESS; }
 API cuMemGetInfo_v2(size_t* free, size_t* all) {
     LOCK;
@@ -290,7 +347,7 @@ API cuMemGetInfo_v2(size_t* free, size_t* all) {
 API cuMemAlloc_v2(uintptr_t* at, size_t bytes) {
     LOCK;
     if (bytes == 0) return INVALID_VALUE;
-    if (bytes > total() - used) return OUT_OF_MEMORY;
+    if (used > total() || pages(bytes) > total() - used) return OUT_OF_MEMORY;
     // Garbage, as on a device.
     void* p = aligned_alloc(256, (bytes + 255) / 256 * 256);
     Shadow* shadows = (Shadow*)mmap(nullptr, (bytes / 4 + 1) * sizeof(Shadow), PROT_READ | PROT_WRITE,
@@ -298,7 +355,7 @@ API cuMemAlloc_v2(uintptr_t* at, size_t bytes) {
     if (!p || shadows == MAP_FAILED) return OUT_OF_MEMORY;
     memset(p, 0xA5, bytes);
     emulator::allocations[(uintptr_t)p] = Allocation{(uintptr_t)p, bytes, shadows};
-    *at = (uintptr_t)p, used += bytes;
+    *at = (uintptr_t)p, used += pages(bytes);
     return SUCCESS;
 }
 
@@ -307,7 +364,7 @@ API cuMemFree_v2(uintptr_t at) {
     auto home = emulator::allocations.find(at);
     if (home == emulator::allocations.end()) return INVALID_VALUE;
     munmap(home->second.shadows, (home->second.bytes / 4 + 1) * sizeof(Shadow));
-    used -= home->second.bytes;
+    used -= pages(home->second.bytes);
     emulator::allocations.erase(home);
     free((void*)at);
     return SUCCESS;
@@ -321,21 +378,37 @@ extern "C" __attribute__((visibility("default"))) bool emulator_allocated(uintpt
 API cuMemsetD8Async(uintptr_t at, unsigned char value, size_t bytes, void*) {
     LOCK;
     if (!emulator::find(at, bytes)) return INVALID_VALUE;
+    proceed();
     return memset((void*)at, value, bytes), SUCCESS;
 }
 API cuMemcpyHtoDAsync_v2(uintptr_t to, const void* from, size_t bytes, void*) {
     LOCK;
     if (!emulator::find(to, bytes)) return INVALID_VALUE;
+    auto home = locked.upper_bound((uintptr_t)from);
+    if (home != locked.begin()) {
+        --home;
+        if ((uintptr_t)from + bytes <= home->first + home->second) {
+            calls[PINNED]++;
+            return queued.push_back({to, from, bytes}), SUCCESS;
+        }
+    }
+    proceed();
+    calls[PAGEABLE]++;
     return memcpy((void*)to, from, bytes), SUCCESS;
 }
 API cuMemcpyDtoHAsync_v2(void* to, uintptr_t from, size_t bytes, void*) {
     LOCK;
     if (!emulator::find(from, bytes)) return INVALID_VALUE;
+    bool before = busy || !queued.empty();
+    proceed();
+    busy = before;
+    calls[DOWNLOADS]++;
     return memcpy(to, (void*)from, bytes), SUCCESS;
 }
 API cuMemcpyDtoDAsync_v2(uintptr_t to, uintptr_t from, size_t bytes, void*) {
     LOCK;
     if (!emulator::find(from, bytes) || !emulator::find(to, bytes)) return INVALID_VALUE;
+    proceed();
     return memcpy((void*)to, (void*)from, bytes), SUCCESS;
 }
 
@@ -352,6 +425,8 @@ API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     LOCK;
     if (!gx || !gy || !gz || by != 1 || bz != 1) return INVALID_VALUE;
     auto kernel = (const emulator::Kernel*)function;
+    proceed();
+    calls[LAUNCHES]++;
     if (emulator::launch(kernel->bind, args, emulator::Dim{gx, gy, gz}, bx)) return SUCCESS;
     fprintf(stderr, "emulated device, kernel %s: %s\n", kernel->name, emulator::failure.c_str());
     return LAUNCH_FAILED;

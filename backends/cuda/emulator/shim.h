@@ -22,6 +22,7 @@ typedef int32_t i32;
 
 #define __device__
 #define UNROLL
+#define ROLLED
 #define KERNEL(threads, blocks) static void
 
 namespace emulator {
@@ -183,6 +184,35 @@ inline u32 __ballot_sync(u32 mask, bool vote) {
     u32 bits = 0;
     for (int i = 0; i < 32; i++) bits |= (u32)votes[i] << i;
     return bits;
+}
+
+// mma.m16n8k16 on bf16 with f32 sums, as kernels/tensor.cu has it: the lanes put their fragments together, and each works out
+// its own four values. Products are exact in f32; the device adds in an order of its own, here it is that of k.
+inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    u32 as[32][4], bs[32][2];
+    const u64* all = emulator::exchange(4, ~0u, (u64)a[1] << 32 | a[0]);
+    for (int l = 0; l < 32; l++) as[l][0] = (u32)all[l], as[l][1] = (u32)(all[l] >> 32);
+    all = emulator::exchange(5, ~0u, (u64)a[3] << 32 | a[2]);
+    for (int l = 0; l < 32; l++) as[l][2] = (u32)all[l], as[l][3] = (u32)(all[l] >> 32);
+    all = emulator::exchange(6, ~0u, (u64)b1 << 32 | b0);
+    for (int l = 0; l < 32; l++) bs[l][0] = (u32)all[l], bs[l][1] = (u32)(all[l] >> 32);
+    auto half = [](u32 both, u32 upper) { return of_bits<float>(upper ? both & 0xFFFF0000u : both << 16); };
+    u32 lane = emulator::now.thread % 32;
+    for (u32 i = 0; i < 4; i++) {
+        u32 row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (u32 k = 0; k < 16; k++) {
+            u32 of_a = as[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], of_b = bs[column * 4 + k % 8 / 2][k / 8];
+            c[i] += half(of_a, k % 2) * half(of_b, k % 2);
+        }
+    }
+}
+
+// Four of the eight bytes of x and y, by the digits of a number.
+inline u32 __byte_perm(u32 x, u32 y, u32 digits) {
+    u64 both = (u64)y << 32 | x;
+    u32 out = 0;
+    for (u32 i = 0; i < 4; i++) out |= (u32)(both >> (digits >> (4 * i) & 7) * 8 & 0xFF) << (8 * i);
+    return out;
 }
 
 template <class T> T atomicMin(T* p, T x) {

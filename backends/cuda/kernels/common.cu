@@ -27,6 +27,8 @@ template <class T> struct Out {
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 // Before loops over a thread's own few values, so that they stay in registers.
 #define UNROLL _Pragma("unroll")
+// Before loops that should stay loops, where they are found within many others: they would take seconds to compile.
+#define ROLLED _Pragma("unroll 1")
 #define INFINITY __int_as_float(0x7f800000)
 #define SHARED(T, name, n) __shared__ T name[n]
 template <class T> using Shared = T*;
@@ -80,6 +82,7 @@ struct Quad {
 
 __device__ inline Quad philox(u64 key, u32 c0, u32 c1, u32 c2, u32 c3) {
     u32 k0 = (u32)key, k1 = (u32)(key >> 32);
+    ROLLED
     for (int round = 0; round < 10; round++) {
         u64 p0 = (u64)0xD2511F53u * c0, p1 = (u64)0xCD9E8D57u * c2;
         u32 n0 = (u32)(p1 >> 32) ^ c1 ^ k0, n2 = (u32)(p0 >> 32) ^ c3 ^ k1;

@@ -3,6 +3,7 @@
 use core::ffi::{c_char, c_int};
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::nvrtc::{result, sys};
 
@@ -15,6 +16,7 @@ pub const SOURCE: &str = concat!(
     include_str!("../kernels/update.cu"),
     include_str!("../kernels/nn.cu"),
     include_str!("../kernels/attention.cu"),
+    include_str!("../kernels/tensor.cu"),
     include_str!("../kernels/optim.cu"),
 );
 
@@ -118,6 +120,9 @@ pub(crate) fn kernels(capability: u32) -> Result<Kernels, CudaError> {
         return Ok(Kernels { image: terminated(text.as_bytes().to_vec()), cached: None });
     }
     library::nvrtc()?;
+    // Of several threads that start one compiles, and the others find what it made.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let version = version();
     let file = cache_dir().map(|dir| dir.join(format!("{:032x}-{capability}.image", hash(version))));
     if let Some(file) = &file
@@ -197,13 +202,36 @@ fn hash((major, minor): (c_int, c_int)) -> u128 {
     })
 }
 
-/// Names of all kernels in the source.
-pub fn names() -> Vec<String> {
-    let mut names = vec![];
+/// The first compute capability that has the kernels of `tensor.cu`; others do without them.
+pub const TENSOR: u32 = 80;
+
+/// A kernel of the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// Threads on a multiprocessor, of as many blocks as it asks for.
+    pub threads: usize,
+    /// Whether it needs [`TENSOR`].
+    pub tensor: bool,
+}
+
+/// All kernels of the source.
+pub fn listed() -> Vec<Listed> {
+    const TENSOR_SOURCE: &str = include_str!("../kernels/tensor.cu");
+    let mut all = vec![];
     for part in SOURCE.split("\nKERNEL(").skip(1) {
         // KERNEL(threads, blocks) name(parameters …
-        let rest = part.split_once(')').map_or("", |(_, rest)| rest);
-        names.push(rest.split('(').next().unwrap_or_default().trim().to_owned());
+        let (bounds, rest) = part.split_once(')').unwrap_or_default();
+        let name = rest.split('(').next().unwrap_or_default().trim().to_owned();
+        let number = |text: &str| match text.trim() {
+            "THREADS" => 256,
+            "TENSOR_THREADS" => 128,
+            digits => digits.parse().unwrap_or(1024),
+        };
+        let threads = bounds.split(',').map(number).product();
+        let tensor = TENSOR_SOURCE.contains(&format!(") {name}("));
+        all.push(Listed { name, threads, tensor });
     }
-    names
+    all
 }

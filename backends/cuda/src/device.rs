@@ -4,6 +4,7 @@
 
 use core::ffi::{CStr, c_int, c_void};
 use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::ffi::CString;
 
 use bdia_core::{Error, Result};
@@ -17,6 +18,11 @@ use crate::span::Span;
 
 /// Bytes that cuBLAS may use within a product: a fixed workspace, so that the same product gives the same bits.
 pub(crate) const BLAS_WORKSPACE: usize = 32 << 20;
+/// Page-locked memory of the host, from which uploads go on their own while the program goes on. What a step uploads fits:
+/// tokens, labels, a batch of images; more than that waits for the work before it.
+const STAGING: usize = 8 << 20;
+/// Memory is handed out from places that are multiples of this, as the driver's own is.
+pub(crate) const ALIGNMENT: usize = 256;
 /// Threads of a block, as `THREADS` in `common.cu`.
 pub(crate) const THREADS: u32 = 256;
 /// Most blocks of a kernel whose blocks take several pieces each: enough for every device, and the same on all of them,
@@ -54,6 +60,11 @@ macro_rules! kernels {
 
         impl Kernel {
             const ALL: &[Self] = &[$(Self::$kernel),*];
+
+            /// Whether it is one of those for tensor cores, which older devices do without.
+            fn optional(self) -> bool {
+                self.name().to_bytes().windows(5).any(|part| part == b"bf16_")
+            }
 
             const fn name(self) -> &'static CStr {
                 match self { $(Self::$kernel => $name),* }
@@ -100,6 +111,15 @@ kernels! {
     AttentionDkv32 c"attention_dkv_32"
     AttentionDkv64 c"attention_dkv_64"
     AttentionDkv128 c"attention_dkv_128"
+    AttentionBf16x32 c"attention_bf16_32"
+    AttentionBf16x64 c"attention_bf16_64"
+    AttentionBf16x128 c"attention_bf16_128"
+    AttentionDqBf16x32 c"attention_dq_bf16_32"
+    AttentionDqBf16x64 c"attention_dq_bf16_64"
+    AttentionDqBf16x128 c"attention_dq_bf16_128"
+    AttentionDkvBf16x32 c"attention_dkv_bf16_32"
+    AttentionDkvBf16x64 c"attention_dkv_bf16_64"
+    AttentionDkvBf16x128 c"attention_dkv_bf16_128"
     AddTotal c"add_total"
     Squares c"squares"
     SquaresTotal c"squares_total"
@@ -170,9 +190,19 @@ pub(crate) struct Device {
     context: sys::CUcontext,
     stream: sys::CUstream,
     module: Option<sys::CUmodule>,
-    functions: Vec<sys::CUfunction>,
+    /// In the order of [`Kernel::ALL`]; none for kernels that an image for older devices lacks.
+    functions: Vec<Option<sys::CUfunction>>,
     blas: Option<cublas::sys::cublasHandle_t>,
-    allocated: Vec<Memory>,
+    /// All that is used on the device, in one piece, and how much of it is handed out.
+    block: Memory,
+    handed_out: usize,
+    /// Bytes that the driver's count of free memory fell by when the piece was allocated.
+    taken: usize,
+    /// [`STAGING`] bytes of the host, and how many of them hold uploads that may still be under way.
+    staging: *mut u8,
+    staged: AtomicUsize,
+    /// Whether anything was queued since [`Device::rested`].
+    worked: AtomicBool,
     name: String,
     capability: u32,
     precision: Precision,
@@ -191,8 +221,13 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// Opens device `number` and loads the kernels.
-    pub(crate) fn open(number: usize, precision: Precision) -> core::result::Result<Self, CudaError> {
+    /// Opens device `number`, loads the kernels and allocates `bytes` bytes, all that there will be, for a plan of `plan`.
+    pub(crate) fn open(
+        number: usize,
+        precision: Precision,
+        bytes: usize,
+        plan: usize,
+    ) -> core::result::Result<Self, CudaError> {
         library::driver()?;
         library::cublas()?;
         let none = |e: result::DriverError| match e.0 {
@@ -223,7 +258,12 @@ impl Device {
             module: None,
             functions: vec![],
             blas: None,
-            allocated: vec![],
+            block: Memory { at: 0, bytes: 0 },
+            handed_out: 0,
+            taken: 0,
+            staging: core::ptr::null_mut(),
+            staged: AtomicUsize::new(0),
+            worked: AtomicBool::new(true),
             name,
             capability,
             precision,
@@ -232,9 +272,13 @@ impl Device {
         device.stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(call("cuStreamCreate"))?;
         device.load(kernels)?;
+        device.allocate(bytes, plan)?;
+        // SAFETY: the address is freed once, in `drop`.
+        let staging = unsafe { result::malloc_host(STAGING, 0) };
+        device.staging = staging.map_err(call("cuMemHostAlloc"))?.cast();
         let handle = cublas::result::create_handle().map_err(blas("cublasCreate"))?;
         device.blas = Some(handle);
-        let workspace = device.alloc(BLAS_WORKSPACE, BLAS_WORKSPACE)?;
+        let workspace = device.alloc(BLAS_WORKSPACE);
         // SAFETY: the handle and the stream are there, and the workspace lives as long as the handle.
         unsafe {
             cublas::result::set_stream(handle, device.stream.cast()).map_err(blas("cublasSetStream"))?;
@@ -261,9 +305,17 @@ impl Device {
         for kernel in Kernel::ALL {
             // SAFETY: the module is loaded.
             let function = unsafe { result::module::get_function(module, CString::from(kernel.name())) };
-            self.functions.push(function.map_err(call("cuModuleGetFunction"))?);
+            self.functions.push(match function {
+                Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NOT_FOUND && kernel.optional() => None,
+                other => Some(other.map_err(call("cuModuleGetFunction"))?),
+            });
         }
         Ok(())
+    }
+
+    /// Whether attention goes to tensor cores: with bf16, where the image has the kernels for it.
+    pub(crate) fn tensor_attention(&self) -> bool {
+        self.precision == Precision::Bf16 && self.functions[Kernel::AttentionBf16x32 as usize].is_some()
     }
 
     /// Makes this device that of the calling thread.
@@ -282,7 +334,12 @@ impl Device {
 
     /// Bytes of all memory that was allocated.
     pub(crate) fn allocated(&self) -> usize {
-        self.allocated.iter().map(|m| m.bytes).sum()
+        self.block.bytes
+    }
+
+    /// The same by the driver's count of free memory.
+    pub(crate) fn taken(&self) -> usize {
+        self.taken
     }
 
     pub(crate) fn precision(&self) -> Precision {
@@ -295,41 +352,86 @@ impl Device {
         result::mem_get_info().map_err(call("cuMemGetInfo"))
     }
 
-    /// Memory full of zeros, a part of a plan of `plan` bytes.
-    pub(crate) fn alloc(&mut self, bytes: usize, plan: usize) -> core::result::Result<Memory, CudaError> {
-        if bytes == 0 {
-            return Ok(Memory { at: 0, bytes });
+    /// Allocates everything, full of zeros.
+    fn allocate(&mut self, bytes: usize, plan: usize) -> core::result::Result<(), CudaError> {
+        let (free, total) = self.memory()?;
+        if bytes > free {
+            return Err(CudaError::Memory { plan, free, total });
         }
-        self.enter()?;
         // SAFETY: the address is freed once, in `drop`.
         let at = match unsafe { result::malloc_sync(bytes) } {
             Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let (free, total) = self.memory()?;
                 return Err(CudaError::Memory { plan, free, total });
             }
             other => other.map_err(call("cuMemAlloc"))?,
         };
-        self.allocated.push(Memory { at, bytes });
+        self.block = Memory { at, bytes };
+        self.taken = free.saturating_sub(self.memory()?.0);
         // SAFETY: the allocation has `bytes` bytes.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.map_err(call("cuMemsetD8Async"))?;
-        Ok(Memory { at, bytes })
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.map_err(call("cuMemsetD8Async"))
+    }
+
+    /// The next `bytes` bytes of what [`Device::open`] allocated. Its caller counted them.
+    pub(crate) fn alloc(&mut self, bytes: usize) -> Memory {
+        let at = self.block.at + self.handed_out as u64;
+        self.handed_out += bytes.next_multiple_of(ALIGNMENT);
+        debug_assert!(self.handed_out <= self.block.bytes);
+        Memory { at, bytes }
+    }
+
+    /// Whether anything was queued since [`Self::rested`].
+    pub(crate) fn worked(&self) -> bool {
+        self.worked.load(Ordering::Relaxed)
+    }
+
+    /// All work is done, and looked at.
+    pub(crate) fn rested(&self) {
+        self.worked.store(false, Ordering::Relaxed);
+    }
+
+    /// [`Self::enter`], with work for the stream.
+    fn begin(&self) -> Result<()> {
+        self.worked.store(true, Ordering::Relaxed);
+        Ok(self.enter()?)
     }
 
     /// Sets bytes.
     pub(crate) fn set(&self, at: u64, value: u8, bytes: usize) -> Result<()> {
-        self.enter()?;
+        self.begin()?;
         // SAFETY: callers pass places inside their allocations.
         unsafe { result::memset_d8_async(at, value, bytes, self.stream) }.map_err(device_error)
     }
 
-    /// Copies to the device. The driver has taken the values when this returns: they are in pageable memory.
-    pub(crate) fn write<T: Copy>(&self, at: u64, src: &[T]) -> Result<()> {
-        if src.is_empty() {
-            return Ok(());
+    /// Queues a copy to the device. The values go through page-locked memory, so that nothing waits for the copy; only what
+    /// does not fit waits for the work before it.
+    pub(crate) fn write<T: Copy>(&mut self, at: u64, src: &[T]) -> Result<()> {
+        self.begin()?;
+        let mut at = at;
+        for piece in src.chunks((STAGING / size_of::<T>()).max(1)) {
+            let bytes = size_of_val(piece);
+            if self.staged.load(Ordering::Relaxed) + bytes > STAGING {
+                self.wait()?;
+            }
+            let from = self.staged.fetch_add(bytes.next_multiple_of(64), Ordering::Relaxed);
+            // SAFETY: the place lies within the staging memory, which no copy under way reads there; callers pass places
+            // inside their allocations.
+            unsafe {
+                let place = self.staging.add(from);
+                core::ptr::copy_nonoverlapping(piece.as_ptr().cast(), place, bytes);
+                let staged = core::slice::from_raw_parts(place.cast_const(), bytes);
+                result::memcpy_htod_async(at, staged, self.stream).map_err(device_error)?;
+            }
+            at += bytes as u64;
         }
-        self.enter()?;
-        // SAFETY: callers pass places inside their allocations.
-        unsafe { result::memcpy_htod_async(at, src, self.stream) }.map_err(device_error)
+        Ok(())
+    }
+
+    /// Waits for all work before it.
+    fn wait(&self) -> Result<()> {
+        // SAFETY: the stream is there.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(device_error)?;
+        self.staged.store(0, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Waits for all work before it and copies to the host.
@@ -339,10 +441,8 @@ impl Device {
         }
         self.enter()?;
         // SAFETY: callers pass places inside their allocations; `dst` is not used before the wait is over.
-        unsafe {
-            result::memcpy_dtoh_async(dst, at, self.stream).map_err(device_error)?;
-            result::stream::synchronize(self.stream).map_err(device_error)
-        }
+        unsafe { result::memcpy_dtoh_async(dst, at, self.stream) }.map_err(device_error)?;
+        self.wait()
     }
 
     /// Copies within the device.
@@ -350,7 +450,7 @@ impl Device {
         if bytes == 0 {
             return Ok(());
         }
-        self.enter()?;
+        self.begin()?;
         // SAFETY: callers pass places inside their allocations.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(device_error)
     }
@@ -371,9 +471,11 @@ impl Device {
         if grid.iter().zip(most).any(|(&g, most)| g > most) {
             return Err(Error::TooLarge("blocks of a kernel"));
         }
-        self.enter()?;
+        self.begin()?;
         let [x, y, z] = grid.map(|g| g as u32);
-        let function = self.functions[kernel as usize];
+        let Some(function) = self.functions[kernel as usize] else {
+            return Err(Error::Device("this image of the kernels has none for tensor cores"));
+        };
         // SAFETY: the functions are those of the loaded module, in the order of `Kernel::ALL`; the parameters are those of
         // the source, and their spans lie within allocations.
         unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), 0, self.stream, args) }
@@ -385,7 +487,7 @@ impl Device {
         use cublas::sys::{
             cublasComputeType_t as Compute, cublasGemmAlgo_t, cublasOperation_t as Op, cudaDataType as Type,
         };
-        self.enter()?;
+        self.begin()?;
         let size = |n: usize| c_int::try_from(n).map_err(|_| Error::TooLarge("matrix product"));
         let op = |transposed| if transposed { Op::CUBLAS_OP_T } else { Op::CUBLAS_OP_N };
         let (alpha, beta) = (1.0_f32, g.beta);
@@ -436,8 +538,11 @@ impl Drop for Device {
             if let Some(handle) = self.blas {
                 let _ = cublas::result::destroy_handle(handle);
             }
-            for &Memory { at, .. } in &self.allocated {
-                let _ = result::free_sync(at);
+            if self.block.at != 0 {
+                let _ = result::free_sync(self.block.at);
+            }
+            if !self.staging.is_null() {
+                let _ = result::free_host(self.staging.cast());
             }
             if let Some(module) = self.module {
                 let _ = result::module::unload(module);
@@ -464,8 +569,9 @@ mod tests {
     /// The emulated device compiles the files by itself, so it would not miss one that NVRTC is not given.
     #[test]
     fn the_source_has_every_kernel() {
-        let mut names = compile::names();
-        let mut wanted: Vec<_> = Kernel::ALL.iter().map(|k| k.name().to_string_lossy().into_owned()).collect();
+        let mut names: Vec<_> = compile::listed().into_iter().map(|k| (k.name, k.tensor)).collect();
+        let name = |k: &Kernel| (k.name().to_string_lossy().into_owned(), k.optional());
+        let mut wanted: Vec<_> = Kernel::ALL.iter().map(name).collect();
         names.sort();
         wanted.sort();
         assert_eq!(names, wanted);

@@ -65,20 +65,14 @@ impl Cuda {
     /// # Errors
     /// [`CudaError`]: a library or the device is missing, the kernels do not compile, or the plan does not fit.
     pub fn new(layout: &Layout, options: Options) -> core::result::Result<Self, CudaError> {
-        let mut device = Device::open(options.device, options.precision)?;
-        let plan = layout.total().max(Self::library_bytes(options.precision));
         let arenas = Arenas::of(layout);
-        let (free, total) = device.memory()?;
-        let bytes = |values: usize| values.saturating_mul(4);
         let half = if options.precision == Precision::Bf16 { HALF } else { 0 };
-        let wanted = [bytes(arenas.ints), bytes(arenas.reals), bytes(arenas.words), size_of::<Status>(), SCRATCH, half];
-        if wanted.iter().fold(0_usize, |sum, &b| sum.saturating_add(b)) > free {
-            return Err(CudaError::Memory { plan, free, total });
-        }
-        let [ints, reals, words, status, scratch, half] = wanted;
-        let [ints, reals, words] = [device.alloc(ints, plan)?, device.alloc(reals, plan)?, device.alloc(words, plan)?];
-        let [status, scratch, half] =
-            [device.alloc(status, plan)?, device.alloc(scratch, plan)?, device.alloc(half, plan)?];
+        let [ints, reals, words] = [arenas.ints, arenas.reals, arenas.words].map(|n| n.saturating_mul(4));
+        let library = Self::library_bytes(options.precision);
+        let bytes = [ints, reals, words].iter().fold(library, |sum, &b| sum.saturating_add(b));
+        let mut device = Device::open(options.device, options.precision, bytes, layout.total().max(bytes))?;
+        let [ints, reals, words] = [device.alloc(ints), device.alloc(reals), device.alloc(words)];
+        let [status, scratch, half] = [device.alloc(size_of::<Status>()), device.alloc(SCRATCH), device.alloc(half)];
         let call = |_| CudaError::Call { what: "cuMemsetD8Async", error: "the status could not be set" };
         device.set(status.at, 0xFF, status.bytes).map_err(call)?;
         let short = match options.precision {
@@ -89,11 +83,16 @@ impl Cuda {
         Ok(Self { device, name, arenas, ints, reals, words, status, scratch, half, seq: 0, raised: None, lost: None })
     }
 
-    /// Memory outside the arenas of a layout: the fixed workspace of cuBLAS, room for partial sums and bf16 factors, the status. It does
-    /// not depend on the model. The driver's own context (some hundred MB, for kernels and its queues) is not in it.
+    /// Memory outside the arenas of a layout: the fixed workspace of cuBLAS, room for partial sums and bf16 factors, the status, gaps
+    /// between them. It does not depend on the model. The driver's own context (some hundred MB, for kernels and its queues) is not in it.
     pub const fn library_bytes(precision: Precision) -> usize {
         let half = if matches!(precision, Precision::Bf16) { HALF } else { 0 };
-        device::BLAS_WORKSPACE + SCRATCH + size_of::<Status>() + half
+        // Each of the arenas begins at a multiple, and so does what follows the status.
+        device::BLAS_WORKSPACE
+            + SCRATCH
+            + half
+            + 3 * device::ALIGNMENT
+            + size_of::<Status>().next_multiple_of(device::ALIGNMENT)
     }
 
     /// The device's name.
@@ -109,6 +108,11 @@ impl Cuda {
     /// Bytes that this backend has allocated on the device, all of them when it was made.
     pub fn allocated_bytes(&self) -> usize {
         self.device.allocated()
+    }
+
+    /// The same by the driver's count of free memory, before and after: the driver hands out whole pages, of 2 MiB each.
+    pub fn taken_bytes(&self) -> usize {
+        self.device.taken()
     }
 
     /// Bytes free on the device, and all that it has, as the driver says.
@@ -266,6 +270,14 @@ impl Storage for Cuda {
         if let Some(error) = self.lost.take() {
             return Err(error);
         }
-        Ok(status::fault(&self.status()?, self.raised))
+        // Nothing was queued since there was none: it is known without waiting.
+        if !self.device.worked() {
+            return Ok(None);
+        }
+        let fault = status::fault(&self.status()?, self.raised);
+        if fault.is_none() {
+            self.device.rested();
+        }
+        Ok(fault)
     }
 }

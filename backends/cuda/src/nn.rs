@@ -47,6 +47,9 @@ const fn tiles(head_dim: usize) -> (usize, usize) {
     if head_dim <= 64 { (64, 32) } else { (32, TILE) }
 }
 
+/// Rows that a block of the kernels for tensor cores takes, and its threads (`ROWS`, `TENSOR_THREADS` in `tensor.cu`).
+const TENSOR: (usize, u32) = (64, 128);
+
 impl Cuda {
     /// Operands of attention as the kernels see them.
     fn attend(
@@ -217,14 +220,19 @@ impl NnOps for Cuda {
         let (q, k, v) = (self.reals(q.of), self.reals(k.of), self.reals(v.of));
         let (lens, temperature) = (self.ints(a.key_lens), self.reals(a.temperature));
         let (out, lse) = (self.reals(out), self.reals(lse));
-        let kernel = match a.head_dim {
-            0..=32 => Kernel::Attention32,
-            33..=64 => Kernel::Attention64,
-            _ => Kernel::Attention128,
+        let tensor = self.device.tensor_attention();
+        let kernel = match (a.head_dim, tensor) {
+            (0..=32, false) => Kernel::Attention32,
+            (33..=64, false) => Kernel::Attention64,
+            (_, false) => Kernel::Attention128,
+            (0..=32, true) => Kernel::AttentionBf16x32,
+            (33..=64, true) => Kernel::AttentionBf16x64,
+            (_, true) => Kernel::AttentionBf16x128,
         };
-        let grid = [a.queries.div_ceil(tiles(a.head_dim).0), a.heads, chunk.samples];
+        let (tile, threads) = if tensor { TENSOR } else { (tiles(a.head_dim).0, THREADS) };
+        let grid = [a.queries.div_ceil(tile), a.heads, chunk.samples];
         let args = &mut [arg(&attend), arg(&q), arg(&k), arg(&v), arg(&lens), arg(&temperature), arg(&out), arg(&lse)];
-        self.device.launch(kernel, grid, THREADS, args)
+        self.device.launch(kernel, grid, threads, args)
     }
 
     fn attention_vjp(
@@ -248,7 +256,8 @@ impl NnOps for Cuda {
         self.arenas.attention_vjp(chunk, a, values, [out, lse, dout], grads, (scratch, needed))?;
         let attend = self.attend(chunk, a, values, grads)?;
         let rows = chunk.samples * a.queries * a.heads;
-        let tile = tiles(a.head_dim).1;
+        let tensor = self.device.tensor_attention();
+        let (tile, threads) = if tensor { TENSOR } else { (tiles(a.head_dim).1, THREADS) };
         let slopes = if a.temperature.is_empty() { 0 } else { chunk.samples * a.heads * a.queries.div_ceil(tile) };
         let (delta, slopes) = (self.reals(scratch.sub(0, rows)), self.reals(scratch.sub(rows, slopes)));
         let (q, k, v) = (self.reals(q.of), self.reals(k.of), self.reals(v.of));
@@ -259,10 +268,13 @@ impl NnOps for Cuda {
         let samples = chunk.samples as u32;
         let args = &mut [arg(&attend), arg(&samples), arg(&out), arg(&dout), arg(&delta)];
         self.device.launch(Kernel::AttentionDelta, [rows.div_ceil(WARPS), 1, 1], THREADS, args)?;
-        let (for_q, for_kv) = match a.head_dim {
-            0..=32 => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
-            33..=64 => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
-            _ => (Kernel::AttentionDq128, Kernel::AttentionDkv128),
+        let (for_q, for_kv) = match (a.head_dim, tensor) {
+            (0..=32, false) => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
+            (33..=64, false) => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
+            (_, false) => (Kernel::AttentionDq128, Kernel::AttentionDkv128),
+            (0..=32, true) => (Kernel::AttentionDqBf16x32, Kernel::AttentionDkvBf16x32),
+            (33..=64, true) => (Kernel::AttentionDqBf16x64, Kernel::AttentionDkvBf16x64),
+            (_, true) => (Kernel::AttentionDqBf16x128, Kernel::AttentionDkvBf16x128),
         };
         let common = [
             arg(&attend),
@@ -277,9 +289,9 @@ impl NnOps for Cuda {
         ];
         let grid = |n: usize| [n.div_ceil(tile), a.heads, chunk.samples];
         let mut args = [common.as_slice(), &[arg(&dq), arg(&slopes)]].concat();
-        self.device.launch(for_q, grid(a.queries), THREADS, &mut args)?;
+        self.device.launch(for_q, grid(a.queries), threads, &mut args)?;
         let mut args = [common.as_slice(), &[arg(&dk), arg(&dv)]].concat();
-        self.device.launch(for_kv, grid(a.keys), THREADS, &mut args)?;
+        self.device.launch(for_kv, grid(a.keys), threads, &mut args)?;
         if slopes.len > 0 {
             let grad = self.reals(a.temperature_grad);
             self.device.launch(Kernel::AddTotal, [1, 1, 1], THREADS, &mut [arg(&slopes), arg(&grad)])?;

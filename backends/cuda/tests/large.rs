@@ -8,10 +8,13 @@ use bdia_core::rng::{Draw, Stream};
 use bdia_core::{
     Backend, Category, Chunk, Fault, Ints, Layout, NnOps, OptimOps, Reals, Reference, Result, Site, Storage,
 };
-use bdia_cuda::{Cuda, Options};
+use bdia_cuda::{Cuda, Options, Precision};
 
 /// Memory with random contents, the same on both sides.
 struct World {
+    precision: Precision,
+    /// How many times the tolerance an output of a single value may be off: where it is a sum of terms that cancel.
+    cancelling: f32,
     layout: Layout,
     reals: Vec<f32>,
     ints: Vec<i32>,
@@ -19,7 +22,11 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        Self { layout: Layout::new(4), reals: vec![], ints: vec![] }
+        Self::with(Precision::F32)
+    }
+
+    fn with(precision: Precision) -> Self {
+        Self { precision, cancelling: 1.0, layout: Layout::new(4), reals: vec![], ints: vec![] }
     }
 
     fn reals(&mut self, len: usize) -> Reals {
@@ -51,7 +58,8 @@ impl World {
         let fault = reference.take_fault().unwrap();
         let mut found: Vec<Vec<f32>> = vec![];
         for _ in 0..2 {
-            let mut cuda = Cuda::new(&self.layout, Options::default()).map_err(|e| e.to_string()).unwrap();
+            let options = Options { precision: self.precision, ..Options::default() };
+            let mut cuda = Cuda::new(&self.layout, options).map_err(|e| e.to_string()).unwrap();
             cuda.write_reals(Reals::new(0, reals), &self.reals).unwrap();
             cuda.write_ints(Ints::new(0, ints), &self.ints).unwrap();
             op(&mut cuda).unwrap();
@@ -69,6 +77,7 @@ impl World {
         for h in outputs {
             let largest = expected[h.range()].iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f32::max);
             assert!(largest > 0.0, "{what}: nothing was computed");
+            let tolerance = if h.len() == 1 { tolerance * self.cancelling } else { tolerance };
             for i in h.range() {
                 let (e, f) = (expected[i], found[0][i]);
                 let close = e == f || (e.is_nan() && f.is_nan()) || (e - f).abs() <= tolerance * largest;
@@ -89,6 +98,19 @@ fn chunk(samples: usize) -> Chunk {
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn attention() {
+    every_attention(Precision::F32, 2e-5);
+}
+
+/// On tensor cores. The inputs are values of bf16, so that loading them rounds nothing. What is left is the rounding of the
+/// weights and of their gradients to 8 bits before they are multiplied, at most 2^-9 of each, and so of every sum of terms
+/// that do not cancel; where they do, the largest result is smaller than their magnitudes: 2^-7 of it is allowed for.
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn attention_in_bf16() {
+    every_attention(Precision::Bf16, 8e-3);
+}
+
+fn every_attention(precision: Precision, tolerance: f32) {
     let plain = (Mask::Full, 2, 70, 70, 0.0, false, false);
     for head_dim in [32, 40, 64, 100, 128] {
         for (mask, heads, queries, keys, dropout, padded, tau) in [
@@ -99,7 +121,7 @@ fn attention() {
             (Mask::Full, 1, 33, 90, 0.0, true, true),
         ] {
             let (n, width) = (2, heads * head_dim);
-            let mut w = World::new();
+            let mut w = World::with(precision);
             let key_lens = if padded { w.ints(&[keys as i32 - 5, 40]) } else { Ints::EMPTY };
             let [temperature, temperature_grad] = [0; 2].map(|_| w.reals(usize::from(tau)));
             if tau {
@@ -113,17 +135,26 @@ fn attention() {
             let (dq, dkv) = (w.reals(n * queries * width), w.reals(n * keys * stride));
             let (out, lse) = (w.reals(n * queries * width), w.reals(n * queries * heads));
             let (dout, scratch) = (w.reals(n * queries * width), w.reals(Cuda::attention_scratch(&a, n, 1).max(keys)));
+            if precision == Precision::Bf16 {
+                // The temperature's gradient, Σ s·ds: the ds of a row add up to 0, so nearly all of it cancels.
+                w.cancelling = 16.0;
+                for x in &mut w.reals {
+                    *x = f32::from_bits(x.to_bits().wrapping_add(0x8000) & 0xFFFF_0000);
+                }
+            }
             let [qs, dqs] = [q, dq].map(|of| Columns { of, stride: width, at: 0 });
             let [k, dk] = [kv, dkv].map(|of| Columns { of, stride, at: 1 });
             let [v, dv] = [kv, dkv].map(|of| Columns { of, stride, at: width + 2 });
             let chunk = chunk(n);
-            let what = format!("{mask:?}, heads of {head_dim}, {queries} × {keys}, dropout {dropout}, padded {padded}");
+            let what = format!(
+                "{mask:?}, heads of {head_dim}, {queries} × {keys}, dropout {dropout}, padded {padded}, {precision:?}"
+            );
             let mut outputs = vec![out, dq, dkv, lse, scratch];
             if tau {
                 outputs.push(temperature_grad);
             }
             // The scratch differs and is nobody's: it is set to the same afterwards.
-            w.compare(&what, 2e-5, &outputs, |on| {
+            w.compare(&what, tolerance, &outputs, |on| {
                 on.attention(&chunk, &a, qs, k, v, out, lse, scratch)?;
                 on.attention_vjp(&chunk, &a, qs, k, v, out, lse, dout, dqs, dk, dv, scratch)?;
                 let ones = vec![1.0; scratch.len()];

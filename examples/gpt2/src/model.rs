@@ -372,7 +372,10 @@ impl Gpt2 {
             be.write_ints(self.targets, targets)?;
             let pass = Pass { seed: step.seed, step: step.step, global: (i * self.setup.batch) as u32 };
             self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
-            loss += self.loss_sum(be, self.setup.batch)?;
+            // The next batch overwrites them; the last ones are read when the step is done, so that nothing waits before.
+            if i + 1 < step.accumulate {
+                loss += self.loss_sum(be, self.setup.batch)?;
+            }
             mismatches += self.stack.mismatches(be)?;
             rebuild_error = rebuild_error.max(self.stack.rebuild_error());
         }
@@ -400,6 +403,7 @@ impl Gpt2 {
         if let Some(fault) = be.take_fault()? {
             return Err(Error::from(fault).into());
         }
+        loss += self.loss_sum(be, self.setup.batch)?;
         if fused {
             norm = self.grad_norm(be)?;
         }

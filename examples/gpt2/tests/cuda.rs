@@ -165,7 +165,7 @@ fn the_program_trains() {
     assert!(tight.err.contains("cuda-bf16"), "{}", tight.err);
 }
 
-/// Without a driver, or without that device, the program says so and ends with 1.
+/// Without a driver, or without that device/// Without a driver, or without that device, the program says so and ends with 1.
 #[test]
 fn a_missing_device_is_named() {
     let dir = Dir::new();
@@ -175,4 +175,48 @@ fn a_missing_device_is_named() {
     assert!(missing || absent, "{}", said.err);
     let run = dir.at("run");
     program::bad(&mut train(&dir.tokens(), &run, "--steps 1 --precision bf16"), &["--precision", "--backend cuda"]);
+}
+
+/// A directory of the dynamic loader with some libraries of the emulated device, and no others.
+fn libraries(dir: &Dir, names: &[&str]) -> std::path::PathBuf {
+    let path = std::env::var("LD_LIBRARY_PATH").unwrap();
+    let chosen = dir.at("lib");
+    std::fs::create_dir_all(&chosen).unwrap();
+    for name in names {
+        let found = path.split(':').map(|p| std::path::Path::new(p).join(name)).find(|p| p.exists());
+        std::os::unix::fs::symlink(found.unwrap(), chosen.join(name)).unwrap();
+    }
+    chosen
+}
+
+/// Which library is missing, and where it was looked for.
+#[test]
+#[ignore = "needs the emulated device of .ci/cuda"]
+fn emulated_missing_libraries_are_named() {
+    for (there, missing) in [
+        (&[][..], "the CUDA driver (libcuda"),
+        (&["libcuda.so"][..], "cuBLAS (libcublas"),
+        (&["libcuda.so", "libcublas.so"][..], "NVRTC (libnvrtc"),
+    ] {
+        let dir = Dir::new();
+        let lib = libraries(&dir, there);
+        let mut command = train(&dir.tokens(), &dir.at("run"), "--steps 1 --backend cuda");
+        let said = program::bad(command.env("LD_LIBRARY_PATH", &lib).env_remove("BDIA_CUDA_CACHE"), &[]);
+        for part in [missing, "looked for lib", &format!("in LD_LIBRARY_PATH ({})", lib.display()), "--backend cpu"] {
+            assert!(said.err.contains(part), "{part}: {}", said.err);
+        }
+    }
+}
+
+/// A device with little memory: the plan stands beside what is free; a device that is not there: how many are.
+#[test]
+#[ignore = "needs the emulated device of .ci/cuda"]
+fn emulated_limits_are_told() {
+    let dir = Dir::new();
+    let (data, out) = (dir.tokens(), dir.at("run"));
+    let mut command = train(&data, &out, "--steps 1 --backend cuda");
+    let said = program::bad(command.env("BDIA_EMULATED_MEMORY", "20000000"), &[]);
+    assert!(said.err.contains("the plan needs ") && said.err.contains("has 20000000 free of 20000000"), "{}", said.err);
+    let said = program::bad(&mut train(&data, &out, "--steps 1 --backend cuda --device 7"), &[]);
+    assert!(said.err.contains("device 7 was asked for, the driver finds 1: numbers 0 to 0"), "{}", said.err);
 }

@@ -438,10 +438,6 @@ impl Vit {
                 }
             },
         );
-        let mut loss = sum(be, self.head.losses)?;
-        if let Some(m) = self.head.mixup {
-            loss = m.share * loss + (1.0 - m.share) * sum(be, m.losses)?;
-        }
         if let Trunk::One(stack) = &self.trunk {
             mismatches = stack.mismatches(be)?;
         }
@@ -469,6 +465,11 @@ impl Vit {
         self.ends.update(be, &updater, 0, &self.end_tensors)?;
         if let Some(fault) = be.take_fault()? {
             return Err(Error::from(fault).into());
+        }
+        // Read when the step is done, so that nothing waits before.
+        let mut loss = sum(be, self.head.losses)?;
+        if let Some(m) = self.head.mixup {
+            loss = m.share * loss + (1.0 - m.share) * sum(be, m.losses)?;
         }
         if fused {
             norm = self.grad_norm(be)?;
