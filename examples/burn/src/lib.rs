@@ -46,6 +46,8 @@
 //! `f32` and a backend whose operations give the same bits again; values travel through this computer's memory, chunk by
 //! chunk. The first dimension is the sample.
 
+pub mod model;
+
 use core::fmt;
 
 use bdia_core::backend::Chunk;
@@ -209,6 +211,8 @@ impl Reversible {
         };
         let Laid { stack, cpu, .. } = self.laid.insert(laid);
 
+        // burn draws a parameter when it is first used; within a block that would come before its dropout, once.
+        blocks.iter().for_each(|block| block.visit(&mut Drawn));
         let pass = Pass { seed: self.options.seed, step: self.options.step, global: 0 };
         self.options.step = self.options.step.wrapping_add(1);
         cpu.take_fault()?; // What an abandoned pass left.
@@ -299,6 +303,15 @@ where
         let mut below = backpropagate((x * g).sum());
         Add { sum: &mut grads, part: GradientsParams::from_module(&mut below, model) }.over(model);
         Ok(grads)
+    }
+}
+
+/// Uses every parameter once.
+struct Drawn;
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for Drawn {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        drop(param.val());
     }
 }
 
