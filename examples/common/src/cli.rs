@@ -67,6 +67,8 @@ pub enum ScheduleKind {
     Cosine,
     /// Falls to the minimum along a line.
     Linear,
+    /// Falls with the root of the number of steps, as the first transformer's did.
+    Noam,
 }
 
 /// Who computes.
@@ -205,6 +207,7 @@ impl OptimArgs {
                 ScheduleKind::Constant => Decay::Constant,
                 ScheduleKind::Cosine => Decay::Cosine,
                 ScheduleKind::Linear => Decay::Linear,
+                ScheduleKind::Noam => Decay::Noam,
             },
         }
     }
@@ -214,7 +217,8 @@ impl OptimArgs {
     /// # Errors
     /// A sentence.
     pub fn check(&self) -> Result<(), String> {
-        if self.schedule != ScheduleKind::Constant && self.min_lr() > self.lr {
+        let falls_to_it = matches!(self.schedule, ScheduleKind::Cosine | ScheduleKind::Linear);
+        if falls_to_it && self.min_lr() > self.lr {
             return Err(format!("--min-lr is {}, expected at most --lr, which is {}", self.min_lr(), self.lr));
         }
         Ok(())

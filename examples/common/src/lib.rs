@@ -2,7 +2,7 @@
 //!
 //! In the order in which data flows: [`cli`] (flags that every program has, and their checks) → [`machine`] (threads, plan,
 //! backend) → [`run`] (directory of a run, resuming, stopping, progress) → [`checkpoint`], [`weights`], [`report`] (what a
-//! run leaves behind), over [`files`] and [`alloc`].
+//! run leaves behind), over [`files`] and [`alloc`]; [`study`] makes many runs of one program.
 
 pub mod alloc;
 pub mod checkpoint;
@@ -14,6 +14,7 @@ pub mod machine;
 pub mod mutations;
 pub mod report;
 pub mod run;
+pub mod study;
 pub mod weights;
 
 pub use error::Failure;

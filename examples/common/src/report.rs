@@ -202,6 +202,23 @@ fn draw(picture: &Chart<'_>) -> Result<String, String> {
     let (low, high) = range(&mut all().flat_map(|p| [p.1 - p.2, p.1 + p.2]));
     let right = if right > left { right } else { left + 1.0 };
     let margin = if high > low { (high - low) * 0.05 } else { low.abs().max(0.1) * 0.05 };
+    // The legend goes where the fewest points are.
+    let crowd = |on_right: bool, on_top: bool| {
+        let far = |share: f64, end: bool| if end { share > 0.65 } else { share < 0.35 };
+        let inside = |p: &&(f64, f64, f64)| {
+            far((p.0 - left) / (right - left), on_right)
+                && far((p.1 - low + margin) / (high - low + 2.0 * margin), on_top)
+        };
+        all().filter(inside).count()
+    };
+    use SeriesLabelPosition as Corner;
+    let corner = [
+        (crowd(true, true), Corner::UpperRight),
+        (crowd(true, false), Corner::LowerRight),
+        (crowd(false, true), Corner::UpperLeft),
+        (crowd(false, false), Corner::LowerLeft),
+    ];
+    let corner = corner.into_iter().min_by_key(|c| c.0).map_or(Corner::UpperRight, |c| c.1);
     let grey = RGBColor(225, 225, 225);
     let text = |size: u32| ("sans-serif", size).into_font().color(&RGBColor(40, 40, 40));
 
@@ -249,7 +266,7 @@ fn draw(picture: &Chart<'_>) -> Result<String, String> {
         }
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
+            .position(corner)
             .margin(12)
             .legend_area_size(32)
             .background_style(WHITE.mix(0.85))

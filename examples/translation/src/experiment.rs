@@ -1,0 +1,95 @@
+//! `experiment`: the paper's comparison on translation, with BLEU. The files are those of [`bdia_train::study`], and one
+//! picture more: `regularizers-bleu.svg` beside `regularizers.svg`, which has the losses.
+
+use std::path::{Path, PathBuf};
+
+use bdia_train::Failure;
+use bdia_train::cli::Mode;
+use bdia_train::files::FileError;
+use bdia_train::report;
+use bdia_train::study::{Flags, Study, Table};
+
+use crate::cli::{ExperimentArgs, TrainArgs};
+use crate::train::{Metric, Summary, train};
+
+impl Flags for TrainArgs {
+    fn of_run(&self, seed: u64, out: &Path) -> Self {
+        Self { seed, out: out.into(), json: false, resume: None, ..self.clone() }
+    }
+
+    fn resuming(&self, out: &Path) -> Self {
+        Self { resume: Some(out.into()), ..self.clone() }
+    }
+
+    fn comparable(&self) -> Self {
+        let mut a = Self { given: Default::default(), out: PathBuf::new(), verify: false, ..self.clone() };
+        (a.machine.threads, a.checkpoint_interval, a.resume) = (None, 0, None);
+        for path in a.data.iter_mut().chain(&mut a.held_out).chain(&mut a.weights) {
+            *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
+        }
+        a
+    }
+}
+
+/// The standard transformer, with more dropout, on the grid without γ, and BDIA: loss and BLEU over epochs, for every seed.
+///
+/// # Errors
+/// [`Failure`]; what is finished stays, and the same command goes on.
+pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
+    std::fs::create_dir_all(&args.dir).map_err(|e| FileError::io(&args.dir, "create the directory", e))?;
+    if args.train.resume.is_some() || args.train.given.contains("mode") {
+        return Err(Failure::Other("experiments choose --mode and --resume of their runs themselves".into()));
+    }
+    let study: Study<'_, TrainArgs, Summary> = Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
+    let more = args.more_dropout;
+    let mut cells = vec![
+        study.cell("standard", 0.0, |a| a.mode.mode = Mode::Standard),
+        study.cell(format!("standard-dropout-{more}"), 1.0, |a| (a.mode.mode, a.dropout) = (Mode::Standard, more)),
+        study.cell("bdia", 2.0, |a| a.mode.mode = Mode::Bdia),
+    ];
+    if args.grid {
+        cells.push(study.cell("standard-grid", 3.0, |a| (a.mode.mode, a.mode.quantize) = (Mode::Standard, true)));
+    }
+    let results = study.results(&cells)?;
+    let columns = [
+        "val_loss",
+        "best_val_loss",
+        "train_loss",
+        "bleu",
+        "chrf",
+        "exact",
+        "activation_bytes",
+        "plan_bytes",
+        "peak_bytes",
+    ];
+    let mut table = Table::of_runs(&columns, &cells, &results, |s| {
+        vec![
+            s.val_loss,
+            s.best_val_loss,
+            s.loss,
+            s.bleu,
+            s.chrf,
+            s.exact,
+            s.activation_bytes as f64,
+            s.plan_bytes as f64,
+            s.peak_bytes as f64,
+        ]
+    });
+    let speeds = study.speeds(
+        &cells,
+        |a| {
+            (a.epochs, a.eval_interval, a.translate, a.checkpoint_interval) = (1, 0, 0, 0);
+            (a.pairs, a.held) = (Some(a.pairs.unwrap_or(u64::MAX).min(1000)), Some(20));
+            a.held_out.clear();
+        },
+        |s| 1e6 / s.tokens_per_s,
+    )?;
+    table.push("us_per_token", speeds);
+    table.csv(study.dir, "regularizers")?;
+    let loss = study.curves(&cells, |m: &Metric| m.val_loss)?;
+    study.draw("regularizers", "Held-out loss in training", "optimizer step", "loss (nats a token)", &loss)?;
+    let bleu = study.curves(&cells, |m: &Metric| m.bleu)?;
+    study.draw("regularizers-bleu", "BLEU in training", "optimizer step", "BLEU, greedy", &bleu)?;
+    report::tell!("tables and pictures: {}/regularizers*.csv, .svg", args.dir.display());
+    Ok(())
+}

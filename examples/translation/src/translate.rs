@@ -1,0 +1,445 @@
+//! What a trained model does: losses, translations and their scores; `eval` and `translate`.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::path::Path;
+
+use bdia_core::backend::Backend;
+use bdia_core::plan::Choice;
+use bdia_core::{Gamma, Grid, Layout, Reference, Sign, stack};
+use bdia_cpu::Cpu;
+use bdia_cuda::Cuda;
+use bdia_train::files::write_bytes;
+use bdia_train::machine::{self, Work};
+use bdia_train::weights::{self, Weights};
+use bdia_train::{Failure, report, run};
+
+use crate::batch::{Batches, chunk_of};
+use crate::bleu::{bleu, chrf};
+use crate::cli::{self, BackendKind, EvalArgs, SearchArgs, TrainArgs, TranslateArgs};
+use crate::config::TranslationConfig;
+use crate::data::{Dataset, Pair, Source, read, references};
+use crate::decode::{Search, Sizes};
+use crate::model::{Inference, Setup, Tokens, Translator};
+use crate::vocab::{Vocabularies, Vocabulary};
+
+/// Pairs as tokens, without those that are too long for the model.
+#[derive(Debug, Clone, Default)]
+pub struct Encoded {
+    /// The pairs that are left, as text and as tokens.
+    pub pairs: Vec<Pair>,
+    /// The same as tokens.
+    pub tokens: Vec<Tokens>,
+    /// How many were left out.
+    pub too_long: usize,
+}
+
+impl Encoded {
+    /// Encodes pairs of at most `longest` positions.
+    ///
+    /// # Errors
+    /// What the vocabulary reports.
+    pub fn new(pairs: &[Pair], vocabularies: &Vocabularies, longest: usize) -> Result<Self, Failure> {
+        let mut out = Self::default();
+        for p in pairs {
+            let tokens = Tokens {
+                source: vocabularies.source.encode(&p.source)?,
+                target: vocabularies.target().encode(&p.target)?,
+            };
+            if tokens.positions() > longest {
+                out.too_long += 1;
+            } else {
+                out.pairs.push(p.clone());
+                out.tokens.push(tokens);
+            }
+        }
+        Ok(out)
+    }
+
+    /// Every source once, with all its translations; `most` of them, evenly spread.
+    pub fn sentences(&self, most: usize) -> Vec<Sentence> {
+        let all = references(&self.pairs);
+        let mut tokens = std::collections::HashMap::new();
+        for (p, t) in self.pairs.iter().zip(&self.tokens) {
+            tokens.entry(p.source.as_str()).or_insert(&t.source);
+        }
+        let n = all.len().min(most);
+        (0..n)
+            .map(|i| &all[i * all.len() / n])
+            .filter_map(|(source, references)| {
+                Some(Sentence {
+                    source: (*source).to_string(),
+                    tokens: tokens.get(source)?.to_vec(),
+                    references: references.iter().map(ToString::to_string).collect(),
+                })
+            })
+            .collect()
+    }
+}
+
+/// A sentence to translate and its known translations.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sentence {
+    /// The sentence.
+    pub source: String,
+    /// As tokens.
+    pub tokens: Vec<i32>,
+    /// Its translations; BLEU and chrF compare with the first.
+    pub references: Vec<String>,
+}
+
+/// Scores of translations.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scores {
+    /// 0 to 100.
+    pub bleu: f64,
+    /// 0 to 100.
+    pub chrf: f64,
+    /// Share of translations that are one of the known ones, letter by letter.
+    pub exact: f64,
+}
+
+/// Compares translations with what is known.
+pub fn score(sentences: &[Sentence], translations: &[String]) -> Scores {
+    let first = |s: &'_ Sentence| s.references.first().cloned().unwrap_or_default();
+    let firsts: Vec<_> = sentences.iter().map(first).collect();
+    let pairs = || translations.iter().map(String::as_str).zip(firsts.iter().map(String::as_str));
+    let exact = sentences.iter().zip(translations).filter(|(s, t)| s.references.contains(t)).count();
+    Scores { bleu: bleu(pairs()), chrf: chrf(pairs()), exact: exact as f64 / sentences.len().max(1) as f64 }
+}
+
+/// Mean loss of the target's tokens, and their number. `chunk` samples of `longest` positions at a time.
+///
+/// # Errors
+/// [`Failure`]
+pub fn loss<B: Backend>(
+    be: &mut B,
+    model: &mut Translator,
+    pairs: &[Tokens],
+    batches: &Batches,
+    (chunk, longest): (usize, usize),
+    inference: Inference,
+) -> Result<(f64, usize), Failure> {
+    let (mut sum, mut count) = (0.0, 0);
+    for batch in batches.in_order() {
+        let tokens: Vec<&Tokens> = batch.members.iter().map(|&i| &pairs[i as usize]).collect();
+        let chunk = chunk_of(chunk, longest, batch.longest);
+        let (loss, n) = model.evaluate(be, &tokens, chunk, inference, |_, _, _, _| Ok(()))?;
+        sum += loss;
+        count += n;
+    }
+    Ok((sum / count.max(1) as f64, count))
+}
+
+/// Translations of sentences, in their order; those of about the same length are translated together.
+///
+/// # Errors
+/// [`Failure`]
+pub fn translations<B: Backend>(
+    be: &mut B,
+    model: &Translator,
+    vocabulary: &Vocabulary,
+    sources: &[&[i32]],
+    sizes: &Sizes,
+    search: &Search,
+) -> Result<Vec<String>, Failure> {
+    let mut order: Vec<usize> = (0..sources.len()).collect();
+    order.sort_by_key(|&i| sources[i].len());
+    let mut out = vec![String::new(); sources.len()];
+    for group in order.chunks(sizes.sentences) {
+        let some: Vec<_> = group.iter().map(|&i| sources[i]).collect();
+        for (&i, tokens) in group.iter().zip(model.translate(be, &some, sizes, search)?) {
+            out[i] = vocabulary.decode(&tokens)?;
+        }
+    }
+    Ok(out)
+}
+
+/// Reads a model's weights from a safetensors file.
+///
+/// # Errors
+/// Files that cannot be read, and every tensor that is missing, unexpected or of another shape.
+pub fn load_weights<B: Backend<Real = f32>>(path: &Path, be: &mut B, model: &Translator) -> Result<(), Failure> {
+    let weights = Weights::read_files(vec![path.to_path_buf()])?;
+    let named = model.tensors();
+    weights.check(&named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect::<Vec<_>>())?;
+    for t in &named {
+        let mut file = vec![0.0; t.shape.iter().product()];
+        weights.read(&t.name, &mut file)?;
+        let mut rest = file.as_slice();
+        for p in &t.pieces {
+            let (piece, after) = rest.split_at(p.values.len());
+            rest = after;
+            match p.transposed {
+                None => be.write_reals(p.values, piece)?,
+                Some([rows, cols]) => {
+                    let ours: Vec<f32> = (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect();
+                    be.write_reals(p.values, &ours)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes a model's weights as safetensors, under PyTorch's names.
+///
+/// # Errors
+/// A file that cannot be written; an existing one is untouched then.
+pub fn save_weights<B: Backend<Real = f32>>(path: &Path, be: &B, model: &Translator) -> Result<(), Failure> {
+    let named = model.tensors();
+    let shapes: Vec<_> = named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
+    weights::write::<Failure>(path, &shapes, |i, sink| {
+        for p in &named[i].pieces {
+            let mut ours = vec![0.0; p.values.len()];
+            be.read_reals(p.values, &mut ours)?;
+            if let Some([rows, cols]) = p.transposed {
+                ours = (0..rows * cols).map(|at| ours[at % rows * cols + at / rows]).collect();
+            }
+            sink.put(&ours)?;
+        }
+        Ok(())
+    })
+}
+
+/// What a run left behind, ready to be laid out for translating.
+struct Trained {
+    config: TranslationConfig,
+    vocabularies: Vocabularies,
+    setup: Setup,
+    search: Search,
+    sizes: Sizes,
+}
+
+/// Sentences that are translated together, where memory is no question.
+pub const TOGETHER: usize = 32;
+
+impl Trained {
+    fn read(args: &SearchArgs) -> Result<Self, Failure> {
+        let config = TranslationConfig::read_dir(&args.weights)?;
+        let vocabularies = Vocabularies::read(&args.weights, config.shared)?;
+        if vocabularies.sizes() != config.vocab {
+            let what = format!(
+                "vocabularies of {:?} entries, which do not belong to the model of {:?}",
+                vocabularies.sizes(),
+                config.vocab
+            );
+            return Err(Failure::Run { path: args.weights.clone(), what });
+        }
+        let grid = Grid::new(config.bdia.frac_bits)?;
+        let threads = machine::threads(&args.machine);
+        let setup = Setup {
+            dims: config.dims(),
+            mode: stack::Mode::Bdia,
+            grid: Some(grid),
+            gamma: Gamma::new(0.5, Sign::Plus)?,
+            rule: None,
+            fused: true,
+            verify: false,
+            smoothing: 0.0,
+            head_rows: Choice::HEAD_ROWS,
+            threads,
+            library: machine::library(&args.machine, threads),
+        };
+        let inference = match args.inference {
+            cli::Inference::Float => Inference::Float,
+            cli::Inference::Quantized => Inference::Quantized(grid),
+        };
+        let search = Search { beams: args.beams as usize, alpha: args.alpha, inference };
+        let sizes = Sizes { sentences: TOGETHER, beams: search.beams, longest: config.positions };
+        Ok(Self { config, vocabularies, setup, search, sizes })
+    }
+
+    /// Lays the model out for translating, fewer sentences at a time where there is a budget, and for losses of these batches.
+    fn lay_out(&mut self, args: &SearchArgs, batches: Option<&Batches>) -> Result<(Translator, Layout), Failure> {
+        let kind = args.machine.backend;
+        loop {
+            let shapes: Vec<_> = batches.iter().flat_map(|b| b.shapes(1, self.config.positions)).collect();
+            let (setup, sizes) = (&self.setup, &self.sizes);
+            let made = match kind {
+                BackendKind::Reference => Translator::layout::<Reference<'_, f32>>(setup, &shapes, |m| {
+                    Ok(vec![m.decoding_layout::<Reference<'_, f32>>(sizes)?])
+                }),
+                BackendKind::Cpu => {
+                    Translator::layout::<Cpu>(setup, &shapes, |m| Ok(vec![m.decoding_layout::<Cpu>(sizes)?]))
+                }
+                BackendKind::Cuda => {
+                    Translator::layout::<Cuda>(setup, &shapes, |m| Ok(vec![m.decoding_layout::<Cuda>(sizes)?]))
+                }
+            }?;
+            match args.machine.memory {
+                Some(budget) if made.1.total() as u64 > budget && self.sizes.sentences > 1 => {
+                    self.sizes.sentences = self.sizes.sentences.div_ceil(2);
+                }
+                Some(budget) if made.1.total() as u64 > budget => {
+                    let budget = usize::try_from(budget).unwrap_or(usize::MAX);
+                    return Err(bdia_core::Error::Budget { budget, minimum: made.1.total() }.into());
+                }
+                _ => return Ok(made),
+            }
+        }
+    }
+
+    fn file(args: &SearchArgs) -> std::path::PathBuf {
+        args.weights.join(if args.best { "best.safetensors" } else { weights::FILE })
+    }
+}
+
+/// `eval`.
+///
+/// # Errors
+/// [`Failure`]
+pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
+    struct Eval<'a> {
+        args: &'a EvalArgs,
+        trained: Trained,
+        model: Translator,
+        encoded: Encoded,
+        batches: Batches,
+    }
+    impl Work for Eval<'_> {
+        fn on<B: Backend<Real = f32>>(mut self, be: &mut B, _: usize) -> Result<(), Failure> {
+            let Trained { vocabularies, search, sizes, config, .. } = &self.trained;
+            load_weights(&Trained::file(&self.args.search), be, &self.model)?;
+            let at_once = (1, config.positions);
+            let (loss, tokens) =
+                loss(be, &mut self.model, &self.encoded.tokens, &self.batches, at_once, search.inference)?;
+            let sentences = self.encoded.sentences(usize::MAX);
+            let sources: Vec<_> = sentences.iter().map(|s| s.tokens.as_slice()).collect();
+            let found = translations(be, &self.model, vocabularies.target(), &sources, sizes, search)?;
+            if let Some(path) = &self.args.output {
+                write_bytes(path, (found.join("\n") + "\n").as_bytes())?;
+            }
+            let s = score(&sentences, &found);
+            report::tell!(
+                "loss {loss:.4} over {tokens} tokens; {} sentences: BLEU {:.2}, chrF {:.2}, exactly right {:.2} %",
+                sentences.len(),
+                s.bleu,
+                s.chrf,
+                100.0 * s.exact
+            );
+            if self.args.json {
+                let json = serde_json::json!({
+                    "loss": loss, "bleu": s.bleu, "chrf": s.chrf, "exact": s.exact, "sentences": sentences.len(),
+                    "too_long": self.encoded.too_long,
+                });
+                report::tell!("{json}");
+            }
+            Ok(())
+        }
+    }
+    let mut trained = Trained::read(&args.search)?;
+    let pairs = if args.data.is_empty() {
+        let saved: TrainArgs = run::saved(&args.search.weights)?;
+        held_out(&saved)?.held
+    } else {
+        read(&args.data)?
+    };
+    let encoded = Encoded::new(&pairs, &trained.vocabularies, trained.config.positions)?;
+    if encoded.too_long > 0 {
+        let longest = trained.config.positions;
+        report::note!("{} pairs of more than {longest} tokens are left out", encoded.too_long);
+    }
+    if encoded.tokens.is_empty() {
+        return Err(Failure::Other(format!("{} pairs, and none that the model could translate", pairs.len())));
+    }
+    let batches = Batches::new(&encoded.tokens, 1024.max(trained.config.positions), trained.config.positions);
+    let (model, layout) = trained.lay_out(&args.search, Some(&batches))?;
+    let machine = &args.search.machine;
+    let threads = trained.setup.threads;
+    machine::run(machine, threads, &layout, Eval { args, trained, model, encoded, batches })
+}
+
+/// The pairs that a run's flags name.
+///
+/// # Errors
+/// [`Failure`], for files that cannot be used.
+pub fn held_out(args: &TrainArgs) -> Result<Dataset, Failure> {
+    let source = Source {
+        files: &args.data,
+        held_files: &args.held_out,
+        pairs: args.pairs.map(|n| n as usize),
+        held: args.held.map(|n| n as usize),
+    };
+    Ok(Dataset::open(&source)?)
+}
+
+/// `translate`: every line of standard input, to standard output. Lines that wait are translated together.
+///
+/// # Errors
+/// [`Failure`]; what came before is printed.
+pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
+    struct Lines<'a> {
+        args: &'a TranslateArgs,
+        trained: Trained,
+        model: Translator,
+    }
+    impl Work for Lines<'_> {
+        fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
+            load_weights(&Trained::file(&self.args.search), be, &self.model)?;
+            let mut input = std::io::stdin().lock();
+            let mut number = 0;
+            loop {
+                let mut lines = Vec::new();
+                while lines.len() < self.trained.sizes.sentences {
+                    let mut bytes = Vec::new();
+                    let read = input.read_until(b'\n', &mut bytes);
+                    if read.map_err(|e| Failure::Other(format!("standard input: {e}")))? == 0 {
+                        break;
+                    }
+                    number += 1;
+                    let text = String::from_utf8(bytes).map_err(|_| {
+                        Failure::Other(format!(
+                            "standard input, line {number}: not valid UTF-8; nothing after it is read"
+                        ))
+                    })?;
+                    lines.push(text.trim().to_string());
+                    // Who types wants an answer.
+                    if std::io::stdin().is_terminal() {
+                        break;
+                    }
+                }
+                if lines.is_empty() {
+                    return Ok(());
+                }
+                let mut out = self.some(be, &lines, number - lines.len())?.join("\n");
+                out.push('\n');
+                let mut stdout = std::io::stdout().lock();
+                if stdout.write_all(out.as_bytes()).and_then(|()| stdout.flush()).is_err() {
+                    // Nobody reads on.
+                    return Ok(());
+                }
+            }
+        }
+    }
+    impl Lines<'_> {
+        /// Empty lines stay empty; the line of a sentence that is too long is named.
+        fn some<B: Backend>(&self, be: &mut B, lines: &[String], before: usize) -> Result<Vec<String>, Failure> {
+            let Trained { vocabularies, sizes, search, .. } = &self.trained;
+            let (mut tokens, mut places) = (Vec::new(), Vec::new());
+            for (i, line) in lines.iter().enumerate().filter(|(_, line)| !line.is_empty()) {
+                let encoded = vocabularies.source.encode(line)?;
+                if encoded.len() >= sizes.longest {
+                    return Err(Failure::Other(format!(
+                        "standard input, line {}: {} tokens, expected less than {}; split the sentence",
+                        before + i + 1,
+                        encoded.len(),
+                        sizes.longest
+                    )));
+                }
+                tokens.push(encoded);
+                places.push(i);
+            }
+            let sources: Vec<_> = tokens.iter().map(Vec::as_slice).collect();
+            let mut out = vec![String::new(); lines.len()];
+            let found = translations(be, &self.model, vocabularies.target(), &sources, sizes, search)?;
+            for (i, text) in places.into_iter().zip(found) {
+                out[i] = text;
+            }
+            Ok(out)
+        }
+    }
+    let mut trained = Trained::read(&args.search)?;
+    let (model, layout) = trained.lay_out(&args.search, None)?;
+    let threads = trained.setup.threads;
+    machine::run(&args.search.machine, threads, &layout, Lines { args, trained, model })
+}

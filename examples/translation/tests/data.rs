@@ -1,0 +1,140 @@
+//! Files of every kind, good and bad; the split; scores equal to sacreBLEU's.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashSet;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use bdia_train::files::testing::TempDir;
+use bdia_translate::bleu::{bleu, chrf};
+use bdia_translate::data::{DataError, Dataset, Pair, Source, read, references};
+
+fn refused(files: &[PathBuf], parts: &[&str]) -> DataError {
+    let error = read(files).unwrap_err();
+    let text = error.to_string();
+    for part in parts {
+        assert!(text.contains(part), "expected {part:?} in: {text}");
+    }
+    error
+}
+
+fn pairs(of: &[(&str, &str)]) -> Vec<Pair> {
+    of.iter().map(|(s, t)| Pair { source: (*s).into(), target: (*t).into() }).collect()
+}
+
+fn packed(bytes: &[u8]) -> Vec<u8> {
+    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    out.write_all(bytes).unwrap();
+    out.finish().unwrap()
+}
+
+#[test]
+fn tables_of_two_columns() {
+    let dir = TempDir::new();
+    let good = "\u{feff}English,French\nHi.,Salut !\n\"Well, no.\",\"Eh bien, \"\"non\"\".\"\n\"two\nlines\",deux\r\n";
+    let expected = pairs(&[("Hi.", "Salut !"), ("Well, no.", "Eh bien, \"non\"."), ("two lines", "deux")]);
+    assert_eq!(read(&[dir.file("a.csv", good.as_bytes())]).unwrap(), expected);
+    assert_eq!(read(&[dir.file("a.csv.gz", &packed(good.as_bytes()))]).unwrap(), expected);
+
+    refused(&[dir.file("b.csv", b"English\nHi.\n")], &["b.csv", "line 1", "1 column(s)", "two columns with a header"]);
+    refused(&[dir.file("b.csv", b"E,F\na,b\nc\nd,e\n")], &["b.csv", "line 3", "1 column(s)"]);
+    refused(&[dir.file("b.csv", b"E,F\na,b,c\n")], &["b.csv", "line 2", "3 column(s)"]);
+    let e = refused(&[dir.file("b.csv", b"E,F\na,b\nc,\n")], &["b.csv", "line 3", "target sentence is empty"]);
+    assert!(matches!(e, DataError::Empty { line: 3, side: "target", .. }));
+    refused(&[dir.file("b.csv", b"E,F\n\" \",b\n")], &["line 2", "source sentence is empty"]);
+    let e = refused(&[dir.file("b.csv", b"E,F\na,b\nc,d\xff\n")], &["b.csv", "line 3", "UTF-8"]);
+    assert!(matches!(e, DataError::Encoding { line: 3, .. }));
+}
+
+#[test]
+fn lines_with_tabs() {
+    let dir = TempDir::new();
+    let good = "Hi.\tSalut !\tCC-BY 2.0 (France)\r\nGo.\tVa !\n";
+    let expected = pairs(&[("Hi.", "Salut !"), ("Go.", "Va !")]);
+    assert_eq!(read(&[dir.file("fra.txt", good.as_bytes())]).unwrap(), expected);
+    assert_eq!(read(&[dir.file("fra.tsv.gz", &packed(good.as_bytes()))]).unwrap(), expected);
+    refused(&[dir.file("b.tsv", b"a\tb\nno tab\n")], &["b.tsv", "line 2", "1 column(s)", "tabs"]);
+    refused(&[dir.file("b.tsv", b"a\tb\n\nc\td\n")], &["b.tsv", "line 2"]);
+    refused(&[dir.file("b.tsv", b"a\tb\nc\t\n")], &["line 2", "target sentence is empty"]);
+    refused(&[dir.file("b.tsv", b"a\tb\n\xe9t\xe9\tsummer\n")], &["line 2", "UTF-8", "iconv"]);
+}
+
+#[test]
+fn aligned_lines() {
+    let dir = TempDir::new();
+    let (en, fr) = (dir.file("a.en", b"one\ntwo\nthree\n"), dir.file("a.fr", b"un\ndeux\ntrois"));
+    assert_eq!(read(&[en.clone(), fr]).unwrap(), pairs(&[("one", "un"), ("two", "deux"), ("three", "trois")]));
+    let gz = dir.file("b.fr.gz", &packed(b"un\ndeux\ntrois\n"));
+    assert_eq!(read(&[en.clone(), gz]).unwrap().len(), 3);
+    let short = dir.file("c.fr", b"un\ndeux\n");
+    let e = refused(&[en.clone(), short.clone()], &["c.fr", "line 3", "a.en goes on"]);
+    assert!(matches!(e, DataError::Aligned { line: 3, .. }));
+    refused(&[short, en.clone()], &["c.fr", "line 3", "a.en goes on"]);
+    refused(&[en.clone(), dir.file("d.fr", b"un\n\ntrois\n")], &["d.fr", "line 2", "target sentence is empty"]);
+    refused(&[dir.file("d.en", b"one\n  \nthree\n"), dir.file("e.fr", b"un\ndeux\ntrois\n")], &["d.en", "line 2"]);
+    let mut damaged = packed(b"un\ndeux\ntrois\n");
+    damaged.truncate(12);
+    refused(&[en.clone(), dir.file("f.fr.gz", &damaged)], &["f.fr.gz", "gzip"]);
+    refused(&[en, dir.path().join("absent")], &["absent"]);
+}
+
+fn open(files: &[PathBuf], pairs: Option<usize>, held: Option<usize>) -> Result<Dataset, DataError> {
+    Dataset::open(&Source { files, held_files: &[], pairs, held })
+}
+
+#[test]
+fn no_source_sentence_is_on_both_sides() {
+    let dir = TempDir::new();
+    // 100 sentences with 3 translations each.
+    let text: String = (0..300).map(|i| format!("sentence {}\tphrase {i}\n", i / 3)).collect();
+    let files = [dir.file("a.tsv", text.as_bytes())];
+    let d = open(&files, None, Some(10)).unwrap();
+    assert_eq!((d.train.len(), d.held.len()), (270, 30));
+    let sources = |p: &[Pair]| p.iter().map(|p| p.source.clone()).collect::<HashSet<_>>();
+    assert!(sources(&d.train).is_disjoint(&sources(&d.held)));
+    let known = references(&d.held);
+    assert!(known.len() == 10 && known.iter().all(|(_, all)| all.len() == 3));
+    // However many are used, the same are held out.
+    let some = open(&files, Some(50), Some(10)).unwrap();
+    assert_eq!((some.train.len(), &some.held), (50, &d.held));
+    assert!(some.digest() != d.digest() && d.digest() == open(&files, None, Some(10)).unwrap().digest());
+    // A twentieth, where nothing is said.
+    assert_eq!(references(&open(&files, None, None).unwrap().held).len(), 5);
+    let e = open(&files, None, Some(100)).unwrap_err().to_string();
+    assert!(e.contains("100 different source sentence(s), expected 101"), "{e}");
+    assert!(open(&[dir.file("b.tsv", b"")], None, None).unwrap_err().to_string().contains("0 pair(s)"));
+
+    // Held-out files of their own: what they have is not learned from.
+    let held_files = [dir.file("h.tsv", b"sentence 7\tautre\nnew\tnouveau\n")];
+    let d = Dataset::open(&Source { files: &files, held_files: &held_files, pairs: None, held: None }).unwrap();
+    assert_eq!((d.train.len(), d.held.len()), (297, 2));
+}
+
+#[test]
+fn number_words_are_split() {
+    let d = open(&[], Some(2000), Some(300)).unwrap();
+    assert_eq!((d.train.len(), d.held.len()), (2000, 300));
+}
+
+/// The hypotheses, the references, and what sacreBLEU says of them (`torch/scores.py` repeats it).
+#[test]
+fn scores_are_those_of_sacrebleu() {
+    let file = |name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
+        std::fs::read_to_string(path).unwrap()
+    };
+    let (hypotheses, references) = (file("scores.hypotheses.txt"), file("scores.references.txt"));
+    let expected: serde_json::Value = serde_json::from_str(&file("scores.json")).unwrap();
+    let pairs: Vec<_> = hypotheses.split('\n').zip(references.split('\n')).collect();
+    let parts = expected["parts"].as_array().unwrap();
+    assert!(parts.len() > 10);
+    for part in parts {
+        let at = |key: &str| part[key].as_u64().unwrap() as usize;
+        let some = || pairs[at("from")..at("to")].iter().copied();
+        for (what, found) in [("bleu", bleu(some())), ("chrf", chrf(some()))] {
+            let expected = part[what].as_f64().unwrap();
+            // Both sum some logarithms in f64.
+            assert!((found - expected).abs() < 1e-9, "{part}: {what} is {found}");
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! Runs of the program itself: training, exact resuming, evaluation, translation, the experiment in small.
+#![allow(clippy::unwrap_used)]
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use bdia_train::files::testing::TempDir;
+use serde_json::Value;
+
+const SMALL: &str = "--pairs 200 --held 40 --vocab 300 --layers 2 --decoder-layers 3 --width 16 --heads 2 --mlp 24 \
+                     --longest 48 --batch-tokens 400 --translate 10 --threads 2";
+
+fn command(arguments: &str) -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_bdia-translate"));
+    c.args(arguments.split_whitespace());
+    c
+}
+
+fn run(out: &Path, arguments: &str) -> Output {
+    let to = if arguments.contains("experiment") { "--dir" } else { "--out" };
+    command(arguments).arg(to).arg(out).stdin(Stdio::null()).output().unwrap()
+}
+
+fn good(out: &Path, arguments: &str) -> String {
+    let o = run(out, arguments);
+    assert!(o.status.success(), "{arguments}\n{}", String::from_utf8_lossy(&o.stderr));
+    String::from_utf8(o.stdout).unwrap()
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text.lines().last().unwrap()).unwrap()
+}
+
+/// `metrics.jsonl` without what depends on the clock.
+fn metrics(dir: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let line = |l: &str| {
+        let mut v: Value = serde_json::from_str(l).unwrap();
+        v.as_object_mut().unwrap().remove("tokens_per_s").unwrap();
+        v
+    };
+    text.lines().map(line).collect()
+}
+
+/// Standard output, standard error and success of `translate` with these lines.
+fn translated(dir: &Path, flags: &str, lines: &[u8]) -> (String, String, bool) {
+    let mut child = command(&format!("translate {flags}"))
+        .arg("--weights")
+        .arg(dir)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(lines).unwrap();
+    let o = child.wait_with_output().unwrap();
+    let text = |b: Vec<u8>| String::from_utf8(b).unwrap();
+    (text(o.stdout), text(o.stderr), o.status.success())
+}
+
+#[test]
+fn training_is_exact_and_resumes_exactly() {
+    let dir = TempDir::new();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let flags = format!("train {SMALL} --epochs 4 --checkpoint-interval 1");
+    let whole = json(&good(&a, &format!("{flags} --verify --json")));
+    assert_eq!(whole["verify_mismatches"], 0);
+    assert!(whole["peak_bytes"].as_u64() <= whole["plan_bytes"].as_u64().map(|p| p + (1 << 16)), "{whole}");
+    for file in [
+        "config.json",
+        "model.safetensors",
+        "best.safetensors",
+        "tokenizer.json",
+        "run.json",
+        "loss.svg",
+        "bleu.svg",
+        "held-out.source.txt",
+        "held-out.reference.txt",
+        "held-out.translation.txt",
+    ] {
+        assert!(a.join(file).is_file(), "{file}");
+    }
+    // The last epoch again, from the checkpoint before it.
+    good(&b, &flags);
+    let steps = whole["steps"].as_u64().unwrap();
+    std::fs::remove_file(b.join(format!("step-{steps:08}.ckpt"))).unwrap();
+    std::fs::remove_file(b.join("model.safetensors")).unwrap();
+    let o = command("train --resume").arg(&b).output().unwrap();
+    assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+    let told = String::from_utf8_lossy(&o.stderr).into_owned();
+    assert!(told.contains(&format!("goes on after step {}", steps / 4 * 3)), "{told}");
+    for file in ["model.safetensors", "best.safetensors", "tokenizer.json", "held-out.translation.txt"] {
+        assert_eq!(std::fs::read(a.join(file)).unwrap(), std::fs::read(b.join(file)).unwrap(), "{file}");
+    }
+    assert_eq!(metrics(&a), metrics(&b));
+
+    // Other settings are refused, by name.
+    let o = command("--resume").arg(&b).args(["--lr", "0.5"]).output().unwrap();
+    assert_eq!(o.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("--lr is 0.5, the run has 0.002"));
+
+    // What was saved is what is evaluated; the grid is fine enough to change little.
+    let evaluated = |flags: &str| {
+        let o = command(&format!("eval --json {flags} --weights")).arg(&a).output().unwrap();
+        assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+        json(&String::from_utf8(o.stdout).unwrap())
+    };
+    let float = evaluated("");
+    for what in ["bleu", "chrf", "exact"] {
+        assert_eq!(float[what], whole[what], "{what}");
+    }
+    let near = |a: &Value, b: &Value, by: f64| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < by;
+    // Chunks of another size, and rounding to 2^-14.
+    assert!(near(&float["loss"], &whole["val_loss"], 1e-5));
+    assert!(near(&evaluated("--inference quantized")["loss"], &whole["val_loss"], 1e-2));
+    assert!(evaluated("--beams 3")["bleu"].as_f64().is_some());
+
+    // Lines, empty ones too, in their order; the search batches them and changes none.
+    let sources = std::fs::read_to_string(a.join("held-out.source.txt")).unwrap();
+    let expected = std::fs::read_to_string(a.join("held-out.translation.txt")).unwrap();
+    let (out, err, ok) = translated(&a, "", sources.as_bytes());
+    assert!(ok && out == expected, "{err}");
+    let (out, _, ok) = translated(&a, "--beams 2 --inference quantized", b"one\n\ntwo hundred");
+    assert!(ok && out.lines().count() == 3 && out.lines().nth(1) == Some(""), "{out:?}");
+    let (_, err, ok) = translated(&a, "", b"one\ntwo \xff\n");
+    assert!(!ok && err.contains("line 2") && err.contains("UTF-8"), "{err}");
+    let long = "one ".repeat(200);
+    let (_, err, ok) = translated(&a, "", format!("one\n{long}\n").as_bytes());
+    assert!(!ok && err.contains("line 2") && err.contains("expected less than 48"), "{err}");
+}
+
+/// Every mode and option trains; storing and recomputing give the same bits, and so do more threads.
+#[test]
+fn baselines() {
+    let dir = TempDir::new();
+    let (mut losses, mut plan) = (Vec::new(), 0);
+    for (i, flags) in [
+        "--mode standard",
+        "--mode standard --quantize",
+        "--mode checkpoint",
+        "--mode checkpoint --checkpoint-every 1",
+        "--mode bdia-float --gamma 0.6 --verify",
+        "--gamma 0.25 --verify",
+        "--embeddings separate --verify",
+        "--clip 1 --optimizer set-adam --schedule noam",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = dir.path().join(i.to_string());
+        let v = json(&good(&out, &format!("train {SMALL} --epochs 1 {flags} --json")));
+        assert!(v["val_loss"].as_f64().unwrap().is_finite(), "{flags}");
+        assert!(v["verify_mismatches"].is_null() || v["verify_mismatches"] == 0, "{flags}");
+        if let Some(e) = v["rebuild_error"].as_f64() {
+            assert!(e > 0.0 && e < 1e-2, "{flags}: {e}");
+        }
+        losses.push(v["val_loss"].as_f64().unwrap().to_bits());
+        if i == 5 {
+            plan = v["plan_bytes"].as_u64().unwrap();
+        }
+    }
+    // Within less memory the same is added in smaller chunks.
+    let budget = plan - 600_000;
+    let flags = format!("train {SMALL} --epochs 1 --gamma 0.25 --verify --memory {budget} --json");
+    let v = json(&good(&dir.path().join("budget"), &flags));
+    assert!(v["plan_bytes"].as_u64().unwrap() <= budget && v["verify_mismatches"] == 0, "{v}");
+    assert!((v["val_loss"].as_f64().unwrap() - f64::from_bits(losses[5])).abs() < 1e-3, "{v}");
+    assert_eq!([losses[0]; 2], [losses[2], losses[3]]);
+    let one = SMALL.replace("--threads 2", "--threads 1");
+    let v = json(&good(&dir.path().join("one"), &format!("train {one} --epochs 1 --mode standard --json")));
+    assert_eq!(v["val_loss"].as_f64().unwrap().to_bits(), losses[0]);
+    assert!(dir.path().join("6/tokenizer.target.json").is_file());
+    // From a run's weights and vocabulary: it begins where that ended.
+    let first = dir.path().join("0");
+    let v = json(&good(
+        &dir.path().join("more"),
+        &format!(
+            "train {SMALL} --epochs 1 --lr 0 --weight-decay 0 --mode standard --json --weights {}",
+            first.display()
+        ),
+    ));
+    assert_eq!(v["val_loss"].as_f64().unwrap().to_bits(), losses[0]);
+}
+
+#[test]
+fn the_experiment_in_small() {
+    let dir = TempDir::new();
+    let flags = format!("{SMALL} --epochs 2 --seeds 2 --grid");
+    good(dir.path(), &format!("experiment {flags}"));
+    for file in ["regularizers.csv", "regularizers-runs.csv", "regularizers.svg", "regularizers-bleu.svg"] {
+        assert!(dir.path().join(file).is_file(), "{file}");
+    }
+    let csv = std::fs::read_to_string(dir.path().join("regularizers-runs.csv")).unwrap();
+    assert_eq!(csv.lines().count(), 1 + 4 * 2, "{csv}");
+    // Nothing is run twice: a second call says the same.
+    let o = run(dir.path(), &format!("experiment {flags}"));
+    assert!(o.status.success() && !String::from_utf8_lossy(&o.stderr).contains("with seed"));
+    assert_eq!(csv, std::fs::read_to_string(dir.path().join("regularizers-runs.csv")).unwrap());
+    let o = run(dir.path(), &format!("experiment {flags} --lr 0.5"));
+    assert_eq!(o.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("other flags"));
+}
+
+#[test]
+fn files_of_the_user_are_learned_from() {
+    let dir = TempDir::new();
+    let rows: String = (0..120).map(|i| format!("\"I have {i} cats, {}.\",J'ai {i} chats.\n", i % 7)).collect();
+    let file = dir.file("pairs.csv", format!("English,French\n{rows}").as_bytes());
+    let long = "word ".repeat(80);
+    let held = dir.file("held.tsv", format!("I have 1 dog.\tJ'ai 1 chien.\n{long}\tmot\n").as_bytes());
+    let small = SMALL.replace("--pairs 200 --held 40", "");
+    let flags = format!("train {small} --epochs 1 --data {} --held-out {} --json", file.display(), held.display());
+    let o = run(&dir.path().join("run"), &flags);
+    let told = String::from_utf8_lossy(&o.stderr).into_owned();
+    assert!(o.status.success(), "{told}");
+    assert!(told.contains("1 pairs of more than 48 tokens are left out"), "{told}");
+    let v = json(&String::from_utf8(o.stdout).unwrap());
+    assert_eq!((v["pairs"].as_u64(), v["sentences"].as_u64(), v["too_long"].as_u64()), (Some(120), Some(1), Some(1)));
+}
+
+#[test]
+fn mistakes_are_told_with_exit_code_1() {
+    let dir = TempDir::new();
+    let bad = dir.file("bad.tsv", b"one\tun\ntwo\n");
+    for (flags, expected) in [
+        ("train --data /nowhere/at/all", "/nowhere/at/all"),
+        (&format!("train --data {}", bad.display()), "bad.tsv, line 2"),
+        ("train --heads 5", "heads"),
+        ("train --memory 1kB", "does not fit"),
+        ("train --pairs 50 --held 10 --longest 2 --batch-tokens 50", "use a larger --longest"),
+        ("eval --weights /nowhere", "/nowhere"),
+    ] {
+        let o = if flags.starts_with("eval") {
+            command(flags).output().unwrap()
+        } else {
+            run(&dir.path().join("x"), flags)
+        };
+        let text = String::from_utf8_lossy(&o.stderr).into_owned();
+        assert_eq!(o.status.code(), Some(1), "{flags}: {text}");
+        assert!(text.contains(expected) && !text.contains("panicked"), "{flags}: {text}");
+    }
+}
