@@ -403,7 +403,13 @@ where
             return Err(Error::Residual { block: call.block });
         }
         cpu.write_reals(h, y.to_data().as_slice()?)?;
-        self.graph = call.keep.then_some((x, y));
+        if call.keep {
+            self.graph = Some((x, y));
+        } else {
+            // burn's server keeps what is saved for y, though y is gone, until some backward pass of the same graph.
+            drop(y);
+            drop(x.sum().backward());
+        }
         Ok(())
     }
 

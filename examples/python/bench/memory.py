@@ -1,6 +1,6 @@
 """Peak memory of one training step: plain autograd, torch.utils.checkpoint, and bdia, at several depths.
 
-    python bench/memory.py                 # every configuration in a process of its own; prints a table (--svg FILE: and a picture)
+    python bench/memory.py --csv memory.csv --svg memory.svg      # every configuration in a process of its own, and a table
     python bench/memory.py --depths 6 12   # fewer
 
 The model is a stack of pre-norm transformer blocks. Measured is VmHWM, the operating system's own peak, above what the
@@ -8,6 +8,7 @@ process holds before the step (parameters and their gradients, which one step ha
 """
 
 import argparse
+import csv
 import json
 import re
 import subprocess
@@ -109,6 +110,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--way", choices=WAYS, help="measure in this process: for the program itself")
+    parser.add_argument("--csv", type=Path)
     parser.add_argument("--svg", type=Path)
     a = parser.parse_args()
     if a.way:
@@ -124,6 +126,11 @@ def main():
         rows += line
         cells = " | ".join(f"{r['peak'] / 2**20:.0f} MiB" for r in line)
         print(f"| {depth} | {cells} | {line[-1]['side_bits'] / 2**20:.1f} MiB |", flush=True)
+    if a.csv:
+        with a.csv.open("w", newline="") as file:
+            table = csv.DictWriter(file, ["depth", "way", "peak", "side_bits"], lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
     if a.svg:
         title = f"Peak of a training step above parameters and gradients ({a.batch} x {a.tokens} x {a.width}, f32)"
         a.svg.write_text(svg(rows, a.depths, title))
