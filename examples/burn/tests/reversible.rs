@@ -143,7 +143,8 @@ fn the_output_has_the_bits_of_the_recurrence() {
 }
 
 /// Every rebuilt value has the original's bits, with burn's dropout in attention and blocks, in chunks that do and do not
-/// divide the batch, and from the first pass on, in which burn draws the parameters; the same pass gives the same bits again, and another step other signs and masks.
+/// divide the batch, and from the first pass on, in which burn draws the parameters; the same pass gives the same bits
+/// again, and another step other signs and masks.
 #[test]
 fn bits_are_rebuilt_and_a_pass_repeats_itself() {
     let _alone = alone();
