@@ -306,12 +306,13 @@ where
     }
 }
 
-/// Uses every parameter once.
+/// Uses every parameter once, forward and back: burn keeps the graphs of blocks with parameters that have not been in a
+/// backward pass yet until one has.
 struct Drawn;
 
 impl<B: AutodiffBackend> ModuleVisitor<B> for Drawn {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        drop(param.val());
+        drop(backpropagate(param.val().sum()));
     }
 }
 
