@@ -46,6 +46,8 @@
 //! `f32` and a backend whose operations give the same bits again; values travel through this computer's memory, chunk by
 //! chunk. The first dimension is the sample.
 
+pub mod model;
+
 use core::fmt;
 
 use bdia_core::backend::Chunk;
@@ -209,6 +211,8 @@ impl Reversible {
         };
         let Laid { stack, cpu, .. } = self.laid.insert(laid);
 
+        // burn draws a parameter when it is first used; within a block that would come before its dropout, once.
+        blocks.iter().for_each(|block| block.visit(&mut Drawn));
         let pass = Pass { seed: self.options.seed, step: self.options.step, global: 0 };
         self.options.step = self.options.step.wrapping_add(1);
         cpu.take_fault()?; // What an abandoned pass left.
@@ -302,6 +306,16 @@ where
     }
 }
 
+/// Uses every parameter once, forward and back: burn keeps the graphs of blocks with parameters that have not been in a
+/// backward pass yet until one has.
+struct Drawn;
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for Drawn {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        drop(backpropagate(param.val().sum()));
+    }
+}
+
 /// Adds gradients to gradients, parameter by parameter.
 struct Add<'a> {
     sum: &'a mut GradientsParams,
@@ -390,7 +404,13 @@ where
             return Err(Error::Residual { block: call.block });
         }
         cpu.write_reals(h, y.to_data().as_slice()?)?;
-        self.graph = call.keep.then_some((x, y));
+        if call.keep {
+            self.graph = Some((x, y));
+        } else {
+            // burn's server keeps what is saved for y, though y is gone, until some backward pass of the same graph.
+            drop(y);
+            drop(x.sum().backward());
+        }
         Ok(())
     }
 

@@ -1,6 +1,8 @@
 //! `bdia-candle`: trains on digits, and measures memory over depth.
 
-use std::path::{Path, PathBuf};
+mod chart;
+
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use bdia_candle::alloc::Counting;
@@ -8,7 +10,8 @@ use bdia_candle::model::Config;
 use bdia_candle::run::{Outcome, Run, train};
 use bdia_candle::{Error, Options};
 use clap::{Args, Parser, Subcommand};
-use plotters::prelude::*;
+
+use chart::{BLUE, GREY, RED};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -58,6 +61,9 @@ struct Train {
     /// Train with candle alone instead
     #[arg(long)]
     standard: bool,
+    /// Name accuracy on every fifth training image, not trained on, instead of the test images: to choose settings
+    #[arg(long)]
+    validate: bool,
     /// Keep all activations besides and count values that differ after rebuilding
     #[arg(long)]
     verify: bool,
@@ -91,25 +97,26 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Train) -> Result<(), Error> {
-    let &Train { blocks, width, batch, steps, lr, dropout, chunk, seed, standard, verify, json } = args;
+    let &Train { blocks, width, batch, steps, lr, dropout, chunk, seed, standard, validate, verify, json } = args;
     let options = Options { chunk, seed, verify, ..Options::default() };
     let model = Config { blocks, width, heads: 4, hidden: 2 * width, dropout };
-    let run = Run { model, batch, steps, lr, reversible: (!standard).then_some(options), seed };
+    let run = Run { model, batch, steps, lr, reversible: (!standard).then_some(options), seed, validate };
     let o = train(&run, |step, loss| {
         if !json && (step % 50 == 0 || step == steps) {
             println!("step {step:>5}  loss {loss:.4}");
         }
     })?;
     let Outcome { loss, accuracy, parameters, mismatches, rebuilt, peak } = o;
+    let kept = if validate { "validation" } else { "test" };
     if json {
         let mode = if standard { "standard" } else { "bdia" };
         println!(
             "{{\"mode\":\"{mode}\",\"blocks\":{blocks},\"parameters\":{parameters},\"steps\":{steps},\"loss\":{loss},\
-             \"test_accuracy\":{accuracy},\"verify\":{verify},\"verify_mismatches\":{mismatches},\"rebuilt\":{rebuilt},\
+             \"{kept}_accuracy\":{accuracy},\"verify\":{verify},\"verify_mismatches\":{mismatches},\"rebuilt\":{rebuilt},\
              \"peak_bytes\":{peak}}}"
         );
     } else {
-        println!("{parameters} parameters; test accuracy {:.2} %; peak {} kB", 100.0 * accuracy, peak / 1000);
+        println!("{parameters} parameters; {kept} accuracy {:.2} %; peak {} kB", 100.0 * accuracy, peak / 1000);
         if verify && !standard {
             println!("{rebuilt} values rebuilt, {mismatches} of them differ from the originals");
         }
@@ -148,39 +155,7 @@ fn memory(args: &Memory) -> Result<(), String> {
         println!("{blocks:>6}  {:>9.1} MB  {:>7.1} MB  {:>7.1} MB", point[0], point[1], point[2]);
         points.push((blocks as f64, point));
     }
-    draw(&args.out, &points).map_err(|e| format!("{}: {e}", args.out.display()))
-}
-
-fn draw(path: &Path, points: &[(f64, [f64; 3])]) -> Result<(), Box<dyn core::error::Error>> {
-    let (depth, most) = points.iter().fold((0.0_f64, 0.0_f64), |m, (k, p)| (m.0.max(*k), m.1.max(p[0]).max(p[1])));
-    let area = SVGBackend::new(path, (720, 440)).into_drawing_area();
-    area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&area)
-        .margin(16)
-        .caption("Peak memory of a training step in candle", ("sans-serif", 20))
-        .x_label_area_size(40)
-        .y_label_area_size(64)
-        .build_cartesian_2d(0.0..depth * 1.05, 0.0..most * 1.08)?;
-    chart.configure_mesh().x_desc("blocks").y_desc("MB").light_line_style(WHITE).draw()?;
-    let lines = [
-        ("candle alone", RGBColor(200, 60, 50)),
-        ("bdia-candle, reversible", RGBColor(30, 90, 170)),
-        ("parameters, gradients, moments", RGBColor(130, 130, 130)),
-    ];
-    for (i, (name, colour)) in lines.into_iter().enumerate() {
-        let line = points.iter().map(|(k, p)| (*k, p[i]));
-        chart
-            .draw_series(LineSeries::new(line.clone(), colour.stroke_width(2)))?
-            .label(name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
-        chart.draw_series(line.map(|p| Circle::new(p, 3, colour.filled())))?;
-    }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE)
-        .border_style(RGBColor(180, 180, 180))
-        .draw()?;
-    area.present()?;
-    Ok(())
+    let lines = [("candle alone", RED), ("bdia-candle, reversible", BLUE), ("parameters, gradients, moments", GREY)];
+    chart::draw(&args.out, "Peak memory of a training step in candle", lines, &points)
+        .map_err(|e| format!("{}: {e}", args.out.display()))
 }

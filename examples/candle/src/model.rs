@@ -164,17 +164,20 @@ pub struct Digits {
 }
 
 impl Digits {
-    /// Every fifth image for the test, the others for training.
-    pub fn split() -> (Self, Self) {
+    /// Training and test images: every fifth is for the test.
+    pub fn load() -> (Self, Self) {
         let all = smartcore::dataset::digits::load_dataset();
-        let pick = |test: bool| {
-            let rows = (0..all.num_samples).filter(|i| (i % 5 == 4) == test);
-            let (mut images, mut classes) = (Vec::new(), Vec::new());
-            for i in rows {
-                images.extend(all.data[i * 64..(i + 1) * 64].iter().map(|p| p / 8.0 - 1.0));
-                classes.push(all.target[i] as u32);
-            }
-            Self { images, classes }
+        let images = all.data.iter().map(|p| p / 8.0 - 1.0).collect();
+        let classes = all.target.iter().map(|&c| c as u32).collect();
+        Self { images, classes }.split()
+    }
+
+    /// All but every fifth, and every fifth: of the training images, a part to choose settings with.
+    pub fn split(&self) -> (Self, Self) {
+        let pick = |fifth: bool| {
+            let rows = || (0..self.len()).filter(|i| (i % 5 == 4) == fifth);
+            let images = rows().flat_map(|i| &self.images[i * 64..(i + 1) * 64]).copied().collect();
+            Self { images, classes: rows().map(|i| self.classes[i]).collect() }
         };
         (pick(false), pick(true))
     }

@@ -170,7 +170,7 @@ class _Step:
             a = kwargs.get(name)
             if isinstance(a, torch.Tensor) and (a.dim() == 0 or a.shape[0] not in (1, len(x))):
                 raise SettingError(f"{name}: its first dimension is that of {len(x)} samples or 1; found {list(a.shape)}")
-        self.gradients = {}
+        self.gradients, self.places = {}, {}
         self.x, self.graph = None, None
         self.pass_ = sequence._pass(len(x), x[0].numel(), len(self.blocks), x.dtype)
 
@@ -195,13 +195,17 @@ class _Step:
             raise SettingError("backward a second time: the first one rebuilt, and used up, what the forward pass kept")
         pass_, self.pass_ = self.pass_, None
         self._tensor(pass_.gradient(len(self.blocks))).view(self.shape).copy_(gradient)
+        if self.sequence.block_done is None:
+            # Gradients that stay get their memory before the blocks' intermediates come and go: allocated between them,
+            # they would leave holes that the next block's intermediates do not fit in.
+            self.places = {id(p): torch.empty_like(p, requires_grad=False) for p in self.parameters}
         with self._surroundings():
             pass_.backward(self)
         self.graph = None
         if self.sequence.verify:
             self.sequence.mismatches = pass_.mismatches()
         gx = self._tensor(pass_.gradient(0)).view(self.shape).to(self.dtype, copy=True)
-        gradients, self.gradients = self.gradients, {}
+        gradients, self.gradients, self.places = self.gradients, {}, {}
         if self.sequence.block_done is not None:
             return gx, (None, *(gradients.get(id(e)) for e in self.extras))
         return gx, [gradients.get(id(t)) for t in (*self.parameters, *self.extras)]
@@ -268,7 +272,13 @@ class _Step:
         if gradient is None:
             return
         have = self.gradients.get(id(tensor))
-        self.gradients[id(tensor)] = gradient if have is None else have.add_(gradient)
+        if have is not None:
+            have.add_(gradient)
+            return
+        place = self.places.pop(id(tensor), None)
+        if place is not None and gradient.layout == place.layout:
+            gradient = place.copy_(gradient)
+        self.gradients[id(tensor)] = gradient
 
     def _arguments(self, first, samples):
         """The further arguments for one chunk, and those of their tensors that need gradients: (tensor, whole, part)."""

@@ -1,13 +1,15 @@
 """Peak memory of one training step: plain autograd, torch.utils.checkpoint, and bdia, at several depths.
 
-    python bench/memory.py                 # every configuration in a process of its own; prints a table (--svg FILE: and a picture)
+    python bench/memory.py --csv memory.csv --svg memory.svg      # every configuration in a process of its own, and a table
     python bench/memory.py --depths 6 12   # fewer
 
 The model is a stack of pre-norm transformer blocks. Measured is VmHWM, the operating system's own peak, above what the
-process holds before the step (parameters and their gradients, which one step has allocated before).
+process holds before the step: the parameters, and what one step before has left. Gradients are freed between the steps,
+as optimizers' `zero_grad` does, and count.
 """
 
 import argparse
+import csv
 import json
 import re
 import subprocess
@@ -61,13 +63,15 @@ def one(way, depth, batch, tokens, width):
 
     step()
     for p in model.parameters():
-        p.grad.zero_()
+        p.grad = None
     trim()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
     before = status("VmRSS")
     step()
+    peak = status("VmHWM") - before
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     side = model.plan((batch, tokens, width))["side_bits"] if way.startswith("bdia") else 0
-    print(json.dumps({"way": way, "depth": depth, "peak": status("VmHWM") - before, "side_bits": side}))
+    print(json.dumps({"way": way, "depth": depth, "peak": peak, "gradients": gradients, "side_bits": side}))
 
 
 def svg(rows, depths, title):
@@ -109,12 +113,13 @@ def main():
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--way", choices=WAYS, help="measure in this process: for the program itself")
+    parser.add_argument("--csv", type=Path)
     parser.add_argument("--svg", type=Path)
     a = parser.parse_args()
     if a.way:
         return one(a.way, a.depths[0], a.batch, a.tokens, a.width)
     rows = []
-    print(f"| blocks | {' | '.join(WAYS)} | of which side bits |\n|{'---|' * (len(WAYS) + 2)}")
+    print(f"| blocks | {' | '.join(WAYS)} | of which gradients | side bits |\n|{'---|' * (len(WAYS) + 3)}")
     for depth in a.depths:
         line = []
         for way in WAYS:
@@ -123,9 +128,14 @@ def main():
             line.append(json.loads(out.stdout.splitlines()[-1]))
         rows += line
         cells = " | ".join(f"{r['peak'] / 2**20:.0f} MiB" for r in line)
-        print(f"| {depth} | {cells} | {line[-1]['side_bits'] / 2**20:.1f} MiB |", flush=True)
+        print(f"| {depth} | {cells} | {line[-1]['gradients'] / 2**20:.1f} MiB | {line[-1]['side_bits'] / 2**20:.1f} MiB |", flush=True)
+    if a.csv:
+        with a.csv.open("w", newline="") as file:
+            table = csv.DictWriter(file, ["depth", "way", "peak", "gradients", "side_bits"], lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
     if a.svg:
-        title = f"Peak of a training step above parameters and gradients ({a.batch} x {a.tokens} x {a.width}, f32)"
+        title = f"Peak of a training step above parameters ({a.batch} x {a.tokens} x {a.width}, f32)"
         a.svg.write_text(svg(rows, a.depths, title))
 
 
