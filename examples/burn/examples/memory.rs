@@ -6,7 +6,7 @@ mod alloc;
 #[path = "../../candle/src/chart.rs"]
 mod chart;
 
-use std::error::Error;
+use core::error::Error;
 use std::process::Command;
 
 use alloc::Counting;
