@@ -89,7 +89,7 @@ impl TranslationConfig {
         if sizes.iter().any(|&n| n == 0 || n > MOST) || c.vocab.iter().any(|&n| n == 0 || n > MOST_ENTRIES) {
             return Err(wrong(format!("a dimension is 0, above {MOST}, or a vocabulary above {MOST_ENTRIES}")));
         }
-        if c.positions < 2 || c.width % c.heads != 0 || c.bdia.frac_bits > 24 {
+        if c.positions < 2 || !c.width.is_multiple_of(c.heads) || c.bdia.frac_bits > 24 {
             return Err(wrong(format!(
                 "{} positions (expected 2 or more), width {} with {} heads (expected a multiple), frac_bits {} (expected 24 or less)",
                 c.positions, c.width, c.heads, c.bdia.frac_bits
