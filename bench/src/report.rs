@@ -17,7 +17,7 @@ use crate::Failure;
 use crate::count::{stages, total};
 use crate::engine::status;
 use crate::job::{Job, Model, Record, median};
-use crate::kernels::{Bench, GPT2, Shapes, VIT, Work};
+use crate::kernels::{Bench, GPT2, Kernel, Shapes, VIT, Work};
 use crate::page::{self, Line, Section, Table};
 use crate::peers::{Peer, Python, output};
 use crate::roof::{Roof, copy, product};
@@ -166,6 +166,32 @@ fn spawn(job: &Job) -> Result<Record, Failure> {
     output(command)
 }
 
+/// A kernel's name, time, rate, roof and share of it; `worst` becomes the update kernel with the smallest share so far.
+fn kernel_cells<B>(
+    kernel: &Kernel<B>,
+    seconds: f64,
+    flops: f64,
+    bandwidth: f64,
+    worst: &mut Option<(f64, String)>,
+) -> [String; 5] {
+    let (work, roof, unit) = match kernel.work {
+        Work::Bytes(n) => (n, bandwidth, "GB/s"),
+        Work::Operations(n) => (n, flops, "GFLOP/s"),
+    };
+    let share = ratio(work / seconds, roof);
+    let update = ["quantize", "step", "inverse"].iter().any(|n| kernel.name.starts_with(n));
+    if update && worst.as_ref().is_none_or(|w| share < w.0) {
+        *worst = Some((share, kernel.name.clone()));
+    }
+    [
+        kernel.name.clone(),
+        format!("{:.4} ms", seconds * 1e3),
+        format!("{:.1} {unit}", work / seconds / 1e9),
+        format!("{:.1} {unit}", roof / 1e9),
+        format!("{:.0} %", share * 100.0),
+    ]
+}
+
 /// What a job is called in tables.
 fn title(job: &Job) -> String {
     let layers = job.layers.map_or(String::new(), |k| format!(" K={k}"));
@@ -279,6 +305,14 @@ impl Report {
         self.check(&title(&small), assertion, result);
     }
 
+    /// Recomputing computes the same function as storing.
+    fn like_standard(&mut self, job: &Job, record: &Record, standard: Option<&[f64]>) -> bool {
+        let (Mode::Checkpoint, Some(standard)) = (job.mode, standard) else { return true };
+        let d = apart(&record.losses, standard);
+        let result = if d < 1e-5 { Ok(()) } else { Err(format!("{d:.1e} apart")) };
+        self.check(&title(job), "losses of mode standard, to 1e-5", result)
+    }
+
     /// Modes × backends × models.
     fn steps(&mut self) -> Result<(), Failure> {
         let models: &[Model] = if self.args.quick {
@@ -333,16 +367,9 @@ impl Report {
                     self.like_reference(&job);
                 }
                 let Some(record) = self.asserted(&job)? else { continue };
-                // The other modes compute the same function.
-                let standard = found.iter().find(|f| f.0.mode == Mode::Standard).map(|f| f.1.losses.clone());
-                if job.mode == Mode::Checkpoint
-                    && let Some(standard) = standard
-                {
-                    let d = apart(&record.losses, &standard);
-                    let result = if d < 1e-5 { Ok(()) } else { Err(format!("{d:.1e} apart")) };
-                    if !self.check(&title(&job), "losses of mode standard, to 1e-5", result) {
-                        continue;
-                    }
+                let standard = found.iter().find(|f| f.0.mode == Mode::Standard).map(|f| f.1.losses.as_slice());
+                if !self.like_standard(&job, &record, standard) {
+                    continue;
                 }
                 let operations = total(&stages(&job));
                 let (low, high) = record.spread();
@@ -607,13 +634,26 @@ impl Report {
         Ok(())
     }
 
+    /// The promise about the slowest of the update kernels, as [`kernel_cells`] found it.
+    fn update_target(&mut self, what: &'static str, worst: Option<(f64, String)>) {
+        if let Some((share, name)) = worst {
+            self.targets.push(Target {
+                what,
+                target: "≥ 80 %".into(),
+                found: format!("{:.0} % ({name})", share * 100.0),
+                met: share >= 0.80,
+            });
+        }
+    }
+
     /// Every kernel beside its roof.
     fn kernels(&mut self) -> Result<(), Failure> {
         self.roof.bandwidth = self.roof.bandwidth.max(copy(self.threads, if self.args.quick { 0.2 } else { 2.0 }));
         let mut table = Table::new(&["shapes", "kernel", "time", "rate", "roof", "share"]);
         let span = Duration::from_millis(if self.args.quick { 40 } else { 400 });
         let shapes: &[Shapes] = &[GPT2, VIT];
-        let mut worst: Option<(f64, String)> = None;
+        let mut worst = None;
+        let (flops, bandwidth) = (self.roof.flops, self.roof.bandwidth);
         for s in shapes {
             say(&format!("kernels at the shapes of {}", s.model));
             let mut bench = Bench::<Cpu>::new(s, Bench::<Cpu>::full(), self.threads)?;
@@ -622,33 +662,11 @@ impl Report {
                 bench.fill(&mut be)?;
                 let kernel = &mut bench.kernels[i];
                 let seconds = kernel.seconds(&mut be, span)?;
-                let (work, roof, unit) = match kernel.work {
-                    Work::Bytes(n) => (n, self.roof.bandwidth, "GB/s"),
-                    Work::Operations(n) => (n, self.roof.flops, "GFLOP/s"),
-                };
-                let share = work / seconds / roof;
-                let update = ["quantize", "step", "inverse"].iter().any(|n| kernel.name.starts_with(n));
-                if update && worst.as_ref().is_none_or(|w| share < w.0) {
-                    worst = Some((share, kernel.name.clone()));
-                }
-                table.row([
-                    s.model.into(),
-                    kernel.name.clone(),
-                    format!("{:.3} ms", seconds * 1e3),
-                    format!("{:.1} {unit}", work / seconds / 1e9),
-                    format!("{:.1} {unit}", roof / 1e9),
-                    format!("{:.0} %", share * 100.0),
-                ]);
+                let cells = kernel_cells(kernel, seconds, flops, bandwidth, &mut worst);
+                table.row(core::iter::once(s.model.to_string()).chain(cells));
             }
         }
-        if let Some((share, name)) = worst {
-            self.targets.push(Target {
-                what: "update kernels over the copy's bandwidth",
-                target: "≥ 80 %".into(),
-                found: format!("{:.0} % ({name})", share * 100.0),
-                met: share >= 0.80,
-            });
-        }
+        self.update_target("update kernels over the copy's bandwidth", worst);
         self.kernels.clone_from(&table.rows);
         let text = "Bytes that one call must read and write, or operations of its products, per second. Block kernels work on one \
                     chunk, which caches may hold: they can exceed the bandwidth of memory. `cargo bench -p bdia-bench` has them with \

@@ -6,10 +6,10 @@ use bdia_cuda::Cuda;
 use bdia_gpt2::cli::{BackendKind, Mode, PrecisionKind};
 use bdia_gpt2::report::bytes;
 
-use super::{Report, Target, apart, ratio, say, title};
+use super::{Report, kernel_cells, ratio, say};
 use crate::Failure;
 use crate::count::{stages, total};
-use crate::job::{Job, Model, Part};
+use crate::job::{Job, Model};
 use crate::kernels::{Bench, GPT2, Shapes, TINY, VIT, Work};
 use crate::page::{self, Section, Table};
 use crate::roof::DeviceRoof;
@@ -79,22 +79,17 @@ impl Report {
                         self.like_reference(&job);
                     }
                     let Some(record) = self.asserted(&job)? else { continue };
-                    match (job.mode, &standard) {
-                        (Mode::Standard, _) => standard = Some(record.losses.clone()),
-                        (Mode::Checkpoint, Some(standard)) => {
-                            let d = apart(&record.losses, standard);
-                            let result = if d < 1e-5 { Ok(()) } else { Err(format!("{d:.1e} apart")) };
-                            if !self.check(&title(&job), "losses of mode standard, to 1e-5", result) {
-                                continue;
-                            }
-                        }
-                        _ => {}
+                    if !self.like_standard(&job, &record, standard.as_deref()) {
+                        continue;
+                    }
+                    if job.mode == Mode::Standard {
+                        standard = Some(record.losses.clone());
                     }
                     let operations = total(&stages(&job));
                     let (low, high) = record.spread();
                     let seconds = record.seconds_per_step();
                     let share = ratio(operations / seconds, roof.flops);
-                    let memory = record.parts.first().cloned().unwrap_or(Part::default());
+                    let memory = record.parts.first().cloned().unwrap_or_default();
                     table.row([
                         model.name().into(),
                         record.mode.clone(),
@@ -144,7 +139,7 @@ impl Report {
         let span = Duration::from_millis(if quick { 5 } else { 200 });
         let (shapes, streamed): (&[Shapes], usize) =
             if quick { (&[TINY], 1 << 14) } else { (&[GPT2, VIT], 16 * Bench::<Cuda>::full()) };
-        let mut worst: Option<(f64, String)> = None;
+        let mut worst = None;
         for s in shapes {
             for (precision, roof) in PRECISIONS.into_iter().zip(roofs) {
                 let name = bdia_gpt2::cli::name_of(&precision);
@@ -166,36 +161,13 @@ impl Report {
                     bench.fill(&mut be)?;
                     let seconds = bench.kernels[i].seconds(&mut be, span)?;
                     let kernel = &bench.kernels[i];
-                    let (work, roof, unit) = match kernel.work {
-                        Work::Bytes(n) => (n, roof.bandwidth, "GB/s"),
-                        Work::Operations(n) => (n, roof.flops, "GFLOP/s"),
-                    };
-                    let share = ratio(work / seconds, roof);
-                    let update = ["quantize", "step", "inverse"].iter().any(|n| kernel.name.starts_with(n));
-                    if update && worst.as_ref().is_none_or(|w| share < w.0) {
-                        worst = Some((share, kernel.name.clone()));
-                    }
-                    table.row([
-                        s.model.into(),
-                        name.clone(),
-                        kernel.name.clone(),
-                        format!("{:.4} ms", seconds * 1e3),
-                        format!("{:.1} {unit}", work / seconds / 1e9),
-                        format!("{:.1} {unit}", roof / 1e9),
-                        format!("{:.0} %", share * 100.0),
-                    ]);
+                    let cells = kernel_cells(kernel, seconds, roof.flops, roof.bandwidth, &mut worst);
+                    table.row([s.model.to_string(), name.clone()].into_iter().chain(cells));
                 }
             }
         }
-        if let Some((share, name)) = worst
-            && !quick
-        {
-            self.targets.push(Target {
-                what: "CUDA: update kernels over the copy's bandwidth",
-                target: "≥ 80 %".into(),
-                found: format!("{:.0} % ({name})", share * 100.0),
-                met: share >= 0.80,
-            });
+        if !quick {
+            self.update_target("CUDA: update kernels over the copy's bandwidth", worst);
         }
         let of = |r: &Vec<String>| {
             let mut row = vec![format!("{} on {}", r[0], r[1])];

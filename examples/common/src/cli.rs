@@ -1,11 +1,13 @@
 //! Flags that every training program has, their checks, and what a resumed run may change.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 use bdia_core::optim::{Decay, Rule, Schedule};
 use bdia_core::{Gamma, Grid, Sign};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, ValueEnum};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -283,7 +285,7 @@ pub struct Contradiction(pub Vec<String>);
 ///
 /// # Errors
 /// [`Contradiction`] names them, with both values.
-pub fn contradictions<T: Serialize>(
+fn contradictions<T: Serialize>(
     given: &BTreeSet<String>,
     new: &T,
     saved: &T,
@@ -335,6 +337,90 @@ pub fn check_mode(mode: &ModeArgs, verify: bool) -> Result<(), String> {
         );
     }
     Ok(())
+}
+
+/// The flags of a run that every program has, wherever they stand among its own.
+#[derive(Debug)]
+pub struct RunFlags<'a> {
+    /// `--seed`
+    pub seed: &'a mut u64,
+    /// `--checkpoint-interval`
+    pub checkpoint_interval: &'a mut u64,
+    /// `--resume`
+    pub resume: &'a mut Option<PathBuf>,
+    /// `--verify`
+    pub verify: &'a mut bool,
+    /// `--out`
+    pub out: &'a mut PathBuf,
+    /// `--json`
+    pub json: &'a mut bool,
+    /// How activations are kept.
+    pub mode: &'a mut ModeArgs,
+    /// Threads, memory, backend.
+    pub machine: &'a mut MachineArgs,
+    /// Names of the flags that the user gave.
+    pub given: &'a mut BTreeSet<String>,
+    /// Files and directories that the run reads.
+    pub inputs: Vec<&'a mut PathBuf>,
+}
+
+/// The flags of a program's runs.
+pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
+    /// Flags that may differ from the saved ones when a run is resumed: they change no number.
+    const FREE: [&'static str; 6] = ["resume", "json", "threads", "device", "checkpoint_interval", "verify"];
+
+    /// Those that every program has.
+    fn run(&mut self) -> RunFlags<'_>;
+
+    /// The settings with which a saved run goes on: the saved ones, and those of [`FREE`](Self::FREE) that were given.
+    ///
+    /// # Errors
+    /// [`Contradiction`] names every other flag that was given with another value.
+    fn resumed(&self, saved: &Self) -> Result<Self, Contradiction> {
+        let (mut new, mut out) = (self.clone(), saved.clone());
+        let (new, run) = (new.run(), out.run());
+        contradictions(new.given, self, saved, &Self::FREE)?;
+        *run.json = *new.json;
+        *run.verify |= *new.verify;
+        run.machine.threads = new.machine.threads.or(run.machine.threads);
+        if new.given.contains("device") {
+            run.machine.device = new.machine.device;
+        }
+        if new.given.contains("checkpoint_interval") {
+            *run.checkpoint_interval = *new.checkpoint_interval;
+        }
+        if let Some(dir) = new.resume {
+            run.out.clone_from(dir);
+        }
+        run.resume.clone_from(new.resume);
+        run.given.clone_from(new.given);
+        Ok(out)
+    }
+
+    /// The settings without those that change no number: what must be the same for two runs to be the same.
+    #[must_use]
+    fn comparable(&self) -> Self {
+        let mut a = self.clone();
+        let run = a.run();
+        (run.machine.threads, run.machine.device, *run.checkpoint_interval) = (None, 0, 0);
+        (*run.resume, *run.verify, *run.out, *run.json) = (None, false, PathBuf::new(), false);
+        run.given.clear();
+        for path in run.inputs {
+            // The same place by another path; what is gone keeps the name that it was given.
+            *path = std::fs::canonicalize(&*path).unwrap_or_else(|_| path.clone());
+        }
+        a
+    }
+}
+
+/// What clap read; a wrong argument prints what is wrong and ends the process with code 1, a request for help or the version
+/// with code 0.
+pub fn or_exit<T>(read: Result<T, clap::Error>) -> T {
+    read.unwrap_or_else(|error| {
+        // Nobody is left to tell if the terminal is gone.
+        let _ = error.print();
+        std::process::exit(i32::from(error.use_stderr()))
+    })
 }
 
 /// Names (as in `weight_decay`) of the flags that the user gave.

@@ -15,6 +15,8 @@ pub mod mutations;
 pub mod report;
 pub mod run;
 pub mod study;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod weights;
 
 pub use error::Failure;

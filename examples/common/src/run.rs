@@ -1,16 +1,34 @@
-//! The directory of a run: its flags, what resumes it, what stops it, and the bar that shows it.
+//! A program and the directory of its run: flags, what resumes it, what stops it, and the bar that shows it.
 
+use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
-use std::path::Path;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::checkpoint;
+use crate::checkpoint::{self, Header};
+use crate::cli::{Flags, check_mode};
 use crate::error::Failure;
 use crate::files::{FileError, read_limited, write_bytes};
 use crate::report;
+
+/// The whole of a program: 0 where the work was done, otherwise 1 after a line that says why.
+pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCode {
+    // Before anything that a wide register might be used for.
+    let done = bdia_cpu::require_cpu().map_err(|e| e.to_string()).and_then(|()| work().map_err(|e| e.to_string()));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Where nobody can read it, the exit code is still there.
+            let _ = writeln!(std::io::stderr(), "error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// Set by Ctrl-C: the step is finished, then the run is saved.
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -48,6 +66,28 @@ pub fn saved<T: DeserializeOwned>(dir: &Path) -> Result<T, Failure> {
     }
     serde_json::from_slice(&read_limited(&path, 1 << 20)?)
         .map_err(|e| Failure::Run { path, what: format!("not the flags of a run: {e}") })
+}
+
+/// The settings of a run that begins, or those with which it goes on, and then the checkpoint from which.
+///
+/// # Errors
+/// [`Failure`]: flags that contradict the saved ones, a directory that is not that of a run, no usable checkpoint.
+pub fn begin<A: Flags>(args: &A) -> Result<(A, Option<(PathBuf, Header)>), Failure> {
+    let mut args = args.clone();
+    let run = args.run();
+    // The run may be resumed from another working directory.
+    for path in run.inputs {
+        *path = std::path::absolute(&*path).map_err(|e| FileError::io(path, "find it", e))?;
+    }
+    let Some(dir) = run.resume.clone() else { return Ok((args, None)) };
+    let mut args = args.resumed(&saved(&dir)?)?;
+    let run = args.run();
+    check_mode(run.mode, *run.verify).map_err(Failure::Other)?;
+    let (path, header, warnings) = checkpoint::newest(&dir)?;
+    for warning in warnings {
+        report::note!("warning: {warning}");
+    }
+    Ok((args, Some((path, header))))
 }
 
 /// A new run in an old directory, once nothing speaks against it: the old checkpoints must not be taken for this one's.

@@ -14,24 +14,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
+use crate::cli::{Flags, Mode};
 use crate::error::Failure;
-use crate::files::{read_limited, write_bytes};
+use crate::files::{FileError, read_limited, write_bytes};
 use crate::report::{self, Chart, Metrics, Record, Series};
-
-/// The flags of a program's runs.
-pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
-    /// The flags of one run, which begins in this directory.
-    #[must_use]
-    fn of_run(&self, seed: u64, out: &Path) -> Self;
-
-    /// The flags with which the run in this directory goes on.
-    #[must_use]
-    fn resuming(&self, out: &Path) -> Self;
-
-    /// The flags without those that change no number.
-    #[must_use]
-    fn comparable(&self) -> Self;
-}
 
 /// A finished run: its flags and what it ended with.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -72,6 +58,21 @@ pub fn mean_std(values: &[f64]) -> (f64, f64) {
     (mean, if values.len() > 1 { (squares / (n - 1.0)).sqrt() } else { 0.0 })
 }
 
+/// Makes the directory of an experiment, after refusing flags of its runs that were given though it chooses them itself.
+///
+/// # Errors
+/// [`Failure`] names the flag.
+pub fn begin<A: Flags>(dir: &Path, base: &A, chosen: &[&str]) -> Result<(), Failure> {
+    let mut base = base.clone();
+    let given = base.run().given;
+    let every = ["mode", "quantize", "seed", "out", "resume", "json"];
+    if let Some(flag) = every.iter().chain(chosen).find(|&&flag| given.contains(flag)) {
+        let flag = flag.replace('_', "-");
+        return Err(Failure::Other(format!("experiments choose --{flag} of their runs themselves; leave it out")));
+    }
+    Ok(std::fs::create_dir_all(dir).map_err(|e| FileError::io(dir, "create the directory", e))?)
+}
+
 impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
     /// A cell: the shared flags, changed.
     pub fn cell(&self, name: impl Into<String>, x: f64, change: impl FnOnce(&mut A)) -> Cell<A> {
@@ -91,7 +92,11 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
     /// [`Failure`], also where the directory has a run with other flags.
     pub fn result(&self, cell: &Cell<A>, seed: u64) -> Result<S, Failure> {
         let out = self.run_dir(&cell.name, seed);
-        let args = cell.args.of_run(seed, &out);
+        let mut args = cell.args.clone();
+        let run = args.run();
+        (*run.seed, *run.out, *run.json, *run.resume) = (seed, out.clone(), false, None);
+        // The others rebuild nothing.
+        *run.verify &= matches!(run.mode.mode, Mode::Bdia | Mode::BdiaFloat);
         // What changes no number may change.
         let same = |saved: &A| saved.comparable() == args.comparable();
         let other = |path: PathBuf| Failure::Run {
@@ -112,7 +117,8 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
                 return Err(other(path));
             }
         }
-        let go = if begun { args.resuming(&out) } else { args.clone() };
+        let mut go = args.clone();
+        *go.run().resume = begun.then_some(out);
         let Some(summary) = (self.train)(&go)? else {
             return Err(Failure::Other("stopped; the same command goes on from here".into()));
         };

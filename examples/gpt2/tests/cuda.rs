@@ -165,7 +165,7 @@ fn the_program_trains() {
     assert!(tight.err.contains("cuda-bf16"), "{}", tight.err);
 }
 
-/// Without a driver, or without that device/// Without a driver, or without that device, the program says so and ends with 1.
+/// Without a driver, or without that device, the program says so and ends with 1.
 #[test]
 fn a_missing_device_is_named() {
     let dir = Dir::new();

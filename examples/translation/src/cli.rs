@@ -142,34 +142,24 @@ fn longest(s: &str) -> Result<u64, String> {
     whole(s, 2, 65_000)
 }
 
-impl TrainArgs {
-    /// Flags that may differ from the saved ones when a run is resumed: they change no number.
-    pub const FREE: [&str; 6] = ["resume", "json", "threads", "device", "checkpoint_interval", "verify"];
-
-    /// The settings with which a saved run goes on: the saved ones, and those of [`TrainArgs::FREE`] that were given.
-    ///
-    /// # Errors
-    /// [`Contradiction`] names every other flag that was given with another value.
-    pub fn resumed(&self, saved: &Self) -> Result<Self, Contradiction> {
-        contradictions(&self.given, self, saved, &Self::FREE)?;
-        let mut run = saved.clone();
-        run.resume.clone_from(&self.resume);
-        run.json = self.json;
-        run.given.clone_from(&self.given);
-        run.machine.threads = self.machine.threads.or(saved.machine.threads);
-        if self.given.contains("device") {
-            run.machine.device = self.machine.device;
+impl Flags for TrainArgs {
+    fn run(&mut self) -> RunFlags<'_> {
+        RunFlags {
+            seed: &mut self.seed,
+            checkpoint_interval: &mut self.checkpoint_interval,
+            resume: &mut self.resume,
+            verify: &mut self.verify,
+            out: &mut self.out,
+            json: &mut self.json,
+            mode: &mut self.mode,
+            machine: &mut self.machine,
+            given: &mut self.given,
+            inputs: self.data.iter_mut().chain(&mut self.held_out).chain(&mut self.weights).collect(),
         }
-        if self.given.contains("checkpoint_interval") {
-            run.checkpoint_interval = self.checkpoint_interval;
-        }
-        run.verify |= self.verify;
-        if let Some(dir) = &self.resume {
-            run.out.clone_from(dir);
-        }
-        Ok(run)
     }
+}
 
+impl TrainArgs {
     /// What single flags cannot show to be wrong.
     ///
     /// # Errors
@@ -331,14 +321,9 @@ impl Cli {
         Ok(Self { command: parsed })
     }
 
-    /// Reads the process's arguments. A wrong argument prints what is wrong and ends the process with code 1, a request
-    /// for help or the version with code 0.
+    /// Reads the process's arguments, or ends the process ([`or_exit`]).
     pub fn parse() -> Self {
-        Self::try_parse_from(std::env::args_os()).unwrap_or_else(|error| {
-            // Nobody is left to tell if the terminal is gone.
-            let _ = error.print();
-            std::process::exit(i32::from(error.use_stderr()))
-        })
+        or_exit(Self::try_parse_from(std::env::args_os()))
     }
 }
 
@@ -370,6 +355,19 @@ mod tests {
             panic!()
         };
         assert_eq!((t.data.len(), t.optim.schedule), (2, ScheduleKind::Noam));
+    }
+
+    /// What changes no number is not compared, and neither is the way to a file.
+    #[test]
+    fn runs_are_compared_by_what_they_compute() {
+        let of = |arguments: &str| {
+            let Command::Train(t) = read(arguments).unwrap() else { panic!() };
+            t.comparable()
+        };
+        let a = of("--data Cargo.toml src/cli.rs --threads 1 --out a --verify");
+        assert_eq!(a, of("--data src/../Cargo.toml ./src/cli.rs --device 2 --json --checkpoint-interval 9"));
+        assert_ne!(a, of("--data Cargo.toml src/lib.rs"));
+        assert_ne!(a, of("--data Cargo.toml src/cli.rs --lr 0.5"));
     }
 
     #[test]

@@ -1,48 +1,20 @@
 //! `experiment`: the paper's comparison on translation, with BLEU. The files are those of [`bdia_train::study`], and one
 //! picture more: `regularizers-bleu.svg` beside `regularizers.svg`, which has the losses.
 
-use std::path::{Path, PathBuf};
-
 use bdia_train::Failure;
 use bdia_train::cli::Mode;
-use bdia_train::files::FileError;
 use bdia_train::report;
-use bdia_train::study::{Flags, Study, Table};
+use bdia_train::study::{self, Study, Table};
 
 use crate::cli::{ExperimentArgs, TrainArgs};
 use crate::train::{Metric, Summary, train};
-
-impl Flags for TrainArgs {
-    fn of_run(&self, seed: u64, out: &Path) -> Self {
-        let verify = self.verify && matches!(self.mode.mode, Mode::Bdia | Mode::BdiaFloat);
-        Self { seed, out: out.into(), json: false, resume: None, verify, ..self.clone() }
-    }
-
-    fn resuming(&self, out: &Path) -> Self {
-        Self { resume: Some(out.into()), ..self.clone() }
-    }
-
-    fn comparable(&self) -> Self {
-        let mut a = Self { given: Default::default(), out: PathBuf::new(), verify: false, ..self.clone() };
-        (a.machine.threads, a.machine.device, a.checkpoint_interval, a.resume) = (None, 0, 0, None);
-        for path in a.data.iter_mut().chain(&mut a.held_out).chain(&mut a.weights) {
-            *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
-        }
-        a
-    }
-}
 
 /// The standard transformer, with more dropout, on the grid without γ, and BDIA: loss and BLEU over epochs, for every seed.
 ///
 /// # Errors
 /// [`Failure`]; what is finished stays, and the same command goes on.
 pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
-    std::fs::create_dir_all(&args.dir).map_err(|e| FileError::io(&args.dir, "create the directory", e))?;
-    if let Some(flag) =
-        ["mode", "quantize", "seed", "out", "resume", "json"].iter().find(|f| args.train.given.contains(**f))
-    {
-        return Err(Failure::Other(format!("experiments choose --{flag} of their runs themselves; leave it out")));
-    }
+    study::begin(&args.dir, &args.train, &[])?;
     let study: Study<'_, TrainArgs, Summary> = Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
     let more = args.more_dropout;
     let mut cells = vec![

@@ -334,22 +334,7 @@ struct Run<'a> {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
-    let mut args = args.clone();
-    // The run may be resumed from another working directory.
-    for path in args.data.iter_mut().chain(&mut args.held_out).chain(&mut args.weights) {
-        *path = std::path::absolute(&*path).map_err(|e| FileError::io(path, "find it", e))?;
-    }
-    let mut from = None;
-    if let Some(dir) = args.resume.clone() {
-        let saved: TrainArgs = run::saved(&dir)?;
-        args = args.resumed(&saved)?;
-        bdia_train::cli::check_mode(&args.mode, args.verify).map_err(Failure::Other)?;
-        let (path, header, warnings) = checkpoint::newest(&dir)?;
-        for warning in warnings {
-            report::note!("warning: {warning}");
-        }
-        from = Some((path, header));
-    }
+    let (args, from) = run::begin(args)?;
     let vocabulary = if from.is_some() { Some(args.out.clone()) } else { args.weights.clone() };
     let prepared = prepare(&args, vocabulary.as_deref())?;
     let setup = setup(&args, &prepared.config)?;

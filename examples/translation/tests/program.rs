@@ -6,7 +6,10 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use bdia_train::files::testing::TempDir;
+use bdia_train::testing::{self, json, metrics};
 use serde_json::Value;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_bdia-translate");
 
 const SMALL: &str = "--pairs 200 --held 40 --vocab 300 --layers 2 --decoder-layers 3 --width 16 --heads 2 --mlp 24 \
                      --longest 48 --batch-tokens 400 --translate 10 --threads 2";
@@ -18,29 +21,11 @@ fn command(arguments: &str) -> Command {
 }
 
 fn run(out: &Path, arguments: &str) -> Output {
-    let to = if arguments.contains("experiment") { "--dir" } else { "--out" };
-    command(arguments).arg(to).arg(out).stdin(Stdio::null()).output().unwrap()
+    testing::run(PROGRAM, out, arguments)
 }
 
 fn good(out: &Path, arguments: &str) -> String {
-    let o = run(out, arguments);
-    assert!(o.status.success(), "{arguments}\n{}", String::from_utf8_lossy(&o.stderr));
-    String::from_utf8(o.stdout).unwrap()
-}
-
-fn json(text: &str) -> Value {
-    serde_json::from_str(text.lines().last().unwrap()).unwrap()
-}
-
-/// `metrics.jsonl` without what depends on the clock.
-fn metrics(dir: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
-    let line = |l: &str| {
-        let mut v: Value = serde_json::from_str(l).unwrap();
-        v.as_object_mut().unwrap().remove("tokens_per_s").unwrap();
-        v
-    };
-    text.lines().map(line).collect()
+    testing::good(PROGRAM, out, arguments)
 }
 
 /// Standard output, standard error and success of `translate` with these lines.
@@ -93,7 +78,7 @@ fn training_is_exact_and_resumes_exactly() {
     for file in ["model.safetensors", "best.safetensors", "tokenizer.json", "held-out.translation.txt"] {
         assert_eq!(std::fs::read(a.join(file)).unwrap(), std::fs::read(b.join(file)).unwrap(), "{file}");
     }
-    assert_eq!(metrics(&a), metrics(&b));
+    assert_eq!(metrics(&a, "tokens_per_s"), metrics(&b, "tokens_per_s"));
 
     // Another vocabulary of the same size is not the run's.
     let c = dir.path().join("c");

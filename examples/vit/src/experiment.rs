@@ -1,13 +1,10 @@
 //! `experiment`: many runs, and what they show. The files are those of [`bdia_train::study`].
 
-use std::path::{Path, PathBuf};
-
 use bdia_core::{Gamma, Sign};
 use bdia_train::Failure;
 use bdia_train::cli::{GammaSign, Mode};
-use bdia_train::files::FileError;
 use bdia_train::report::{self, Series};
-use bdia_train::study::{self, Flags, Table};
+use bdia_train::study::{self, Table};
 
 use crate::cli::{Experiment, ExperimentArgs, Network, TrainArgs, name_of};
 use crate::model::Inference;
@@ -15,26 +12,6 @@ use crate::train::{self, Metric, Summary};
 
 type Study<'a> = study::Study<'a, TrainArgs, Summary>;
 type Cell = study::Cell<TrainArgs>;
-
-impl Flags for TrainArgs {
-    fn of_run(&self, seed: u64, out: &Path) -> Self {
-        let verify = self.verify && matches!(self.mode.mode, Mode::Bdia | Mode::BdiaFloat);
-        Self { seed, out: out.into(), json: false, resume: None, verify, ..self.clone() }
-    }
-
-    fn resuming(&self, out: &Path) -> Self {
-        Self { resume: Some(out.into()), ..self.clone() }
-    }
-
-    fn comparable(&self) -> Self {
-        let mut a = Self { given: Default::default(), out: PathBuf::new(), verify: false, ..self.clone() };
-        (a.machine.threads, a.machine.device, a.checkpoint_interval, a.resume) = (None, 0, 0, None);
-        if let Some(data) = &mut a.data {
-            *data = std::path::absolute(&*data).unwrap_or_else(|_| data.clone());
-        }
-        a
-    }
-}
 
 fn standard(study: &Study<'_>) -> Cell {
     study.cell("vit", 0.0, |a| a.mode.mode = Mode::Standard)
@@ -66,12 +43,7 @@ fn of_runs(cells: &[Cell], results: &[Vec<Summary>]) -> Table {
 /// # Errors
 /// [`Failure`]; what is finished stays.
 pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
-    std::fs::create_dir_all(&args.dir).map_err(|e| FileError::io(&args.dir, "create the directory", e))?;
-    if args.train.resume.is_some() || args.train.network == Network::Revvit {
-        return Err(Failure::Other(
-            "experiments choose --network, --mode and --resume of their runs themselves".into(),
-        ));
-    }
+    study::begin(&args.dir, &args.train, &["network"])?;
     let study = Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train: train::train };
     match args.name {
         Experiment::Accuracy => accuracy(&study),

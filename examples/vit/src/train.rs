@@ -254,22 +254,7 @@ struct Run<'a> {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
-    let mut args = args.clone();
-    // The run may be resumed from another working directory.
-    for path in [&mut args.data, &mut args.weights].into_iter().flatten() {
-        *path = std::path::absolute(&*path).map_err(|e| FileError::io(path, "find it", e))?;
-    }
-    let mut from = None;
-    if let Some(dir) = args.resume.clone() {
-        let saved: TrainArgs = run::saved(&dir)?;
-        args = args.resumed(&saved)?;
-        bdia_train::cli::check_mode(&args.mode, args.verify).map_err(Failure::Other)?;
-        let (path, header, warnings) = checkpoint::newest(&dir)?;
-        for warning in warnings {
-            report::note!("warning: {warning}");
-        }
-        from = Some((path, header));
-    }
+    let (args, from) = run::begin(args)?;
     let (data, config, augment) = prepare(&args)?;
     let setup = setup(&args, &config)?;
     let steps = steps(&args, &data)?;

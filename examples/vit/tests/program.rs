@@ -5,40 +5,19 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use bdia_train::files::testing::TempDir;
-use serde_json::Value;
+use bdia_train::testing::{self, json, metrics};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_bdia-vit");
 
 const SMALL: &str =
     "--train-subset 80 --test-subset 40 --layers 3 --width 16 --heads 2 --mlp 16 --batch 16 --threads 2";
 
 fn run(out: &Path, arguments: &str) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_bdia-vit"))
-        .args(arguments.split_whitespace())
-        .arg(if arguments.contains("experiment") { "--dir" } else { "--out" })
-        .arg(out)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
+    testing::run(PROGRAM, out, arguments)
 }
 
 fn good(out: &Path, arguments: &str) -> String {
-    let o = run(out, arguments);
-    assert!(o.status.success(), "{arguments}\n{}", String::from_utf8_lossy(&o.stderr));
-    String::from_utf8(o.stdout).unwrap()
-}
-
-fn json(text: &str) -> Value {
-    serde_json::from_str(text.lines().last().unwrap()).unwrap()
-}
-
-/// `metrics.jsonl` without what depends on the clock.
-fn metrics(dir: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
-    let line = |l: &str| {
-        let mut v: Value = serde_json::from_str(l).unwrap();
-        v.as_object_mut().unwrap().remove("images_per_s").unwrap();
-        v
-    };
-    text.lines().map(line).collect()
+    testing::good(PROGRAM, out, arguments)
 }
 
 #[test]
@@ -65,7 +44,7 @@ fn training_is_exact_and_resumes_exactly() {
     for file in ["model.safetensors", "best.safetensors"] {
         assert_eq!(std::fs::read(a.join(file)).unwrap(), std::fs::read(b.join(file)).unwrap(), "{file}");
     }
-    assert_eq!(metrics(&a), metrics(&b));
+    assert_eq!(metrics(&a, "images_per_s"), metrics(&b, "images_per_s"));
 
     // Other settings are refused, by name.
     let o =
@@ -133,7 +112,7 @@ fn killed_runs_end_the_same() {
     for file in names(&a).iter().filter(|n| n.ends_with("safetensors") || n.ends_with("ckpt")) {
         assert_eq!(std::fs::read(a.join(file)).unwrap(), std::fs::read(b.join(file)).unwrap(), "{file}");
     }
-    assert_eq!(metrics(&a), metrics(&b));
+    assert_eq!(metrics(&a, "images_per_s"), metrics(&b, "images_per_s"));
 }
 
 /// Every baseline trains, from the same data in the same order; more threads give the same bits.
@@ -187,6 +166,12 @@ fn experiments_in_small() {
     let o = run(dir.path(), &format!("experiment accuracy {flags}"));
     assert!(o.status.success() && !String::from_utf8_lossy(&o.stderr).contains("with seed"));
     assert_eq!(csv, std::fs::read(dir.path().join("accuracy-runs.csv")).unwrap());
+    for chosen in ["--seed 3", "--network vit", "--quantize", "--json"] {
+        let o = run(dir.path(), &format!("experiment accuracy {flags} {chosen}"));
+        let flag = chosen.split(' ').next().unwrap();
+        let told = String::from_utf8_lossy(&o.stderr).into_owned();
+        assert!(o.status.code() == Some(1) && told.contains(flag), "{told}");
+    }
     let o = run(dir.path(), &format!("experiment accuracy {flags} --lr 0.5"));
     assert_eq!(o.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&o.stderr).contains("other flags"));

@@ -1,0 +1,49 @@
+//! Runs of a program in its tests.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// Runs a program with arguments that are separated by spaces; its directory is `out`.
+///
+/// # Panics
+/// Where it cannot be started.
+pub fn run(program: &str, out: &Path, arguments: &str) -> Output {
+    let to = if arguments.contains("experiment") { "--dir" } else { "--out" };
+    let mut command = Command::new(program);
+    command.args(arguments.split_whitespace()).arg(to).arg(out).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Standard output of a run that succeeds.
+///
+/// # Panics
+/// Where it does not.
+pub fn good(program: &str, out: &Path, arguments: &str) -> String {
+    let o = run(program, out, arguments);
+    assert!(o.status.success(), "{arguments}\n{}", String::from_utf8_lossy(&o.stderr));
+    String::from_utf8(o.stdout).unwrap()
+}
+
+/// The object in the last line.
+///
+/// # Panics
+/// Where there is none.
+pub fn json(text: &str) -> Value {
+    serde_json::from_str(text.lines().last().unwrap()).unwrap()
+}
+
+/// `metrics.jsonl` without `clock`, the value that depends on the time.
+///
+/// # Panics
+/// Where the file is not that of a run.
+pub fn metrics(dir: &Path, clock: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let line = |l: &str| {
+        let mut v: Value = serde_json::from_str(l).unwrap();
+        v.as_object_mut().unwrap().remove(clock).unwrap();
+        v
+    };
+    text.lines().map(line).collect()
+}
