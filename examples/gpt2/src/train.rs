@@ -86,6 +86,7 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     let setup = Setup {
         dims: machine::dims(&config),
         batch: args.batch as usize,
+        accumulate: args.accumulate as usize,
         context,
         mode: machine::stack_mode(&args.mode, config.n_layer),
         grid: machine::grid(&args.mode)?,
@@ -220,7 +221,6 @@ impl Work for Run {
                 lr: schedule.at(step),
                 weight_decay: self.args.optim.weight_decay,
                 clip: self.args.optim.clip,
-                accumulate: self.args.accumulate as usize,
             };
             let (train, batch) = (&self.corpus.train, self.args.batch as u32);
             let others = Counting::current().saturating_sub(own);

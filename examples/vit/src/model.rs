@@ -408,7 +408,7 @@ impl Vit {
             return Err(setting("clip", step.clip, "0, or full gradient buffers (fused = false)").into());
         }
         // A fault that an abandoned step left behind is not this one's.
-        be.take_fault()?;
+        be.clear_fault()?;
         let updater =
             Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
         self.blocks.updater = updater;
@@ -449,32 +449,30 @@ impl Vit {
             }
         }
         self.ends.measure(be, Site::Embedding, 0, &self.end_tensors)?;
-        let mut norm = 0.0;
-        if !fused {
-            if let Some(fault) = be.take_fault()? {
-                return Err(Error::from(fault).into());
-            }
-            norm = self.grad_norm(be)?;
-        }
-        let updater = Updater { scale: clip_scale(norm, step.clip), ..updater };
+        // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
+        // the step is done.
+        let early = if fused { None } else { Some(self.result(be)?) };
+        let updater = Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)), ..updater };
         if !fused {
             for k in 0..layers {
                 self.blocks.params.update(be, &updater, k, self.blocks.tensors())?;
             }
         }
         self.ends.update(be, &updater, 0, &self.end_tensors)?;
+        let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
+        Ok(Outcome { loss: loss / batch as f64, grad_norm, mismatches, rebuild_error })
+    }
+
+    /// What a step reads: the sum of its losses and the norm of its gradients.
+    fn result<B: Backend>(&self, be: &mut B) -> Result<(f64, f64)> {
         if let Some(fault) = be.take_fault()? {
-            return Err(Error::from(fault).into());
+            return Err(fault.into());
         }
-        // Read when the step is done, so that nothing waits before.
         let mut loss = sum(be, self.head.losses)?;
         if let Some(m) = self.head.mixup {
             loss = m.share * loss + (1.0 - m.share) * sum(be, m.losses)?;
         }
-        if fused {
-            norm = self.grad_norm(be)?;
-        }
-        Ok(Outcome { loss: loss / batch as f64, grad_norm: norm, mismatches, rebuild_error })
+        Ok((loss, (sum(be, self.blocks.params.norms)? + sum(be, self.ends.norms)?).sqrt()))
     }
 
     /// Makes the staging buffers, so that a step allocates nothing that grows.
@@ -536,10 +534,6 @@ impl Vit {
         Ok(probe.largest)
     }
 
-    fn grad_norm<B: Backend>(&self, be: &B) -> Result<f64> {
-        Ok((sum(be, self.blocks.params.norms)? + sum(be, self.ends.norms)?).sqrt())
-    }
-
     /// Logits of some images (at most a [chunk](Self::chunk)), `[samples, classes]`, and the sum of their losses.
     ///
     /// # Errors
@@ -551,7 +545,7 @@ impl Vit {
         inference: Inference,
         image: impl FnMut(usize, &mut [f64]) -> core::result::Result<[i32; 2], E>,
     ) -> core::result::Result<(Vec<f64>, f64), E> {
-        be.take_fault()?;
+        be.clear_fault()?;
         self.put(be, samples, image)?;
         let x = match (&self.trunk, inference) {
             (Trunk::Two(stack), _) => stack.infer(be, &self.blocks, &mut self.input, samples)?,
