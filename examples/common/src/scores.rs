@@ -226,9 +226,8 @@ impl Corpus {
             before = counts;
         }
         let own: usize = self.0.iter().map(|s| s.hypothesis.len()).sum();
-        let mean = |s: &Segment| {
-            s.references.iter().map(Vec::len).sum::<usize>() as f64 / s.references.len().max(1) as f64
-        };
+        let mean =
+            |s: &Segment| s.references.iter().map(Vec::len).sum::<usize>() as f64 / s.references.len().max(1) as f64;
         let ratio = own as f64 / self.0.iter().map(mean).sum::<f64>();
         if ratio >= 1.0 {
             return score;
@@ -302,7 +301,8 @@ impl Corpus {
 
 /// How much each n-gram weighs, and the norm of all.
 fn weights(words: &[String], n: usize, rarity: impl Fn(&[String]) -> f64) -> (BTreeMap<&[String], f64>, f64) {
-    let weights: BTreeMap<_, _> = ngrams(words, n).into_iter().map(|(g, count)| (g, count as f64 * rarity(g))).collect();
+    let weights: BTreeMap<_, _> =
+        ngrams(words, n).into_iter().map(|(g, count)| (g, count as f64 * rarity(g))).collect();
     let norm = weights.values().map(|w| w * w).sum::<f64>().sqrt();
     (weights, norm)
 }
@@ -328,7 +328,8 @@ fn meteor(hypothesis: &[[String; 2]], reference: &[[String; 2]]) -> f64 {
     }
     // A chunk goes on where both sides do.
     let chunk_begins = |(i, at): (usize, usize)| i == 0 || at == 0 || partner[i - 1] != Some(at - 1);
-    let chunks = partner.iter().enumerate().filter_map(|(i, p)| p.map(|at| (i, at))).filter(|&p| chunk_begins(p)).count();
+    let chunks =
+        partner.iter().enumerate().filter_map(|(i, p)| p.map(|at| (i, at))).filter(|&p| chunk_begins(p)).count();
     let (precision, recall) = (matches / hypothesis.len() as f64, matches / reference.len() as f64);
     let mean = precision * recall / (0.9 * precision + 0.1 * recall);
     (1.0 - 0.5 * (chunks as f64 / matches).powi(3)) * mean

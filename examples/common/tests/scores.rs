@@ -31,7 +31,11 @@ fn scores_are_those_of_the_python_tools() {
         {
             let expected = of["scores"][name].as_f64().unwrap();
             // Both sum logarithms and ratios in f64, in different orders.
-            assert!((found - expected).abs() < 1e-9 * (1.0 + expected), "{}: {name} is {found}, {expected}", of["name"]);
+            assert!(
+                (found - expected).abs() < 1e-9 * (1.0 + expected),
+                "{}: {name} is {found}, {expected}",
+                of["name"]
+            );
         }
     }
 }
