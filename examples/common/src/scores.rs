@@ -243,7 +243,8 @@ impl Corpus {
         let words = |text: &[String]| -> Vec<[String; 2]> {
             let both = |word: &String| {
                 let word = word.to_lowercase();
-                [stemmer.stem(&word).into_owned(), word]
+                // The stemmer knows the straight apostrophe only.
+                [stemmer.stem(&word.replace(['\u{2018}', '\u{2019}', '\u{201b}'], "'")).into_owned(), word]
             };
             text.iter().map(both).collect()
         };

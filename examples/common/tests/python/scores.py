@@ -83,6 +83,7 @@ SINGLE = {
     "stems": [("families served dishes quickly nearby", ["family serving dish quick near", "the families serve quickly"]),
               ("Generously PRICED meals are happily eaten", ["generous prices and a happy eater", "priced generously , meals ate"])],
     "stems with apostrophes": [("Nonna 's table isn't cheap ' ''", ["nonna's tables are cheaper ' s"])],
+    "curly apostrophes": [("the chef’s brothers’ meals", ["a chef's brother meal", "the chef dines"])],
     "accents": [("Le café Ünal sert des crêpes 字 字", ["le Café ünal sert des CRÊPES 字", "un café à crêpes"])],
 }
 
