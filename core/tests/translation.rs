@@ -336,7 +336,7 @@ fn one_token_at_a_time_is_the_same_decoder() {
             let chunk =
                 bdia_core::Chunk { seed: 0, step: 0, stack: 1, site, first: 0, samples: rows, global: 0, frame: 0 };
             let call = Call { chunk, block: k, x, frame, scratch, context: None, train: false, keep: false };
-            let cached = Cached { of: place(k, cache), keys: TARGET, position, lens };
+            let cached = Cached { of: place(k, cache), keys: TARGET, positions: &[position; BATCH * BEAMS], lens };
             blocks.next(&mut be, &call, &cached, (place(k, kv), BEAMS), h).unwrap();
             bdia_core::NnOps::add(&mut be, x, h).unwrap();
         }

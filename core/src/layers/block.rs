@@ -171,13 +171,13 @@ impl Cut {
 
 /// Keys and values of the tokens so far, in one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cached {
+pub struct Cached<'a> {
     /// `[samples, keys, 2 d]`.
     pub of: Reals,
     /// Most tokens of a sample.
     pub keys: usize,
-    /// The token that is added, from 0.
-    pub position: usize,
+    /// The place of the token that is added, from 0, for every sample.
+    pub positions: &'a [usize],
     /// Tokens with that one, for every sample.
     pub lens: Ints,
 }
@@ -340,9 +340,8 @@ impl TransformerBlocks {
     }
 
     /// The attention branch for one more token of each sample, at inference: `x` and `out` are `[samples, d]`, in a call of
-    /// blocks [`with_tokens`](Self::with_tokens)`(1)`. Keys and values of the tokens before are in `cache`,
-    /// `[samples, keys, 2 d]`, at positions below `position`, where this token's are put; `lens` says `position + 1` for
-    /// every sample.
+    /// blocks [`with_tokens`](Self::with_tokens)`(1)`. Keys and values of the tokens before are in `cached`,
+    /// `[samples, keys, 2 d]`, at positions below the sample's own, where this token's are put; `lens` says one more.
     ///
     /// # Errors
     /// Those of the backend.
@@ -350,7 +349,7 @@ impl TransformerBlocks {
         &self,
         be: &mut B,
         call: &Call,
-        cached: &Cached,
+        cached: &Cached<'_>,
         x: Reals,
         out: Reals,
     ) -> Result<()> {
@@ -359,8 +358,11 @@ impl TransformerBlocks {
         let (d, keys) = (s.width, cached.keys);
         be.layer_norm(s.eps, w(LN_1_W), w(LN_1_B), x, frame.ln_1, frame.ln_1_stats)?;
         linear(be, rows, m(C_ATTN_W), w(C_ATTN_B), frame.ln_1, frame.qkv)?;
-        for row in 0..rows {
-            let place = (row * keys + cached.position) * 2 * d;
+        if cached.positions.len() != rows {
+            return Err(Error::Shape { what: "cache: positions", expected: rows, found: cached.positions.len() });
+        }
+        for (row, &position) in cached.positions.iter().enumerate() {
+            let place = (row * keys + position) * 2 * d;
             be.copy_reals(frame.qkv.sub(row * 3 * d + d, 2 * d), cached.of.sub(place, 2 * d))?;
         }
         let [q, ..] = self.qkv(frame.qkv);
@@ -369,6 +371,26 @@ impl TransformerBlocks {
         let a = Attention { queries: 1, keys, mask, key_lens, dropout: 0.0, temperature, ..s.attention() };
         be.attention(&call.chunk, &a, q, k, v, frame.attn, frame.lse, call.scratch)?;
         linear(be, rows, m(ATTN_PROJ_W), w(ATTN_PROJ_B), frame.attn, out)
+    }
+
+    /// The residual `h(x) = f(x) + g(x + f(x))` of one more token of each sample, at inference; as
+    /// [`next_attention_branch`](Self::next_attention_branch).
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn next<B: Backend>(&self, be: &mut B, call: &Call, cached: &Cached<'_>, h: Reals) -> Result<()> {
+        let (mid, g) = (self.mid(call), call.scratch.sub(0, h.len()));
+        self.next_attention_branch(be, call, cached, call.x, h)?;
+        be.copy_reals(call.x, mid)?;
+        be.add(mid, h)?;
+        self.mlp_branch(be, call, mid, g)?;
+        be.add(h, g)
+    }
+
+    /// Where a call's residual has left keys and values: columns `at .. at + 2 d` of a row for each token.
+    pub fn keys_values(&self, call: &Call) -> Columns {
+        let [_, keys, _] = self.qkv(self.frame(call).qkv);
+        keys
     }
 
     /// `g(x) = dropout(c_proj(dropout(gelu(c_fc(ln_2(x))))))`: the MLP branch alone.

@@ -278,7 +278,7 @@ impl DecoderBlocks {
         &self,
         be: &mut B,
         call: &Call,
-        cached: &Cached,
+        cached: &Cached<'_>,
         (kv, beams): (Reals, usize),
         h: Reals,
     ) -> Result<()> {

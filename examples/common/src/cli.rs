@@ -482,6 +482,14 @@ pub fn not_negative(s: &str) -> Result<f64, String> {
     real(s, "a number of 0 or more", |x| x >= 0.0)
 }
 
+/// Reads any number but NaN and infinity.
+///
+/// # Errors
+/// A sentence.
+pub fn finite(s: &str) -> Result<f64, String> {
+    real(s, "a number", |_| true)
+}
+
 /// Reads a number above 0.
 ///
 /// # Errors

@@ -2,7 +2,8 @@
 //!
 //! In the order in which data flows: [`cli`] (flags that every program has, and their checks) → [`machine`] (threads, plan,
 //! backend) → [`run`] (directory of a run, resuming, stopping, progress) → [`checkpoint`], [`weights`], [`report`] (what a
-//! run leaves behind), over [`files`] and [`alloc`]; [`study`] makes many runs of one program.
+//! run leaves behind), over [`files`] and [`alloc`]; [`study`] makes many runs of one program. For models that write text:
+//! [`search`] chooses their tokens, [`scores`] compares what they wrote.
 
 pub mod alloc;
 pub mod checkpoint;
@@ -14,6 +15,8 @@ pub mod machine;
 pub mod mutations;
 pub mod report;
 pub mod run;
+pub mod scores;
+pub mod search;
 pub mod study;
 #[cfg(feature = "testing")]
 pub mod testing;

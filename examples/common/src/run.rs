@@ -119,12 +119,17 @@ pub fn kept(out: &Path) -> String {
 
 /// A bar over the steps of a run that goes on after step `first`.
 pub fn progress(steps: u32, first: u32) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(u64::from(steps)), ProgressDrawTarget::stderr_with_hz(4));
-    // The template is a constant; without it the bar is a plain one.
-    if let Ok(style) = ProgressStyle::with_template("{bar:24} step {pos}/{len} {msg} ETA {eta}") {
+    bar("step", u64::from(steps), u64::from(first))
+}
+
+/// A bar over `len` of something, of which `first` are done.
+pub fn bar(what: &str, len: u64, first: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(len), ProgressDrawTarget::stderr_with_hz(4));
+    // The template is known to be good; without it the bar is a plain one.
+    if let Ok(style) = ProgressStyle::with_template(&format!("{{bar:24}} {what} {{pos}}/{{len}} {{msg}} ETA {{eta}}")) {
         bar.set_style(style);
     }
-    bar.set_position(u64::from(first));
+    bar.set_position(first);
     bar.reset_eta();
     bar
 }

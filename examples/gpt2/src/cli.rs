@@ -222,9 +222,24 @@ pub struct GenerateArgs {
     /// Text to go on from [default: the start of a document]
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub prompt: String,
-    /// Tokens to generate
+    /// Texts to go on from, one in each line of a UTF-8 file; prints what follows each, line breaks as spaces
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
+    /// Prompts at a time, fewer where memory is short
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20), requires = "prompts")]
+    pub batch: u64,
+    /// Tokens to generate, unless the text ends before
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = count(1 << 20))]
     pub tokens: u64,
+    /// Search for the most likely text with this many hypotheses in place of drawing it; 1 takes the most likely token
+    #[arg(long, value_name = "N", value_parser = count(1 << 10), conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
+    pub beams: Option<u64>,
+    /// Exponent of the length by which log-probabilities are divided; more favours longer texts [default: 1]
+    #[arg(long, value_name = "A", allow_negative_numbers = true, value_parser = finite, requires = "beams")]
+    pub length_penalty: Option<f64>,
+    /// No N tokens in a row occur twice, prompt included; 0 for no such rule
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = count_or_zero(1 << 20))]
+    pub no_repeat_ngram: u64,
     /// Logits are divided by it; 0 always takes the most likely token
     #[arg(long, value_name = "T", default_value_t = 0.8, value_parser = not_negative)]
     pub temperature: f64,
@@ -240,12 +255,29 @@ pub struct GenerateArgs {
     /// Arithmetic of the residual stream
     #[arg(long, default_value = "float")]
     pub inference: Inference,
+    /// A constant gamma from -1 to 1 in place of its mean, 0
+    #[arg(long, allow_negative_numbers = true, value_parser = signed_gamma)]
+    pub gamma: Option<f64>,
     /// The last line of standard output is one JSON object
     #[arg(long)]
     pub json: bool,
     /// Threads, memory, backend.
     #[command(flatten)]
     pub machine: MachineArgs,
+}
+
+impl GenerateArgs {
+    /// What single flags cannot show to be wrong.
+    fn check(&self) -> Result<(), String> {
+        let penalized = self.length_penalty.is_some_and(|a| a != 0.0);
+        if penalized && self.beams == Some(1) {
+            return Err("--length-penalty compares the hypotheses of --beams 2 or more; leave one of them out".into());
+        }
+        if self.temperature == 0.0 && (self.top_k != 40 || self.top_p != 1.0) {
+            return Err("--temperature 0 takes the most likely token, --top-k and --top-p draw among several".into());
+        }
+        Ok(())
+    }
 }
 
 /// Flags of `plan`.
@@ -332,7 +364,8 @@ impl Cli {
                 train.check()
             }
             Command::Plan(plan) => check_mode(&plan.mode, plan.verify),
-            Command::Eval(_) | Command::Generate(_) => Ok(()),
+            Command::Generate(generate) => generate.check(),
+            Command::Eval(_) => Ok(()),
         };
         checked.map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(Self { command: parsed })
@@ -435,6 +468,16 @@ mod tests {
             ("--weights a --layers 3", "cannot be used with"),
             ("generate --top-p 0", "at most 1"),
             ("generate --temperature -1", "found -1"),
+            ("generate --beams 4 --temperature 1", "cannot be used with"),
+            ("generate --seed 1 --beams 4", "cannot be used with"),
+            ("generate --beams 0", "from 1 to 1024"),
+            ("generate --length-penalty 0.9", "--beams"),
+            ("generate --beams 1 --length-penalty 0.9", "--beams 2 or more"),
+            ("generate --beams 4 --length-penalty NaN", "found NaN"),
+            ("generate --temperature 0 --top-k 3", "--temperature 0"),
+            ("generate --no-repeat-ngram -1", "found -1"),
+            ("generate --prompt a --prompts b", "cannot be used with"),
+            ("generate --batch 2", "--prompts"),
             ("eval --gamma 2", "from -1 to 1"),
             ("--steps 10 eval", "eval"),
         ] {

@@ -4,12 +4,17 @@ use std::path::Path;
 
 use bdia_core::backend::Backend;
 use bdia_core::plan::Choice;
-use bdia_core::{Category, Gamma, Grid, Layout, Sign, stack};
+use bdia_core::{Category, Error, Gamma, Grid, Layout, Reference, Sign, stack};
+use bdia_cpu::Cpu;
+use bdia_cuda::Cuda;
+use bdia_train::run;
+use bdia_train::search::Length;
 use serde_json::json;
 
-use crate::cli::{self, EvalArgs, GenerateArgs, MachineArgs, PlanArgs};
+use crate::cli::{self, BackendKind, EvalArgs, GenerateArgs, MachineArgs, PlanArgs};
 use crate::config::Gpt2Config;
 use crate::data::{Corpus, Part};
+use crate::decode::{Decoder, Decoding, How, Sizes};
 use crate::error::Failure;
 use crate::machine::{self, Work};
 use crate::model::{Gpt2, Inference, Setup};
@@ -121,6 +126,39 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     machine::run(&args.machine, threads, &layout, Eval { args, config, model, part, name })
 }
 
+/// The texts to go on from.
+fn prompts(args: &GenerateArgs) -> Result<Vec<String>, Failure> {
+    let Some(path) = &args.prompts else { return Ok(vec![args.prompt.clone()]) };
+    let wrong = |what: String| Failure::Other(format!("{}: {what}", path.display()));
+    let text = String::from_utf8(crate::files::read_limited(path, 1 << 30)?)
+        .map_err(|e| wrong(format!("not UTF-8 text from byte {} on", e.utf8_error().valid_up_to())))?;
+    let lines: Vec<_> = text.trim_start_matches('\u{feff}').lines().map(str::to_owned).collect();
+    if lines.is_empty() { Err(wrong("empty, expected one prompt in each line".into())) } else { Ok(lines) }
+}
+
+/// Lays a model out for decoding: fewer prompts at a time where the budget, or what the machine has, is less.
+fn lay_out_decoder(machine: &MachineArgs, model: &Gpt2, mut sizes: Sizes) -> Result<(Decoder, Layout), Failure> {
+    let available = (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
+    let budget = machine.memory.or(available);
+    loop {
+        let (decoder, layout) = match machine.backend {
+            BackendKind::Reference => Decoder::layout::<Reference<'_, f32>>(model, &sizes),
+            BackendKind::Cpu => Decoder::layout::<Cpu>(model, &sizes),
+            BackendKind::Cuda => Decoder::layout::<Cuda>(model, &sizes),
+        }?;
+        match budget {
+            Some(budget) if layout.total() as u64 > budget && sizes.prompts > 1 => {
+                sizes.prompts = sizes.prompts.div_ceil(2);
+            }
+            Some(budget) if layout.total() as u64 > budget => {
+                let budget = usize::try_from(budget).unwrap_or(usize::MAX);
+                return Err(Error::Budget { budget, minimum: layout.total() }.into());
+            }
+            _ => return Ok((decoder, layout)),
+        }
+    }
+}
+
 /// Text from a model.
 ///
 /// # Errors
@@ -130,25 +168,36 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         args: &'a GenerateArgs,
         config: Gpt2Config,
         model: Gpt2,
+        decoder: Decoder,
+        texts: Vec<String>,
+        prompts: Vec<Vec<i32>>,
+        decoding: Decoding,
     }
     impl Work for Generate<'_> {
-        fn on<B: Backend<Real = f32>>(mut self, be: &mut B, _: usize) -> Result<(), Failure> {
+        fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
             let args = self.args;
             machine::load_weights(&args.weights, &self.config, be, &self.model)?;
+            run::catch_interrupt();
+            let bar = run::bar("prompt", self.prompts.len() as u64, 0);
+            let found = self.decoder.decode(be, &self.prompts, &self.decoding, |finished, tokens| {
+                bar.set_position(finished as u64);
+                bar.set_message(format!("{tokens} tokens"));
+            })?;
+            bar.finish_and_clear();
             let tokenizer = Tokenizer::new();
-            let mut prompt: Vec<i32> = tokenizer.encode(&args.prompt).into_iter().map(|t| t as i32).collect();
-            if prompt.is_empty() {
-                prompt.push(EOT as i32);
+            let mut all = Vec::new();
+            for (prompt, tokens) in self.texts.iter().zip(found) {
+                let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).collect();
+                let text = tokenizer.decode(&tokens);
+                match args.prompts {
+                    None => report::tell!("{prompt}{text}"),
+                    Some(_) => report::tell!("{}", text.split_whitespace().collect::<Vec<_>>().join(" ")),
+                }
+                all.push(json!({"prompt": prompt, "text": text, "tokens": tokens}));
             }
-            let sampler = Sampler { temperature: args.temperature, top_k: args.top_k as usize, top_p: args.top_p };
-            let inference = inference(args.inference, 0.0)?;
-            let tokens =
-                train::generate(be, &mut self.model, &prompt, args.tokens as usize, &sampler, args.seed, inference)?;
-            let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).filter(|&t| t != EOT).collect();
-            let text = tokenizer.decode(&tokens);
-            report::tell!("{}{text}", args.prompt);
             if args.json {
-                report::tell!("{}", json!({"prompt": args.prompt, "text": text, "tokens": tokens}));
+                let json = if args.prompts.is_some() { json!({"texts": all}) } else { all.swap_remove(0) };
+                report::tell!("{json}");
             }
             Ok(())
         }
@@ -161,11 +210,36 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
             config.vocab_size
         )));
     }
-    let context = trained_context(&args.weights).unwrap_or(config.n_positions);
+    let texts = prompts(args)?;
+    let lines: Vec<_> = texts.iter().map(String::as_str).collect();
+    let mut prompts: Vec<Vec<i32>> = (Tokenizer::new().encode_all(&lines).into_iter())
+        .map(|tokens| tokens.into_iter().map(|t| t as i32).collect())
+        .collect();
+    // An empty prompt is the start of a document.
+    prompts.iter_mut().filter(|p| p.is_empty()).for_each(|p| p.push(EOT as i32));
+    let decoding = Decoding {
+        how: match args.beams {
+            Some(_) => How::Search(Length::Power(args.length_penalty.unwrap_or(1.0))),
+            None => {
+                let (temperature, top_k, top_p) = (args.temperature, args.top_k as usize, args.top_p);
+                How::Sample(Sampler { temperature, top_k, top_p }, args.seed)
+            }
+        },
+        tokens: args.tokens as usize,
+        end: Some(EOT as i32),
+        no_repeat: args.no_repeat_ngram as usize,
+        inference: inference(args.inference, args.gamma.unwrap_or(0.0))?,
+    };
+    let context = trained_context(&args.weights).unwrap_or(config.n_positions).min(config.n_positions);
     let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, layout) = lay_out(&config, &args.machine, context, 1, one, frac_bits(&config, None))?;
+    let (model, own) = lay_out(&config, &args.machine, 1, 1, one, frac_bits(&config, None))?;
+    let beams = args.beams.unwrap_or(1) as usize;
+    let sizes = Sizes::of(&prompts, args.batch as usize, beams, decoding.tokens, context);
+    let (decoder, mut layout) = lay_out_decoder(&args.machine, &model, sizes)?;
+    layout.cover(&own);
     let threads = machine::threads(&args.machine);
-    machine::run(&args.machine, threads, &layout, Generate { args, config, model })
+    let work = Generate { args, config, model, decoder, texts, prompts, decoding };
+    machine::run(&args.machine, threads, &layout, work)
 }
 
 /// The memory table, without training.

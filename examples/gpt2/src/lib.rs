@@ -2,12 +2,13 @@
 //!
 //! In the order in which data flows: [`cli`] → [`config`], [`tokenizer`], [`data`] → [`machine`] (plan and backend) →
 //! [`model`] (one optimizer step) → [`train`] (the run), with [`checkpoint`], [`weights`] and [`report`] for what it
-//! leaves behind; [`inference`] and [`sample`] for trained models. What other training programs need too is in
+//! leaves behind; [`inference`], [`decode`] and [`sample`] for trained models. What other training programs need too is in
 //! [`bdia_train`].
 
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod decode;
 pub mod error;
 pub mod inference;
 pub mod machine;

@@ -100,6 +100,8 @@ const ENDS: usize = 5;
 #[derive(Debug, Clone)]
 pub struct Gpt2 {
     setup: Setup,
+    /// The layout of what stays: parameters, gradients, optimizer state. Decoding has a layout of its own behind it.
+    pub(crate) base: Layout,
     /// The reversible stack.
     pub stack: Stack,
     /// The blocks.
@@ -171,13 +173,14 @@ impl Gpt2 {
         let (end_tensors, len) = end_tensors(d);
         let count = if d.tied { ENDS - 1 } else { ENDS };
         let ends = Params::layout(l, 1, len, count, setup.rule, true)?;
+        l.outside(Category::Library, setup.library);
+        let base = l.clone();
 
         let rows = product("tokens of a batch", &[setup.batch, setup.context])?;
         let tokens = l.ints(Category::Head, rows);
         let targets = l.ints(Category::Head, rows);
         // The staging buffers on the host.
         l.outside(Category::Head, product("tokens of a batch", &[rows, 2, size_of::<i32>()])?);
-        l.outside(Category::Library, setup.library);
         let losses = l.reals(Category::Head, product("losses", &[rows, setup.accumulate])?);
         let logits = l.reals(Category::Head, product("logits", &[choice.head_rows, d.vocab])?);
 
@@ -228,6 +231,7 @@ impl Gpt2 {
         };
         let model = Self {
             setup: *setup,
+            base,
             stack,
             blocks,
             input,

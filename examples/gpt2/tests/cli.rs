@@ -310,6 +310,54 @@ fn orders_backends_and_budgets() {
     assert!((plain - small).abs() < 1e-4);
 }
 
+/// Prompts of a file together or one by one, greedily in two ways, and with several hypotheses.
+#[test]
+fn text_from_many_prompts() {
+    let dir = Dir::new();
+    let out = dir.at("run");
+    let small = "--layers 2 --heads 2 --width 8 --context 12 --batch 2 --steps 2 --eval-interval 0";
+    let data = dir.file("text.txt", "The tavern by the river is cheap and serves fish.\n".repeat(40).as_bytes());
+    let mut c = program();
+    good(c.arg("train").args(small.split(' ')).arg("--data").arg(&data).arg("--out").arg(&out));
+    let prompts = dir.file("prompts.txt", "The tavern\r\n\nA cheap place in the old town serves\n".as_bytes());
+    let texts = |flags: &str| {
+        let said = good(other("generate", &out, &format!("--json --tokens 9 {flags} --prompts")).arg(&prompts));
+        // A line for every prompt, and the object.
+        assert_eq!(said.out.lines().count(), 4, "{}", said.out);
+        let texts = said.json()["texts"].as_array().unwrap().clone();
+        assert_eq!(
+            texts.iter().map(|t| t["prompt"].as_str().unwrap()).collect::<Vec<_>>(),
+            ["The tavern", "", "A cheap place in the old town serves"]
+        );
+        texts
+    };
+    let greedy = texts("--beams 1");
+    assert_eq!(greedy, texts("--temperature 0 --batch 1"));
+    assert_eq!(greedy, texts("--beams 1 --backend reference --batch 2"));
+    assert_ne!(greedy, texts("--beams 1 --no-repeat-ngram 1"));
+    let drawn = texts("--seed 3");
+    assert_eq!(drawn, texts("--seed 3 --batch 2"));
+    assert_ne!(drawn, texts("--seed 4"));
+    let beams = texts("--beams 4 --length-penalty 0.9 --no-repeat-ngram 2 --inference quantized");
+    assert!(beams.iter().all(|t| t["tokens"].as_array().unwrap().len() <= 9));
+    // One prompt is the first of many.
+    for (flags, all) in [("--beams 1", &greedy), ("--seed 3", &drawn)] {
+        let mut c = other("generate", &out, &format!("--json --tokens 9 {flags}"));
+        let said = good(c.args(["--prompt", "The tavern"]));
+        assert_eq!(said.json(), all[0]);
+        assert!(said.out.starts_with("The tavern"));
+    }
+    for (name, bytes, words) in [
+        ("empty", &b""[..], &["empty", "one prompt in each line"][..]),
+        ("binary", b"ab\xff", &["binary", "not UTF-8 text from byte 2 on"]),
+    ] {
+        bad(other("generate", &out, "--prompts").arg(dir.file(name, bytes)), words);
+    }
+    bad(other("generate", &out, "--prompts").arg(dir.at("missing")), &["missing", "cannot open"]);
+    bad(&mut other("generate", &out, "--memory 1000"), &["1000", "smallest plan needs"]);
+    bad(&mut other("generate", &out, "--beams 3 --top-k 5"), &["--top-k", "cannot be used with"]);
+}
+
 /// A new run in the directory of another takes its place as a whole: nothing of the old one is gone on with.
 #[test]
 fn a_new_run_replaces_an_old_one() {

@@ -9,6 +9,7 @@ use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{Cached, DecoderBlocks, EncoderOutput, LmHead, TokenEmbedding, TransformerBlocks};
 use bdia_core::stack::{Call, Config as StackConfig, Context, Mode, Stack, Tail};
 use bdia_core::{Gamma, Grid, Real, Sign, Words};
+use bdia_train::search::{self, Length, Stop};
 
 use crate::model::{Inference, Shape, Translator, infer};
 use crate::vocab::{BEGIN, END, PAD};
@@ -60,23 +61,6 @@ struct Decoder {
     ints: Ints,
     frame: Reals,
     scratch: Reals,
-}
-
-/// A translation that is under way or done.
-#[derive(Debug, Clone, PartialEq, Default)]
-struct Hypothesis {
-    tokens: Vec<i32>,
-    /// `log p`.
-    score: f64,
-    /// The row that it comes from.
-    row: usize,
-}
-
-impl Hypothesis {
-    /// The score by which lengths are compared; the end counts.
-    fn normalized(&self, alpha: f64) -> f64 {
-        self.score / ((5.0 + self.tokens.len() as f64 + 1.0) / 6.0).powf(alpha)
-    }
 }
 
 impl Translator {
@@ -185,62 +169,39 @@ impl Translator {
         let (beams, vocab) = (sizes.beams, self.setup.dims.vocab[1]);
         let rows = sources.len() * beams;
         let mut logits = vec![B::Real::of(0.0); rows * vocab];
-        let mut live: Vec<Vec<Hypothesis>> =
-            (0..sources.len()).map(|i| vec![Hypothesis { row: i * beams, ..Hypothesis::default() }]).collect();
-        let mut done: Vec<Vec<Hypothesis>> = vec![Vec::new(); sources.len()];
-        // Much longer than its source is nothing but a loop.
-        let most: Vec<usize> = sources.iter().map(|s| sizes.longest.min(2 * s.len() + 16)).collect();
-        let mut tokens = vec![BEGIN; rows];
+        let mut searches: Vec<_> = (sources.iter())
+            .map(|s| {
+                let settings = search::Settings {
+                    beams,
+                    length: Length::Gnmt(search.alpha),
+                    stop: Stop::Full,
+                    // Much longer than its source is nothing but a loop.
+                    tokens: sizes.longest.min(2 * s.len() + 16),
+                    end: Some(END),
+                    no_repeat: 0,
+                };
+                search::Search::new(settings, &[])
+            })
+            .collect();
+        let (mut tokens, mut order) = (vec![BEGIN; rows], vec![0; rows]);
         for position in 0..sizes.longest {
-            if live.iter().all(Vec::is_empty) {
+            if searches.iter().all(search::Search::finished) {
                 break;
             }
             self.one_token(be, &decoder, &tokens, position, beams, search.inference)?;
             be.read_reals(decoder.head.logits, &mut logits)?;
-            let mut order: Vec<usize> = (0..rows).collect();
-            for i in 0..sources.len() {
-                if live[i].is_empty() {
-                    continue;
-                }
-                let next = candidates(&live[i], &logits, vocab, beams);
-                let ends = position + 1 == most[i];
-                live[i].clear();
-                for (rank, (mut hypothesis, token)) in next.into_iter().enumerate() {
-                    if token == END {
-                        // An end that is not among the best is not worth more than what goes on.
-                        if rank < beams {
-                            done[i].push(hypothesis);
-                        }
-                        continue;
-                    }
-                    if live[i].len() == beams {
-                        break;
-                    }
-                    let row = i * beams + live[i].len();
-                    (order[row], tokens[row]) = (hypothesis.row, token);
-                    hypothesis.tokens.push(token);
-                    hypothesis.row = row;
-                    live[i].push(hypothesis);
-                }
-                if done[i].len() >= beams || ends {
-                    if done[i].is_empty() {
-                        done[i] = core::mem::take(&mut live[i]);
-                    }
-                    live[i].clear();
-                }
+            let places = order.chunks_mut(beams).zip(tokens.chunks_mut(beams));
+            for (i, (search, (order, tokens))) in searches.iter_mut().zip(places).enumerate() {
+                let logits = &logits[i * beams * vocab..(i + 1) * beams * vocab];
+                search.advance(logits, &[PAD, BEGIN], order, tokens);
+                order.iter_mut().for_each(|row| *row += i * beams);
             }
             self.reorder(be, &decoder, &order, &sizes, position + 1)?;
         }
         if let Some(fault) = be.take_fault()? {
             return Err(fault.into());
         }
-        let best = |all: Vec<Hypothesis>| {
-            let better = |a: Hypothesis, b: Hypothesis| {
-                if b.normalized(search.alpha) > a.normalized(search.alpha) { b } else { a }
-            };
-            all.into_iter().reduce(better).map(|h| h.tokens).unwrap_or_default()
-        };
-        Ok(done.into_iter().zip(live).map(|(done, live)| best(if done.is_empty() { live } else { done })).collect())
+        Ok(searches.into_iter().map(search::Search::best).collect())
     }
 
     /// Memory, and the keys and values of cross-attention.
@@ -288,6 +249,7 @@ impl Translator {
         let (rows, width) = (tokens.len(), self.setup.dims.width);
         let at = |site| Chunk { seed: 0, step: 0, stack: 1, site, first: 0, samples: rows, global: 0, frame: 0 };
         be.write_ints(d.target.tokens, tokens)?;
+        let places = vec![position; rows];
         be.write_ints(d.lens, &vec![position as i32 + 1; rows])?;
         let positions = d.target.wpe.sub(position * width, width);
         let embedding = at(Site::Embedding);
@@ -309,7 +271,7 @@ impl Translator {
                 keep: false,
             };
             let keys = d.cache.len() / (self.setup.dims.layers[1] * rows * 2 * width);
-            let cached = Cached { of: self.of_block(d.cache, k), keys, position, lens: d.lens };
+            let cached = Cached { of: self.of_block(d.cache, k), keys, positions: &places, lens: d.lens };
             d.blocks.next(be, &call, &cached, (self.of_block(d.cross, k), beams), d.h)?;
             match inference {
                 Inference::Float => be.add(d.x, d.h)?,
@@ -346,35 +308,4 @@ impl Translator {
         }
         Ok(())
     }
-}
-
-/// The best continuations of a sentence's hypotheses, best first: twice as many as hypotheses, since some may end.
-fn candidates<R: Real>(live: &[Hypothesis], logits: &[R], vocab: usize, beams: usize) -> Vec<(Hypothesis, i32)> {
-    let wanted = 2 * beams;
-    let mut best: Vec<(f64, usize, i32)> = Vec::new();
-    for (i, hypothesis) in live.iter().enumerate() {
-        let row = &logits[hypothesis.row * vocab..(hypothesis.row + 1) * vocab];
-        // With one hypothesis the normalizer changes no order.
-        let normalizer = if beams == 1 {
-            0.0
-        } else {
-            let most = row.iter().map(|x| x.wide()).fold(f64::NEG_INFINITY, f64::max);
-            most + row.iter().map(|x| (x.wide() - most).exp()).sum::<f64>().ln()
-        };
-        for (token, x) in (0..).zip(row) {
-            let score = hypothesis.score + (x.wide() - normalizer);
-            if token == PAD || token == BEGIN || (best.len() == wanted && score <= best[wanted - 1].0) {
-                continue;
-            }
-            let at = best.partition_point(|b| b.0 >= score);
-            best.insert(at, (score, i, token));
-            best.truncate(wanted);
-        }
-    }
-    best.into_iter()
-        .map(|(score, i, token)| {
-            let Hypothesis { tokens, row, .. } = &live[i];
-            (Hypothesis { tokens: tokens.clone(), score, row: *row }, token)
-        })
-        .collect()
 }

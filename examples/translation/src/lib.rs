@@ -3,11 +3,10 @@
 //!
 //! In the order in which data flows: [`cli`] → [`data`] and [`numbers`] (pairs of sentences) → [`vocab`] (subwords) →
 //! [`batch`] → [`config`] (architecture) → [`model`] (one optimizer step over both stacks) → [`train`] (the run) →
-//! [`decode`] (search), [`bleu`] (scores) → [`translate`] (what a trained model does); [`experiment`] (many runs, and
+//! [`decode`] (search) → [`translate`] (what a trained model does); [`experiment`] (many runs, and
 //! what they show).
 
 pub mod batch;
-pub mod bleu;
 pub mod cli;
 pub mod config;
 pub mod data;

@@ -10,11 +10,11 @@ use bdia_cpu::Cpu;
 use bdia_cuda::Cuda;
 use bdia_train::files::write_bytes;
 use bdia_train::machine::{self, Work};
+use bdia_train::scores::{bleu, chrf};
 use bdia_train::weights::{self, Weights};
 use bdia_train::{Failure, checkpoint, report, run};
 
 use crate::batch::{Batches, chunk_of};
-use crate::bleu::{bleu, chrf};
 use crate::cli::{self, BackendKind, EvalArgs, SearchArgs, TrainArgs, TranslateArgs};
 use crate::config::TranslationConfig;
 use crate::data::{Dataset, Pair, Source, read, references};

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use bdia_train::files::testing::TempDir;
-use bdia_translate::bleu::{bleu, chrf};
+use bdia_train::scores::{bleu, chrf};
 use bdia_translate::data::{DataError, Dataset, Pair, Source, read, references};
 
 fn refused(files: &[PathBuf], parts: &[&str]) -> DataError {
