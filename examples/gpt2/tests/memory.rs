@@ -25,6 +25,7 @@ fn setup(mode: Mode, layers: usize, fused: bool, dims: Dims) -> Setup {
         grid: if mode == Mode::BdiaFloat { None } else { grid() },
         gamma: bdia_core::Gamma::new(0.5, bdia_core::Sign::Random).unwrap(),
         rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }),
+        adapters: None,
         fused,
         verify: false,
         threads: 2,
