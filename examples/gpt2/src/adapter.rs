@@ -179,7 +179,7 @@ fn read_config(path: &Path) -> Result<(usize, f64), AdapterError> {
         _ => false,
     })?;
     check("bias", "\"none\", the only value that is implemented", &|v| v.is_none_or(|v| v == "none"))?;
-    for field in ["use_rslora", "use_dora", "lora_bias"] {
+    for field in ["use_rslora", "use_dora", "use_qalora", "use_bdlora", "lora_bias"] {
         check(field, "false, the only value that is implemented", &|v| v.is_none_or(|v| v == &json!(false)))?;
     }
     let empty = |v: Option<&Value>| match v {
@@ -188,8 +188,15 @@ fn read_config(path: &Path) -> Result<(usize, f64), AdapterError> {
         Some(Value::Object(o)) => o.is_empty(),
         Some(_) => false,
     };
-    let fields = ["modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "target_parameters"];
-    for field in fields {
+    for field in [
+        "modules_to_save",
+        "layers_to_transform",
+        "layer_replication",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_parameters",
+        "alora_invocation_tokens",
+    ] {
         check(field, "nothing, the only value that is implemented", &empty)?;
     }
     let rank = of("r").and_then(Value::as_u64).filter(|r| (1..=1 << 20).contains(r));
