@@ -304,8 +304,11 @@ impl Flags for FinetuneArgs {
 impl FinetuneArgs {
     /// What single flags cannot show to be wrong.
     fn check(&self) -> Result<(), String> {
-        self.pairs.check(self.task)?;
-        self.method.check()?;
+        // A run that goes on has its own task and method, beside which the flags are compared.
+        if self.run.resume.is_none() {
+            self.pairs.check(self.task)?;
+            self.method.check()?;
+        }
         self.run.check()
     }
 }
@@ -697,12 +700,66 @@ mod tests {
             ("generate --temperature -1", "found -1"),
             ("eval --gamma 2", "from -1 to 1"),
             ("--steps 10 eval", "eval"),
+            ("finetune --weights a", "--data"),
+            ("finetune --data a", "--weights"),
+            ("finetune --data a --weights b --model c", "cannot be used with"),
+            ("finetune --data a --weights b --lora-alpha 3", "belong to --method lora"),
+            ("finetune --data a --weights b --lora-alpha 0", "a number above 0"),
+            ("finetune --data a --weights b --lora-rank 0", "from 1 to 65536"),
+            ("finetune --data a --weights b --prompt-column x", "belong to --task pairs"),
+            ("finetune --data a --weights b --task text --loss-on all", "belongs to tasks of pairs"),
+            ("finetune --data a --weights b --epochs 1 --steps 1", "cannot be used with"),
+            ("finetune --data a --weights b --epochs 0", "a number above 0"),
+            ("finetune --data a --weights b --gamma 0.3", "--gamma: gamma is 0.3"),
+            ("plan --frozen-dtype f16", "belong to --method lora"),
+            ("eval --task e2e", "--data"),
+            ("eval --prompt-column x", "belong to --task pairs"),
+            ("merge --weights a --adapter b", "--out"),
         ] {
             let message = read(arguments).unwrap_err();
             assert!(message.contains(expected), "{arguments}: {message}");
         }
         assert_eq!(train("--mode bdia-float --gamma 0.3").run.mode.gamma, 0.3);
         assert_eq!(train("--mode bdia-float --gamma 0").run.mode.gamma, 0.0);
+    }
+
+    fn finetune(arguments: &str) -> FinetuneArgs {
+        match read(&format!("finetune {arguments}")).unwrap() {
+            Command::Finetune(f) => *f,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn fine_tuning_has_defaults_of_its_own() {
+        let f = finetune("--data a.csv --weights b --batch 2");
+        assert_eq!((f.task, f.method.method, f.method.adapters()), (TaskKind::E2e, MethodKind::Full, None));
+        assert_eq!((f.run.optim.lr, f.run.optim.weight_decay, f.run.steps), (2e-4, 0.01, 1000));
+        assert_eq!((f.run.optim.schedule, f.run.out), (ScheduleKind::Linear, PathBuf::from("runs/finetune")));
+        assert_eq!(f.run.given.iter().map(String::as_str).collect::<Vec<_>>(), ["batch", "data", "weights"]);
+        // Those of `train` stay.
+        assert_eq!((train("").run.optim.lr, train("train").run.steps), (1e-3, 130));
+        let f = finetune("--data a --model x/y --method lora --frozen-dtype f16 --lr 1 --epochs 2.5");
+        let adapters = f.method.adapters().unwrap();
+        assert_eq!((adapters.shape.rank, adapters.shape.alpha, adapters.shape.scale()), (4, 32.0, 8.0));
+        assert_eq!((adapters.half, f.run.optim.lr, f.epochs), (Some(Half::F16), 1.0, Some(2.5)));
+        let columns = |flags: &str| {
+            let f = finetune(&format!("--data a --weights b {flags}"));
+            f.pairs.columns(f.task).map(|c| [c.prompt, c.completion])
+        };
+        let own = |a: &str, b: &str| Some([a.to_string(), b.to_string()]);
+        assert_eq!(columns(""), own("mr", "ref"));
+        assert_eq!(columns("--task pairs"), own("prompt", "completion"));
+        assert_eq!(columns("--task pairs --prompt-column q --completion-column a"), own("q", "a"));
+        assert_eq!(columns("--task text"), None);
+        // A saved run goes on with what it was started with.
+        let saved = finetune("--data a --weights b --method lora --lora-rank 2 --task pairs");
+        let saved: FinetuneArgs = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
+        let run = finetune("--resume runs/a --threads 1 --json").resumed(&saved).unwrap();
+        assert_eq!((run.method.lora_rank, run.task, run.run.json), (Some(2), TaskKind::Pairs, true));
+        let error = finetune("--resume runs/a --lora-rank 3").resumed(&saved).unwrap_err().to_string();
+        assert!(error.contains("--lora-rank is 3, the run has 2"), "{error}");
+        assert!(matches!(read("plan --method lora --frozen-dtype bf16").unwrap(), Command::Plan(_)));
     }
 
     #[test]

@@ -548,7 +548,7 @@ mod tests {
     fn every_pass_has_every_example_once() {
         let mut e = examples(LossOn::Completion);
         e.fit(8).unwrap();
-        let mut at = |e: &mut Examples, seed, first: u64| {
+        let at = |e: &mut Examples, seed, first: u64| {
             let (mut x, mut y) = ([0; 8], [0; 8]);
             e.batch(seed, first, 8, &mut x, &mut y).unwrap();
             x
