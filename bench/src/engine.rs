@@ -139,6 +139,7 @@ fn gpt2(job: &Job, config: &Gpt2Config, s: &Settings) -> gpt2::Setup {
         grid: s.grid,
         gamma: s.gamma,
         rule: Some(RULE),
+        adapters: None,
         fused: true,
         verify: job.verify,
         threads: job.threads,

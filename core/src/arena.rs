@@ -76,6 +76,8 @@ handle!(
 pub enum Category {
     /// Trained values.
     Parameters,
+    /// Values of the network that stay as they are.
+    Frozen,
     /// Their gradients.
     Gradients,
     /// Moments of the optimizer.
@@ -98,8 +100,9 @@ pub enum Category {
 
 impl Category {
     /// All, in the order of the table.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Parameters,
+        Self::Frozen,
         Self::Gradients,
         Self::Optimizer,
         Self::Activations,
@@ -116,6 +119,7 @@ impl fmt::Display for Category {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Parameters => "parameters",
+            Self::Frozen => "frozen parameters",
             Self::Gradients => "gradients",
             Self::Optimizer => "optimizer state",
             Self::Activations => "activations (X)",

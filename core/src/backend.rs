@@ -248,6 +248,32 @@ pub struct Columns {
     pub at: usize,
 }
 
+/// How values are stored in 16 bits: two in a word, the first one in its low half.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    /// The upper half of an `f32`.
+    Bf16,
+    /// IEEE binary16.
+    F16,
+}
+
+impl Half {
+    /// The value of the lower 16 bits of `bits`. Exact.
+    #[inline]
+    pub fn value(self, bits: u32) -> f32 {
+        match self {
+            Self::Bf16 => f32::from_bits(bits << 16),
+            Self::F16 => {
+                let (sign, exponent, rest) = ((bits & 0x8000) << 16, bits & 0x7C00, (bits & 0x7FFF) << 13);
+                // The exponents' biases are 112 apart; a product sets small values right too, which have no leading 1.
+                let finite = f32::from_bits(rest) * f32::from_bits((127 + 112) << 23);
+                let special = rest | 0x7F80_0000;
+                f32::from_bits(sign | if exponent == 0x7C00 { special } else { finite.to_bits() })
+            }
+        }
+    }
+}
+
 /// Which keys a query sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mask {
@@ -320,11 +346,18 @@ pub trait NnOps: Storage {
     /// `x += y`.
     fn add(&mut self, x: Reals, y: Reals) -> Result<()>;
 
+    /// The `n` values of `y` from the `ceil(n/2)` words of `x` ([`Half`]). The same bits on all backends.
+    fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()>;
+
+    /// `to[r, c] += scale·from[r, c]` for `width` columns of two matrices with the same number of rows, in different
+    /// memory.
+    fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> Result<()>;
+
     /// Layer normalization of rows of `weight.len()` values: `y = (x − mean)·rstd·weight + bias`, with
     /// `rstd = 1/√(variance + eps)`. `stats[2·rows]` keeps `mean, rstd` of each row.
     fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()>;
 
-    /// Its vector-Jacobian product: *adds* to `dx`, `dweight` and `dbias`.
+    /// Its vector-Jacobian product: *adds* to `dx`, `dweight` and `dbias`; the last two are left out where both are empty.
     fn layer_norm_vjp(
         &mut self,
         weight: Reals,

@@ -231,6 +231,28 @@ impl Arenas {
         self.apart(what, [x, y])
     }
 
+    /// [`NnOps::widen`](crate::NnOps::widen)
+    pub fn widen(&self, x: Words, y: Reals) -> Result<()> {
+        same("widen", y.len().div_ceil(2), x.len())?;
+        self.words("widen", x)?;
+        self.reals("widen", y)?;
+        Ok(())
+    }
+
+    /// [`NnOps::add_columns`](crate::NnOps::add_columns): the number of rows.
+    pub fn add_columns(&self, width: usize, from: Columns, to: Columns) -> Result<usize> {
+        let rows = rows_of("add_columns: from", from.of.len(), from.stride)?;
+        same("add_columns: to", product("add_columns: to", &[rows, to.stride])?, to.of.len())?;
+        for c in [from, to] {
+            let end = c.at.checked_add(width).ok_or(Error::TooLarge("add_columns"))?;
+            if end > c.stride {
+                return Err(Error::Shape { what: "add_columns", expected: end, found: c.stride });
+            }
+        }
+        self.apart("add_columns", [from.of, to.of])?;
+        Ok(rows)
+    }
+
     /// [`NnOps::layer_norm`](crate::NnOps::layer_norm): the number of rows.
     pub fn layer_norm(&self, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<usize> {
         let width = weight.len();
@@ -258,8 +280,10 @@ impl Arenas {
         same("layer_norm_vjp: stats", product("layer_norm_vjp: stats", &[2, rows])?, stats.len())?;
         same("layer_norm_vjp: dy", x.len(), dy.len())?;
         same("layer_norm_vjp: dx", x.len(), dx.len())?;
-        same("layer_norm_vjp: dweight", width, dweight.len())?;
-        same("layer_norm_vjp: dbias", width, dbias.len())?;
+        if !(dweight.is_empty() && dbias.is_empty()) {
+            same("layer_norm_vjp: dweight", width, dweight.len())?;
+            same("layer_norm_vjp: dbias", width, dbias.len())?;
+        }
         self.apart("layer_norm_vjp", [weight, x, stats, dy, dx, dweight, dbias])?;
         Ok(rows)
     }

@@ -5,11 +5,6 @@
 //   s = scale·q·k, p = exp(s − max)/Σ, out = Σ p·factor·v                        factor: of dropout, 0 or 1/(1-p)
 //   ds = p·(factor·(dout·v) − dout·out), dq = Σ scale·ds·k, dk = Σ scale·ds·q, dv = Σ p·factor·dout
 
-// A tensor of which heads are columns: rows of `stride` values, the first head from column `at` on.
-struct Matrix {
-    u32 stride, at;
-};
-
 enum { FULL_MASK = 0, CAUSAL = 1, OTHERS = 2 };
 
 struct Attend {

@@ -3,9 +3,37 @@
 // x[i] for all i below n, whatever the number of blocks.
 #define EACH(i, n) for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < (n); i += (u64)gridDim.x * THREADS)
 
+// Columns of a matrix, such as heads: rows of `stride` values, the first of them in column `at`.
+struct Matrix {
+    u32 stride, at;
+};
+
 // x += y
 KERNEL(THREADS, 4) add(Out<float> x, In<float> y) {
     EACH(i, x.n) x[i] = x[i] + y[i];
+}
+
+// y[i] = the i-th of the 16-bit values in x, two in a word, the first in its low half.
+KERNEL(THREADS, 4) widen(u32 f16, In<u32> x, Out<float> y) {
+    EACH(i, y.n) {
+        u32 bits = i % 2 ? x[i / 2] >> 16 : x[i / 2] & 0xFFFFu;
+        if (!f16) {
+            y[i] = __uint_as_float(bits << 16);
+            continue;
+        }
+        // The exponents' biases are 112 apart; a product sets small values right too, which have no leading 1.
+        u32 rest = (bits & 0x7FFFu) << 13;
+        u32 finite = __float_as_uint(__uint_as_float(rest) * __uint_as_float((127u + 112u) << 23));
+        y[i] = __uint_as_float((bits & 0x8000u) << 16 | ((bits & 0x7C00u) == 0x7C00u ? rest | 0x7F800000u : finite));
+    }
+}
+
+// y[r, to.at + c] += scale·x[r, from.at + c] for c below width
+KERNEL(THREADS, 4) add_columns(u64 values, u32 width, float scale, Matrix from, Matrix to, In<float> x, Out<float> y) {
+    EACH(i, values) {
+        u64 r = i / width, c = i % width, at = r * to.stride + to.at + c;
+        y[at] = fmaf(scale, x[r * from.stride + from.at + c], y[at]);
+    }
 }
 
 // c[rows, cols] = bias[cols], or += it

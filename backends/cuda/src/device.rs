@@ -88,6 +88,8 @@ kernels! {
     Compare c"compare"
     CountDifferences c"count_differences"
     Add c"add"
+    Widen c"widen"
+    AddColumns c"add_columns"
     BiasRows c"bias_rows"
     ToBf16 c"to_bf16"
     AddParts c"add_parts"

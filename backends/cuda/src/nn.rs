@@ -1,8 +1,8 @@
 //! [`NnOps`]: products through cuBLAS, everything else in kernels of our own.
 
-use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
+use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Half, Mask, Order, Product};
 use bdia_core::rng::{Draw, drop_threshold};
-use bdia_core::{Chunk, Error, Ints, NnOps, Reals, Result};
+use bdia_core::{Chunk, Error, Ints, NnOps, Reals, Result, Words};
 
 use crate::device::{BLOCKS, Gemm, Kernel, Precision, THREADS, arg};
 use crate::span::{Attend, Matrix, Span, Streams};
@@ -155,6 +155,23 @@ impl NnOps for Cuda {
         self.device.launch(Kernel::Add, blocks(x.len as usize), THREADS, &mut [arg(&x), arg(&y)])
     }
 
+    fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()> {
+        self.arenas.widen(x, y)?;
+        let (f16, x, y) = (u32::from(half == Half::F16), self.words(x), self.reals(y));
+        self.device.launch(Kernel::Widen, blocks(y.len as usize), THREADS, &mut [arg(&f16), arg(&x), arg(&y)])
+    }
+
+    fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> Result<()> {
+        let rows = self.arenas.add_columns(width, from, to)?;
+        let values = (rows * width) as u64;
+        let matrix =
+            |c: Columns| -> Result<Matrix> { Ok(Matrix { stride: small("add_columns", c.stride)?, at: c.at as u32 }) };
+        let (width, scale) = (small("add_columns", width)?, scale as f32);
+        let (x, y, from, to) = (self.reals(from.of), self.reals(to.of), matrix(from)?, matrix(to)?);
+        let args = &mut [arg(&values), arg(&width), arg(&scale), arg(&from), arg(&to), arg(&x), arg(&y)];
+        self.device.launch(Kernel::AddColumns, blocks(rows * width as usize), THREADS, args)
+    }
+
     fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
         let rows = small("layer_norm", self.arenas.layer_norm(weight, bias, x, y, stats)?)?;
         let (weight, bias, x) = (self.reals(weight), self.reals(bias), self.reals(x));
@@ -182,6 +199,9 @@ impl NnOps for Cuda {
         let (rows, each) = (small("layer_norm_vjp", rows)?, each as u32);
         let args = &mut [arg(&rows), arg(&weight), arg(&x), arg(&stats), arg(&dy), arg(&dx)];
         self.device.launch(Kernel::LayerNormDx, [(rows as usize).div_ceil(WARPS), 1, 1], THREADS, args)?;
+        if dweight.len == 0 {
+            return Ok(());
+        }
         let args =
             &mut [arg(&rows), arg(&each), arg(&x), arg(&stats), arg(&dy), arg(&dweight), arg(&dbias), arg(&part)];
         self.device.launch(Kernel::LayerNormDw, [width.div_ceil(32), parts, 1], THREADS, args)?;

@@ -22,7 +22,7 @@ macro_rules! parameters {
         unsafe impl Parameter for $t {}
     )*};
 }
-parameters!(Span, Streams, Shape, Report, Attend, Constants);
+parameters!(Span, Streams, Shape, Report, Matrix, Attend, Constants);
 
 /// `In` or `Out`: an address and a number of values.
 #[repr(C)]
@@ -101,7 +101,7 @@ pub(crate) struct Report {
     pub vocab: u64,
 }
 
-/// `Matrix` of attention.cu
+/// `Matrix` of nn.cu
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Matrix {

@@ -1,8 +1,8 @@
 //! The pre-norm transformer block as a residual: `h(x) = f(x) + g(x + f(x))`, `f` attention, `g` MLP.
 
-use super::{Params, Tensor, Updater, linear, linear_vjp, place};
-use crate::arena::{Ints, Layout, Reals, product};
-use crate::backend::{Attention, Backend, Columns, Gelu, Mask};
+use super::{Lora, LoraShape, Params, Tensor, Updater, linear, linear_vjp, place};
+use crate::arena::{Category, Ints, Layout, Reals, Words, product};
+use crate::backend::{Attention, Backend, Columns, Gelu, Half, Mask};
 use crate::error::{Error, Result, Site, ok};
 use crate::optim::Rule;
 use crate::rng::Draw;
@@ -182,6 +182,26 @@ pub struct Cached<'a> {
     pub lens: Ints,
 }
 
+/// Frozen matrices in 16 bits; each is widened into one place when it is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Narrow {
+    /// How they are stored.
+    pub half: Half,
+    /// Words of a block.
+    group: usize,
+    /// Matrices, block after block.
+    values: Words,
+    /// Room for the largest of them.
+    wide: Reals,
+}
+
+impl Narrow {
+    /// The words of matrix `t` of block `k`: `ceil(n/2)` for `n` values.
+    pub const fn of(&self, k: usize, t: &Tensor) -> Words {
+        self.values.sub(k * self.group + t.offset / 2, (t.rows * t.cols).div_ceil(2))
+    }
+}
+
 /// The intermediates of one call, for `rows = samples · T` rows.
 struct Frame {
     /// `[rows, 2]`, mean and rstd.
@@ -204,6 +224,8 @@ struct Frame {
     c_fc: Reals,
     /// `[rows, inner]`, after GELU.
     act: Reals,
+    /// `[rows, 2r]` of adapters.
+    lora: Reals,
 }
 
 /// `K` transformer blocks with their parameters: a user of [`crate::stack::Stack`].
@@ -220,6 +242,10 @@ pub struct TransformerBlocks {
     pub gradients: Option<[Reals; BLOCK_TENSORS]>,
     /// Padding: the number of tokens of every sample of the batch; empty where all are full.
     pub key_lens: Ints,
+    /// Frozen matrices that are stored in 16 bits; `params` has the rest.
+    pub narrow: Option<Narrow>,
+    /// Adapters, which are trained in place of `params`.
+    pub lora: Option<Lora>,
 }
 
 impl TransformerBlocks {
@@ -237,13 +263,90 @@ impl TransformerBlocks {
         ok!(shape.check());
         let (tensors, len) = shape.tensors();
         let params = ok!(Params::layout(layout, blocks, len, BLOCK_TENSORS, rule, fused));
+        Self::new(shape, tensors, params, None, rule, fused)
+    }
+
+    /// Lays out `blocks` blocks whose own parameters are frozen, their matrices in 16 bits where `half` is given, and
+    /// adapters that are trained by `rule`.
+    ///
+    /// # Errors
+    /// Those of [`BlockShape::check`], [`Rule::check`] and [`Lora::layout`]; [`Error::Setting`] with a learned temperature,
+    /// which has no frozen form.
+    pub const fn layout_frozen(
+        shape: BlockShape,
+        blocks: usize,
+        half: Option<Half>,
+        lora: LoraShape,
+        rule: Option<Rule>,
+        fused: bool,
+        layout: &mut Layout,
+    ) -> Result<Self> {
+        ok!(shape.check());
+        if shape.temperature {
+            return Err(Error::Setting { what: "temperature", found: 1.0, possible: "none in frozen blocks" });
+        }
+        let (mut tensors, mut len) = shape.tensors();
+        let mut narrow = None;
+        if let Some(half) = half {
+            // Matrices have their places among the 16-bit values, all others among the reals.
+            let (mut at, mut largest, mut i) = ([0_usize; 2], 0, 0);
+            while i < tensors.len() {
+                let t = &mut tensors[i];
+                let place = t.matrix as usize;
+                t.offset = at[place];
+                let n = t.rows * t.cols;
+                at[place] += n.div_ceil(2 * Layout::ALIGN) * 2 * Layout::ALIGN;
+                if t.matrix {
+                    largest = larger(largest, n);
+                }
+                i += 1;
+            }
+            len = at[0];
+            let group = at[1] / 2;
+            let values = layout.words(Category::Frozen, ok!(product("frozen matrices", &[blocks, group])));
+            narrow = Some(Narrow { half, group, values, wide: layout.reals(Category::Workspace, largest) });
+        }
+        let params = ok!(Params::layout_frozen(layout, blocks, len));
+        let mut new = ok!(Self::new(shape, tensors, params, narrow, rule, fused));
+        new.lora = Some(ok!(Lora::layout(lora, shape.width, blocks, rule, fused, layout)));
+        Ok(new)
+    }
+
+    const fn new(
+        shape: BlockShape,
+        tensors: [Tensor; BLOCK_TENSORS],
+        params: Params,
+        narrow: Option<Narrow>,
+        rule: Option<Rule>,
+        fused: bool,
+    ) -> Result<Self> {
         let rule = match rule {
             Some(rule) => rule,
             None => Rule::Sgd { momentum: 0.0 },
         };
         ok!(rule.check());
         let updater = Updater { rule, weight_decay: 0.0, lr: 0.0, t: 1, scale: 1.0, fused };
-        Ok(Self { shape, tensors, params, updater, gradients: None, key_lens: Ints::EMPTY })
+        Ok(Self { shape, tensors, params, updater, gradients: None, key_lens: Ints::EMPTY, narrow, lora: None })
+    }
+
+    /// What a block needs of its stack, for chunks of `chunk` samples: that of its shape, and of its adapters.
+    pub fn needs<B: Backend>(&self, chunk: usize, threads: usize) -> Needs {
+        let mut needs = self.shape.needs::<B>(chunk, threads);
+        if let Some(lora) = &self.lora {
+            let per_sample = self.shape.tokens.saturating_mul(lora.rows());
+            needs.frame = needs.frame.saturating_add(per_sample);
+            needs.scratch = needs.scratch.saturating_add(per_sample);
+            needs.fixed = needs.fixed.saturating_add(2 * lora.whole());
+        }
+        needs
+    }
+
+    /// What is trained: the adapters where there are any, else the blocks' own parameters.
+    pub fn trained(&self) -> (&Params, &[Tensor]) {
+        match &self.lora {
+            Some(lora) => (&lora.params, lora.tensors()),
+            None => (&self.params, &self.tensors),
+        }
     }
 
     /// The same blocks, with the same parameters, for samples of another length.
@@ -283,6 +386,7 @@ impl TransformerBlocks {
             lse: cut.take(n * self.shape.heads * self.shape.tokens),
             ln_1_stats: cut.take(2 * rows),
             ln_2_stats: cut.take(2 * rows),
+            lora: cut.take(rows * self.lora.map_or(0, |l| l.rows())),
         }
     }
 
@@ -299,11 +403,17 @@ impl TransformerBlocks {
         [0, 1, 2].map(|i| Columns { of, stride: 3 * d, at: i * d })
     }
 
-    /// Parameter tensor `i` of the call's block: its group and its place, and the same values as a handle.
-    fn weight(&self, call: &Call, i: usize) -> (Reals, Tensor) {
-        (self.params.group(call.block), self.tensors[i])
+    /// Matrix `i` of the call's block: its group and its place. One that is stored in 16 bits is there until the next one
+    /// is asked for.
+    fn matrix<B: Backend>(&self, be: &mut B, call: &Call, i: usize) -> Result<(Reals, Tensor)> {
+        let t = self.tensors[i];
+        let Some(narrow) = &self.narrow else { return Ok((self.params.group(call.block), t)) };
+        let wide = narrow.wide.sub(0, t.rows * t.cols);
+        be.widen(narrow.half, narrow.of(call.block, &t), wide)?;
+        Ok((wide, Tensor { offset: 0, ..t }))
     }
 
+    /// Tensor `i` of the call's block, and its gradient.
     fn value(&self, call: &Call, i: usize) -> Reals {
         self.tensors[i].of(self.params.group(call.block))
     }
@@ -320,6 +430,18 @@ impl TransformerBlocks {
         (call.chunk.samples * self.shape.tokens, call.train && self.shape.residual_dropout > 0.0)
     }
 
+    /// `qkv = c_attn(ln_1(x))`, with adapters where there are any.
+    fn c_attn<B: Backend>(&self, be: &mut B, call: &Call, rows: usize, x: Reals, frame: &Frame) -> Result<()> {
+        let w = |i| self.value(call, i);
+        be.layer_norm(self.shape.eps, w(LN_1_W), w(LN_1_B), x, frame.ln_1, frame.ln_1_stats)?;
+        let m = self.matrix(be, call, C_ATTN_W)?;
+        linear(be, rows, m, w(C_ATTN_B), frame.ln_1, frame.qkv)?;
+        match &self.lora {
+            Some(lora) => lora.forward(be, (call.block, rows), frame.ln_1, frame.lora, frame.qkv, call.scratch),
+            None => Ok(()),
+        }
+    }
+
     /// `f(x) = dropout(c_proj(attention(c_attn(ln_1(x)))))`: the attention branch alone, for residual networks of another
     /// shape. `x` and `out` are `[rows, d]`; intermediates go to the frame, beside those of the MLP branch.
     ///
@@ -327,12 +449,11 @@ impl TransformerBlocks {
     /// Those of the backend.
     pub fn attention_branch<B: Backend>(&self, be: &mut B, call: &Call, x: Reals, out: Reals) -> Result<()> {
         let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
-        let (w, m) = (|i| self.value(call, i), |i| self.weight(call, i));
-        be.layer_norm(s.eps, w(LN_1_W), w(LN_1_B), x, frame.ln_1, frame.ln_1_stats)?;
-        linear(be, rows, m(C_ATTN_W), w(C_ATTN_B), frame.ln_1, frame.qkv)?;
+        self.c_attn(be, call, rows, x, &frame)?;
         let [q, k, v] = self.qkv(frame.qkv);
         be.attention(&call.chunk, &self.attention(call), q, k, v, frame.attn, frame.lse, call.scratch)?;
-        linear(be, rows, m(ATTN_PROJ_W), w(ATTN_PROJ_B), frame.attn, out)?;
+        let m = self.matrix(be, call, ATTN_PROJ_W)?;
+        linear(be, rows, m, self.value(call, ATTN_PROJ_B), frame.attn, out)?;
         if drop {
             be.dropout(&call.chunk, Draw::AttentionResidualDropout, s.residual_dropout, out)?;
         }
@@ -354,10 +475,8 @@ impl TransformerBlocks {
         out: Reals,
     ) -> Result<()> {
         let (s, frame, rows) = (&self.shape, self.frame(call), call.chunk.samples);
-        let (w, m) = (|i| self.value(call, i), |i| self.weight(call, i));
         let (d, keys) = (s.width, cached.keys);
-        be.layer_norm(s.eps, w(LN_1_W), w(LN_1_B), x, frame.ln_1, frame.ln_1_stats)?;
-        linear(be, rows, m(C_ATTN_W), w(C_ATTN_B), frame.ln_1, frame.qkv)?;
+        self.c_attn(be, call, rows, x, &frame)?;
         if cached.positions.len() != rows {
             return Err(Error::Shape { what: "cache: positions", expected: rows, found: cached.positions.len() });
         }
@@ -367,10 +486,11 @@ impl TransformerBlocks {
         }
         let [q, ..] = self.qkv(frame.qkv);
         let [k, v] = [0, d].map(|at| Columns { of: cached.of, stride: 2 * d, at });
-        let (mask, key_lens, temperature) = (Mask::Full, cached.lens, w(TEMPERATURE));
+        let (mask, key_lens, temperature) = (Mask::Full, cached.lens, self.value(call, TEMPERATURE));
         let a = Attention { queries: 1, keys, mask, key_lens, dropout: 0.0, temperature, ..s.attention() };
         be.attention(&call.chunk, &a, q, k, v, frame.attn, frame.lse, call.scratch)?;
-        linear(be, rows, m(ATTN_PROJ_W), w(ATTN_PROJ_B), frame.attn, out)
+        let m = self.matrix(be, call, ATTN_PROJ_W)?;
+        linear(be, rows, m, self.value(call, ATTN_PROJ_B), frame.attn, out)
     }
 
     /// The residual `h(x) = f(x) + g(x + f(x))` of one more token of each sample, at inference; as
@@ -399,14 +519,16 @@ impl TransformerBlocks {
     /// Those of the backend.
     pub fn mlp_branch<B: Backend>(&self, be: &mut B, call: &Call, x: Reals, out: Reals) -> Result<()> {
         let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
-        let (w, m) = (|i| self.value(call, i), |i| self.weight(call, i));
+        let w = |i| self.value(call, i);
         be.layer_norm(s.eps, w(LN_2_W), w(LN_2_B), x, frame.ln_2, frame.ln_2_stats)?;
-        linear(be, rows, m(C_FC_W), w(C_FC_B), frame.ln_2, frame.c_fc)?;
+        let m = self.matrix(be, call, C_FC_W)?;
+        linear(be, rows, m, w(C_FC_B), frame.ln_2, frame.c_fc)?;
         be.gelu(s.gelu, frame.c_fc, frame.act)?;
         if call.train && s.hidden_dropout > 0.0 {
             be.dropout(&call.chunk, Draw::MlpHiddenDropout, s.hidden_dropout, frame.act)?;
         }
-        linear(be, rows, m(MLP_PROJ_W), w(MLP_PROJ_B), frame.act, out)?;
+        let m = self.matrix(be, call, MLP_PROJ_W)?;
+        linear(be, rows, m, w(MLP_PROJ_B), frame.act, out)?;
         if drop {
             be.dropout(&call.chunk, Draw::MlpResidualDropout, s.residual_dropout, out)?;
         }
@@ -428,20 +550,27 @@ impl TransformerBlocks {
         scratch: Reals,
     ) -> Result<()> {
         let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
-        let (w, m, g) = (|i| self.value(call, i), |i| self.weight(call, i), |i| self.slope(call, i));
+        let (w, g) = (|i| self.value(call, i), |i| self.slope(call, i));
         let pair = |i: usize| (g(i), g(i + 1));
         let mut scratch = Cut(scratch);
         let d = scratch.take(rows * s.width);
         let dqkv = scratch.take(rows * 3 * s.width);
+        // Once the attention is through, its gradient and its scratch make room for the adapters'.
+        let rest = scratch.0;
         let dattn = scratch.take(rows * s.width);
         if drop {
             be.dropout(&call.chunk, Draw::AttentionResidualDropout, s.residual_dropout, gout)?;
         }
-        linear_vjp(be, rows, m(ATTN_PROJ_W), pair(ATTN_PROJ_W), frame.attn, gout, dattn)?;
+        let m = self.matrix(be, call, ATTN_PROJ_W)?;
+        linear_vjp(be, rows, m, pair(ATTN_PROJ_W), frame.attn, gout, dattn)?;
         let ([q, k, v], [dq, dk, dv]) = (self.qkv(frame.qkv), self.qkv(dqkv));
         let a = self.attention(call);
         be.attention_vjp(&call.chunk, &a, q, k, v, frame.attn, frame.lse, dattn, dq, dk, dv, scratch.0)?;
-        linear_vjp(be, rows, m(C_ATTN_W), pair(C_ATTN_W), frame.ln_1, dqkv, d)?;
+        let m = self.matrix(be, call, C_ATTN_W)?;
+        linear_vjp(be, rows, m, pair(C_ATTN_W), frame.ln_1, dqkv, d)?;
+        if let Some(lora) = &self.lora {
+            lora.backward(be, (call.block, rows), frame.ln_1, frame.lora, dqkv, d, rest)?;
+        }
         be.layer_norm_vjp(w(LN_1_W), x, frame.ln_1_stats, d, gx, g(LN_1_W), g(LN_1_B))
     }
 
@@ -459,7 +588,7 @@ impl TransformerBlocks {
         scratch: Reals,
     ) -> Result<()> {
         let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
-        let (w, m, g) = (|i| self.value(call, i), |i| self.weight(call, i), |i| self.slope(call, i));
+        let (w, g) = (|i| self.value(call, i), |i| self.slope(call, i));
         let pair = |i: usize| (g(i), g(i + 1));
         let mut scratch = Cut(scratch);
         let d = scratch.take(rows * s.width);
@@ -471,12 +600,14 @@ impl TransformerBlocks {
         } else {
             gout
         };
-        linear_vjp(be, rows, m(MLP_PROJ_W), pair(MLP_PROJ_W), frame.act, dg, dact)?;
+        let m = self.matrix(be, call, MLP_PROJ_W)?;
+        linear_vjp(be, rows, m, pair(MLP_PROJ_W), frame.act, dg, dact)?;
         if call.train && s.hidden_dropout > 0.0 {
             be.dropout(&call.chunk, Draw::MlpHiddenDropout, s.hidden_dropout, dact)?;
         }
         be.gelu_vjp(s.gelu, frame.c_fc, dact)?;
-        linear_vjp(be, rows, m(C_FC_W), pair(C_FC_W), frame.ln_2, dact, d)?;
+        let m = self.matrix(be, call, C_FC_W)?;
+        linear_vjp(be, rows, m, pair(C_FC_W), frame.ln_2, dact, d)?;
         be.layer_norm_vjp(w(LN_2_W), x, frame.ln_2_stats, d, gx, g(LN_2_W), g(LN_2_B))
     }
 }
@@ -507,6 +638,7 @@ impl<B: Backend> Blocks<B> for TransformerBlocks {
     }
 
     fn done(&mut self, be: &mut B, block: usize) -> Result<()> {
-        self.params.finished(be, &self.updater, Site::Block(block), block, &self.tensors)
+        let (params, tensors) = self.trained();
+        params.finished(be, &self.updater, Site::Block(block), block, tensors)
     }
 }

@@ -19,9 +19,9 @@ pub struct TokenEmbedding {
     pub wte: Reals,
     /// `[≥ T, d]`.
     pub wpe: Reals,
-    /// Gradient of `wte`.
+    /// Gradient of `wte`; empty where both tables are frozen.
     pub dwte: Reals,
-    /// Gradient of `wpe`.
+    /// Gradient of `wpe`; empty where both tables are frozen.
     pub dwpe: Reals,
     /// Dropout of the sum.
     pub dropout: f64,
@@ -43,6 +43,9 @@ impl<B: Backend> Input<B> for TokenEmbedding {
     }
 
     fn vjp(&mut self, be: &mut B, chunk: &Chunk, gx: Reals, _: Reals) -> Result<()> {
+        if self.dwte.is_empty() && self.dwpe.is_empty() {
+            return Ok(());
+        }
         if self.dropout > 0.0 {
             be.dropout(chunk, Draw::EmbeddingDropout, self.dropout, gx)?;
         }

@@ -23,7 +23,7 @@ pub struct LmHead {
     pub norm_bias: Reals,
     /// `[vocab, d]`.
     pub weight: Reals,
-    /// Gradients of the three.
+    /// Gradients of the three; that of `weight`, or all of them, may be empty: then they are left out.
     pub grads: [Reals; 3],
     /// `[B, T]`; negative: masked.
     pub targets: Ints,
@@ -128,7 +128,9 @@ impl<B: Backend> Head<B> for LmHead {
                 b: Order::Plain,
                 accumulate: true,
             };
-            be.matmul(&p, logits, y, None, dweight)?;
+            if !dweight.is_empty() {
+                be.matmul(&p, logits, y, None, dweight)?;
+            }
             let p = Product { rows, cols: d, inner: self.vocab, a: Order::Plain, b: Order::Plain, accumulate: false };
             be.matmul(&p, logits, self.weight, None, dy)?;
         }

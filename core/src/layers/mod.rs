@@ -8,13 +8,15 @@ mod classifier;
 mod decoder;
 mod embedding;
 mod head;
+mod lora;
 mod patches;
 
-pub use block::{BLOCK_TENSORS, BlockShape, Cached, TransformerBlocks};
+pub use block::{BLOCK_TENSORS, BlockShape, Cached, Narrow, TransformerBlocks};
 pub use classifier::{ClassHead, Mixup};
 pub use decoder::{CROSS_TENSORS, DecoderBlocks, EncoderOutput};
 pub use embedding::TokenEmbedding;
 pub use head::LmHead;
+pub use lora::{LORA_TENSORS, Lora, LoraShape};
 pub use patches::{PatchEmbedding, Patches};
 
 use crate::arena::{Category, Layout, Reals, product};
@@ -131,6 +133,17 @@ impl Params {
             norms: layout.reals(Category::Gradients, if rule.is_some() { groups * tensors } else { 0 }),
             tensors,
         })
+    }
+
+    /// Lays out `groups` groups of `len` values that stay as they are: they have neither gradients nor optimizer state.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge).
+    pub const fn layout_frozen(layout: &mut Layout, groups: usize, len: usize) -> Result<Self> {
+        let all = ok!(product("frozen parameters", &[groups, len]));
+        let none = Reals::EMPTY;
+        let values = layout.reals(Category::Frozen, all);
+        Ok(Self { group: len, values, gradients: none, m: none, v: none, norms: none, tensors: 0 })
     }
 
     /// Parameters of group `k`.

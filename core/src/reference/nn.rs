@@ -3,8 +3,8 @@
 use core::ops::Range;
 
 use super::{Reference, split};
-use crate::arena::{Ints, Reals};
-use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Gelu, Mask, NnOps, Order, Product};
+use crate::arena::{Ints, Reals, Words};
+use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Gelu, Half, Mask, NnOps, Order, Product};
 use crate::error::{Error, Fault, Result};
 use crate::real::Real;
 use crate::rng::{Draw, Stream, drop_threshold, keep};
@@ -226,6 +226,28 @@ impl<R: Real> NnOps for Reference<'_, R> {
         Ok(())
     }
 
+    fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()> {
+        self.arenas().widen(x, y)?;
+        let words = self.words.get(x.range()).ok_or(Error::Handle("widen"))?;
+        let [y] = split(self.reals, [y.range()], "widen")?;
+        for (pair, word) in y.chunks_mut(2).zip(words) {
+            for (y, bits) in pair.iter_mut().zip([*word, word >> 16]) {
+                *y = R::of(f64::from(half.value(bits)));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> Result<()> {
+        let rows = self.arenas().add_columns(width, from, to)?;
+        let [x, y] = split(self.reals, [from.of.range(), to.of.range()], "add_columns")?;
+        for r in 0..rows {
+            let (x, y) = (&x[r * from.stride + from.at..][..width], &mut y[r * to.stride + to.at..][..width]);
+            add_scaled(y, R::of(scale), x);
+        }
+        Ok(())
+    }
+
     fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
         let width = weight.len();
         let rows = self.arenas().layer_norm(weight, bias, x, y, stats)?;
@@ -281,8 +303,10 @@ impl<R: Real> NnOps for Reference<'_, R> {
             for c in 0..width {
                 let (normal, g) = ((x[c] - mean) * rstd, dy[c] * weight[c]);
                 dx[c] += rstd * (g - mean_g - normal * mean_gx);
-                dweight[c] += dy[c] * normal;
-                dbias[c] += dy[c];
+                if !dweight.is_empty() {
+                    dweight[c] += dy[c] * normal;
+                    dbias[c] += dy[c];
+                }
             }
         }
         Ok(())

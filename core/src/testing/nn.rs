@@ -1,8 +1,8 @@
 //! [`NnOps`] against the reference, up to rounding.
 
 use super::{Bench, Failure, OUTSIDE, Operand, THREADS, chunk, noise, random};
-use crate::arena::{Ints, Layout, Reals};
-use crate::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, NnOps, Order, Product, Storage};
+use crate::arena::{Ints, Layout, Reals, Words};
+use crate::backend::{Attention, Columns, CrossEntropy, Gelu, Half, Mask, NnOps, Order, Product, Storage};
 use crate::real::Real;
 use crate::rng::{Draw, drop_threshold, keep};
 
@@ -24,6 +24,9 @@ pub fn nn_ops<B: NnOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(), Failure
     }
     for n in [0, 1, 8, 33, 200] {
         activations(&mut bench, n)?;
+    }
+    for [rows, width] in [[0, 3], [1, 1], [3, 0], [4, 5], [2, 33]] {
+        columns(&mut bench, rows, width)?;
     }
     for a in &ATTENTIONS {
         attention(&mut bench, a)?;
@@ -105,6 +108,9 @@ fn rows_and_norms<B: NnOps>(bench: &mut Bench<B>, rows: usize, width: usize) -> 
             [Operand::sum("dx", dx, all), Operand::sum("dweight", dweight, all), Operand::sum("dbias", dbias, rows)],
             |on| on.layer_norm_vjp(weight, x, moved, dy, dx, dweight, dbias)
         );
+        both!(bench, [Operand::sum("dx", dx, all)], |on| {
+            on.layer_norm_vjp(weight, x, moved, dy, dx, Reals::EMPTY, Reals::EMPTY)
+        });
     }
     Ok(())
 }
@@ -113,6 +119,15 @@ fn activations<B: NnOps>(bench: &mut Bench<B>, n: usize) -> Result<(), Failure> 
     bench.begin("add", "", [n, 0, 0, 0]);
     let (x, y) = (bench.reals(n), bench.reals(n));
     both!(bench, [Operand::sum("x", x, 1)], |on| on.add(x, y));
+    for (half, case) in [(Half::Bf16, "bf16"), (Half::F16, "f16")] {
+        bench.begin("widen", case, [n, 0, 0, 0]);
+        // Any bits at all; small, special and ordinary values among them.
+        let (x, y) = (bench.words(n.div_ceil(2)), bench.garbage(n));
+        for (at, word) in [0x0001_8001, 0x7C00_FC00, 0x7E01_03FF, 0x3C00_0400].into_iter().enumerate() {
+            bench.set_words(x.sub(at, 1), &[word][..x.sub(at, 1).len()]);
+        }
+        both!(bench, [Operand::set("y", y, 0)], |on| on.widen(half, x, y));
+    }
     for (kind, case) in [(Gelu::Tanh, "tanh"), (Gelu::Exact, "exact")] {
         for range in [1.0, 12.0, 300.0] {
             bench.begin("gelu", case, [n, range as usize, 0, 0]);
@@ -124,6 +139,18 @@ fn activations<B: NnOps>(bench: &mut Bench<B>, n: usize) -> Result<(), Failure> 
             let d = bench.reals(n);
             both!(bench, [Operand::sum("d", d, 1)], |on| on.gelu_vjp(kind, x, d));
         }
+    }
+    Ok(())
+}
+
+fn columns<B: NnOps>(bench: &mut Bench<B>, rows: usize, width: usize) -> Result<(), Failure> {
+    for [from, to] in [[0, 0], [0, 2], [3, 1]] {
+        bench.begin("add_columns", "", [rows, width, from, to]);
+        let (wide, narrow) = (width + 4, width + from + 1);
+        let (x, y) = (bench.reals(rows * narrow), bench.reals(rows * wide));
+        let (from, to) = (Columns { of: x, stride: narrow, at: from }, Columns { of: y, stride: wide, at: to });
+        let operand = Operand { fresh: false, ..Operand::columns("to", to, width, 1) };
+        both!(bench, [operand], |on| on.add_columns(width, -1.5, from, to));
     }
     Ok(())
 }
@@ -408,6 +435,21 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "lengths", |on| on.add(a, b.sub(0, 7)));
     refused!(bench, "x is y", |on| on.add(a, a));
     refused!(bench, "outside", |on| on.add(a, far(120)));
+    bench.op = "widen";
+    let words = bench.words(4);
+    refused!(bench, "too few words", |on| on.widen(Half::Bf16, words, a.sub(0, 9)));
+    refused!(bench, "too many words", |on| on.widen(Half::F16, words, a.sub(0, 6)));
+    refused!(bench, "words outside", |on| on.widen(Half::F16, Words::new(OUTSIDE, 4), a.sub(0, 8)));
+    refused!(bench, "y outside", |on| on.widen(Half::Bf16, words, far(8)));
+    bench.op = "add_columns";
+    let (from, to) = (Columns { of: a, stride: 12, at: 2 }, Columns { of: b, stride: 6, at: 1 });
+    let ten = Columns { of: b.sub(0, 60), ..to };
+    refused!(bench, "other numbers of rows", |on| on.add_columns(4, 1.0, from, to));
+    refused!(bench, "columns beyond the matrix", |on| on.add_columns(6, 1.0, from, ten));
+    refused!(bench, "columns that overflow", |on| on.add_columns(usize::MAX, 1.0, from, ten));
+    refused!(bench, "no columns", |on| on.add_columns(4, 1.0, Columns { stride: 0, ..from }, ten));
+    refused!(bench, "the same memory", |on| on.add_columns(4, 1.0, from, Columns { of: a.sub(0, 60), ..to }));
+    refused!(bench, "outside", |on| on.add_columns(4, 1.0, from, Columns { of: far(60), ..to }));
     bench.op = "layer_norm";
     let (w, bias, stats) = (d.sub(0, 8), e.sub(0, 8), f.sub(0, 30));
     refused!(bench, "stats too short", |on| on.layer_norm(1e-5, w, bias, a, b, f.sub(0, 29)));
@@ -426,6 +468,7 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     bench.op = "layer_norm_vjp";
     let (dw, db) = (g.sub(0, 8), g.sub(16, 8));
     refused!(bench, "dweight too short", |on| on.layer_norm_vjp(w, a, stats, b, c, dw.sub(0, 7), db));
+    refused!(bench, "no dbias", |on| on.layer_norm_vjp(w, a, stats, b, c, dw, Reals::EMPTY));
     refused!(bench, "dbias is dweight", |on| on.layer_norm_vjp(w, a, stats, b, c, dw, dw));
     refused!(bench, "dx is dy", |on| on.layer_norm_vjp(w, a, stats, b, b, dw, db));
     refused!(bench, "dx outside", |on| on.layer_norm_vjp(w, a, stats, b, far(120), dw, db));

@@ -3,7 +3,7 @@
 use std::{string::ToString, vec, vec::Vec};
 
 use super::*;
-use crate::backend::{Attention, CrossEntropy, Gelu, Identity, Mask, NnOps, OptimOps, Product, UpdateOps};
+use crate::backend::{Attention, CrossEntropy, Gelu, Half, Identity, Mask, NnOps, OptimOps, Product, UpdateOps};
 use crate::optim::Update;
 use crate::rng::Draw;
 use crate::update::{Gamma, Grid};
@@ -34,6 +34,7 @@ enum Bug {
     CombineForgetsCur,
     SumRowsSets,
     MatmulReadsOldC,
+    ColumnsFromTheFirst,
     OtherGelu,
     NotRepeatable,
     AttentionWithoutDropout,
@@ -193,6 +194,7 @@ impl NnOps for Broken {
     delegate! {
         layer_norm(eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals);
         gelu_vjp(kind: Gelu, x: Reals, d: Reals);
+        widen(half: Half, x: Words, y: Reals);
         embed_vjp(chunk: &Chunk, tokens: Ints, dx: Reals, width: usize, dtable: Reals, dpositions: Reals);
     }
 
@@ -230,6 +232,11 @@ impl NnOps for Broken {
             self.inner.fill_reals(Reals::new(dbias.start() + dbias.len(), 1), 0.5)?;
         }
         Ok(())
+    }
+
+    fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> OpResult<()> {
+        let at = if self.bug == Bug::ColumnsFromTheFirst { 0 } else { to.at };
+        self.inner.add_columns(width, scale, from, Columns { at, ..to })
     }
 
     fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> OpResult<()> {
@@ -373,6 +380,7 @@ fn mistakes_are_found() {
         (Bug::CombineForgetsCur, "combine", "cur"),
         (Bug::SumRowsSets, "sum_rows", "sum"),
         (Bug::MatmulReadsOldC, "matmul", "c"),
+        (Bug::ColumnsFromTheFirst, "add_columns", "to"),
         (Bug::OtherGelu, "gelu", "y"),
         (Bug::NotRepeatable, "gelu", "repeated"),
         (Bug::AttentionWithoutDropout, "attention", "out"),

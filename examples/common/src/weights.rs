@@ -128,8 +128,8 @@ struct Entry {
     data_offsets: [u64; 2],
 }
 
-/// A header's tensors; unlike in a map, a name that comes twice is seen.
-struct Entries(Vec<(String, Entry)>);
+/// A header's tensors, and its notes; unlike in a map, a name that comes twice is seen.
+struct Entries(Vec<(String, Entry)>, BTreeMap<String, String>);
 
 impl<'de> Deserialize<'de> for Entries {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -142,18 +142,18 @@ impl<'de> Deserialize<'de> for Entries {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
-                let (mut all, mut names) = (Vec::new(), BTreeSet::new());
+                let (mut all, mut names, mut notes) = (Vec::new(), BTreeSet::new(), BTreeMap::new());
                 while let Some(name) = map.next_key::<String>()? {
                     if !names.insert(name.clone()) {
                         return Err(A::Error::custom(format_args!("the name {} comes twice", short(&name))));
                     }
                     if name == "__metadata__" {
-                        map.next_value::<BTreeMap<String, String>>()?;
+                        notes = map.next_value()?;
                     } else {
                         all.push((name, map.next_value()?));
                     }
                 }
-                Ok(Entries(all))
+                Ok(Entries(all, notes))
             }
         }
         deserializer.deserialize_map(All)
@@ -187,25 +187,7 @@ pub fn read_header(
     file: usize,
 ) -> Result<Vec<(String, Tensor)>, WeightsError> {
     let wrong = |what: String| WeightsError::Header { path: path.into(), what };
-    let failed = |e: io::Error| FileError::io(path, "read its header", e);
-    if len < 8 {
-        return Err(wrong(format!("{len} bytes, expected at least 8; the file is cut off or empty")));
-    }
-    let mut size = [0_u8; 8];
-    reader.read_exact(&mut size).map_err(failed)?;
-    let size = u64::from_le_bytes(size);
-    if size > len - 8 || size > MOST_HEADER {
-        let most = MOST_HEADER.min(len - 8);
-        return Err(wrong(format!(
-            "the header claims {size} bytes, expected at most {most}; the file is cut off or foreign"
-        )));
-    }
-    // The claim is not trusted with memory: what is there is read, up to it.
-    let mut header = Vec::new();
-    reader.take(size).read_to_end(&mut header).map_err(failed)?;
-    // JSON is UTF-8 also where its content is skipped, which the parser alone does not check.
-    let header = core::str::from_utf8(&header).map_err(|e| wrong(format!("the header is not UTF-8: {e}")))?;
-    let Entries(entries) = serde_json::from_str(header).map_err(|e| wrong(format!("the header: {e}")))?;
+    let (Entries(entries, _), size) = entries(path, reader, len)?;
     let data = len - 8 - size;
     let mut ranges = Vec::with_capacity(entries.len());
     let mut tensors = Vec::with_capacity(entries.len());
@@ -249,6 +231,41 @@ pub fn read_header(
         )));
     }
     Ok(tensors)
+}
+
+/// What a header says beside its tensors: names and values that whoever wrote the file chose.
+///
+/// # Errors
+/// [`WeightsError::Header`], and errors of reading.
+pub fn notes(path: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
+    let mut file = File::open(path).map_err(|e| FileError::io(path, "open it", e))?;
+    let len = file.metadata().map_err(|e| FileError::io(path, "read its size", e))?.len();
+    Ok(entries(path, &mut file, len)?.0.1)
+}
+
+/// The header of a safetensors file of `len` bytes, and its size.
+fn entries(path: &Path, reader: &mut impl Read, len: u64) -> Result<(Entries, u64), WeightsError> {
+    let wrong = |what: String| WeightsError::Header { path: path.into(), what };
+    let failed = |e: io::Error| FileError::io(path, "read its header", e);
+    if len < 8 {
+        return Err(wrong(format!("{len} bytes, expected at least 8; the file is cut off or empty")));
+    }
+    let mut size = [0_u8; 8];
+    reader.read_exact(&mut size).map_err(failed)?;
+    let size = u64::from_le_bytes(size);
+    if size > len - 8 || size > MOST_HEADER {
+        let most = MOST_HEADER.min(len - 8);
+        return Err(wrong(format!(
+            "the header claims {size} bytes, expected at most {most}; the file is cut off or foreign"
+        )));
+    }
+    // The claim is not trusted with memory: what is there is read, up to it.
+    let mut header = Vec::new();
+    reader.take(size).read_to_end(&mut header).map_err(failed)?;
+    // JSON is UTF-8 also where its content is skipped, which the parser alone does not check.
+    let header = core::str::from_utf8(&header).map_err(|e| wrong(format!("the header is not UTF-8: {e}")))?;
+    let entries = serde_json::from_str(header).map_err(|e| wrong(format!("the header: {e}")))?;
+    Ok((entries, size))
 }
 
 /// The index of a sharded model.
@@ -504,9 +521,22 @@ impl Sink<'_> {
 pub fn write<E: From<WeightsError> + From<FileError>>(
     path: &Path,
     tensors: &[(String, Vec<usize>)],
+    values: impl FnMut(usize, &mut Sink<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    write_noted(path, tensors, &[], values)
+}
+
+/// The same with [`notes`] in its header.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_noted<E: From<WeightsError> + From<FileError>>(
+    path: &Path,
+    tensors: &[(String, Vec<usize>)],
+    notes: &[(&str, &str)],
     mut values: impl FnMut(usize, &mut Sink<'_>) -> Result<(), E>,
 ) -> Result<(), E> {
-    let header = header(path, tensors)?;
+    let header = header(path, tensors, notes)?;
     write_atomic(path, |out| {
         let failed = |e| FileError::io(path, "write its header", e);
         out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
@@ -523,7 +553,7 @@ pub fn write<E: From<WeightsError> + From<FileError>>(
     })
 }
 
-fn header(path: &Path, tensors: &[(String, Vec<usize>)]) -> Result<String, WeightsError> {
+fn header(path: &Path, tensors: &[(String, Vec<usize>)], notes: &[(&str, &str)]) -> Result<String, WeightsError> {
     #[derive(Serialize)]
     struct Out<'a> {
         dtype: &'a str,
@@ -532,7 +562,8 @@ fn header(path: &Path, tensors: &[(String, Vec<usize>)]) -> Result<String, Weigh
     }
     let wrong = |what: &str| WeightsError::Header { path: path.into(), what: what.into() };
     let mut map = serde_json::Map::new();
-    map.insert("__metadata__".into(), serde_json::json!({"format": "pt"}));
+    let notes: BTreeMap<_, _> = notes.iter().copied().chain([("format", "pt")]).collect();
+    map.insert("__metadata__".into(), serde_json::json!(notes));
     let mut at = 0_u64;
     for (name, shape) in tensors {
         let bytes = shape.iter().try_fold(4_u64, |n, &d| n.checked_mul(d as u64));
@@ -637,6 +668,9 @@ mod tests {
         assert_eq!(n % 8, 0);
         assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
         assert_eq!(metadata.info("ln_f.bias").unwrap().shape, [3]);
+        let noted = dir.path().join("noted");
+        write_noted(&noted, &[], &[("base", "x")], |_, _| Ok::<(), WeightsError>(())).unwrap();
+        assert_eq!(notes(&noted).unwrap(), [("base", "x"), ("format", "pt")].map(|(k, v)| (k.into(), v.into())).into());
         // Too few values: an error, and the old file stays.
         let failed = write(&path, &tensors, |_, sink| sink.put(&[1.0]));
         assert!(matches!(failed, Err(WeightsError::Count { expected: 9700, found: 1, .. })));

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use bdia_gpt2::checkpoint;
+use bdia_gpt2::cli::LossOn;
 use bdia_gpt2::config::Gpt2Config;
 use bdia_gpt2::data::{Corpus, token_layout};
+use bdia_gpt2::pairs::{self, Examples, PairColumns};
 use bdia_gpt2::tokenizer::{EOT, Tokenizer, VOCAB};
 use bdia_gpt2::weights::{self, Weights, WeightsError};
 use xxhash_rust::xxh3::xxh3_64;
@@ -137,6 +139,44 @@ pub fn tokens(data: &[u8]) {
             readable(&corpus, 1000);
         }
     });
+}
+
+/// Pairs, read as each kind of file: what is accepted has completions, can be written as a table and read again, and makes
+/// samples in which every target is the token after it.
+pub fn pairs(data: &[u8]) {
+    let columns = PairColumns { prompt: "q".into(), completion: "a".into() };
+    for kind in ["csv", "tsv", "jsonl"] {
+        let name = format!("pairs.{kind}");
+        let Ok(read) = pairs::parse(Path::new(&name), data.to_vec(), &columns) else { continue };
+        assert!(!read.is_empty() && read.iter().all(|p| !p.completion.trim().is_empty()));
+        let quoted = |s: &str| format!("\"{}\"", s.replace('"', "\"\""));
+        let rows: String = read.iter().map(|p| format!("{},{}\n", quoted(&p.prompt), quoted(&p.completion))).collect();
+        let table = format!("q,a\n{rows}");
+        let again = pairs::parse(Path::new("pairs.csv"), table.into_bytes(), &columns).expect("a table that we wrote");
+        assert_eq!(again, read);
+        with_file(&name, data, |path| {
+            for loss_on in [LossOn::Completion, LossOn::All] {
+                let open = Examples::open(path, &columns, loss_on, tokenizer(), VOCAB);
+                let mut examples = open.expect("what is parsed can be opened");
+                assert_eq!(examples.len(), read.len());
+                if examples.fit(CONTEXT).is_err() {
+                    continue;
+                }
+                let (_, dropped) = examples.truncated();
+                assert_eq!(examples.len() + dropped, read.len());
+                let mut targets = 0;
+                for i in 0..examples.len() {
+                    let (mut x, mut y) = ([0; CONTEXT], [0; CONTEXT]);
+                    examples.sample(i, &mut x, &mut y);
+                    let learned = y.iter().filter(|&&t| t >= 0).count();
+                    assert!(learned > 0);
+                    targets += learned as u64;
+                    assert!((0..CONTEXT - 1).all(|t| y[t] < 0 || y[t + 1] < 0 || y[t] == x[t + 1]));
+                }
+                assert_eq!(targets, examples.targets());
+            }
+        });
+    }
 }
 
 /// Text: tokens stand for the same text again, encoding in pieces changes no token, and a text file gives batches.

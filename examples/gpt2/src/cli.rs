@@ -4,12 +4,16 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use bdia_core::backend::Half;
+use bdia_core::layers::LoraShape;
 pub use bdia_train::cli::*;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, Gpt2Config};
+use crate::model::Adapters;
+use crate::pairs::PairColumns;
 
 /// Which pieces of the training text make up a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -105,6 +109,213 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub model: ModelArgs,
+    /// How it is trained.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub run: RunArgs,
+}
+
+impl Flags for TrainArgs {
+    fn run(&mut self) -> RunFlags<'_> {
+        self.run.flags(self.data.iter_mut().chain(&mut self.weights).collect())
+    }
+}
+
+/// What the fine-tuning data is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskKind {
+    /// The E2E challenge: CSV with the columns mr and ref.
+    E2e,
+    /// Prompts and completions: CSV, TSV or JSONL.
+    Pairs,
+    /// Plain UTF-8 text, or a .bin file of tokens.
+    Text,
+}
+
+/// Which tokens of a pair are learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossOn {
+    /// Those of the completion, and the end of the text.
+    Completion,
+    /// Those of the prompt as well.
+    All,
+}
+
+/// How pairs are read.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Data")]
+pub struct PairArgs {
+    /// Column of the prompts, of --task pairs [default: prompt]
+    #[arg(long, value_name = "NAME")]
+    pub prompt_column: Option<String>,
+    /// Column of the completions, of --task pairs [default: completion]
+    #[arg(long, value_name = "NAME")]
+    pub completion_column: Option<String>,
+    /// Which tokens of a pair are learned [default: completion]
+    #[arg(long, value_name = "WHICH")]
+    pub loss_on: Option<LossOn>,
+}
+
+impl PairArgs {
+    /// The columns of a task; `None` for text.
+    pub fn columns(&self, task: TaskKind) -> Option<PairColumns> {
+        let or = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.into());
+        match task {
+            TaskKind::E2e => Some(PairColumns::e2e()),
+            TaskKind::Pairs => Some(PairColumns {
+                prompt: or(&self.prompt_column, "prompt"),
+                completion: or(&self.completion_column, "completion"),
+            }),
+            TaskKind::Text => None,
+        }
+    }
+
+    /// Which tokens are learned.
+    pub fn loss_on(&self) -> LossOn {
+        self.loss_on.unwrap_or(LossOn::Completion)
+    }
+
+    fn check(&self, task: TaskKind) -> Result<(), String> {
+        if task != TaskKind::Pairs && (self.prompt_column.is_some() || self.completion_column.is_some()) {
+            return Err("--prompt-column and --completion-column belong to --task pairs; leave them out".into());
+        }
+        if task == TaskKind::Text && self.loss_on.is_some() {
+            return Err("--loss-on belongs to tasks of pairs; in text every token is learned".into());
+        }
+        Ok(())
+    }
+}
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MethodKind {
+    /// Every parameter.
+    Full,
+    /// Low-rank adapters of the attention's queries and values; the model stays as it is.
+    Lora,
+}
+
+/// How the parameters of a model that stays as it is are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrozenKind {
+    /// 32 bits.
+    F32,
+    /// The matrices of the blocks in 16 bits, with the exponents of f32.
+    Bf16,
+    /// The matrices of the blocks in 16 bits, with three more bits of fraction.
+    F16,
+}
+
+/// What is trained, and how the rest is stored.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Method")]
+pub struct MethodArgs {
+    /// What is trained
+    #[arg(long, default_value = "full")]
+    pub method: MethodKind,
+    /// Rank of the adapters of queries and of values [default: 4]
+    #[arg(long, value_name = "R", value_parser = count(1 << 16))]
+    pub lora_rank: Option<u64>,
+    /// Adapters are multiplied by alpha/rank [default: 32]
+    #[arg(long, value_name = "A", value_parser = positive)]
+    pub lora_alpha: Option<f64>,
+    /// How the parameters that are not trained are stored [default: f32]
+    #[arg(long, value_name = "TYPE")]
+    pub frozen_dtype: Option<FrozenKind>,
+}
+
+impl MethodArgs {
+    /// Adapters, where those are trained.
+    pub fn adapters(&self) -> Option<Adapters> {
+        (self.method == MethodKind::Lora).then(|| Adapters {
+            shape: LoraShape { rank: self.lora_rank.unwrap_or(4) as usize, alpha: self.lora_alpha.unwrap_or(32.0) },
+            half: match self.frozen_dtype {
+                None | Some(FrozenKind::F32) => None,
+                Some(FrozenKind::Bf16) => Some(Half::Bf16),
+                Some(FrozenKind::F16) => Some(Half::F16),
+            },
+        })
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let lora = self.lora_rank.is_some() || self.lora_alpha.is_some() || self.frozen_dtype.is_some();
+        if self.method == MethodKind::Full && lora {
+            return Err(
+                "--lora-rank, --lora-alpha and --frozen-dtype belong to --method lora; add that or leave them out"
+                    .into(),
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Flags of `finetune`.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+pub struct FinetuneArgs {
+    /// What the data is
+    #[arg(long, default_value = "e2e", help_heading = "Data")]
+    pub task: TaskKind,
+    /// What to train on
+    #[arg(long, value_name = "FILE", help_heading = "Data", required_unless_present = "resume")]
+    pub data: Option<PathBuf>,
+    /// What to validate on, of the same kind [default: none; of text, a part of --data]
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    pub validation: Option<PathBuf>,
+    /// How pairs are read.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub pairs: PairArgs,
+    /// Passes over the data, in place of --steps
+    #[arg(long, value_name = "X", value_parser = positive, help_heading = "Data", conflicts_with = "steps")]
+    pub epochs: Option<f64>,
+    /// The model to start from, in Hugging Face's layout (config.json and model.safetensors)
+    #[arg(long, value_name = "DIR", help_heading = "Model", conflicts_with = "model", required_unless_present_any = ["model", "resume"])]
+    pub weights: Option<PathBuf>,
+    /// The model to start from, by its name on Hugging Face, such as openai-community/gpt2-medium
+    #[arg(long, value_name = "NAME", help_heading = "Model")]
+    pub model: Option<String>,
+    /// Tokens of a sample [default: of pairs, the longest example; of text, the model's positions; at most those]
+    #[arg(long, value_name = "N", value_parser = count(1 << 24), help_heading = "Model")]
+    pub context: Option<u64>,
+    /// What is trained.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub method: MethodArgs,
+    /// How it is trained.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub run: RunArgs,
+    /// Digest of the weights that the run started from.
+    #[arg(skip)]
+    #[serde(default)]
+    pub base: Option<String>,
+}
+
+impl Flags for FinetuneArgs {
+    fn run(&mut self) -> RunFlags<'_> {
+        self.run.flags(self.data.iter_mut().chain(&mut self.validation).chain(&mut self.weights).collect())
+    }
+}
+
+impl FinetuneArgs {
+    /// What single flags cannot show to be wrong.
+    fn check(&self) -> Result<(), String> {
+        // A run that goes on has its own task and method, beside which the flags are compared.
+        if self.run.resume.is_none() {
+            self.pairs.check(self.task)?;
+            self.method.check()?;
+        }
+        self.run.check()
+    }
+}
+
+/// How a model is trained: the flags that `train` and `finetune` have in common.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+pub struct RunArgs {
     /// Dropout of embeddings, attention and residuals
     #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = below_one, help_heading = "Model")]
     pub dropout: f64,
@@ -156,8 +367,9 @@ pub struct TrainArgs {
     pub given: BTreeSet<String>,
 }
 
-impl Flags for TrainArgs {
-    fn run(&mut self) -> RunFlags<'_> {
+impl RunArgs {
+    /// Those that every program has; `inputs` are the files that the run reads.
+    fn flags<'a>(&'a mut self, inputs: Vec<&'a mut PathBuf>) -> RunFlags<'a> {
         RunFlags {
             seed: &mut self.seed,
             checkpoint_interval: &mut self.checkpoint_interval,
@@ -168,12 +380,10 @@ impl Flags for TrainArgs {
             mode: &mut self.mode,
             machine: &mut self.machine,
             given: &mut self.given,
-            inputs: self.data.iter_mut().chain(&mut self.weights).collect(),
+            inputs,
         }
     }
-}
 
-impl TrainArgs {
     /// What single flags cannot show to be wrong.
     fn check(&self) -> Result<(), String> {
         check_mode(&self.mode, self.verify)?;
@@ -187,9 +397,18 @@ pub struct EvalArgs {
     /// The model: a run's directory, or one in Hugging Face's layout
     #[arg(long, value_name = "DIR", default_value = "runs/gpt2")]
     pub weights: PathBuf,
-    /// Plain UTF-8 text, or a .bin file of tokens, all of it [default: the validation part of the run's data]
-    #[arg(long, value_name = "FILE")]
+    /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// What the data is
+    #[arg(long, default_value = "text")]
+    pub task: TaskKind,
+    /// Data of --task, all of it [default: of text, the validation part of the run's data]
+    #[arg(long, value_name = "FILE", required_if_eq_any = [("task", "e2e"), ("task", "pairs")])]
     pub data: Option<PathBuf>,
+    /// How pairs are read.
+    #[command(flatten)]
+    pub pairs: PairArgs,
     /// Tokens of a window [default: the context the model was trained with, or its positions]
     #[arg(long, value_name = "N", value_parser = count(1 << 24))]
     pub context: Option<u64>,
@@ -219,6 +438,9 @@ pub struct GenerateArgs {
     /// The model: a run's directory, or one in Hugging Face's layout
     #[arg(long, value_name = "DIR", default_value = "runs/gpt2")]
     pub weights: PathBuf,
+    /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
     /// Text to go on from [default: the start of a document]
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub prompt: String,
@@ -278,6 +500,18 @@ impl GenerateArgs {
         }
         Ok(())
     }
+/// Flags of `merge`.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct MergeArgs {
+    /// The model that the adapters were trained on, in Hugging Face's layout
+    #[arg(long, value_name = "DIR")]
+    pub weights: PathBuf,
+    /// Its adapters: a directory that `finetune --method lora` or PEFT wrote
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Directory of the new model; it must have no model in it
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
 }
 
 /// Flags of `plan`.
@@ -286,6 +520,9 @@ pub struct PlanArgs {
     /// The architecture.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// What is trained.
+    #[command(flatten)]
+    pub method: MethodArgs,
     /// How activations are kept.
     #[command(flatten)]
     pub mode: ModeArgs,
@@ -317,6 +554,10 @@ pub struct PlanArgs {
 pub enum Command {
     /// Train a GPT-2 (also what runs without a subcommand)
     Train(Box<TrainArgs>),
+    /// Go on training a pretrained model on a task: all of it, or low-rank adapters
+    Finetune(Box<FinetuneArgs>),
+    /// A model and its adapters as one model
+    Merge(MergeArgs),
     /// Loss and perplexity of a model
     Eval(EvalArgs),
     /// Text from a model
@@ -332,7 +573,7 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// GPT-2 with exact reversible training: train, evaluate, generate, plan memory.
+/// GPT-2 with exact reversible training: train, fine-tune, evaluate, generate, plan memory.
 ///
 /// Without a subcommand it trains, and the flags of `train` apply.
 #[derive(Debug, Parser)]
@@ -353,19 +594,36 @@ impl Cli {
         arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     ) -> Result<Self, clap::Error> {
         // Every subcommand takes `-3` as a value, so that the value's own check can say what is wrong with it.
-        let mut command = Raw::command().mut_subcommands(|s| s.allow_negative_numbers(true));
+        let mut command = Raw::command()
+            .mut_subcommands(|s| s.allow_negative_numbers(true))
+            // Fine-tuning has a gentler default of what both have.
+            .mut_subcommand("finetune", |s| {
+                let defaults = [
+                    ("lr", "0.0002"),
+                    ("weight_decay", "0.01"),
+                    ("schedule", "linear"),
+                    ("steps", "1000"),
+                    ("out", "runs/finetune"),
+                ];
+                defaults.into_iter().fold(s, |s, (flag, value)| s.mut_arg(flag, |a| a.default_value(value)))
+            });
         let matches = command.try_get_matches_from_mut(arguments)?;
         let raw = Raw::from_arg_matches(&matches)?;
         let sub = matches.subcommand().map(|(_, m)| m);
         let mut parsed = raw.command.unwrap_or_else(|| Command::Train(Box::new(raw.train)));
         let checked = match &mut parsed {
             Command::Train(train) => {
-                train.given = given(sub.unwrap_or(&matches));
-                train.check()
+                train.run.given = given(sub.unwrap_or(&matches));
+                train.run.check()
             }
-            Command::Plan(plan) => check_mode(&plan.mode, plan.verify),
+            Command::Finetune(finetune) => {
+                finetune.run.given = given(sub.unwrap_or(&matches));
+                finetune.check()
+            }
+            Command::Plan(plan) => plan.method.check().and_then(|()| check_mode(&plan.mode, plan.verify)),
+            Command::Eval(eval) => eval.pairs.check(eval.task),
             Command::Generate(generate) => generate.check(),
-            Command::Eval(_) => Ok(()),
+            Command::Merge(_) => Ok(()),
         };
         checked.map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(Self { command: parsed })
@@ -404,10 +662,13 @@ mod tests {
         assert_eq!(train(""), train("train"));
         assert_eq!(train("--steps 10"), train("train --steps 10"));
         let t = train("--steps 10 --weight-decay 0.2 --verify");
-        assert_eq!((t.steps, t.optim.weight_decay, t.optim.lr, t.optim.min_lr()), (10, 0.2, 1e-3, 1e-4));
-        assert_eq!(t.given.iter().map(String::as_str).collect::<Vec<_>>(), ["steps", "verify", "weight_decay"]);
-        assert_eq!((t.mode.mode, t.mode.gamma, t.mode.frac_bits), (Mode::Bdia, 0.5, 14));
-        assert!(train("").given.is_empty());
+        assert_eq!(
+            (t.run.steps, t.run.optim.weight_decay, t.run.optim.lr, t.run.optim.min_lr()),
+            (10, 0.2, 1e-3, 1e-4)
+        );
+        assert_eq!(t.run.given.iter().map(String::as_str).collect::<Vec<_>>(), ["steps", "verify", "weight_decay"]);
+        assert_eq!((t.run.mode.mode, t.run.mode.gamma, t.run.mode.frac_bits), (Mode::Bdia, 0.5, 14));
+        assert!(train("").run.given.is_empty());
         assert!(matches!(read("plan --config gpt2-xl --memory 2GB").unwrap(), Command::Plan(_)));
         assert!(matches!(read("eval --inference quantized --gamma -0.5").unwrap(), Command::Eval(_)));
         assert!(matches!(read("generate --prompt Hello --top-k 0").unwrap(), Command::Generate(_)));
@@ -431,7 +692,7 @@ mod tests {
             }
         }
         let help = Cli::try_parse_from(["bdia-gpt2", "-h"]).unwrap_err().to_string();
-        assert!(["eval", "generate", "plan"].iter().all(|c| help.contains(c)));
+        assert!(["finetune", "merge", "eval", "generate", "plan"].iter().all(|c| help.contains(c)));
     }
 
     #[test]
@@ -480,12 +741,66 @@ mod tests {
             ("generate --batch 2", "--prompts"),
             ("eval --gamma 2", "from -1 to 1"),
             ("--steps 10 eval", "eval"),
+            ("finetune --weights a", "--data"),
+            ("finetune --data a", "--weights"),
+            ("finetune --data a --weights b --model c", "cannot be used with"),
+            ("finetune --data a --weights b --lora-alpha 3", "belong to --method lora"),
+            ("finetune --data a --weights b --lora-alpha 0", "a number above 0"),
+            ("finetune --data a --weights b --lora-rank 0", "from 1 to 65536"),
+            ("finetune --data a --weights b --prompt-column x", "belong to --task pairs"),
+            ("finetune --data a --weights b --task text --loss-on all", "belongs to tasks of pairs"),
+            ("finetune --data a --weights b --epochs 1 --steps 1", "cannot be used with"),
+            ("finetune --data a --weights b --epochs 0", "a number above 0"),
+            ("finetune --data a --weights b --gamma 0.3", "--gamma: gamma is 0.3"),
+            ("plan --frozen-dtype f16", "belong to --method lora"),
+            ("eval --task e2e", "--data"),
+            ("eval --prompt-column x", "belong to --task pairs"),
+            ("merge --weights a --adapter b", "--out"),
         ] {
             let message = read(arguments).unwrap_err();
             assert!(message.contains(expected), "{arguments}: {message}");
         }
-        assert_eq!(train("--mode bdia-float --gamma 0.3").mode.gamma, 0.3);
-        assert_eq!(train("--mode bdia-float --gamma 0").mode.gamma, 0.0);
+        assert_eq!(train("--mode bdia-float --gamma 0.3").run.mode.gamma, 0.3);
+        assert_eq!(train("--mode bdia-float --gamma 0").run.mode.gamma, 0.0);
+    }
+
+    fn finetune(arguments: &str) -> FinetuneArgs {
+        match read(&format!("finetune {arguments}")).unwrap() {
+            Command::Finetune(f) => *f,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn fine_tuning_has_defaults_of_its_own() {
+        let f = finetune("--data a.csv --weights b --batch 2");
+        assert_eq!((f.task, f.method.method, f.method.adapters()), (TaskKind::E2e, MethodKind::Full, None));
+        assert_eq!((f.run.optim.lr, f.run.optim.weight_decay, f.run.steps), (2e-4, 0.01, 1000));
+        assert_eq!((f.run.optim.schedule, f.run.out), (ScheduleKind::Linear, PathBuf::from("runs/finetune")));
+        assert_eq!(f.run.given.iter().map(String::as_str).collect::<Vec<_>>(), ["batch", "data", "weights"]);
+        // Those of `train` stay.
+        assert_eq!((train("").run.optim.lr, train("train").run.steps), (1e-3, 130));
+        let f = finetune("--data a --model x/y --method lora --frozen-dtype f16 --lr 1 --epochs 2.5");
+        let adapters = f.method.adapters().unwrap();
+        assert_eq!((adapters.shape.rank, adapters.shape.alpha, adapters.shape.scale()), (4, 32.0, 8.0));
+        assert_eq!((adapters.half, f.run.optim.lr, f.epochs), (Some(Half::F16), 1.0, Some(2.5)));
+        let columns = |flags: &str| {
+            let f = finetune(&format!("--data a --weights b {flags}"));
+            f.pairs.columns(f.task).map(|c| [c.prompt, c.completion])
+        };
+        let own = |a: &str, b: &str| Some([a.to_string(), b.to_string()]);
+        assert_eq!(columns(""), own("mr", "ref"));
+        assert_eq!(columns("--task pairs"), own("prompt", "completion"));
+        assert_eq!(columns("--task pairs --prompt-column q --completion-column a"), own("q", "a"));
+        assert_eq!(columns("--task text"), None);
+        // A saved run goes on with what it was started with.
+        let saved = finetune("--data a --weights b --method lora --lora-rank 2 --task pairs");
+        let saved: FinetuneArgs = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
+        let run = finetune("--resume runs/a --threads 1 --json").resumed(&saved).unwrap();
+        assert_eq!((run.method.lora_rank, run.task, run.run.json), (Some(2), TaskKind::Pairs, true));
+        let error = finetune("--resume runs/a --lora-rank 3").resumed(&saved).unwrap_err().to_string();
+        assert!(error.contains("--lora-rank is 3, the run has 2"), "{error}");
+        assert!(matches!(read("plan --method lora --frozen-dtype bf16").unwrap(), Command::Plan(_)));
     }
 
     #[test]
@@ -504,9 +819,9 @@ mod tests {
         let json = serde_json::to_string(&saved).unwrap();
         let saved: TrainArgs = serde_json::from_str(&json).unwrap();
         let run = train("--resume runs/a --threads 2 --device 3 --lr 2e-3 --json").resumed(&saved).unwrap();
-        assert_eq!((run.optim.lr, run.model.layers, run.machine.threads), (0.002, Some(3), Some(2)));
-        assert_eq!(run.machine.device, 3);
-        assert_eq!((run.mode.mode, run.out, run.json), (Mode::Checkpoint, PathBuf::from("runs/a"), true));
+        assert_eq!((run.run.optim.lr, run.model.layers, run.run.machine.threads), (0.002, Some(3), Some(2)));
+        assert_eq!(run.run.machine.device, 3);
+        assert_eq!((run.run.mode.mode, run.run.out, run.run.json), (Mode::Checkpoint, PathBuf::from("runs/a"), true));
         let error = train("--resume runs/a --lr 0.1 --mode bdia --heads 2").resumed(&saved).unwrap_err();
         assert_eq!(error.0.len(), 3);
         let error = error.to_string();

@@ -11,17 +11,20 @@ use bdia_train::run;
 use bdia_train::search::Length;
 use serde_json::json;
 
-use crate::cli::{self, BackendKind, EvalArgs, GenerateArgs, MachineArgs, PlanArgs};
+use crate::adapter::Adapter;
+use crate::cli::{self, BackendKind, EvalArgs, GenerateArgs, MachineArgs, MergeArgs, PlanArgs};
 use crate::config::Gpt2Config;
 use crate::data::{Corpus, Part};
 use crate::decode::{Decoder, Decoding, How, Sizes};
 use crate::error::Failure;
+use crate::files::FileError;
 use crate::machine::{self, Work};
 use crate::model::{Gpt2, Inference, Setup};
+use crate::pairs::Examples;
 use crate::report;
 use crate::sample::Sampler;
 use crate::tokenizer::{EOT, Tokenizer, VOCAB};
-use crate::train;
+use crate::{finetune, train, weights};
 
 /// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid can use.
 fn lay_out(
@@ -42,6 +45,7 @@ fn lay_out(
         grid: Some(Grid::new(frac_bits)?),
         gamma: Gamma::new(0.5, Sign::Plus)?,
         rule: None,
+        adapters: None,
         fused: true,
         verify: false,
         threads,
@@ -74,6 +78,57 @@ fn trained_context(dir: &Path) -> Option<usize> {
     run_of(dir)?.model.context.map(|c| c as usize)
 }
 
+/// A model's weights, with adapters merged into them where there are some.
+fn load<B: Backend<Real = f32>>(
+    dir: &Path,
+    adapter: Option<&Path>,
+    config: &Gpt2Config,
+    be: &mut B,
+    model: &Gpt2,
+) -> Result<(), Failure> {
+    // Whether they fit is known before the weights are read.
+    let adapter = adapter.map(|dir| Adapter::open(dir, config)).transpose()?;
+    let digest = machine::load_base(dir, config, be, model)?;
+    adapter.map_or(Ok(()), |a| a.merge(be, model, &digest))
+}
+
+/// A model and its adapters as one model.
+///
+/// # Errors
+/// [`Failure`], among them a directory that has a model already.
+pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
+    struct Merge<'a> {
+        args: &'a MergeArgs,
+        config: Gpt2Config,
+        model: Gpt2,
+    }
+    impl Work for Merge<'_> {
+        fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
+            let (args, out) = (self.args, self.args.out.as_path());
+            load(&args.weights, Some(&args.adapter), &self.config, be, &self.model)?;
+            std::fs::create_dir_all(out).map_err(|e| FileError::io(out, "create the directory", e))?;
+            self.config.write_dir(out)?;
+            machine::save_weights(out, be, &self.model)?;
+            if self.config.vocab_size == VOCAB {
+                Tokenizer::new().write_hf_files(out, self.config.n_positions)?;
+            }
+            report::tell!("{}: the model with its adapters", out.display());
+            Ok(())
+        }
+    }
+    for file in ["config.json", weights::FILE, weights::INDEX] {
+        if args.out.join(file).exists() {
+            let what = "there is a model already; expected a new directory".into();
+            return Err(Failure::Run { path: args.out.join(file), what });
+        }
+    }
+    let config = Gpt2Config::read_dir(&args.weights)?;
+    let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(cli::BackendKind::Cpu) };
+    let one = Some(Choice { chunk: 1, head_rows: 1 });
+    let (model, layout) = lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None))?;
+    machine::run(&machine, 1, &layout, Merge { args, config, model })
+}
+
 /// Loss and perplexity over sequential windows: of all of `--data`, or of the validation part of what the run was trained
 /// with.
 ///
@@ -84,19 +139,27 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         args: &'a EvalArgs,
         config: Gpt2Config,
         model: Gpt2,
-        part: Part,
+        part: Data,
         name: String,
+    }
+    /// What is evaluated.
+    enum Data {
+        Text(Part),
+        Pairs(Examples),
     }
     impl Work for Eval<'_> {
         fn on<B: Backend<Real = f32>>(mut self, be: &mut B, _: usize) -> Result<(), Failure> {
-            machine::load_weights(&self.args.weights, &self.config, be, &self.model)?;
+            load(&self.args.weights, self.args.adapter.as_deref(), &self.config, be, &self.model)?;
             let inference = inference(self.args.inference, self.args.gamma.unwrap_or(0.0))?;
-            let part = &self.part;
-            let Some((loss, tokens)) = train::evaluate(be, &mut self.model, part, usize::MAX, inference)? else {
+            let (model, all) = (&mut self.model, usize::MAX);
+            let (found, tokens) = match &self.part {
+                Data::Text(part) => (train::evaluate(be, model, part, all, inference)?, part.len()),
+                Data::Pairs(pairs) => (finetune::evaluate(be, model, pairs, all, inference)?, pairs.targets()),
+            };
+            let Some((loss, tokens)) = found else {
                 return Err(Failure::Other(format!(
-                    "{}: {} tokens to evaluate, expected more than a context of {}; use a smaller --context",
+                    "{}: {tokens} tokens to evaluate, expected more than a context of {}; use a smaller --context",
                     self.name,
-                    part.len(),
                     self.model.setup().context
                 )));
             };
@@ -108,18 +171,33 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         }
     }
     let config = Gpt2Config::read_dir(&args.weights)?;
-    let context =
-        args.context.map(|c| c as usize).or_else(|| trained_context(&args.weights)).unwrap_or(config.n_positions);
+    let asked = args.context.map(|c| c as usize);
+    let context = asked.or_else(|| trained_context(&args.weights)).unwrap_or(config.n_positions);
     let tokenizer = Tokenizer::new();
-    let (part, name) = match &args.data {
-        Some(path) => (Corpus::whole(path, &tokenizer, config.vocab_size)?, path.display().to_string()),
-        None => {
+    let (part, name, context, windows) = match (&args.data, args.pairs.columns(args.task)) {
+        (Some(path), Some(columns)) => {
+            let mut pairs = Examples::open(path, &columns, args.pairs.loss_on(), &tokenizer, config.vocab_size)?;
+            let context = asked.unwrap_or_else(|| pairs.longest().min(config.n_positions));
+            pairs.fit(context)?;
+            let (cut, dropped) = pairs.truncated();
+            if cut + dropped > 0 {
+                report::note!("{cut} example(s) cut to {context} tokens, {dropped} dropped, whose prompt has no room");
+            }
+            let windows = pairs.len();
+            (Data::Pairs(pairs), path.display().to_string(), context, windows)
+        }
+        (Some(path), None) => {
+            let part = Corpus::whole(path, &tokenizer, config.vocab_size)?;
+            let windows = part.windows(context).len().max(1);
+            (Data::Text(part), path.display().to_string(), context, windows)
+        }
+        (None, _) => {
             let trained = run_of(&args.weights).and_then(|r| r.data);
             let corpus = Corpus::open(trained.as_deref(), &tokenizer, config.vocab_size, context)?;
-            (corpus.validation, format!("{} (validation part)", corpus.name))
+            let windows = corpus.validation.windows(context).len().max(1);
+            (Data::Text(corpus.validation), format!("{} (validation part)", corpus.name), context, windows)
         }
     };
-    let windows = part.windows(context).len().max(1);
     let batch = (args.batch as usize).min(windows);
     let (model, layout) = lay_out(&config, &args.machine, context, batch, None, frac_bits(&config, args.frac_bits))?;
     let threads = machine::threads(&args.machine);
@@ -176,7 +254,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     impl Work for Generate<'_> {
         fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
             let args = self.args;
-            machine::load_weights(&args.weights, &self.config, be, &self.model)?;
+            load(&args.weights, args.adapter.as_deref(), &self.config, be, &self.model)?;
             run::catch_interrupt();
             let bar = run::bar("prompt", self.prompts.len() as u64, 0);
             let found = self.decoder.decode(be, &self.prompts, &self.decoding, |finished, tokens| {
@@ -261,6 +339,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         grid: machine::grid(&args.mode)?,
         gamma: args.mode.gamma()?,
         rule: Some(args.optim.rule()),
+        adapters: args.method.adapters(),
         fused: train::fused(args.optim.clip, args.accumulate),
         verify: args.verify,
         threads,

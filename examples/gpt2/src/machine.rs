@@ -8,7 +8,9 @@ use bdia_core::{Error, Layout, Reference, Storage};
 use bdia_cpu::Cpu;
 use bdia_cuda::Cuda;
 pub use bdia_train::machine::*;
+use xxhash_rust::xxh3::Xxh3;
 
+use crate::adapter::AdapterError;
 use crate::cli::{BackendKind, Mode, ModeArgs};
 use crate::config::{Activation, Bdia, Gpt2Config};
 use crate::error::Failure;
@@ -83,12 +85,36 @@ pub fn load_weights<B: Backend<Real = f32>>(
     be: &mut B,
     model: &Gpt2,
 ) -> Result<(), Failure> {
+    load_base(dir, config, be, model).map(drop)
+}
+
+/// The same, with a digest of what was read: the names and the values in f32, so that it does not depend on files, their type
+/// or how the model stores them.
+///
+/// # Errors
+/// As [`load_weights`], and a value that does not fit the 16 bits in which the model stores it.
+pub fn load_base<B: Backend<Real = f32>>(
+    dir: &Path,
+    config: &Gpt2Config,
+    be: &mut B,
+    model: &Gpt2,
+) -> Result<String, Failure> {
     let weights = Weights::read_dir(dir)?;
     weights.check(&config.tensors())?;
+    let (mut hash, mut bytes) = (Xxh3::new(), Vec::new());
     for t in model.tensors() {
-        weights.stream::<Failure>(&t.name, |at, values| Ok(be.write_reals(t.values.sub(at, values.len()), values)?))?;
+        hash.update(t.name.as_bytes());
+        weights.stream::<Failure>(&t.name, |at, values| {
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            hash.update(&bytes);
+            if let Some(&value) = values.iter().find(|v| !t.holds(**v)) {
+                return Err(AdapterError::Narrow { name: t.name.clone(), value }.into());
+            }
+            Ok(t.put(be, at, values)?)
+        })?;
     }
-    Ok(())
+    Ok(format!("xxh3:{:016x}", hash.digest()))
 }
 
 /// Writes `model.safetensors`.

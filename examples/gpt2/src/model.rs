@@ -1,10 +1,10 @@
 //! GPT-2 assembled from the layers and the stack of `bdia-core`: where every buffer is, and one optimizer step.
 
 use bdia_core::Real;
-use bdia_core::arena::{Category, Ints, Layout, Reals, product};
-use bdia_core::backend::{Backend, Chunk, Gelu, Mask};
+use bdia_core::arena::{Category, Ints, Layout, Reals, Words, product};
+use bdia_core::backend::{Backend, Chunk, Gelu, Half, Mask};
 use bdia_core::error::{Error, Result, Site};
-use bdia_core::layers::{BlockShape, LmHead, Params, Tensor, TokenEmbedding, TransformerBlocks, Updater};
+use bdia_core::layers::{BlockShape, LmHead, LoraShape, Params, Tensor, TokenEmbedding, TransformerBlocks, Updater};
 use bdia_core::optim::{Rule, clip_scale};
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
@@ -36,6 +36,15 @@ pub struct Dims {
     pub dropout: [f64; 3],
 }
 
+/// What is trained in place of the model's own parameters, which stay as they are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Adapters {
+    /// Rank and factor of the adapters of queries and values.
+    pub shape: LoraShape,
+    /// Storage of the blocks' matrices, where it is 16 bits; embeddings, norms and biases always are reals.
+    pub half: Option<Half>,
+}
+
 /// How it is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Setup {
@@ -55,6 +64,8 @@ pub struct Setup {
     pub gamma: Gamma,
     /// The optimizer; `None` for inference.
     pub rule: Option<Rule>,
+    /// Adapters, where those are trained.
+    pub adapters: Option<Adapters>,
     /// Update blocks as they are finished. Without it gradients add up over micro-batches and can be clipped.
     pub fused: bool,
     /// Keep originals and count differences.
@@ -127,12 +138,70 @@ pub struct Named {
     pub name: String,
     /// The shape: one or two dimensions.
     pub shape: Vec<usize>,
-    /// The values.
+    /// The values; empty where they are stored in 16 bits.
     pub values: Reals,
+    /// The values that are stored in 16 bits.
+    pub narrow: Option<(Half, Words)>,
     /// Their gradient; with fused updates the buffer that all blocks use.
     pub gradient: Reals,
     /// The optimizer's state.
     pub state: [Reals; 2],
+}
+
+impl Named {
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there is no value.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether a finite value stays finite as the tensor is stored.
+    pub fn holds(&self, x: f32) -> bool {
+        self.narrow.is_none_or(|(half, _)| half.value(rounded(half, x)).is_finite())
+    }
+
+    /// Writes values from index `at` on, an even one, as the tensor is stored: rounded to nearest where that is in 16 bits
+    /// (see [`holds`](Self::holds)).
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn put<B: Backend<Real = f32>>(&self, be: &mut B, at: usize, values: &[f32]) -> Result<()> {
+        let Some((half, words)) = self.narrow else { return be.write_reals(self.values.sub(at, values.len()), values) };
+        let bits = |x| rounded(half, x);
+        let mut piece = [0; 256];
+        for (i, values) in values.chunks(2 * piece.len()).enumerate() {
+            let piece = &mut piece[..values.len().div_ceil(2)];
+            for (word, pair) in piece.iter_mut().zip(values.chunks(2)) {
+                *word = bits(pair[0]) | pair.get(1).map_or(0, |&x| bits(x) << 16);
+            }
+            be.write_words(words.sub(at / 2 + i * 256, piece.len()), piece)?;
+        }
+        Ok(())
+    }
+}
+
+/// The nearest value of 16 bits.
+fn rounded(half: Half, x: f32) -> u32 {
+    u32::from(match half {
+        Half::Bf16 => half::bf16::from_f32(x).to_bits(),
+        Half::F16 => half::f16::from_f32(x).to_bits(),
+    })
+}
+
+/// A tensor of group `k` that is stored as reals.
+fn named(name: String, params: &Params, k: usize, t: &Tensor) -> Named {
+    Named {
+        name,
+        shape: if t.matrix { vec![t.rows, t.cols] } else { vec![t.cols] },
+        values: t.of(params.group(k)),
+        narrow: None,
+        gradient: t.of(params.gradient(k)),
+        state: params.state(k, t),
+    }
 }
 
 impl Gpt2 {
@@ -169,10 +238,18 @@ impl Gpt2 {
         shape.check()?;
         product("parameters", &[d.vocab.max(d.positions), d.width])?;
 
-        let blocks = TransformerBlocks::layout(shape, d.layers, setup.rule, setup.fused, l)?;
         let (end_tensors, len) = end_tensors(d);
         let count = if d.tied { ENDS - 1 } else { ENDS };
-        let ends = Params::layout(l, 1, len, count, setup.rule, true)?;
+        let (blocks, ends) = match setup.adapters {
+            Some(Adapters { shape: lora, half }) => (
+                TransformerBlocks::layout_frozen(shape, d.layers, half, lora, setup.rule, setup.fused, l)?,
+                Params::layout_frozen(l, 1, len)?,
+            ),
+            None => (
+                TransformerBlocks::layout(shape, d.layers, setup.rule, setup.fused, l)?,
+                Params::layout(l, 1, len, count, setup.rule, true)?,
+            ),
+        };
         l.outside(Category::Library, setup.library);
         let base = l.clone();
 
@@ -196,7 +273,7 @@ impl Gpt2 {
             gamma: setup.gamma,
             verify: setup.verify,
             tail: Tail::Head,
-            needs: shape.needs::<B>(chunk, setup.threads),
+            needs: blocks.needs::<B>(chunk, setup.threads),
             ends_scratch: LmHead::scratch(d.width, setup.context, chunk),
         };
         let stack = Stack::layout(config, l)?;
@@ -255,17 +332,20 @@ impl Gpt2 {
         &self.end_tensors[..if self.setup.dims.tied { ENDS - 1 } else { ENDS }]
     }
 
-    /// All parameter tensors, in the order of the file.
+    fn trained_ends(&self) -> &[Tensor] {
+        if self.setup.adapters.is_some() { &[] } else { self.ends() }
+    }
+
+    /// All tensors of the model, in the order of the file; adapters are not among them.
     pub fn tensors(&self) -> Vec<Named> {
         let mut list = Vec::new();
         let mut push = |prefix: &str, params: &Params, group: usize, tensors: &[Tensor]| {
             for t in tensors.iter().filter(|t| !t.is_empty()) {
+                let narrow = self.blocks.narrow.filter(|_| t.matrix && !prefix.is_empty());
                 list.push(Named {
-                    name: format!("{prefix}{}", t.name),
-                    shape: if t.matrix { vec![t.rows, t.cols] } else { vec![t.cols] },
-                    values: t.of(params.group(group)),
-                    gradient: t.of(params.gradient(group)),
-                    state: params.state(group, t),
+                    narrow: narrow.map(|n| (n.half, n.of(group, t))),
+                    values: if narrow.is_some() { Reals::EMPTY } else { t.of(params.group(group)) },
+                    ..named(format!("{prefix}{}", t.name), params, group, t)
                 });
             }
         };
@@ -277,20 +357,50 @@ impl Gpt2 {
         list
     }
 
-    /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
+    /// The tensors that are trained: all, or the adapters (`h.N.attn.c_attn.lora_A` and `lora_B`, `[2r, d]` both).
+    pub fn trained(&self) -> Vec<Named> {
+        let Some(lora) = &self.blocks.lora else { return self.tensors() };
+        (0..self.setup.dims.layers)
+            .flat_map(|k| {
+                lora.tensors().iter().map(move |t| named(format!("h.{k}.attn.c_attn.{}", t.name), &lora.params, k, t))
+            })
+            .collect()
+    }
+
+    /// All tensors of a checkpoint, in order: what is trained, then the optimizer's state.
     pub fn saved(&self) -> Vec<Reals> {
-        let named = self.tensors();
+        let named = self.trained();
         let states = named.iter().flat_map(|t| t.state).filter(|s| !s.is_empty());
         named.iter().map(|t| t.values).chain(states).collect()
     }
 
-    /// Number of parameters.
+    /// Number of the model's parameters, without adapters.
     pub fn parameters(&self) -> usize {
-        self.tensors().iter().map(|t| t.values.len()).sum()
+        self.tensors().iter().map(Named::len).sum()
+    }
+
+    /// Adapters as PEFT begins them: `A` uniform from -1/√d to 1/√d, `B` 0, so that the model is unchanged; optimizer
+    /// state 0.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn initialize_adapters<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
+        let bound = 1.0 / (self.setup.dims.width as f64).sqrt();
+        for (i, t) in self.trained().iter().enumerate() {
+            for state in t.state {
+                be.fill_reals(state, B::Real::of(0.0))?;
+            }
+            let s = Stream::new(seed, i as u32, 0, 1, 0, Draw::Init);
+            let uniform = |e: usize| f64::from(s.word(e as u32)) / f64::from(1_u32 << 31) - 1.0;
+            let start = |e: usize| if t.name.ends_with("lora_A") { bound * uniform(e) } else { 0.0 };
+            let values: Vec<_> = (0..t.values.len()).map(|e| B::Real::of(start(e))).collect();
+            be.write_reals(t.values, &values)?;
+        }
+        Ok(())
     }
 
     /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0, norms 1; optimizer
-    /// state 0.
+    /// state 0. The parameters must be reals.
     ///
     /// # Errors
     /// Those of writing.
@@ -358,7 +468,7 @@ impl Gpt2 {
         let updater =
             Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
         self.blocks.updater = updater;
-        self.blocks.params.zero_gradients(be)?;
+        self.blocks.trained().0.zero_gradients(be)?;
         self.ends.zero_gradients(be)?;
 
         // The loss is the mean over the unmasked targets of the whole step, so they are counted first.
@@ -386,22 +496,23 @@ impl Gpt2 {
             rebuild_error = rebuild_error.max(self.stack.rebuild_error());
         }
 
+        let (params, tensors) = self.blocks.trained();
         if !fused {
             for k in 0..self.setup.dims.layers {
-                self.blocks.params.measure(be, Site::Block(k), k, self.blocks.tensors())?;
+                params.measure(be, Site::Block(k), k, tensors)?;
             }
         }
-        self.ends.measure(be, Site::Embedding, 0, self.ends())?;
+        self.ends.measure(be, Site::Embedding, 0, self.trained_ends())?;
         // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
         // the step is done.
         let early = if fused { None } else { Some(self.result(be)?) };
         let updater = Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)), ..updater };
         if !fused {
             for k in 0..self.setup.dims.layers {
-                self.blocks.params.update(be, &updater, k, self.blocks.tensors())?;
+                params.update(be, &updater, k, tensors)?;
             }
         }
-        self.ends.update(be, &updater, 0, self.ends())?;
+        self.ends.update(be, &updater, 0, self.trained_ends())?;
         let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
         Ok(Outcome { loss: loss / unmasked.max(1) as f64, grad_norm, mismatches, rebuild_error })
     }
@@ -415,7 +526,7 @@ impl Gpt2 {
         for i in 0..self.setup.accumulate {
             loss += sum(be, self.losses.sub(i * rows, rows))?;
         }
-        Ok((loss, (sum(be, self.blocks.params.norms)? + sum(be, self.ends.norms)?).sqrt()))
+        Ok((loss, (sum(be, self.blocks.trained().0.norms)? + sum(be, self.ends.norms)?).sqrt()))
     }
 
     /// Makes the staging buffers, so that a step allocates nothing.

@@ -1,4 +1,4 @@
-//! `train`: from flags to a run directory.
+//! `train`: from flags to a run directory. The loop is [`finetune`](crate::finetune)'s, too: what differs is a [`Task`].
 //!
 //! ```text
 //! config.json, model.safetensors   the model, in Hugging Face's layout; tokenizer files beside it
@@ -8,6 +8,7 @@
 //! ```
 
 use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bdia_core::backend::Backend;
@@ -19,13 +20,13 @@ use serde_json::json;
 
 use crate::alloc::{Counting, peak_rss_bytes};
 use crate::checkpoint::{self, Header};
-use crate::cli::{Mode, TrainArgs, name_of};
+use crate::cli::{Mode, Order, RunArgs, TrainArgs, name_of};
 use crate::config::Gpt2Config;
 use crate::data::{Batches, Corpus, Part};
 use crate::error::Failure;
 use crate::files::FileError;
 use crate::machine::{self, Work};
-use crate::model::{Gpt2, Inference, Outcome, Setup, Step};
+use crate::model::{Adapters, Dims, Gpt2, Inference, Named, Outcome, Setup, Step};
 use crate::report::{self, Metric, Metrics};
 use crate::sample::Sampler;
 use crate::tokenizer::{EOT, Tokenizer};
@@ -39,19 +40,83 @@ pub const fn fused(clip: f64, accumulate: u64) -> bool {
     clip == 0.0 && accumulate == 1
 }
 
+/// What a run learns, from where it starts and what it leaves behind: all that its loop does not know.
+pub trait Task {
+    /// The subcommand, for what is said about resuming.
+    const COMMAND: &'static str;
+
+    /// Number and origin of the training and validation data, for messages.
+    fn describe(&self) -> String;
+
+    /// Identifies the training data of a run.
+    ///
+    /// # Errors
+    /// Data that cannot be read.
+    fn digest(&self) -> Result<u64, Failure>;
+
+    /// Writes the parameters that the run starts from. A run that goes on reads what is trained from its checkpoint
+    /// afterwards.
+    ///
+    /// # Errors
+    /// Weights that cannot be used.
+    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, model: &Gpt2, resumed: bool) -> Result<(), Failure>;
+
+    /// Writes the flags of a run that begins, and what else belongs to it.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    fn record(&self, out: &Path) -> Result<(), Failure>;
+
+    /// Fills a micro-batch: samples `first`, `first + 1`, … of step `step`.
+    ///
+    /// # Errors
+    /// Data that cannot be read any more.
+    fn fill(&mut self, step: u32, first: u32, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), Failure>;
+
+    /// Mean loss over about `tokens` tokens of the validation data and the number of its targets; `None` without any.
+    ///
+    /// # Errors
+    /// Data that cannot be read, values that are not finite.
+    fn validate<B: Backend<Real = f32>>(
+        &self,
+        be: &mut B,
+        model: &mut Gpt2,
+        tokens: usize,
+    ) -> Result<Option<(f64, usize)>, Failure>;
+
+    /// Writes the result of a finished run; returns the names of the files.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    fn finish<B: Backend<Real = f32>>(&self, be: &B, model: &Gpt2, out: &Path) -> Result<&'static str, Failure>;
+
+    /// A few lines that the model writes, where its tokens are text.
+    ///
+    /// # Errors
+    /// Values that are not finite.
+    fn sample<B: Backend<Real = f32>>(&self, be: &mut B, model: &mut Gpt2) -> Result<Option<String>, Failure>;
+}
+
 /// Everything that is known before memory is allocated.
-struct Run {
-    args: TrainArgs,
-    config: Gpt2Config,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
+struct Run<T> {
+    args: RunArgs,
+    task: T,
     choice: Choice,
     layout: Layout,
     model: Gpt2,
     /// Plans of the same training in the other modes.
     others: Vec<(String, Layout)>,
     /// The checkpoint to go on from.
-    from: Option<(std::path::PathBuf, Header)>,
+    from: Option<(PathBuf, Header)>,
+}
+
+/// Learning from a text.
+struct FromText {
+    args: TrainArgs,
+    config: Gpt2Config,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    batches: Batches,
 }
 
 /// Trains.
@@ -60,38 +125,60 @@ struct Run {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     let (args, from) = run::begin(args)?;
+    let tokenizer = Tokenizer::new();
+    let mut config = match (&args.weights, &args.run.resume) {
+        (_, Some(dir)) => Gpt2Config::read_dir(dir)?,
+        (Some(dir), None) => {
+            let mut config = Gpt2Config::read_dir(dir)?;
+            // Dropout is a choice of the training; the file's is what somebody else chose.
+            config.set_dropout(args.run.dropout);
+            config
+        }
+        (None, None) => args.model.gpt2(args.run.dropout)?,
+    };
+    config.bdia = Some(machine::record(&args.run.mode)?);
+    let context = args.model.context.map_or(config.n_positions, |c| c as usize);
+    let corpus = Corpus::open(args.data.as_deref(), &tokenizer, config.vocab_size, context)?;
+    let batches = batches(&args.run, args.order, context);
+    let dims = machine::dims(&config);
+    let run = args.run.clone();
+    work(run, dims, context, None, FromText { args, config, corpus, tokenizer, batches }, from)
+}
+
+/// How a run's batches are made of a text.
+pub fn batches(args: &RunArgs, order: Order, context: usize) -> Batches {
+    Batches { order, seed: args.seed, per_step: args.batch * args.accumulate, context }
+}
+
+/// Plans a run, makes a backend for it and does it.
+///
+/// # Errors
+/// [`Failure`]; what was saved before stays good.
+pub fn work(
+    args: RunArgs,
+    dims: Dims,
+    context: usize,
+    adapters: Option<Adapters>,
+    task: impl Task,
+    from: Option<(PathBuf, Header)>,
+) -> Result<(), Failure> {
     if let Some((path, header)) = &from
         && u64::from(header.step) > args.steps
     {
         let what = format!("it is of step {}, the run has {} steps", header.step, args.steps);
         return Err(Failure::Run { path: path.clone(), what });
     }
-
-    let tokenizer = Tokenizer::new();
-    let mut config = match (&args.weights, &args.resume) {
-        (_, Some(dir)) => Gpt2Config::read_dir(dir)?,
-        (Some(dir), None) => {
-            let mut config = Gpt2Config::read_dir(dir)?;
-            // Dropout is a choice of the training; the file's is what somebody else chose.
-            config.set_dropout(args.dropout);
-            config
-        }
-        (None, None) => args.model.gpt2(args.dropout)?,
-    };
-    config.bdia = Some(machine::record(&args.mode)?);
-    let context = args.model.context.map_or(config.n_positions, |c| c as usize);
-    let corpus = Corpus::open(args.data.as_deref(), &tokenizer, config.vocab_size, context)?;
-
     let threads = machine::threads(&args.machine);
     let setup = Setup {
-        dims: machine::dims(&config),
+        dims,
         batch: args.batch as usize,
         accumulate: args.accumulate as usize,
         context,
-        mode: machine::stack_mode(&args.mode, config.n_layer),
+        mode: machine::stack_mode(&args.mode, dims.layers),
         grid: machine::grid(&args.mode)?,
         gamma: args.mode.gamma()?,
         rule: Some(args.optim.rule()),
+        adapters,
         fused: fused(args.optim.clip, args.accumulate),
         verify: args.verify,
         threads,
@@ -114,12 +201,7 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, fixed)?;
     let others = other_plans(&setup, kind, choice, args.mode.mode)?;
     let place = args.machine.clone();
-    machine::run(
-        &place,
-        threads,
-        &layout,
-        Run { args, config, corpus, tokenizer, choice, layout: layout.clone(), model, others, from },
-    )
+    machine::run(&place, threads, &layout, Run { args, task, choice, layout: layout.clone(), model, others, from })
 }
 
 /// The plans of the modes that are not used, for the table: with this run's chunks.
@@ -152,12 +234,84 @@ fn other_plans(
     Ok(plans)
 }
 
-impl Work for Run {
+impl Task for FromText {
+    const COMMAND: &'static str = "train";
+
+    fn describe(&self) -> String {
+        let (train, validation) = (self.corpus.train.len(), self.corpus.validation.len());
+        format!("{train} training and {validation} validation tokens of {}", self.corpus.name)
+    }
+
+    fn digest(&self) -> Result<u64, Failure> {
+        digest(&self.corpus.train)
+    }
+
+    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, model: &Gpt2, resumed: bool) -> Result<(), Failure> {
+        match &self.args.weights {
+            _ if resumed => Ok(()),
+            Some(dir) => machine::load_weights(dir, &self.config, be, model),
+            None => Ok(model.initialize(be, self.args.run.seed)?),
+        }
+    }
+
+    fn record(&self, out: &Path) -> Result<(), Failure> {
+        self.config.write_dir(out)?;
+        run::save(out, &self.args)
+    }
+
+    fn fill(&mut self, step: u32, first: u32, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), Failure> {
+        Ok(self.corpus.train.batch(&self.batches, step, first, tokens, targets)?)
+    }
+
+    fn validate<B: Backend<Real = f32>>(
+        &self,
+        be: &mut B,
+        model: &mut Gpt2,
+        tokens: usize,
+    ) -> Result<Option<(f64, usize)>, Failure> {
+        let windows = (tokens / self.batches.context).max(1);
+        evaluate(be, model, &self.corpus.validation, windows, Inference::Float(Gamma::new(0.0, Sign::Plus)?))
+    }
+
+    fn finish<B: Backend<Real = f32>>(&self, be: &B, model: &Gpt2, out: &Path) -> Result<&'static str, Failure> {
+        self.config.write_dir(out)?;
+        machine::save_weights(out, be, model)?;
+        if self.config.vocab_size == crate::tokenizer::VOCAB {
+            self.tokenizer.write_hf_files(out, self.config.n_positions)?;
+        }
+        Ok("model.safetensors, config.json")
+    }
+
+    fn sample<B: Backend<Real = f32>>(&self, be: &mut B, model: &mut Gpt2) -> Result<Option<String>, Failure> {
+        if self.config.vocab_size != crate::tokenizer::VOCAB {
+            return Ok(None);
+        }
+        Ok(Some(continuation(be, model, &self.tokenizer, &[EOT as i32])?))
+    }
+}
+
+/// What the model writes after a prompt: up to 60 tokens, the same ones every time.
+///
+/// # Errors
+/// Values that are not finite.
+pub fn continuation<B: Backend<Real = f32>>(
+    be: &mut B,
+    model: &mut Gpt2,
+    tokenizer: &Tokenizer,
+    prompt: &[i32],
+) -> Result<String, Failure> {
+    let sampler = Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 };
+    let tokens = generate(be, model, prompt, 60, &sampler, 1, Inference::Float(Gamma::new(0.0, Sign::Plus)?))?;
+    let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).filter(|&t| t != EOT).collect();
+    Ok(tokenizer.decode(&tokens))
+}
+
+impl<T: Task> Work for Run<T> {
     fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         let out = self.args.out.clone();
         std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
         let identity = machine::identity(be);
-        let digest = digest(&self.corpus.train)?;
+        let digest = self.task.digest()?;
         let mut first = 0;
         let mut validation = Vec::new();
         match &self.from {
@@ -171,18 +325,15 @@ impl Work for Run {
                         header.identity
                     );
                 }
+                self.task.start(be, &self.model, true)?;
                 checkpoint::load(path, be, &self.model.saved())?;
                 first = header.step;
                 validation.clone_from(&header.validation);
             }
             None => {
-                match &self.args.weights {
-                    Some(dir) => machine::load_weights(dir, &self.config, be, &self.model)?,
-                    None => self.model.initialize(be, self.args.seed)?,
-                }
+                self.task.start(be, &self.model, false)?;
                 run::replace(&out)?;
-                self.config.write_dir(&out)?;
-                run::save(&out, &self.args)?;
+                self.task.record(&out)?;
             }
         }
         checkpoint::sweep(&out);
@@ -195,14 +346,8 @@ impl Work for Run {
         run::catch_interrupt();
         let steps = self.args.steps as u32;
         let bar = run::progress(steps, first);
-        let order = Batches {
-            order: self.args.order,
-            seed: self.args.seed,
-            per_step: self.args.batch * self.args.accumulate,
-            context: self.model.setup().context,
-        };
         let schedule = self.args.optim.schedule(steps);
-        let tokens_per_step = (self.args.batch * self.args.accumulate) as f64 * order.context as f64;
+        let tokens_per_step = (self.args.batch * self.args.accumulate) as f64 * self.model.setup().context as f64;
         let (mut seconds, mut mismatches, mut worst) = (0.0, 0_u64, 0.0_f64);
         // A finished run has no step left: what it ended with is still what there is to tell.
         let loss = before.last().map_or(f64::NAN, |m| m.loss);
@@ -222,12 +367,11 @@ impl Work for Run {
                 weight_decay: self.args.optim.weight_decay,
                 clip: self.args.optim.clip,
             };
-            let (train, batch) = (&self.corpus.train, self.args.batch as u32);
+            let (task, batch) = (&mut self.task, self.args.batch as u32);
             let others = Counting::current().saturating_sub(own);
             Counting::reset_peak();
-            let outcome: Result<Outcome, Failure> = self.model.train(be, &plan, |i, tokens, targets| {
-                Ok(train.batch(&order, step, i as u32 * batch, tokens, targets)?)
-            });
+            let outcome: Result<Outcome, Failure> =
+                self.model.train(be, &plan, |i, tokens, targets| task.fill(step, i as u32 * batch, tokens, targets));
             last = match outcome {
                 Ok(outcome) => outcome,
                 Err(Failure::Core(error)) => {
@@ -245,7 +389,7 @@ impl Work for Run {
             let done = step + 1;
             let interval = self.args.eval_interval as u32;
             let val = if done == steps || (interval > 0 && done % interval == 0) {
-                self.validate(be, CURVE_TOKENS)?.map(|(loss, _)| loss)
+                self.task.validate(be, &mut self.model, CURVE_TOKENS)?.map(|(loss, _)| loss)
             } else {
                 None
             };
@@ -289,7 +433,8 @@ impl Work for Run {
             if stop && done < steps {
                 bar.abandon();
                 report::tell!(
-                    "stopped after step {done} of {steps}; to go on:  bdia-gpt2 train --resume {}",
+                    "stopped after step {done} of {steps}; to go on:  bdia-gpt2 {} --resume {}",
+                    T::COMMAND,
                     out.display()
                 );
                 return Ok(());
@@ -297,15 +442,11 @@ impl Work for Run {
         }
         bar.finish_and_clear();
 
-        self.config.write_dir(&out)?;
-        machine::save_weights(&out, be, &self.model)?;
-        if self.config.vocab_size == crate::tokenizer::VOCAB {
-            self.tokenizer.write_hf_files(&out, self.config.n_positions)?;
-        }
+        let files = self.task.finish(be, &self.model, &out)?;
         let points: Vec<_> = validation.iter().map(|&(s, l)| (u64::from(s), l)).collect();
         report::loss_svg(&out.join("loss.svg"), &curve, &points)?;
-        let whole = self.validate(be, FINAL_TOKENS)?;
-        self.summary(be, (last, whole), mismatches, worst, peak)?;
+        let whole = self.task.validate(be, &mut self.model, FINAL_TOKENS)?;
+        self.summary(be, (last, whole), mismatches, worst, peak, files)?;
 
         if self.args.json {
             let steps_run = f64::from(steps - first);
@@ -330,8 +471,11 @@ impl Work for Run {
     }
 }
 
-/// Identifies the training data of a run.
-fn digest(part: &Part) -> Result<u64, Failure> {
+/// Identifies a text that is trained on.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn digest(part: &Part) -> Result<u64, Failure> {
     let mut hash = xxhash_rust::xxh3::Xxh3::new();
     hash.update(&part.len().to_le_bytes());
     let mut buffer = [0_i32; 4096];
@@ -347,21 +491,24 @@ fn digest(part: &Part) -> Result<u64, Failure> {
     Ok(hash.digest())
 }
 
-impl Run {
+impl<T: Task> Run<T> {
     fn announce(&self, first: u32, identity: &str) {
         let s = self.model.setup();
         report::note!(
-            "{} parameters, {} blocks, width {}, context {}, batch {}{}, mode {}; {} training and {} validation tokens of {}",
+            "{} parameters{}, {} blocks, width {}, context {}, batch {}{}, mode {}; {}",
             self.model.parameters(),
+            if s.adapters.is_some() {
+                format!(", {} in adapters", self.model.trained().iter().map(Named::len).sum::<usize>())
+            } else {
+                String::new()
+            },
             s.dims.layers,
             s.dims.width,
             s.context,
             s.batch,
             if self.args.accumulate > 1 { format!(" x {}", self.args.accumulate) } else { String::new() },
             self.mode_name(),
-            self.corpus.train.len(),
-            self.corpus.validation.len(),
-            self.corpus.name,
+            self.task.describe(),
         );
         report::note!(
             "{identity}, {} thread(s); plan {}, chunks of {} sample(s)",
@@ -374,12 +521,6 @@ impl Run {
         }
     }
 
-    fn validate<B: Backend<Real = f32>>(&mut self, be: &mut B, tokens: usize) -> Result<Option<(f64, usize)>, Failure> {
-        let context = self.model.setup().context;
-        let windows = (tokens / context).max(1);
-        evaluate(be, &mut self.model, &self.corpus.validation, windows, Inference::Float(Gamma::new(0.0, Sign::Plus)?))
-    }
-
     fn summary<B: Backend<Real = f32>>(
         &mut self,
         be: &mut B,
@@ -387,25 +528,17 @@ impl Run {
         mismatches: u64,
         worst: f64,
         peak: usize,
+        files: &str,
     ) -> Result<(), Failure> {
         let mut out = std::io::stdout().lock();
         let mut text = String::new();
-        if self.config.vocab_size == crate::tokenizer::VOCAB {
-            let sampler = Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 };
-            let tokens = generate(
-                be,
-                &mut self.model,
-                &[EOT as i32],
-                60,
-                &sampler,
-                1,
-                Inference::Float(Gamma::new(0.0, Sign::Plus)?),
-            )?;
-            let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).filter(|&t| t != EOT).collect();
-            text = format!("\nA sample:\n  {}\n", self.tokenizer.decode(&tokens).trim().replace('\n', "\n  "));
+        if let Some(written) = self.task.sample(be, &mut self.model)? {
+            text = format!("\nA sample:\n  {}\n", written.trim().replace('\n', "\n  "));
         }
         let validation = match whole {
-            Some((loss, tokens)) => format!(", validation loss {loss:.4} over {tokens} tokens"),
+            Some((loss, tokens)) => {
+                format!(", validation loss {loss:.4} (perplexity {:.2}) over {tokens} tokens", loss.exp())
+            }
             None => String::new(),
         };
         text += &format!("\nloss {:.4}{validation}\n", last.loss);
@@ -419,8 +552,8 @@ impl Run {
             core::iter::once((self.mode_name(), self.layout.clone())).chain(self.others.clone()).collect();
         text += &format!("\n{}", machine::memory_table(&plans, Some(peak as u64)));
         text += &format!(
-            "peak of the whole process, with data and tokenizer: {}\n\nfiles in {}: model.safetensors, config.json, \
-             metrics.jsonl, loss.svg, step-*.ckpt\n",
+            "peak of the whole process, with data and tokenizer: {}\n\nfiles in {}: {files}, metrics.jsonl, loss.svg, \
+             step-*.ckpt\n",
             peak_rss_bytes().map_or("unknown".into(), report::bytes),
             self.args.out.display()
         );

@@ -59,6 +59,7 @@ fn emulated_calls_of_a_step() {
                 grid: if mode == Mode::Bdia { grid() } else { None },
                 gamma: Gamma::new(0.5, Sign::Random).unwrap(),
                 rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 }),
+                adapters: None,
                 fused: clip == 0.0,
                 verify: false,
                 threads: 1,

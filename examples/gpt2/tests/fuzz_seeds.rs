@@ -42,6 +42,11 @@ fn tokens() {
 }
 
 #[test]
+fn pairs() {
+    all("pairs", targets::pairs);
+}
+
+#[test]
 fn text() {
     all("text", targets::text);
 }
@@ -61,5 +66,10 @@ fn good_seeds_are_accepted() {
     for (name, offset) in [("plain", 0), ("llm_c", 1024)] {
         let bytes = seed("tokens", name);
         assert_eq!(bdia_gpt2::data::token_layout(path, &bytes, bytes.len() as u64).unwrap(), (offset, 24));
+    }
+    let columns = bdia_gpt2::pairs::PairColumns { prompt: "q".into(), completion: "a".into() };
+    for (name, pairs) in [("csv", 2), ("tsv", 1), ("jsonl", 2)] {
+        let path = Path::new("seed").with_extension(name);
+        assert_eq!(bdia_gpt2::pairs::parse(&path, seed("pairs", name), &columns).unwrap().len(), pairs);
     }
 }

@@ -53,6 +53,7 @@ fn setup(config: &Gpt2Config, batch: usize, context: usize, mode: Mode) -> Setup
         grid: (mode == Mode::Bdia).then(|| Grid::new(14).unwrap()),
         gamma: Gamma::new(0.5, Sign::Plus).unwrap(),
         rule: None,
+        adapters: None,
         fused: true,
         verify: false,
         threads: 1,

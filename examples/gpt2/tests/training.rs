@@ -23,6 +23,7 @@ fn setup(mode: Mode) -> Setup {
         grid: if mode == Mode::Bdia { grid() } else { None },
         gamma: Gamma::new(0.5, Sign::Random).unwrap(),
         rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 }),
+        adapters: None,
         fused: true,
         verify: mode == Mode::Bdia,
         threads: 3,

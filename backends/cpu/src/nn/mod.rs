@@ -6,9 +6,9 @@ mod gelu;
 pub(crate) mod matmul;
 mod packed;
 
-use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Product};
+use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Half, Product};
 use bdia_core::rng::Draw;
-use bdia_core::{Chunk, Fault, Ints, NnOps, Reals, Result};
+use bdia_core::{Chunk, Fault, Ints, NnOps, Reals, Result, Words};
 use wide::f32x8;
 
 use self::dropout::Dropout;
@@ -35,6 +35,24 @@ fn blocks2(team: &Team, x: &mut [f32], y: &[f32], f: impl Fn(&mut [f32], &[f32])
         let y = &y[b * BLOCK..y.len().min((b + 1) * BLOCK)];
         // SAFETY: blocks are disjoint.
         f(unsafe { x.part(b * BLOCK, y.len()) }, y);
+    });
+}
+
+/// Two values of each word, a block of words at a time.
+fn widen(team: &Team, words: &[u32], y: &mut [f32], value: impl Fn(u32) -> f32 + Sync) {
+    let y = Shared::new(y);
+    team.each(words.len().div_ceil(BLOCK), |_, b| {
+        let words = &words[b * BLOCK..words.len().min((b + 1) * BLOCK)];
+        let from = 2 * b * BLOCK;
+        // SAFETY: blocks are disjoint.
+        let y = unsafe { y.part(from, (2 * words.len()).min(y.len() - from)) };
+        let (pairs, last) = y.as_chunks_mut::<2>();
+        for (pair, &word) in pairs.iter_mut().zip(words) {
+            *pair = [value(word), value(word >> 16)];
+        }
+        if let ([y], [.., word]) = (last, words) {
+            *y = value(*word);
+        }
     });
 }
 
@@ -101,6 +119,31 @@ impl NnOps for Cpu {
         self.arenas().pair("add", x, y)?;
         let [x, y] = split(&mut self.reals, [x, y], "add")?;
         blocks2(&self.team, x, y, |x, y| map2(x, y, |x, y| x + y));
+        Ok(())
+    }
+
+    fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()> {
+        self.arenas().widen(x, y)?;
+        let words = get(&self.words, x, "widen")?;
+        let [y] = split(&mut self.reals, [y], "widen")?;
+        match half {
+            Half::Bf16 => widen(&self.team, words, y, |bits| Half::Bf16.value(bits)),
+            Half::F16 => widen(&self.team, words, y, |bits| Half::F16.value(bits)),
+        }
+        Ok(())
+    }
+
+    fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> Result<()> {
+        let rows = self.arenas().add_columns(width, from, to)?;
+        let [x, y] = split(&mut self.reals, [from.of, to.of], "add_columns")?;
+        let (x, y, factor, each) = (&*x, Shared::new(y), f32x8::splat(scale as f32), rows_per_piece(width));
+        self.team.each(rows.div_ceil(each), |_, piece| {
+            for r in piece * each..rows.min((piece + 1) * each) {
+                // SAFETY: rows are disjoint.
+                let y = unsafe { y.part(r * to.stride + to.at, width) };
+                map2(y, &x[r * from.stride + from.at..][..width], |y, x| x.mul_add(factor, y));
+            }
+        });
         Ok(())
     }
 

@@ -79,6 +79,7 @@ impl State {
             grid: None,
             gamma: Gamma::new(0.5, Sign::Random).unwrap(),
             rule: None,
+            adapters: None,
             fused: true,
             verify: false,
             threads: 1,
