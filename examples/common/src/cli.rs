@@ -372,6 +372,9 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     /// Those that every program has.
     fn run(&mut self) -> RunFlags<'_>;
 
+    /// Takes out what a run finds out itself and saves with its flags.
+    fn forget(&mut self) {}
+
     /// The settings with which a saved run goes on: the saved ones, and those of [`FREE`](Self::FREE) that were given.
     ///
     /// # Errors
@@ -401,6 +404,7 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     #[must_use]
     fn comparable(&self) -> Self {
         let mut a = self.clone();
+        a.forget();
         let run = a.run();
         (run.machine.threads, run.machine.device, *run.checkpoint_interval) = (None, 0, 0);
         (*run.resume, *run.verify, *run.out, *run.json) = (None, false, PathBuf::new(), false);

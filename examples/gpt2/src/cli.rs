@@ -299,6 +299,13 @@ impl Flags for FinetuneArgs {
     fn run(&mut self) -> RunFlags<'_> {
         self.run.flags(self.data.iter_mut().chain(&mut self.validation).chain(&mut self.weights).collect())
     }
+
+    fn forget(&mut self) {
+        self.base = None;
+        if self.epochs.is_some() {
+            self.run.steps = 0;
+        }
+    }
 }
 
 impl FinetuneArgs {
@@ -500,6 +507,116 @@ impl GenerateArgs {
         }
         Ok(())
     }
+}
+
+/// How texts are written that are scored: by beam search, with the settings of the E2E challenge's fine-tuned GPT-2.
+#[derive(Debug, Clone, Copy, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Decoding")]
+pub struct DecodingArgs {
+    /// Hypotheses; 1 takes the most likely token
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = count(1 << 10))]
+    pub beams: u64,
+    /// Exponent of the length by which log-probabilities are divided; more favours longer texts
+    #[arg(long, value_name = "A", default_value_t = 0.9, allow_negative_numbers = true, value_parser = finite)]
+    pub length_penalty: f64,
+    /// No N tokens in a row occur twice, prompt included; 0 for no such rule
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count_or_zero(1 << 20))]
+    pub no_repeat_ngram: u64,
+    /// Tokens of a text, unless it ends before
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = count(1 << 20))]
+    pub tokens: u64,
+    /// Prompts that are scored, taken at equal distances [default: all]
+    #[arg(long, value_name = "N", value_parser = count(1 << 32))]
+    pub prompts: Option<u64>,
+    /// Prompts at a time, fewer where memory is short
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20))]
+    pub prompts_at_once: u64,
+}
+
+/// Flags of `score`.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct ScoreArgs {
+    /// The model: a run's directory, or one in Hugging Face's layout
+    #[arg(long, value_name = "DIR")]
+    pub weights: PathBuf,
+    /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// What the data is
+    #[arg(long, default_value = "e2e")]
+    pub task: TaskKind,
+    /// Prompts and references; equal prompts are one with several references
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// How pairs are read.
+    #[command(flatten)]
+    pub pairs: PairArgs,
+    /// How texts are written.
+    #[command(flatten)]
+    pub decoding: DecodingArgs,
+    /// Write the texts here, one a line
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Arithmetic of the residual stream
+    #[arg(long, default_value = "float")]
+    pub inference: Inference,
+    /// A constant gamma from -1 to 1 in place of its mean, 0
+    #[arg(long, allow_negative_numbers = true, value_parser = signed_gamma)]
+    pub gamma: Option<f64>,
+    /// The last line of standard output is one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Threads, memory, backend.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+}
+
+/// The experiments.
+#[derive(Debug, Clone, PartialEq, Subcommand)]
+pub enum Experiment {
+    /// All parameters and adapters, with BDIA and without: validation loss, scores, memory, time
+    Finetune(Box<FinetuneStudyArgs>),
+    /// From scratch on little text: BDIA, the standard transformer, more dropout
+    SmallData(Box<SmallDataArgs>),
+}
+
+/// Flags of `experiment finetune`.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct FinetuneStudyArgs {
+    /// Seeds: 1 to N
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = count(1000))]
+    pub seeds: u64,
+    /// Learning rate of the adapters, whose steps are smaller
+    #[arg(long, value_name = "X", default_value_t = 2e-3, value_parser = positive)]
+    pub lora_lr: f64,
+    /// Directory of the experiment; runs that are finished there are not repeated
+    #[arg(long, value_name = "DIR", default_value = "runs/finetune-experiment")]
+    pub dir: PathBuf,
+    /// How texts are written.
+    #[command(flatten)]
+    pub decoding: DecodingArgs,
+    /// Settings of all runs: flags of `finetune`
+    #[command(flatten)]
+    pub finetune: FinetuneArgs,
+}
+
+/// Flags of `experiment small-data`.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct SmallDataArgs {
+    /// Seeds: 1 to N
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = count(1000))]
+    pub seeds: u64,
+    /// Dropout of the baseline with more of it
+    #[arg(long, value_name = "P", default_value_t = 0.2, value_parser = below_one)]
+    pub more_dropout: f64,
+    /// Directory of the experiment; runs that are finished there are not repeated
+    #[arg(long, value_name = "DIR", default_value = "runs/small-data-experiment")]
+    pub dir: PathBuf,
+    /// Settings of all runs: flags of `train`
+    #[command(flatten)]
+    pub train: TrainArgs,
+}
+
 /// Flags of `merge`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct MergeArgs {
@@ -562,6 +679,14 @@ pub enum Command {
     Eval(EvalArgs),
     /// Text from a model
     Generate(GenerateArgs),
+    /// Texts from the prompts of a file and their scores: BLEU, NIST, METEOR, ROUGE-L, CIDEr
+    Score(Box<ScoreArgs>),
+    /// Many runs and what they show: tables and pictures
+    Experiment {
+        /// Which one.
+        #[command(subcommand)]
+        experiment: Experiment,
+    },
     /// The memory that training would take, without training
     Plan(PlanArgs),
 }
@@ -585,6 +710,18 @@ struct Raw {
     train: TrainArgs,
 }
 
+/// Fine-tuning has gentler defaults of what training has too.
+fn finetune_defaults(command: clap::Command) -> clap::Command {
+    let defaults = [
+        ("lr", "0.0002"),
+        ("weight_decay", "0.01"),
+        ("schedule", "linear"),
+        ("steps", "1000"),
+        ("out", "runs/finetune"),
+    ];
+    defaults.into_iter().fold(command, |c, (flag, value)| c.mut_arg(flag, |a| a.default_value(value)))
+}
+
 impl Cli {
     /// Reads and checks arguments; the first is the program's name.
     ///
@@ -596,16 +733,9 @@ impl Cli {
         // Every subcommand takes `-3` as a value, so that the value's own check can say what is wrong with it.
         let mut command = Raw::command()
             .mut_subcommands(|s| s.allow_negative_numbers(true))
-            // Fine-tuning has a gentler default of what both have.
-            .mut_subcommand("finetune", |s| {
-                let defaults = [
-                    ("lr", "0.0002"),
-                    ("weight_decay", "0.01"),
-                    ("schedule", "linear"),
-                    ("steps", "1000"),
-                    ("out", "runs/finetune"),
-                ];
-                defaults.into_iter().fold(s, |s, (flag, value)| s.mut_arg(flag, |a| a.default_value(value)))
+            .mut_subcommand("finetune", finetune_defaults)
+            .mut_subcommand("experiment", |s| {
+                s.mut_subcommands(|s| s.allow_negative_numbers(true)).mut_subcommand("finetune", finetune_defaults)
             });
         let matches = command.try_get_matches_from_mut(arguments)?;
         let raw = Raw::from_arg_matches(&matches)?;
@@ -623,6 +753,20 @@ impl Cli {
             Command::Plan(plan) => plan.method.check().and_then(|()| check_mode(&plan.mode, plan.verify)),
             Command::Eval(eval) => eval.pairs.check(eval.task),
             Command::Generate(generate) => generate.check(),
+            Command::Score(score) => score.pairs.check(score.task),
+            Command::Experiment { experiment } => {
+                let own = sub.and_then(|m| m.subcommand()).map_or_else(BTreeSet::new, |(_, m)| given(m));
+                match experiment {
+                    Experiment::Finetune(study) => {
+                        study.finetune.run.given = own;
+                        study.finetune.check()
+                    }
+                    Experiment::SmallData(study) => {
+                        study.train.run.given = own;
+                        study.train.run.check()
+                    }
+                }
+            }
             Command::Merge(_) => Ok(()),
         };
         checked.map_err(|message| command.error(ErrorKind::ValueValidation, message))?;

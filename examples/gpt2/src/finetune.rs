@@ -23,7 +23,7 @@ use crate::model::{Gpt2, Inference};
 use crate::pairs::Examples;
 use crate::report;
 use crate::tokenizer::{EOT, Tokenizer, VOCAB};
-use crate::train::{self, Task};
+use crate::train::{self, Summary, Task};
 
 /// What is learned.
 enum Source {
@@ -44,11 +44,11 @@ struct Pretrained {
     base: Option<String>,
 }
 
-/// Fine-tunes.
+/// Fine-tunes. The summary is `None` where Ctrl-C stopped the run.
 ///
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
-pub fn finetune(args: &FinetuneArgs) -> Result<(), Failure> {
+pub fn finetune(args: &FinetuneArgs) -> Result<Option<Summary>, Failure> {
     let (mut args, from) = run::begin(args)?;
     let weights = match (&args.weights, &args.model) {
         (Some(dir), _) => dir.clone(),

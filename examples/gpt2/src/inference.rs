@@ -55,7 +55,7 @@ fn lay_out(
     Ok((model, layout))
 }
 
-fn inference(kind: cli::Inference, gamma: f64) -> Result<Inference, Failure> {
+pub(crate) fn inference(kind: cli::Inference, gamma: f64) -> Result<Inference, Failure> {
     let gamma = Gamma::new(gamma, Sign::Plus)?;
     Ok(match kind {
         cli::Inference::Float => Inference::Float(gamma),
@@ -79,7 +79,7 @@ fn trained_context(dir: &Path) -> Option<usize> {
 }
 
 /// A model's weights, with adapters merged into them where there are some.
-fn load<B: Backend<Real = f32>>(
+pub(crate) fn load<B: Backend<Real = f32>>(
     dir: &Path,
     adapter: Option<&Path>,
     config: &Gpt2Config,
@@ -123,7 +123,7 @@ pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
         }
     }
     let config = Gpt2Config::read_dir(&args.weights)?;
-    let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(cli::BackendKind::Cpu) };
+    let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(BackendKind::Cpu) };
     let one = Some(Choice { chunk: 1, head_rows: 1 });
     let (model, layout) = lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None))?;
     machine::run(&machine, 1, &layout, Merge { args, config, model })
@@ -215,14 +215,20 @@ fn prompts(args: &GenerateArgs) -> Result<Vec<String>, Failure> {
 }
 
 /// Lays a model out for decoding: fewer prompts at a time where the budget, or what the machine has, is less.
-fn lay_out_decoder(machine: &MachineArgs, model: &Gpt2, mut sizes: Sizes) -> Result<(Decoder, Layout), Failure> {
+pub(crate) fn lay_out_decoder(
+    config: &Gpt2Config,
+    machine: &MachineArgs,
+    mut sizes: Sizes,
+) -> Result<(Gpt2, Decoder, Layout), Failure> {
+    let one = Some(Choice { chunk: 1, head_rows: 1 });
+    let (model, own) = lay_out(config, machine, 1, 1, one, frac_bits(config, None))?;
     let available = (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
     let budget = machine.memory.or(available);
     loop {
-        let (decoder, layout) = match machine.backend {
-            BackendKind::Reference => Decoder::layout::<Reference<'_, f32>>(model, &sizes),
-            BackendKind::Cpu => Decoder::layout::<Cpu>(model, &sizes),
-            BackendKind::Cuda => Decoder::layout::<Cuda>(model, &sizes),
+        let (decoder, mut layout) = match machine.backend {
+            BackendKind::Reference => Decoder::layout::<Reference<'_, f32>>(&model, &sizes),
+            BackendKind::Cpu => Decoder::layout::<Cpu>(&model, &sizes),
+            BackendKind::Cuda => Decoder::layout::<Cuda>(&model, &sizes),
         }?;
         match budget {
             Some(budget) if layout.total() as u64 > budget && sizes.prompts > 1 => {
@@ -232,7 +238,10 @@ fn lay_out_decoder(machine: &MachineArgs, model: &Gpt2, mut sizes: Sizes) -> Res
                 let budget = usize::try_from(budget).unwrap_or(usize::MAX);
                 return Err(Error::Budget { budget, minimum: layout.total() }.into());
             }
-            _ => return Ok((decoder, layout)),
+            _ => {
+                layout.cover(&own);
+                return Ok((model, decoder, layout));
+            }
         }
     }
 }
@@ -309,12 +318,9 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         inference: inference(args.inference, args.gamma.unwrap_or(0.0))?,
     };
     let context = trained_context(&args.weights).unwrap_or(config.n_positions).min(config.n_positions);
-    let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, own) = lay_out(&config, &args.machine, 1, 1, one, frac_bits(&config, None))?;
     let beams = args.beams.unwrap_or(1) as usize;
     let sizes = Sizes::of(&prompts, args.batch as usize, beams, decoding.tokens, context);
-    let (decoder, mut layout) = lay_out_decoder(&args.machine, &model, sizes)?;
-    layout.cover(&own);
+    let (model, decoder, layout) = lay_out_decoder(&config, &args.machine, sizes)?;
     let threads = machine::threads(&args.machine);
     let work = Generate { args, config, model, decoder, texts, prompts, decoding };
     machine::run(&args.machine, threads, &layout, work)

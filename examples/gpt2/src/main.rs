@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use bdia_gpt2::alloc::Counting;
-use bdia_gpt2::cli::{Cli, Command};
-use bdia_gpt2::{finetune, inference, train};
+use bdia_gpt2::cli::{Cli, Command, Experiment};
+use bdia_gpt2::{experiment, finetune, inference, score, train};
 use bdia_train::run::program;
 
 #[global_allocator]
@@ -12,11 +12,14 @@ static ALLOCATOR: Counting = Counting;
 
 fn main() -> ExitCode {
     program(|| match Cli::parse().command {
-        Command::Train(args) => train::train(&args),
-        Command::Finetune(args) => finetune::finetune(&args),
+        Command::Train(args) => train::train(&args).map(|_| ()),
+        Command::Finetune(args) => finetune::finetune(&args).map(|_| ()),
         Command::Merge(args) => inference::merge(&args),
         Command::Eval(args) => inference::eval(&args),
         Command::Generate(args) => inference::generate(&args),
+        Command::Score(args) => score::score(&args),
+        Command::Experiment { experiment: Experiment::Finetune(args) } => experiment::finetune(&args),
+        Command::Experiment { experiment: Experiment::SmallData(args) } => experiment::small_data(&args),
         Command::Plan(args) => inference::plan(&args),
     })
 }

@@ -16,6 +16,7 @@ use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Gamma, Layout, Sign};
 use bdia_train::run;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::alloc::{Counting, peak_rss_bytes};
@@ -97,8 +98,39 @@ pub trait Task {
     fn sample<B: Backend<Real = f32>>(&self, be: &mut B, model: &mut Gpt2) -> Result<Option<String>, Failure>;
 }
 
+/// What a run ended with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Training loss of the last step, nats a token.
+    pub loss: Option<f64>,
+    /// Validation loss at the end, where there is validation data.
+    pub val_loss: Option<f64>,
+    /// The lowest on the curve.
+    pub best_val_loss: Option<f64>,
+    /// Rebuilt values that differed, with `--verify` in mode bdia.
+    pub verify_mismatches: Option<u64>,
+    /// Largest error of rebuilding, with `--verify` without a grid.
+    pub rebuild_error: Option<f64>,
+    /// Speed of training, if a step was made.
+    pub tokens_per_s: Option<f64>,
+    /// Parameters that are trained.
+    pub trained_parameters: usize,
+    /// Bytes of the plan.
+    pub plan_bytes: usize,
+    /// Bytes of activations, their gradients, side bits and workspace.
+    pub activation_bytes: usize,
+    /// Measured peak of what the plan covers.
+    pub peak_bytes: usize,
+    /// Peak of the whole process.
+    pub peak_rss_bytes: Option<u64>,
+    /// Optimizer steps.
+    pub steps: u32,
+    /// The directory.
+    pub out: PathBuf,
+}
+
 /// Everything that is known before memory is allocated.
-struct Run<T> {
+struct Run<'a, T> {
     args: RunArgs,
     task: T,
     choice: Choice,
@@ -108,6 +140,7 @@ struct Run<T> {
     others: Vec<(String, Layout)>,
     /// The checkpoint to go on from.
     from: Option<(PathBuf, Header)>,
+    summary: &'a mut Option<Summary>,
 }
 
 /// Learning from a text.
@@ -119,11 +152,11 @@ struct FromText {
     batches: Batches,
 }
 
-/// Trains.
+/// Trains. The summary is `None` where Ctrl-C stopped the run.
 ///
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
-pub fn train(args: &TrainArgs) -> Result<(), Failure> {
+pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let (args, from) = run::begin(args)?;
     let tokenizer = Tokenizer::new();
     let mut config = match (&args.weights, &args.run.resume) {
@@ -150,7 +183,7 @@ pub fn batches(args: &RunArgs, order: Order, context: usize) -> Batches {
     Batches { order, seed: args.seed, per_step: args.batch * args.accumulate, context }
 }
 
-/// Plans a run, makes a backend for it and does it.
+/// Plans a run, makes a backend for it and does it. The summary is `None` where Ctrl-C stopped it.
 ///
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
@@ -161,7 +194,7 @@ pub fn work(
     adapters: Option<Adapters>,
     task: impl Task,
     from: Option<(PathBuf, Header)>,
-) -> Result<(), Failure> {
+) -> Result<Option<Summary>, Failure> {
     if let Some((path, header)) = &from
         && u64::from(header.step) > args.steps
     {
@@ -201,7 +234,10 @@ pub fn work(
     let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, fixed)?;
     let others = other_plans(&setup, kind, choice, args.mode.mode)?;
     let place = args.machine.clone();
-    machine::run(&place, threads, &layout, Run { args, task, choice, layout: layout.clone(), model, others, from })
+    let mut summary = None;
+    let run = Run { args, task, choice, layout: layout.clone(), model, others, from, summary: &mut summary };
+    machine::run(&place, threads, &layout, run)?;
+    Ok(summary)
 }
 
 /// The plans of the modes that are not used, for the table: with this run's chunks.
@@ -306,7 +342,7 @@ pub fn continuation<B: Backend<Real = f32>>(
     Ok(tokenizer.decode(&tokens))
 }
 
-impl<T: Task> Work for Run<T> {
+impl<T: Task> Work for Run<'_, T> {
     fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         let out = self.args.out.clone();
         std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
@@ -448,25 +484,31 @@ impl<T: Task> Work for Run<T> {
         let whole = self.task.validate(be, &mut self.model, FINAL_TOKENS)?;
         self.summary(be, (last, whole), mismatches, worst, peak, files)?;
 
+        use bdia_core::Category as C;
+        let number = |x: f64| x.is_finite().then_some(x);
+        let bytes = |c| self.layout.bytes(c);
+        let summary = Summary {
+            loss: number(last.loss),
+            val_loss: whole.map(|(loss, _)| loss),
+            best_val_loss: validation.iter().map(|&(_, loss)| loss).reduce(f64::min),
+            verify_mismatches: (self.args.verify && self.args.mode.mode == Mode::Bdia).then_some(mismatches),
+            rebuild_error: (self.args.verify && self.args.mode.mode == Mode::BdiaFloat).then_some(worst),
+            tokens_per_s: number(tokens_per_step * f64::from(steps - first) / seconds),
+            trained_parameters: self.model.trained().iter().map(Named::len).sum(),
+            plan_bytes: self.layout.total(),
+            activation_bytes: bytes(C::Activations)
+                + bytes(C::ActivationGradients)
+                + bytes(C::SideBits)
+                + bytes(C::Workspace),
+            peak_bytes: peak,
+            peak_rss_bytes: peak_rss_bytes(),
+            steps,
+            out,
+        };
         if self.args.json {
-            let steps_run = f64::from(steps - first);
-            let number = |x: f64| if x.is_finite() { json!(x) } else { json!(null) };
-            report::tell!(
-                "{}",
-                json!({
-                    "loss": number(last.loss),
-                    "val_loss": whole.map(|(loss, _)| loss),
-                    "verify_mismatches": (self.args.verify && self.args.mode.mode == Mode::Bdia).then_some(mismatches),
-                    "rebuild_error": (self.args.verify && self.args.mode.mode == Mode::BdiaFloat).then_some(worst),
-                    "tokens_per_s": number(tokens_per_step * steps_run / seconds),
-                    "plan_bytes": self.layout.total(),
-                    "peak_bytes": peak,
-                    "peak_rss_bytes": peak_rss_bytes(),
-                    "steps": steps,
-                    "out": out,
-                })
-            );
+            report::tell!("{}", json!(summary));
         }
+        *self.summary = Some(summary);
         Ok(())
     }
 }
@@ -491,7 +533,7 @@ pub fn digest(part: &Part) -> Result<u64, Failure> {
     Ok(hash.digest())
 }
 
-impl<T: Task> Run<T> {
+impl<T: Task> Run<'_, T> {
     fn announce(&self, first: u32, identity: &str) {
         let s = self.model.setup();
         report::note!(
