@@ -5,8 +5,13 @@
 //! inner terms at a time, in their order, whichever piece it lies in: the bits are the same for any number of threads.
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod bf16;
 pub(super) mod lanes;
+pub(super) mod rounded;
 
 use wide::f32x8;
 
@@ -40,6 +45,9 @@ pub(crate) fn scratch(threads: usize) -> usize {
 pub(super) trait Kernel {
     /// Rows and columns of a tile of `C`, which are those of a panel of `A` and of `B`.
     const TILE: [usize; 2];
+    /// Inner terms of a row that are stored together, and the values of four bytes that they take; panels are filled up
+    /// with zeros to whole ones.
+    const UNIT: [usize; 2] = [1, 1];
     /// Most inner terms of a panel.
     const DEPTH: usize;
     /// Most rows or columns of a piece, whole tiles. The number of threads decides how many it has, which changes no bits.
@@ -47,10 +55,17 @@ pub(super) trait Kernel {
     /// Rows and columns (whole tiles) that are multiplied panel by panel before the next, so that the L2 cache holds them.
     const BLOCK: [usize; 2];
 
-    /// Values that so many inner terms of a row take in a panel.
-    fn values(terms: usize) -> usize {
-        terms
-    }
+    /// Makes a thread ready for tiles.
+    ///
+    /// # Safety
+    /// The processor has what the kernel needs.
+    unsafe fn begin() {}
+
+    /// Leaves it as it was.
+    ///
+    /// # Safety
+    /// The processor has what the kernel needs.
+    unsafe fn end() {}
 
     /// Copies `len` rows of `A`, `terms` inner terms each, into panels, the last one filled up with zeros.
     ///
@@ -71,6 +86,12 @@ pub(super) trait Kernel {
     unsafe fn tile(a: &[f32], b: &[f32], c: Place);
 }
 
+/// Values that so many inner terms of a row take in a panel.
+const fn values<K: Kernel>(terms: usize) -> usize {
+    let [together, values] = K::UNIT;
+    terms.div_ceil(together) * values
+}
+
 /// A tile of `C`, and what its sums are added to.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
@@ -88,11 +109,11 @@ pub(super) struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// `C` is needed when the sums are there, and neither cache has it.
+    /// `C` is needed when the sums are there, and neither cache has it: this tile, or the one so many rows below.
     #[inline(always)]
-    fn prefetch(&self) {
+    fn prefetch(&self, below: usize) {
         let [rows, cols] = self.size;
-        for r in 0..rows {
+        for r in below..below + rows {
             let line = self.start.wrapping_add(r * self.stride);
             for col in (0..cols).step_by(16) {
                 prefetch(line.wrapping_add(col));
@@ -290,7 +311,8 @@ pub(super) unsafe fn product<K: Kernel>(
     const {
         let [mr, nr] = K::TILE;
         assert!(K::PIECE.is_multiple_of(mr) && K::PIECE.is_multiple_of(nr));
-        assert!(K::PIECE * K::DEPTH <= OWN && (SHORT + mr + nr) * K::DEPTH <= SHARED);
+        let depth = values::<K>(K::DEPTH);
+        assert!(K::PIECE * depth <= OWN && (SHORT + mr + nr) * depth <= SHARED);
     }
     if inner == 0 {
         for row in c.chunks_mut(cols) {
@@ -312,8 +334,8 @@ pub(super) unsafe fn product<K: Kernel>(
     let pieces = long.div_ceil(K::PIECE).max(2).next_multiple_of(team.threads);
     let piece = long.div_ceil(pieces.max(2 * team.threads)).max(SMALL).next_multiple_of(long_unit);
     let short_step = cut(short, SHORT, short_unit);
-    let terms = cut(inner, K::DEPTH, 1);
-    let (steps, depth) = (inner.div_ceil(terms), K::values(terms));
+    let terms = cut(inner, K::DEPTH, K::UNIT[0]);
+    let (steps, depth) = (inner.div_ceil(terms), values::<K>(terms));
     let pack_rows = |from: usize, len: usize, k: usize, n: usize, out: &mut [f32]| {
         // SAFETY: a panel's rows are rows of the operand, which the caller checked.
         unsafe { K::pack_rows(a.at(from, k), len, n, out) }
@@ -337,16 +359,18 @@ pub(super) unsafe fn product<K: Kernel>(
                 let (k, n) = step(first + s);
                 let (at, width) = (panel * short_unit, PANELS.min(panels - panel) * short_unit);
                 // SAFETY: panels are disjoint.
-                let out = unsafe { shared.part(s * depth * padded + at * K::values(n), width * K::values(n)) };
+                let out = unsafe { shared.part(s * depth * padded + at * values::<K>(n), width * values::<K>(n)) };
                 let len = width.min(len - at);
                 if by_rows { pack_cols(from + at, len, k, n, out) } else { pack_rows(from + at, len, k, n, out) }
             });
             team.each(long.div_ceil(piece), |slot, i| {
                 let at = i * piece;
                 let width = piece.min(long - at);
+                // SAFETY: the caller's promise.
+                unsafe { K::begin() };
                 for s in 0..now {
                     let (k, n) = step(first + s);
-                    let values = K::values(n);
+                    let values = values::<K>(n);
                     // SAFETY: the slot is this thread's while the piece runs; what is shared is only read now.
                     let (own, all) = unsafe {
                         let own = slots.part(slot * OWN, width.next_multiple_of(long_unit) * values);
@@ -374,6 +398,8 @@ pub(super) unsafe fn product<K: Kernel>(
                         }
                     }
                 }
+                // SAFETY: as above.
+                unsafe { K::end() };
             });
         }
     }
