@@ -1,7 +1,7 @@
 //! Matrix products: which kernel computes them, in which precision, and `gemm` in tiles that the shape alone decides.
 //!
-//! The products of layers go through [`super::packed`], which packs nothing twice; without fused multiply-add `gemm` serves,
-//! which chooses at run time what a build cannot. The small products of attention are always `gemm`'s.
+//! Products go through [`super::packed`], which packs nothing twice; without fused multiply-add `gemm` serves, which
+//! chooses at run time what a build cannot.
 
 use bdia_core::backend::Order;
 use gemm::Parallelism;
@@ -62,18 +62,49 @@ pub(super) fn cut(len: usize, most: usize, step: usize) -> usize {
     len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(step).max(step)
 }
 
-/// `C = A·B`, or `C += A·B`, in this thread. The rows of `c` are `stride` apart.
+/// `C = A·B`, or `C += A·B`, in this thread. The rows of `c` are `stride` apart; `memory` is [`own_scratch`].
 ///
 /// # Safety
-/// The operands lie in readable memory, `c` in memory that nothing else accesses.
+/// The operands lie in readable memory, one step of each is 1, and `c` lies in memory that nothing else accesses.
 pub(crate) unsafe fn product(
-    [rows, cols, inner]: [usize; 3],
+    products: Products,
+    shape: [usize; 3],
     a: View,
     b: View,
     c: *mut f32,
     stride: usize,
     accumulate: bool,
+    memory: &mut [f32],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    use super::packed::{amx::Amx, avx512::Avx512, bf16::Avx512Bf16};
+    use super::packed::{lanes::Lanes, rounded::Rounded, small};
+    let kernel = match products {
+        // SAFETY: the caller's promise.
+        Products::Gemm => return unsafe { by_gemm(shape, a, b, c, stride, accumulate) },
+        Products::Lanes => small::<Lanes>,
+        Products::RoundedLanes => small::<Rounded<Lanes>>,
+        #[cfg(target_arch = "x86_64")]
+        Products::Avx512 => small::<Avx512>,
+        #[cfg(target_arch = "x86_64")]
+        Products::RoundedAvx512 => small::<Rounded<Avx512>>,
+        #[cfg(target_arch = "x86_64")]
+        Products::Avx512Bf16 => small::<Avx512Bf16>,
+        #[cfg(target_arch = "x86_64")]
+        Products::Amx => small::<Amx>,
+        // Not available elsewhere.
+        #[cfg(not(target_arch = "x86_64"))]
+        Products::Avx512 | Products::RoundedAvx512 | Products::Avx512Bf16 | Products::Amx => return,
+    };
+    // SAFETY: as above, and who makes a backend has asked whether the kernel is available.
+    unsafe { kernel(shape, a, b, c, stride, accumulate, memory) }
+}
+
+/// [`product`] by `gemm`.
+///
+/// # Safety
+/// As for `product`.
+unsafe fn by_gemm([rows, cols, inner]: [usize; 3], a: View, b: View, c: *mut f32, stride: usize, accumulate: bool) {
     let (deep, tall, broad) = (cut(inner, INNER, 8), cut(rows, ROWS, 8), cut(cols, COLS, 48));
     for col in (0..cols).step_by(broad) {
         let n = broad.min(cols - col);
@@ -216,6 +247,17 @@ pub(crate) fn scratch(threads: usize) -> usize {
     super::packed::scratch(threads)
 }
 
+/// The part of them that is one thread's.
+///
+/// # Safety
+/// As long as it lives, nothing else uses the memory of this slot.
+#[expect(clippy::mut_from_ref, reason = "the caller promises that slots are disjoint")]
+pub(crate) unsafe fn own_scratch<'a>(memory: &'a Shared<f32>, slot: usize) -> &'a mut [f32] {
+    use super::packed::{OWN, SHARED};
+    // SAFETY: the caller's promise.
+    unsafe { memory.part(SHARED + slot * OWN, OWN) }
+}
+
 /// `C (+)= A·B (+ bias)` for dense `c`, over the threads; `memory` holds [`scratch`] values.
 pub(crate) fn matmul(
     team: &Team,
@@ -292,6 +334,6 @@ fn tiles(
         }
         let start = c.pointer().wrapping_add(row * cols + col);
         // SAFETY: the caller's slices have these shapes, and tiles of `C` are disjoint.
-        unsafe { product([m, n, inner], a.at(row, 0), b.at(0, col), start, cols, accumulate || bias.is_some()) }
+        unsafe { by_gemm([m, n, inner], a.at(row, 0), b.at(0, col), start, cols, accumulate || bias.is_some()) }
     });
 }

@@ -64,6 +64,7 @@ pub(super) unsafe fn pack<const ROWS: bool>(
     terms: usize,
     out: &mut [f32],
 ) {
+    debug_assert!(step == 1 || inner == 1);
     let panel = SIDE * WIDE * terms.div_ceil(TERMS);
     for (p, out) in out.chunks_mut(panel.max(1)).enumerate() {
         for (n, out) in out.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {

@@ -25,9 +25,9 @@ const SMALL: usize = 48;
 /// Most of the shorter side that is packed at a time.
 const SHORT: usize = 1536;
 /// Values of the shorter side that are packed at a time, for all threads: 4 MiB.
-const SHARED: usize = 1 << 20;
+pub(super) const SHARED: usize = 1 << 20;
 /// Values of a thread's own piece: 768 KiB.
-const OWN: usize = 384 * 512;
+pub(super) const OWN: usize = 384 * 512;
 /// Panels that a thread packs at a time.
 const PANELS: usize = 8;
 /// Values of a cache line.
@@ -246,7 +246,7 @@ unsafe fn pack<const W: usize>(
 /// What `C` is, and what its sums are added to in one pass.
 #[derive(Clone, Copy)]
 struct Target<'a> {
-    values: &'a Shared<'a, f32>,
+    start: *mut f32,
     stride: usize,
     rows: usize,
     cols: usize,
@@ -279,7 +279,7 @@ unsafe fn rectangle<K: Kernel>(
                     let (row, col) = (at[0] + row, at[1] + col);
                     let size = [mr.min(c.rows - row), nr.min(c.cols - col)];
                     let place = Place {
-                        start: c.values.pointer().wrapping_add(row * c.stride + col),
+                        start: c.start.wrapping_add(row * c.stride + col),
                         stride: c.stride,
                         size,
                         add: c.add,
@@ -290,6 +290,61 @@ unsafe fn rectangle<K: Kernel>(
                     unsafe { K::tile(a, b, place) };
                 }
             }
+        }
+    }
+}
+
+/// Rows and columns of `C` that [`small`] packs at a time.
+const PART: usize = 192;
+
+/// `C (+)= A·B` in this thread, for products of which there are many; the rows of `c` are `stride` apart, and `memory` is
+/// one thread's.
+///
+/// # Safety
+/// The processor has what the kernel needs. The operands lie in readable memory, one step of each is 1, and `c` lies in
+/// memory that nothing else accesses.
+pub(super) unsafe fn small<K: Kernel>(
+    [rows, cols, inner]: [usize; 3],
+    a: View,
+    b: View,
+    c: *mut f32,
+    stride: usize,
+    accumulate: bool,
+    memory: &mut [f32],
+) {
+    const {
+        let [mr, nr] = K::TILE;
+        assert!(PART.is_multiple_of(mr) && PART.is_multiple_of(nr) && 2 * PART * values::<K>(K::DEPTH) <= OWN);
+    }
+    let (left, right) = memory.split_at_mut(OWN / 2);
+    let [mr, nr] = K::TILE;
+    let terms = cut(inner, K::DEPTH, K::UNIT[0]);
+    // SAFETY: the caller's promises, for parts of the operands.
+    unsafe {
+        K::begin();
+        for row in (0..rows).step_by(PART) {
+            let tall = PART.min(rows - row);
+            for col in (0..cols).step_by(PART) {
+                let broad = PART.min(cols - col);
+                for k in (0..inner).step_by(terms) {
+                    let n = terms.min(inner - k);
+                    let depth = values::<K>(n);
+                    let left = &mut left[..tall.next_multiple_of(mr) * depth];
+                    let right = &mut right[..broad.next_multiple_of(nr) * depth];
+                    K::pack_rows(a.at(row, k), tall, n, left);
+                    K::pack_cols(b.at(k, col), broad, n, right);
+                    let target = Target { start: c, stride, rows, cols, add: accumulate || k > 0, bias: None };
+                    let mut ahead = Ahead::new(a.start, [1, 1], 0, 0);
+                    rectangle::<K>([left, right], depth, target, [row, col], [tall, broad], &mut ahead);
+                }
+            }
+        }
+        K::end();
+    }
+    if inner == 0 && !accumulate {
+        for row in 0..rows {
+            // SAFETY: a row of `c`.
+            unsafe { core::slice::from_raw_parts_mut(c.wrapping_add(row * stride), cols) }.fill(0.0);
         }
     }
 }
@@ -383,7 +438,7 @@ pub(super) unsafe fn product<K: Kernel>(
                     }
                     let start = first + s == 0;
                     let (add, bias) = (accumulate || !start, bias.filter(|_| start));
-                    let target = Target { values: c, stride: cols, rows, cols, add, bias };
+                    let target = Target { start: c.pointer(), stride: cols, rows, cols, add, bias };
                     let mut ahead = match (s + 1 < now).then(|| step(first + s + 1)) {
                         Some((k, n)) if by_rows => Ahead::new(a.at(at, k).start, [a.row, a.col], width, n),
                         Some((k, n)) => Ahead::new(b.at(k, at).start, [b.col, b.row], width, n),
