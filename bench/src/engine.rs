@@ -60,7 +60,7 @@ fn on_backend<N: Network>(
     let base = status("VmRSS");
     match job.backend {
         BackendKind::Cpu => {
-            let mut be = Cpu::new(layout, job.threads).map_err(bdia_train::Failure::from)?;
+            let mut be = machine::cpu(&job.machine(), layout, job.threads)?;
             let (mut record, scratch, model) = train(job, architecture, &mut be, model, choice, layout, base)?;
             record.parts = parts(&be, &model, layout, scratch as u64)?;
             Ok(record)

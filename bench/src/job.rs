@@ -138,7 +138,7 @@ pub struct Job {
     /// Number of the CUDA device
     #[arg(long, default_value_t = 0)]
     pub device: u64,
-    /// Matrix products on the CUDA device
+    /// Matrix products
     #[arg(long, value_enum, default_value = "f32")]
     pub precision: PrecisionKind,
     /// Samples [default: the model's]

@@ -44,7 +44,7 @@ use rayon::prelude::*;
 
 use memory::{Arena, get, get_mut, split};
 
-pub use nn::matmul::Products;
+pub use nn::matmul::{Precision, Products};
 pub use processor::require_cpu;
 
 /// Elements of one piece of element-wise work: 64 KiB, half of an L2 cache with a few operands, and a multiple of 32.
@@ -176,7 +176,19 @@ impl Cpu {
     /// # Errors
     /// [`CpuError`]: an unsuitable processor, not enough memory, or threads that cannot be started.
     pub fn new(layout: &Layout, threads: usize) -> core::result::Result<Self, CpuError> {
-        Self::with_products(layout, threads, Products::best())
+        Self::with_precision(layout, threads, Precision::F32)
+    }
+
+    /// As [`new`](Self::new), with the fastest products of a precision.
+    ///
+    /// # Errors
+    /// As for `new`.
+    pub fn with_precision(
+        layout: &Layout,
+        threads: usize,
+        precision: Precision,
+    ) -> core::result::Result<Self, CpuError> {
+        Self::with_products(layout, threads, Products::best(precision))
     }
 
     /// As [`new`](Self::new), with products of one's choice, such as a test needs to see them all.

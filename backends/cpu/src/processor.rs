@@ -47,6 +47,18 @@ fn missing() -> Option<&'static str> {
     needs.into_iter().find(|&(needed, _, there)| needed && !there).map(|(_, name, _)| name)
 }
 
+/// Whether Intel made this processor.
+pub(crate) fn is_intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let leaf = core::arch::x86_64::__cpuid(0);
+        // "GenuineIntel", four letters a register.
+        [leaf.ebx, leaf.edx, leaf.ecx] == [*b"Genu", *b"ineI", *b"ntel"].map(u32::from_le_bytes)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// The register sets that the operating system saves (XCR0).
 #[cfg(target_arch = "x86_64")]
 fn enabled_registers() -> u64 {

@@ -6,7 +6,7 @@ use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Pr
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
 use bdia_core::{Error, Fault, Ints, NnOps, Reals, Site};
-use bdia_cpu::{Cpu, Products};
+use bdia_cpu::{Cpu, Precision, Products};
 use common::{World, chunk, is_handle};
 
 /// Both backends sum in `f32`, in different orders: they differ by a few roundings of partial sums that are as large as
@@ -72,7 +72,9 @@ fn matrix_products() {
                 let what = format!("{p:?}, bias {with_bias}");
                 let op: common::Op = &|x| x.matmul(&p, a, b, with_bias.then_some(bias), c);
                 let reference = world.reference(op);
-                for products in Products::ALL.into_iter().filter(|p| p.is_available()) {
+                for products in
+                    Products::ALL.into_iter().filter(|p| p.is_available() && p.precision() == Precision::F32)
+                {
                     let _ = world.close_to(&reference, products, &format!("{what}, {products:?}"), TOLERANCE, op);
                 }
             }
@@ -166,12 +168,26 @@ fn attention_case(a: Attention, samples: usize, lens: &[i32], together: bool) {
         b.attention(&c, &a, q, k, v, out, lse, scratch)?;
         b.fill_reals(scratch, 0.0)
     };
-    let after = world.close(&format!("attention {what}"), TOLERANCE, forward);
-    let _ = after.world.close(&format!("attention_vjp {what}"), 3.0 * TOLERANCE, &|b| {
+    let backward: common::Op = &|b| {
         b.fill_reals(scratch, f32::NAN)?;
         b.attention_vjp(&c, &a, q, k, v, out, lse, dout, dq, dk, dv, scratch)?;
         b.fill_reals(scratch, 0.0)
-    });
+    };
+    let reference = world.reference(forward);
+    let gradient = reference.world.reference(backward);
+    for products in Products::ALL.into_iter().filter(|p| p.is_available()) {
+        // Scores of normal values are as large as 30 with 64 values a head, and rounded factors move them by up to 2⁻⁷ of
+        // that at worst, weights by as much in relative terms; what is seen is a tenth of it.
+        let tolerance = if products.precision() == Precision::F32 { TOLERANCE } else { 0.02 };
+        // The temperature's gradient is a sum of thousands of terms that cancel: its rounding is as large as itself.
+        if products.precision() != Precision::F32 && !a.temperature.is_empty() {
+            continue;
+        }
+        let what = format!("{what}, {products:?}");
+        let _ = world.close_to(&reference, products, &format!("attention {what}"), tolerance, forward);
+        let before = &reference.world;
+        let _ = before.close_to(&gradient, products, &format!("attention_vjp {what}"), 3.0 * tolerance, backward);
+    }
 }
 
 #[test]

@@ -85,16 +85,16 @@ pub enum BackendKind {
     Cuda,
 }
 
-/// The precision of matrix products on a CUDA device.
+/// The precision of matrix products. Sums, and everything else, are f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PrecisionKind {
     /// f32 throughout.
     #[default]
     F32,
-    /// Factors with 10 bits of fraction, sums in f32.
+    /// Factors with 10 bits of fraction, sums in f32; on a CUDA device.
     Tf32,
-    /// Factors as bf16, sums and master weights in f32.
+    /// Factors as bf16, sums and master weights in f32; on the CPU or a CUDA device.
     Bf16,
 }
 
@@ -249,7 +249,7 @@ pub struct MachineArgs {
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = count_or_zero(1024))]
     #[serde(default)]
     pub device: u64,
-    /// Matrix products on the CUDA device
+    /// Matrix products
     #[arg(long, default_value = "f32")]
     #[serde(default)]
     pub precision: PrecisionKind,
@@ -266,10 +266,16 @@ impl MachineArgs {
     /// # Errors
     /// A sentence.
     pub fn check(&self) -> Result<(), String> {
-        if self.backend != BackendKind::Cuda && (self.device != 0 || self.precision != PrecisionKind::F32) {
-            return Err("--device and --precision are for a CUDA device: add --backend cuda, or leave them out".into());
+        if self.backend != BackendKind::Cuda && self.device != 0 {
+            return Err("--device is for a CUDA device: add --backend cuda, or leave it out".into());
         }
-        Ok(())
+        match (self.backend, self.precision) {
+            (BackendKind::Cuda, _) | (_, PrecisionKind::F32) | (BackendKind::Cpu, PrecisionKind::Bf16) => Ok(()),
+            (BackendKind::Cpu, PrecisionKind::Tf32) => {
+                Err("--precision tf32 is for a CUDA device: add --backend cuda, or ask for f32 or bf16".into())
+            }
+            (BackendKind::Reference, _) => Err("--backend reference computes in f32: leave --precision out".into()),
+        }
     }
 }
 

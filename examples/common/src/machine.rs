@@ -64,6 +64,19 @@ pub const fn precision(args: &MachineArgs) -> Precision {
     }
 }
 
+/// The processor's backend that flags ask for, with the arenas of a layout.
+///
+/// # Errors
+/// Not enough memory, or threads that cannot be started.
+pub fn cpu(args: &MachineArgs, layout: &Layout, threads: usize) -> Result<Cpu, Failure> {
+    let precision = match args.precision {
+        PrecisionKind::Bf16 => bdia_cpu::Precision::Bf16,
+        // TF32 is refused before.
+        PrecisionKind::F32 | PrecisionKind::Tf32 => bdia_cpu::Precision::F32,
+    };
+    Ok(Cpu::with_precision(layout, threads, precision)?)
+}
+
 /// The CUDA device that flags ask for, with the arenas of a layout.
 ///
 /// # Errors
@@ -134,7 +147,7 @@ pub fn run(args: &MachineArgs, threads: usize, layout: &Layout, work: impl Work)
             work.on(&mut be, arenas)
         }
         BackendKind::Cpu => {
-            let mut be = Cpu::new(layout, threads)?;
+            let mut be = cpu(args, layout, threads)?;
             let arenas = Counting::current().saturating_sub(before);
             work.on(&mut be, arenas)
         }

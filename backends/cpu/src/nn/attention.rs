@@ -6,7 +6,7 @@ use bdia_core::{Chunk, Reals, Result};
 use wide::f32x8;
 
 use super::dropout::Dropout;
-use super::matmul::{View, product};
+use super::matmul::{View, own_scratch, product};
 use crate::memory::{Shared, get};
 use crate::simd::{LANES, exp, fold_sum, fold_sum2, load_part, map, max_of};
 use crate::{Cpu, actual_threads};
@@ -93,7 +93,6 @@ pub(super) fn forward(
     let scratch = scratch.sub(0, needed);
     cpu.arenas().attention(chunk, a, [q, k, v], out, lse, (scratch, needed))?;
     let (dropout, scale) = (Dropout::new(a.dropout), score_scale(cpu, a)?);
-    let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
     let width = a.heads * a.head_dim;
     if chunk.samples * a.queries == 0 || a.heads == 0 {
         return Ok(());
@@ -102,7 +101,9 @@ pub(super) fn forward(
     let (q, k, v) = (Heads::new(q, a.queries, hd), Heads::new(k, a.keys, hd), Heads::new(v, a.keys, hd));
     let (stride, slot_len) = (row_stride(a), slot_len(a));
     let tiles = a.queries.div_ceil(TILE);
-    let reals = Shared::new(&mut cpu.reals);
+    cpu.make_packing()?;
+    let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
+    let (reals, packing, products) = (Shared::new(&mut cpu.reals), Shared::new(&mut cpu.packing), cpu.products);
     cpu.team.each(chunk.samples * a.heads * tiles, |slot, piece| {
         let (i, head, row) = (piece / tiles / a.heads, piece / tiles % a.heads, piece % tiles * TILE);
         let rows = TILE.min(a.queries - row);
@@ -110,21 +111,24 @@ pub(super) fn forward(
         let keys = visible(a, row + rows - 1, present(a, lens, i));
         let view = |at: usize, row, col| View { start: reals.pointer().wrapping_add(at).cast_const(), row, col };
         // SAFETY: the slot is this thread's while the piece runs; `lse` is cut by piece.
-        let (scores, lse) = unsafe {
+        let (scores, lse, memory) = unsafe {
             let at = lse.start() + (i * a.heads + head) * a.queries + row;
-            (reals.part(scratch.start() + slot * slot_len, slot_len), reals.part(at, rows))
+            let scores = reals.part(scratch.start() + slot * slot_len, slot_len);
+            (scores, reals.part(at, rows), own_scratch(&packing, slot))
         };
         let tile = scores.as_mut_ptr();
         // S = Q·Kᵀ
         // SAFETY: the operands were checked, and the tile is this thread's.
         unsafe {
             product(
+                products,
                 [rows, keys, hd],
                 view(q.at(i, head, row), q.stride, 1),
                 view(k.at(i, head, 0), 1, k.stride),
                 tile,
                 stride,
                 false,
+                memory,
             );
         }
         let stream = chunk.stream(i, Draw::AttentionDropout);
@@ -161,12 +165,14 @@ pub(super) fn forward(
         // SAFETY: as above; these rows and columns of `out` belong to this piece.
         unsafe {
             product(
+                products,
                 [rows, hd, keys],
                 View { start: tile, row: stride, col: 1 },
                 view(v.at(i, head, 0), v.stride, 1),
                 o,
                 width,
                 false,
+                memory,
             );
         }
     });
@@ -188,7 +194,6 @@ pub(super) fn backward(
     let scratch = scratch.sub(0, needed);
     cpu.arenas().attention_vjp(chunk, a, [q, k, v], [out, lse, dout], [dq, dk, dv], (scratch, needed))?;
     let (dropout, scale) = (Dropout::new(a.dropout), score_scale(cpu, a)?);
-    let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
     let width = a.heads * a.head_dim;
     if width == 0 || chunk.samples * (a.queries + a.keys) == 0 {
         return Ok(());
@@ -198,12 +203,16 @@ pub(super) fn backward(
     let (k, dk) = (Heads::new(k, a.keys, hd), Heads::new(dk, a.keys, hd));
     let (v, dv) = (Heads::new(v, a.keys, hd), Heads::new(dv, a.keys, hd));
     let (stride, slot_len) = (row_stride(a), slot_len(a));
-    let reals = Shared::new(&mut cpu.reals);
+    cpu.make_packing()?;
+    let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
+    let (reals, packing, products) = (Shared::new(&mut cpu.reals), Shared::new(&mut cpu.packing), cpu.products);
     // One piece is a whole head, so that no sum of dk and dv crosses pieces.
     cpu.team.each(chunk.samples * a.heads, |slot, piece| {
         let (i, head) = (piece / a.heads, piece % a.heads);
         let present = present(a, lens, i);
         let stream = chunk.stream(i, Draw::AttentionDropout);
+        // SAFETY: the slot is this thread's while the piece runs.
+        let memory = unsafe { own_scratch(&packing, slot) };
         let pointer = |at: usize| reals.pointer().wrapping_add(at);
         let view = |at: usize, row, col| View { start: pointer(at).cast_const(), row, col };
         for key in 0..a.keys {
@@ -223,14 +232,25 @@ pub(super) fn backward(
             // SAFETY: the operands were checked, and the slot is this thread's while the piece runs.
             unsafe {
                 product(
+                    products,
                     [rows, keys, hd],
                     view(q.at(i, head, row), q.stride, 1),
                     view(k.at(i, head, 0), 1, k.stride),
                     p_tile,
                     stride,
                     false,
+                    memory,
                 );
-                product([rows, keys, hd], d_out, view(v.at(i, head, 0), 1, v.stride), ds_tile, stride, false);
+                product(
+                    products,
+                    [rows, keys, hd],
+                    d_out,
+                    view(v.at(i, head, 0), 1, v.stride),
+                    ds_tile,
+                    stride,
+                    false,
+                    memory,
+                );
             }
             for r in 0..rows {
                 let seen = visible(a, row + r, keys);
@@ -270,28 +290,34 @@ pub(super) fn backward(
             // SAFETY: as above; these columns of the outputs belong to this piece.
             unsafe {
                 product(
+                    products,
                     [keys, hd, rows],
                     View { start: p_tile, row: 1, col: stride },
                     d_out,
                     pointer(dv.at(i, head, 0)),
                     dv.stride,
                     true,
+                    memory,
                 );
                 product(
+                    products,
                     [rows, hd, keys],
                     View { start: ds_tile, row: stride, col: 1 },
                     view(k.at(i, head, 0), k.stride, 1),
                     pointer(dq.at(i, head, row)),
                     dq.stride,
                     false,
+                    memory,
                 );
                 product(
+                    products,
                     [keys, hd, rows],
                     View { start: ds_tile, row: 1, col: stride },
                     view(q.at(i, head, row), q.stride, 1),
                     pointer(dk.at(i, head, 0)),
                     dk.stride,
                     true,
+                    memory,
                 );
             }
         }

@@ -1,7 +1,7 @@
-//! Matrix products: which kernel computes them, and `gemm` in tiles that the shape alone decides.
+//! Matrix products: which kernel computes them, in which precision, and `gemm` in tiles that the shape alone decides.
 //!
-//! The products of layers go through [`super::packed`], which packs nothing twice; without fused multiply-add `gemm` serves,
-//! which chooses at run time what a build cannot. The small products of attention are always `gemm`'s.
+//! Products go through [`super::packed`], which packs nothing twice; without fused multiply-add `gemm` serves, which
+//! chooses at run time what a build cannot.
 
 use bdia_core::backend::Order;
 use gemm::Parallelism;
@@ -62,18 +62,49 @@ pub(super) fn cut(len: usize, most: usize, step: usize) -> usize {
     len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(step).max(step)
 }
 
-/// `C = A·B`, or `C += A·B`, in this thread. The rows of `c` are `stride` apart.
+/// `C = A·B`, or `C += A·B`, in this thread. The rows of `c` are `stride` apart; `memory` is [`own_scratch`].
 ///
 /// # Safety
-/// The operands lie in readable memory, `c` in memory that nothing else accesses.
+/// The operands lie in readable memory, one step of each is 1, and `c` lies in memory that nothing else accesses.
 pub(crate) unsafe fn product(
-    [rows, cols, inner]: [usize; 3],
+    products: Products,
+    shape: [usize; 3],
     a: View,
     b: View,
     c: *mut f32,
     stride: usize,
     accumulate: bool,
+    memory: &mut [f32],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    use super::packed::{amx::Amx, avx512::Avx512, bf16::Avx512Bf16};
+    use super::packed::{lanes::Lanes, rounded::Rounded, small};
+    let kernel = match products {
+        // SAFETY: the caller's promise.
+        Products::Gemm => return unsafe { by_gemm(shape, a, b, c, stride, accumulate) },
+        Products::Lanes => small::<Lanes>,
+        Products::RoundedLanes => small::<Rounded<Lanes>>,
+        #[cfg(target_arch = "x86_64")]
+        Products::Avx512 => small::<Avx512>,
+        #[cfg(target_arch = "x86_64")]
+        Products::RoundedAvx512 => small::<Rounded<Avx512>>,
+        #[cfg(target_arch = "x86_64")]
+        Products::Avx512Bf16 => small::<Avx512Bf16>,
+        #[cfg(target_arch = "x86_64")]
+        Products::Amx => small::<Amx>,
+        // Not available elsewhere.
+        #[cfg(not(target_arch = "x86_64"))]
+        Products::Avx512 | Products::RoundedAvx512 | Products::Avx512Bf16 | Products::Amx => return,
+    };
+    // SAFETY: as above, and who makes a backend has asked whether the kernel is available.
+    unsafe { kernel(shape, a, b, c, stride, accumulate, memory) }
+}
+
+/// [`product`] by `gemm`.
+///
+/// # Safety
+/// As for `product`.
+unsafe fn by_gemm([rows, cols, inner]: [usize; 3], a: View, b: View, c: *mut f32, stride: usize, accumulate: bool) {
     let (deep, tall, broad) = (cut(inner, INNER, 8), cut(rows, ROWS, 8), cut(cols, COLS, 48));
     for col in (0..cols).step_by(broad) {
         let n = broad.min(cols - col);
@@ -117,7 +148,22 @@ pub(crate) unsafe fn product(
     }
 }
 
-/// How the products of layers are computed: the same bits for any number of threads, others for each of them.
+/// The precision of matrix products. Everything else is `f32`, sums and weights included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Precision {
+    /// `f32` throughout.
+    #[default]
+    F32,
+    /// Factors rounded to bf16 while they are packed.
+    Bf16,
+}
+
+/// How the products of layers are computed: each gives the same bits for any number of threads, and other bits than the
+/// next one.
+///
+/// The kinds for bf16 multiply the same rounded factors exactly, and differ in sums: those of AMX and AVX512-BF16 add two
+/// terms at a time in an order of their own, and take and leave 0 for what is below the range of normal numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Products {
@@ -127,40 +173,71 @@ pub enum Products {
     Lanes,
     /// Packed operands and AVX-512.
     Avx512,
+    /// bf16 by AMX.
+    Amx,
+    /// bf16 by AVX512-BF16.
+    Avx512Bf16,
+    /// [`Avx512`](Self::Avx512) of factors rounded to bf16.
+    RoundedAvx512,
+    /// [`Lanes`](Self::Lanes) of factors rounded to bf16.
+    RoundedLanes,
 }
 
 impl Products {
-    /// All of them, the best one of each precision first.
-    pub const ALL: [Self; 3] = [Self::Avx512, Self::Lanes, Self::Gemm];
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Gemm, Self::Lanes, Self::Avx512, Self::Amx, Self::Avx512Bf16, Self::RoundedAvx512, Self::RoundedLanes];
 
-    /// Whether this processor, and this build, has what it needs.
-    pub fn is_available(self) -> bool {
+    /// The precision of the factors.
+    pub const fn precision(self) -> Precision {
         match self {
-            Self::Gemm | Self::Lanes => true,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => std::is_x86_feature_detected!("avx512f"),
-            #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx512 => false,
+            Self::Gemm | Self::Lanes | Self::Avx512 => Precision::F32,
+            Self::Amx | Self::Avx512Bf16 | Self::RoundedAvx512 | Self::RoundedLanes => Precision::Bf16,
         }
+    }
+
+    /// Whether this processor has what it needs.
+    #[cfg(target_arch = "x86_64")]
+    pub fn is_available(self) -> bool {
+        use std::is_x86_feature_detected as has;
+        match self {
+            Self::Gemm | Self::Lanes | Self::RoundedLanes => true,
+            Self::Avx512 | Self::RoundedAvx512 => has!("avx512f"),
+            Self::Avx512Bf16 => has!("avx512f") && has!("avx512bw") && has!("avx512bf16"),
+            Self::Amx => Self::Avx512Bf16.is_available() && super::packed::amx::is_available(),
+        }
+    }
+
+    /// Whether this processor has what it needs.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn is_available(self) -> bool {
+        matches!(self, Self::Gemm | Self::Lanes | Self::RoundedLanes)
     }
 
     /// The fastest one here.
-    pub fn best() -> Self {
-        if Self::Avx512.is_available() {
-            Self::Avx512
-        } else if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
-            Self::Lanes
-        } else {
-            Self::Gemm
-        }
+    pub fn best(precision: Precision) -> Self {
+        let order: &[Self] = match precision {
+            Precision::F32 if cfg!(any(target_feature = "fma", target_arch = "aarch64")) => {
+                &[Self::Avx512, Self::Lanes]
+            }
+            Precision::F32 => &[Self::Avx512, Self::Gemm],
+            // Intel's processors compute `vdpbf16ps` at half the rate of FMA, which has half its terms.
+            Precision::Bf16 if crate::processor::is_intel() => &[Self::Amx, Self::RoundedAvx512, Self::RoundedLanes],
+            Precision::Bf16 => &[Self::Amx, Self::Avx512Bf16, Self::RoundedAvx512, Self::RoundedLanes],
+        };
+        order.iter().copied().find(|p| p.is_available()).unwrap_or(Self::Lanes)
     }
 
     /// For [`Identity`](bdia_core::backend::Identity): the name of a backend that multiplies so.
-    pub(crate) fn identity(self) -> &'static str {
+    pub(crate) const fn identity(self) -> &'static str {
         match self {
             Self::Gemm => "cpu gemm",
             Self::Lanes => "cpu",
             Self::Avx512 => "cpu avx512",
+            Self::Amx => "cpu-bf16 amx",
+            Self::Avx512Bf16 => "cpu-bf16 avx512-bf16",
+            Self::RoundedAvx512 => "cpu-bf16 rounded avx512",
+            Self::RoundedLanes => "cpu-bf16 rounded",
         }
     }
 }
@@ -168,6 +245,17 @@ impl Products {
 /// Values of packing memory that [`matmul`] needs.
 pub(crate) fn scratch(threads: usize) -> usize {
     super::packed::scratch(threads)
+}
+
+/// The part of them that is one thread's.
+///
+/// # Safety
+/// As long as it lives, nothing else uses the memory of this slot.
+#[expect(clippy::mut_from_ref, reason = "the caller promises that slots are disjoint")]
+pub(crate) unsafe fn own_scratch<'a>(memory: &'a Shared<f32>, slot: usize) -> &'a mut [f32] {
+    use super::packed::{OWN, SHARED};
+    // SAFETY: the caller's promise.
+    unsafe { memory.part(SHARED + slot * OWN, OWN) }
 }
 
 /// `C (+)= A·B (+ bias)` for dense `c`, over the threads; `memory` holds [`scratch`] values.
@@ -182,20 +270,27 @@ pub(crate) fn matmul(
     accumulate: bool,
     memory: &mut [f32],
 ) {
-    use super::packed::{self, lanes::Lanes};
+    #[cfg(target_arch = "x86_64")]
+    use super::packed::{amx::Amx, avx512::Avx512, bf16::Avx512Bf16};
+    use super::packed::{lanes::Lanes, product, rounded::Rounded};
+    let kernel = match products {
+        Products::Gemm => return tiles(team, shape, a, b, bias, c, accumulate),
+        Products::Lanes => product::<Lanes>,
+        Products::RoundedLanes => product::<Rounded<Lanes>>,
+        #[cfg(target_arch = "x86_64")]
+        Products::Avx512 => product::<Avx512>,
+        #[cfg(target_arch = "x86_64")]
+        Products::RoundedAvx512 => product::<Rounded<Avx512>>,
+        #[cfg(target_arch = "x86_64")]
+        Products::Avx512Bf16 => product::<Avx512Bf16>,
+        #[cfg(target_arch = "x86_64")]
+        Products::Amx => product::<Amx>,
+        // Not available elsewhere.
+        #[cfg(not(target_arch = "x86_64"))]
+        Products::Avx512 | Products::RoundedAvx512 | Products::Avx512Bf16 | Products::Amx => return,
+    };
     // SAFETY: who makes a backend has asked whether the kernel is available.
-    unsafe {
-        match products {
-            Products::Gemm => tiles(team, shape, a, b, bias, c, accumulate),
-            Products::Lanes => packed::product::<Lanes>(team, shape, a, b, bias, c, accumulate, memory),
-            #[cfg(target_arch = "x86_64")]
-            Products::Avx512 => {
-                packed::product::<packed::avx512::Avx512>(team, shape, a, b, bias, c, accumulate, memory);
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            Products::Avx512 => packed::product::<Lanes>(team, shape, a, b, bias, c, accumulate, memory),
-        }
-    }
+    unsafe { kernel(team, shape, a, b, bias, c, accumulate, memory) }
 }
 
 /// [`matmul`] by `gemm`, in tiles.
@@ -239,6 +334,6 @@ fn tiles(
         }
         let start = c.pointer().wrapping_add(row * cols + col);
         // SAFETY: the caller's slices have these shapes, and tiles of `C` are disjoint.
-        unsafe { product([m, n, inner], a.at(row, 0), b.at(0, col), start, cols, accumulate || bias.is_some()) }
+        unsafe { by_gemm([m, n, inner], a.at(row, 0), b.at(0, col), start, cols, accumulate || bias.is_some()) }
     });
 }

@@ -83,12 +83,20 @@ fn column_sums<const N: usize>(
     });
 }
 
-impl NnOps for Cpu {
-    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
-        self.arenas().matmul(p, a, b, bias, c)?;
+impl Cpu {
+    /// The memory for packed operands, when the first product comes.
+    fn make_packing(&mut self) -> Result<()> {
         if self.packing.is_empty() {
             self.packing = Arena::new(matmul::scratch(self.team.threads))?;
         }
+        Ok(())
+    }
+}
+
+impl NnOps for Cpu {
+    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
+        self.arenas().matmul(p, a, b, bias, c)?;
+        self.make_packing()?;
         let [a, b, offset, c] = split(&mut self.reals, [a, b, bias.unwrap_or(Reals::EMPTY), c], "matmul")?;
         if c.is_empty() {
             return Ok(());

@@ -5,7 +5,7 @@
 
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Backend, Category, Chunk, Error, Fault, Ints, Layout, Reals, Reference, Result, Site, Words};
-use bdia_cpu::{Cpu, Products};
+use bdia_cpu::{Cpu, Precision, Products};
 
 /// The three arenas.
 #[derive(Debug, Clone)]
@@ -58,7 +58,7 @@ impl World {
     }
 
     pub fn cpu(&self, threads: usize, op: Op) -> After {
-        self.cpu_with(Products::best(), threads, op)
+        self.cpu_with(Products::best(Precision::F32), threads, op)
     }
 
     pub fn cpu_with(&self, products: Products, threads: usize, op: Op) -> After {
@@ -80,10 +80,10 @@ impl World {
 
     /// The operation gives the same bits for 1, 2 and 3 threads.
     pub fn threads_agree(&self, what: &str, op: Op) -> After {
-        self.threads_agree_with(Products::best(), what, op)
+        self.threads_agree_with(Products::best(Precision::F32), what, op)
     }
 
-    fn threads_agree_with(&self, products: Products, what: &str, op: Op) -> After {
+    pub fn threads_agree_with(&self, products: Products, what: &str, op: Op) -> After {
         let one = self.cpu_with(products, 1, op);
         for threads in [2, 3] {
             one.same_bits(&self.cpu_with(products, threads, op), &format!("{what}, {threads} threads"));
@@ -101,7 +101,7 @@ impl World {
     /// The operation gives the values of the reference backend, up to `tolerance` times the largest magnitude that
     /// the reference leaves among the values that changed.
     pub fn close(&self, what: &str, tolerance: f32, op: Op) -> After {
-        self.close_to(&self.reference(op), Products::best(), what, tolerance, op)
+        self.close_to(&self.reference(op), Products::best(Precision::F32), what, tolerance, op)
     }
 
     /// As `close`, with what the reference left, and for one kind of products.

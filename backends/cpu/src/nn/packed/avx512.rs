@@ -58,7 +58,7 @@ impl Kernel for Avx512 {
 /// AVX-512F, and as for [`Kernel::tile`].
 #[target_feature(enable = "avx512f")]
 unsafe fn registers<const N: usize>(a: &[f32], b: &[f32], c: Place) {
-    c.prefetch();
+    c.prefetch(0);
     let ((a, _), (b, _)) = (a.as_chunks::<MR>(), b.as_chunks::<NR>());
     let mut sums = [[_mm512_setzero_ps(); N]; MR];
     let mut add = |a: &[f32; MR], b: &[f32; NR]| {

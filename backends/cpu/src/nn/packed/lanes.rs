@@ -38,7 +38,7 @@ impl Kernel for Lanes {
     #[inline(never)]
     unsafe fn tile(a: &[f32], b: &[f32], c: Place) {
         let [rows, cols] = c.size;
-        c.prefetch();
+        c.prefetch(0);
         let ((a, _), (b, _)) = (a.as_chunks(), b.as_chunks());
         let sums = sums(a, b);
         if cols == NR {

@@ -5,8 +5,13 @@
 //! inner terms at a time, in their order, whichever piece it lies in: the bits are the same for any number of threads.
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod bf16;
 pub(super) mod lanes;
+pub(super) mod rounded;
 
 use wide::f32x8;
 
@@ -20,9 +25,9 @@ const SMALL: usize = 48;
 /// Most of the shorter side that is packed at a time.
 const SHORT: usize = 1536;
 /// Values of the shorter side that are packed at a time, for all threads: 4 MiB.
-const SHARED: usize = 1 << 20;
+pub(super) const SHARED: usize = 1 << 20;
 /// Values of a thread's own piece: 768 KiB.
-const OWN: usize = 384 * 512;
+pub(super) const OWN: usize = 384 * 512;
 /// Panels that a thread packs at a time.
 const PANELS: usize = 8;
 /// Values of a cache line.
@@ -40,6 +45,9 @@ pub(crate) fn scratch(threads: usize) -> usize {
 pub(super) trait Kernel {
     /// Rows and columns of a tile of `C`, which are those of a panel of `A` and of `B`.
     const TILE: [usize; 2];
+    /// Inner terms of a row that are stored together, and the values of four bytes that they take; panels are filled up
+    /// with zeros to whole ones.
+    const UNIT: [usize; 2] = [1, 1];
     /// Most inner terms of a panel.
     const DEPTH: usize;
     /// Most rows or columns of a piece, whole tiles. The number of threads decides how many it has, which changes no bits.
@@ -47,10 +55,17 @@ pub(super) trait Kernel {
     /// Rows and columns (whole tiles) that are multiplied panel by panel before the next, so that the L2 cache holds them.
     const BLOCK: [usize; 2];
 
-    /// Values that so many inner terms of a row take in a panel.
-    fn values(terms: usize) -> usize {
-        terms
-    }
+    /// Makes a thread ready for tiles.
+    ///
+    /// # Safety
+    /// The processor has what the kernel needs.
+    unsafe fn begin() {}
+
+    /// Leaves it as it was.
+    ///
+    /// # Safety
+    /// The processor has what the kernel needs.
+    unsafe fn end() {}
 
     /// Copies `len` rows of `A`, `terms` inner terms each, into panels, the last one filled up with zeros.
     ///
@@ -71,6 +86,12 @@ pub(super) trait Kernel {
     unsafe fn tile(a: &[f32], b: &[f32], c: Place);
 }
 
+/// Values that so many inner terms of a row take in a panel.
+const fn values<K: Kernel>(terms: usize) -> usize {
+    let [together, values] = K::UNIT;
+    terms.div_ceil(together) * values
+}
+
 /// A tile of `C`, and what its sums are added to.
 #[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
@@ -88,11 +109,11 @@ pub(super) struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// `C` is needed when the sums are there, and neither cache has it.
+    /// `C` is needed when the sums are there, and neither cache has it: this tile, or the one so many rows below.
     #[inline(always)]
-    fn prefetch(&self) {
+    fn prefetch(&self, below: usize) {
         let [rows, cols] = self.size;
-        for r in 0..rows {
+        for r in below..below + rows {
             let line = self.start.wrapping_add(r * self.stride);
             for col in (0..cols).step_by(16) {
                 prefetch(line.wrapping_add(col));
@@ -225,7 +246,7 @@ unsafe fn pack<const W: usize>(
 /// What `C` is, and what its sums are added to in one pass.
 #[derive(Clone, Copy)]
 struct Target<'a> {
-    values: &'a Shared<'a, f32>,
+    start: *mut f32,
     stride: usize,
     rows: usize,
     cols: usize,
@@ -258,7 +279,7 @@ unsafe fn rectangle<K: Kernel>(
                     let (row, col) = (at[0] + row, at[1] + col);
                     let size = [mr.min(c.rows - row), nr.min(c.cols - col)];
                     let place = Place {
-                        start: c.values.pointer().wrapping_add(row * c.stride + col),
+                        start: c.start.wrapping_add(row * c.stride + col),
                         stride: c.stride,
                         size,
                         add: c.add,
@@ -269,6 +290,61 @@ unsafe fn rectangle<K: Kernel>(
                     unsafe { K::tile(a, b, place) };
                 }
             }
+        }
+    }
+}
+
+/// Rows and columns of `C` that [`small`] packs at a time.
+const PART: usize = 192;
+
+/// `C (+)= A·B` in this thread, for products of which there are many; the rows of `c` are `stride` apart, and `memory` is
+/// one thread's.
+///
+/// # Safety
+/// The processor has what the kernel needs. The operands lie in readable memory, one step of each is 1, and `c` lies in
+/// memory that nothing else accesses.
+pub(super) unsafe fn small<K: Kernel>(
+    [rows, cols, inner]: [usize; 3],
+    a: View,
+    b: View,
+    c: *mut f32,
+    stride: usize,
+    accumulate: bool,
+    memory: &mut [f32],
+) {
+    const {
+        let [mr, nr] = K::TILE;
+        assert!(PART.is_multiple_of(mr) && PART.is_multiple_of(nr) && 2 * PART * values::<K>(K::DEPTH) <= OWN);
+    }
+    let (left, right) = memory.split_at_mut(OWN / 2);
+    let [mr, nr] = K::TILE;
+    let terms = cut(inner, K::DEPTH, K::UNIT[0]);
+    // SAFETY: the caller's promises, for parts of the operands.
+    unsafe {
+        K::begin();
+        for row in (0..rows).step_by(PART) {
+            let tall = PART.min(rows - row);
+            for col in (0..cols).step_by(PART) {
+                let broad = PART.min(cols - col);
+                for k in (0..inner).step_by(terms) {
+                    let n = terms.min(inner - k);
+                    let depth = values::<K>(n);
+                    let left = &mut left[..tall.next_multiple_of(mr) * depth];
+                    let right = &mut right[..broad.next_multiple_of(nr) * depth];
+                    K::pack_rows(a.at(row, k), tall, n, left);
+                    K::pack_cols(b.at(k, col), broad, n, right);
+                    let target = Target { start: c, stride, rows, cols, add: accumulate || k > 0, bias: None };
+                    let mut ahead = Ahead::new(a.start, [1, 1], 0, 0);
+                    rectangle::<K>([left, right], depth, target, [row, col], [tall, broad], &mut ahead);
+                }
+            }
+        }
+        K::end();
+    }
+    if inner == 0 && !accumulate {
+        for row in 0..rows {
+            // SAFETY: a row of `c`.
+            unsafe { core::slice::from_raw_parts_mut(c.wrapping_add(row * stride), cols) }.fill(0.0);
         }
     }
 }
@@ -290,7 +366,8 @@ pub(super) unsafe fn product<K: Kernel>(
     const {
         let [mr, nr] = K::TILE;
         assert!(K::PIECE.is_multiple_of(mr) && K::PIECE.is_multiple_of(nr));
-        assert!(K::PIECE * K::DEPTH <= OWN && (SHORT + mr + nr) * K::DEPTH <= SHARED);
+        let depth = values::<K>(K::DEPTH);
+        assert!(K::PIECE * depth <= OWN && (SHORT + mr + nr) * depth <= SHARED);
     }
     if inner == 0 {
         for row in c.chunks_mut(cols) {
@@ -312,8 +389,8 @@ pub(super) unsafe fn product<K: Kernel>(
     let pieces = long.div_ceil(K::PIECE).max(2).next_multiple_of(team.threads);
     let piece = long.div_ceil(pieces.max(2 * team.threads)).max(SMALL).next_multiple_of(long_unit);
     let short_step = cut(short, SHORT, short_unit);
-    let terms = cut(inner, K::DEPTH, 1);
-    let (steps, depth) = (inner.div_ceil(terms), K::values(terms));
+    let terms = cut(inner, K::DEPTH, K::UNIT[0]);
+    let (steps, depth) = (inner.div_ceil(terms), values::<K>(terms));
     let pack_rows = |from: usize, len: usize, k: usize, n: usize, out: &mut [f32]| {
         // SAFETY: a panel's rows are rows of the operand, which the caller checked.
         unsafe { K::pack_rows(a.at(from, k), len, n, out) }
@@ -337,16 +414,18 @@ pub(super) unsafe fn product<K: Kernel>(
                 let (k, n) = step(first + s);
                 let (at, width) = (panel * short_unit, PANELS.min(panels - panel) * short_unit);
                 // SAFETY: panels are disjoint.
-                let out = unsafe { shared.part(s * depth * padded + at * K::values(n), width * K::values(n)) };
+                let out = unsafe { shared.part(s * depth * padded + at * values::<K>(n), width * values::<K>(n)) };
                 let len = width.min(len - at);
                 if by_rows { pack_cols(from + at, len, k, n, out) } else { pack_rows(from + at, len, k, n, out) }
             });
             team.each(long.div_ceil(piece), |slot, i| {
                 let at = i * piece;
                 let width = piece.min(long - at);
+                // SAFETY: the caller's promise.
+                unsafe { K::begin() };
                 for s in 0..now {
                     let (k, n) = step(first + s);
-                    let values = K::values(n);
+                    let values = values::<K>(n);
                     // SAFETY: the slot is this thread's while the piece runs; what is shared is only read now.
                     let (own, all) = unsafe {
                         let own = slots.part(slot * OWN, width.next_multiple_of(long_unit) * values);
@@ -359,7 +438,7 @@ pub(super) unsafe fn product<K: Kernel>(
                     }
                     let start = first + s == 0;
                     let (add, bias) = (accumulate || !start, bias.filter(|_| start));
-                    let target = Target { values: c, stride: cols, rows, cols, add, bias };
+                    let target = Target { start: c.pointer(), stride: cols, rows, cols, add, bias };
                     let mut ahead = match (s + 1 < now).then(|| step(first + s + 1)) {
                         Some((k, n)) if by_rows => Ahead::new(a.at(at, k).start, [a.row, a.col], width, n),
                         Some((k, n)) => Ahead::new(b.at(k, at).start, [b.col, b.row], width, n),
@@ -374,6 +453,8 @@ pub(super) unsafe fn product<K: Kernel>(
                         }
                     }
                 }
+                // SAFETY: as above.
+                unsafe { K::end() };
             });
         }
     }
