@@ -80,6 +80,8 @@ pub enum Category {
     Gradients,
     /// Moments of the optimizer.
     Optimizer,
+    /// Gradients on their way between machines.
+    Exchange,
     /// Activations that are stored: the pair `X` of reversible training; everything that the other modes keep.
     Activations,
     /// The gradients `G` of activations.
@@ -98,10 +100,11 @@ pub enum Category {
 
 impl Category {
     /// All, in the order of the table.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Parameters,
         Self::Gradients,
         Self::Optimizer,
+        Self::Exchange,
         Self::Activations,
         Self::ActivationGradients,
         Self::SideBits,
@@ -118,6 +121,7 @@ impl fmt::Display for Category {
             Self::Parameters => "parameters",
             Self::Gradients => "gradients",
             Self::Optimizer => "optimizer state",
+            Self::Exchange => "exchange between ranks",
             Self::Activations => "activations (X)",
             Self::ActivationGradients => "activation gradients (G)",
             Self::SideBits => "side bits and checksums",

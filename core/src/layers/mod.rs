@@ -18,7 +18,7 @@ pub use head::LmHead;
 pub use patches::{PatchEmbedding, Patches};
 
 use crate::arena::{Category, Layout, Reals, product};
-use crate::backend::{NnOps, OptimOps, Order, Product};
+use crate::backend::{Exchange, NnOps, OptimOps, Order, Product};
 use crate::error::{Result, Site, ok};
 use crate::optim::{Rule, Update};
 use crate::real::Real;
@@ -183,9 +183,13 @@ impl Params {
 
     /// Group `k` is finished: with fused updates it is measured, updated, and its gradient buffer cleared.
     ///
+    /// Of several ranks ([`Exchange`]) its gradient is sent on its way, to be added up while the next group is worked on,
+    /// and the one that was finished before, `k + 1`, is updated from its sum: in the same buffer, whose values have just
+    /// been taken. [`settle`](Self::settle) updates the last one.
+    ///
     /// # Errors
     /// Those of the backend.
-    pub fn finished<B: OptimOps>(
+    pub fn finished<B: OptimOps + Exchange>(
         &self,
         be: &mut B,
         u: &Updater,
@@ -196,9 +200,63 @@ impl Params {
         if !u.fused || self.gradients.is_empty() {
             return Ok(());
         }
+        if be.ranks() == 1 {
+            return self.apply(be, u, site, k, tensors);
+        }
+        if (k + 1) * self.group >= self.values.len() {
+            be.exchange(self.gradient(k), Reals::EMPTY)?;
+            return be.fill_reals(self.gradient(k), B::Real::of(0.0));
+        }
+        be.exchange(self.gradient(k), self.gradient(k + 1))?;
+        let site = if matches!(site, Site::Block(_)) { Site::Block(k + 1) } else { site };
+        self.apply(be, u, site, k + 1, tensors)
+    }
+
+    /// All groups are finished: with fused updates and several ranks, group 0 is updated when its sum has come back.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn settle<B: OptimOps + Exchange>(
+        &self,
+        be: &mut B,
+        u: &Updater,
+        site: Site,
+        tensors: &[Tensor],
+    ) -> Result<()> {
+        if !u.fused || self.gradients.is_empty() || be.ranks() == 1 {
+            return Ok(());
+        }
+        be.exchange(Reals::EMPTY, self.gradient(0))?;
+        self.apply(be, u, site, 0, tensors)
+    }
+
+    fn apply<B: OptimOps>(&self, be: &mut B, u: &Updater, site: Site, k: usize, tensors: &[Tensor]) -> Result<()> {
         self.measure(be, site, k, tensors)?;
         self.update(be, u, k, tensors)?;
         be.fill_reals(self.gradient(k), B::Real::of(0.0))
+    }
+
+    /// Adds the gradients of all groups up over the ranks, `piece` values at a time, before they are measured: what
+    /// [`finished`](Self::finished) does not do, with full gradient buffers and for groups outside of blocks.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn sum_over_ranks<B: Exchange>(&self, be: &mut B, piece: usize) -> Result<()> {
+        if be.ranks() == 1 || self.gradients.is_empty() {
+            return Ok(());
+        }
+        let mut before = Reals::EMPTY;
+        for at in (0..self.gradients.len()).step_by(piece.max(1)) {
+            let own = self.gradients.sub(at, piece);
+            be.exchange(own, before)?;
+            before = own;
+        }
+        be.exchange(Reals::EMPTY, before)
+    }
+
+    /// Values of one group.
+    pub const fn group_len(&self) -> usize {
+        self.group
     }
 }
 

@@ -6,6 +6,7 @@ use bdia_core::backend::{Backend, Identity};
 use bdia_core::{Category, Error, Grid, Layout, Reference, Storage, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::{Cuda, Options, Precision};
+use bdia_ranks::{Ranks, Replica};
 
 use crate::alloc::Counting;
 use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs, PrecisionKind};
@@ -118,6 +119,7 @@ pub trait Work {
 /// [`Failure::TooBig`] when the machine has not that much memory; [`Failure::Cuda`] where there is no such device, or not
 /// enough memory on it; whatever the work returns.
 pub fn run(args: &MachineArgs, threads: usize, layout: &Layout, work: impl Work) -> Result<(), Failure> {
+
     args.check().map_err(Failure::Other)?;
     if args.backend != BackendKind::Cuda
         && let Some(available) = available_memory()
@@ -144,6 +146,39 @@ pub fn run(args: &MachineArgs, threads: usize, layout: &Layout, work: impl Work)
             let arenas = Counting::current().saturating_sub(before);
             work.on(&mut Reference::new(layout, &mut ints, &mut reals, &mut words)?, arenas)
         }
+    }
+}
+
+/// The same, on one of several ranks where there are others.
+///
+/// # Errors
+/// As [`run`]; whatever ends all ranks.
+pub fn run_on(
+    args: &MachineArgs,
+    threads: usize,
+    layout: &Layout,
+    ranks: Option<Ranks>,
+    work: impl Work,
+) -> Result<(), Failure> {
+    match ranks {
+        None => run(args, threads, layout, work),
+        Some(mut ranks) => {
+            run(args, threads, layout, OnRanks { ranks: &mut ranks, work })?;
+            ranks.close();
+            Ok(())
+        }
+    }
+}
+
+/// Something to do on one of several ranks.
+struct OnRanks<'a, W> {
+    ranks: &'a mut Ranks,
+    work: W,
+}
+
+impl<W: Work> Work for OnRanks<'_, W> {
+    fn on<B: Backend<Real = f32>>(self, be: &mut B, arenas: usize) -> Result<(), Failure> {
+        self.work.on(&mut Replica::new(be, self.ranks), arenas)
     }
 }
 

@@ -119,7 +119,7 @@ pub struct TrainArgs {
     /// Optimizer steps
     #[arg(long, value_name = "N", default_value_t = 130, value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
     pub steps: u64,
-    /// Samples of a micro-batch
+    /// Samples of a micro-batch, of all ranks together
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20), help_heading = "Run")]
     pub batch: u64,
     /// Micro-batches of a step. More than one needs full gradient buffers

@@ -282,6 +282,11 @@ impl Gpt2 {
         self.tensors().iter().map(|t| t.values.len()).sum()
     }
 
+    /// Lengths of the groups of gradients that are on their way between ranks at the same time.
+    pub const fn exchanged(&self) -> [usize; 1] {
+        [self.blocks.params.group_len()]
+    }
+
     /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0, norms 1; optimizer
     /// state 0.
     ///
@@ -329,7 +334,7 @@ impl Gpt2 {
     }
 
     /// One optimizer step. `fill` writes tokens and targets of micro-batch `i` (`[batch, context]` each) and may do so
-    /// twice for one batch.
+    /// twice for one batch; of several ranks, this one's part of it. The outcome is that of all ranks.
     ///
     /// # Errors
     /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What `fill` returns.
@@ -360,7 +365,11 @@ impl Gpt2 {
             fill(i, tokens, targets)?;
             unmasked += targets.iter().filter(|&&t| t >= 0).count();
         }
-        self.head.scale = 1.0 / unmasked.max(1) as f64;
+        let (rank, ranks) = (be.rank(), be.ranks());
+        let own = [unmasked as f64, 0.0, 0.0, 0.0];
+        let mut unmasked = 0.0_f64;
+        be.gather(own, &mut |[n, ..]| unmasked += n)?;
+        self.head.scale = 1.0 / unmasked.max(1.0);
 
         let (mut loss, mut mismatches, mut rebuild_error) = (0.0, 0, 0.0_f64);
         for i in 0..step.accumulate {
@@ -370,7 +379,8 @@ impl Gpt2 {
             }
             be.write_ints(self.tokens, tokens)?;
             be.write_ints(self.targets, targets)?;
-            let pass = Pass { seed: step.seed, step: step.step, global: (i * self.setup.batch) as u32 };
+            let first = (i * ranks + rank) * self.setup.batch;
+            let pass = Pass { seed: step.seed, step: step.step, global: first as u32 };
             self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
             // The next batch overwrites them; the last ones are read when the step is done, so that nothing waits before.
             if i + 1 < step.accumulate {
@@ -380,11 +390,16 @@ impl Gpt2 {
             rebuild_error = rebuild_error.max(self.stack.rebuild_error());
         }
 
-        if !fused {
+        let [piece] = self.exchanged();
+        if fused {
+            self.blocks.params.settle(be, &updater, Site::Block(0), self.blocks.tensors())?;
+        } else {
+            self.blocks.params.sum_over_ranks(be, piece)?;
             for k in 0..self.setup.dims.layers {
                 self.blocks.params.measure(be, Site::Block(k), k, self.blocks.tensors())?;
             }
         }
+        self.ends.sum_over_ranks(be, piece)?;
         self.ends.measure(be, Site::Embedding, 0, self.ends())?;
         let mut norm = 0.0;
         if !fused || step.clip > 0.0 {
@@ -407,7 +422,14 @@ impl Gpt2 {
         if fused {
             norm = self.grad_norm(be)?;
         }
-        Ok(Outcome { loss: loss / unmasked.max(1) as f64, grad_norm: norm, mismatches, rebuild_error })
+        let mut outcome = Outcome { loss: 0.0, grad_norm: norm, mismatches: 0, rebuild_error: 0.0 };
+        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
+            outcome.loss += loss;
+            outcome.mismatches += mismatches as u64;
+            outcome.rebuild_error = outcome.rebuild_error.max(error);
+        })?;
+        outcome.loss /= unmasked.max(1.0);
+        Ok(outcome)
     }
 
     /// Makes the staging buffers, so that a step allocates nothing.

@@ -14,7 +14,7 @@ use bdia_core::backend::Backend;
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Gamma, Layout, Sign};
-use bdia_train::run;
+use bdia_train::{ranks, run};
 use serde_json::json;
 
 use crate::alloc::{Counting, peak_rss_bytes};
@@ -59,6 +59,8 @@ struct Run {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<(), Failure> {
+    let mut joined = ranks::join(&args.machine)?;
+    let (rank, count) = ranks::place(joined.as_ref());
     let (args, from) = run::begin(args)?;
     if let Some((path, header)) = &from
         && u64::from(header.step) > args.steps
@@ -85,7 +87,7 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     let threads = machine::threads(&args.machine);
     let setup = Setup {
         dims: machine::dims(&config),
-        batch: args.batch as usize,
+        batch: ranks::part(args.batch as usize, count)?,
         context,
         mode: machine::stack_mode(&args.mode, config.n_layer),
         grid: machine::grid(&args.mode)?,
@@ -99,7 +101,7 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     args.optim.schedule(args.steps as u32).check()?;
     let kind = args.machine.backend;
     let fixed = match &from {
-        Some((path, h)) => {
+        Some((path, h)) if h.ranks == count => {
             let choice = Choice { chunk: h.chunk, head_rows: h.head_rows };
             let fits = (1..=setup.batch).contains(&h.chunk) && (1..=h.chunk * context).contains(&h.head_rows);
             if !fits {
@@ -108,15 +110,20 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
             }
             Some(choice)
         }
-        None => None,
+        _ => None,
     };
-    let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, fixed)?;
-    let others = other_plans(&setup, kind, choice, args.mode.mode)?;
+    let (choice, model, layout) = machine::lay_out_for(count, &setup, kind, args.machine.memory, fixed)?;
+    if let Some(joined) = &mut joined {
+        joined.reserve(&model.exchanged());
+    }
+    // The table is told by the first rank alone.
+    let others = if rank == 0 { other_plans(&setup, kind, choice, args.mode.mode)? } else { Vec::new() };
     let place = args.machine.clone();
-    machine::run(
+    machine::run_on(
         &place,
         threads,
         &layout,
+        joined,
         Run { args, config, corpus, tokenizer, choice, layout: layout.clone(), model, others, from },
     )
 }
@@ -154,7 +161,11 @@ fn other_plans(
 impl Work for Run {
     fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         let out = self.args.out.clone();
-        std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+        // Files are the first rank's.
+        let (first_rank, ranks) = (be.rank() == 0, be.ranks());
+        if first_rank {
+            std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+        }
         let identity = machine::identity(be);
         let digest = digest(&self.corpus.train)?;
         let mut first = 0;
@@ -170,6 +181,12 @@ impl Work for Run {
                         header.identity
                     );
                 }
+                if header.ranks != ranks {
+                    report::note!(
+                        "warning: the run was computed by {} rank(s), these are {ranks}: it goes on, with other rounding",
+                        header.ranks
+                    );
+                }
                 checkpoint::load(path, be, &self.model.saved())?;
                 first = header.step;
                 validation.clone_from(&header.validation);
@@ -179,15 +196,22 @@ impl Work for Run {
                     Some(dir) => machine::load_weights(dir, &self.config, be, &self.model)?,
                     None => self.model.initialize(be, self.args.seed)?,
                 }
-                run::replace(&out)?;
-                self.config.write_dir(&out)?;
-                run::save(&out, &self.args)?;
+                if first_rank {
+                    run::replace(&out)?;
+                    self.config.write_dir(&out)?;
+                    run::save(&out, &self.args)?;
+                }
             }
         }
-        checkpoint::sweep(&out);
+        let saved = self.model.saved();
+        ranks::begin(be, &self.args, (digest, first), &saved)?;
         let log = out.join("metrics.jsonl");
-        let mut metrics = Metrics::<Metric>::resume(&log, u64::from(first))?;
-        let before = Metrics::<Metric>::read(&log)?;
+        let mut metrics = None;
+        if first_rank {
+            checkpoint::sweep(&out);
+            metrics = Some(Metrics::<Metric>::resume(&log, u64::from(first))?);
+        }
+        let before = if first_rank { Metrics::<Metric>::read(&log)? } else { Vec::new() };
         let mut curve: Vec<_> = before.iter().map(|m| (m.step, m.loss)).collect();
 
         self.announce(first, &identity);
@@ -223,10 +247,11 @@ impl Work for Run {
                 accumulate: self.args.accumulate as usize,
             };
             let (train, batch) = (&self.corpus.train, self.args.batch as u32);
+            let part = be.rank() as u32 * (batch / ranks as u32);
             let others = Counting::current().saturating_sub(own);
             Counting::reset_peak();
             let outcome: Result<Outcome, Failure> = self.model.train(be, &plan, |i, tokens, targets| {
-                Ok(train.batch(&order, step, i as u32 * batch, tokens, targets)?)
+                Ok(train.batch(&order, step, i as u32 * batch + part, tokens, targets)?)
             });
             last = match outcome {
                 Ok(outcome) => outcome,
@@ -257,34 +282,41 @@ impl Work for Run {
                 }
             }
             curve.push((u64::from(done), last.loss));
-            metrics.push(&Metric {
-                step: u64::from(done),
-                loss: last.loss,
-                lr: plan.lr,
-                grad_norm: Some(last.grad_norm),
-                tokens_per_s: tokens_per_step / took,
-                val_loss: val,
-            })?;
+            if let Some(metrics) = &mut metrics {
+                metrics.push(&Metric {
+                    step: u64::from(done),
+                    loss: last.loss,
+                    lr: plan.lr,
+                    grad_norm: Some(last.grad_norm),
+                    tokens_per_s: tokens_per_step / took,
+                    val_loss: val,
+                })?;
+            }
             let shown = validation.last().map_or(String::new(), |(_, v)| format!("val {v:.3} "));
             let speed = tokens_per_step * f64::from(done - first) / seconds;
             bar.set_message(format!("loss {:.3} {shown}{speed:.0} tok/s", last.loss));
             bar.inc(1);
 
-            let stop = run::interrupted();
+            let stop = ranks::any(be, run::interrupted())?;
             let every = self.args.checkpoint_interval as u32;
-            if done == steps || stop || (every > 0 && done % every == 0) {
+            let save = done == steps || stop || (every > 0 && done % every == 0);
+            if save || u64::from(done) % self.args.machine.compare_interval == 0 {
+                ranks::same(be, &saved).map_err(|error| Failure::Step { step, error, kept: run::kept(&out) })?;
+            }
+            if let Some(metrics) = metrics.as_ref().filter(|_| save) {
                 let header = Header {
                     step: done,
                     chunk: self.choice.chunk,
                     head_rows: self.choice.head_rows,
                     identity: identity.clone(),
+                    ranks,
                     lens: Vec::new(),
                     data: digest,
                     validation: validation.clone(),
                 };
                 // The losses up to a checkpoint are as safe as it is.
                 metrics.sync()?;
-                checkpoint::save(&out, be, &self.model.saved(), header)?;
+                checkpoint::save(&out, be, &saved, header)?;
             }
             if stop && done < steps {
                 bar.abandon();
@@ -297,6 +329,10 @@ impl Work for Run {
         }
         bar.finish_and_clear();
 
+        let whole = self.validate(be, FINAL_TOKENS)?;
+        if !first_rank {
+            return Ok(());
+        }
         self.config.write_dir(&out)?;
         machine::save_weights(&out, be, &self.model)?;
         if self.config.vocab_size == crate::tokenizer::VOCAB {
@@ -304,7 +340,6 @@ impl Work for Run {
         }
         let points: Vec<_> = validation.iter().map(|&(s, l)| (u64::from(s), l)).collect();
         report::loss_svg(&out.join("loss.svg"), &curve, &points)?;
-        let whole = self.validate(be, FINAL_TOKENS)?;
         self.summary(be, (last, whole), mismatches, worst, peak)?;
 
         if self.args.json {
@@ -356,7 +391,7 @@ impl Run {
             s.dims.layers,
             s.dims.width,
             s.context,
-            s.batch,
+            self.args.batch,
             if self.args.accumulate > 1 { format!(" x {}", self.args.accumulate) } else { String::new() },
             self.mode_name(),
             self.corpus.train.len(),
@@ -448,7 +483,8 @@ pub fn evaluate<B: Backend<Real = f32>>(
     let (context, at_once) = (model.setup().context, model.stack.config().chunk);
     let (mut tokens, mut targets) = (vec![0; at_once * context], vec![0; at_once * context]);
     let (mut sum, mut count, mut filled) = (0.0, 0, 0);
-    let mut starts = part.windows(context).take(windows).peekable();
+    // Of several ranks each takes a part of the windows.
+    let mut starts = part.windows(context).take(windows).skip(be.rank()).step_by(be.ranks()).peekable();
     while let Some(from) = starts.next().filter(|_| !run::interrupted()) {
         let range = filled * context..(filled + 1) * context;
         part.window(from, &mut tokens[range.clone()], &mut targets[range.clone()])?;
@@ -460,6 +496,11 @@ pub fn evaluate<B: Backend<Real = f32>>(
             filled = 0;
         }
     }
+    let (own, mut sum, mut count) = ([sum, count as f64, 0.0, 0.0], 0.0, 0);
+    be.gather(own, &mut |[s, n, ..]| {
+        sum += s;
+        count += n as usize;
+    })?;
     Ok((count > 0).then(|| (sum / count as f64, count)))
 }
 

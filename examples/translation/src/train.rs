@@ -506,6 +506,7 @@ impl Work for Run<'_> {
                     chunk: self.laid.choice.chunk,
                     head_rows: self.laid.choice.head_rows,
                     identity: identity.clone(),
+                    ranks: 1,
                     lens: Vec::new(),
                     data: digest,
                     validation: validation.clone(),

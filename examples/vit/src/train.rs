@@ -575,6 +575,7 @@ impl Work for Run<'_> {
                     chunk: self.choice.chunk,
                     head_rows: 1,
                     identity: identity.clone(),
+                    ranks: 1,
                     lens: Vec::new(),
                     data: digest,
                     validation: validation.clone(),
