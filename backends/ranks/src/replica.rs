@@ -140,10 +140,13 @@ impl<B: Backend<Real = f32>> Storage for Replica<'_, B> {
     /// A fault that all ranks know of is [`Error::Rank`], on each of them; one of this rank alone is a fault as ever.
     fn take_fault(&mut self) -> Result<Option<Fault>> {
         let own = self.inner.take_fault()?;
-        match self.shared.take() {
-            Some((rank, fault)) => Err(Error::Rank { rank, why: Halt::Fault(fault) }),
-            None => Ok(own),
+        let Some((rank, fault)) = self.shared.take() else { return Ok(own) };
+        // The step is over, on every rank at this place: what it has on its way is of no use.
+        while self.ranks.busy() {
+            let answer = self.ranks.receive()?;
+            self.ranks.recycle(answer.buffers);
         }
+        Err(Error::Rank { rank, why: Halt::Fault(fault) })
     }
 
     fn peek_fault(&mut self) -> Result<Option<Fault>> {

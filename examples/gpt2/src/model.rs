@@ -282,9 +282,10 @@ impl Gpt2 {
         self.tensors().iter().map(|t| t.values.len()).sum()
     }
 
-    /// Lengths of the groups of gradients that are on their way between ranks at the same time.
-    pub const fn exchanged(&self) -> [usize; 1] {
-        [self.blocks.params.group_len()]
+    /// Lengths of the groups of gradients that are on their way between ranks at the same time: one block, or as much of the
+    /// embedding as is worth a message.
+    pub fn exchanged(&self) -> [usize; 1] {
+        [self.blocks.params.group_len().max(self.ends.group_len().min(1 << 18))]
     }
 
     /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0, norms 1; optimizer

@@ -300,7 +300,7 @@ impl Work for Run {
             let stop = ranks::any(be, run::interrupted())?;
             let every = self.args.checkpoint_interval as u32;
             let save = done == steps || stop || (every > 0 && done % every == 0);
-            if save || u64::from(done) % self.args.machine.compare_interval == 0 {
+            if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
                 ranks::same(be, &saved).map_err(|error| Failure::Step { step, error, kept: run::kept(&out) })?;
             }
             if let Some(metrics) = metrics.as_ref().filter(|_| save) {
