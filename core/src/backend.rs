@@ -432,7 +432,8 @@ pub trait OptimOps: Storage {
 ///
 /// A fault of one rank travels with its gradients: when the sums come back, every rank has it, and no
 /// [`update`](OptimOps::update) after that does anything. From then on [`Storage::take_fault`] gives
-/// [`Error::Rank`](crate::Error::Rank) on all of them, which names the rank that met it.
+/// [`Error::Rank`](crate::Error::Rank) on all of them, which names the rank that met it; a fault that all have met, in a sum,
+/// stays what it is.
 pub trait Exchange: Storage {
     /// Number of this rank, from 0.
     fn rank(&self) -> usize {

@@ -28,11 +28,14 @@ impl<'a, B: Backend<Real = f32>> Replica<'a, B> {
         Self { inner, ranks, shared: None }
     }
 
-    /// The first rank's fault becomes everybody's.
+    /// The first rank's fault becomes everybody's. One that all have met is nobody's in particular: a sum that is not finite.
     fn share_faults(&mut self, headers: &[u32]) {
-        let first = headers.chunks_exact(HEADER).enumerate().find_map(|(rank, h)| Some((rank, fault_of(h)?)));
-        if let (None, Some((_, fault))) = (self.shared, first) {
-            self.shared = first;
+        let mut all = headers.chunks_exact(HEADER);
+        let Some((rank, first)) = all.clone().enumerate().find(|(_, h)| fault_of(h).is_some()) else { return };
+        if let (None, Some(fault)) = (self.shared, fault_of(first))
+            && !all.all(|h| h == first)
+        {
+            self.shared = Some((rank, fault));
             self.inner.raise(fault);
         }
     }

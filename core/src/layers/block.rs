@@ -220,6 +220,9 @@ pub struct TransformerBlocks {
     pub gradients: Option<[Reals; BLOCK_TENSORS]>,
     /// Padding: the number of tokens of every sample of the batch; empty where all are full.
     pub key_lens: Ints,
+    /// Whether a block that is done is [finished](Params::finished): its gradient has all that the step adds to it. Not so in
+    /// the micro-batches of a step before the last.
+    pub finishes: bool,
 }
 
 impl TransformerBlocks {
@@ -243,7 +246,7 @@ impl TransformerBlocks {
         };
         ok!(rule.check());
         let updater = Updater { rule, weight_decay: 0.0, lr: 0.0, t: 1, scale: 1.0, fused };
-        Ok(Self { shape, tensors, params, updater, gradients: None, key_lens: Ints::EMPTY })
+        Ok(Self { shape, tensors, params, updater, gradients: None, key_lens: Ints::EMPTY, finishes: true })
     }
 
     /// The same blocks, with the same parameters, for samples of another length.
@@ -485,6 +488,9 @@ impl<B: Backend> Blocks<B> for TransformerBlocks {
     }
 
     fn done(&mut self, be: &mut B, block: usize) -> Result<()> {
+        if !self.finishes {
+            return Ok(());
+        }
         self.params.finished(be, &self.updater, Site::Block(block), block, &self.tensors)
     }
 }

@@ -183,9 +183,10 @@ impl Params {
 
     /// Group `k` is finished: with fused updates it is measured, updated, and its gradient buffer cleared.
     ///
-    /// Of several ranks ([`Exchange`]) its gradient is sent on its way, to be added up while the next group is worked on,
-    /// and the one that was finished before, `k + 1`, is updated from its sum: in the same buffer, whose values have just
-    /// been taken. [`settle`](Self::settle) updates the last one.
+    /// Of several ranks ([`Exchange`]) its gradient is sent on its way, to be added up while the next group is worked on, and
+    /// the sum of the one that was finished before, `k + 1`, takes its own gradient's place. With fused updates that is the
+    /// same buffer, whose values have just been taken, and group `k + 1` is updated from it. [`settle`](Self::settle) does so
+    /// for group 0.
     ///
     /// # Errors
     /// Those of the backend.
@@ -197,22 +198,25 @@ impl Params {
         k: usize,
         tensors: &[Tensor],
     ) -> Result<()> {
-        if !u.fused || self.gradients.is_empty() {
+        if self.gradients.is_empty() || (be.ranks() == 1 && !u.fused) {
             return Ok(());
         }
         if be.ranks() == 1 {
             return self.apply(be, u, site, k, tensors);
         }
-        if (k + 1) * self.group >= self.values.len() {
-            be.exchange(self.gradient(k), Reals::EMPTY)?;
+        let last = (k + 1) * self.group >= self.values.len();
+        be.exchange(self.gradient(k), if last { Reals::EMPTY } else { self.gradient(k + 1) })?;
+        if !u.fused {
+            return Ok(());
+        }
+        if last {
             return be.fill_reals(self.gradient(k), B::Real::of(0.0));
         }
-        be.exchange(self.gradient(k), self.gradient(k + 1))?;
         let site = if matches!(site, Site::Block(_)) { Site::Block(k + 1) } else { site };
         self.apply(be, u, site, k + 1, tensors)
     }
 
-    /// All groups are finished: with fused updates and several ranks, group 0 is updated when its sum has come back.
+    /// All groups are finished: of several ranks, the sum of group 0 comes back, and with fused updates it is updated.
     ///
     /// # Errors
     /// Those of the backend.
@@ -223,11 +227,11 @@ impl Params {
         site: Site,
         tensors: &[Tensor],
     ) -> Result<()> {
-        if !u.fused || self.gradients.is_empty() || be.ranks() == 1 {
+        if self.gradients.is_empty() || be.ranks() == 1 {
             return Ok(());
         }
         be.exchange(Reals::EMPTY, self.gradient(0))?;
-        self.apply(be, u, site, 0, tensors)
+        if u.fused { self.apply(be, u, site, 0, tensors) } else { Ok(()) }
     }
 
     fn apply<B: OptimOps>(&self, be: &mut B, u: &Updater, site: Site, k: usize, tensors: &[Tensor]) -> Result<()> {
@@ -236,8 +240,8 @@ impl Params {
         be.fill_reals(self.gradient(k), B::Real::of(0.0))
     }
 
-    /// Adds the gradients of all groups up over the ranks, `piece` values at a time, before they are measured: what
-    /// [`finished`](Self::finished) does not do, with full gradient buffers and for groups outside of blocks.
+    /// Adds the gradients of all groups up over the ranks, `piece` values at a time, before they are measured: for groups
+    /// outside of blocks, which are not [`finished`](Self::finished) one after the other.
     ///
     /// # Errors
     /// Those of the backend.

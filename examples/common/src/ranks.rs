@@ -23,10 +23,10 @@ pub fn rank() -> usize {
     RANK.load(Ordering::Relaxed)
 }
 
-/// How many processes the launcher says it has started: Open MPI, and those that follow MPICH.
+/// How many processes the launcher says it has started: Open MPI's, those that follow MPICH, Slurm.
 fn started() -> Option<u64> {
     let number = |name| std::env::var(name).ok()?.trim().parse().ok();
-    ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].into_iter().find_map(number)
+    ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"].into_iter().find_map(number)
 }
 
 /// Joins the ranks that `mpirun` started; `None` where this process is the only one.
@@ -36,6 +36,11 @@ fn started() -> Option<u64> {
 pub fn join(args: &MachineArgs) -> Result<Option<Ranks>, Failure> {
     let Some(processes) = started().filter(|&n| n > 1) else { return Ok(None) };
     let ranks = open(args, processes)?;
+    if ranks.ranks() as u64 != processes {
+        // Each would train everything, into the same directory.
+        let what = "the launcher is another MPI's than the one that the program was built with";
+        return Err(Failure::Other(format!("{processes} processes were started, MPI has {}: {what}", ranks.ranks())));
+    }
     RANK.store(ranks.rank(), Ordering::Relaxed);
     Ok(Some(ranks))
 }

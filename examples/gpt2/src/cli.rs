@@ -269,6 +269,9 @@ pub struct PlanArgs {
     /// Micro-batches of a step. More than one needs full gradient buffers
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10))]
     pub accumulate: u64,
+    /// Ranks that share a micro-batch
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 20))]
+    pub ranks: u64,
     /// With the copies of --verify
     #[arg(long)]
     pub verify: bool,

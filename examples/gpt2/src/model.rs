@@ -382,6 +382,7 @@ impl Gpt2 {
             be.write_ints(self.targets, targets)?;
             let first = (i * ranks + rank) * self.setup.batch;
             let pass = Pass { seed: step.seed, step: step.step, global: first as u32 };
+            self.blocks.finishes = i + 1 == step.accumulate;
             self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
             // The next batch overwrites them; the last ones are read when the step is done, so that nothing waits before.
             if i + 1 < step.accumulate {
@@ -392,10 +393,8 @@ impl Gpt2 {
         }
 
         let [piece] = self.exchanged();
-        if fused {
-            self.blocks.params.settle(be, &updater, Site::Block(0), self.blocks.tensors())?;
-        } else {
-            self.blocks.params.sum_over_ranks(be, piece)?;
+        self.blocks.params.settle(be, &updater, Site::Block(0), self.blocks.tensors())?;
+        if !fused {
             for k in 0..self.setup.dims.layers {
                 self.blocks.params.measure(be, Site::Block(k), k, self.blocks.tensors())?;
             }

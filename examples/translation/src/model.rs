@@ -658,9 +658,6 @@ impl Translator {
         ];
         let all = || groups.into_iter().filter(|_| !updater.fused).flat_map(|(p, n, t)| (0..n).map(move |k| (p, k, t)));
         let [piece, _] = self.exchanged();
-        for (params, ..) in groups.into_iter().filter(|_| !updater.fused) {
-            params.sum_over_ranks(be, piece)?;
-        }
         self.ends.sum_over_ranks(be, piece)?;
         for (params, k, tensors) in all() {
             params.measure(be, Site::Block(k), k, tensors)?;

@@ -451,10 +451,8 @@ impl Vit {
         }
 
         let (layers, [piece]) = (self.setup.dims.layers, self.exchanged());
-        if fused {
-            self.blocks.params.settle(be, &updater, Site::Block(0), self.blocks.tensors())?;
-        } else {
-            self.blocks.params.sum_over_ranks(be, piece)?;
+        self.blocks.params.settle(be, &updater, Site::Block(0), self.blocks.tensors())?;
+        if !fused {
             for k in 0..layers {
                 self.blocks.params.measure(be, Site::Block(k), k, self.blocks.tensors())?;
             }
