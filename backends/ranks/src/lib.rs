@@ -13,13 +13,16 @@
 //! one rank travels with its gradients and stops all of them before anything is updated (range, loss, tokens) or before the
 //! step ends (checksum, gradients). No call waits for another rank longer than its link's limit.
 //!
-//! What carries the words is a [`Link`]: [`Mpi`](mpi::Mpi) with feature `mpi`, or [`Local`], the threads of one process.
+//! What carries the words is a [`Link`]: MPI (feature `mpi`), MPI and NCCL (`nccl`), or [`Local`], the threads of one process.
 //!
 //! # Features
-//! `mpi` (off by default): the ranks of an MPI job. Building it needs an MPI (Open MPI or MPICH) and libclang.
+//! * `mpi` (off by default): the ranks of an MPI job. Building it needs an MPI (Open MPI or MPICH) and libclang.
+//! * `nccl` (off by default): gradients go between CUDA devices by NCCL. It has not yet run on GPUs.
 
 #[cfg(feature = "mpi")]
 pub mod mpi;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 
 mod link;
 mod ranks;

@@ -11,6 +11,7 @@ use bdia_ranks::{Ranks, Replica};
 use crate::alloc::Counting;
 use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs, PrecisionKind};
 use crate::error::Failure;
+use crate::ranks;
 use crate::report::MemoryTable;
 
 /// Blocks between stored activations: as asked for, or the square root of `K`, where memory is smallest.
@@ -70,7 +71,7 @@ pub const fn precision(args: &MachineArgs) -> Precision {
 /// # Errors
 /// [`Failure::Cuda`] says which library, device or memory is missing.
 pub fn cuda(args: &MachineArgs, layout: &Layout) -> Result<Cuda, Failure> {
-    let device = usize::try_from(args.device).unwrap_or(usize::MAX);
+    let device = ranks::device(args);
     Ok(Cuda::new(layout, Options { device, precision: precision(args) })?)
 }
 

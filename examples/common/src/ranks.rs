@@ -23,10 +23,24 @@ pub fn rank() -> usize {
     RANK.load(Ordering::Relaxed)
 }
 
+/// A number that the launcher tells by one of these names.
+fn told(names: &[&str]) -> Option<u64> {
+    names.iter().find_map(|name| std::env::var(name).ok()?.trim().parse().ok())
+}
+
 /// How many processes the launcher says it has started: Open MPI's, those that follow MPICH, Slurm.
 fn started() -> Option<u64> {
-    let number = |name| std::env::var(name).ok()?.trim().parse().ok();
-    ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"].into_iter().find_map(number)
+    told(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+}
+
+/// Number of this process's CUDA device: ranks on one machine take one after the other, from the one that was asked for.
+pub fn device(args: &MachineArgs) -> usize {
+    let local = if started() > Some(1) {
+        told(&["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"]).unwrap_or(0)
+    } else {
+        0
+    };
+    usize::try_from(args.device.saturating_add(local)).unwrap_or(usize::MAX)
 }
 
 /// Joins the ranks that `mpirun` started; `None` where this process is the only one.
@@ -56,6 +70,11 @@ fn open(_: &MachineArgs, processes: u64) -> Result<Ranks, Failure> {
 #[cfg(feature = "mpi")]
 fn open(args: &MachineArgs, _: u64) -> Result<Ranks, Failure> {
     let limit = core::time::Duration::from_secs(args.rank_timeout);
+    #[cfg(feature = "nccl")]
+    if args.backend == crate::cli::BackendKind::Cuda {
+        let device = device(args);
+        return Ok(Ranks::start(move || bdia_ranks::nccl::Nccl::open(limit, device))?);
+    }
     Ok(Ranks::start(move || bdia_ranks::mpi::Mpi::open(limit))?)
 }
 
