@@ -13,6 +13,7 @@ pub mod page;
 pub mod peers;
 pub mod report;
 pub mod roof;
+pub mod scaling;
 
 /// What ends the program with exit code 1.
 #[derive(Debug, thiserror::Error)]

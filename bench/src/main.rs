@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use bdia_bench::job::Job;
 use bdia_bench::report::{ReportArgs, report};
+use bdia_bench::scaling::{ScalingArgs, scaling};
 use bdia_bench::{Failure, engine};
 use bdia_gpt2::alloc::Counting;
 use clap::{Parser, Subcommand};
@@ -26,6 +27,8 @@ enum Command {
     Report(ReportArgs),
     /// One configuration in this process: one line of JSON
     Run(Job),
+    /// How steps scale to several machines, by a model of the exchange of gradients
+    Scaling(ScalingArgs),
     /// Write initial parameters in Hugging Face's layout
     Init {
         /// The model and its seed
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
             println!("{line}");
             Ok(())
         }),
+        Command::Scaling(args) => scaling(&args),
         Command::Init { job, out } => engine::init(&job, &out),
     };
     match result {

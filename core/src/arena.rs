@@ -82,6 +82,8 @@ pub enum Category {
     Gradients,
     /// Moments of the optimizer.
     Optimizer,
+    /// Gradients on their way between machines.
+    Exchange,
     /// Activations that are stored: the pair `X` of reversible training; everything that the other modes keep.
     Activations,
     /// The gradients `G` of activations.
@@ -100,11 +102,12 @@ pub enum Category {
 
 impl Category {
     /// All, in the order of the table.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Parameters,
         Self::Frozen,
         Self::Gradients,
         Self::Optimizer,
+        Self::Exchange,
         Self::Activations,
         Self::ActivationGradients,
         Self::SideBits,
@@ -122,6 +125,7 @@ impl fmt::Display for Category {
             Self::Frozen => "frozen parameters",
             Self::Gradients => "gradients",
             Self::Optimizer => "optimizer state",
+            Self::Exchange => "exchange between ranks",
             Self::Activations => "activations (X)",
             Self::ActivationGradients => "activation gradients (G)",
             Self::SideBits => "side bits and checksums",

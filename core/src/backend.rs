@@ -1,4 +1,5 @@
-//! What a backend offers, in layers: [`Storage`], [`UpdateOps`], [`NnOps`], [`OptimOps`]; [`Backend`] is all of them.
+//! What a backend offers, in layers: [`Storage`], [`UpdateOps`], [`NnOps`], [`OptimOps`], [`Exchange`]; [`Backend`] is all
+//! of them.
 //!
 //! A framework that has blocks of its own needs the first two. Every operation takes handles into the backend's
 //! arenas ([`crate::arena`]), so no buffer is borrowed across a call and nothing is allocated.
@@ -16,7 +17,7 @@
 //! * Run `bdia_core::testing` (feature `testing`) against it.
 
 use crate::arena::{Ints, Reals, Words};
-use crate::error::{Fault, Result, Site};
+use crate::error::{Error, Fault, Result, Site};
 use crate::optim::Update;
 use crate::real::Real;
 use crate::rng::Draw;
@@ -465,7 +466,50 @@ pub trait OptimOps: Storage {
     fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()>;
 }
 
-/// Everything: what the layers of this crate and whole models need.
-pub trait Backend: UpdateOps + NnOps + OptimOps {}
+/// Machines that train one model together ("ranks"), each with its part of every batch. A backend of one machine takes all
+/// of it as it is here.
+///
+/// All ranks make the same calls in the same order. What a rank gets is the same, bit for bit, on every rank, and does not
+/// depend on who was first.
+///
+/// A fault of one rank travels with its gradients: when the sums come back, every rank has it, and no
+/// [`update`](OptimOps::update) after that does anything. From then on [`Storage::take_fault`] gives
+/// [`Error::Rank`](crate::Error::Rank) on all of them, which names the rank that met it; a fault that all have met, in a sum,
+/// stays what it is.
+pub trait Exchange: Storage {
+    /// Number of this rank, from 0.
+    fn rank(&self) -> usize {
+        0
+    }
 
-impl<T: UpdateOps + NnOps + OptimOps> Backend for T {}
+    /// How many there are.
+    fn ranks(&self) -> usize {
+        1
+    }
+
+    /// Sends gradients on their way and fetches others: takes the values of `own`, which are added up over all ranks while
+    /// the caller goes on, and sets `sum` to the sums of the earliest values that were taken and have not come back (it is
+    /// as long as those). Both may be the same buffer, whose own values are taken first; either may be empty.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where there is no other rank; [`Error::Rank`](crate::Error::Rank) for one that does not answer.
+    fn exchange(&mut self, own: Reals, sum: Reals) -> Result<()> {
+        let _ = (own, sum);
+        Err(Error::Setting { what: "ranks", found: 1.0, possible: "2 or more, to exchange gradients" })
+    }
+
+    /// Gives `each` the numbers of every rank, in the order of ranks. Nothing is on its way meanwhile
+    /// ([`exchange`](Self::exchange)).
+    ///
+    /// # Errors
+    /// As [`exchange`](Self::exchange).
+    fn gather(&mut self, own: [f64; 4], each: &mut dyn FnMut([f64; 4])) -> Result<()> {
+        each(own);
+        Ok(())
+    }
+}
+
+/// Everything: what the layers of this crate and whole models need.
+pub trait Backend: UpdateOps + NnOps + OptimOps + Exchange {}
+
+impl<T: UpdateOps + NnOps + OptimOps + Exchange> Backend for T {}

@@ -60,6 +60,51 @@ pub enum Error {
     /// A block, an input or a head of another framework failed. This type is plain data, so the adapter keeps that
     /// framework's own error (an exception, a status) and gives it to its caller when the pass has returned.
     Foreign(Site),
+    /// One of several machines that train together stopped all of them.
+    Rank {
+        /// Its number, from 0.
+        rank: usize,
+        /// Why.
+        why: Halt,
+    },
+}
+
+/// Why one of several machines ([`Exchange`](crate::backend::Exchange)) stopped all of them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Halt {
+    /// Its numbers went wrong.
+    Fault(Fault),
+    /// It did not answer within so many seconds.
+    Silent(u64),
+    /// It can no longer be reached.
+    Gone,
+    /// It does something else: other flags, other data, another program.
+    Astray,
+    /// Its parameters or its optimizer state are not those of the others.
+    Differs,
+}
+
+impl fmt::Display for Halt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fault(fault) => fault.fmt(f),
+            Self::Silent(seconds) => {
+                write!(
+                    f,
+                    "no answer for {seconds} seconds: it died, hangs, or is slower than the others by more than that"
+                )
+            }
+            Self::Gone => f.write_str("it can no longer be reached"),
+            Self::Astray => {
+                f.write_str("it does something else than the others; all need the same program, flags, data and files")
+            }
+            Self::Differs => f.write_str(
+                "its parameters or its optimizer state differ from the others': memory was changed, or its processor \
+                 computes other bits; go back to the last checkpoint",
+            ),
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -75,6 +120,7 @@ impl fmt::Display for Error {
             Self::Fault(fault) => fault.fmt(f),
             Self::Device(what) => write!(f, "device: {what}"),
             Self::Foreign(site) => write!(f, "{site} failed; its own error says why"),
+            Self::Rank { rank, why } => write!(f, "rank {rank}: {why}"),
         }
     }
 }

@@ -105,8 +105,8 @@ pub mod testing;
 pub mod update;
 
 pub use arena::{Category, Ints, Layout, Reals, Words};
-pub use backend::{Backend, Chunk, NnOps, OptimOps, Storage, UpdateOps};
-pub use error::{Error, Fault, Result, Site};
+pub use backend::{Backend, Chunk, Exchange, NnOps, OptimOps, Storage, UpdateOps};
+pub use error::{Error, Fault, Halt, Result, Site};
 pub use real::Real;
 pub use reference::Reference;
 pub use update::{Gamma, Grid, Sign};

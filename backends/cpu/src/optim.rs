@@ -1,7 +1,7 @@
 //! [`OptimOps`]: one pass over memory per update, two more for SET-Adam's sums.
 
 use bdia_core::optim::{Rule, Update};
-use bdia_core::{Fault, OptimOps, Reals, Result, Site};
+use bdia_core::{Exchange, Fault, OptimOps, Reals, Result, Site};
 use wide::f32x8;
 
 use crate::memory::{Shared, split};
@@ -91,6 +91,8 @@ fn block(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: impl Fn([f32
         put(v, i, nv);
     }
 }
+
+impl Exchange for Cpu {}
 
 impl OptimOps for Cpu {
     /// Also raises [`Fault::Gradient`] where the sum itself leaves the range of `f32`: no norm, no clipping.

@@ -1,7 +1,7 @@
 //! [`OptimOps`]: one kernel an update, three for SET-Adam. Nothing is read back.
 
 use bdia_core::optim::{Rule, Update};
-use bdia_core::{OptimOps, Reals, Result, Site};
+use bdia_core::{Exchange, OptimOps, Reals, Result, Site};
 
 use crate::Cuda;
 use crate::device::{Kernel, THREADS, arg};
@@ -29,6 +29,8 @@ impl Cuda {
         Span { at: self.scratch.at + (pass * PASS) as u64, len: len as u64 }
     }
 }
+
+impl Exchange for Cuda {}
 
 impl OptimOps for Cuda {
     /// Also raises [`Fault::Gradient`](bdia_core::Fault::Gradient) where the sum itself leaves the range of `f32`: no norm,

@@ -246,6 +246,9 @@ pub struct TransformerBlocks {
     pub narrow: Option<Narrow>,
     /// Adapters, which are trained in place of `params`.
     pub lora: Option<Lora>,
+    /// Whether a block that is done is [finished](Params::finished): its gradient has all that the step adds to it. Not so in
+    /// the micro-batches of a step before the last.
+    pub finishes: bool,
 }
 
 impl TransformerBlocks {
@@ -326,7 +329,17 @@ impl TransformerBlocks {
         };
         ok!(rule.check());
         let updater = Updater { rule, weight_decay: 0.0, lr: 0.0, t: 1, scale: 1.0, fused };
-        Ok(Self { shape, tensors, params, updater, gradients: None, key_lens: Ints::EMPTY, narrow, lora: None })
+        Ok(Self {
+            shape,
+            tensors,
+            params,
+            updater,
+            gradients: None,
+            key_lens: Ints::EMPTY,
+            narrow,
+            lora: None,
+            finishes: true,
+        })
     }
 
     /// What a block needs of its stack, for chunks of `chunk` samples: that of its shape, and of its adapters.
@@ -638,6 +651,9 @@ impl<B: Backend> Blocks<B> for TransformerBlocks {
     }
 
     fn done(&mut self, be: &mut B, block: usize) -> Result<()> {
+        if !self.finishes {
+            return Ok(());
+        }
         let (params, tensors) = self.trained();
         params.finished(be, &self.updater, Site::Block(block), block, tensors)
     }

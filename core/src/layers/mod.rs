@@ -20,7 +20,7 @@ pub use lora::{LORA_TENSORS, Lora, LoraShape};
 pub use patches::{PatchEmbedding, Patches};
 
 use crate::arena::{Category, Layout, Reals, product};
-use crate::backend::{NnOps, OptimOps, Order, Product};
+use crate::backend::{Exchange, NnOps, OptimOps, Order, Product};
 use crate::error::{Result, Site, ok};
 use crate::optim::{Rule, Update};
 use crate::real::Real;
@@ -196,9 +196,14 @@ impl Params {
 
     /// Group `k` is finished: with fused updates it is measured, updated, and its gradient buffer cleared.
     ///
+    /// Of several ranks ([`Exchange`]) its gradient is sent on its way, to be added up while the next group is worked on, and
+    /// the sum of the one that was finished before, `k + 1`, takes its own gradient's place. With fused updates that is the
+    /// same buffer, whose values have just been taken, and group `k + 1` is updated from it. [`settle`](Self::settle) does so
+    /// for group 0.
+    ///
     /// # Errors
     /// Those of the backend.
-    pub fn finished<B: OptimOps>(
+    pub fn finished<B: OptimOps + Exchange>(
         &self,
         be: &mut B,
         u: &Updater,
@@ -206,12 +211,69 @@ impl Params {
         k: usize,
         tensors: &[Tensor],
     ) -> Result<()> {
-        if !u.fused || self.gradients.is_empty() {
+        if self.gradients.is_empty() || (be.ranks() == 1 && !u.fused) {
             return Ok(());
         }
+        if be.ranks() == 1 {
+            return self.apply(be, u, site, k, tensors);
+        }
+        let last = (k + 1) * self.group >= self.values.len();
+        be.exchange(self.gradient(k), if last { Reals::EMPTY } else { self.gradient(k + 1) })?;
+        if !u.fused {
+            return Ok(());
+        }
+        if last {
+            return be.fill_reals(self.gradient(k), B::Real::of(0.0));
+        }
+        let site = if matches!(site, Site::Block(_)) { Site::Block(k + 1) } else { site };
+        self.apply(be, u, site, k + 1, tensors)
+    }
+
+    /// All groups are finished: of several ranks, the sum of group 0 comes back, and with fused updates it is updated.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn settle<B: OptimOps + Exchange>(
+        &self,
+        be: &mut B,
+        u: &Updater,
+        site: Site,
+        tensors: &[Tensor],
+    ) -> Result<()> {
+        if self.gradients.is_empty() || be.ranks() == 1 {
+            return Ok(());
+        }
+        be.exchange(Reals::EMPTY, self.gradient(0))?;
+        if u.fused { self.apply(be, u, site, 0, tensors) } else { Ok(()) }
+    }
+
+    fn apply<B: OptimOps>(&self, be: &mut B, u: &Updater, site: Site, k: usize, tensors: &[Tensor]) -> Result<()> {
         self.measure(be, site, k, tensors)?;
         self.update(be, u, k, tensors)?;
         be.fill_reals(self.gradient(k), B::Real::of(0.0))
+    }
+
+    /// Adds the gradients of all groups up over the ranks, `piece` values at a time, before they are measured: for groups
+    /// outside of blocks, which are not [`finished`](Self::finished) one after the other.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn sum_over_ranks<B: Exchange>(&self, be: &mut B, piece: usize) -> Result<()> {
+        if be.ranks() == 1 || self.gradients.is_empty() {
+            return Ok(());
+        }
+        let mut before = Reals::EMPTY;
+        for at in (0..self.gradients.len()).step_by(piece.max(1)) {
+            let own = self.gradients.sub(at, piece);
+            be.exchange(own, before)?;
+            before = own;
+        }
+        be.exchange(Reals::EMPTY, before)
+    }
+
+    /// Values of one group.
+    pub const fn group_len(&self) -> usize {
+        self.group
     }
 }
 

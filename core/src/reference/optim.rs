@@ -2,10 +2,12 @@
 
 use super::{Reference, split};
 use crate::arena::Reals;
-use crate::backend::OptimOps;
+use crate::backend::{Exchange, OptimOps};
 use crate::error::{Fault, Result, Site};
 use crate::optim::{Rule, Update};
 use crate::real::Real;
+
+impl<R: Real> Exchange for Reference<'_, R> {}
 
 impl<R: Real> OptimOps for Reference<'_, R> {
     /// Also raises [`Fault::Gradient`] where the sum itself leaves the range of the real type: no norm, no clipping.

@@ -3,7 +3,9 @@
 use std::{string::ToString, vec, vec::Vec};
 
 use super::*;
-use crate::backend::{Attention, CrossEntropy, Gelu, Half, Identity, Mask, NnOps, OptimOps, Product, UpdateOps};
+use crate::backend::{
+    Attention, CrossEntropy, Exchange, Gelu, Half, Identity, Mask, NnOps, OptimOps, Product, UpdateOps,
+};
 use crate::optim::Update;
 use crate::rng::Draw;
 use crate::update::{Gamma, Grid};
@@ -343,6 +345,8 @@ impl NnOps for Broken {
         self.inner.cross_entropy(chunk, &CrossEntropy { smoothing, ..*ce }, logits, targets, losses)
     }
 }
+
+impl Exchange for Broken {}
 
 impl OptimOps for Broken {
     fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> OpResult<()> {

@@ -33,12 +33,19 @@ pub struct Header {
     pub head_rows: usize,
     /// The program and the processor that computed.
     pub identity: String,
+    /// Ranks that computed; their chunks are those of a part of the batch.
+    #[serde(default = "one")]
+    pub ranks: usize,
     /// Number of values of each tensor that follows.
     pub lens: Vec<usize>,
     /// Digest of the training data.
     pub data: u64,
     /// Validation so far: step and loss (or accuracy, where the program measures that).
     pub validation: Vec<(u32, f64)>,
+}
+
+const fn one() -> usize {
+    1
 }
 
 /// Why a checkpoint cannot be used.

@@ -253,12 +253,39 @@ pub struct MachineArgs {
     #[arg(long, default_value = "f32")]
     #[serde(default)]
     pub precision: PrecisionKind,
+    /// Of several ranks (mpirun): seconds to wait for another one, which must be able to write a checkpoint meanwhile
+    #[arg(long, value_name = "SECONDS", default_value_t = RANK_TIMEOUT, value_parser = count(86_400))]
+    #[serde(default = "rank_timeout")]
+    pub rank_timeout: u64,
+    /// Of several ranks: steps between comparisons of their parameters and optimizer states; each checkpoint has one too
+    #[arg(long, value_name = "N", default_value_t = COMPARE_INTERVAL, value_parser = count(u64::from(u32::MAX)))]
+    #[serde(default = "compare_interval")]
+    pub compare_interval: u64,
+}
+
+const RANK_TIMEOUT: u64 = 120;
+const COMPARE_INTERVAL: u64 = 100;
+
+const fn rank_timeout() -> u64 {
+    RANK_TIMEOUT
+}
+
+const fn compare_interval() -> u64 {
+    COMPARE_INTERVAL
 }
 
 impl MachineArgs {
     /// The defaults, on a backend.
     pub const fn on(backend: BackendKind) -> Self {
-        Self { threads: None, memory: None, backend, device: 0, precision: PrecisionKind::F32 }
+        Self {
+            threads: None,
+            memory: None,
+            backend,
+            device: 0,
+            precision: PrecisionKind::F32,
+            rank_timeout: RANK_TIMEOUT,
+            compare_interval: COMPARE_INTERVAL,
+        }
     }
 
     /// What single flags cannot show to be wrong.
@@ -373,7 +400,8 @@ pub struct RunFlags<'a> {
 /// The flags of a program's runs.
 pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     /// Flags that may differ from the saved ones when a run is resumed: they change no number.
-    const FREE: [&'static str; 6] = ["resume", "json", "threads", "device", "checkpoint_interval", "verify"];
+    const FREE: [&'static str; 8] =
+        ["resume", "json", "threads", "device", "rank_timeout", "compare_interval", "checkpoint_interval", "verify"];
 
     /// Those that every program has.
     fn run(&mut self) -> RunFlags<'_>;
@@ -395,6 +423,12 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
         if new.given.contains("device") {
             run.machine.device = new.machine.device;
         }
+        if new.given.contains("rank_timeout") {
+            run.machine.rank_timeout = new.machine.rank_timeout;
+        }
+        if new.given.contains("compare_interval") {
+            run.machine.compare_interval = new.machine.compare_interval;
+        }
         if new.given.contains("checkpoint_interval") {
             *run.checkpoint_interval = *new.checkpoint_interval;
         }
@@ -413,6 +447,7 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
         a.forget();
         let run = a.run();
         (run.machine.threads, run.machine.device, *run.checkpoint_interval) = (None, 0, 0);
+        (run.machine.rank_timeout, run.machine.compare_interval) = (RANK_TIMEOUT, COMPARE_INTERVAL);
         (*run.resume, *run.verify, *run.out, *run.json) = (None, false, PathBuf::new(), false);
         run.given.clear();
         for path in run.inputs {

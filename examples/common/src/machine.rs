@@ -6,10 +6,12 @@ use bdia_core::backend::{Backend, Identity};
 use bdia_core::{Category, Error, Grid, Layout, Reference, Storage, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::{Cuda, Options, Precision};
+use bdia_ranks::{Ranks, Replica};
 
 use crate::alloc::Counting;
 use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs, PrecisionKind};
 use crate::error::Failure;
+use crate::ranks;
 use crate::report::MemoryTable;
 
 /// Blocks between stored activations: as asked for, or the square root of `K`, where memory is smallest.
@@ -82,7 +84,7 @@ pub fn cpu(args: &MachineArgs, layout: &Layout, threads: usize) -> Result<Cpu, F
 /// # Errors
 /// [`Failure::Cuda`] says which library, device or memory is missing.
 pub fn cuda(args: &MachineArgs, layout: &Layout) -> Result<Cuda, Failure> {
-    let device = usize::try_from(args.device).unwrap_or(usize::MAX);
+    let device = ranks::device(args);
     Ok(Cuda::new(layout, Options { device, precision: precision(args) })?)
 }
 
@@ -157,6 +159,39 @@ pub fn run(args: &MachineArgs, threads: usize, layout: &Layout, work: impl Work)
             let arenas = Counting::current().saturating_sub(before);
             work.on(&mut Reference::new(layout, &mut ints, &mut reals, &mut words)?, arenas)
         }
+    }
+}
+
+/// The same, on one of several ranks where there are others.
+///
+/// # Errors
+/// As [`run`]; whatever ends all ranks.
+pub fn run_on(
+    args: &MachineArgs,
+    threads: usize,
+    layout: &Layout,
+    ranks: Option<Ranks>,
+    work: impl Work,
+) -> Result<(), Failure> {
+    match ranks {
+        None => run(args, threads, layout, work),
+        Some(mut ranks) => {
+            run(args, threads, layout, OnRanks { ranks: &mut ranks, work })?;
+            ranks.close();
+            Ok(())
+        }
+    }
+}
+
+/// Something to do on one of several ranks.
+struct OnRanks<'a, W> {
+    ranks: &'a mut Ranks,
+    work: W,
+}
+
+impl<W: Work> Work for OnRanks<'_, W> {
+    fn on<B: Backend<Real = f32>>(self, be: &mut B, arenas: usize) -> Result<(), Failure> {
+        self.work.on(&mut Replica::new(be, self.ranks), arenas)
     }
 }
 

@@ -12,20 +12,24 @@ use serde::de::DeserializeOwned;
 
 use crate::files::{FileError, write_atomic, write_bytes};
 
-/// `println!` that goes on where the reader is gone: a run does not end with its terminal.
+/// `println!` that goes on where the reader is gone: a run does not end with its terminal. Of several ranks the first speaks.
 #[macro_export]
 macro_rules! tell {
     ($($arg:tt)*) => {{
         use std::io::Write as _;
-        let _ = writeln!(std::io::stdout(), $($arg)*);
+        if $crate::ranks::rank() == 0 {
+            let _ = writeln!(std::io::stdout(), $($arg)*);
+        }
     }};
 }
-/// `eprintln!` that goes on where the reader is gone.
+/// `eprintln!` that goes on where the reader is gone. Of several ranks the first speaks.
 #[macro_export]
 macro_rules! note {
     ($($arg:tt)*) => {{
         use std::io::Write as _;
-        let _ = writeln!(std::io::stderr(), $($arg)*);
+        if $crate::ranks::rank() == 0 {
+            let _ = writeln!(std::io::stderr(), $($arg)*);
+        }
     }};
 }
 pub use {note, tell};

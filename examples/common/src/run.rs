@@ -14,7 +14,7 @@ use crate::checkpoint::{self, Header};
 use crate::cli::{Flags, check_mode};
 use crate::error::Failure;
 use crate::files::{FileError, read_limited, write_bytes};
-use crate::report;
+use crate::{ranks, report};
 
 /// The whole of a program: 0 where the work was done, otherwise 1 after a line that says why.
 pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCode {
@@ -24,7 +24,10 @@ pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCod
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Where nobody can read it, the exit code is still there.
-            let _ = writeln!(std::io::stderr(), "error: {error}");
+            let _ = match ranks::rank() {
+                0 => writeln!(std::io::stderr(), "error: {error}"),
+                rank => writeln!(std::io::stderr(), "error (told by rank {rank}): {error}"),
+            };
             ExitCode::FAILURE
         }
     }
@@ -124,7 +127,8 @@ pub fn progress(steps: u32, first: u32) -> ProgressBar {
 
 /// A bar over `len` of something, of which `first` are done.
 pub fn bar(what: &str, len: u64, first: u64) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(len), ProgressDrawTarget::stderr_with_hz(4));
+    let target = if ranks::rank() == 0 { ProgressDrawTarget::stderr_with_hz(4) } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(Some(len), target);
     // The template is known to be good; without it the bar is a plain one.
     if let Ok(style) = ProgressStyle::with_template(&format!("{{bar:24}} {what} {{pos}}/{{len}} {{msg}} ETA {{eta}}")) {
         bar.set_style(style);

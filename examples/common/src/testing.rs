@@ -47,3 +47,30 @@ pub fn metrics(dir: &Path, clock: &str) -> Vec<Value> {
     };
     text.lines().map(line).collect()
 }
+
+/// The launcher of `ranks` ranks, to which the program and its arguments are added: `BDIA_MPIRUN` with its flags, or Open
+/// MPI's, which may run as root and on few cores.
+///
+/// # Panics
+/// Where `BDIA_MPIRUN` is empty.
+pub fn mpirun(ranks: usize) -> Command {
+    let line = std::env::var("BDIA_MPIRUN").unwrap_or("mpirun --allow-run-as-root --oversubscribe".into());
+    let mut words = line.split_whitespace();
+    let mut c = Command::new(words.next().unwrap());
+    c.args(words).args(["-np", &ranks.to_string()]);
+    c
+}
+
+/// All numbers of two runs' metrics are the same up to `tolerance`, in parts of the number.
+///
+/// # Panics
+/// Where they are not.
+pub fn close(a: &[Value], b: &[Value], tolerance: f64) {
+    assert_eq!(a.len(), b.len());
+    for (a, b) in a.iter().zip(b) {
+        for (key, x) in a.as_object().unwrap() {
+            let (x, y) = (x.as_f64().unwrap(), b[key].as_f64().unwrap());
+            assert!((x - y).abs() <= tolerance * x.abs(), "{key}: {a} {b}");
+        }
+    }
+}

@@ -337,7 +337,7 @@ pub struct RunArgs {
     /// Optimizer steps
     #[arg(long, value_name = "N", default_value_t = 130, value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
     pub steps: u64,
-    /// Samples of a micro-batch
+    /// Samples of a micro-batch, of all ranks together
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20), help_heading = "Run")]
     pub batch: u64,
     /// Micro-batches of a step. More than one needs full gradient buffers
@@ -372,6 +372,12 @@ pub struct RunArgs {
     #[arg(skip)]
     #[serde(skip)]
     pub given: BTreeSet<String>,
+}
+
+impl Flags for RunArgs {
+    fn run(&mut self) -> RunFlags<'_> {
+        self.flags(Vec::new())
+    }
 }
 
 impl RunArgs {
@@ -655,6 +661,9 @@ pub struct PlanArgs {
     /// Micro-batches of a step. More than one needs full gradient buffers
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10))]
     pub accumulate: u64,
+    /// Ranks that share a micro-batch
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 20))]
+    pub ranks: u64,
     /// With the copies of --verify
     #[arg(long)]
     pub verify: bool,

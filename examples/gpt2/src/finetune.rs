@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Backend;
 use bdia_core::{Gamma, Sign};
-use bdia_train::run;
+use bdia_train::{ranks, run};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::adapter::{self, AdapterError};
@@ -49,6 +49,7 @@ struct Pretrained {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn finetune(args: &FinetuneArgs) -> Result<Option<Summary>, Failure> {
+    let joined = ranks::join(&args.run.machine)?;
     let (mut args, from) = run::begin(args)?;
     let weights = match (&args.weights, &args.model) {
         (Some(dir), _) => dir.clone(),
@@ -63,7 +64,7 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Option<Summary>, Failure> {
     let (source, context) = open(&mut args, &config, &tokenizer)?;
     let (dims, run, adapters) = (machine::dims(&config), args.run.clone(), args.method.adapters());
     let task = Pretrained { args, weights, config, context, source, tokenizer, base: None };
-    train::work(run, dims, context, adapters, task, from)
+    train::work(run, dims, context, adapters, task, from, joined)
 }
 
 /// The data, the tokens of a sample, and the number of steps where passes were asked for.

@@ -7,8 +7,8 @@ use bdia_core::plan::Choice;
 use bdia_core::{Category, Error, Gamma, Grid, Layout, Reference, Sign, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::Cuda;
-use bdia_train::run;
 use bdia_train::search::Length;
+use bdia_train::{ranks, run};
 use serde_json::json;
 
 use crate::adapter::Adapter;
@@ -335,10 +335,10 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
     let context = args.model.context.map_or(config.n_positions, |c| c as usize);
     let threads = machine::threads(&args.machine);
     let kind = args.machine.backend;
-    let layers = config.n_layer;
+    let (layers, ranks) = (config.n_layer, args.ranks as usize);
     let setup = Setup {
         dims: machine::dims(&config),
-        batch: args.batch as usize,
+        batch: ranks::part(args.batch as usize, ranks)?,
         accumulate: args.accumulate as usize,
         context,
         mode: machine::stack_mode(&args.mode, layers),
@@ -351,12 +351,13 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         threads,
         library: machine::library(&args.machine, threads),
     };
-    let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, None)?;
+    let (choice, model, layout) = machine::lay_out_for(ranks, &setup, kind, args.machine.memory, None)?;
     report::tell!(
-        "{} parameters, {layers} blocks, width {}, {} sample(s) of {context} tokens, {}",
+        "{} parameters, {layers} blocks, width {}, {} sample(s) of {context} tokens{}, {}",
         model.parameters(),
         config.n_embd,
         args.batch,
+        if ranks > 1 { format!(" on {ranks} ranks, of which this is one") } else { String::new() },
         if setup.fused { "updates as blocks are finished" } else { "full gradient buffers" },
     );
     let name = |mode: &stack::Mode| match mode {
@@ -379,7 +380,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         let grid = if mode == stack::Mode::Bdia { Some(Grid::new(args.mode.frac_bits)?) } else { None };
         let gamma = Gamma::new(0.5, Sign::Random)?;
         let other = Setup { mode, grid, gamma, verify: false, ..setup };
-        columns.push((name(&mode), machine::lay_out(&other, kind, None, Some(choice))?.2));
+        columns.push((name(&mode), machine::lay_out_for(ranks, &other, kind, None, Some(choice))?.2));
     }
     report::tell!("{}", machine::memory_table(&columns, None).to_string().trim_end());
     report::tell!(

@@ -62,11 +62,29 @@ pub fn lay_out(
     budget: Option<u64>,
     fixed: Option<Choice>,
 ) -> Result<(Choice, Gpt2, Layout), Error> {
+    lay_out_for(1, setup, kind, budget, fixed)
+}
+
+/// The same with what `ranks` ranks need to add up gradients.
+///
+/// # Errors
+/// As [`lay_out`].
+pub fn lay_out_for(
+    ranks: usize,
+    setup: &Setup,
+    kind: BackendKind,
+    budget: Option<u64>,
+    fixed: Option<Choice>,
+) -> Result<(Choice, Gpt2, Layout), Error> {
     let budget = budget.map(|b| usize::try_from(b).unwrap_or(usize::MAX));
-    let make = |choice| match kind {
-        BackendKind::Reference => Gpt2::layout::<Reference<'_, f32>>(setup, choice),
-        BackendKind::Cpu => Gpt2::layout::<Cpu>(setup, choice),
-        BackendKind::Cuda => Gpt2::layout::<Cuda>(setup, choice),
+    let make = |choice| {
+        let (model, mut layout) = match kind {
+            BackendKind::Reference => Gpt2::layout::<Reference<'_, f32>>(setup, choice),
+            BackendKind::Cpu => Gpt2::layout::<Cpu>(setup, choice),
+            BackendKind::Cuda => Gpt2::layout::<Cuda>(setup, choice),
+        }?;
+        bdia_train::ranks::plan(&mut layout, &model.exchanged(), ranks);
+        Ok((model, layout))
     };
     match fixed {
         // A choice that was made before, by a run within its budget.

@@ -399,6 +399,12 @@ impl Gpt2 {
         Ok(())
     }
 
+    /// Lengths of the groups of gradients that are on their way between ranks at the same time: one block, or as much of the
+    /// embedding as is worth a message.
+    pub fn exchanged(&self) -> [usize; 1] {
+        [self.blocks.trained().0.group_len().max(self.ends.group_len().min(1 << 18))]
+    }
+
     /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0, norms 1; optimizer
     /// state 0. The parameters must be reals.
     ///
@@ -446,7 +452,7 @@ impl Gpt2 {
     }
 
     /// One optimizer step. `fill` writes tokens and targets of micro-batch `i` (`[batch, context]` each) and may do so
-    /// twice for one batch.
+    /// twice for one batch; of several ranks, this one's part of it. The outcome is that of all ranks.
     ///
     /// # Errors
     /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What `fill` returns.
@@ -478,7 +484,11 @@ impl Gpt2 {
             fill(i, tokens, targets)?;
             unmasked += targets.iter().filter(|&&t| t >= 0).count();
         }
-        self.head.scale = 1.0 / unmasked.max(1) as f64;
+        let (rank, ranks) = (be.rank(), be.ranks());
+        let own = [unmasked as f64, 0.0, 0.0, 0.0];
+        let mut unmasked = 0.0_f64;
+        be.gather(own, &mut |[n, ..]| unmasked += n)?;
+        self.head.scale = 1.0 / unmasked.max(1.0);
 
         let (mut mismatches, mut rebuild_error) = (0, 0.0_f64);
         for i in 0..micro_batches {
@@ -490,18 +500,23 @@ impl Gpt2 {
             be.write_ints(self.targets, targets)?;
             // Each micro-batch has its own, so that nothing waits to read them.
             self.head.losses = self.losses.sub(i * self.tokens.len(), self.tokens.len());
-            let pass = Pass { seed: step.seed, step: step.step, global: (i * self.setup.batch) as u32 };
+            let first = (i * ranks + rank) * self.setup.batch;
+            let pass = Pass { seed: step.seed, step: step.step, global: first as u32 };
+            self.blocks.finishes = i + 1 == micro_batches;
             self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
             mismatches += self.stack.mismatches(be)?;
             rebuild_error = rebuild_error.max(self.stack.rebuild_error());
         }
 
+        let [piece] = self.exchanged();
         let (params, tensors) = self.blocks.trained();
+        params.settle(be, &updater, Site::Block(0), tensors)?;
         if !fused {
             for k in 0..self.setup.dims.layers {
                 params.measure(be, Site::Block(k), k, tensors)?;
             }
         }
+        self.ends.sum_over_ranks(be, piece)?;
         self.ends.measure(be, Site::Embedding, 0, self.trained_ends())?;
         // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
         // the step is done.
@@ -514,7 +529,14 @@ impl Gpt2 {
         }
         self.ends.update(be, &updater, 0, self.trained_ends())?;
         let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
-        Ok(Outcome { loss: loss / unmasked.max(1) as f64, grad_norm, mismatches, rebuild_error })
+        let mut outcome = Outcome { loss: 0.0, grad_norm, mismatches: 0, rebuild_error: 0.0 };
+        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
+            outcome.loss += loss;
+            outcome.mismatches += mismatches as u64;
+            outcome.rebuild_error = outcome.rebuild_error.max(error);
+        })?;
+        outcome.loss /= unmasked.max(1.0);
+        Ok(outcome)
     }
 
     /// What a step reads: the sum of its losses and the norm of its gradients.

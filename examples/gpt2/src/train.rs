@@ -15,7 +15,7 @@ use bdia_core::backend::Backend;
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Gamma, Layout, Sign};
-use bdia_train::run;
+use bdia_train::{ranks, run};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -157,6 +157,7 @@ struct FromText {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
+    let joined = ranks::join(&args.run.machine)?;
     let (args, from) = run::begin(args)?;
     let tokenizer = Tokenizer::new();
     let mut config = match (&args.weights, &args.run.resume) {
@@ -175,7 +176,7 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let batches = batches(&args.run, args.order, context);
     let dims = machine::dims(&config);
     let run = args.run.clone();
-    work(run, dims, context, None, FromText { args, config, corpus, tokenizer, batches }, from)
+    work(run, dims, context, None, FromText { args, config, corpus, tokenizer, batches }, from, joined)
 }
 
 /// How a run's batches are made of a text.
@@ -194,7 +195,9 @@ pub fn work(
     adapters: Option<Adapters>,
     task: impl Task,
     from: Option<(PathBuf, Header)>,
+    mut joined: Option<ranks::Ranks>,
 ) -> Result<Option<Summary>, Failure> {
+    let (rank, count) = ranks::place(joined.as_ref());
     if let Some((path, header)) = &from
         && u64::from(header.step) > args.steps
     {
@@ -204,7 +207,7 @@ pub fn work(
     let threads = machine::threads(&args.machine);
     let setup = Setup {
         dims,
-        batch: args.batch as usize,
+        batch: ranks::part(args.batch as usize, count)?,
         accumulate: args.accumulate as usize,
         context,
         mode: machine::stack_mode(&args.mode, dims.layers),
@@ -220,7 +223,7 @@ pub fn work(
     args.optim.schedule(args.steps as u32).check()?;
     let kind = args.machine.backend;
     let fixed = match &from {
-        Some((path, h)) => {
+        Some((path, h)) if h.ranks == count => {
             let choice = Choice { chunk: h.chunk, head_rows: h.head_rows };
             let fits = (1..=setup.batch).contains(&h.chunk) && (1..=h.chunk * context).contains(&h.head_rows);
             if !fits {
@@ -229,14 +232,18 @@ pub fn work(
             }
             Some(choice)
         }
-        None => None,
+        _ => None,
     };
-    let (choice, model, layout) = machine::lay_out(&setup, kind, args.machine.memory, fixed)?;
-    let others = other_plans(&setup, kind, choice, args.mode.mode)?;
+    let (choice, model, layout) = machine::lay_out_for(count, &setup, kind, args.machine.memory, fixed)?;
+    if let Some(joined) = &mut joined {
+        joined.reserve(&model.exchanged());
+    }
+    // The table is told by the first rank alone.
+    let others = if rank == 0 { other_plans(&setup, kind, choice, args.mode.mode)? } else { Vec::new() };
     let place = args.machine.clone();
     let mut summary = None;
     let run = Run { args, task, choice, layout: layout.clone(), model, others, from, summary: &mut summary };
-    machine::run(&place, threads, &layout, run)?;
+    machine::run_on(&place, threads, &layout, joined, run)?;
     Ok(summary)
 }
 
@@ -345,7 +352,11 @@ pub fn continuation<B: Backend<Real = f32>>(
 impl<T: Task> Work for Run<'_, T> {
     fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         let out = self.args.out.clone();
-        std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+        // Files are the first rank's.
+        let (first_rank, ranks) = (be.rank() == 0, be.ranks());
+        if first_rank {
+            std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+        }
         let identity = machine::identity(be);
         let digest = self.task.digest()?;
         let mut first = 0;
@@ -361,6 +372,12 @@ impl<T: Task> Work for Run<'_, T> {
                         header.identity
                     );
                 }
+                if header.ranks != ranks {
+                    report::note!(
+                        "warning: the run was computed by {} rank(s), these are {ranks}: it goes on, with other rounding",
+                        header.ranks
+                    );
+                }
                 self.task.start(be, &self.model, true)?;
                 checkpoint::load(path, be, &self.model.saved())?;
                 first = header.step;
@@ -368,14 +385,21 @@ impl<T: Task> Work for Run<'_, T> {
             }
             None => {
                 self.task.start(be, &self.model, false)?;
-                run::replace(&out)?;
-                self.task.record(&out)?;
+                if first_rank {
+                    run::replace(&out)?;
+                    self.task.record(&out)?;
+                }
             }
         }
-        checkpoint::sweep(&out);
+        let saved = self.model.saved();
+        ranks::begin(be, &self.args, (digest, first), &saved)?;
         let log = out.join("metrics.jsonl");
-        let mut metrics = Metrics::<Metric>::resume(&log, u64::from(first))?;
-        let before = Metrics::<Metric>::read(&log)?;
+        let mut metrics = None;
+        if first_rank {
+            checkpoint::sweep(&out);
+            metrics = Some(Metrics::<Metric>::resume(&log, u64::from(first))?);
+        }
+        let before = if first_rank { Metrics::<Metric>::read(&log)? } else { Vec::new() };
         let mut curve: Vec<_> = before.iter().map(|m| (m.step, m.loss)).collect();
 
         self.announce(first, &identity);
@@ -404,10 +428,12 @@ impl<T: Task> Work for Run<'_, T> {
                 clip: self.args.optim.clip,
             };
             let (task, batch) = (&mut self.task, self.args.batch as u32);
+            let part = be.rank() as u32 * (batch / ranks as u32);
             let others = Counting::current().saturating_sub(own);
             Counting::reset_peak();
-            let outcome: Result<Outcome, Failure> =
-                self.model.train(be, &plan, |i, tokens, targets| task.fill(step, i as u32 * batch, tokens, targets));
+            let outcome: Result<Outcome, Failure> = self
+                .model
+                .train(be, &plan, |i, tokens, targets| task.fill(step, i as u32 * batch + part, tokens, targets));
             last = match outcome {
                 Ok(outcome) => outcome,
                 Err(Failure::Core(error)) => {
@@ -437,34 +463,41 @@ impl<T: Task> Work for Run<'_, T> {
                 }
             }
             curve.push((u64::from(done), last.loss));
-            metrics.push(&Metric {
-                step: u64::from(done),
-                loss: last.loss,
-                lr: plan.lr,
-                grad_norm: Some(last.grad_norm),
-                tokens_per_s: tokens_per_step / took,
-                val_loss: val,
-            })?;
+            if let Some(metrics) = &mut metrics {
+                metrics.push(&Metric {
+                    step: u64::from(done),
+                    loss: last.loss,
+                    lr: plan.lr,
+                    grad_norm: Some(last.grad_norm),
+                    tokens_per_s: tokens_per_step / took,
+                    val_loss: val,
+                })?;
+            }
             let shown = validation.last().map_or(String::new(), |(_, v)| format!("val {v:.3} "));
             let speed = tokens_per_step * f64::from(done - first) / seconds;
             bar.set_message(format!("loss {:.3} {shown}{speed:.0} tok/s", last.loss));
             bar.inc(1);
 
-            let stop = run::interrupted();
+            let stop = ranks::any(be, run::interrupted())?;
             let every = self.args.checkpoint_interval as u32;
-            if done == steps || stop || (every > 0 && done % every == 0) {
+            let save = done == steps || stop || (every > 0 && done % every == 0);
+            if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
+                ranks::same(be, &saved).map_err(|error| Failure::Step { step, error, kept: run::kept(&out) })?;
+            }
+            if let Some(metrics) = metrics.as_ref().filter(|_| save) {
                 let header = Header {
                     step: done,
                     chunk: self.choice.chunk,
                     head_rows: self.choice.head_rows,
                     identity: identity.clone(),
+                    ranks,
                     lens: Vec::new(),
                     data: digest,
                     validation: validation.clone(),
                 };
                 // The losses up to a checkpoint are as safe as it is.
                 metrics.sync()?;
-                checkpoint::save(&out, be, &self.model.saved(), header)?;
+                checkpoint::save(&out, be, &saved, header)?;
             }
             if stop && done < steps {
                 bar.abandon();
@@ -478,10 +511,13 @@ impl<T: Task> Work for Run<'_, T> {
         }
         bar.finish_and_clear();
 
+        let whole = self.task.validate(be, &mut self.model, FINAL_TOKENS)?;
+        if !first_rank {
+            return Ok(());
+        }
         let files = self.task.finish(be, &self.model, &out)?;
         let points: Vec<_> = validation.iter().map(|&(s, l)| (u64::from(s), l)).collect();
         report::loss_svg(&out.join("loss.svg"), &curve, &points)?;
-        let whole = self.task.validate(be, &mut self.model, FINAL_TOKENS)?;
         self.summary(be, (last, whole), mismatches, worst, peak, files)?;
 
         use bdia_core::Category as C;
@@ -547,7 +583,7 @@ impl<T: Task> Run<'_, T> {
             s.dims.layers,
             s.dims.width,
             s.context,
-            s.batch,
+            self.args.batch,
             if self.args.accumulate > 1 { format!(" x {}", self.args.accumulate) } else { String::new() },
             self.mode_name(),
             self.task.describe(),
@@ -623,7 +659,8 @@ pub fn evaluate<B: Backend<Real = f32>>(
     let (context, at_once) = (model.setup().context, model.stack.config().chunk);
     let (mut tokens, mut targets) = (vec![0; at_once * context], vec![0; at_once * context]);
     let (mut sum, mut count, mut filled) = (0.0, 0, 0);
-    let mut starts = part.windows(context).take(windows).peekable();
+    // Of several ranks each takes a part of the windows.
+    let mut starts = part.windows(context).take(windows).skip(be.rank()).step_by(be.ranks()).peekable();
     while let Some(from) = starts.next().filter(|_| !run::interrupted()) {
         let range = filled * context..(filled + 1) * context;
         part.window(from, &mut tokens[range.clone()], &mut targets[range.clone()])?;
@@ -635,6 +672,11 @@ pub fn evaluate<B: Backend<Real = f32>>(
             filled = 0;
         }
     }
+    let (own, mut sum, mut count) = ([sum, count as f64, 0.0, 0.0], 0.0, 0);
+    be.gather(own, &mut |[s, n, ..]| {
+        sum += s;
+        count += n as usize;
+    })?;
     Ok((count > 0).then(|| (sum / count as f64, count)))
 }
 

@@ -3,7 +3,7 @@
 use core::fmt;
 
 use bdia_core::arena::Layout;
-use bdia_core::backend::{Chunk, OptimOps, Storage};
+use bdia_core::backend::{Chunk, Exchange, OptimOps, Storage};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::Updater;
 use bdia_core::optim::{Decay, Schedule};
@@ -250,7 +250,12 @@ impl<'j> Session<'j> {
     }
 }
 
-fn finish<const N: usize>(be: &mut impl OptimOps, updater: &Updater, site: Site, part: &Part<N>) -> Result<()> {
+fn finish<const N: usize>(
+    be: &mut (impl OptimOps + Exchange),
+    updater: &Updater,
+    site: Site,
+    part: &Part<N>,
+) -> Result<()> {
     part.params.finished(be, updater, site, 0, &part.tensors)
 }
 

@@ -463,6 +463,14 @@ impl Translator {
         self.tensors().iter().flat_map(|t| &t.pieces).map(|p| p.values.len()).sum()
     }
 
+    /// Lengths of the groups of gradients that are on their way between ranks at the same time: the two of a decoder's block,
+    /// the first also for an encoder's, and for as much of the rest as is worth a message.
+    pub fn exchanged(&self) -> [usize; 2] {
+        let [own, cross] = [self.decoder.own.params.group_len(), self.decoder.cross.group_len()];
+        let rest = self.ends.group_len().min(1 << 18);
+        [own.max(self.encoder.params.group_len()).max(rest), cross]
+    }
+
     /// Linear layers: uniform in ±√(6 / (inputs + outputs)) (Glorot), each of q, k, v and so on for itself; tables and
     /// positions: normal, σ = `d^-½`; biases 0, norms 1; optimizer state 0.
     ///
@@ -546,13 +554,23 @@ impl Translator {
         Ok(batch.iter().map(|t| t.target.len() + 1).sum())
     }
 
-    /// One optimizer step on a batch, with `chunk` samples at a time inside a block.
+    /// One optimizer step on a batch, with `chunk` samples at a time inside a block. Of several ranks each computes its part
+    /// of the batch; the outcome is that of all.
     ///
     /// # Errors
     /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says.
     pub fn train<B: Backend>(&mut self, be: &mut B, step: &Step, batch: &[&Tokens], chunk: usize) -> Result<Outcome> {
-        let mut part = self.part::<B>(&Self::shape_of(batch, chunk))?.0;
-        self.train_part(be, &mut part, step, batch)
+        let (rank, ranks, n) = (be.rank(), be.ranks(), batch.len());
+        let first = rank * n / ranks;
+        let own = &batch[first..(rank + 1) * n / ranks];
+        // As long as the whole batch: places in random streams do not depend on who computes.
+        let shape = Shape { samples: own.len().max(1), ..Self::shape_of(batch, chunk) };
+        let mut part = self.part::<B>(&shape)?.0;
+        if own.is_empty() {
+            // A small batch: what this rank computes does not count.
+            return self.train_samples(be, &mut part, step, &batch[..1], (0, false));
+        }
+        self.train_samples(be, &mut part, step, own, (first, true))
     }
 
     /// The same with a part of one's own, whose gradients and losses can be looked at afterwards.
@@ -565,6 +583,18 @@ impl Translator {
         part: &mut Part,
         step: &Step,
         batch: &[&Tokens],
+    ) -> Result<Outcome> {
+        self.train_samples(be, part, step, batch, (0, true))
+    }
+
+    /// A step on this rank's samples: the index of the first in the whole batch, and whether they count.
+    fn train_samples<B: Backend>(
+        &mut self,
+        be: &mut B,
+        part: &mut Part,
+        step: &Step,
+        batch: &[&Tokens],
+        (first, counts): (usize, bool),
     ) -> Result<Outcome> {
         let Some(rule) = self.setup.rule else { return Err(setting("optimizer", f64::NAN, "one, to train")) };
         let fused = self.setup.fused;
@@ -579,24 +609,42 @@ impl Translator {
         for params in [&self.encoder.params, &self.decoder.own.params, &self.decoder.cross, &self.ends] {
             params.zero_gradients(be)?;
         }
-        let targets = self.put(be, part, batch)?;
-        part.head.scale = 1.0 / targets.max(1) as f64;
+        let mut own = [self.put(be, part, batch)? as f64, 0.0, 0.0, 0.0];
+        own[1] = own[0] + batch.iter().map(|t| t.source.len() + 1).sum::<usize>() as f64;
+        if !counts {
+            let masked = vec![-1; part.head.targets.len()];
+            be.write_ints(part.head.targets, &masked)?;
+            own = [0.0; 4];
+        }
+        let (mut targets, mut tokens) = (0.0_f64, 0.0);
+        be.gather(own, &mut |[n, all, ..]| (targets, tokens) = (targets + n, tokens + all))?;
+        part.head.scale = 1.0 / targets.max(1.0);
 
-        let pass = Pass { seed: step.seed, step: step.step, global: 0 };
+        let pass = Pass { seed: step.seed, step: step.step, global: first as u32 };
         let ([encoder, decoder], [source, target]) = (&mut part.stacks, &mut part.inputs);
         encoder.embed(be, source, &pass)?;
         encoder.forward(be, &mut part.encoder, &pass)?;
         part.output.forward(be, encoder)?;
         decoder.train(be, &mut part.decoder, target, &mut part.head, &pass)?;
+        // In the order in which blocks send them.
+        self.decoder.cross.settle(be, &updater, Site::Block(0), self.decoder.tensors())?;
+        self.decoder.own.params.settle(be, &updater, Site::Block(0), self.decoder.own.tensors())?;
         part.output.vjp(be, encoder)?;
         encoder.backward(be, &mut part.encoder, &pass)?;
         encoder.embed_vjp(be, source, &pass)?;
+        self.encoder.params.settle(be, &updater, Site::Block(0), self.encoder.tensors())?;
 
         let mismatches = encoder.mismatches(be)? + decoder.mismatches(be)?;
         let rebuild_error = encoder.rebuild_error().max(decoder.rebuild_error());
         let (loss, grad_norm) = self.update(be, part.head.losses, &updater, step.clip)?;
-        let tokens = targets + batch.iter().map(|t| t.source.len() + 1).sum::<usize>();
-        Ok(Outcome { loss: loss / targets.max(1) as f64, tokens, grad_norm, mismatches, rebuild_error })
+        let mut outcome = Outcome { loss: 0.0, tokens: tokens as usize, grad_norm, mismatches: 0, rebuild_error: 0.0 };
+        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
+            outcome.loss += loss;
+            outcome.mismatches += mismatches as u64;
+            outcome.rebuild_error = outcome.rebuild_error.max(error);
+        })?;
+        outcome.loss /= targets.max(1.0);
+        Ok(outcome)
     }
 
     /// Updates what the stacks left: the ends, and with full gradient buffers everything. The sum of the losses and the norm of
@@ -608,6 +656,8 @@ impl Translator {
             (&self.decoder.cross, self.setup.dims.layers[1], self.decoder.tensors()),
         ];
         let all = || groups.into_iter().filter(|_| !updater.fused).flat_map(|(p, n, t)| (0..n).map(move |k| (p, k, t)));
+        let [piece, _] = self.exchanged();
+        self.ends.sum_over_ranks(be, piece)?;
         for (params, k, tensors) in all() {
             params.measure(be, Site::Block(k), k, tensors)?;
         }

@@ -25,7 +25,7 @@ use bdia_train::checkpoint::{self, Header};
 use bdia_train::files::{FileError, write_bytes};
 use bdia_train::machine::{self, Work};
 use bdia_train::report::{self, Chart, Metrics, Record, Series};
-use bdia_train::{Failure, run, weights};
+use bdia_train::{Failure, ranks, run, weights};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Batches, chunk_of};
@@ -115,6 +115,8 @@ pub struct Summary {
 /// The pairs that the flags name, their vocabulary, the model for them.
 #[derive(Debug)]
 struct Prepared {
+    /// Ranks that share the batches to learn from.
+    ranks: usize,
     data: Dataset,
     vocabularies: Vocabularies,
     train: Encoded,
@@ -139,7 +141,7 @@ impl Prepared {
 }
 
 /// `vocabulary`: a directory that has one; otherwise one is trained.
-fn prepare(args: &TrainArgs, vocabulary: Option<&Path>) -> Result<Prepared, Failure> {
+fn prepare(args: &TrainArgs, vocabulary: Option<&Path>, ranks: usize) -> Result<Prepared, Failure> {
     let data = dataset(args)?;
     let shared = args.embeddings == Embeddings::Shared;
     let vocabularies = match vocabulary {
@@ -192,8 +194,9 @@ fn prepare(args: &TrainArgs, vocabulary: Option<&Path>) -> Result<Prepared, Fail
     };
     let tokens = args.batch_tokens as usize;
     let batches = Batches::new(&train.tokens, tokens, longest);
-    let held_batches = Batches::new(&held.tokens, tokens, longest);
-    Ok(Prepared { data, vocabularies, train, held, batches, held_batches, config })
+    // Every rank evaluates all of them, in the memory that its part of a batch takes.
+    let held_batches = Batches::new(&held.tokens, tokens.div_ceil(ranks), longest);
+    Ok(Prepared { ranks, data, vocabularies, train, held, batches, held_batches, config })
 }
 
 /// How the flags train a model.
@@ -217,7 +220,9 @@ fn setup(args: &TrainArgs, config: &TranslationConfig) -> Result<Setup, Failure>
 /// The shapes of all batches, and the longest of them.
 fn shapes(p: &Prepared, chunk: usize) -> (Vec<Shape>, usize) {
     let longest = p.config.positions;
-    let all: Vec<_> = p.batches.shapes(chunk, longest).chain(p.held_batches.shapes(chunk, longest)).collect();
+    let part = |s: Shape| Shape { samples: s.samples.div_ceil(p.ranks), ..s };
+    let own = p.batches.shapes(chunk, longest).map(part);
+    let all: Vec<_> = own.chain(p.held_batches.shapes(chunk, longest)).collect();
     let most = all.iter().map(|s| s.source).max().unwrap_or(1);
     (all, most)
 }
@@ -278,6 +283,8 @@ fn lay_out(
                 Translator::layout::<Cpu>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
             }
         }?;
+        let mut layout = layout;
+        ranks::plan(&mut layout, &model.exchanged(), p.ranks);
         Ok(((chunk, sizes, model), layout))
     };
     let budget = budget.map(|b| usize::try_from(b).unwrap_or(usize::MAX));
@@ -334,9 +341,11 @@ struct Run<'a> {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
+    let mut joined = ranks::join(&args.machine)?;
+    let (rank, count) = ranks::place(joined.as_ref());
     let (args, from) = run::begin(args)?;
     let vocabulary = if from.is_some() { Some(args.out.clone()) } else { args.weights.clone() };
-    let prepared = prepare(&args, vocabulary.as_deref())?;
+    let prepared = prepare(&args, vocabulary.as_deref(), count)?;
     let setup = setup(&args, &prepared.config)?;
     let steps = steps(&args, &prepared)?;
     args.optim.schedule(steps).check()?;
@@ -346,18 +355,22 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
                 let what = format!("step {} and chunks of {} sentences do not fit this run", h.step, h.chunk);
                 return Err(Failure::Run { path: path.clone(), what });
             }
-            Some(Choice { chunk: h.chunk, head_rows: h.head_rows })
+            (h.ranks == count).then_some(Choice { chunk: h.chunk, head_rows: h.head_rows })
         }
         None => None,
     };
     let (kind, beams) = (args.machine.backend, args.beams as usize);
     let laid = lay_out(&setup, &prepared, (kind, beams), args.machine.memory, fixed)?;
-    let others = other_plans(&setup, &prepared, kind, laid.choice)?;
+    if let Some(joined) = &mut joined {
+        joined.reserve(&laid.model.exchanged());
+    }
+    // The table is told by the first rank alone.
+    let others = if rank == 0 { other_plans(&setup, &prepared, kind, laid.choice)? } else { Vec::new() };
     let mut summary = None;
     let layout = laid.layout.clone();
     let place = args.machine.clone();
     let work = Run { args, prepared, laid, others, from, summary: &mut summary };
-    machine::run(&place, setup.threads, &layout, work)?;
+    machine::run_on(&place, setup.threads, &layout, joined, work)?;
     Ok(summary)
 }
 
@@ -372,7 +385,11 @@ fn steps(args: &TrainArgs, p: &Prepared) -> Result<u32, Failure> {
 impl Work for Run<'_> {
     fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         let out = self.args.out.clone();
-        std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+        // Files are the first rank's.
+        let (first_rank, ranks) = (be.rank() == 0, be.ranks());
+        if first_rank {
+            std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+        }
         let identity = machine::identity(be, concat!("bdia-translate ", env!("CARGO_PKG_VERSION")));
         let digest = self.prepared.digest()?;
         let (mut first, mut validation) = (0, Vec::new());
@@ -390,6 +407,12 @@ impl Work for Run<'_> {
                         header.identity
                     );
                 }
+                if header.ranks != ranks {
+                    report::note!(
+                        "warning: the run was computed by {} rank(s), these are {ranks}: it goes on, with other rounding",
+                        header.ranks
+                    );
+                }
                 checkpoint::load(path, be, &self.laid.model.saved())?;
                 first = header.step;
                 validation.clone_from(&header.validation);
@@ -399,16 +422,23 @@ impl Work for Run<'_> {
                 if let Some(dir) = &self.args.weights {
                     load_weights(&dir.join(weights::FILE), be, &self.laid.model)?;
                 }
-                run::replace(&out)?;
-                self.prepared.config.write_dir(&out)?;
-                self.prepared.vocabularies.write(&out)?;
-                run::save(&out, &self.args)?;
+                if first_rank {
+                    run::replace(&out)?;
+                    self.prepared.config.write_dir(&out)?;
+                    self.prepared.vocabularies.write(&out)?;
+                    run::save(&out, &self.args)?;
+                }
             }
         }
-        checkpoint::sweep(&out);
+        let saved = self.laid.model.saved();
+        ranks::begin(be, &self.args, (digest, first), &saved)?;
         let log = out.join("metrics.jsonl");
-        let mut metrics = Metrics::<Metric>::resume(&log, u64::from(first))?;
-        let mut curve = Metrics::<Metric>::read(&log)?;
+        let (mut metrics, mut curve) = (None, Vec::new());
+        if first_rank {
+            checkpoint::sweep(&out);
+            metrics = Some(Metrics::<Metric>::resume(&log, u64::from(first))?);
+            curve = Metrics::<Metric>::read(&log)?;
+        }
 
         let per_epoch = self.prepared.batches.per_epoch() as u32;
         let steps = steps(&self.args, &self.prepared)?;
@@ -478,7 +508,9 @@ impl Work for Run<'_> {
                 validation.push((done, loss));
                 if loss < best {
                     best = loss;
-                    save_weights(&out.join("best.safetensors"), be, &self.laid.model)?;
+                    if first_rank {
+                        save_weights(&out.join("best.safetensors"), be, &self.laid.model)?;
+                    }
                 }
                 let mut text = format!("epoch {epochs:>4}  loss {:.4}  held out: loss {loss:.4}", outcome.loss);
                 if !some.is_empty() {
@@ -493,25 +525,32 @@ impl Work for Run<'_> {
                 }
             }
             curve.push(metric);
-            metrics.push(&metric)?;
+            if let Some(metrics) = &mut metrics {
+                metrics.push(&metric)?;
+            }
             let shown = validation.last().map_or(String::new(), |(_, v)| format!("held out {v:.3} "));
             bar.set_message(format!("loss {:.3} {shown}{:.0} tokens/s", outcome.loss, tokens as f64 / seconds));
             bar.inc(1);
 
-            let stop = run::interrupted();
+            let stop = ranks::any(be, run::interrupted())?;
             let every = self.args.checkpoint_interval as u32;
-            if done == steps || stop || (epoch_done && every > 0 && epochs.is_multiple_of(every)) {
+            let save = done == steps || stop || (epoch_done && every > 0 && epochs.is_multiple_of(every));
+            if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
+                ranks::same(be, &saved).map_err(|error| Failure::Step { step, error, kept: run::kept(&out) })?;
+            }
+            if let Some(metrics) = metrics.as_ref().filter(|_| save) {
                 let header = Header {
                     step: done,
                     chunk: self.laid.choice.chunk,
                     head_rows: self.laid.choice.head_rows,
                     identity: identity.clone(),
+                    ranks,
                     lens: Vec::new(),
                     data: digest,
                     validation: validation.clone(),
                 };
                 metrics.sync()?;
-                checkpoint::save(&out, be, &self.laid.model.saved(), header)?;
+                checkpoint::save(&out, be, &saved, header)?;
             }
             if stop && done < steps {
                 bar.abandon();
@@ -523,6 +562,9 @@ impl Work for Run<'_> {
             }
         }
         bar.finish_and_clear();
+        if !first_rank {
+            return Ok(());
+        }
 
         self.prepared.config.write_dir(&out)?;
         save_weights(&out.join(weights::FILE), be, &self.laid.model)?;
@@ -685,7 +727,7 @@ pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
     if args.resume.is_some() {
         return Err(Failure::Other("plan lays out a new run; leave --resume out and give the run's flags".into()));
     }
-    let prepared = prepare(args, args.weights.as_deref())?;
+    let prepared = prepare(args, args.weights.as_deref(), 1)?;
     let setup = setup(args, &prepared.config)?;
     let kind = args.machine.backend;
     let laid = lay_out(&setup, &prepared, (kind, args.beams as usize), args.machine.memory, None)?;

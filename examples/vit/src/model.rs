@@ -351,6 +351,12 @@ impl Vit {
         self.tensors().iter().map(|t| t.values.len()).sum()
     }
 
+    /// Lengths of the groups of gradients that are on their way between ranks at the same time: one block, or as much of the
+    /// rest as is worth a message.
+    pub fn exchanged(&self) -> [usize; 1] {
+        [self.blocks.params.group_len().max(self.ends.group_len().min(1 << 18))]
+    }
+
     /// Linear layers: uniform in ±1/√(inputs), as PyTorch does; class token and positions: normal, σ = 0.02; temperatures:
     /// `log(head_dim^-½)`; biases 0, norms 1; optimizer state 0.
     ///
@@ -392,7 +398,7 @@ impl Vit {
     }
 
     /// One optimizer step. `image` writes the pixels `[C, height, width]` of a sample and returns its label, and its second
-    /// label where batches are mixed.
+    /// label where batches are mixed; of several ranks, the samples of this one. The outcome is that of all ranks.
     ///
     /// # Errors
     /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What `image` returns.
@@ -414,12 +420,14 @@ impl Vit {
         self.blocks.updater = updater;
         self.blocks.params.zero_gradients(be)?;
         self.ends.zero_gradients(be)?;
-        let batch = self.setup.batch;
-        self.put(be, batch, image)?;
+        let own = self.setup.batch;
+        self.put(be, own, image)?;
+        // All ranks have as many images.
+        let batch = own * be.ranks();
         self.head.scale = 1.0 / batch as f64;
         self.head.mixup = self.mixup.map(|m| Mixup { share: step.share, ..m });
 
-        let pass = Pass { seed: step.seed, step: step.step, global: 0 };
+        let pass = Pass { seed: step.seed, step: step.step, global: (be.rank() * own) as u32 };
         let (mut mismatches, rebuild_error) = (
             0,
             match &mut self.trunk {
@@ -442,12 +450,14 @@ impl Vit {
             mismatches = stack.mismatches(be)?;
         }
 
-        let layers = self.setup.dims.layers;
+        let (layers, [piece]) = (self.setup.dims.layers, self.exchanged());
+        self.blocks.params.settle(be, &updater, Site::Block(0), self.blocks.tensors())?;
         if !fused {
             for k in 0..layers {
                 self.blocks.params.measure(be, Site::Block(k), k, self.blocks.tensors())?;
             }
         }
+        self.ends.sum_over_ranks(be, piece)?;
         self.ends.measure(be, Site::Embedding, 0, &self.end_tensors)?;
         // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
         // the step is done.
@@ -460,7 +470,14 @@ impl Vit {
         }
         self.ends.update(be, &updater, 0, &self.end_tensors)?;
         let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
-        Ok(Outcome { loss: loss / batch as f64, grad_norm, mismatches, rebuild_error })
+        let mut outcome = Outcome { loss: 0.0, grad_norm, mismatches: 0, rebuild_error: 0.0 };
+        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
+            outcome.loss += loss;
+            outcome.mismatches += mismatches as u64;
+            outcome.rebuild_error = outcome.rebuild_error.max(error);
+        })?;
+        outcome.loss /= batch as f64;
+        Ok(outcome)
     }
 
     /// What a step reads: the sum of its losses and the norm of its gradients.

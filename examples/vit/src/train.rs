@@ -25,7 +25,7 @@ use bdia_train::files::FileError;
 use bdia_train::machine::{self, Work};
 use bdia_train::report::{self, Chart, Metrics, Record, Series};
 use bdia_train::weights::{self, Weights};
-use bdia_train::{Failure, run};
+use bdia_train::{Failure, ranks, run};
 use serde::{Deserialize, Serialize};
 
 use crate::augment::{Augment, apply};
@@ -155,11 +155,11 @@ pub fn prepare(args: &TrainArgs) -> Result<(Dataset, VitConfig, Augment), Failur
 }
 
 /// How the flags train a model.
-fn setup(args: &TrainArgs, config: &VitConfig) -> Result<Setup, Failure> {
+fn setup(args: &TrainArgs, config: &VitConfig, ranks: usize) -> Result<Setup, Failure> {
     let threads = machine::threads(&args.machine);
     Ok(Setup {
         dims: config.dims(),
-        batch: args.batch as usize,
+        batch: ranks::part(args.batch as usize, ranks)?,
         chunk: 1,
         mode: machine::stack_mode(&args.mode, config.layers),
         grid: machine::grid(&args.mode)?,
@@ -190,13 +190,26 @@ pub fn lay_out(
     budget: Option<u64>,
     fixed: Option<usize>,
 ) -> Result<(Choice, Vit, Layout), Failure> {
+    lay_out_for(1, setup, kind, budget, fixed)
+}
+
+/// The same with what `ranks` ranks need to add up gradients.
+fn lay_out_for(
+    ranks: usize,
+    setup: &Setup,
+    kind: BackendKind,
+    budget: Option<u64>,
+    fixed: Option<usize>,
+) -> Result<(Choice, Vit, Layout), Failure> {
     let make = |choice: Choice| {
         let setup = Setup { chunk: choice.chunk, ..*setup };
-        match kind {
+        let (model, mut layout) = match kind {
             BackendKind::Reference => Vit::layout::<Reference<'_, f32>>(&setup),
             BackendKind::Cpu => Vit::layout::<Cpu>(&setup),
             BackendKind::Cuda => Vit::layout::<Cuda>(&setup),
-        }
+        }?;
+        ranks::plan(&mut layout, &model.exchanged(), ranks);
+        Ok((model, layout))
     };
     let budget = budget.map(|b| usize::try_from(b).unwrap_or(usize::MAX));
     Ok(match fixed {
@@ -254,28 +267,35 @@ struct Run<'a> {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
+    let mut joined = ranks::join(&args.machine)?;
+    let (rank, count) = ranks::place(joined.as_ref());
     let (args, from) = run::begin(args)?;
     let (data, config, augment) = prepare(&args)?;
-    let setup = setup(&args, &config)?;
+    let setup = setup(&args, &config, count)?;
     let steps = steps(&args, &data)?;
     args.optim.schedule(steps).check()?;
     let fixed = match &from {
         Some((path, h)) => {
-            if h.step > steps || !(1..=setup.batch).contains(&h.chunk) {
+            let same = h.ranks == count;
+            if h.step > steps || (same && !(1..=setup.batch).contains(&h.chunk)) {
                 let what = format!("step {} and chunks of {} images do not fit this run", h.step, h.chunk);
                 return Err(Failure::Run { path: path.clone(), what });
             }
-            Some(h.chunk)
+            same.then_some(h.chunk)
         }
         None => None,
     };
     let kind = args.machine.backend;
-    let (choice, model, layout) = lay_out(&setup, kind, args.machine.memory, fixed)?;
-    let others = other_plans(&setup, kind, choice.chunk)?;
+    let (choice, model, layout) = lay_out_for(count, &setup, kind, args.machine.memory, fixed)?;
+    if let Some(joined) = &mut joined {
+        joined.reserve(&model.exchanged());
+    }
+    // The table is told by the first rank alone.
+    let others = if rank == 0 { other_plans(&setup, kind, choice.chunk)? } else { Vec::new() };
     let (mut summary, place) = (None, args.machine.clone());
     let work =
         Run { args, config, data, augment, choice, layout: layout.clone(), model, others, from, summary: &mut summary };
-    machine::run(&place, setup.threads, &layout, work)?;
+    machine::run_on(&place, setup.threads, &layout, joined, work)?;
     Ok(summary)
 }
 
@@ -425,7 +445,11 @@ fn percent(x: f64) -> String {
 impl Work for Run<'_> {
     fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         let out = self.args.out.clone();
-        std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+        // Files are the first rank's.
+        let (first_rank, ranks) = (be.rank() == 0, be.ranks());
+        if first_rank {
+            std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+        }
         let identity = identity(be);
         let digest = self.data.digest();
         let (mut first, mut validation) = (0, Vec::new());
@@ -440,6 +464,12 @@ impl Work for Run<'_> {
                         header.identity
                     );
                 }
+                if header.ranks != ranks {
+                    report::note!(
+                        "warning: the run was computed by {} rank(s), these are {ranks}: it goes on, with other rounding",
+                        header.ranks
+                    );
+                }
                 checkpoint::load(path, be, &self.model.saved())?;
                 first = header.step;
                 validation.clone_from(&header.validation);
@@ -449,15 +479,22 @@ impl Work for Run<'_> {
                 if let Some(dir) = &self.args.weights {
                     load_weights(&dir.join(weights::FILE), be, &self.model)?;
                 }
-                run::replace(&out)?;
-                self.config.write_dir(&out)?;
-                run::save(&out, &self.args)?;
+                if first_rank {
+                    run::replace(&out)?;
+                    self.config.write_dir(&out)?;
+                    run::save(&out, &self.args)?;
+                }
             }
         }
-        checkpoint::sweep(&out);
+        let saved = self.model.saved();
+        ranks::begin(be, &self.args, (digest, first), &saved)?;
         let log = out.join("metrics.jsonl");
-        let mut metrics = Metrics::<Metric>::resume(&log, u64::from(first))?;
-        let mut curve = Metrics::<Metric>::read(&log)?;
+        let (mut metrics, mut curve) = (None, Vec::new());
+        if first_rank {
+            checkpoint::sweep(&out);
+            metrics = Some(Metrics::<Metric>::resume(&log, u64::from(first))?);
+            curve = Metrics::<Metric>::read(&log)?;
+        }
 
         let per_epoch = steps_per_epoch(&self.args, &self.data)?;
         let steps = steps(&self.args, &self.data)?;
@@ -466,6 +503,7 @@ impl Work for Run<'_> {
         let bar = run::progress(steps, first);
         let schedule = self.args.optim.schedule(steps);
         let batch = self.args.batch as usize;
+        let part = be.rank() * (batch / ranks);
         let pixels = self.data.train.shape.iter().product();
         let [mut one, mut two, mut raw] = [0; 3].map(|_| vec![0.0; pixels]);
         let mut images = order(self.args.seed, first / per_epoch, self.data.train.len());
@@ -502,6 +540,7 @@ impl Work for Run<'_> {
                 i32::from(train.labels[at])
             };
             let outcome: Result<Outcome, Failure> = self.model.train(be, &plan, |i, pixels| {
+                let i = part + i;
                 let label = load(i, &mut raw, &mut one);
                 if augment.mixup <= 0.0 {
                     pixels.copy_from_slice(&one);
@@ -546,7 +585,9 @@ impl Work for Run<'_> {
                 validation.push((done, e.accuracy));
                 if e.accuracy > best {
                     best = e.accuracy;
-                    save_weights(&out.join("best.safetensors"), be, &self.model)?;
+                    if first_rank {
+                        save_weights(&out.join("best.safetensors"), be, &self.model)?;
+                    }
                 }
                 let text = format!(
                     "epoch {epochs:>4}  loss {:.4}  held out: loss {:.4}, {}",
@@ -561,26 +602,33 @@ impl Work for Run<'_> {
                 }
             }
             curve.push(metric);
-            metrics.push(&metric)?;
+            if let Some(metrics) = &mut metrics {
+                metrics.push(&metric)?;
+            }
             let shown = validation.last().map_or(String::new(), |(_, v)| format!("{} ", percent(*v)));
             let speed = (batch * (done - first) as usize) as f64 / seconds;
             bar.set_message(format!("loss {:.3} {shown}{speed:.0} img/s", outcome.loss));
             bar.inc(1);
 
-            let stop = run::interrupted();
+            let stop = ranks::any(be, run::interrupted())?;
             let every = self.args.checkpoint_interval as u32;
-            if done == steps || stop || (epoch_done && every > 0 && epochs % every == 0) {
+            let save = done == steps || stop || (epoch_done && every > 0 && epochs % every == 0);
+            if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
+                ranks::same(be, &saved).map_err(|error| Failure::Step { step, error, kept: run::kept(&out) })?;
+            }
+            if let Some(metrics) = metrics.as_ref().filter(|_| save) {
                 let header = Header {
                     step: done,
                     chunk: self.choice.chunk,
                     head_rows: 1,
                     identity: identity.clone(),
+                    ranks,
                     lens: Vec::new(),
                     data: digest,
                     validation: validation.clone(),
                 };
                 metrics.sync()?;
-                checkpoint::save(&out, be, &self.model.saved(), header)?;
+                checkpoint::save(&out, be, &saved, header)?;
             }
             if stop && done < steps {
                 bar.abandon();
@@ -592,6 +640,9 @@ impl Work for Run<'_> {
             }
         }
         bar.finish_and_clear();
+        if !first_rank {
+            return Ok(());
+        }
 
         self.config.write_dir(&out)?;
         save_weights(&out.join(weights::FILE), be, &self.model)?;
@@ -650,7 +701,7 @@ impl Run<'_> {
             c.layers,
             c.width,
             s.dims.patches.count(),
-            s.batch,
+            self.args.batch,
             mode_name(&self.args),
             self.data.train.len(),
             self.data.test.len(),
@@ -880,7 +931,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
 /// [`Failure`]
 pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
     let (_, config, _) = prepare(args)?;
-    let setup = setup(args, &config)?;
+    let setup = setup(args, &config, 1)?;
     let kind = args.machine.backend;
     let (choice, model, layout) = lay_out(&setup, kind, args.machine.memory, None)?;
     let mut plans = vec![(mode_name(args), layout.clone())];
