@@ -23,7 +23,7 @@ use bdia_gpt2::weights::Weights;
 use common::{Memory, State, data, grid, lay_out, small, state};
 use program::{Dir, bad, content, copy, good, metrics, program};
 
-const STEP: Step = Step { step: 0, seed: 3, lr: 0.0, weight_decay: 0.0, clip: 0.0, accumulate: 1 };
+const STEP: Step = Step { step: 0, seed: 3, lr: 0.0, weight_decay: 0.0, clip: 0.0 };
 const SHAPE: LoraShape = LoraShape { rank: 4, alpha: 32.0 };
 
 /// Samples of the fixture: tokens and, shifted by one, targets.
@@ -48,6 +48,7 @@ fn setup(mode: Mode, adapters: Option<Adapters>) -> Setup {
     Setup {
         dims: machine::dims(&config),
         batch: 3,
+        accumulate: 1,
         context: 15,
         mode,
         grid: (mode == Mode::Bdia).then(grid).flatten(),
