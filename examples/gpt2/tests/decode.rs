@@ -27,6 +27,8 @@ fn setup(context: usize, threads: usize) -> Setup {
     Setup {
         dims: machine::dims(&Gpt2Config::read_dir(&data(MODEL)).unwrap()),
         batch: 1,
+        accumulate: 1,
+        adapters: None,
         context,
         mode: Mode::Bdia,
         grid: grid(),
