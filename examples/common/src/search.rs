@@ -107,7 +107,12 @@ impl Search {
             return;
         }
         let next = self.candidates(logits, never);
-        self.live.clear();
+        let before = core::mem::take(&mut self.live);
+        if next.is_empty() {
+            // Every token is ruled out: they end as they are.
+            before.into_iter().for_each(|h| self.end(h));
+            return;
+        }
         self.length += 1;
         let last = self.length == self.settings.tokens;
         for (rank, (mut hypothesis, token)) in next.into_iter().enumerate() {
@@ -259,6 +264,8 @@ mod tests {
         // 1 is not followed by 1 again; of two equals it is the lower.
         let settings = Settings { beams: 1, no_repeat: 2, tokens: 4, end: None, ..SETTINGS };
         assert_eq!(search(settings, &TABLE), [1, 1, 0, 0]);
+        // Of three tokens none is left for the fourth.
+        assert_eq!(search(Settings { no_repeat: 1, ..settings }, &TABLE), [1, 0, 2]);
     }
 
     #[test]

@@ -187,7 +187,8 @@ impl Text<'_> {
 }
 
 impl Decoder {
-    /// Lays the arenas of a model out for decoding, behind its parameters ([`Gpt2::base`]); the layout is the whole plan.
+    /// Lays the arenas of a model out for decoding, behind its parameters and what its optimizer has. The layout is the
+    /// whole plan of a program that only decodes; one that trains covers it ([`Layout::cover`]).
     ///
     /// # Errors
     /// A typed error for sizes that do not fit together.
@@ -319,7 +320,10 @@ impl Decoder {
             if texts.iter().all(Option::is_none) {
                 break;
             }
-            self.advance(&mut texts, d, &logits, &mut order, &mut next)?;
+            if let Err(error) = self.advance(&mut texts, d, &logits, &mut order, &mut next) {
+                // What went wrong before the logits says more.
+                return Err(be.take_fault()?.map_or_else(|| error.into(), |fault| Error::from(fault).into()));
+            }
             taken += texts.iter().flatten().count();
             let stop = run::interrupted();
             for place in &mut texts {
@@ -406,11 +410,20 @@ impl Decoder {
         order: &mut [usize],
         next: &mut [i32],
     ) -> core::result::Result<(), SampleError> {
+        /// A text and its rows.
+        struct Share<'s, 't, R> {
+            text: &'s mut Text<'t>,
+            logits: &'s [R],
+            order: &'s mut [usize],
+            next: &'s mut [i32],
+        }
         let (beams, per) = (self.sizes.beams, self.sizes.beams * self.setup.dims.vocab);
         let places = logits.chunks(per).zip(order.chunks_mut(beams)).zip(next.chunks_mut(beams));
-        let mut work: Vec<_> = texts.iter_mut().zip(places).filter_map(|(text, p)| Some((text.as_mut()?, p))).collect();
-        let some = |work: &mut [(&mut Text<'_>, ((&[R], &mut [usize]), &mut [i32]))]| {
-            work.iter_mut().try_for_each(|(text, ((logits, order), next))| text.advance(d, logits, order, next))
+        let mut work: Vec<_> = (texts.iter_mut().zip(places))
+            .filter_map(|(text, ((logits, order), next))| Some(Share { text: text.as_mut()?, logits, order, next }))
+            .collect();
+        let some = |work: &mut [Share<'_, '_, R>]| {
+            work.iter_mut().try_for_each(|s| s.text.advance(d, s.logits, s.order, s.next))
         };
         let share = work.len().div_ceil(self.setup.threads.max(1));
         if share == work.len() {

@@ -74,18 +74,25 @@ fn tokens(of: &Value) -> Vec<Vec<i32>> {
     serde_json::from_value(of.clone()).unwrap()
 }
 
-/// Prompts, and settings with what follows.
-fn fixture() -> (Vec<Vec<i32>>, Vec<(usize, Decoding, Vec<Vec<i32>>)>) {
+/// A setting of `generate`, and what follows each prompt.
+struct Case {
+    beams: usize,
+    decoding: Decoding,
+    follow: Vec<Vec<i32>>,
+}
+
+/// Prompts, and all settings.
+fn fixture() -> (Vec<Vec<i32>>, Vec<Case>) {
     let file: Value = serde_json::from_slice(&std::fs::read(data(MODEL).join("generate.json")).unwrap()).unwrap();
     let cases = file["cases"].as_array().unwrap().iter().map(|c| {
-        let d = Decoding {
+        let decoding = Decoding {
             how: How::Search(Length::Power(c["length_penalty"].as_f64().unwrap())),
             tokens: file["tokens"].as_u64().unwrap() as usize,
             end: Some(file["end"].as_i64().unwrap() as i32),
             no_repeat: c["no_repeat"].as_u64().unwrap() as usize,
             inference: float(0.0),
         };
-        (c["beams"].as_u64().unwrap() as usize, d, tokens(&c["follow"]))
+        Case { beams: c["beams"].as_u64().unwrap() as usize, decoding, follow: tokens(&c["follow"]) }
     });
     (tokens(&file["prompts"]), cases.collect())
 }
@@ -103,7 +110,7 @@ fn check<B: Backend>(be: &mut B, decoder: &Decoder, prompts: &[Vec<i32>], d: &De
 fn tokens_are_those_of_transformers() {
     let (prompts, cases) = fixture();
     assert!(cases.len() > 50);
-    for (i, (beams, d, expected)) in cases.iter().enumerate() {
+    for (i, Case { beams, decoding: d, follow: expected }) in cases.iter().enumerate() {
         let sizes = Sizes::of(&prompts, [4, 1, 6][i % 3], *beams, d.tokens, 48);
         assert_eq!(sizes.context, 40);
         let (model, decoder, layout) = lay_out::<Cpu>(1, 2, &sizes);
