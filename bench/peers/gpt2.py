@@ -1,4 +1,4 @@
-"""GPT-2 of transformers, trained on the CPU: everything stored, gradient checkpointing, or BDIA."""
+"""GPT-2 of transformers, trained on the CPU or on a CUDA device: everything stored, gradient checkpointing, or BDIA."""
 
 import peer
 
@@ -27,8 +27,7 @@ def main():
         p.add_argument(f"--{name}", type=int)
     p.add_argument("--gelu", choices=["tanh", "exact"], default="tanh")
     args = p.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    device = peer.prepare(args)
 
     preset = SIZES.get(args.model, SIZES["tiny"])
     layers, heads, width, positions, vocab = (
@@ -40,7 +39,7 @@ def main():
         activation_function={"tanh": "gelu_new", "exact": "gelu"}[args.gelu], use_cache=False,
         embd_pdrop=args.dropout, attn_pdrop=args.dropout, resid_pdrop=args.dropout, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config).to(device)
     body = model.transformer
     named = {name.removeprefix("transformer."): q for name, q in model.named_parameters()}
     if args.mode == "checkpointing":
@@ -54,8 +53,8 @@ def main():
         return h
 
     stack = bdia.Stack([residual(block) for block in body.h], args.frac_bits, args.seed, args.verify)
-    tokens, targets = peer.sequences(args.seed, args.batch, args.context, vocab)
-    places = torch.arange(args.context)
+    tokens, targets = (t.to(device) for t in peer.sequences(args.seed, args.batch, args.context, vocab))
+    places = torch.arange(args.context, device=device)
 
     def step_loss(step):
         if args.mode == "bdia":

@@ -30,7 +30,8 @@ def imports_done():
 def arguments(description, modes):
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--mode", choices=modes, default=modes[0])
-    p.add_argument("--precision", choices=["f32", "bf16"], default="f32", help="bf16: autocast, parameters stay f32")
+    p.add_argument("--device", default="cpu", help="cpu, or cuda:0 (not for mode bdia)")
+    p.add_argument("--precision", choices=["f32", "tf32", "bf16"], default="f32", help="bf16: autocast, parameters stay f32")
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--steps", type=int, default=5)
@@ -47,6 +48,21 @@ def arguments(description, modes):
     p.add_argument("--weights", help="start from this safetensors file (f32)")
     p.add_argument("--save", help="write the initial parameters to this safetensors file and stop")
     return p
+
+
+def prepare(args):
+    """Threads, seed and device of a run."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    if args.mode == "bdia" and device.type != "cpu":
+        raise SystemExit("--mode bdia runs on the cpu only")
+    if args.precision == "tf32" and device.type != "cuda":
+        raise SystemExit("--precision tf32 needs --device cuda:0")
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    return device
 
 
 def numbers(seed, n):
@@ -72,6 +88,8 @@ def sequences(seed, batch, context, vocab):
 
 def load(named, path):
     """Reads f32 tensors into the parameters in place, without mapping the file: mapped pages would count as memory."""
+    import torch
+
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -84,7 +102,11 @@ def load(named, path):
             if entry["dtype"] != "F32" or entry["shape"] != list(parameter.shape):
                 raise SystemExit(f"{path}: {name} is {entry['dtype']} {entry['shape']}, expected F32 {list(parameter.shape)}")
             file.seek(8 + length + entry["data_offsets"][0])
-            file.readinto(memoryview(parameter.detach().numpy()).cast("B"))
+            if parameter.device.type == "cpu":
+                file.readinto(memoryview(parameter.detach().numpy()).cast("B"))
+            else:
+                read = torch.frombuffer(bytearray(file.read(parameter.numel() * 4)), dtype=torch.float32)
+                parameter.detach().copy_(read.view(parameter.shape))
 
 
 def save(named, path):
@@ -121,20 +143,24 @@ def measure(args, model, named, step_loss, facts, stack, loaded=lambda: None):
     if args.weights:
         load(named, args.weights)
         loaded()
+    device = next(model.parameters()).device
     model.train()
     optimizer = adamw(model, args)
     seconds, losses = [], []
     for step in range(args.steps):
         start = time.perf_counter()
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.precision == "bf16"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
             loss = step_loss(step)
         loss.backward()
         optimizer.step()
+        # On a device this waits for the optimizer too.
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
     counted = seconds[min(args.warmup, len(seconds) - 1) :]
     items = facts.pop("items")
+    on_device = device.type == "cuda"
+    most = torch.cuda.max_memory_allocated(device) if on_device else 0
     print(
         json.dumps(
             {
@@ -150,6 +176,8 @@ def measure(args, model, named, step_loss, facts, stack, loaded=lambda: None):
                 "items_per_s": items / statistics.median(counted),
                 "peak_rss": status("VmHWM"),
                 "base_rss": BASE_RSS,
+                "backend": device.type,
+                "parts": [{"name": "device", "plan": 0, "measured": most}] if on_device else [],
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "losses": losses,
                 "mismatches": stack.mismatches if args.verify and args.mode == "bdia" else None,

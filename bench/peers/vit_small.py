@@ -1,5 +1,5 @@
-"""The paper's ViT (`vit_small`: 32x32 images, 9,622,512 parameters with 10 classes), trained on the CPU: everything stored,
-checkpointing, or BDIA. Dropout is at the embedding, in attention, inside the MLP, and behind both branches."""
+"""The paper's ViT (`vit_small`: 32x32 images, 9,622,512 parameters with 10 classes), trained on the CPU or on a CUDA device:
+everything stored, checkpointing, or BDIA. Dropout is at the embedding, in attention, inside the MLP, and behind both branches."""
 
 import math
 
@@ -118,14 +118,13 @@ class Vit(nn.Module):
 
 def main():
     args = peer.arguments(__doc__, ["store-all", "checkpointing", "bdia"]).parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    model = Vit(args.dropout)
+    device = peer.prepare(args)
+    model = Vit(args.dropout).to(device)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS
     values = peer.numbers(args.seed, args.batch * (CHANNELS * SIZE * SIZE + 1))
-    labels = torch.from_numpy((values[: args.batch] % CLASSES).astype("int64"))
+    labels = torch.from_numpy((values[: args.batch] % CLASSES).astype("int64")).to(device)
     pixels = (values[args.batch :] >> 40).astype("float32") * 2.0**-23 - 1.0
-    images = torch.from_numpy(pixels).view(args.batch, CHANNELS, SIZE, SIZE)
+    images = torch.from_numpy(pixels).view(args.batch, CHANNELS, SIZE, SIZE).to(device)
     stack = bdia.Stack([block.residual for block in model.blocks], args.frac_bits, args.seed, args.verify)
 
     def step_loss(step):

@@ -133,6 +133,7 @@ fn gpt2(job: &Job, config: &Gpt2Config, s: &Settings) -> gpt2::Setup {
     gpt2::Setup {
         dims: machine::dims(config),
         batch: job.batch(),
+        accumulate: 1,
         context: job.tokens(),
         mode: s.mode,
         grid: s.grid,
@@ -188,7 +189,7 @@ impl Network for gpt2::Gpt2 {
     }
 
     fn step<B: Backend<Real = f32>>(&mut self, job: &Job, be: &mut B, step: u32) -> Result<(f64, u64), Failure> {
-        let plan = gpt2::Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0, accumulate: 1 };
+        let plan = gpt2::Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0 };
         let (context, vocab) = (job.tokens(), self.setup().dims.vocab as u64);
         let outcome = self.train(be, &plan, |_, tokens, targets| {
             for (i, (sample, next)) in tokens.chunks_mut(context).zip(targets.chunks_mut(context)).enumerate() {

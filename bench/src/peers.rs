@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bdia_core::backend::Gelu;
+use bdia_gpt2::cli::BackendKind;
 
 use crate::Failure;
 use crate::job::{Architecture, Job, Record};
@@ -29,7 +30,12 @@ impl Peer {
 
     /// Its name in tables.
     pub fn name(self) -> String {
-        format!("PyTorch {}{}", self.mode, if self.precision == "f32" { "" } else { ", bf16 autocast" })
+        let precision = match self.precision {
+            "f32" => "",
+            "bf16" => ", bf16 autocast",
+            other => return format!("PyTorch {}, {other}", self.mode),
+        };
+        format!("PyTorch {}{precision}", self.mode)
     }
 }
 
@@ -77,6 +83,9 @@ impl Python {
     fn command(&self, program: &str, job: &Job, peer: Peer) -> Command {
         let mut command = Command::new(&self.python);
         command.arg(self.programs.join(program)).args(["--mode", peer.mode, "--precision", peer.precision]);
+        if job.backend == BackendKind::Cuda {
+            command.args(["--device", &format!("cuda:{}", job.device)]);
+        }
         for (flag, value) in [
             ("batch", job.batch().to_string()),
             ("threads", job.threads.to_string()),

@@ -40,7 +40,7 @@ pub struct ReportArgs {
     /// Times that both sides are run, with --peers [default: 3; quick: 2]
     #[arg(long)]
     pub rounds: Option<usize>,
-    /// Only this part; --peers belongs to the processor's [default: the processor, and a CUDA device where there is one]
+    /// Only this part [default: the processor, and a CUDA device where there is one]
     #[arg(long)]
     pub only: Option<Only>,
     /// Number of the CUDA device

@@ -113,7 +113,8 @@ pub fn scaling(args: &ScalingArgs) -> Result<(), Failure> {
         let one = step(args, gbit, 1).seconds;
         for &ranks in &args.ranks {
             let s = step(args, gbit, ranks);
-            let hidden = if s.exchange > 0.0 { format!("{:.0} %", 100.0 * (1.0 - s.waits / s.exchange)) } else { "-".into() };
+            let hidden =
+                if s.exchange > 0.0 { format!("{:.0} %", 100.0 * (1.0 - s.waits / s.exchange)) } else { "-".into() };
             println!(
                 "{gbit:>8} {ranks:>7} {:>13} {:>9.3} s {:>9.3} s {:>9.3} s {hidden:>7} {:>9.1} %",
                 bytes(s.bytes as u64),

@@ -128,6 +128,11 @@ pub trait Storage {
     /// Reads the status and clears it. On a device this waits for all work before it.
     fn take_fault(&mut self) -> Result<Option<Fault>>;
 
+    /// Clears the status, whatever it was: what an abandoned step left is not the next one's. A device need not wait for it.
+    fn clear_fault(&mut self) -> Result<()> {
+        self.take_fault().map(|_| ())
+    }
+
     /// Reads the status and leaves it: what a foreign optimizer asks before it changes parameters.
     fn peek_fault(&mut self) -> Result<Option<Fault>> {
         let fault = self.take_fault()?;
@@ -154,6 +159,10 @@ pub trait UpdateOps: Storage {
     /// `X += Q(h)`: block 0 of the reversible stack, and every block of the quantized standard one. A quantized `h`
     /// out of range counts as 0, a sum out of range is kept as it is (wrapped); both raise [`Fault::Range`].
     fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()>;
+
+    /// `X -= Q(h)`, the inverse of [`add_quantized`](Self::add_quantized): wraps. A quantized `h` out of range counts as 0 and
+    /// raises nothing.
+    fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()>;
 
     /// The step ([`Gamma::step`]) in place: `x` holds `X_{k-1}` and becomes `X_{k+1}`; `cur` is `x_k`, `h` is `h_k(x_k)`.
     /// Writes the side bits of `X_{k-1}` unless `side` is empty, adds the checksum of `X_{k+1}`. Faults as in

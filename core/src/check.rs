@@ -136,7 +136,7 @@ impl Arenas {
         disjoint("copy_ints", &[self.ints("copy_ints", src)?], &[self.ints("copy_ints", dst)?])
     }
 
-    /// `quantize` and `add_quantized`: values of a sample.
+    /// `quantize`, `add_quantized` and `subtract_quantized`: values of a sample.
     pub fn quantize(&self, what: &'static str, chunk: &Chunk, y: Reals, x: Ints, sum: Words) -> Result<usize> {
         let per = per_sample(chunk, x.len())?;
         same(what, x.len(), y.len())?;

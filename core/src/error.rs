@@ -90,7 +90,10 @@ impl fmt::Display for Halt {
         match self {
             Self::Fault(fault) => fault.fmt(f),
             Self::Silent(seconds) => {
-                write!(f, "no answer for {seconds} seconds: it died, hangs, or is slower than the others by more than that")
+                write!(
+                    f,
+                    "no answer for {seconds} seconds: it died, hangs, or is slower than the others by more than that"
+                )
             }
             Self::Gone => f.write_str("it can no longer be reached"),
             Self::Astray => {

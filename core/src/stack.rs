@@ -21,7 +21,7 @@
 
 use crate::arena::{Category, Ints, Layout, Reals, Words, product};
 use crate::backend::{Chunk, Storage, UpdateOps};
-use crate::error::{Error, Fault, Result, Site, ok};
+use crate::error::{Error, Result, Site, ok};
 use crate::real::Real;
 use crate::update::{Gamma, Grid, Sign};
 
@@ -470,7 +470,7 @@ impl Stack {
         if self.g[1].is_empty() { self.g[0] } else { self.g[k % 2] }
     }
 
-    /// `X_k` of the whole batch, while it is one of the two that are kept (mode `bdia`).
+    /// `X_k` of the whole batch, while it is one of the two that are kept (mode `bdia`). After the backward pass both are `X_0`.
     pub const fn activation(&self, k: usize) -> Ints {
         self.x[k % 2]
     }
@@ -812,35 +812,21 @@ impl Stack {
         let above = k - usize::from(self.config.tail == Tail::Head);
         for k in (0..above).rev() {
             be.fill_words(compared, 0)?;
-            // Block 0 repeats a step, which may raise a range fault: it did not in the forward pass, so that is a block
-            // that does not repeat itself, and blocks above are updated.
-            let earlier = if k == 0 { be.take_fault()? } else { None };
             for (_, first, n) in self.chunks() {
                 let chunk = self.chunk(pass, Site::Block(k), 0, first, n);
                 self.residual(be, blocks, &chunk, k, true)?;
                 let far = self.of_ints(self.x[(k + 1) % 2], &chunk);
+                let h = self.part(self.h, &chunk);
                 if k == 0 {
-                    // Nothing is left to rebuild: repeating X_1 shows whether block 0 repeats itself.
-                    self.advance(be, &chunk, grid, 0, far, Words::EMPTY, compared)?;
+                    // X_0 is there already: rebuilding it once more shows whether block 0 repeats itself.
+                    be.subtract_quantized(&chunk, grid, far, h, compared)?;
                 } else {
-                    let h = self.part(self.h, &chunk);
                     let side = self.side_of(k - 1, &chunk)?;
                     be.inverse(&chunk, grid, self.config.gamma, far, self.input_of(&chunk), h, side, compared)?;
                 }
                 self.backpropagate(be, blocks, &chunk, k)?;
             }
-            if let Some(fault) = earlier {
-                be.take_fault()?;
-                be.raise(fault);
-            } else if k == 0
-                && let Some(fault) = be.take_fault()?
-            {
-                be.raise(match fault {
-                    Fault::Range { .. } => Fault::Checksum { activation: 1, block: 0 },
-                    other => other,
-                });
-            }
-            let rebuilt = if k == 0 { 1 } else { k - 1 };
+            let rebuilt = k.saturating_sub(1);
             be.compare(self.sum(rebuilt), compared, rebuilt, k)?;
             if k > 0 && !self.originals.is_empty() {
                 let whole = self.x[0].len();

@@ -350,6 +350,9 @@ impl<B: UpdateOps> UpdateOps for BitFlip<B> {
     fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
         self.inner.add_quantized(chunk, grid, x, h, sum)
     }
+    fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+        self.inner.subtract_quantized(chunk, grid, x, h, sum)
+    }
     fn step(
         &mut self,
         chunk: &Chunk,
@@ -437,7 +440,7 @@ fn a_block_that_does_not_repeat_itself_is_noticed() {
     for (k, value) in (0..=4).flat_map(|k| [(k, 0.37), (k, f64::NAN), (k, 1e9)]) {
         let call = 18 + 3 * (4 - k) + 2;
         let (fault, _, mlp, before) = troubled(99, Some((call, value)), Mode::Bdia);
-        let activation = if k == 0 { 1 } else { k - 1 };
+        let activation = k.saturating_sub(1);
         assert_eq!(fault, Some(Fault::Checksum { activation, block: k }));
         assert!((0..6).all(|j| (mlp.params[j] != before[j]) == (j > k)), "block {k}");
     }

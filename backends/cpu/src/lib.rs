@@ -15,8 +15,8 @@
 //!
 //! # What it keeps
 //! * **The same bits for any number of threads.** Work is cut into pieces by the shape of the operands alone, and
-//!   partial sums are combined in the order of the pieces. Bits do depend on the build (lanes, fused multiply-add) and,
-//!   through the kernels of `gemm`, on the processor's instruction sets.
+//!   partial sums are combined in the order of the pieces. Bits do depend on the build (lanes, fused multiply-add) and on
+//!   the processor's instruction sets: through [`Products`], and the kernels of `gemm` in attention.
 //! * [`UpdateOps`](bdia_core::UpdateOps) give the bits of the reference backend, everywhere.
 //! * **No allocation within an operation**, except the memory for packed operands, which the first matrix product makes,
 //!   and the packing buffers of `gemm`; [`Cpu::library_bytes`] bounds both.
@@ -44,6 +44,7 @@ use rayon::prelude::*;
 
 use memory::{Arena, get, get_mut, split};
 
+pub use nn::matmul::Products;
 pub use processor::require_cpu;
 
 /// Elements of one piece of element-wise work: 64 KiB, half of an L2 cache with a few operands, and a multiple of 32.
@@ -57,6 +58,11 @@ pub enum CpuError {
     Processor {
         /// The first one that is missing.
         missing: &'static str,
+    },
+    /// The processor cannot multiply as it was asked to.
+    Products {
+        /// How.
+        asked: Products,
     },
     /// The operating system has not enough memory.
     Memory {
@@ -78,6 +84,9 @@ impl fmt::Display for CpuError {
                 "this program was compiled for processors with {missing}, which this one does not have; rebuild it here \
                  with RUSTFLAGS=\"-C target-cpu=native\" cargo build --release"
             ),
+            Self::Products { asked } => {
+                write!(f, "this processor has no instructions for products of kind {asked:?}; ask for another kind")
+            }
             Self::Memory { bytes } => write!(
                 f,
                 "the operating system refused {bytes} bytes of memory; choose a smaller memory budget, batch or model"
@@ -93,6 +102,7 @@ impl From<CpuError> for Error {
     fn from(e: CpuError) -> Self {
         Self::Device(match e {
             CpuError::Processor { .. } => "the processor lacks instructions that this program was compiled for",
+            CpuError::Products { .. } => "the processor cannot multiply as it was asked to",
             CpuError::Memory { .. } => "not enough memory",
             CpuError::Threads { .. } => "the threads could not be started",
         })
@@ -157,6 +167,7 @@ pub struct Cpu {
     packing: Arena<f32>,
     fault: Option<Fault>,
     team: Arc<Team>,
+    products: Products,
 }
 
 impl Cpu {
@@ -165,7 +176,18 @@ impl Cpu {
     /// # Errors
     /// [`CpuError`]: an unsuitable processor, not enough memory, or threads that cannot be started.
     pub fn new(layout: &Layout, threads: usize) -> core::result::Result<Self, CpuError> {
+        Self::with_products(layout, threads, Products::best())
+    }
+
+    /// As [`new`](Self::new), with products of one's choice, such as a test needs to see them all.
+    ///
+    /// # Errors
+    /// As for `new`, and [`CpuError::Products`].
+    pub fn with_products(layout: &Layout, threads: usize, products: Products) -> core::result::Result<Self, CpuError> {
         require_cpu()?;
+        if !products.is_available() {
+            return Err(CpuError::Products { asked: products });
+        }
         let threads = actual_threads(threads);
         let pool = if threads == 1 {
             None
@@ -174,7 +196,7 @@ impl Cpu {
                 rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("bdia-{i}")).build();
             Some(built.map_err(|_| CpuError::Threads { threads })?)
         };
-        Self::with_team(layout, Arc::new(Team { pool, threads }))
+        Self::with_team(layout, Arc::new(Team { pool, threads }), products)
     }
 
     /// Another backend, with the arenas of another layout and a status of its own, on the same threads. For programs
@@ -183,10 +205,10 @@ impl Cpu {
     /// # Errors
     /// [`CpuError::Memory`].
     pub fn sibling(&self, layout: &Layout) -> core::result::Result<Self, CpuError> {
-        Self::with_team(layout, Arc::clone(&self.team))
+        Self::with_team(layout, Arc::clone(&self.team), self.products)
     }
 
-    fn with_team(layout: &Layout, team: Arc<Team>) -> core::result::Result<Self, CpuError> {
+    fn with_team(layout: &Layout, team: Arc<Team>, products: Products) -> core::result::Result<Self, CpuError> {
         let (ints, reals, words) = layout.arenas();
         Ok(Self {
             ints: Arena::new(ints)?,
@@ -195,6 +217,7 @@ impl Cpu {
             packing: Arena::new(0)?,
             fault: None,
             team,
+            products,
         })
     }
 
@@ -299,7 +322,7 @@ impl Storage for Cpu {
     type Real = f32;
 
     fn identity(&self) -> Identity {
-        Identity { name: "cpu", lanes: simd::lanes(), fused: cfg!(target_feature = "fma") }
+        Identity { name: self.products.identity(), lanes: simd::lanes(), fused: cfg!(target_feature = "fma") }
     }
 
     fn read_reals(&self, src: Reals, dst: &mut [f32]) -> Result<()> {

@@ -4,7 +4,7 @@ use core::alloc::Layout;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut, Range};
 use core::ptr::NonNull;
-use std::alloc::{alloc_zeroed, dealloc};
+use std::alloc::{alloc, dealloc};
 
 use bdia_core::{Error, Ints, Reals, Result, Words};
 
@@ -29,7 +29,26 @@ pub(crate) use sealed::Plain;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// One allocation of zeros, aligned to cache lines. Pages that are never touched cost no memory.
+/// Bytes of a large page.
+const PAGE: usize = 2 << 20;
+
+/// Asks for large pages where whole ones lie within new memory. Strided reads of weights and panels of several MiB
+/// otherwise wait for page tables.
+fn ask_for_large_pages(start: *mut u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        let skip = start.align_offset(PAGE);
+        let whole = bytes.saturating_sub(skip) / PAGE * PAGE;
+        if whole > 0 {
+            // SAFETY: whole pages within one allocation; the advice changes no contents, and a refusal does no harm.
+            unsafe { libc::madvise(start.wrapping_add(skip).cast(), whole, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (start, bytes, PAGE);
+}
+
+/// One allocation of zeros, aligned to cache lines, in large pages where the system has them.
 #[derive(Debug)]
 pub(crate) struct Arena<T: Plain> {
     start: NonNull<T>,
@@ -49,7 +68,10 @@ impl<T: Plain> Arena<T> {
         let bytes = len.saturating_mul(size_of::<T>());
         let layout = Layout::from_size_align(bytes, LINE).map_err(|_| CpuError::Memory { bytes })?;
         // SAFETY: the layout's size is not 0.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) }.cast()).ok_or(CpuError::Memory { bytes })?;
+        let start: NonNull<T> = NonNull::new(unsafe { alloc(layout) }.cast()).ok_or(CpuError::Memory { bytes })?;
+        ask_for_large_pages(start.as_ptr().cast(), bytes);
+        // SAFETY: all of the allocation, which nothing else knows yet.
+        unsafe { start.write_bytes(0, len) };
         Ok(Self { start, len })
     }
 

@@ -499,6 +499,37 @@ impl UpdateOps for Cpu {
         Ok(())
     }
 
+    fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+        let pieces = Pieces::new(chunk, self.arenas().quantize("subtract_quantized", chunk, h, x, sum)?);
+        let x = get_mut(&mut self.ints, x, "subtract_quantized")?;
+        let h = get(&self.reals, h, "subtract_quantized")?;
+        let sum = get_mut(&mut self.words, sum, "subtract_quantized")?;
+        let (x, with_sum, scale) = (Shared::new(x), !sum.is_empty(), f32x8::splat(grid.scale()));
+        let total = self.team.reduce(
+            pieces.count(),
+            0,
+            |piece| {
+                let (sample, start, len) = pieces.locate(piece);
+                let at = sample * pieces.per + start;
+                let first = chunk.first.wrapping_mul(pieces.per).wrapping_add(at);
+                let mut total = 0_u64;
+                // SAFETY: pieces are disjoint.
+                groups2(unsafe { x.part(at, len) }, &h[at..at + len], |g, x, h| {
+                    for p in 0..PARTS {
+                        set_part(x, p, int_part(x, p) - quantize(part(h, p), scale).0);
+                    }
+                    if with_sum {
+                        total = total.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+                    }
+                });
+                total
+            },
+            u64::wrapping_add,
+        );
+        accumulate(sum, total);
+        Ok(())
+    }
+
     fn step(
         &mut self,
         chunk: &Chunk,

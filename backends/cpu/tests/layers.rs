@@ -6,7 +6,7 @@ use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Pr
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
 use bdia_core::{Error, Fault, Ints, NnOps, Reals, Site};
-use bdia_cpu::Cpu;
+use bdia_cpu::{Cpu, Products};
 use common::{World, chunk, is_handle};
 
 /// Both backends sum in `f32`, in different orders: they differ by a few roundings of partial sums that are as large as
@@ -42,6 +42,8 @@ fn matrix_products() {
         (70, 800, 1100),
         (600, 50, 33),
         (145, 193, 300),
+        // Pieces and panels that end within a tile of every kernel.
+        (33, 1000, 1025),
         // The shorter side in two parts, and in one whose inner terms are packed in two.
         (2100, 2070, 2),
         (610, 600, 1800),
@@ -68,7 +70,11 @@ fn matrix_products() {
                 }
                 let p = Product { rows, cols, inner, a: a_order, b: b_order, accumulate };
                 let what = format!("{p:?}, bias {with_bias}");
-                let _ = world.close(&what, TOLERANCE, &|x| x.matmul(&p, a, b, with_bias.then_some(bias), c));
+                let op: common::Op = &|x| x.matmul(&p, a, b, with_bias.then_some(bias), c);
+                let reference = world.reference(op);
+                for products in Products::ALL.into_iter().filter(|p| p.is_available()) {
+                    let _ = world.close_to(&reference, products, &format!("{what}, {products:?}"), TOLERANCE, op);
+                }
             }
         }
     }

@@ -106,6 +106,7 @@ fn values_at_the_limits_and_wild_ones() {
                         .exact("inverse with sum", &|b| b.inverse(&c, grid, gamma, p.x, p.cur, p.h, side, p.sum));
                     let _ = p.world.exact("quantize", &|b| b.quantize(&c, grid, p.h, p.x, p.sum));
                     let _ = p.world.exact("add_quantized", &|b| b.add_quantized(&c, grid, p.x, p.h, p.sum));
+                    let _ = p.world.exact("subtract_quantized", &|b| b.subtract_quantized(&c, grid, p.x, p.h, p.sum));
                     let _ = p.world.exact("dequantize", &|b| b.dequantize(grid, p.x, p.cur));
                     let x = Reals::new(2 * n, n);
                     let _ = p.world.exact("blend", &|b| b.blend(&c, gamma, x, p.cur, p.h));
@@ -127,6 +128,8 @@ fn the_other_operations() {
         for sum in [p.sum, Words::EMPTY] {
             let _ = p.world.exact(&format!("quantize {what}"), &|b| b.quantize(&c, grid, p.h, p.x, sum));
             let _ = p.world.exact(&format!("add_quantized {what}"), &|b| b.add_quantized(&c, grid, p.x, p.h, sum));
+            let name = format!("subtract_quantized {what}");
+            let _ = p.world.exact(&name, &|b| b.subtract_quantized(&c, grid, p.x, p.h, sum));
         }
         let _ = p.world.exact(&format!("dequantize {what}"), &|b| b.dequantize(grid, p.x, p.cur));
         for magnitude in [0.0, 0.5, 0.3, 1.0] {

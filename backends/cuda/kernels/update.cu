@@ -106,6 +106,20 @@ KERNEL(THREADS, 6) add_quantized(Shape s, Report r, Out<i32> x, In<float> h, Out
     add_checksum(total, sum);
 }
 
+// X -= Q(h), wrapping
+KERNEL(THREADS, 6) subtract_quantized(Shape s, Out<i32> x, In<float> h, Out<u32> sum) {
+    u64 total = 0;
+    each(s, false, [&](u32, u32, u32 i, bool active, i32) {
+        if (!active) return;
+        i32 q;
+        quantized(h[i], s.scale, &q);
+        i32 old = (i32)((u32)x[i] - (u32)q);
+        x[i] = old;
+        total += checksum(old, s.at + i);
+    });
+    add_checksum(total, sum);
+}
+
 // x: X_{k-1} becomes X_{k+1} = σ·(X_{k-1} + s)/2^m + Q((1-γ)·x_k + (1+γ)·h_k); side[samples, m, groups] gets the low
 // bits of X_{k-1}.
 KERNEL(THREADS, 6) step(Shape s, Report r, Out<i32> x, In<float> cur, In<float> h, Out<u32> side, Out<u32> sum) {

@@ -79,6 +79,7 @@ kernels! {
     Quantize c"quantize"
     Dequantize c"dequantize"
     AddQuantized c"add_quantized"
+    SubtractQuantized c"subtract_quantized"
     Step c"step"
     Inverse c"inverse"
     Blend c"blend"

@@ -266,6 +266,15 @@ impl Storage for Cuda {
         Ok(fault)
     }
 
+    fn clear_fault(&mut self) -> Result<()> {
+        if let Some(error) = self.lost.take() {
+            return Err(error);
+        }
+        // What is queued reports before it is cleared, so numbers may start anew.
+        (self.seq, self.raised) = (0, None);
+        self.device.set(self.status.at, 0xFF, self.status.bytes)
+    }
+
     fn peek_fault(&mut self) -> Result<Option<Fault>> {
         if let Some(error) = self.lost.take() {
             return Err(error);

@@ -85,6 +85,15 @@ impl UpdateOps for Cuda {
         self.device.launch(Kernel::AddQuantized, [blocks, 1, 1], THREADS, args)
     }
 
+    fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+        let per = self.arenas.quantize("subtract_quantized", chunk, h, x, sum)?;
+        let (shape, blocks) = shape(chunk.samples, per)?;
+        let shape = shape.of_chunk(chunk).grid(grid);
+        let (x, h, sum) = (self.ints(x), self.reals(h), self.words(sum));
+        let args = &mut [arg(&shape), arg(&x), arg(&h), arg(&sum)];
+        self.device.launch(Kernel::SubtractQuantized, [blocks, 1, 1], THREADS, args)
+    }
+
     fn step(
         &mut self,
         chunk: &Chunk,

@@ -62,8 +62,7 @@ pub struct Local {
 impl Local {
     /// The links of `ranks` ranks, in their order; each waits for at most `limit`.
     pub fn group(ranks: usize, limit: Duration) -> Vec<Self> {
-        let mut all: Vec<_> =
-            (0..ranks).map(|rank| Self { rank, limit, to: Vec::new(), from: Vec::new() }).collect();
+        let mut all: Vec<_> = (0..ranks).map(|rank| Self { rank, limit, to: Vec::new(), from: Vec::new() }).collect();
         for a in 0..ranks {
             for b in 0..ranks {
                 let (to, from) = channel();

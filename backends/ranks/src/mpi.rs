@@ -56,9 +56,8 @@ impl Mpi {
         let count = c_int::try_from(self.requests.len()).map_err(|_| Error::TooLarge("number of messages"))?;
         // SAFETY: `count` requests, each of a message whose buffer is alive or forgotten (`trade`); completed ones become
         // null. No status is wanted.
-        let code = unsafe {
-            ffi::MPI_Testall(count, self.requests.as_mut_ptr(), &raw mut flag, ffi::RSMPI_STATUSES_IGNORE)
-        };
+        let code =
+            unsafe { ffi::MPI_Testall(count, self.requests.as_mut_ptr(), &raw mut flag, ffi::RSMPI_STATUSES_IGNORE) };
         if code != ffi::MPI_SUCCESS as c_int { Err(self.late(Halt::Gone)) } else { Ok(flag != 0) }
     }
 

@@ -70,7 +70,8 @@ impl Nccl {
                 *words = u32::from_le_bytes(core::array::from_fn(|i| bytes[i] as u8));
             }
         }
-        let (own, mut all) = mpi.trade(hello, vec![0; HELLO * ranks], &|_| 0..HELLO, &|p| HELLO * p..HELLO * (p + 1))?;
+        let (own, mut all) =
+            mpi.trade(hello, vec![0; HELLO * ranks], &|_| 0..HELLO, &|p| HELLO * p..HELLO * (p + 1))?;
         let stream = stream?;
         all[HELLO * rank..HELLO * (rank + 1)].copy_from_slice(&own);
         if let Some(p) = (0..ranks).find(|p| all[HELLO * p] == 0) {

@@ -155,13 +155,7 @@ impl Ranks {
     }
 
     /// Sends `len` values of `buffers.out` on their way, with some words to every rank.
-    pub(crate) fn send(
-        &mut self,
-        kind: Kind,
-        rest: [u32; HEADER - SAME],
-        buffers: Buffers,
-        len: usize,
-    ) -> Result<()> {
+    pub(crate) fn send(&mut self, kind: Kind, rest: [u32; HEADER - SAME], buffers: Buffers, len: usize) -> Result<()> {
         if let Some(error) = self.failed {
             return Err(error);
         }

@@ -90,7 +90,11 @@ impl<B: Backend<Real = f32>> Exchange for Replica<'_, B> {
 
     fn gather(&mut self, own: [f64; 4], each: &mut dyn FnMut([f64; 4])) -> Result<()> {
         if self.ranks.busy() {
-            return Err(Error::Setting { what: "gradients on their way", found: 1.0, possible: "0, to gather numbers" });
+            return Err(Error::Setting {
+                what: "gradients on their way",
+                found: 1.0,
+                possible: "0, to gather numbers",
+            });
         }
         self.ranks.send(Kind::Numbers, numbers(own), crate::ranks::Buffers::default(), 0)?;
         let answer = self.ranks.receive()?;
@@ -152,6 +156,11 @@ impl<B: Backend<Real = f32>> Storage for Replica<'_, B> {
         Err(Error::Rank { rank, why: Halt::Fault(fault) })
     }
 
+    fn clear_fault(&mut self) -> Result<()> {
+        self.shared = None;
+        self.inner.clear_fault()
+    }
+
     fn peek_fault(&mut self) -> Result<Option<Fault>> {
         self.inner.peek_fault()
     }
@@ -162,6 +171,7 @@ impl<B: Backend<Real = f32>> UpdateOps for Replica<'_, B> {
         quantize(chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words);
         dequantize(grid: Grid, x: Ints, y: Reals);
         add_quantized(chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words);
+        subtract_quantized(chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words);
         step(chunk: &Chunk, grid: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words);
         inverse(chunk: &Chunk, grid: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words);
         blend(chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals);

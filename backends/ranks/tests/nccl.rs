@@ -15,7 +15,9 @@ fn what_is_missing_is_said() {
             assert_eq!((ranks.rank(), ranks.ranks()), (0, 1));
             ranks.close();
         }
-        Err(Error::Device(what)) => assert!(what.contains("is not installed") || what.contains("CUDA device"), "{what}"),
+        Err(Error::Device(what)) => {
+            assert!(what.contains("is not installed") || what.contains("CUDA device"), "{what}")
+        }
         Err(other) => panic!("{other}"),
     }
 }

@@ -206,9 +206,7 @@ fn who_does_not_answer_is_named() {
     let astray = Err(Error::Rank { rank: 2, why: Halt::Astray });
     let ends = on(3, limit, |be| exchange(be, if be.rank() == 2 { 99 } else { 100 }));
     assert!(ends.iter().all(|e| *e == astray), "{ends:?}");
-    let ends = on(3, limit, |be| {
-        if be.rank() == 2 { be.gather([0.0; 4], &mut |_| ()) } else { exchange(be, 100) }
-    });
+    let ends = on(3, limit, |be| if be.rank() == 2 { be.gather([0.0; 4], &mut |_| ()) } else { exchange(be, 100) });
     assert!(ends.iter().all(|e| *e == astray), "{ends:?}");
 
     let mut links = Local::group(2, limit);

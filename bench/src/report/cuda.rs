@@ -6,15 +6,24 @@ use bdia_cuda::Cuda;
 use bdia_gpt2::cli::{BackendKind, Mode, PrecisionKind};
 use bdia_gpt2::report::bytes;
 
-use super::{Report, kernel_cells, ratio, say};
+use super::{Report, Target, kernel_cells, ratio, say, spawn};
 use crate::Failure;
 use crate::count::{stages, total};
-use crate::job::{Job, Model};
+use crate::job::{Job, Model, Record, median};
 use crate::kernels::{Bench, GPT2, Shapes, TINY, VIT, Work};
 use crate::page::{self, Section, Table};
+use crate::peers::{Peer, Python};
 use crate::roof::DeviceRoof;
 
 const PRECISIONS: [PrecisionKind; 3] = [PrecisionKind::F32, PrecisionKind::Tf32, PrecisionKind::Bf16];
+
+const fn peer_precision(precision: PrecisionKind) -> &'static str {
+    match precision {
+        PrecisionKind::F32 => "f32",
+        PrecisionKind::Tf32 => "tf32",
+        PrecisionKind::Bf16 => "bf16",
+    }
+}
 
 impl Report {
     /// Training steps and kernels on a CUDA device. Where there is none, a line says what was missing.
@@ -33,8 +42,85 @@ impl Report {
                 Err(error) => return Err(error),
             }
         }
+        if self.args.peers {
+            self.cuda_peers(&roofs)?;
+        }
         self.cuda_steps(&roofs)?;
         self.cuda_kernels(&roofs)
+    }
+
+    /// PyTorch on the same device, in turn with ours.
+    fn cuda_peers(&mut self, roofs: &[DeviceRoof]) -> Result<(), Failure> {
+        let python = Python::new(self.args.python.clone());
+        let quick = self.args.quick;
+        let rounds = self.args.rounds.unwrap_or(if quick { 1 } else { 3 });
+        let models: &[Model] = if quick { &[Model::Tiny] } else { &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall] };
+        let mut table =
+            Table::new(&["model", "precision", "engine", "items/s", "ours / it", "memory on the device", "ours / it"]);
+        for (&model, precision) in models.iter().flat_map(|m| PRECISIONS.map(|p| (m, p))) {
+            let name = bdia_gpt2::cli::name_of(&precision);
+            let job = self.cuda_job(model, Mode::Bdia, precision);
+            let peers = ["store-all", "checkpointing"].map(|mode| Peer { mode, precision: peer_precision(precision) });
+            let mut runs: [Vec<Record>; 3] = Default::default();
+            for round in 0..rounds {
+                say(&format!(
+                    "{} in {name} beside PyTorch on the device, round {} of {rounds}",
+                    model.name(),
+                    round + 1
+                ));
+                for (i, records) in runs.iter_mut().enumerate() {
+                    let record = if i == 0 { spawn(&job) } else { python.run(&job, peers[i - 1]) };
+                    match record {
+                        Ok(record) => records.push(record),
+                        Err(error) => {
+                            let engine = if i == 0 { "bdia".into() } else { peers[i - 1].name() };
+                            let what = format!("{} {engine} on the device", model.name());
+                            self.checks.row([what, "runs".into(), format!("did not run: {error}")]);
+                        }
+                    }
+                }
+            }
+            let rate = |records: &[Record]| median(&records.iter().map(|r| r.items_per_s).collect::<Vec<_>>());
+            let memory = |records: &[Record]| {
+                records.iter().filter_map(|r| r.parts.first()).map(|p| p.measured).max().unwrap_or(0)
+            };
+            let [ours, store_all, checkpointing] = &runs;
+            for (i, records) in runs.iter().enumerate().filter(|(_, records)| !records.is_empty()) {
+                table.row([
+                    model.name().into(),
+                    name.clone(),
+                    if i == 0 { "bdia".into() } else { peers[i - 1].name() },
+                    format!("{:.1} {}", rate(records), model.unit()),
+                    format!("{:.2}", ratio(rate(ours), rate(records))),
+                    bytes(memory(records)),
+                    format!("{:.2}", ratio(memory(ours) as f64, memory(records) as f64)),
+                ]);
+            }
+            let about = matches!(model, Model::Gpt2 | Model::Gpt2Medium) && precision == PrecisionKind::Bf16;
+            if about && runs.iter().all(|r| !r.is_empty()) {
+                let faster = ratio(rate(ours), rate(checkpointing));
+                let smaller = ratio(memory(ours) as f64, memory(store_all) as f64);
+                for (what, target, found, met) in [
+                    ("CUDA, bf16: tokens/s over PyTorch with checkpointing", "≥ 1.0", faster, faster >= 1.0),
+                    ("CUDA, bf16: memory over PyTorch store-all", "≤ 0.5", smaller, smaller <= 0.5),
+                ] {
+                    let found = format!("{found:.2} ({})", model.name());
+                    self.targets.push(Target { what, target: target.into(), found, met });
+                }
+            }
+        }
+        let text = format!(
+            "{}; {rounds} round(s) in turn, medians. Ours: the driver's count of free memory, without the context. PyTorch: the \
+             most that its allocator had given out, which leaves out what it keeps in reserve.",
+            roofs.first().map_or("", |r| r.name.as_str()),
+        );
+        self.sections.push(Section {
+            title: "Beside PyTorch on a CUDA device".into(),
+            text,
+            table,
+            charts: Vec::new(),
+        });
+        Ok(())
     }
 
     fn cuda_job(&self, model: Model, mode: Mode, precision: PrecisionKind) -> Job {

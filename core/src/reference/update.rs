@@ -91,6 +91,20 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         Ok(())
     }
 
+    fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+        let per = self.arenas().quantize("subtract_quantized", chunk, h, x, sum)?;
+        let at = chunk.first.wrapping_mul(per);
+        let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("subtract_quantized"))?;
+        let h = self.reals.get(h.range()).ok_or(Error::Handle("subtract_quantized"))?;
+        let sum = self.words.get_mut(sum.range()).ok_or(Error::Handle("subtract_quantized"))?;
+        let mut total = 0_u64;
+        for (i, (x, &h)) in x.iter_mut().zip(h).enumerate() {
+            *x = x.wrapping_sub(grid.quantize(h).unwrap_or(0));
+            total = total.wrapping_add(checksum(*x, at.wrapping_add(i)));
+        }
+        accumulate(sum, total)
+    }
+
     fn step(
         &mut self,
         chunk: &Chunk,

@@ -119,6 +119,7 @@ impl UpdateOps for Broken {
     delegate! {
         dequantize(grid: Grid, x: Ints, y: Reals);
         add_quantized(chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words);
+        subtract_quantized(chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words);
         inverse(chunk: &Chunk, grid: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words);
         unblend(chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals);
         compare(a: Words, b: Words, activation: usize, block: usize);

@@ -177,7 +177,22 @@ fn quantization<B: UpdateOps>(bench: &mut Bench<B>, values: Values, n: usize, pe
     let (h, x) = (bench.reals_of(len, |i| values.real(seed, i)), bench.ints(len, |i| values.int(seed, i)));
     let sum = bench.words(2);
     both!(bench, [], |on| on.add_quantized(&chunk, grid, x, h, sum));
+    let original = bench.before.ints;
     both!(bench, [], |on| on.add_quantized(&chunk, grid, x, h, Words::EMPTY));
+
+    bench.op = "subtract_quantized";
+    bench.go_on();
+    both!(bench, [], |on| on.subtract_quantized(&chunk, grid, x, h, sum));
+    for i in 0..INTS {
+        let (expected, found) = (original[i], bench.found.ints[i]);
+        if expected != found {
+            return Err(bench.failure("X after adding and subtracting", i, Value::Int(expected), Value::Int(found)));
+        }
+    }
+
+    bench.begin("subtract_quantized", values.name(), [n, per, 0, 0]);
+    let (h, x) = (bench.reals_of(len, |i| values.real(seed, i)), bench.ints(len, |i| values.int(seed ^ 1 << 50, i)));
+    both!(bench, [], |on| on.subtract_quantized(&chunk, grid, x, h, Words::EMPTY));
     Ok(())
 }
 
@@ -267,6 +282,8 @@ fn range_faults<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
                 both!(bench, [], |on| on.quantize(&chunk, grid, y, x, sum));
                 bench.op = "add_quantized";
                 both!(bench, [], |on| on.add_quantized(&chunk, grid, x, y, sum));
+                bench.op = "subtract_quantized raises nothing";
+                both!(bench, [], |on| on.subtract_quantized(&chunk, grid, x, y, sum));
                 bench.op = "step";
                 let cur = bench.reals(n * per);
                 let side = bench.words(n * per.div_ceil(32));
@@ -348,6 +365,11 @@ fn refusals<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "h outside", |on| on.add_quantized(&ok, grid, x, far, no));
     refused!(bench, "lengths", |on| on.add_quantized(&ok, grid, x, a.sub(0, 2), no));
     refused!(bench, "samples that do not divide the length", |on| on.add_quantized(&odd, grid, x, a, no));
+    bench.op = "subtract_quantized";
+    refused!(bench, "x outside", |on| on.subtract_quantized(&ok, grid, far_ints, a, no));
+    refused!(bench, "h outside", |on| on.subtract_quantized(&ok, grid, x, far, no));
+    refused!(bench, "lengths", |on| on.subtract_quantized(&ok, grid, x, a.sub(0, 2), no));
+    refused!(bench, "samples that do not divide the length", |on| on.subtract_quantized(&odd, grid, x, a, no));
     bench.op = "step";
     refused!(bench, "x outside", |on| on.step(&ok, grid, gamma, far_ints, a, b, side, sum));
     refused!(bench, "cur outside", |on| on.step(&ok, grid, gamma, x, far, b, side, sum));

@@ -215,7 +215,7 @@ impl Reversible {
         blocks.iter().for_each(|block| block.visit(&mut Drawn));
         let pass = Pass { seed: self.options.seed, step: self.options.step, global: 0 };
         self.options.step = self.options.step.wrapping_add(1);
-        cpu.take_fault()?; // What an abandoned pass left.
+        cpu.clear_fault()?; // What an abandoned pass left.
         let data = x.to_data();
         stack.embed(cpu, &mut Whole { x: data.as_slice()?, per: dims[1..].iter().product() }, &pass)?;
         drop(data);

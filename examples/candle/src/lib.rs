@@ -270,7 +270,7 @@ impl<M: ModuleT> Reversible<M> {
 
         let pass = Pass { seed: self.options.seed, step: self.options.step, global: 0 };
         self.options.step = self.options.step.wrapping_add(1);
-        cpu.take_fault()?; // What an abandoned pass left.
+        cpu.clear_fault()?; // What an abandoned pass left.
         stack.embed(cpu, &mut Whole { x: &x.contiguous()?, per: dims[1..].iter().product() }, &pass)?;
         let mut modules = Modules { blocks: &self.blocks, dims, graph: None, grads: None, failed: None };
         let done = stack.forward(cpu, &mut modules, &pass);

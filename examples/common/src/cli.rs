@@ -394,16 +394,8 @@ pub struct RunFlags<'a> {
 /// The flags of a program's runs.
 pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     /// Flags that may differ from the saved ones when a run is resumed: they change no number.
-    const FREE: [&'static str; 8] = [
-        "resume",
-        "json",
-        "threads",
-        "device",
-        "rank_timeout",
-        "compare_interval",
-        "checkpoint_interval",
-        "verify",
-    ];
+    const FREE: [&'static str; 8] =
+        ["resume", "json", "threads", "device", "rank_timeout", "compare_interval", "checkpoint_interval", "verify"];
 
     /// Those that every program has.
     fn run(&mut self) -> RunFlags<'_>;

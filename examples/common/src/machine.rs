@@ -120,7 +120,6 @@ pub trait Work {
 /// [`Failure::TooBig`] when the machine has not that much memory; [`Failure::Cuda`] where there is no such device, or not
 /// enough memory on it; whatever the work returns.
 pub fn run(args: &MachineArgs, threads: usize, layout: &Layout, work: impl Work) -> Result<(), Failure> {
-
     args.check().map_err(Failure::Other)?;
     if args.backend != BackendKind::Cuda
         && let Some(available) = available_memory()

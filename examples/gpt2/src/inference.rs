@@ -32,6 +32,7 @@ fn lay_out(
     let setup = Setup {
         dims: machine::dims(config),
         batch,
+        accumulate: 1,
         context,
         mode: stack::Mode::Bdia,
         grid: Some(Grid::new(frac_bits)?),
@@ -181,6 +182,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
     let setup = Setup {
         dims: machine::dims(&config),
         batch: ranks::part(args.batch as usize, ranks)?,
+        accumulate: args.accumulate as usize,
         context,
         mode: machine::stack_mode(&args.mode, layers),
         grid: machine::grid(&args.mode)?,

@@ -43,6 +43,8 @@ pub struct Setup {
     pub dims: Dims,
     /// Samples of a micro-batch.
     pub batch: usize,
+    /// Micro-batches of a step.
+    pub accumulate: usize,
     /// Tokens of a sample.
     pub context: usize,
     /// Mode of the stack.
@@ -76,8 +78,6 @@ pub struct Step {
     pub weight_decay: f64,
     /// Largest norm of the gradient; 0 for no clipping. Needs full gradients.
     pub clip: f64,
-    /// Micro-batches. More than one needs full gradients.
-    pub accumulate: usize,
 }
 
 /// What an optimizer step gives.
@@ -112,6 +112,8 @@ pub struct Gpt2 {
     end_tensors: [Tensor; ENDS],
     tokens: Ints,
     targets: Ints,
+    /// One for each target of each micro-batch.
+    losses: Reals,
     /// Tokens and targets of a batch on the host.
     staging: [Vec<i32>; 2],
 }
@@ -176,7 +178,7 @@ impl Gpt2 {
         // The staging buffers on the host.
         l.outside(Category::Head, product("tokens of a batch", &[rows, 2, size_of::<i32>()])?);
         l.outside(Category::Library, setup.library);
-        let losses = l.reals(Category::Head, rows);
+        let losses = l.reals(Category::Head, product("losses", &[rows, setup.accumulate])?);
         let logits = l.reals(Category::Head, product("logits", &[choice.head_rows, d.vocab])?);
 
         let chunk = choice.chunk.min(setup.batch);
@@ -219,7 +221,7 @@ impl Gpt2 {
             weight: output.of(p),
             grads: [norm.of(g), norm_bias.of(g), output.of(g)],
             targets,
-            losses,
+            losses: losses.sub(0, rows),
             logits,
             scale: 1.0,
             smoothing: 0.0,
@@ -234,6 +236,7 @@ impl Gpt2 {
             end_tensors,
             tokens,
             targets,
+            losses,
             staging: [Vec::new(), Vec::new()],
         };
         Ok((model, layout))
@@ -348,8 +351,9 @@ impl Gpt2 {
         let Some(rule) = self.setup.rule else { return Err(setting("optimizer", f64::NAN, "one, to train").into()) };
         self.prepare();
         // A fault that an abandoned step left behind is not this one's.
-        be.take_fault()?;
-        if self.setup.fused && (step.accumulate != 1 || step.clip > 0.0) {
+        be.clear_fault()?;
+        let micro_batches = self.setup.accumulate;
+        if self.setup.fused && (micro_batches != 1 || step.clip > 0.0) {
             return Err(setting("accumulate or clip", f64::NAN, "full gradient buffers (fused = false)").into());
         }
         let fused = self.setup.fused;
@@ -361,7 +365,7 @@ impl Gpt2 {
 
         // The loss is the mean over the unmasked targets of the whole step, so they are counted first.
         let mut unmasked = 0_usize;
-        for i in 0..step.accumulate {
+        for i in 0..micro_batches {
             let [tokens, targets] = &mut self.staging;
             fill(i, tokens, targets)?;
             unmasked += targets.iter().filter(|&&t| t >= 0).count();
@@ -372,22 +376,20 @@ impl Gpt2 {
         be.gather(own, &mut |[n, ..]| unmasked += n)?;
         self.head.scale = 1.0 / unmasked.max(1.0);
 
-        let (mut loss, mut mismatches, mut rebuild_error) = (0.0, 0, 0.0_f64);
-        for i in 0..step.accumulate {
+        let (mut mismatches, mut rebuild_error) = (0, 0.0_f64);
+        for i in 0..micro_batches {
             let [tokens, targets] = &mut self.staging;
-            if step.accumulate > 1 {
+            if micro_batches > 1 {
                 fill(i, tokens, targets)?;
             }
             be.write_ints(self.tokens, tokens)?;
             be.write_ints(self.targets, targets)?;
+            // Each micro-batch has its own, so that nothing waits to read them.
+            self.head.losses = self.losses.sub(i * self.tokens.len(), self.tokens.len());
             let first = (i * ranks + rank) * self.setup.batch;
             let pass = Pass { seed: step.seed, step: step.step, global: first as u32 };
-            self.blocks.finishes = i + 1 == step.accumulate;
+            self.blocks.finishes = i + 1 == micro_batches;
             self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
-            // The next batch overwrites them; the last ones are read when the step is done, so that nothing waits before.
-            if i + 1 < step.accumulate {
-                loss += self.loss_sum(be, self.setup.batch)?;
-            }
             mismatches += self.stack.mismatches(be)?;
             rebuild_error = rebuild_error.max(self.stack.rebuild_error());
         }
@@ -401,28 +403,18 @@ impl Gpt2 {
         }
         self.ends.sum_over_ranks(be, piece)?;
         self.ends.measure(be, Site::Embedding, 0, self.ends())?;
-        let mut norm = 0.0;
-        if !fused || step.clip > 0.0 {
-            if let Some(fault) = be.take_fault()? {
-                return Err(Error::from(fault).into());
-            }
-            norm = self.grad_norm(be)?;
-        }
-        let updater = Updater { scale: clip_scale(norm, step.clip), ..updater };
+        // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
+        // the step is done.
+        let early = if fused { None } else { Some(self.result(be)?) };
+        let updater = Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)), ..updater };
         if !fused {
             for k in 0..self.setup.dims.layers {
                 self.blocks.params.update(be, &updater, k, self.blocks.tensors())?;
             }
         }
         self.ends.update(be, &updater, 0, self.ends())?;
-        if let Some(fault) = be.take_fault()? {
-            return Err(Error::from(fault).into());
-        }
-        loss += self.loss_sum(be, self.setup.batch)?;
-        if fused {
-            norm = self.grad_norm(be)?;
-        }
-        let mut outcome = Outcome { loss: 0.0, grad_norm: norm, mismatches: 0, rebuild_error: 0.0 };
+        let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
+        let mut outcome = Outcome { loss: 0.0, grad_norm, mismatches: 0, rebuild_error: 0.0 };
         be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
             outcome.loss += loss;
             outcome.mismatches += mismatches as u64;
@@ -432,6 +424,18 @@ impl Gpt2 {
         Ok(outcome)
     }
 
+    /// What a step reads: the sum of its losses and the norm of its gradients.
+    fn result<B: Backend>(&self, be: &mut B) -> Result<(f64, f64)> {
+        if let Some(fault) = be.take_fault()? {
+            return Err(fault.into());
+        }
+        let (mut loss, rows) = (0.0, self.tokens.len());
+        for i in 0..self.setup.accumulate {
+            loss += sum(be, self.losses.sub(i * rows, rows))?;
+        }
+        Ok((loss, (sum(be, self.blocks.params.norms)? + sum(be, self.ends.norms)?).sqrt()))
+    }
+
     /// Makes the staging buffers, so that a step allocates nothing.
     pub fn prepare(&mut self) {
         let rows = self.setup.batch * self.setup.context;
@@ -439,14 +443,6 @@ impl Gpt2 {
             buffer.resize(rows, 0);
             buffer.shrink_to_fit();
         }
-    }
-
-    fn loss_sum<B: Backend>(&self, be: &B, samples: usize) -> Result<f64> {
-        sum(be, self.head.losses.sub(0, samples * self.setup.context))
-    }
-
-    fn grad_norm<B: Backend>(&self, be: &B) -> Result<f64> {
-        Ok((sum(be, self.blocks.params.norms)? + sum(be, self.ends.norms)?).sqrt())
     }
 
     /// Sum of losses and number of targets of some samples (at most a chunk, [`Stack::config`]) of `context` tokens.
@@ -460,7 +456,7 @@ impl Gpt2 {
         targets: &[i32],
         inference: Inference,
     ) -> Result<(f64, usize)> {
-        be.take_fault()?;
+        be.clear_fault()?;
         let samples = tokens.len() / self.setup.context;
         let n = samples * self.setup.context;
         be.write_ints(self.targets.sub(0, n), targets)?;
@@ -470,7 +466,7 @@ impl Gpt2 {
         if let Some(fault) = be.take_fault()? {
             return Err(fault.into());
         }
-        Ok((self.loss_sum(be, samples)?, targets.iter().filter(|&&t| t >= 0).count()))
+        Ok((sum(be, self.head.losses.sub(0, n))?, targets.iter().filter(|&&t| t >= 0).count()))
     }
 
     fn run<B: Backend>(&mut self, be: &mut B, tokens: &[i32], samples: usize, inference: Inference) -> Result<Reals> {

@@ -88,6 +88,7 @@ pub fn train(args: &TrainArgs) -> Result<(), Failure> {
     let setup = Setup {
         dims: machine::dims(&config),
         batch: ranks::part(args.batch as usize, count)?,
+        accumulate: args.accumulate as usize,
         context,
         mode: machine::stack_mode(&args.mode, config.n_layer),
         grid: machine::grid(&args.mode)?,
@@ -244,7 +245,6 @@ impl Work for Run {
                 lr: schedule.at(step),
                 weight_decay: self.args.optim.weight_decay,
                 clip: self.args.optim.clip,
-                accumulate: self.args.accumulate as usize,
             };
             let (train, batch) = (&self.corpus.train, self.args.batch as u32);
             let part = be.rank() as u32 * (batch / ranks as u32);

@@ -15,12 +15,13 @@ use bdia_gpt2::model::{Dims, Gpt2, Outcome, Setup, Step};
 use common::{Memory, grid, lay_out, small};
 use program::{Dir, good, train};
 
-const STEP: Step = Step { step: 0, seed: 11, lr: 3e-3, weight_decay: 0.1, clip: 0.0, accumulate: 1 };
+const STEP: Step = Step { step: 0, seed: 11, lr: 3e-3, weight_decay: 0.1, clip: 0.0 };
 
 fn setup(mode: Mode) -> Setup {
     Setup {
         dims: Dims { dropout: [0.1; 3], ..small() },
         batch: 4,
+        accumulate: 1,
         context: 9,
         mode,
         grid: if mode == Mode::Bdia { grid() } else { None },

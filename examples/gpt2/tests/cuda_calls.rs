@@ -35,24 +35,31 @@ fn calls() -> Option<[u64; 7]> {
     }
 }
 
-/// Nothing waits within a step but the status read at its end, and, in mode `bdia`, two more around block 0: its repetition
-/// may raise a fault that means something else than the forward pass's, so the stack asks before and after it
-/// (`Stack::backward`). Uploads come from page-locked memory. The emulated device counts.
+/// A step waits once: for the status at its end, or, with clipping or micro-batches, for status and norm before the update.
+/// Uploads come from page-locked memory. The emulated device counts.
 #[test]
 #[ignore = "needs the emulated device of .ci/cuda"]
 fn emulated_calls_of_a_step() {
-    for (mode, waits) in [(Mode::Standard, 1), (Mode::Checkpoint { every: 2 }, 1), (Mode::Bdia, 3)] {
+    let cases = [
+        (Mode::Standard, 1, 0.0),
+        (Mode::Checkpoint { every: 2 }, 1, 0.0),
+        (Mode::Bdia, 1, 0.0),
+        (Mode::Bdia, 1, 1.0),
+        (Mode::Bdia, 2, 1.0),
+    ];
+    for (mode, accumulate, clip) in cases {
         let mut counts = vec![];
         for layers in [3, 4] {
             let s = Setup {
                 dims: Dims { layers, ..small() },
                 batch: 4,
+                accumulate,
                 context: 9,
                 mode,
                 grid: if mode == Mode::Bdia { grid() } else { None },
                 gamma: Gamma::new(0.5, Sign::Random).unwrap(),
                 rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 }),
-                fused: true,
+                fused: clip == 0.0,
                 verify: false,
                 threads: 1,
                 library: 0,
@@ -65,29 +72,30 @@ fn emulated_calls_of_a_step() {
                 let Some(now) = calls() else { panic!("this test is about the emulated device") };
                 before = now;
                 model
-                    .train(
-                        &mut be,
-                        &Step { step: i, seed: 11, lr: 3e-3, weight_decay: 0.1, clip: 0.0, accumulate: 1 },
-                        |_, x, y| {
-                            x.fill(3);
-                            y.fill(4);
-                            Ok::<(), Error>(())
-                        },
-                    )
+                    .train(&mut be, &Step { step: i, seed: 11, lr: 3e-3, weight_decay: 0.1, clip }, |_, x, y| {
+                        x.fill(3);
+                        y.fill(4);
+                        Ok::<(), Error>(())
+                    })
                     .unwrap();
             }
             let after = calls().unwrap();
             let [launches, products, pinned, pageable, downloads, found, _] =
                 core::array::from_fn(|i| after[i] - before[i]);
-            assert_eq!(found, waits, "{mode:?}: waits for work");
-            assert_eq!((pinned, pageable), (2, 0), "{mode:?}: tokens and targets, from page-locked memory");
-            // Status, losses, norms of blocks and ends: the last three when nothing is left to wait for.
-            assert_eq!(downloads, waits + 3, "{mode:?}");
+            let (what, micro) = (format!("{mode:?} x {accumulate}, clip {clip}"), accumulate as u64);
+            assert_eq!(found, 1, "{what}: waits for work");
+            assert_eq!((pinned, pageable), (2 * micro, 0), "{what}: tokens and targets, from page-locked memory");
+            // Status, losses, norms of blocks and ends: all but the first when nothing is left to wait for.
+            assert_eq!(downloads, 1 + micro + 2, "{what}");
             counts.push(launches + products);
         }
         let each = counts[1] - counts[0];
-        println!("{mode:?}: {} launches a step of 3 blocks in 2 chunks, {each} more for each block", counts[0]);
-        // Forward and backward pass of two chunks, and the update of 12 tensors.
-        assert!((60..=160).contains(&each), "{mode:?}: {each}");
+        let batches = if accumulate == 1 { String::new() } else { format!(" x {accumulate}") };
+        println!(
+            "{mode:?}{batches}: {} launches a step of 3 blocks in 2 chunks, {each} more for each block",
+            counts[0]
+        );
+        // Forward and backward pass of two chunks of each batch, and the update of 12 tensors.
+        assert!((60..=160 * accumulate as u64).contains(&each), "{mode:?}{batches}: {each}");
     }
 }

@@ -47,6 +47,7 @@ fn setup(config: &Gpt2Config, batch: usize, context: usize, mode: Mode) -> Setup
     Setup {
         dims: machine::dims(config),
         batch,
+        accumulate: 1,
         context,
         mode,
         grid: (mode == Mode::Bdia).then(|| Grid::new(14).unwrap()),
@@ -111,7 +112,7 @@ fn loss_and_gradients_are_those_of_transformers() {
         let (mut model, layout) = lay_out(&setup, Choice { chunk: 2, head_rows: 32 });
         let mut be = Cpu::new(&layout, 1).unwrap();
         machine::load_weights(&data(name), &config, &mut be, &model).unwrap();
-        let step = Step { step: 0, seed: 0, lr: 0.0, weight_decay: 0.0, clip: 0.0, accumulate: 1 };
+        let step = Step { step: 0, seed: 0, lr: 0.0, weight_decay: 0.0, clip: 0.0 };
         let outcome = model
             .train(&mut be, &step, |_, x, y| {
                 x.copy_from_slice(&s.ints["tokens"]);

@@ -20,6 +20,7 @@ fn setup(mode: Mode, layers: usize, fused: bool, dims: Dims) -> Setup {
     Setup {
         dims: Dims { layers, ..dims },
         batch: 3,
+        accumulate: 1,
         context: 8,
         mode,
         grid: if mode == Mode::BdiaFloat { None } else { grid() },
@@ -33,7 +34,7 @@ fn setup(mode: Mode, layers: usize, fused: bool, dims: Dims) -> Setup {
 }
 
 fn step(i: u32) -> Step {
-    Step { step: i, seed: 1, lr: 1e-3, weight_decay: 0.1, clip: 0.0, accumulate: 1 }
+    Step { step: i, seed: 1, lr: 1e-3, weight_decay: 0.1, clip: 0.0 }
 }
 
 fn fill(_: usize, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), Error> {

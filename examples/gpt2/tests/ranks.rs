@@ -17,12 +17,13 @@ use common::{grid, small};
 /// Samples of a micro-batch, of all ranks.
 const BATCH: usize = 4;
 const STEPS: u32 = 4;
-const STEP: Step = Step { step: 0, seed: 11, lr: 1e-3, weight_decay: 0.1, clip: 0.0, accumulate: 1 };
+const STEP: Step = Step { step: 0, seed: 11, lr: 1e-3, weight_decay: 0.1, clip: 0.0 };
 
 fn setup(mode: Mode, fused: bool) -> Setup {
     Setup {
         dims: Dims { dropout: [0.1; 3], ..small() },
         batch: BATCH,
+        accumulate: if fused { 1 } else { 2 },
         context: 9,
         mode,
         grid: if mode == Mode::Bdia { grid() } else { None },
@@ -94,8 +95,7 @@ fn parameters(be: &Be<'_>, model: &Gpt2) -> Vec<u32> {
 fn train(ranks: usize, setup: &Setup, plan: &Step) -> (Vec<Outcome>, Vec<u32>) {
     let ends = on(ranks, setup, |be, model| {
         model.initialize(be, 3).unwrap();
-        let outcomes: Vec<_> =
-            (0..STEPS).map(|i| step(be, model, &Step { step: i, ..*plan }, None).unwrap()).collect();
+        let outcomes: Vec<_> = (0..STEPS).map(|i| step(be, model, &Step { step: i, ..*plan }, None).unwrap()).collect();
         (outcomes, parameters(be, model))
     });
     for end in &ends {
@@ -108,7 +108,7 @@ fn train(ranks: usize, setup: &Setup, plan: &Step) -> (Vec<Outcome>, Vec<u32>) {
 /// the first loss, before any gradient, up to that of a sum of numbers in f64.
 #[test]
 fn losses_do_not_depend_on_the_number_of_ranks() {
-    let clipped = Step { clip: 0.5, accumulate: 2, ..STEP };
+    let clipped = Step { clip: 0.5, ..STEP };
     for (mode, fused, plan) in [
         (Mode::Bdia, true, STEP),
         (Mode::Bdia, false, clipped),

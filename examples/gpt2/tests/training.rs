@@ -17,6 +17,7 @@ fn setup(mode: Mode) -> Setup {
     Setup {
         dims: small(),
         batch: 4,
+        accumulate: 1,
         context: 9,
         mode,
         grid: if mode == Mode::Bdia { grid() } else { None },
@@ -29,7 +30,7 @@ fn setup(mode: Mode) -> Setup {
     }
 }
 
-const STEP: Step = Step { step: 0, seed: 11, lr: 1e-2, weight_decay: 0.1, clip: 0.0, accumulate: 1 };
+const STEP: Step = Step { step: 0, seed: 11, lr: 1e-2, weight_decay: 0.1, clip: 0.0 };
 
 /// Sample `i` of the global batch: a sequence that can be learnt.
 fn sample(i: usize, x: &mut [i32], y: &mut [i32]) {
@@ -125,10 +126,10 @@ fn accumulation_is_the_same_step() {
     let mut s = Setup { dims, fused: false, ..setup(Mode::Bdia) };
     let mut results = Vec::new();
     for (batch, accumulate) in [(4, 1), (2, 2), (1, 4)] {
-        s.batch = batch;
+        (s.batch, s.accumulate) = (batch, accumulate);
         let (mut model, layout) = lay_out::<f64>(&s, 2, 9);
         let mut memory = Memory::<f64>::new(&layout);
-        results.push(run(&mut memory.backend(&layout), &mut model, 3, Step { accumulate, ..STEP }).unwrap());
+        results.push(run(&mut memory.backend(&layout), &mut model, 3, STEP).unwrap());
     }
     for other in &results[1..] {
         for (a, b) in other.0.iter().zip(&results[0].0) {
@@ -136,7 +137,7 @@ fn accumulation_is_the_same_step() {
         }
     }
     // Full gradient buffers and fused updates are the same bits: the order of every sum is the same.
-    let whole = Setup { batch: 4, ..s };
+    let whole = Setup { batch: 4, accumulate: 1, ..s };
     let (a, b) = (
         on_cpu(&whole, Choice { chunk: 2, head_rows: 9 }, 2, 3, STEP).1,
         on_cpu(&Setup { fused: true, ..whole }, Choice { chunk: 2, head_rows: 9 }, 2, 3, STEP).1,
@@ -305,8 +306,9 @@ fn refusals() {
     assert!(lay(&Setup { dims: Dims { vocab: usize::MAX / 4, ..small() }, ..s }).contains("address space"));
     assert!(lay(&Setup { batch: usize::MAX / 8, ..s }).contains("address space"));
     assert!(lay(&Setup { gamma: Gamma::new(0.3, Sign::Plus).unwrap(), ..s }).contains("0.5, 0.25"));
-    let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice { chunk: 2, head_rows: 9 }).unwrap();
+    let (mut model, layout) =
+        Gpt2::layout::<Cpu>(&Setup { accumulate: 2, ..s }, Choice { chunk: 2, head_rows: 9 }).unwrap();
     let mut be = Cpu::new(&layout, 1).unwrap();
-    let error = run(&mut be, &mut model, 1, Step { accumulate: 2, ..STEP }).unwrap_err();
+    let error = run(&mut be, &mut model, 1, STEP).unwrap_err();
     assert!(error.to_string().contains("full gradient buffers"));
 }

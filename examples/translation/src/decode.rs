@@ -169,7 +169,7 @@ impl Translator {
         if sources.is_empty() {
             return Ok(Vec::new());
         }
-        be.take_fault()?;
+        be.clear_fault()?;
         let longest = sources.iter().map(|s| s.len() + 1).max().unwrap_or(1);
         for (what, most, found) in
             [("sentences", sizes.sentences, sources.len()), ("positions of a sentence", sizes.longest, longest)]

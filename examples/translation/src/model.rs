@@ -602,7 +602,7 @@ impl Translator {
             return Err(setting("clip", step.clip, "0, or full gradient buffers (fused = false)"));
         }
         // A fault that an abandoned step left behind is not this one's.
-        be.take_fault()?;
+        be.clear_fault()?;
         let updater =
             Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
         (part.encoder.updater, part.decoder.own.updater) = (updater, updater);
@@ -634,11 +634,9 @@ impl Translator {
         encoder.embed_vjp(be, source, &pass)?;
         self.encoder.params.settle(be, &updater, Site::Block(0), self.encoder.tensors())?;
 
-        let loss = sum(be, part.head.losses)?;
         let mismatches = encoder.mismatches(be)? + decoder.mismatches(be)?;
         let rebuild_error = encoder.rebuild_error().max(decoder.rebuild_error());
-        self.update(be, &updater, step.clip)?;
-        let grad_norm = self.grad_norm(be)?;
+        let (loss, grad_norm) = self.update(be, part.head.losses, &updater, step.clip)?;
         let mut outcome = Outcome { loss: 0.0, tokens: tokens as usize, grad_norm, mismatches: 0, rebuild_error: 0.0 };
         be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
             outcome.loss += loss;
@@ -649,8 +647,9 @@ impl Translator {
         Ok(outcome)
     }
 
-    /// Updates what the stacks left: the ends, and with full gradient buffers everything.
-    fn update<B: Backend>(&self, be: &mut B, updater: &Updater, clip: f64) -> Result<()> {
+    /// Updates what the stacks left: the ends, and with full gradient buffers everything. The sum of the losses and the norm of
+    /// the gradients.
+    fn update<B: Backend>(&self, be: &mut B, losses: Reals, updater: &Updater, clip: f64) -> Result<(f64, f64)> {
         let groups: [(&Params, usize, &[Tensor]); 3] = [
             (&self.encoder.params, self.setup.dims.layers[0], self.encoder.tensors()),
             (&self.decoder.own.params, self.setup.dims.layers[1], self.decoder.own.tensors()),
@@ -663,26 +662,27 @@ impl Translator {
             params.measure(be, Site::Block(k), k, tensors)?;
         }
         self.ends.measure(be, Site::Embedding, 0, &self.end_tensors)?;
-        let mut updater = *updater;
-        if !updater.fused {
-            if let Some(fault) = be.take_fault()? {
-                return Err(fault.into());
-            }
-            updater.scale = clip_scale(self.grad_norm(be)?, clip);
-        }
+        // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
+        // the step is done.
+        let early = if updater.fused { None } else { Some(self.result(be, losses)?) };
+        let updater = Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, clip)), ..*updater };
         for (params, k, tensors) in all() {
             params.update(be, &updater, k, tensors)?;
         }
         self.ends.update(be, &updater, 0, &self.end_tensors)?;
-        be.take_fault()?.map_or(Ok(()), |fault| Err(fault.into()))
+        early.map_or_else(|| self.result(be, losses), Ok)
     }
 
-    fn grad_norm<B: Backend>(&self, be: &B) -> Result<f64> {
+    /// What a step reads: the sum of its losses and the norm of its gradients.
+    fn result<B: Backend>(&self, be: &mut B, losses: Reals) -> Result<(f64, f64)> {
+        if let Some(fault) = be.take_fault()? {
+            return Err(fault.into());
+        }
         let mut squares = 0.0;
         for params in [&self.encoder.params, &self.decoder.own.params, &self.decoder.cross, &self.ends] {
             squares += sum(be, params.norms)?;
         }
-        Ok(squares.sqrt())
+        Ok((sum(be, losses)?, squares.sqrt()))
     }
 
     /// The sum of the losses of a batch, without smoothing, and the number of tokens that it is of. `each` sees the result of
@@ -698,7 +698,7 @@ impl Translator {
         inference: Inference,
         mut each: impl FnMut(&mut B, &Part, usize, Reals) -> Result<()>,
     ) -> Result<(f64, usize)> {
-        be.take_fault()?;
+        be.clear_fault()?;
         let shape = Self::shape_of(batch, chunk);
         let mut part = self.part::<B>(&shape)?.0;
         let (mut loss, mut tokens) = (0.0, 0);

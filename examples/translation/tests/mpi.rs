@@ -21,7 +21,9 @@ fn good(ranks: usize, out: &Path, arguments: &str) -> String {
 #[test]
 fn ranks_agree_and_a_run_goes_on_with_others() {
     let dir = TempDir::new();
-    for (name, extra) in [("fused", ""), ("clipped", "--clip 0.5"), ("separate", "--embeddings separate --mode standard")] {
+    for (name, extra) in
+        [("fused", ""), ("clipped", "--clip 0.5"), ("separate", "--embeddings separate --mode standard")]
+    {
         let at = |ranks: usize| dir.path().join(format!("{name}{ranks}"));
         let of = |ranks: usize| {
             let verify = if extra.contains("standard") { "" } else { "--verify" };

@@ -414,7 +414,7 @@ impl Vit {
             return Err(setting("clip", step.clip, "0, or full gradient buffers (fused = false)").into());
         }
         // A fault that an abandoned step left behind is not this one's.
-        be.take_fault()?;
+        be.clear_fault()?;
         let updater =
             Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
         self.blocks.updater = updater;
@@ -459,32 +459,18 @@ impl Vit {
         }
         self.ends.sum_over_ranks(be, piece)?;
         self.ends.measure(be, Site::Embedding, 0, &self.end_tensors)?;
-        let mut norm = 0.0;
-        if !fused {
-            if let Some(fault) = be.take_fault()? {
-                return Err(Error::from(fault).into());
-            }
-            norm = self.grad_norm(be)?;
-        }
-        let updater = Updater { scale: clip_scale(norm, step.clip), ..updater };
+        // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
+        // the step is done.
+        let early = if fused { None } else { Some(self.result(be)?) };
+        let updater = Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)), ..updater };
         if !fused {
             for k in 0..layers {
                 self.blocks.params.update(be, &updater, k, self.blocks.tensors())?;
             }
         }
         self.ends.update(be, &updater, 0, &self.end_tensors)?;
-        if let Some(fault) = be.take_fault()? {
-            return Err(Error::from(fault).into());
-        }
-        // Read when the step is done, so that nothing waits before.
-        let mut loss = sum(be, self.head.losses)?;
-        if let Some(m) = self.head.mixup {
-            loss = m.share * loss + (1.0 - m.share) * sum(be, m.losses)?;
-        }
-        if fused {
-            norm = self.grad_norm(be)?;
-        }
-        let mut outcome = Outcome { loss: 0.0, grad_norm: norm, mismatches: 0, rebuild_error: 0.0 };
+        let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
+        let mut outcome = Outcome { loss: 0.0, grad_norm, mismatches: 0, rebuild_error: 0.0 };
         be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
             outcome.loss += loss;
             outcome.mismatches += mismatches as u64;
@@ -492,6 +478,18 @@ impl Vit {
         })?;
         outcome.loss /= batch as f64;
         Ok(outcome)
+    }
+
+    /// What a step reads: the sum of its losses and the norm of its gradients.
+    fn result<B: Backend>(&self, be: &mut B) -> Result<(f64, f64)> {
+        if let Some(fault) = be.take_fault()? {
+            return Err(fault.into());
+        }
+        let mut loss = sum(be, self.head.losses)?;
+        if let Some(m) = self.head.mixup {
+            loss = m.share * loss + (1.0 - m.share) * sum(be, m.losses)?;
+        }
+        Ok((loss, (sum(be, self.blocks.params.norms)? + sum(be, self.ends.norms)?).sqrt()))
     }
 
     /// Makes the staging buffers, so that a step allocates nothing that grows.
@@ -553,10 +551,6 @@ impl Vit {
         Ok(probe.largest)
     }
 
-    fn grad_norm<B: Backend>(&self, be: &B) -> Result<f64> {
-        Ok((sum(be, self.blocks.params.norms)? + sum(be, self.ends.norms)?).sqrt())
-    }
-
     /// Logits of some images (at most a [chunk](Self::chunk)), `[samples, classes]`, and the sum of their losses.
     ///
     /// # Errors
@@ -568,7 +562,7 @@ impl Vit {
         inference: Inference,
         image: impl FnMut(usize, &mut [f64]) -> core::result::Result<[i32; 2], E>,
     ) -> core::result::Result<(Vec<f64>, f64), E> {
-        be.take_fault()?;
+        be.clear_fault()?;
         self.put(be, samples, image)?;
         let x = match (&self.trunk, inference) {
             (Trunk::Two(stack), _) => stack.infer(be, &self.blocks, &mut self.input, samples)?,

@@ -1,8 +1,7 @@
 //! Matrix products: which kernel computes them, and `gemm` in tiles that the shape alone decides.
 //!
-//! With the 16 registers of AVX2 (or the 32 of NEON) the products of layers go through [`super::packed`], which packs
-//! nothing twice. With AVX-512 `gemm` has better kernels than `wide` can express, and without fused multiply-add it
-//! chooses at run time what a build cannot: there `gemm` serves. The small products of attention are always `gemm`'s.
+//! The products of layers go through [`super::packed`], which packs nothing twice; without fused multiply-add `gemm` serves,
+//! which chooses at run time what a build cannot. The small products of attention are always `gemm`'s.
 
 use bdia_core::backend::Order;
 use gemm::Parallelism;
@@ -118,24 +117,64 @@ pub(crate) unsafe fn product(
     }
 }
 
-/// Whether the products of layers are packed here.
-fn packed() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    let better = std::is_x86_feature_detected!("avx512f");
-    #[cfg(not(target_arch = "x86_64"))]
-    let better = false;
-    cfg!(any(target_feature = "fma", target_arch = "aarch64")) && !better
+/// How the products of layers are computed: the same bits for any number of threads, others for each of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Products {
+    /// By the `gemm` crate, which chooses its kernels at run time: for a build without fused multiply-add.
+    Gemm,
+    /// Packed operands and the lanes that the program was compiled for.
+    Lanes,
+    /// Packed operands and AVX-512.
+    Avx512,
+}
+
+impl Products {
+    /// All of them, the best one of each precision first.
+    pub const ALL: [Self; 3] = [Self::Avx512, Self::Lanes, Self::Gemm];
+
+    /// Whether this processor, and this build, has what it needs.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Gemm | Self::Lanes => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => std::is_x86_feature_detected!("avx512f"),
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx512 => false,
+        }
+    }
+
+    /// The fastest one here.
+    pub fn best() -> Self {
+        if Self::Avx512.is_available() {
+            Self::Avx512
+        } else if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
+            Self::Lanes
+        } else {
+            Self::Gemm
+        }
+    }
+
+    /// For [`Identity`](bdia_core::backend::Identity): the name of a backend that multiplies so.
+    pub(crate) fn identity(self) -> &'static str {
+        match self {
+            Self::Gemm => "cpu gemm",
+            Self::Lanes => "cpu",
+            Self::Avx512 => "cpu avx512",
+        }
+    }
 }
 
 /// Values of packing memory that [`matmul`] needs.
 pub(crate) fn scratch(threads: usize) -> usize {
-    if packed() { super::packed::scratch(threads) } else { 0 }
+    super::packed::scratch(threads)
 }
 
 /// `C (+)= A·B (+ bias)` for dense `c`, over the threads; `memory` holds [`scratch`] values.
 pub(crate) fn matmul(
     team: &Team,
-    [rows, cols, inner]: [usize; 3],
+    products: Products,
+    shape: [usize; 3],
     a: View,
     b: View,
     bias: Option<&[f32]>,
@@ -143,10 +182,32 @@ pub(crate) fn matmul(
     accumulate: bool,
     memory: &mut [f32],
 ) {
-    if packed() {
-        super::packed::product(team, [rows, cols, inner], a, b, bias, c, accumulate, memory);
-        return;
+    use super::packed::{self, lanes::Lanes};
+    // SAFETY: who makes a backend has asked whether the kernel is available.
+    unsafe {
+        match products {
+            Products::Gemm => tiles(team, shape, a, b, bias, c, accumulate),
+            Products::Lanes => packed::product::<Lanes>(team, shape, a, b, bias, c, accumulate, memory),
+            #[cfg(target_arch = "x86_64")]
+            Products::Avx512 => {
+                packed::product::<packed::avx512::Avx512>(team, shape, a, b, bias, c, accumulate, memory);
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Products::Avx512 => packed::product::<Lanes>(team, shape, a, b, bias, c, accumulate, memory),
+        }
     }
+}
+
+/// [`matmul`] by `gemm`, in tiles.
+fn tiles(
+    team: &Team,
+    [rows, cols, inner]: [usize; 3],
+    a: View,
+    b: View,
+    bias: Option<&[f32]>,
+    c: &mut [f32],
+    accumulate: bool,
+) {
     // Smaller tiles where there are few, so that every thread has some; not so small that packing them costs more than
     // it gains.
     let (mut most_rows, mut most_cols) = (ROWS, COLS);

@@ -77,7 +77,8 @@ impl NnOps for Cpu {
         }
         let offset: Option<&[f32]> = bias.map(|_| &*offset);
         let (a, b) = (View::dense(a, p.a, p.rows, p.inner), View::dense(b, p.b, p.inner, p.cols));
-        matmul::matmul(&self.team, [p.rows, p.cols, p.inner], a, b, offset, c, p.accumulate, &mut self.packing);
+        let shape = [p.rows, p.cols, p.inner];
+        matmul::matmul(&self.team, self.products, shape, a, b, offset, c, p.accumulate, &mut self.packing);
         Ok(())
     }
 

@@ -5,7 +5,7 @@
 
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Backend, Category, Chunk, Error, Fault, Ints, Layout, Reals, Reference, Result, Site, Words};
-use bdia_cpu::Cpu;
+use bdia_cpu::{Cpu, Products};
 
 /// The three arenas.
 #[derive(Debug, Clone)]
@@ -58,8 +58,12 @@ impl World {
     }
 
     pub fn cpu(&self, threads: usize, op: Op) -> After {
+        self.cpu_with(Products::best(), threads, op)
+    }
+
+    pub fn cpu_with(&self, products: Products, threads: usize, op: Op) -> After {
         use bdia_core::Storage;
-        let mut cpu = Cpu::new(&self.layout(), threads).unwrap();
+        let mut cpu = Cpu::with_products(&self.layout(), threads, products).unwrap();
         let (i, r, w) =
             (Ints::new(0, self.ints.len()), Reals::new(0, self.reals.len()), Words::new(0, self.words.len()));
         cpu.write_ints(i, &self.ints).unwrap();
@@ -76,9 +80,13 @@ impl World {
 
     /// The operation gives the same bits for 1, 2 and 3 threads.
     pub fn threads_agree(&self, what: &str, op: Op) -> After {
-        let one = self.cpu(1, op);
+        self.threads_agree_with(Products::best(), what, op)
+    }
+
+    fn threads_agree_with(&self, products: Products, what: &str, op: Op) -> After {
+        let one = self.cpu_with(products, 1, op);
         for threads in [2, 3] {
-            one.same_bits(&self.cpu(threads, op), &format!("{what}, {threads} threads"));
+            one.same_bits(&self.cpu_with(products, threads, op), &format!("{what}, {threads} threads"));
         }
         one
     }
@@ -93,7 +101,12 @@ impl World {
     /// The operation gives the values of the reference backend, up to `tolerance` times the largest magnitude that
     /// the reference leaves among the values that changed.
     pub fn close(&self, what: &str, tolerance: f32, op: Op) -> After {
-        let (one, reference) = (self.threads_agree(what, op), self.reference(op));
+        self.close_to(&self.reference(op), Products::best(), what, tolerance, op)
+    }
+
+    /// As `close`, with what the reference left, and for one kind of products.
+    pub fn close_to(&self, reference: &After, products: Products, what: &str, tolerance: f32, op: Op) -> After {
+        let one = self.threads_agree_with(products, what, op);
         assert_eq!(one.result, reference.result, "{what}");
         assert_same_fault(&one.fault, &reference.fault, what);
         assert_eq!(one.world.ints, reference.world.ints, "{what}");

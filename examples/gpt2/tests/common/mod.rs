@@ -73,6 +73,7 @@ impl State {
         Setup {
             dims: self.dims(),
             batch: self.size("batch"),
+            accumulate: 1,
             context: self.size("seq_len"),
             mode: Mode::Standard,
             grid: None,
