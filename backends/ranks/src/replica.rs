@@ -156,6 +156,11 @@ impl<B: Backend<Real = f32>> Storage for Replica<'_, B> {
         Err(Error::Rank { rank, why: Halt::Fault(fault) })
     }
 
+    fn clear_fault(&mut self) -> Result<()> {
+        self.shared = None;
+        self.inner.clear_fault()
+    }
+
     fn peek_fault(&mut self) -> Result<Option<Fault>> {
         self.inner.peek_fault()
     }
