@@ -34,7 +34,7 @@ enum Source {
 /// A model that is fine-tuned.
 struct Pretrained {
     args: FinetuneArgs,
-    /// Where its weights are.
+    /// Where its configuration is, and the weights that a run needs.
     weights: PathBuf,
     config: Gpt2Config,
     context: usize,
@@ -51,10 +51,13 @@ struct Pretrained {
 pub fn finetune(args: &FinetuneArgs) -> Result<Option<Summary>, Failure> {
     let joined = ranks::join(&args.run.machine)?;
     let (mut args, from) = run::begin(args)?;
-    let weights = match (&args.weights, &args.model) {
-        (Some(dir), _) => dir.clone(),
-        (None, Some(name)) => hub::locate(name)?,
-        (None, None) => return Err(Failure::Other("expected --weights or --model, found neither".into())),
+    let full = args.method.method == MethodKind::Full;
+    let weights = match (&args.weights, &args.model, &args.run.resume) {
+        // All that it trains is in its checkpoints.
+        (_, _, Some(dir)) if full => dir.clone(),
+        (Some(dir), ..) => dir.clone(),
+        (None, Some(name), _) => hub::locate(name)?,
+        (None, None, _) => return Err(Failure::Other("expected --weights or --model, found neither".into())),
     };
     let mut config = Gpt2Config::read_dir(&weights)?;
     // Dropout is a choice of the training; the file's is what somebody else chose.
@@ -184,6 +187,9 @@ impl Task for Pretrained {
     }
 
     fn record(&self, out: &Path) -> Result<(), Failure> {
+        if self.args.method.method == MethodKind::Full {
+            self.config.write_dir(out)?;
+        }
         run::save(out, &FinetuneArgs { base: self.base.clone(), ..self.args.clone() })
     }
 

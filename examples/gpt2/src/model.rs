@@ -169,9 +169,9 @@ impl Named {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn put<B: Backend<Real = f32>>(&self, be: &mut B, at: usize, values: &[f32]) -> Result<()> {
+    pub fn put<B: Backend>(&self, be: &mut B, at: usize, values: &[B::Real]) -> Result<()> {
         let Some((half, words)) = self.narrow else { return be.write_reals(self.values.sub(at, values.len()), values) };
-        let bits = |x| rounded(half, x);
+        let bits = |x: B::Real| rounded(half, x.wide() as f32);
         let mut piece = [0; 256];
         for (i, values) in values.chunks(2 * piece.len()).enumerate() {
             let piece = &mut piece[..values.len().div_ceil(2)];
@@ -406,7 +406,7 @@ impl Gpt2 {
     }
 
     /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0, norms 1; optimizer
-    /// state 0. The parameters must be reals.
+    /// state 0.
     ///
     /// # Errors
     /// Those of writing.
@@ -426,7 +426,7 @@ impl Gpt2 {
             // The tensor's index in the file is its place in the random stream; rows are samples of it, so threads share
             // them out.
             let (rows, cols, threads) = (t.shape[0], t.shape[1], self.setup.threads.max(1));
-            let share = (1_usize << 14).div_ceil(cols.max(1));
+            let share = (1_usize << 14).div_ceil(cols.max(1)).next_multiple_of(2);
             let draw = |first: usize, values: &mut [B::Real]| {
                 for (row, line) in values.chunks_mut(cols).enumerate() {
                     let s = Stream::new(seed, i as u32, (first + row) as u32, 0, 0, Draw::Init);
@@ -445,7 +445,7 @@ impl Gpt2 {
                         }
                     });
                 }
-                be.write_reals(t.values.sub(first * cols, piece.len()), &piece)?;
+                t.put(be, first * cols, &piece)?;
             }
         }
         Ok(())

@@ -6,12 +6,14 @@
 mod common;
 mod program;
 
+use bdia_core::backend::Half;
+use bdia_core::layers::LoraShape;
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::{Error, Fault, Gamma, Sign, Site, Storage};
 use bdia_cuda::{Cuda, Options, Precision};
-use bdia_gpt2::model::{Dims, Gpt2, Outcome, Setup, Step};
+use bdia_gpt2::model::{Adapters, Dims, Gpt2, Outcome, Setup, Step};
 use common::{Memory, grid, lay_out, small};
 use program::{Dir, good, train};
 
@@ -38,6 +40,9 @@ fn setup(mode: Mode) -> Setup {
 fn run<B: bdia_core::Backend>(be: &mut B, model: &mut Gpt2, steps: u32, step: Step) -> (Vec<Outcome>, Vec<B::Real>) {
     let (context, batch) = (model.setup().context, model.setup().batch);
     model.initialize(be, 3).unwrap();
+    if model.setup().adapters.is_some() {
+        model.initialize_adapters(be, 3).unwrap();
+    }
     let mut outcomes = vec![];
     for i in 0..steps {
         let outcome = model.train(be, &Step { step: i, ..step }, |micro, x, y| {
@@ -50,7 +55,7 @@ fn run<B: bdia_core::Backend>(be: &mut B, model: &mut Gpt2, steps: u32, step: St
         outcomes.push(outcome.unwrap());
     }
     let mut all = vec![];
-    for t in model.tensors() {
+    for t in model.trained() {
         let mut v = vec![bdia_core::Real::of(0.0); t.values.len()];
         be.read_reals(t.values, &mut v).unwrap();
         all.extend(v);
@@ -84,6 +89,26 @@ fn exact_and_like_the_reference() {
             }
             assert_eq!(bits, on_cuda(&s, chunk, Precision::F32, 3, STEP).1, "a run repeats its bits");
         }
+    }
+}
+
+/// Adapters beside a model whose matrices are kept in 16 bits.
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn adapters_are_trained() {
+    for half in [None, Some(Half::Bf16), Some(Half::F16)] {
+        let adapters = Some(Adapters { shape: LoraShape { rank: 3, alpha: 12.0 }, half });
+        let s = Setup { adapters, ..setup(Mode::Bdia) };
+        let (mut model, layout) = lay_out::<f64>(&s, 4, 36);
+        let mut memory = Memory::<f64>::new(&layout);
+        let step = Step { lr: 3e-2, ..STEP };
+        let (exact, _) = run(&mut memory.backend(&layout), &mut model, 3, step);
+        let (outcomes, bits) = on_cuda(&s, 2, Precision::F32, 3, step);
+        for (a, b) in outcomes.iter().zip(&exact) {
+            assert_eq!(a.mismatches, 0);
+            assert!((a.loss - b.loss).abs() < 2e-3, "{half:?}: {} {}", a.loss, b.loss);
+        }
+        assert_eq!(bits, on_cuda(&s, 2, Precision::F32, 3, step).1, "a run repeats its bits");
     }
 }
 
