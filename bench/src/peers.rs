@@ -25,6 +25,8 @@ impl Peer {
     pub const CHECKPOINTING: Self = Self { mode: "checkpointing", precision: "f32" };
     /// Everything is stored, bf16 autocast.
     pub const BF16: Self = Self { mode: "store-all", precision: "bf16" };
+    /// The input of every block is stored, bf16 autocast.
+    pub const BF16_CHECKPOINTING: Self = Self { mode: "checkpointing", precision: "bf16" };
     /// BDIA in PyTorch.
     pub const BDIA: Self = Self { mode: "bdia", precision: "f32" };
 

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::SystemTime;
 
 use bdia_core::plan::Choice;
-use bdia_cpu::Cpu;
+use bdia_cpu::{Cpu, Products};
 use bdia_gpt2::cli::{BackendKind, Mode, PrecisionKind};
 use bdia_gpt2::report::bytes;
 use clap::{Args, ValueEnum};
@@ -198,6 +198,9 @@ fn title(job: &Job) -> String {
     let dropout = if job.dropout > 0.0 { format!(" dropout {}", job.dropout) } else { String::new() };
     let on = match job.backend {
         BackendKind::Cuda => format!(" cuda {}", bdia_gpt2::cli::name_of(&job.precision)),
+        BackendKind::Cpu if job.precision != PrecisionKind::F32 => {
+            format!(" {}", bdia_gpt2::cli::name_of(&job.precision))
+        }
         _ => String::new(),
     };
     format!("{}{layers}{on} {} B={} T={}{dropout}", job.model.name(), job.mode_name(), job.batch(), job.tokens())
@@ -346,6 +349,10 @@ impl Report {
             for every in [1, bdia_gpt2::machine::checkpoint_every(None, k) as u64] {
                 jobs.push(Job { checkpoint_every: Some(every), ..self.job(model, Mode::Checkpoint) });
             }
+            // As fast as it is meant to be only where instructions multiply bf16.
+            if bf16_products() {
+                jobs.push(Job { precision: PrecisionKind::Bf16, ..self.job(model, Mode::Bdia) });
+            }
             if model == Model::Gpt2Medium {
                 jobs.retain(|j| j.mode != Mode::BdiaFloat && j.checkpoint_every != Some(1));
             }
@@ -374,7 +381,8 @@ impl Report {
                 let operations = total(&stages(&job));
                 let (low, high) = record.spread();
                 let seconds = record.seconds_per_step();
-                let share = if job.backend == BackendKind::Cpu { operations / seconds / self.near } else { 0.0 };
+                let full = job.backend == BackendKind::Cpu && job.precision == PrecisionKind::F32;
+                let share = if full { operations / seconds / self.near } else { 0.0 };
                 table.row([
                     job.model.name().into(),
                     record.mode.clone(),
@@ -388,7 +396,11 @@ impl Report {
                     bytes(record.peak_rss),
                     bytes(record.planned("side bits and checksums")),
                 ]);
-                if job.model == model && job.backend == BackendKind::Cpu {
+                if job.model == model && job.backend == BackendKind::Cpu && !full {
+                    let rate = format!("{:.1}/s", record.items_per_s);
+                    speed.push((format!("{}, bf16", record.mode), record.items_per_s, rate, job.mode == Mode::Bdia));
+                }
+                if job.model == model && full {
                     for p in &record.parts {
                         memory.row([
                             model.name().into(),
@@ -681,7 +693,7 @@ impl Report {
         let python = Python::new(self.args.python.clone());
         let quick = self.args.quick;
         let all_rounds = self.args.rounds.unwrap_or(if quick { 2 } else { 3 });
-        let all: &[Peer] = &[Peer::STORE_ALL, Peer::CHECKPOINTING, Peer::BF16, Peer::BDIA];
+        let all: &[Peer] = &[Peer::STORE_ALL, Peer::CHECKPOINTING, Peer::BF16, Peer::BF16_CHECKPOINTING, Peer::BDIA];
         let models: &[(Model, &[Peer])] = if quick {
             &[(Model::Tiny, all), (Model::VitSmall, &[Peer::STORE_ALL, Peer::BDIA])]
         } else {
@@ -699,13 +711,14 @@ impl Report {
             "ours / it",
         ]);
         if !bf16_products() {
-            let why = "not run: this processor has no bf16 products (AVX512-BF16), without them a step takes minutes";
+            let why =
+                "not run: this processor has no bf16 products (AMX, AVX512-BF16), without them a step takes minutes";
             self.checks.row([Peer::BF16.name(), "runs".into(), why.into()]);
         }
         let mut charts = Vec::new();
         let dir = std::env::temp_dir().join(format!("bdia-bench-{}", std::process::id()));
         for &(model, peers) in models {
-            let peers: Vec<Peer> = peers.iter().copied().filter(|p| bf16_products() || *p != Peer::BF16).collect();
+            let peers: Vec<Peer> = peers.iter().copied().filter(|p| bf16_products() || p.precision != "bf16").collect();
             let mut job = self.job(model, Mode::Bdia);
             if quick && model == Model::VitSmall {
                 job.batch = Some(8);
@@ -716,25 +729,30 @@ impl Report {
             if model == Model::VitSmall {
                 job.dropout = 0.1;
             }
-            // (name, records of all rounds); ours first.
+            // (name, records of all rounds); ours first, f32 before bf16.
+            let mut own = vec![job.clone(), Job { mode: Mode::Standard, ..job.clone() }];
+            if bf16_products() {
+                own.push(Job { precision: PrecisionKind::Bf16, ..job.clone() });
+            }
             let mut engines: Vec<(String, Vec<Record>)> =
-                vec![("bdia".into(), Vec::new()), ("bdia, standard".into(), Vec::new())];
+                ["bdia", "bdia, standard", "bdia, bf16"].iter().map(|&name| (name.into(), Vec::new())).collect();
+            engines.truncate(own.len());
             engines.extend(peers.iter().map(|p| (p.name(), Vec::new())));
             for round in 0..rounds {
                 say(&format!("{} beside PyTorch, round {} of {rounds}", model.name(), round + 1));
                 for i in 0..engines.len() {
                     // Those that no target is about run once: a round takes minutes.
-                    let once = match model {
-                        Model::VitSmall => [Peer::BF16, Peer::CHECKPOINTING],
-                        _ => [Peer::BF16, Peer::BDIA],
+                    let once: &[Peer] = match model {
+                        Model::VitSmall => &[Peer::BF16, Peer::BF16_CHECKPOINTING, Peer::CHECKPOINTING],
+                        _ => &[Peer::BDIA],
                     };
-                    if round > 0 && i >= 2 && once.contains(&peers[i - 2]) {
+                    let peer = i.checked_sub(own.len()).map(|i| peers[i]);
+                    if round > 0 && peer.is_some_and(|p| once.contains(&p)) {
                         continue;
                     }
-                    let record = match i {
-                        0 => spawn(&job),
-                        1 => spawn(&Job { mode: Mode::Standard, ..job.clone() }),
-                        i => python.run(&job, peers[i - 2]),
+                    let record = match peer {
+                        None => spawn(&own[i]),
+                        Some(peer) => python.run(&job, peer),
                     };
                     match record {
                         Ok(record) => {
@@ -748,7 +766,12 @@ impl Report {
                     }
                 }
             }
-            let ours = engines[0].1.clone();
+            // Each precision beside the same one of ours.
+            let ours_of = |name: &str| {
+                let bf16 = name.contains("bf16");
+                engines.iter().find(|e| bf16 == e.0.contains("bf16")).map_or(Vec::new(), |e| e.1.clone())
+            };
+            let ours = ours_of("");
             if let (Model::Gpt2Medium, Some(r)) = (model, ours.first()) {
                 self.targets.push(Target {
                     what: "gpt2-medium: peak memory",
@@ -759,6 +782,7 @@ impl Report {
             }
             let (mut speed, mut memory) = (Vec::new(), Vec::new());
             for (name, records) in engines.iter().filter(|e| !e.1.is_empty()) {
+                let ours = ours_of(name);
                 let rates: Vec<f64> = records.iter().map(|r| r.items_per_s).collect();
                 let ratios: Vec<f64> =
                     ours.iter().zip(records).map(|(a, b)| ratio(a.items_per_s, b.items_per_s)).collect();
@@ -791,8 +815,8 @@ impl Report {
         }
         let _ = std::fs::remove_dir_all(&dir);
         let text = format!(
-            "Both sides run in turn, {all_rounds} round(s) (gpt2-medium, bf16, and what no target is about: one), each in a process of its own with {} thread(s); ratios are of the same round: the \
-             median, and the lowest and highest. Above parameters and state: peak less the process after its imports, parameters, \
+            "Both sides run in turn, {all_rounds} round(s) (gpt2-medium, and what no target is about: one), each in a process of its own with {} thread(s); ratios are to ours of the same precision \
+             in the same round: the median, and the lowest and highest. Above parameters and state: peak less the process after its imports, parameters, \
              gradients and optimizer state. AdamW (fused in PyTorch) on both sides, the same data.",
             self.threads
         );
@@ -845,6 +869,12 @@ impl Report {
             }
             (Model::Gpt2, "PyTorch checkpointing") => {
                 put("gpt2: tokens/s over PyTorch with checkpointing", "≥ 1.45", faster, faster >= 1.45);
+            }
+            (Model::Gpt2, "PyTorch store-all, bf16 autocast") => {
+                put("gpt2, bf16: tokens/s over PyTorch", "≥ 1.0", faster, faster >= 1.0);
+            }
+            (Model::Gpt2, "PyTorch checkpointing, bf16 autocast") => {
+                put("gpt2, bf16: tokens/s over PyTorch with checkpointing", "≥ 1.15", faster, faster >= 1.15);
             }
             (Model::VitSmall, "PyTorch store-all") => {
                 put("vit: images/s over PyTorch", "≥ 1.2", faster, faster >= 1.2);
@@ -965,10 +995,7 @@ fn activations(r: &Record) -> f64 {
 
 /// Whether autocast has products to cast for.
 fn bf16_products() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return std::is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    [Products::Amx, Products::Avx512Bf16].iter().any(|p| p.is_available())
 }
 
 /// How far points are from the line through the first and the last, relative to the line.
