@@ -33,6 +33,19 @@ fn started() -> Option<u64> {
     told(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 }
 
+/// Refuses what several ranks cannot do together.
+///
+/// # Errors
+/// This process is one of several.
+pub fn alone(what: &str) -> Result<(), Failure> {
+    match started() {
+        Some(n) if n > 1 => {
+            Err(Failure::Other(format!("{what} are made by one process, not by {n}: start it without mpirun")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Number of this process's CUDA device: ranks on one machine take one after the other, from the one that was asked for.
 pub fn device(args: &MachineArgs) -> usize {
     let local = if started() > Some(1) {
