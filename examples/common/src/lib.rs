@@ -1,8 +1,8 @@
 //! What the example training programs share. A program brings its model, its data and its loop; the rest is here.
 //!
 //! In the order in which data flows: [`cli`] (flags that every program has, and their checks) → [`machine`] (threads, plan,
-//! backend), [`ranks`] (several machines) → [`run`] (directory of a run, resuming, stopping, progress) → [`checkpoint`], [`weights`], [`report`] (what a
-//! run leaves behind), over [`files`] and [`alloc`]; [`study`] makes many runs of one program.
+//! backend), [`ranks`] (several machines) → [`run`] (directory of a run, resuming, stopping, progress) → [`checkpoint`],
+//! [`weights`], [`report`] (what a run leaves behind), over [`files`] and [`alloc`]; [`study`] makes many runs of one program.
 
 pub mod alloc;
 pub mod checkpoint;

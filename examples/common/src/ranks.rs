@@ -13,14 +13,21 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::cli::{Flags, MachineArgs};
 use crate::error::Failure;
 
-/// Number of this process's rank; rank 0 where there is no other.
-static RANK: AtomicUsize = AtomicUsize::new(0);
+/// Number of this process's rank, once it has joined the others.
+static RANK: AtomicUsize = AtomicUsize::new(UNKNOWN);
+const UNKNOWN: usize = usize::MAX;
 /// Values that are hashed at a time.
 const PIECE: usize = 1 << 14;
 
-/// Number of this process's rank, from 0.
+/// Number of this process's rank, from 0: what the launcher says, until it has joined the others.
 pub fn rank() -> usize {
-    RANK.load(Ordering::Relaxed)
+    match RANK.load(Ordering::Relaxed) {
+        UNKNOWN if started() > Some(1) => {
+            told(&["OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]).map_or(0, |n| n as usize)
+        }
+        UNKNOWN => 0,
+        rank => rank,
+    }
 }
 
 /// A number that the launcher tells by one of these names.

@@ -59,9 +59,9 @@ struct Run {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<(), Failure> {
+    let (args, from) = run::begin(args)?;
     let mut joined = ranks::join(&args.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
-    let (args, from) = run::begin(args)?;
     if let Some((path, header)) = &from
         && u64::from(header.step) > args.steps
     {
