@@ -100,8 +100,9 @@ pub fn step(args: &ScalingArgs, gbit: f64, ranks: u32) -> Step {
 /// Numbers that are not above 0.
 pub fn scaling(args: &ScalingArgs) -> Result<(), Failure> {
     let numbers = [args.speed, args.memory].into_iter().chain(args.gbit.iter().copied());
-    let good = numbers.chain(args.ranks.iter().map(|&n| f64::from(n))).all(|x| x.is_finite() && x > 0.0);
-    if !good || !(args.latency >= 0.0 && args.overhead >= 0.0) {
+    let positive = numbers.chain(args.ranks.iter().map(|&n| f64::from(n))).all(|x| x.is_finite() && x > 0.0);
+    let times = [args.latency, args.overhead].iter().all(|&x| x.is_finite() && x >= 0.0);
+    if !(positive && times) {
         return Err(Failure::Other("speeds, bandwidths and numbers of ranks are above 0, latencies 0 or more".into()));
     }
     println!(

@@ -13,7 +13,7 @@
 //!   carries on; the first fault stays, by order of operations and then by index. While a fault is set,
 //!   [`OptimOps::update`] does nothing.
 //! * **Handles are checked.** A handle outside its arena, operands that overlap where the documentation does not allow
-//!   it, or a wrong length give an [`Error`](crate::Error), never a panic. Empty operands are fine.
+//!   it, or a wrong length give an [`Error`], never a panic. Empty operands are fine.
 //! * Run `bdia_core::testing` (feature `testing`) against it.
 
 use crate::arena::{Ints, Reals, Words};
@@ -474,7 +474,7 @@ pub trait OptimOps: Storage {
 ///
 /// A fault of one rank travels with its gradients: when the sums come back, every rank has it, and no
 /// [`update`](OptimOps::update) after that does anything. From then on [`Storage::take_fault`] gives
-/// [`Error::Rank`](crate::Error::Rank) on all of them, which names the rank that met it; a fault that all have met, in a sum,
+/// [`Error::Rank`] on all of them, which names the rank that met it; a fault that all have met, in a sum,
 /// stays what it is.
 pub trait Exchange: Storage {
     /// Number of this rank, from 0.
@@ -492,7 +492,7 @@ pub trait Exchange: Storage {
     /// as long as those). Both may be the same buffer, whose own values are taken first; either may be empty.
     ///
     /// # Errors
-    /// [`Error::Setting`] where there is no other rank; [`Error::Rank`](crate::Error::Rank) for one that does not answer.
+    /// [`Error::Setting`] where there is no other rank; [`Error::Rank`] for one that does not answer.
     fn exchange(&mut self, own: Reals, sum: Reals) -> Result<()> {
         let _ = (own, sum);
         Err(Error::Setting { what: "ranks", found: 1.0, possible: "2 or more, to exchange gradients" })

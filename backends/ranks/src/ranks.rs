@@ -95,6 +95,8 @@ impl Ranks {
                 let answer = carry_out(&mut link, job);
                 let failed = answer.is_err();
                 if done.send(answer).is_err() || failed {
+                    // MPI's end would wait for ranks that may never answer.
+                    core::mem::forget(link);
                     return;
                 }
             }
@@ -183,9 +185,7 @@ impl Ranks {
         }
         answer
     }
-}
 
-impl Ranks {
     /// Ends it after all work is done: closes the link, which waits for the other ranks to do the same. MPI wants it before
     /// a process ends well.
     pub fn close(mut self) {
@@ -215,9 +215,8 @@ impl Drop for Ranks {
 fn carry_out(link: &mut impl Link, job: Job) -> Result<Answer> {
     let (rank, ranks) = (link.rank(), link.ranks());
     let Job { header, buffers: Buffers { out, into }, len } = job;
-    let (own, headers) =
+    let (own, mut headers) =
         link.trade(header.to_vec(), vec![0; HEADER * ranks], &|_| 0..HEADER, &|p| HEADER * p..HEADER * (p + 1))?;
-    let mut headers = headers;
     headers[HEADER * rank..HEADER * (rank + 1)].copy_from_slice(&own);
     let first = &headers[..SAME];
     if let Some(astray) = (1..ranks).find(|p| &headers[HEADER * p..HEADER * p + SAME] != first) {

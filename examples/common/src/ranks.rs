@@ -13,14 +13,21 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::cli::{Flags, MachineArgs};
 use crate::error::Failure;
 
-/// Number of this process's rank; rank 0 where there is no other.
-static RANK: AtomicUsize = AtomicUsize::new(0);
+/// Number of this process's rank, once it has joined the others.
+static RANK: AtomicUsize = AtomicUsize::new(UNKNOWN);
+const UNKNOWN: usize = usize::MAX;
 /// Values that are hashed at a time.
 const PIECE: usize = 1 << 14;
 
-/// Number of this process's rank, from 0.
+/// Number of this process's rank, from 0: what the launcher says, until it has joined the others.
 pub fn rank() -> usize {
-    RANK.load(Ordering::Relaxed)
+    match RANK.load(Ordering::Relaxed) {
+        UNKNOWN if started() > Some(1) => {
+            told(&["OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]).map_or(0, |n| n as usize)
+        }
+        UNKNOWN => 0,
+        rank => rank,
+    }
 }
 
 /// A number that the launcher tells by one of these names.
@@ -31,6 +38,19 @@ fn told(names: &[&str]) -> Option<u64> {
 /// How many processes the launcher says it has started: Open MPI's, those that follow MPICH, Slurm.
 fn started() -> Option<u64> {
     told(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+}
+
+/// Refuses what several ranks cannot do together.
+///
+/// # Errors
+/// This process is one of several.
+pub fn alone(what: &str) -> Result<(), Failure> {
+    match started() {
+        Some(n) if n > 1 => {
+            Err(Failure::Other(format!("{what} are made by one process, not by {n}: start it without mpirun")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Number of this process's CUDA device: ranks on one machine take one after the other, from the one that was asked for.

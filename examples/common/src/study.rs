@@ -63,6 +63,7 @@ pub fn mean_std(values: &[f64]) -> (f64, f64) {
 /// # Errors
 /// [`Failure`] names the flag.
 pub fn begin<A: Flags>(dir: &Path, base: &A, chosen: &[&str]) -> Result<(), Failure> {
+    crate::ranks::alone("experiments")?;
     let mut base = base.clone();
     let given = base.run().given;
     let every = ["mode", "quantize", "seed", "out", "resume", "json"];

@@ -49,8 +49,8 @@ struct Pretrained {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn finetune(args: &FinetuneArgs) -> Result<Option<Summary>, Failure> {
-    let joined = ranks::join(&args.run.machine)?;
     let (mut args, from) = run::begin(args)?;
+    let joined = ranks::join(&args.run.machine)?;
     let full = args.method.method == MethodKind::Full;
     let weights = match (&args.weights, &args.model, &args.run.resume) {
         // All that it trains is in its checkpoints.

@@ -157,8 +157,8 @@ struct FromText {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
-    let joined = ranks::join(&args.run.machine)?;
     let (args, from) = run::begin(args)?;
+    let joined = ranks::join(&args.run.machine)?;
     let tokenizer = Tokenizer::new();
     let mut config = match (&args.weights, &args.run.resume) {
         (_, Some(dir)) => Gpt2Config::read_dir(dir)?,

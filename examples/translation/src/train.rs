@@ -341,9 +341,9 @@ struct Run<'a> {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
+    let (args, from) = run::begin(args)?;
     let mut joined = ranks::join(&args.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
-    let (args, from) = run::begin(args)?;
     let vocabulary = if from.is_some() { Some(args.out.clone()) } else { args.weights.clone() };
     let prepared = prepare(&args, vocabulary.as_deref(), count)?;
     let setup = setup(&args, &prepared.config)?;

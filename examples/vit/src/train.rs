@@ -267,9 +267,9 @@ struct Run<'a> {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
+    let (args, from) = run::begin(args)?;
     let mut joined = ranks::join(&args.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
-    let (args, from) = run::begin(args)?;
     let (data, config, augment) = prepare(&args)?;
     let setup = setup(&args, &config, count)?;
     let steps = steps(&args, &data)?;
