@@ -201,7 +201,10 @@ fn a_missing_device_is_named() {
     let absent = said.err.contains("device 1000 was asked for");
     assert!(missing || absent, "{}", said.err);
     let run = dir.at("run");
-    program::bad(&mut train(&dir.tokens(), &run, "--steps 1 --precision tf32"), &["--precision tf32", "--backend cuda"]);
+    program::bad(
+        &mut train(&dir.tokens(), &run, "--steps 1 --precision tf32"),
+        &["--precision tf32", "--backend cuda"],
+    );
 }
 
 /// A directory of the dynamic loader with some libraries of the emulated device, and no others.

@@ -20,6 +20,8 @@ fn run(products: Products, threads: usize) -> (Vec<Outcome>, Vec<u32>) {
     let s = Setup {
         dims: small(),
         batch: 4,
+        accumulate: 1,
+        adapters: None,
         context: 9,
         mode: Mode::Bdia,
         grid: grid(),
@@ -34,7 +36,7 @@ fn run(products: Products, threads: usize) -> (Vec<Outcome>, Vec<u32>) {
     let mut be = Cpu::with_products(&layout, threads, products).unwrap();
     model.initialize(&mut be, 3).unwrap();
     let outcomes = (0..STEPS).map(|step| {
-        let step = Step { step, seed: 11, lr: 1e-2, weight_decay: 0.0, clip: 0.0, accumulate: 1 };
+        let step = Step { step, seed: 11, lr: 1e-2, weight_decay: 0.0, clip: 0.0 };
         let outcome = model.train(&mut be, &step, |_, x, y| {
             for j in 0..x.len() {
                 let (n, t) = (j / s.context, j % s.context);
