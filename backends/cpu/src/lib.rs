@@ -1,4 +1,4 @@
-//! The CPU backend of [`bdia_core`]: SIMD lanes (`wide`), threads (`rayon`), packed matrix products, in `f32`.
+//! The CPU backend of [`bdia_core`]: SIMD lanes (`wide`), threads (`rayon`), packed matrix products in `f32` or of factors as bf16.
 //!
 //! ```
 //! use bdia_core::{Category, Layout, Storage};
@@ -16,7 +16,7 @@
 //! # What it keeps
 //! * **The same bits for any number of threads.** Work is cut into pieces by the shape of the operands alone, and
 //!   partial sums are combined in the order of the pieces. Bits do depend on the build (lanes, fused multiply-add) and on
-//!   the processor's instruction sets: through [`Products`], and the kernels of `gemm` in attention.
+//!   the processor's instruction sets, through [`Products`]: [`Cpu::with_precision`] takes the fastest kind of a precision.
 //! * [`UpdateOps`](bdia_core::UpdateOps) give the bits of the reference backend, everywhere.
 //! * **No allocation within an operation**, except the memory for packed operands, which the first matrix product makes,
 //!   and the packing buffers of `gemm`; [`Cpu::library_bytes`] bounds both.

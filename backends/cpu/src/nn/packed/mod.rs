@@ -439,10 +439,14 @@ pub(super) unsafe fn product<K: Kernel>(
                     let start = first + s == 0;
                     let (add, bias) = (accumulate || !start, bias.filter(|_| start));
                     let target = Target { start: c.pointer(), stride: cols, rows, cols, add, bias };
-                    let mut ahead = match (s + 1 < now).then(|| step(first + s + 1)) {
-                        Some((k, n)) if by_rows => Ahead::new(a.at(at, k).start, [a.row, a.col], width, n),
-                        Some((k, n)) => Ahead::new(b.at(k, at).start, [b.col, b.row], width, n),
-                        None => Ahead::new(a.start, [1, 1], 0, 0),
+                    // The next step, or what is most likely this thread's next piece.
+                    let (next, (k, n)) =
+                        if s + 1 < now { (at, step(first + s + 1)) } else { (at + width, step(first)) };
+                    let broad = piece.min(long - next);
+                    let mut ahead = if by_rows {
+                        Ahead::new(a.at(next, k).start, [a.row, a.col], broad, n)
+                    } else {
+                        Ahead::new(b.at(k, next).start, [b.col, b.row], broad, n)
                     };
                     // SAFETY: pieces are disjoint rectangles of `C`.
                     unsafe {
