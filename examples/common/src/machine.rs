@@ -6,7 +6,9 @@ use bdia_core::backend::{Backend, Identity};
 use bdia_core::{Category, Error, Grid, Layout, Reference, Storage, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::{Cuda, Options, Precision};
-use bdia_ranks::{Ranks, Replica};
+use bdia_ranks::Ranks;
+#[cfg(feature = "mpi")]
+use bdia_ranks::Replica;
 
 use crate::alloc::Counting;
 use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs, PrecisionKind};
@@ -175,20 +177,26 @@ pub fn run_on(
 ) -> Result<(), Failure> {
     match ranks {
         None => run(args, threads, layout, work),
+        #[cfg(feature = "mpi")]
         Some(mut ranks) => {
             run(args, threads, layout, OnRanks { ranks: &mut ranks, work })?;
             ranks.close();
             Ok(())
         }
+        // Nobody has them, and the program need not be compiled a second time for them.
+        #[cfg(not(feature = "mpi"))]
+        Some(_) => Err(Failure::Other("several ranks need a program built with --features mpi".into())),
     }
 }
 
 /// Something to do on one of several ranks.
+#[cfg(feature = "mpi")]
 struct OnRanks<'a, W> {
     ranks: &'a mut Ranks,
     work: W,
 }
 
+#[cfg(feature = "mpi")]
 impl<W: Work> Work for OnRanks<'_, W> {
     fn on<B: Backend<Real = f32>>(self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         self.work.on(&mut Replica::new(be, self.ranks), arenas)
