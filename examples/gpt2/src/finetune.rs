@@ -1,4 +1,4 @@
-//! `finetune`: a pretrained model, a task, and all of it or adapters that are trained. The run is [`train`](crate::train)'s.
+//! `finetune`: a pretrained model, a task, and all of it or adapters that are trained. The run is [`train`]'s.
 //!
 //! ```text
 //! method full    config.json, model.safetensors and tokenizer files, as `train` leaves them
