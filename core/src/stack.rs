@@ -470,7 +470,7 @@ impl Stack {
         if self.g[1].is_empty() { self.g[0] } else { self.g[k % 2] }
     }
 
-    /// `X_k` of the whole batch, while it is one of the two that are kept (mode `bdia`). After the backward pass both are `X_0`.
+    /// `X_k` of the whole batch, while it is one of the two that are kept (mode `bdia`).
     pub const fn activation(&self, k: usize) -> Ints {
         self.x[k % 2]
     }
@@ -818,8 +818,10 @@ impl Stack {
                 let far = self.of_ints(self.x[(k + 1) % 2], &chunk);
                 let h = self.part(self.h, &chunk);
                 if k == 0 {
-                    // X_0 is there already: rebuilding it once more shows whether block 0 repeats itself.
-                    be.subtract_quantized(&chunk, grid, far, h, compared)?;
+                    // X_0 is there already: rebuilding it once more, beside X_1, shows whether block 0 repeats itself.
+                    let again = self.top_ints.sub(0, far.len());
+                    be.copy_ints(far, again)?;
+                    be.subtract_quantized(&chunk, grid, again, h, compared)?;
                 } else {
                     let side = self.side_of(k - 1, &chunk)?;
                     be.inverse(&chunk, grid, self.config.gamma, far, self.input_of(&chunk), h, side, compared)?;
