@@ -43,7 +43,11 @@ def main():
     body = model.transformer
     named = {name.removeprefix("transformer."): q for name, q in model.named_parameters()}
     if args.mode == "checkpointing":
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # Named so in newer versions of transformers.
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def residual(block):
         def h(x):

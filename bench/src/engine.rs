@@ -12,6 +12,7 @@ use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::{Error, Gamma, Grid, Reference, Sign, stack};
 use bdia_cpu::Cpu;
+use bdia_cuda::Cuda;
 use bdia_gpt2::alloc::Counting;
 use bdia_gpt2::cli::{BackendKind, Mode};
 use bdia_gpt2::config::Gpt2Config;
@@ -61,13 +62,16 @@ fn on_backend<N: Network>(
     match job.backend {
         BackendKind::Cpu => {
             let mut be = machine::cpu(&job.machine(), layout, job.threads)?;
-            let (mut record, scratch, model) = train(job, architecture, &mut be, model, choice, layout, base)?;
+            let (mut record, scratch, model) = train(job, architecture, &mut be, model, choice, layout, base, None)?;
             record.parts = parts(&be, &model, layout, scratch as u64)?;
             Ok(record)
         }
         BackendKind::Cuda => {
             let mut be = machine::cuda(&job.machine(), layout)?;
-            let mut record = train(job, architecture, &mut be, model, choice, layout, base)?.0;
+            let mut record = train(job, architecture, &mut be, model, choice, layout, base, Some(Cuda::take_times))?.0;
+            let times = be.times().map_err(bdia_train::Failure::from)?;
+            record.seconds_on_device = times.seconds;
+            record.times = times.by_name.into_iter().map(|t| (t.name, t.calls, t.seconds)).collect();
             let (plan, measured) = (layout.total() as u64, be.taken_bytes() as u64);
             record.parts = vec![Part { name: "memory of the device".into(), plan, measured }];
             Ok(record)
@@ -76,7 +80,7 @@ fn on_backend<N: Network>(
             let (ints, reals, words) = layout.arenas();
             let (mut ints, mut reals, mut words) = (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
             let mut be = Reference::new(layout, &mut ints, &mut reals, &mut words)?;
-            Ok(train(job, architecture, &mut be, model, choice, layout, base)?.0)
+            Ok(train(job, architecture, &mut be, model, choice, layout, base, None)?.0)
         }
     }
 }
@@ -251,7 +255,8 @@ fn number(seed: u64, i: u64) -> u64 {
     z ^ z >> 32
 }
 
-/// Trains; also gives what the allocator gave during the steps at most, without what was there before, and the model.
+/// Trains; also gives what the allocator gave during the steps at most, without what was there before, and the model. Where
+/// `take_times` is given, it is called before a further step, which is not measured.
 fn train<B: Backend<Real = f32>, N: Network>(
     job: &Job,
     architecture: &Architecture,
@@ -260,6 +265,7 @@ fn train<B: Backend<Real = f32>, N: Network>(
     choice: Choice,
     layout: &Layout,
     base_rss: u64,
+    take_times: Option<fn(&mut B)>,
 ) -> Result<(Record, usize, N), Failure> {
     model.initialize(job, be)?;
     model.prepare();
@@ -276,6 +282,10 @@ fn train<B: Backend<Real = f32>, N: Network>(
         mismatches += differing;
     }
     let scratch = Counting::peak().saturating_sub(before);
+    if let Some(take_times) = take_times {
+        take_times(be);
+        let _ = model.step(job, be, job.steps as u32)?;
+    }
     let counted = median(&seconds[job.warmup.min(seconds.len().saturating_sub(1))..]);
     let record = Record {
         engine: "bdia".into(),
@@ -304,6 +314,8 @@ fn train<B: Backend<Real = f32>, N: Network>(
         choice: Some((choice.chunk, choice.head_rows)),
         plan: Category::ALL.map(|c| (c.to_string(), layout.bytes(c) as u64)).into(),
         parts: Vec::new(),
+        times: Vec::new(),
+        seconds_on_device: 0.0,
     };
     Ok((record, scratch, model))
 }

@@ -341,6 +341,12 @@ pub struct Record {
     /// Plan beside what was found.
     #[serde(default)]
     pub parts: Vec<Part>,
+    /// On a CUDA device: kernels, products and copies of one more step, how many of each, and their seconds.
+    #[serde(default)]
+    pub times: Vec<(String, usize, f64)>,
+    /// That step from its first kernel to the end of its last.
+    #[serde(default)]
+    pub seconds_on_device: f64,
 }
 
 impl Record {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
 
-use bdia_core::plan::Choice;
+use bdia_core::plan::Rows;
 use bdia_cpu::{Cpu, Products};
 use bdia_gpt2::cli::{BackendKind, Mode, PrecisionKind};
 use bdia_gpt2::report::bytes;
@@ -635,7 +635,7 @@ impl Report {
         }
 
         // Chunks: what the planner turns, for the record.
-        let choices = Choice::all(4, 256).count();
+        let choices = Rows::CACHED.choices(4, 256).count();
         let text = format!(
             "{} in mode bdia unless a row says otherwise, B = {batch}. Context is varied on {}. The planner has {choices} \
              choices of chunks for B = 4, T = 256; without a budget it takes the fastest.",

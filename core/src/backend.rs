@@ -19,6 +19,7 @@
 use crate::arena::{Ints, Reals, Words};
 use crate::error::{Error, Fault, Result, Site};
 use crate::optim::Update;
+use crate::plan::Rows;
 use crate::real::Real;
 use crate::rng::Draw;
 use crate::update::{Gamma, Grid};
@@ -414,6 +415,14 @@ pub trait NnOps: Storage {
     fn attention_scratch(a: &Attention, samples: usize, threads: usize) -> usize
     where
         Self: Sized;
+
+    /// The sizes that the backend is fastest with, for plans.
+    fn rows() -> Rows
+    where
+        Self: Sized,
+    {
+        Rows::CACHED
+    }
 
     /// Inverted dropout in place: elements of sample `i` whose word ([`Chunk::stream`], element index within the sample)
     /// is below the threshold become 0, the others are multiplied by `1/(1-p)`. Its own vector-Jacobian product.

@@ -15,20 +15,27 @@ pub struct Choice {
     pub head_rows: usize,
 }
 
-impl Choice {
-    /// Rows of a chunk where memory is no question: enough for full-speed matrix products, few enough for caches.
-    pub const ROWS: usize = 1024;
-    /// Rows of logits where memory is no question.
-    pub const HEAD_ROWS: usize = 192;
+/// What a backend is fastest with, where memory is no question ([`crate::NnOps::rows`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    /// Rows of a chunk.
+    pub chunk: usize,
+    /// Rows of logits.
+    pub head: usize,
+}
+
+impl Rows {
+    /// Enough for full-speed matrix products of a processor, few enough for its caches.
+    pub const CACHED: Self = Self { chunk: 1024, head: 192 };
 
     /// From the fastest choice to the smallest, for `batch` samples of `tokens` tokens.
-    pub fn all(batch: usize, tokens: usize) -> impl Iterator<Item = Self> {
+    pub fn choices(self, batch: usize, tokens: usize) -> impl Iterator<Item = Choice> {
         let tokens = tokens.max(1);
-        let most = (Self::ROWS / tokens).clamp(1, batch.max(1));
+        let most = (self.chunk / tokens).clamp(1, batch.max(1));
         let halves = |n: usize| core::iter::successors(Some(n), |n| (*n > 1).then(|| n.div_ceil(2)));
         halves(most).flat_map(move |chunk| {
-            let rows = Self::HEAD_ROWS.min(chunk * tokens);
-            halves(rows).take_while(move |&r| r >= 8 || r == rows).map(move |head_rows| Self { chunk, head_rows })
+            let rows = self.head.min(chunk * tokens);
+            halves(rows).take_while(move |&r| r >= 8 || r == rows).map(move |head_rows| Choice { chunk, head_rows })
         })
     }
 }
@@ -66,8 +73,8 @@ mod tests {
             let _ = l.reals(Category::Workspace, c.chunk * 1000 + c.head_rows * 16);
             Ok((c.chunk, l))
         };
-        let pick = |budget| fit(budget, Choice::all(8, 64), make);
-        assert_eq!(pick(None).unwrap().0, Choice { chunk: 8, head_rows: Choice::HEAD_ROWS });
+        let pick = |budget| fit(budget, Rows::CACHED.choices(8, 64), make);
+        assert_eq!(pick(None).unwrap().0, Choice { chunk: 8, head_rows: Rows::CACHED.head });
         let (c, built, l) = pick(Some(20_000)).unwrap();
         assert!(l.total() <= 20_000 && built == c.chunk && c.chunk == 4, "{c:?}");
         assert_eq!(pick(Some(100)).unwrap_err(), Error::Budget { budget: 100, minimum: 4544 });

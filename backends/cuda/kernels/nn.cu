@@ -42,15 +42,20 @@ KERNEL(THREADS, 4) bias_rows(u32 accumulate, In<float> bias, Out<float> c) {
     EACH(i, c.n) c[i] = accumulate ? c[i] + bias[i % cols] : bias[i % cols];
 }
 
-// Two values at a time, as bf16, ties to even; y has ceil(n/2) words.
+// As bf16, ties to even.
 __device__ inline u32 bf16(float x) {
     u32 u = __float_as_uint(x);
     if (isnan(x)) return 0x7FC0u;
     return (u + 0x7FFFu + (u >> 16 & 1)) >> 16;
 }
 
-KERNEL(THREADS, 4) to_bf16(In<float> x, Out<u32> y) {
-    EACH(i, y.n) y[i] = bf16(x[2 * i]) | (2 * i + 1 < x.n ? bf16(x[2 * i + 1]) << 16 : 0u);
+// y[rows, words] = x[rows, cols] as bf16, two values in a word; what a row of words has beyond its values is 0.
+KERNEL(THREADS, 4) to_bf16(u32 cols, u32 words, In<float> x, Out<u32> y) {
+    EACH(i, y.n) {
+        u64 r = i / words, at = r * cols;
+        u32 c = (u32)(i - r * words) * 2;
+        y[i] = (c < cols ? bf16(x[at + c]) : 0u) | (c + 1 < cols ? bf16(x[at + c + 1]) << 16 : 0u);
+    }
 }
 
 // Sums over rows: a block takes 32 columns and `each` rows, a warp every eighth of them. The sums of its rows go to

@@ -6,6 +6,7 @@ use core::ffi::{CStr, c_int, c_void};
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::ffi::CString;
+use std::sync::{Mutex, PoisonError};
 
 use bdia_core::{Error, Result};
 use cudarc::cublas;
@@ -188,6 +189,33 @@ pub(crate) struct Gemm {
     pub half: bool,
 }
 
+/// What the device did under one name.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Time {
+    /// A kernel, a copy, or a product with its rows, columns and inner size.
+    pub name: String,
+    /// How many times.
+    pub calls: usize,
+    /// In all of them together.
+    pub seconds: f64,
+}
+
+/// What [`Cuda::times`](crate::Cuda::times) found.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Times {
+    /// By name.
+    pub by_name: Vec<Time>,
+    /// From the first beginning to the last end, gaps and all.
+    pub seconds: f64,
+}
+
+/// A stretch of work between two events.
+struct Stretch {
+    name: String,
+    start: sys::CUevent,
+    end: sys::CUevent,
+}
+
 pub(crate) struct Device {
     ordinal: sys::CUdevice,
     context: sys::CUcontext,
@@ -206,6 +234,8 @@ pub(crate) struct Device {
     staged: AtomicUsize,
     /// Whether anything was queued since [`Device::rested`].
     worked: AtomicBool,
+    /// Work whose time is taken, where that was asked for.
+    stretches: Mutex<Option<Vec<Stretch>>>,
     name: String,
     capability: u32,
     precision: Precision,
@@ -267,6 +297,7 @@ impl Device {
             staging: core::ptr::null_mut(),
             staged: AtomicUsize::new(0),
             worked: AtomicBool::new(true),
+            stretches: Mutex::new(None),
             name,
             capability,
             precision,
@@ -392,23 +423,69 @@ impl Device {
         self.worked.store(false, Ordering::Relaxed);
     }
 
-    /// [`Self::enter`], with work for the stream.
-    fn begin(&self) -> Result<()> {
+    /// Times are taken from here on.
+    pub(crate) fn take_times(&mut self) {
+        self.stretches.get_mut().unwrap_or_else(PoisonError::into_inner).get_or_insert_default();
+    }
+
+    /// What was done since, once all of it is done.
+    pub(crate) fn times(&mut self) -> core::result::Result<Times, CudaError> {
+        self.enter()?;
+        let stretches = self.stretches.get_mut().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        // SAFETY: the stream is there.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(call("cuStreamSynchronize"))?;
+        let between = |start, end| {
+            // SAFETY: both events were recorded on the stream and are not destroyed yet.
+            let ms = unsafe { result::event::elapsed(start, end) };
+            ms.map(|ms| f64::from(ms) / 1e3).map_err(call("cuEventElapsedTime"))
+        };
+        let mut times = Times::default();
+        if let [first, .., last] = stretches.as_slice() {
+            times.seconds = between(first.start, last.end)?;
+        }
+        for s in &stretches {
+            let seconds = between(s.start, s.end)?;
+            match times.by_name.iter_mut().find(|t| t.name == s.name) {
+                Some(time) => (time.calls, time.seconds) = (time.calls + 1, time.seconds + seconds),
+                None => times.by_name.push(Time { name: s.name.clone(), calls: 1, seconds }),
+            }
+        }
+        for event in stretches.iter().flat_map(|s| [s.start, s.end]) {
+            // SAFETY: it is destroyed once, and nothing is left to be recorded.
+            unsafe { result::event::destroy(event) }.map_err(call("cuEventDestroy"))?;
+        }
+        Ok(times)
+    }
+
+    /// Queues work for the stream, and takes its time where that was asked for.
+    fn queue(&self, name: impl FnOnce() -> String, work: impl FnOnce() -> Result<()>) -> Result<()> {
         self.worked.store(true, Ordering::Relaxed);
-        Ok(self.enter()?)
+        self.enter()?;
+        let mut stretches = self.stretches.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(stretches) = stretches.as_mut() else { return work() };
+        let event = || {
+            let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)?;
+            // SAFETY: the event was just made.
+            unsafe { result::event::record(event, self.stream) }.map(|()| event)
+        };
+        let start = event().map_err(device_error)?;
+        work()?;
+        stretches.push(Stretch { name: name(), start, end: event().map_err(device_error)? });
+        Ok(())
     }
 
     /// Sets bytes.
     pub(crate) fn set(&self, at: u64, value: u8, bytes: usize) -> Result<()> {
-        self.begin()?;
         // SAFETY: callers pass places inside their allocations.
-        unsafe { result::memset_d8_async(at, value, bytes, self.stream) }.map_err(device_error)
+        self.queue(
+            || "set".into(),
+            || unsafe { result::memset_d8_async(at, value, bytes, self.stream) }.map_err(device_error),
+        )
     }
 
     /// Queues a copy to the device. The values go through page-locked memory, so that nothing waits for the copy; only what
     /// does not fit waits for the work before it.
     pub(crate) fn write<T: Copy>(&mut self, at: u64, src: &[T]) -> Result<()> {
-        self.begin()?;
         let mut at = at;
         for piece in src.chunks((STAGING / size_of::<T>()).max(1)) {
             let bytes = size_of_val(piece);
@@ -416,14 +493,17 @@ impl Device {
                 self.wait()?;
             }
             let from = self.staged.fetch_add(bytes.next_multiple_of(64), Ordering::Relaxed);
-            // SAFETY: the place lies within the staging memory, which no copy under way reads there; callers pass places
-            // inside their allocations.
-            unsafe {
+            // SAFETY: the place lies within the staging memory, which no copy under way reads there.
+            let staged = unsafe {
                 let place = self.staging.add(from);
                 core::ptr::copy_nonoverlapping(piece.as_ptr().cast(), place, bytes);
-                let staged = core::slice::from_raw_parts(place.cast_const(), bytes);
-                result::memcpy_htod_async(at, staged, self.stream).map_err(device_error)?;
-            }
+                core::slice::from_raw_parts(place.cast_const(), bytes)
+            };
+            // SAFETY: callers pass places inside their allocations.
+            self.queue(
+                || "upload".into(),
+                || unsafe { result::memcpy_htod_async(at, staged, self.stream) }.map_err(device_error),
+            )?;
             at += bytes as u64;
         }
         Ok(())
@@ -453,9 +533,11 @@ impl Device {
         if bytes == 0 {
             return Ok(());
         }
-        self.begin()?;
         // SAFETY: callers pass places inside their allocations.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(device_error)
+        self.queue(
+            || "copy".into(),
+            || unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(device_error),
+        )
     }
 
     /// Starts a kernel with blocks of `threads` threads. `args` are the addresses of its parameters, in order and of the
@@ -474,15 +556,15 @@ impl Device {
         if grid.iter().zip(most).any(|(&g, most)| g > most) {
             return Err(Error::TooLarge("blocks of a kernel"));
         }
-        self.begin()?;
         let [x, y, z] = grid.map(|g| g as u32);
         let Some(function) = self.functions[kernel as usize] else {
             return Err(Error::Device("this image of the kernels has none for tensor cores"));
         };
+        let name = || kernel.name().to_string_lossy().into_owned();
         // SAFETY: the functions are those of the loaded module, in the order of `Kernel::ALL`; the parameters are those of
         // the source, and their spans lie within allocations.
-        unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), 0, self.stream, args) }
-            .map_err(device_error)
+        let mut work = || unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), 0, self.stream, args) };
+        self.queue(name, || work().map_err(device_error))
     }
 
     /// Starts a matrix product.
@@ -490,7 +572,6 @@ impl Device {
         use cublas::sys::{
             cublasComputeType_t as Compute, cublasGemmAlgo_t, cublasOperation_t as Op, cudaDataType as Type,
         };
-        self.begin()?;
         let size = |n: usize| c_int::try_from(n).map_err(|_| Error::TooLarge("matrix product"));
         let op = |transposed| if transposed { Op::CUBLAS_OP_T } else { Op::CUBLAS_OP_N };
         let (alpha, beta) = (1.0_f32, g.beta);
@@ -502,32 +583,35 @@ impl Device {
             Precision::Bf16 => Compute::CUBLAS_COMPUTE_32F_FAST_16BF,
         };
         let Some(handle) = self.blas else { return Err(Error::Device("cuBLAS is not there")) };
+        let [m, n, k] = [size(g.m)?, size(g.n)?, size(g.k)?];
+        let [lda, ldb, ldc] = [size(g.a.1)?, size(g.b.1)?, size(g.c.1)?];
         // SAFETY: the handle is there; callers pass matrices inside their allocations; the factors lie on this stack,
         // where cuBLAS reads them before it returns.
-        unsafe {
+        let work = || unsafe {
             cublas::result::gemm_ex(
                 handle,
                 op(g.a.2),
                 op(g.b.2),
-                size(g.m)?,
-                size(g.n)?,
-                size(g.k)?,
+                m,
+                n,
+                k,
                 (&raw const alpha).cast(),
                 g.a.0 as *const c_void,
                 factors,
-                size(g.a.1)?,
+                lda,
                 g.b.0 as *const c_void,
                 factors,
-                size(g.b.1)?,
+                ldb,
                 (&raw const beta).cast(),
                 g.c.0 as *mut c_void,
                 Type::CUDA_R_32F,
-                size(g.c.1)?,
+                ldc,
                 compute,
                 cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
             )
-        }
-        .map_err(|e| Error::Device(blas_name(e)))
+        };
+        // Rows, columns and inner size as bdia-core has them, by rows.
+        self.queue(|| format!("product {n}×{m}×{k}"), || work().map_err(|e| Error::Device(blas_name(e))))
     }
 }
 

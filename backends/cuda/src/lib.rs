@@ -20,13 +20,13 @@ use device::{BLOCKS, Device, Kernel, Memory, THREADS, arg};
 use span::{Report, Span, Status};
 use status::{Cause, Code, NONE};
 
-pub use device::Precision;
+pub use device::{Precision, Time, Times};
 pub use error::CudaError;
 
 /// Bytes for partial sums.
 const SCRATCH: usize = 4 << 20;
-/// Bytes for the factors of one product as bf16: those of GPT-2 up to 355M, head and all.
-const HALF: usize = 160 << 20;
+/// Bytes for the factors of one product as bf16: those of GPT-2 up to 774M, head and all.
+const HALF: usize = 320 << 20;
 
 /// Where a backend runs, and how it multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -113,6 +113,21 @@ impl Cuda {
     /// The same by the driver's count of free memory, before and after: the driver hands out whole pages, of 2 MiB each.
     pub fn taken_bytes(&self) -> usize {
         self.device.taken()
+    }
+
+    /// From here on the time of everything that the device does is taken, with two events each, until
+    /// [`times`](Self::times) is asked for.
+    pub fn take_times(&mut self) {
+        self.device.take_times();
+    }
+
+    /// Waits for all work and gives what was done since [`take_times`](Self::take_times), by name, in the order in which each
+    /// came first; products have their shape in the name.
+    ///
+    /// # Errors
+    /// [`CudaError::Call`]
+    pub fn times(&mut self) -> core::result::Result<Times, CudaError> {
+        self.device.times()
     }
 
     /// Bytes free on the device, and all that it has, as the driver says.

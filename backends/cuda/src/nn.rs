@@ -1,6 +1,7 @@
 //! [`NnOps`]: products through cuBLAS, everything else in kernels of our own.
 
 use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Half, Mask, Order, Product};
+use bdia_core::plan::Rows;
 use bdia_core::rng::{Draw, drop_threshold};
 use bdia_core::{Chunk, Error, Ints, NnOps, Reals, Result, Words};
 
@@ -89,13 +90,19 @@ impl Cuda {
         })
     }
 
-    /// A factor of a product as bf16, in the room for them from `at` bytes on; the room that it takes.
-    fn halved(&self, x: Span, at: usize) -> Result<usize> {
-        let words = (x.len as usize).div_ceil(2);
-        let half = Span { at: self.half.at + at as u64, len: words as u64 };
-        self.device.launch(Kernel::ToBf16, blocks(words), THREADS, &mut [arg(&x), arg(&half)])?;
-        Ok((4 * words).next_multiple_of(256))
+    /// A factor of a product, rows of `cols` values, as bf16, in the room for them from `at` bytes on.
+    fn halved(&self, x: Span, cols: usize, at: usize) -> Result<()> {
+        let (rows, words) = (x.len as usize / cols, padded(cols) / 2);
+        let half = Span { at: self.half.at + at as u64, len: (rows * words) as u64 };
+        let (cols, words) = (small("matrix product", cols)?, words as u32);
+        let args = &mut [arg(&cols), arg(&words), arg(&x), arg(&half)];
+        self.device.launch(Kernel::ToBf16, blocks(half.len as usize), THREADS, args)
     }
+}
+
+/// Columns of a factor as bf16: rows begin at multiples of 16 bytes, which tensor cores read from.
+const fn padded(cols: usize) -> usize {
+    cols.next_multiple_of(8)
 }
 
 impl NnOps for Cuda {
@@ -118,13 +125,15 @@ impl NnOps for Cuda {
         // cuBLAS counts by columns, where our matrices are their transposes: Cᵀ = Bᵀ·Aᵀ.
         let mut left = (b.at, if p.b == Order::Plain { p.cols } else { p.inner }, p.b == Order::Transposed);
         let mut right = (a.at, if p.a == Order::Plain { p.inner } else { p.rows }, p.a == Order::Transposed);
-        let bytes = |x: Span| (4 * (x.len as usize).div_ceil(2)).next_multiple_of(256);
+        let bytes = |x: Span, cols: usize| (2 * (x.len as usize / cols) * padded(cols)).next_multiple_of(256);
+        let [left_bytes, right_bytes] = [bytes(b, left.1), bytes(a, right.1)];
         // Factors that find no room are rounded by cuBLAS itself. Which ones do is a matter of their shapes alone.
-        let half = self.device.precision() == Precision::Bf16 && bytes(a) + bytes(b) <= self.half.bytes;
+        let half = self.device.precision() == Precision::Bf16 && left_bytes + right_bytes <= self.half.bytes;
         if half {
-            let next = self.halved(b, 0)?;
-            self.halved(a, next)?;
-            (left.0, right.0) = (self.half.at, self.half.at + next as u64);
+            self.halved(b, left.1, 0)?;
+            self.halved(a, right.1, left_bytes)?;
+            (left.0, left.1) = (self.half.at, padded(left.1));
+            (right.0, right.1) = (self.half.at + left_bytes as u64, padded(right.1));
         }
         self.device.gemm(&Gemm {
             m: p.cols,
@@ -317,6 +326,11 @@ impl NnOps for Cuda {
             self.device.launch(Kernel::AddTotal, [1, 1, 1], THREADS, &mut [arg(&slopes), arg(&grad)])?;
         }
         Ok(())
+    }
+
+    /// As many rows as fill a large device, and logits so many at a time that the head's matrix is seldom read.
+    fn rows() -> Rows {
+        Rows { chunk: 8192, head: 2048 }
     }
 
     /// `dout·out` of every row of a head, and one number for every tile of queries.

@@ -7,6 +7,7 @@ use bdia_core::backend::{
 };
 use bdia_core::error::{Error, Fault, Halt, Result, Site};
 use bdia_core::optim::Update;
+use bdia_core::plan::Rows;
 use bdia_core::rng::Draw;
 use bdia_core::update::{Gamma, Grid};
 
@@ -206,6 +207,10 @@ impl<B: Backend<Real = f32>> NnOps for Replica<'_, B> {
         embed(chunk: &Chunk, tokens: Ints, table: Reals, positions: Reals, width: usize, x: Reals);
         embed_vjp(chunk: &Chunk, tokens: Ints, dx: Reals, width: usize, dtable: Reals, dpositions: Reals);
         cross_entropy(chunk: &Chunk, ce: &CrossEntropy, logits: Reals, targets: Ints, losses: Reals);
+    }
+
+    fn rows() -> Rows {
+        B::rows()
     }
 
     fn attention_scratch(a: &Attention, samples: usize, threads: usize) -> usize {

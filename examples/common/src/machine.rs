@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use bdia_core::backend::{Backend, Identity};
-use bdia_core::{Category, Error, Grid, Layout, Reference, Storage, stack};
+use bdia_core::plan::Rows;
+use bdia_core::{Category, Error, Grid, Layout, NnOps, Reference, Storage, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::{Cuda, Options, Precision};
 use bdia_ranks::Ranks;
@@ -56,6 +57,15 @@ pub fn library(args: &MachineArgs, threads: usize) -> usize {
         BackendKind::Reference => 0,
         BackendKind::Cpu => Cpu::library_bytes(threads),
         BackendKind::Cuda => Cuda::library_bytes(precision(args)),
+    }
+}
+
+/// The sizes that a backend is fastest with.
+pub fn rows(kind: BackendKind) -> Rows {
+    match kind {
+        BackendKind::Reference => Reference::<f32>::rows(),
+        BackendKind::Cpu => Cpu::rows(),
+        BackendKind::Cuda => Cuda::rows(),
     }
 }
 

@@ -89,7 +89,7 @@ pub fn lay_out_for(
     match fixed {
         // A choice that was made before, by a run within its budget.
         Some(choice) => fit(None, core::iter::once(choice), make),
-        None => fit(budget, Choice::all(setup.batch, setup.context), make),
+        None => fit(budget, rows(kind).choices(setup.batch, setup.context), make),
     }
 }
 

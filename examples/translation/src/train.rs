@@ -211,7 +211,7 @@ fn setup(args: &TrainArgs, config: &TranslationConfig) -> Result<Setup, Failure>
         fused: args.optim.clip == 0.0,
         verify: args.verify,
         smoothing: args.smoothing,
-        head_rows: Choice::HEAD_ROWS,
+        head_rows: machine::rows(args.machine.backend).head,
         threads,
         library: machine::library(&args.machine, threads),
     })
@@ -294,7 +294,7 @@ fn lay_out(
             let chunk = choice.chunk.saturating_mul(setup.dims.longest).div_ceil(most);
             fit(None, core::iter::once(Choice { chunk, ..choice }), make)?
         }
-        None => fit(budget, Choice::all(samples, most), make)?,
+        None => fit(budget, machine::rows(kind).choices(samples, most), make)?,
     };
     Ok(Laid { choice: Choice { chunk, ..choice }, sizes, model, layout })
 }

@@ -4,7 +4,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 
 use bdia_core::backend::Backend;
-use bdia_core::plan::Choice;
 use bdia_core::{Gamma, Grid, Layout, Reference, Sign, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::Cuda;
@@ -236,7 +235,7 @@ impl Trained {
             fused: true,
             verify: false,
             smoothing: 0.0,
-            head_rows: Choice::HEAD_ROWS,
+            head_rows: machine::rows(args.machine.backend).head,
             threads,
             library: machine::library(&args.machine, threads),
         };

@@ -214,7 +214,7 @@ fn lay_out_for(
     let budget = budget.map(|b| usize::try_from(b).unwrap_or(usize::MAX));
     Ok(match fixed {
         Some(chunk) => fit(None, core::iter::once(Choice { chunk, head_rows: 1 }), make)?,
-        None => fit(budget, Choice::all(setup.batch, setup.dims.patches.count() + 1), make)?,
+        None => fit(budget, machine::rows(kind).choices(setup.batch, setup.dims.patches.count() + 1), make)?,
     })
 }
 
