@@ -243,7 +243,7 @@ static const Kernel table[] = {
     ENTRY(attention_dkv_64), ENTRY(attention_dkv_128),
     ENTRY(attention_bf16_32), ENTRY(attention_bf16_64), ENTRY(attention_bf16_128), ENTRY(attention_dq_bf16_32),
     ENTRY(attention_dq_bf16_64), ENTRY(attention_dq_bf16_128), ENTRY(attention_dkv_bf16_32), ENTRY(attention_dkv_bf16_64),
-    ENTRY(attention_dkv_bf16_128), ENTRY(add_total), ENTRY(squares), ENTRY(squares_total), ENTRY(sgd),
+    ENTRY(attention_dkv_bf16_128), ENTRY(add_total), ENTRY(squares), ENTRY(sgd),
     ENTRY(adam_w), ENTRY(set_adam_moments), ENTRY(set_adam_sums), ENTRY(set_adam_step),
 };
 

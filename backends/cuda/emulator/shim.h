@@ -229,6 +229,12 @@ template <class T> T atomicAdd(T* p, T x) {
     return *p = old + x, old;
 }
 
+inline u32 atomicInc(u32* p, u32 most) {
+    u32 old = *p;
+    return *p = old >= most ? 0 : old + 1, old;
+}
+inline void __threadfence() {}
+
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -236,6 +242,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __int2float_rn(i32 x) { return (float)x; }
 inline u32 __float_as_uint(float x) { return of_bits<u32>(bits_of(x)); }
 inline float __uint_as_float(u32 x) { return of_bits<float>(x); }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
 using std::isfinite;
 using std::isnan;

@@ -130,26 +130,53 @@ __device__ inline float warp_max(float x) {
 #define THREADS 256
 #define WARPS 8
 
-// The sum over a block of THREADS threads; every thread gets it. `room` has WARPS values and is free again afterwards.
-template <class T> __device__ T block_sum(T x, Shared<T> room) {
+// The sum over a block of W warps; every thread gets it. `room` has W values and is free again afterwards.
+template <class T, u32 W = WARPS> __device__ T block_sum(T x, Shared<T> room) {
     x = warp_sum(x);
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
     __syncthreads();
     T sum = room[0];
-    for (int w = 1; w < WARPS; w++) sum += room[w];
+    for (u32 w = 1; w < W; w++) sum += room[w];
     __syncthreads();
     return sum;
 }
 
-__device__ inline float block_max(float x, Shared<float> room) {
+template <u32 W = WARPS> __device__ float block_max(float x, Shared<float> room) {
     x = warp_max(x);
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
     __syncthreads();
     float most = room[0];
-    for (int w = 1; w < WARPS; w++) most = larger(most, room[w]);
+    for (u32 w = 1; w < W; w++) most = larger(most, room[w]);
     __syncthreads();
     return most;
 }
+
+// Values of each operand that a thread loads before it writes the first: memory is far away, and so many are under way.
+#define AT_ONCE 4
+#define TILE (AT_ONCE * THREADS)
+
+template <class T> struct Two {
+    T x, y;
+};
+
+// finish(i, load(i)) for all i below n, whatever the number of blocks; `load` writes nothing, nor computes, so that no load
+// waits for another.
+template <class Load, class Finish> __device__ void stream(u64 n, Load load, Finish finish) {
+    for (u64 at = (u64)blockIdx.x * TILE; at < n; at += (u64)gridDim.x * TILE) {
+        u64 i = at + threadIdx.x;
+        u32 left = n - at < TILE ? (u32)(n - at) : TILE;
+        decltype(load(i)) v[AT_ONCE] = {};
+        UNROLL
+        for (u32 k = 0; k < AT_ONCE; k++)
+            if (threadIdx.x + k * THREADS < left) v[k] = load(i + k * THREADS);
+        UNROLL
+        for (u32 k = 0; k < AT_ONCE; k++)
+            if (threadIdx.x + k * THREADS < left) finish(i + k * THREADS, v[k]);
+    }
+}
+
+// What another block of the same launch has written, of whose fence and count this one knows.
+template <class T> __device__ T fresh(const Out<T>& x, u64 i) { return *(volatile T*)&x[i]; }
 
 // Adds to a 64-bit number kept in two words, which need not be aligned together. Integer sums are the same in any order.
 __device__ inline void accumulate(const Out<u32>& sum, u64 add) {

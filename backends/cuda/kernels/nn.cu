@@ -10,7 +10,7 @@ struct Matrix {
 
 // x += y
 KERNEL(THREADS, 4) add(Out<float> x, In<float> y) {
-    EACH(i, x.n) x[i] = x[i] + y[i];
+    stream(x.n, [&](u64 i) { return Two<float>{x[i], y[i]}; }, [&](u64 i, const Two<float>& v) { x[i] = v.x + v.y; });
 }
 
 // y[i] = the i-th of the 16-bit values in x, two in a word, the first in its low half.
@@ -83,8 +83,14 @@ __device__ void column_sums(u32 rows, u32 cols, u32 each, const Out<float>* sums
 // sum[cols] += Σ_parts parts[n, cols]
 KERNEL(THREADS, 4) add_parts(u32 n, In<float> parts, Out<float> sum) {
     EACH(c, sum.n) {
-        float total = parts[c];
-        for (u32 k = 1; k < n; k++) total += parts[k * sum.n + c];
+        float total = 0.0f;
+        for (u32 from = 0; from < n; from += 4 * AT_ONCE) {
+            float v[4 * AT_ONCE];
+            UNROLL
+            for (u32 k = 0; k < 4 * AT_ONCE; k++) v[k] = from + k < n ? parts[(from + k) * sum.n + c] : 0.0f;
+            UNROLL
+            for (u32 k = 0; k < 4 * AT_ONCE; k++) total += v[k];
+        }
         sum[c] = sum[c] + total;
     }
 }
@@ -112,21 +118,53 @@ KERNEL(THREADS, 4) layer_norm(u32 rows, float eps, In<float> weight, In<float> b
     for (u32 c = lane; c < width; c += 32) y[row + c] = fmaf((x[row + c] - mean) * rstd, weight[c], bias[c]);
 }
 
-// With x̂ = (x − mean)·rstd and g = dy·weight: dx += rstd·(g − mean(g) − x̂·mean(g·x̂)); a warp a row.
+// Threads that layer_norm_dx has for a row, and values that each keeps: rows of up to 1024 are read once, all of it together.
+#define ROW_THREADS 128
+#define ROW_WARPS (ROW_THREADS / 32)
+#define KEPT 8
+
+// With x̂ = (x − mean)·rstd and g = dy·weight: dx += rstd·(g − mean(g) − x̂·mean(g·x̂)); ROW_THREADS a row.
 KERNEL(THREADS, 4) layer_norm_dx(u32 rows, In<float> weight, In<float> x, In<float> stats, In<float> dy, Out<float> dx) {
-    u32 lane = threadIdx.x % 32, r = blockIdx.x * WARPS + threadIdx.x / 32, width = (u32)weight.n;
-    if (r >= rows) return;
+    SHARED(float, room, 2 * WARPS);
+    u32 r = (blockIdx.x * THREADS + threadIdx.x) / ROW_THREADS, first = threadIdx.x % ROW_THREADS, warp = threadIdx.x / 32;
+    // Threads without a row take part in the sums.
+    u32 width = r < rows ? (u32)weight.n : 0;
     u64 row = (u64)r * width;
-    float mean = stats[2 * (u64)r], rstd = stats[2 * (u64)r + 1], sum_g = 0.0f, sum_gx = 0.0f;
-    for (u32 c = lane; c < width; c += 32) {
-        float g = dy[row + c] * weight[c];
-        sum_g += g;
-        sum_gx = fmaf(g, (x[row + c] - mean) * rstd, sum_gx);
+    float mean = width ? stats[2 * (u64)r] : 0.0f, rstd = width ? stats[2 * (u64)r + 1] : 0.0f;
+    float g[KEPT], normal[KEPT], old[KEPT], sum_g = 0.0f, sum_gx = 0.0f;
+    UNROLL
+    for (u32 k = 0; k < KEPT; k++) {
+        u32 c = first + k * ROW_THREADS;
+        bool inside = c < width;
+        g[k] = inside ? dy[row + c] : 0.0f;
+        normal[k] = inside ? x[row + c] : 0.0f;
+        old[k] = inside ? (float)dx[row + c] : 0.0f;
     }
-    float mean_g = warp_sum(sum_g) / (float)width, mean_gx = warp_sum(sum_gx) / (float)width;
-    for (u32 c = lane; c < width; c += 32) {
-        float normal = (x[row + c] - mean) * rstd, g = dy[row + c] * weight[c];
-        dx[row + c] = dx[row + c] + rstd * (g - mean_g - normal * mean_gx);
+    UNROLL
+    for (u32 k = 0; k < KEPT; k++) {
+        u32 c = first + k * ROW_THREADS;
+        if (c < width) g[k] *= weight[c];
+        normal[k] = (normal[k] - mean) * rstd;
+        sum_g += g[k], sum_gx = fmaf(g[k], normal[k], sum_gx);
+    }
+    for (u32 c = first + KEPT * ROW_THREADS; c < width; c += ROW_THREADS) {
+        float more = dy[row + c] * weight[c];
+        sum_g += more, sum_gx = fmaf(more, (x[row + c] - mean) * rstd, sum_gx);
+    }
+    sum_g = warp_sum(sum_g), sum_gx = warp_sum(sum_gx);
+    if (threadIdx.x % 32 == 0) room[warp] = sum_g, room[WARPS + warp] = sum_gx;
+    __syncthreads();
+    float mean_g = 0.0f, mean_gx = 0.0f;
+    for (u32 w = warp / ROW_WARPS * ROW_WARPS, end = w + ROW_WARPS; w < end; w++) mean_g += room[w], mean_gx += room[WARPS + w];
+    mean_g /= (float)width, mean_gx /= (float)width;
+    UNROLL
+    for (u32 k = 0; k < KEPT; k++) {
+        u32 c = first + k * ROW_THREADS;
+        if (c < width) dx[row + c] = old[k] + rstd * (g[k] - mean_g - normal[k] * mean_gx);
+    }
+    for (u32 c = first + KEPT * ROW_THREADS; c < width; c += ROW_THREADS) {
+        float more = (x[row + c] - mean) * rstd;
+        dx[row + c] = dx[row + c] + rstd * (dy[row + c] * weight[c] - mean_g - more * mean_gx);
     }
 }
 
@@ -146,30 +184,35 @@ layer_norm_dw(u32 rows, u32 each, In<float> x, In<float> stats, In<float> dy, Ou
 #define ROOT_2_OVER_PI 0.7978845608028654f
 #define ROOT_HALF 0.7071067811865476f
 
-__device__ inline float tanh_argument(float x) { return ROOT_2_OVER_PI * (x + 0.044715f * x * x * x); }
+// e^-|z| with z = 2·√(2/π)·(x + 0.044715·x³), of which ½·(1 + tanh(z/2)) is 1/(1 + e^-z): never infinite.
+__device__ inline float tanh_tail(float x) { return expf(-fabsf(x * fmaf(2.0f * ROOT_2_OVER_PI * 0.044715f, x * x, 2.0f * ROOT_2_OVER_PI))); }
 
 // y = 0.5·x·(1 + t), t = tanh(√(2/π)·(x + 0.044715·x³)) or erf(x/√2)
 KERNEL(THREADS, 4) gelu(u32 exact, In<float> x, Out<float> y) {
-    EACH(i, y.n) {
-        float v = x[i], t = exact ? erff(v * ROOT_HALF) : tanhf(tanh_argument(v));
-        y[i] = 0.5f * v * (1.0f + t);
-    }
+    stream(y.n, [&](u64 i) { return x[i]; }, [&](u64 i, float v) {
+        if (exact) {
+            y[i] = 0.5f * v * (1.0f + erff(v * ROOT_HALF));
+        } else {
+            float e = tanh_tail(v);
+            y[i] = v * (v < 0.0f ? e : 1.0f) / (1.0f + e);
+        }
+    });
 }
 
 // d *= 0.5·(1 + t) + 0.5·x·(1 − t²)·u', or Φ(x) + x·exp(−x²/2)/√(2π)
 KERNEL(THREADS, 4) gelu_vjp(u32 exact, In<float> x, Out<float> d) {
-    EACH(i, d.n) {
-        float v = x[i], slope;
+    stream(d.n, [&](u64 i) { return Two<float>{x[i], d[i]}; }, [&](u64 i, const Two<float>& both) {
+        float v = both.x, slope;
         if (exact) {
             slope = 0.5f * (1.0f + erff(v * ROOT_HALF)) + v * (expf(-0.5f * v * v) * (0.5f * ROOT_2_OVER_PI));
         } else {
-            float t = tanhf(tanh_argument(v)), rest = 1.0f - t * t;
-            // Far out the rest is 0 and u' may be infinite; their product is 0.
-            if (rest != 0.0f) rest *= ROOT_2_OVER_PI * (1.0f + 0.134145f * v * v);
-            slope = 0.5f * (1.0f + t) + 0.5f * v * rest;
+            // ½·(1 − t²)·u' = 2·(e/(1 + e)²)·u'. Far out the rest is 0 and u' may be infinite; their product is 0.
+            float e = tanh_tail(v), p = 1.0f / (1.0f + e), rest = e * p * p;
+            if (rest != 0.0f) rest *= 2.0f * ROOT_2_OVER_PI * fmaf(0.134145f, v * v, 1.0f);
+            slope = fmaf(v, rest, v < 0.0f ? e * p : p);
         }
-        d[i] = d[i] * slope;
-    }
+        d[i] = both.y * slope;
+    });
 }
 
 // x[samples, per]: 0 where the element's word is below the threshold, else x·kept; a thread takes the four elements of one
@@ -178,11 +221,14 @@ KERNEL(THREADS, 4) dropout(u32 samples, u32 per, float kept, Streams streams, Ou
     u32 quads = (per + 3) / 4;
     EACH(i, (u64)samples * quads) {
         u32 sample = (u32)(i / quads), q = (u32)(i % quads);
+        u64 at = (u64)sample * per + 4 * q;
+        float v[4];
+        UNROLL
+        for (u32 k = 0; k < 4; k++) v[k] = 4 * q + k < per ? (float)x[at + k] : 0.0f;
         Quad words = quad(streams, sample, q);
-        for (u32 k = 0; k < 4 && 4 * q + k < per; k++) {
-            u64 at = (u64)sample * per + 4 * q + k;
-            x[at] = words.w[k] < streams.threshold ? 0.0f : x[at] * kept;
-        }
+        UNROLL
+        for (u32 k = 0; k < 4; k++)
+            if (4 * q + k < per) x[at + k] = words.w[k] < streams.threshold ? 0.0f : v[k] * kept;
     }
 }
 
@@ -212,66 +258,119 @@ KERNEL(THREADS, 4) embed_positions(u32 samples, u32 length, u32 width, In<float>
 
 // dtable[token] += dx of every row with that token, in the order of rows: the block of the first such row adds them all.
 KERNEL(THREADS, 4) embed_table(u32 width, In<i32> tokens, In<float> dx, Out<float> dtable) {
-    SHARED(u32, found, WARPS);
-    u32 rows = (u32)tokens.n, row = blockIdx.x, vocab = (u32)(dtable.n / width);
+    // Votes on a tile of rows, and the rows that were found.
+    SHARED(u32, found, TILE / 32);
+    SHARED(u32, list, TILE);
+    u32 rows = (u32)tokens.n, row = blockIdx.x, vocab = (u32)(dtable.n / width), lane = threadIdx.x % 32;
     i32 token = tokens[row];
     if ((u32)token >= vocab) return;
-    for (u32 from = 0; from < rows; from += THREADS) {
-        u32 r = from + threadIdx.x;
-        u32 vote = __ballot_sync(FULL, r < rows && tokens[r < rows ? r : 0] == token);
-        if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = vote;
-        __syncthreads();
-        for (u32 w = 0; w < WARPS; w++) {
-            for (u32 bits = found[w]; bits; bits &= bits - 1) {
-                u32 other = from + w * 32 + (u32)__ffs(bits) - 1;
-                // All threads see the same votes.
-                if (other < row) return;
-                for (u32 c = threadIdx.x; c < width; c += THREADS) {
-                    u64 at = (u64)(u32)token * width + c;
-                    dtable[at] = dtable[at] + dx[(u64)other * width + c];
-                }
-            }
+    for (u32 from = 0; from < rows; from += TILE) {
+        i32 other[AT_ONCE];
+        UNROLL
+        for (u32 k = 0; k < AT_ONCE; k++) {
+            u32 r = from + k * THREADS + threadIdx.x;
+            other[k] = r < rows ? tokens[r] : -1;
+        }
+        UNROLL
+        for (u32 k = 0; k < AT_ONCE; k++) {
+            u32 vote = __ballot_sync(FULL, other[k] == token);
+            if (lane == 0) found[k * WARPS + threadIdx.x / 32] = vote;
         }
         __syncthreads();
+        UNROLL
+        for (u32 k = 0; k < AT_ONCE; k++) {
+            if (other[k] != token) continue;
+            u32 word = k * WARPS + threadIdx.x / 32, at = __popc(found[word] & ((1u << lane) - 1));
+            for (u32 w = 0; w < word; w++) at += __popc(found[w]);
+            list[at] = from + word * 32 + lane;
+        }
+        u32 n = (u32)warp_sum((u64)__popc(found[lane]));
+        __syncthreads();
+        if (n == 0) continue;
+        // All threads see the same list.
+        if (list[0] < row) return;
+        for (u32 c = threadIdx.x; c < width; c += THREADS) {
+            u64 at = (u64)(u32)token * width + c;
+            float sum = dtable[at];
+            for (u32 first = 0; first < n; first += 2 * AT_ONCE) {
+                float v[2 * AT_ONCE];
+                UNROLL
+                for (u32 k = 0; k < 2 * AT_ONCE; k++) v[k] = first + k < n ? dx[(u64)list[first + k] * width + c] : 0.0f;
+                UNROLL
+                for (u32 k = 0; k < 2 * AT_ONCE; k++) sum += v[k];
+            }
+            dtable[at] = sum;
+        }
     }
 }
 
 // logits[rows, vocab] become (softmax − t)·scale, losses[rows] = −Σ t·log softmax with t = hard·onehot + smooth; a block a
-// row. `first` is the index of row 0 in the chunk.
-KERNEL(THREADS, 4)
+// row. `first` is the index of row 0 in the chunk. Blocks are large and few, and the second reading goes backwards, so that
+// much of it comes from the cache.
+#define LOSS_WARPS 16
+#define LOSS_THREADS (LOSS_WARPS * 32)
+#define LOSS_AT_ONCE 8
+#define LOSS_TILE (LOSS_THREADS * LOSS_AT_ONCE)
+
+KERNEL(512, 2)
 cross_entropy(Report r, u32 vocab, u32 first, float scale, float smooth, float hard, In<i32> targets, Out<float> logits, Out<float> losses) {
-    SHARED(float, room, WARPS);
+    SHARED(float, room, LOSS_WARPS);
     u32 row = blockIdx.x;
     u64 at = (u64)row * vocab;
     i32 target = targets[row];
     if ((u32)target >= vocab) {
-        for (u32 c = threadIdx.x; c < vocab; c += THREADS) logits[at + c] = 0.0f;
+        for (u32 c = threadIdx.x; c < vocab; c += LOSS_THREADS) logits[at + c] = 0.0f;
         if (threadIdx.x == 0) {
             losses[row] = 0.0f;
             if (target >= 0) report(r, first + row, TOKEN, (u32)target);
         }
         return;
     }
-    float most = -INFINITY;
-    for (u32 c = threadIdx.x; c < vocab; c += THREADS) most = larger(most, logits[at + c]);
-    most = block_max(most, room);
-    // Without smoothing an infinite logit elsewhere has no part in the loss.
-    float sum = 0.0f, expected = 0.0f;
-    for (u32 c = threadIdx.x; c < vocab; c += THREADS) {
-        float d = logits[at + c] - most;
-        sum += expf(d);
-        if (smooth > 0.0f) expected += smooth * d;
+    float own = logits[at + (u32)target], most = -INFINITY, sum = 0.0f, rest = 0.0f;
+    for (u32 from = threadIdx.x; from < vocab; from += LOSS_TILE) {
+        float v[LOSS_AT_ONCE], old = most;
+        UNROLL
+        for (u32 k = 0; k < LOSS_AT_ONCE; k++) {
+            u32 c = from + k * LOSS_THREADS;
+            v[k] = c < vocab ? (float)logits[at + c] : -INFINITY;
+        }
+        // A NaN gets into the sum.
+        UNROLL
+        for (u32 k = 0; k < LOSS_AT_ONCE; k++) most = fmaxf(most, v[k]);
+        // As long as all are -∞ their sum is 0.
+        float base = most == -INFINITY ? 0.0f : most;
+        sum *= expf(old - base);
+        UNROLL
+        for (u32 k = 0; k < LOSS_AT_ONCE; k++) sum += expf(v[k] - base);
+        // Without smoothing an infinite logit elsewhere has no part in the loss.
+        if (smooth > 0.0f) {
+            UNROLL
+            for (u32 k = 0; k < LOSS_AT_ONCE; k++)
+                if (from + k * LOSS_THREADS < vocab) rest += smooth * (v[k] - own);
+        }
     }
-    float own = hard * (logits[at + (u32)target] - most);
-    sum = block_sum<float>(sum, room);
-    expected = own + (smooth > 0.0f ? block_sum<float>(expected, room) : 0.0f);
+    float all = block_max<LOSS_WARPS>(most, room);
+    sum = block_sum<float, LOSS_WARPS>(sum * expf(most - all), room);
+    // Σ t = 1, so that −Σ t·log softmax = log Σ e^v − own − smooth·Σ (v − own).
+    rest = block_sum<float, LOSS_WARPS>(rest, room);
     if (threadIdx.x == 0) {
-        float loss = logf(sum) - expected;
+        float loss = logf(sum) + (all - own) - rest;
         losses[row] = loss;
         if (!isfinite(loss)) report(r, first + row, REAL, __float_as_uint(loss));
     }
-    for (u32 c = threadIdx.x; c < vocab; c += THREADS) {
-        float t = c == (u32)target ? smooth + hard : smooth;
-        logits[at + c] = (expf(logits[at + c] - most) / sum - t) * scale;
+    float share = 1.0f / sum;
+    for (u32 tile = (vocab + LOSS_TILE - 1) / LOSS_TILE; tile-- > 0;) {
+        float v[LOSS_AT_ONCE];
+        UNROLL
+        for (u32 k = 0; k < LOSS_AT_ONCE; k++) {
+            u32 c = tile * LOSS_TILE + k * LOSS_THREADS + threadIdx.x;
+            v[k] = c < vocab ? (float)logits[at + c] : 0.0f;
+        }
+        UNROLL
+        for (u32 k = 0; k < LOSS_AT_ONCE; k++) {
+            u32 c = tile * LOSS_TILE + k * LOSS_THREADS + threadIdx.x;
+            float t = c == (u32)target ? smooth + hard : smooth;
+            if (c < vocab) logits[at + c] = (expf(v[k] - all) * share - t) * scale;
+        }
     }
 }

@@ -9,16 +9,28 @@ struct Rule {
     double correction;
 };
 
-// parts[blocks] = Σ g²
-KERNEL(THREADS, 4) squares(In<float> g, Out<double> parts) {
+// out[1] = Σ g², by block, and by the last block to finish over parts[blocks] in their order; a sum that is not finite is a
+// fault. `finished` is 0 before and after.
+KERNEL(THREADS, 4) squares(Report r, In<float> g, Out<double> parts, Out<u32> finished, Out<float> out) {
     SHARED(double, room, WARPS);
+    SHARED(u32, last, 1);
     double sum = 0.0;
-    EACH(i, g.n) {
-        double x = g[i];
-        sum += x * x;
-    }
+    stream(g.n, [&](u64 i) { return g[i]; }, [&](u64, float x) { sum = fma((double)x, (double)x, sum); });
     sum = block_sum<double>(sum, room);
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+    if (threadIdx.x == 0) {
+        parts[blockIdx.x] = sum;
+        __threadfence();
+        last[0] = atomicInc(&finished[0], gridDim.x - 1) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last[0]) return;
+    sum = 0.0;
+    for (u32 i = threadIdx.x; i < gridDim.x; i += THREADS) sum += fresh(parts, i);
+    sum = block_sum<double>(sum, room);
+    if (threadIdx.x != 0) return;
+    out[0] = (float)sum;
+    if (!isfinite((float)sum)) report(r, 0, REAL, 0);
 }
 
 // Σ parts, by one block; every thread gets it.
@@ -28,45 +40,39 @@ __device__ inline double total_of(const In<double>& parts, Shared<double> room) 
     return block_sum<double>(sum, room);
 }
 
-// out[1] = Σ parts; a sum that is not finite is a fault.
-KERNEL(THREADS, 1) squares_total(Report r, In<double> parts, Out<float> out) {
-    SHARED(double, room, WARPS);
-    float sum = (float)total_of(parts, room);
-    if (threadIdx.x != 0) return;
-    out[0] = sum;
-    if (!isfinite(sum)) report(r, 0, REAL, 0);
-}
+// A parameter with its gradient and moments.
+struct Trained {
+    float p, g, m, v;
+};
 
 // θ ← θ − shrink·θ; m ← μ·m + g (where there is an m); θ ← θ − η·m
 KERNEL(THREADS, 4) sgd(const Status* status, Rule u, Out<float> p, In<float> g, Out<float> m) {
     if (stopped(status)) return;
-    EACH(i, p.n) {
-        float x = p[i], step = u.scale * g[i];
-        if (m.n) m[i] = step = u.keep1 * m[i] + step;
-        x -= u.shrink * x;
-        p[i] = x - u.rate * step;
-    }
+    stream(p.n, [&](u64 i) { return Trained{p[i], g[i], m.n ? (float)m[i] : 0.0f, 0.0f}; }, [&](u64 i, const Trained& t) {
+        float step = u.scale * t.g;
+        if (m.n) m[i] = step = u.keep1 * t.m + step;
+        p[i] = t.p - u.shrink * t.p - u.rate * step;
+    });
 }
 
 // m ← β1·m + (1-β1)·g, v ← β2·v + (1-β2)·g²
-__device__ inline void moments(const Rule& u, u64 i, float g, const Out<float>& m, const Out<float>& v, float* first, float* second) {
-    g *= u.scale;
-    *first = u.keep1 * m[i] + u.take1 * g;
-    *second = u.keep2 * v[i] + u.take2 * (g * g);
+__device__ inline void moments(const Rule& u, u64 i, const Trained& t, const Out<float>& m, const Out<float>& v, float* first, float* second) {
+    float g = u.scale * t.g;
+    *first = u.keep1 * t.m + u.take1 * g;
+    *second = u.keep2 * t.v + u.take2 * (g * g);
     m[i] = *first, v[i] = *second;
 }
 
 // θ ← θ − rate·m/(√(v·inverse) + ε); a zero denominator moves nothing.
 KERNEL(THREADS, 4) adam_w(const Status* status, Rule u, Out<float> p, In<float> g, Out<float> m, Out<float> v) {
     if (stopped(status)) return;
-    EACH(i, p.n) {
-        float first, second, x = p[i];
-        moments(u, i, g[i], m, v, &first, &second);
+    stream(p.n, [&](u64 i) { return Trained{p[i], g[i], m[i], v[i]}; }, [&](u64 i, const Trained& t) {
+        float first, second, x = t.p - u.shrink * t.p;
+        moments(u, i, t, m, v, &first, &second);
         float denominator = sqrtf(second * u.inverse) + u.eps;
-        x -= u.shrink * x;
         if (denominator > 0.0f) x -= u.rate * first / denominator;
         p[i] = x;
-    }
+    });
 }
 
 __device__ inline float warp_min(float x) {
@@ -90,12 +96,12 @@ set_adam_moments(const Status* status, Rule u, Out<float> p, In<float> g, Out<fl
     SHARED(float, room, WARPS);
     if (stopped(status)) return;
     float least = INFINITY, most = 0.0f;
-    EACH(i, p.n) {
-        float first, second, x = p[i];
-        moments(u, i, g[i], m, v, &first, &second);
-        p[i] = x - u.shrink * x;
+    stream(p.n, [&](u64 i) { return Trained{p[i], g[i], m[i], v[i]}; }, [&](u64 i, const Trained& t) {
+        float first, second;
+        moments(u, i, t, m, v, &first, &second);
+        p[i] = t.p - u.shrink * t.p;
         least = fminf(least, second), most = larger(most, second);
-    }
+    });
     least = block_min(least, room), most = block_max(most, room);
     if (threadIdx.x == 0) extremes[blockIdx.x] = least, extremes[gridDim.x + blockIdx.x] = most;
 }
@@ -119,10 +125,10 @@ KERNEL(THREADS, 4) set_adam_sums(const Status* status, In<float> v, In<float> ex
     extremes_of(extremes, &least, &most, room);
     double sum = 0.0, squares = 0.0;
     if (most != 0.0f) {
-        EACH(i, v.n) {
-            double x = v[i] / most;
-            sum += x, squares += x * x;
-        }
+        stream(v.n, [&](u64 i) { return v[i]; }, [&](u64, float second) {
+            double x = second / most;
+            sum += x, squares = fma(x, x, squares);
+        });
     }
     sum = block_sum<double>(sum, wide), squares = block_sum<double>(squares, wide);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum, sums[gridDim.x + blockIdx.x] = squares;
@@ -141,8 +147,8 @@ set_adam_step(const Status* status, Rule u, In<float> m, In<float> v, In<float> 
     float factor = (float)(sum * sum / ((double)p.n * squares) / u.correction);
     // w grows with v, so its smallest value is that of the smallest v.
     float half = 0.5f * sqrtf(least * factor + u.eps);
-    EACH(i, p.n) {
-        float denominator = sqrtf(v[i] * factor + u.eps) - half;
-        if (denominator > 0.0f) p[i] = p[i] - u.rate * m[i] / denominator;
-    }
+    stream(p.n, [&](u64 i) { return Trained{p[i], 0.0f, m[i], v[i]}; }, [&](u64 i, const Trained& t) {
+        float denominator = sqrtf(t.v * factor + u.eps) - half;
+        if (denominator > 0.0f) p[i] = t.p - u.rate * t.m / denominator;
+    });
 }

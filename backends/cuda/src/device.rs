@@ -26,6 +26,8 @@ const STAGING: usize = 8 << 20;
 pub(crate) const ALIGNMENT: usize = 256;
 /// Threads of a block, as `THREADS` in `common.cu`.
 pub(crate) const THREADS: u32 = 256;
+/// Values that a thread takes at once, as `AT_ONCE` in `common.cu`.
+pub(crate) const AT_ONCE: usize = 4;
 /// Most blocks of a kernel whose blocks take several pieces each: enough for every device, and the same on all of them,
 /// because partial sums are combined by block.
 pub(crate) const BLOCKS: usize = 2048;
@@ -126,7 +128,6 @@ kernels! {
     AttentionDkvBf16x128 c"attention_dkv_bf16_128"
     AddTotal c"add_total"
     Squares c"squares"
-    SquaresTotal c"squares_total"
     Sgd c"sgd"
     AdamW c"adam_w"
     SetAdamMoments c"set_adam_moments"
@@ -238,6 +239,7 @@ pub(crate) struct Device {
     stretches: Mutex<Option<Vec<Stretch>>>,
     name: String,
     capability: u32,
+    multiprocessors: usize,
     precision: Precision,
 }
 
@@ -280,6 +282,7 @@ impl Device {
         use sys::CUdevice_attribute_enum as A;
         let capability = 10 * attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
             + attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let name = result::device::get_name(ordinal).map_err(call("cuDeviceGetName"))?;
         let kernels = compile::kernels(capability)?;
         // SAFETY: the device is there; the context is released when the device is dropped.
@@ -300,6 +303,7 @@ impl Device {
             stretches: Mutex::new(None),
             name,
             capability,
+            multiprocessors,
             precision,
         };
         device.enter()?;
@@ -364,6 +368,10 @@ impl Device {
 
     pub(crate) fn capability(&self) -> u32 {
         self.capability
+    }
+
+    pub(crate) fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     /// Bytes of all memory that was allocated.

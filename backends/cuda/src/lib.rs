@@ -16,7 +16,7 @@ use bdia_core::backend::Identity;
 use bdia_core::check::{Arenas, same};
 use bdia_core::{Error, Fault, Ints, Layout, Reals, Result, Site, Storage, Words};
 
-use device::{BLOCKS, Device, Kernel, Memory, THREADS, arg};
+use device::{Device, Kernel, Memory, THREADS, arg};
 use span::{Report, Span, Status};
 use status::{Cause, Code, NONE};
 
@@ -49,6 +49,8 @@ pub struct Cuda {
     words: Memory,
     status: Memory,
     scratch: Memory,
+    /// Blocks of the sum under way that are done: 0 between sums.
+    finished: Memory,
     /// Room for the factors of a product as bf16.
     half: Memory,
     /// Number of the next operation that may raise a fault.
@@ -73,6 +75,7 @@ impl Cuda {
         let mut device = Device::open(options.device, options.precision, bytes, layout.total().max(bytes))?;
         let [ints, reals, words] = [device.alloc(ints), device.alloc(reals), device.alloc(words)];
         let [status, scratch, half] = [device.alloc(size_of::<Status>()), device.alloc(SCRATCH), device.alloc(half)];
+        let finished = device.alloc(4);
         let call = |_| CudaError::Call { what: "cuMemsetD8Async", error: "the status could not be set" };
         device.set(status.at, 0xFF, status.bytes).map_err(call)?;
         let short = match options.precision {
@@ -80,7 +83,8 @@ impl Cuda {
             other => format!("-{}", other.name()),
         };
         let name = interned(format!("cuda{short} {} sm_{}", device.name(), device.capability()));
-        Ok(Self { device, name, arenas, ints, reals, words, status, scratch, half, seq: 0, raised: None, lost: None })
+        let (seq, raised, lost) = (0, None, None);
+        Ok(Self { device, name, arenas, ints, reals, words, status, scratch, finished, half, seq, raised, lost })
     }
 
     /// Memory outside the arenas of a layout: the fixed workspace of cuBLAS, room for partial sums and bf16 factors, the status, gaps
@@ -93,6 +97,7 @@ impl Cuda {
             + half
             + 3 * device::ALIGNMENT
             + size_of::<Status>().next_multiple_of(device::ALIGNMENT)
+            + device::ALIGNMENT
     }
 
     /// The device's name.
@@ -178,8 +183,7 @@ impl Cuda {
     }
 
     fn fill(&self, dst: Span, bits: u32) -> Result<()> {
-        let blocks = (dst.len as usize).div_ceil(THREADS as usize).min(BLOCKS);
-        self.device.launch(Kernel::Fill, [blocks, 1, 1], THREADS, &mut [arg(&dst), arg(&bits)])
+        self.device.launch(Kernel::Fill, nn::streamed(dst.len), THREADS, &mut [arg(&dst), arg(&bits)])
     }
 }
 

@@ -5,7 +5,7 @@ use bdia_core::plan::Rows;
 use bdia_core::rng::{Draw, drop_threshold};
 use bdia_core::{Chunk, Error, Ints, NnOps, Reals, Result, Words};
 
-use crate::device::{BLOCKS, Gemm, Kernel, Precision, THREADS, arg};
+use crate::device::{AT_ONCE, BLOCKS, Gemm, Kernel, Precision, THREADS, arg};
 use crate::span::{Attend, Matrix, Span, Streams};
 use crate::status::{Cause, Code, MOST};
 use crate::{Cuda, SCRATCH};
@@ -14,6 +14,10 @@ use crate::{Cuda, SCRATCH};
 const WARPS: usize = THREADS as usize / 32;
 /// The widest head that the attention kernels have room for.
 const MOST_HEAD: usize = 128;
+/// Threads of a block that has a row of logits, as in `nn.cu`.
+const LOSS_THREADS: u32 = 512;
+/// Threads that the gradient of a normalization has for a row, as in `nn.cu`.
+const ROW_THREADS: usize = 128;
 /// Rows that are summed by one block before partial sums are combined.
 const ROWS: usize = 256;
 
@@ -30,6 +34,11 @@ fn reportable(what: &'static str, rows: usize) -> Result<u32> {
 /// Blocks of a kernel that takes `n` values one by one.
 pub(crate) fn blocks(n: usize) -> [usize; 3] {
     [n.div_ceil(THREADS as usize).min(BLOCKS), 1, 1]
+}
+
+/// Blocks of a kernel that streams `n` values: each takes one piece.
+pub(crate) fn streamed(n: u64) -> [usize; 3] {
+    [(n as usize).div_ceil(AT_ONCE * THREADS as usize), 1, 1]
 }
 
 /// How a sum of `rows` rows of `cols` columns is cut into parts, by its shape alone: rows of a part, and parts.
@@ -161,7 +170,7 @@ impl NnOps for Cuda {
     fn add(&mut self, x: Reals, y: Reals) -> Result<()> {
         self.arenas.pair("add", x, y)?;
         let (x, y) = (self.reals(x), self.reals(y));
-        self.device.launch(Kernel::Add, blocks(x.len as usize), THREADS, &mut [arg(&x), arg(&y)])
+        self.device.launch(Kernel::Add, streamed(x.len), THREADS, &mut [arg(&x), arg(&y)])
     }
 
     fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()> {
@@ -207,7 +216,8 @@ impl NnOps for Cuda {
         let (dx, dweight, dbias) = (self.reals(dx), self.reals(dweight), self.reals(dbias));
         let (rows, each) = (small("layer_norm_vjp", rows)?, each as u32);
         let args = &mut [arg(&rows), arg(&weight), arg(&x), arg(&stats), arg(&dy), arg(&dx)];
-        self.device.launch(Kernel::LayerNormDx, [(rows as usize).div_ceil(WARPS), 1, 1], THREADS, args)?;
+        let grid = [(rows as usize * ROW_THREADS).div_ceil(THREADS as usize), 1, 1];
+        self.device.launch(Kernel::LayerNormDx, grid, THREADS, args)?;
         if dweight.len == 0 {
             return Ok(());
         }
@@ -222,13 +232,13 @@ impl NnOps for Cuda {
     fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
         self.arenas.pair("gelu", x, y)?;
         let (exact, x, y) = (u32::from(kind == Gelu::Exact), self.reals(x), self.reals(y));
-        self.device.launch(Kernel::Gelu, blocks(y.len as usize), THREADS, &mut [arg(&exact), arg(&x), arg(&y)])
+        self.device.launch(Kernel::Gelu, streamed(y.len), THREADS, &mut [arg(&exact), arg(&x), arg(&y)])
     }
 
     fn gelu_vjp(&mut self, kind: Gelu, x: Reals, d: Reals) -> Result<()> {
         self.arenas.pair("gelu_vjp", x, d)?;
         let (exact, x, d) = (u32::from(kind == Gelu::Exact), self.reals(x), self.reals(d));
-        self.device.launch(Kernel::GeluVjp, blocks(d.len as usize), THREADS, &mut [arg(&exact), arg(&x), arg(&d)])
+        self.device.launch(Kernel::GeluVjp, streamed(d.len), THREADS, &mut [arg(&exact), arg(&x), arg(&d)])
     }
 
     fn attention(
@@ -423,7 +433,7 @@ impl NnOps for Cuda {
             arg(&logits),
             arg(&losses),
         ];
-        self.device.launch(Kernel::CrossEntropy, [rows, 1, 1], THREADS, args)
+        self.device.launch(Kernel::CrossEntropy, [rows, 1, 1], LOSS_THREADS, args)
     }
 }
 

@@ -4,7 +4,8 @@ use bdia_core::optim::{Rule, Update};
 use bdia_core::{Exchange, OptimOps, Reals, Result, Site};
 
 use crate::Cuda;
-use crate::device::{Kernel, THREADS, arg};
+use crate::device::{AT_ONCE, Kernel, THREADS, arg};
+use crate::nn::streamed;
 use crate::span::{Constants, Span};
 use crate::status::{Cause, Code};
 
@@ -14,8 +15,7 @@ const PARTIALS: usize = 512;
 const PASS: usize = 2 * 8 * PARTIALS;
 
 fn blocks(len: usize) -> usize {
-    // Eight values a thread, before there are more blocks.
-    len.div_ceil(8 * THREADS as usize).clamp(1, PARTIALS)
+    len.div_ceil(AT_ONCE * THREADS as usize).clamp(1, PARTIALS)
 }
 
 /// `1 − β^t`.
@@ -40,8 +40,9 @@ impl OptimOps for Cuda {
         let blocks = blocks(g.len());
         let report = self.report(Cause::new(Code::Gradient, site));
         let (g, out, parts) = (self.reals(g), self.reals(out), self.pass(0, blocks));
-        self.device.launch(Kernel::Squares, [blocks, 1, 1], THREADS, &mut [arg(&g), arg(&parts)])?;
-        self.device.launch(Kernel::SquaresTotal, [1, 1, 1], THREADS, &mut [arg(&report), arg(&parts), arg(&out)])
+        let finished = Span { at: self.finished.at, len: 1 };
+        let args = &mut [arg(&report), arg(&g), arg(&parts), arg(&finished), arg(&out)];
+        self.device.launch(Kernel::Squares, [blocks, 1, 1], THREADS, args)
     }
 
     fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
@@ -49,7 +50,7 @@ impl OptimOps for Cuda {
         if p.is_empty() {
             return Ok(());
         }
-        let blocks = blocks(p.len());
+        let (all, blocks) = (streamed(p.len() as u64), blocks(p.len()));
         let status = self.status.at;
         let (p, g, m, v) = (self.reals(p), self.reals(g), self.reals(m), self.reals(v));
         let constants = Constants { shrink: (u.lr * u.decay) as f32, scale: u.scale as f32, ..Constants::default() };
@@ -69,12 +70,12 @@ impl OptimOps for Cuda {
             Rule::Sgd { momentum } => {
                 let rule = Constants { keep1: momentum as f32, rate: u.lr as f32, ..constants };
                 let args = &mut [arg(&status), arg(&rule), arg(&p), arg(&g), arg(&m)];
-                self.device.launch(Kernel::Sgd, grid, THREADS, args)
+                self.device.launch(Kernel::Sgd, all, THREADS, args)
             }
             Rule::AdamW { beta1, beta2, eps } => {
                 let rule = moments(beta1, beta2, eps);
                 let args = &mut [arg(&status), arg(&rule), arg(&p), arg(&g), arg(&m), arg(&v)];
-                self.device.launch(Kernel::AdamW, grid, THREADS, args)
+                self.device.launch(Kernel::AdamW, all, THREADS, args)
             }
             Rule::SetAdam { beta1, beta2, eps } => {
                 let rule = moments(beta1, beta2, eps);

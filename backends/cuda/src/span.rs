@@ -68,7 +68,6 @@ pub(crate) struct Shape {
     pub m: u32,
     pub magnitude: f32,
     pub scale: f32,
-    pub unit: f32,
 }
 
 /// `Status`; all ones where there is no fault.

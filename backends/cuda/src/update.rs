@@ -4,33 +4,39 @@ use bdia_core::rng::Draw;
 use bdia_core::{Chunk, Error, Gamma, Grid, Ints, Reals, Result, Sign, Site, UpdateOps, Words};
 
 use crate::Cuda;
-use crate::device::{BLOCKS, Kernel, THREADS, arg};
+use crate::device::{AT_ONCE, Kernel, THREADS, arg};
+use crate::nn::streamed;
 use crate::span::{Shape, Streams};
 use crate::status::{Cause, Code, MOST};
 
-/// Warps of a block: each takes one group of 32 elements at a time.
+/// Warps of a block: each takes [`AT_ONCE`] groups of 32 elements at a time.
 const WARPS: usize = THREADS as usize / 32;
+/// Blocks that a multiprocessor has room for, as the kernels ask for it.
+const RESIDENT: usize = 5;
 
-/// How kernels see a tensor of `samples` samples of `per` values, and how many blocks they take for it.
-fn shape(samples: usize, per: usize) -> Result<(Shape, usize)> {
-    if samples.saturating_mul(per) >= MOST {
-        return Err(Error::TooLarge("values of one chunk on a device (below 2^30)"));
+impl Cuda {
+    /// How kernels see a tensor of `samples` samples of `per` values, and how many blocks they take for it: no more than run
+    /// at once. Nothing but integer sums and minima depends on that number.
+    fn shape(&self, samples: usize, per: usize) -> Result<(Shape, usize)> {
+        if samples.saturating_mul(per) >= MOST {
+            return Err(Error::TooLarge("values of one chunk on a device (below 2^30)"));
+        }
+        let samples = if per == 0 { 0 } else { samples };
+        let groups = per.div_ceil(32);
+        let shape = Shape {
+            samples: samples as u32,
+            per: per as u32,
+            groups: groups as u32,
+            at: 0,
+            streams: Streams { seed: 0, step: 0, global: 0, place: 0, threshold: 0 },
+            sign: 1,
+            m: 0,
+            magnitude: 0.0,
+            scale: 1.0,
+        };
+        let most = RESIDENT * self.device.multiprocessors();
+        Ok((shape, (samples * groups.div_ceil(AT_ONCE)).div_ceil(WARPS).min(most)))
     }
-    let samples = if per == 0 { 0 } else { samples };
-    let groups = per.div_ceil(32);
-    let shape = Shape {
-        samples: samples as u32,
-        per: per as u32,
-        groups: groups as u32,
-        at: 0,
-        streams: Streams { seed: 0, step: 0, global: 0, place: 0, threshold: 0 },
-        sign: 1,
-        m: 0,
-        magnitude: 0.0,
-        scale: 1.0,
-        unit: 1.0,
-    };
-    Ok((shape, (samples * groups).div_ceil(WARPS).min(BLOCKS)))
 }
 
 impl Shape {
@@ -39,7 +45,7 @@ impl Shape {
     }
 
     fn grid(self, grid: Grid) -> Self {
-        Self { scale: grid.scale(), unit: grid.unit(), ..self }
+        Self { scale: grid.scale(), ..self }
     }
 
     fn gamma(self, gamma: Gamma, chunk: &Chunk, m: u32) -> Self {
@@ -61,7 +67,7 @@ fn range(chunk: &Chunk, per: usize, grid: Option<Grid>) -> Cause {
 impl UpdateOps for Cuda {
     fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> Result<()> {
         let per = self.arenas.quantize("quantize", chunk, y, x, sum)?;
-        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, blocks) = self.shape(chunk.samples, per)?;
         let (shape, report) = (shape.of_chunk(chunk).grid(grid), self.report(range(chunk, per, Some(grid))));
         let (y, x, sum) = (self.reals(y), self.ints(x), self.words(sum));
         let args = &mut [arg(&shape), arg(&report), arg(&y), arg(&x), arg(&sum)];
@@ -70,15 +76,13 @@ impl UpdateOps for Cuda {
 
     fn dequantize(&mut self, grid: Grid, x: Ints, y: Reals) -> Result<()> {
         self.arenas.dequantize(x, y)?;
-        let (shape, blocks) = shape(1, x.len())?;
-        let (shape, x, y) = (shape.grid(grid), self.ints(x), self.reals(y));
-        let args = &mut [arg(&shape), arg(&x), arg(&y)];
-        self.device.launch(Kernel::Dequantize, [blocks, 1, 1], THREADS, args)
+        let (unit, x, y): (f32, _, _) = (grid.unit(), self.ints(x), self.reals(y));
+        self.device.launch(Kernel::Dequantize, streamed(y.len), THREADS, &mut [arg(&unit), arg(&x), arg(&y)])
     }
 
     fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
         let per = self.arenas.quantize("add_quantized", chunk, h, x, sum)?;
-        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, blocks) = self.shape(chunk.samples, per)?;
         let (shape, report) = (shape.of_chunk(chunk).grid(grid), self.report(range(chunk, per, Some(grid))));
         let (x, h, sum) = (self.ints(x), self.reals(h), self.words(sum));
         let args = &mut [arg(&shape), arg(&report), arg(&x), arg(&h), arg(&sum)];
@@ -87,7 +91,7 @@ impl UpdateOps for Cuda {
 
     fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
         let per = self.arenas.quantize("subtract_quantized", chunk, h, x, sum)?;
-        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.of_chunk(chunk).grid(grid);
         let (x, h, sum) = (self.ints(x), self.reals(h), self.words(sum));
         let args = &mut [arg(&shape), arg(&x), arg(&h), arg(&sum)];
@@ -106,7 +110,7 @@ impl UpdateOps for Cuda {
         sum: Words,
     ) -> Result<()> {
         let (per, m) = self.arenas.step("step", chunk, gamma, x, [cur, h], (side, true), sum)?;
-        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.of_chunk(chunk).grid(grid).gamma(gamma, chunk, m);
         let report = self.report(range(chunk, per, Some(grid)));
         let (x, cur, h) = (self.ints(x), self.reals(cur), self.reals(h));
@@ -127,7 +131,7 @@ impl UpdateOps for Cuda {
         sum: Words,
     ) -> Result<()> {
         let (per, m) = self.arenas.step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
-        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.of_chunk(chunk).grid(grid).gamma(gamma, chunk, m);
         let (x, cur, h) = (self.ints(x), self.reals(cur), self.reals(h));
         let (side, sum) = (self.words(side), self.words(sum));
@@ -137,7 +141,7 @@ impl UpdateOps for Cuda {
 
     fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
         let per = self.arenas.blend("blend", chunk, x, cur, h)?;
-        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, blocks) = self.shape(chunk.samples, per)?;
         let (shape, report) = (shape.gamma(gamma, chunk, 0), self.report(range(chunk, per, None)));
         let (x, cur, h) = (self.reals(x), self.reals(cur), self.reals(h));
         let args = &mut [arg(&shape), arg(&report), arg(&x), arg(&cur), arg(&h)];
@@ -146,7 +150,7 @@ impl UpdateOps for Cuda {
 
     fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
         let per = self.arenas.blend("unblend", chunk, x, cur, h)?;
-        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.gamma(gamma, chunk, 0);
         let (x, cur, h) = (self.reals(x), self.reals(cur), self.reals(h));
         let args = &mut [arg(&shape), arg(&x), arg(&cur), arg(&h)];
@@ -155,7 +159,7 @@ impl UpdateOps for Cuda {
 
     fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
         let per = self.arenas.blend("combine", chunk, next, cur, h)?;
-        let (shape, blocks) = shape(chunk.samples, per)?;
+        let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.gamma(gamma, chunk, 0);
         let (next, cur, h) = (self.reals(next), self.reals(cur), self.reals(h));
         let args = &mut [arg(&shape), arg(&next), arg(&cur), arg(&h)];
@@ -171,7 +175,7 @@ impl UpdateOps for Cuda {
 
     fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
         self.arenas.count_differences(a, b, count)?;
-        let (shape, blocks) = shape(1, a.len())?;
+        let (shape, blocks) = self.shape(1, a.len())?;
         let (a, b, count) = (self.ints(a), self.ints(b), self.words(count));
         let args = &mut [arg(&shape), arg(&a), arg(&b), arg(&count)];
         self.device.launch(Kernel::CountDifferences, [blocks, 1, 1], THREADS, args)

@@ -2,11 +2,12 @@
 //! longest paths of the optimizers. Against the reference backend in `f32`, operation by operation.
 #![allow(clippy::unwrap_used)]
 
-use bdia_core::backend::{Attention, Columns, CrossEntropy, Mask};
+use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask};
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{
-    Backend, Category, Chunk, Fault, Ints, Layout, NnOps, OptimOps, Reals, Reference, Result, Site, Storage,
+    Backend, Category, Chunk, Fault, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Reals, Reference, Result, Sign, Site,
+    Storage, UpdateOps, Words,
 };
 use bdia_cuda::{Cuda, Options, Precision};
 
@@ -45,7 +46,7 @@ impl World {
     }
 
     /// Runs an operation on both sides, on the device twice; compares what `outputs` names, up to `tolerance` of the
-    /// largest magnitude, and that nothing else changed.
+    /// largest magnitude, and that nothing else changed. Integers and words must be the reference's.
     fn compare(&mut self, what: &str, tolerance: f32, outputs: &[Reals], op: impl Fn(&mut dyn Both) -> Result<()>) {
         let (ints, reals, words) = self.layout.arenas();
         self.reals.resize(reals, f32::NAN);
@@ -56,6 +57,7 @@ impl World {
             .unwrap();
         op(&mut reference).unwrap();
         let fault = reference.take_fault().unwrap();
+        drop(reference);
         let mut found: Vec<Vec<f32>> = vec![];
         for _ in 0..2 {
             let options = Options { precision: self.precision, ..Options::default() };
@@ -64,8 +66,12 @@ impl World {
             cuda.write_ints(Ints::new(0, ints), &self.ints).unwrap();
             op(&mut cuda).unwrap();
             assert_eq!(format!("{:?}", cuda.take_fault().unwrap()), format!("{fault:?}"), "{what}");
-            let mut all = vec![0.0; reals];
+            let (mut all, mut all_ints, mut all_words) = (vec![0.0; reals], vec![0; ints], vec![0; words]);
             cuda.read_reals(Reals::new(0, reals), &mut all).unwrap();
+            cuda.read_ints(Ints::new(0, ints), &mut all_ints).unwrap();
+            cuda.read_words(Words::new(0, words), &mut all_words).unwrap();
+            assert!(all_ints == their_ints, "{what}: integers differ");
+            assert!(all_words == their_words, "{what}: words differ");
             found.push(all);
         }
         for i in 0..reals {
@@ -88,7 +94,7 @@ impl World {
 }
 
 /// Both backends without the type.
-trait Both: NnOps<Real = f32> + OptimOps {}
+trait Both: UpdateOps + NnOps<Real = f32> + OptimOps {}
 impl<T: Backend<Real = f32>> Both for T {}
 
 fn chunk(samples: usize) -> Chunk {
@@ -164,6 +170,74 @@ fn every_attention(precision: Precision, tolerance: f32) {
     }
 }
 
+/// Several words of side bits a warp and several turns of it, samples that end within a word, operands at odd places; bit for
+/// bit, faults too.
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn updates() {
+    for (samples, per, m) in [(5, 10_007, 1), (2, 31, 2), (3, 4100, 3), (700, 97, 1)] {
+        let (mut w, n) = (World::new(), samples * per);
+        let s = Stream::new(8, 0, 0, 0, 0, Draw::Data);
+        let values: Vec<i32> = (0..n + 1).map(|i| s.word(i as u32) as i32 >> 4).collect();
+        let (x, other) = (w.ints(&values).sub(1, n), w.ints(&values).sub(0, n));
+        let [cur, h, y] = [0; 3].map(|_| w.reals(n + 3).sub(3, n));
+        let side = w.layout.words(Category::SideBits, samples * m * per.div_ceil(32));
+        let sum = w.layout.words(Category::SideBits, 3).sub(1, 2);
+        let (chunk, grid) = (chunk(samples), Grid::new(14).unwrap());
+        let gamma = Gamma::new(1.0 / f64::from(1 << m), Sign::Random).unwrap();
+        let what = |op: &str| format!("{op} of {samples} × {per}, m = {m}");
+        w.compare(&what("quantize"), 0.0, &[], |on| on.quantize(&chunk, grid, y, x, sum));
+        w.compare(&what("dequantize"), 0.0, &[y], |on| on.dequantize(grid, x, y));
+        w.compare(&what("add_quantized"), 0.0, &[], |on| on.add_quantized(&chunk, grid, x, h, sum));
+        w.compare(&what("subtract_quantized"), 0.0, &[], |on| on.subtract_quantized(&chunk, grid, x, h, sum));
+        w.compare(&what("step"), 0.0, &[], |on| on.step(&chunk, grid, gamma, x, cur, h, side, sum));
+        w.compare(&what("step without side bits"), 0.0, &[], |on| {
+            on.step(&chunk, grid, gamma, x, cur, h, Words::EMPTY, Words::EMPTY)
+        });
+        w.compare(&what("inverse"), 0.0, &[], |on| {
+            on.step(&chunk, grid, gamma, x, cur, h, side, Words::EMPTY)?;
+            on.inverse(&chunk, grid, gamma, x, cur, h, side, sum)
+        });
+        w.compare(&what("blend"), 0.0, &[y], |on| on.blend(&chunk, gamma, y, cur, h));
+        w.compare(&what("unblend"), 0.0, &[y], |on| on.unblend(&chunk, gamma, y, cur, h));
+        w.compare(&what("combine"), 0.0, &[y, cur, h], |on| on.combine(&chunk, gamma, y, cur, h));
+        w.compare(&what("count_differences"), 0.0, &[], |on| on.count_differences(x, other, sum));
+        // The first of several is told.
+        for (at, value) in [(n - 1, f32::NAN), (n / 2 + 1, 1e9), (n / 2, f32::INFINITY), (n - 3, -1e30)] {
+            w.reals[h.start() + at] = value;
+        }
+        w.compare(&what("step with faults"), 0.0, &[], |on| on.step(&chunk, grid, gamma, x, cur, h, side, sum));
+        w.compare(&what("add_quantized with faults"), 0.0, &[], |on| on.add_quantized(&chunk, grid, x, h, sum));
+        w.compare(&what("blend with faults"), 0.0, &[y], |on| on.blend(&chunk, gamma, y, cur, h));
+    }
+}
+
+/// Several pieces, the last of them not full, at odd places.
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn elementwise() {
+    let (mut w, n) = (World::new(), 5003);
+    let [x, y, d] = [0; 3].map(|_| w.reals(n + 1).sub(1, n));
+    for (i, at) in x.range().enumerate() {
+        w.reals[at] *= [1.0, 2.0, 1e-3][i % 3];
+    }
+    for (at, value) in [(4, 9.0), (5, -40.0), (6, 0.0), (7, 1e20), (8, 1e-30), (9, -1e-30)] {
+        w.reals[x.start() + at] = value;
+    }
+    w.compare("add", 0.0, &[y], |on| on.add(y, x));
+    w.reals[x.start() + 7] = -1e20;
+    for kind in [Gelu::Tanh, Gelu::Exact] {
+        w.compare(&format!("{kind:?}"), 2e-7, &[y, d], |on| {
+            on.gelu(kind, x, y)?;
+            on.gelu_vjp(kind, x, d)
+        });
+    }
+    for per in [n, 1001] {
+        let (samples, x) = (n / per, x.sub(0, n / per * per));
+        w.compare("dropout", 1e-6, &[x], |on| on.dropout(&chunk(samples), Draw::EmbeddingDropout, 0.3, x));
+    }
+}
+
 /// Sums in parts, several rows a block, many blocks.
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
@@ -185,7 +259,7 @@ fn sums_over_rows() {
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn embedding_and_loss() {
-    let (n, length, vocab, width) = (3, 200, 50, 300);
+    let (n, length, vocab, width) = (3, 500, 50, 300);
     let mut w = World::new();
     // Few tokens often, so that their rows are found in several tiles.
     let s = Stream::new(3, 0, 0, 0, 0, Draw::Data);
@@ -209,6 +283,12 @@ fn embedding_and_loss() {
         let ce = CrossEntropy { vocab, tokens: 5, row: 2, scale: 0.25, smoothing };
         w.compare("loss", 2e-6, &[logits, losses], |on| on.cross_entropy(&chunk, &ce, logits, targets, losses));
     }
+    // Without smoothing they are left out, where not all are infinite.
+    for c in (0..vocab).filter(|&c| c as i32 != w.ints[targets.start()] && c != 4999) {
+        w.reals[logits.start() + c] = f32::NEG_INFINITY;
+    }
+    let ce = CrossEntropy { vocab, tokens: 5, row: 2, scale: 0.25, smoothing: 0.0 };
+    w.compare("infinite", 2e-6, &[logits, losses], |on| on.cross_entropy(&chunk, &ce, logits, targets, losses));
     // The first of several wrong rows is told, whatever the order of blocks.
     w.ints[targets.start() + 3..targets.start() + 8].copy_from_slice(&[1 << 20, 5, i32::MAX, 0, 1 << 21]);
     w.reals[logits.start() + 5 * vocab + 77] = f32::NAN;
@@ -233,6 +313,8 @@ fn optimizers() {
         let u = Update { rule, t: 4, lr: 0.01, decay: 0.1, scale: 0.5 };
         let second = if rule.states() > 1 { v } else { Reals::EMPTY };
         w.compare(&format!("{rule:?}"), 1e-6, &[p, m, v, out], |on| {
+            // One sum leaves nothing for the next.
+            on.sum_squares(Site::Block(0), p, out)?;
             on.sum_squares(Site::Block(0), g, out)?;
             on.update(&u, p, g, m, second)
         });
