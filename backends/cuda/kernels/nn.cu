@@ -185,7 +185,9 @@ layer_norm_dw(u32 rows, u32 each, In<float> x, In<float> stats, In<float> dy, Ou
 #define ROOT_HALF 0.7071067811865476f
 
 // e^-|z| with z = 2·√(2/π)·(x + 0.044715·x³), of which ½·(1 + tanh(z/2)) is 1/(1 + e^-z): never infinite.
-__device__ inline float tanh_tail(float x) { return expf(-fabsf(x * fmaf(2.0f * ROOT_2_OVER_PI * 0.044715f, x * x, 2.0f * ROOT_2_OVER_PI))); }
+__device__ inline float tanh_tail(float x) {
+    return expf(-fabsf(x * fmaf(2.0f * ROOT_2_OVER_PI * 0.044715f, x * x, 2.0f * ROOT_2_OVER_PI)));
+}
 
 // y = 0.5·x·(1 + t), t = tanh(√(2/π)·(x + 0.044715·x³)) or erf(x/√2)
 KERNEL(THREADS, 4) gelu(u32 exact, In<float> x, Out<float> y) {

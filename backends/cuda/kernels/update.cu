@@ -20,9 +20,9 @@ __device__ inline i32 sigma_of(const Shape& s, u32 sample) {
     return s.sign ? s.sign : 1 - 2 * (i32)(quad(s.streams, sample, 0).w[0] & 1);
 }
 
-// Where an element is: its sample, its index there and in the tensor, the word of its first side bit.
+// Where an element is: its index in its sample and in the tensor, the word of its first side bit; and its sample's sign.
 struct Place {
-    u32 sample, e, word;
+    u32 e, word;
     u64 i;
     // False for a lane beyond the sample's end.
     bool active;
@@ -43,7 +43,7 @@ template <class Load, class Finish> __device__ void each(const Shape& s, bool si
         UNROLL
         for (u32 k = 0; k < AT_ONCE; k++) {
             u32 e = (g + k) * 32 + lane;
-            p[k] = Place{sample, e, sample * s.m * s.groups + g + k, (u64)sample * s.per + g * 32 + lane + k * 32, e < s.per, 1};
+            p[k] = Place{e, sample * s.m * s.groups + g + k, (u64)sample * s.per + g * 32 + lane + k * 32, e < s.per, 1};
             if (p[k].active) v[k] = load(p[k]);
         }
         if (signs && sample != last) sigma = sigma_of(s, sample), last = sample;
@@ -178,7 +178,8 @@ KERNEL(THREADS, 5) step(Shape s, Report r, Out<i32> x, In<float> cur, In<float> 
 // x: X_{k+1} becomes X_{k-1} = σ·2^m·(X_{k+1} − Q(...)) − s.
 KERNEL(THREADS, 5) inverse(Shape s, Out<i32> x, In<float> cur, In<float> h, In<u32> side, Out<u32> sum) {
     u64 total = 0;
-    each(s, true, [&](const Place& p) { return Mixed{x[p.i], cur[p.i], h[p.i], side[p.word]}; }, [&](const Place& p, const Mixed& v) {
+    auto load = [&](const Place& p) { return Mixed{x[p.i], cur[p.i], h[p.i], side[p.word]}; };
+    each(s, true, load, [&](const Place& p, const Mixed& v) {
         if (!p.active) return;
         i32 q;
         quantized(mix(MUL(s.magnitude, (float)p.sigma), v.cur, v.h), s.scale, &q);
@@ -196,7 +197,8 @@ KERNEL(THREADS, 5) inverse(Shape s, Out<i32> x, In<float> cur, In<float> h, In<u
 // x = γ·x + ((1-γ)·cur + (1+γ)·h); with γ = 0 the old x is not read.
 KERNEL(THREADS, 5) blend(Shape s, Report r, Out<float> x, In<float> cur, In<float> h) {
     bool reads = s.magnitude != 0.0f;
-    each(s, true, [&](const Place& p) { return Blended{reads ? (float)x[p.i] : 0.0f, cur[p.i], h[p.i]}; }, [&](const Place& p, const Blended& v) {
+    auto load = [&](const Place& p) { return Blended{reads ? (float)x[p.i] : 0.0f, cur[p.i], h[p.i]}; };
+    each(s, true, load, [&](const Place& p, const Blended& v) {
         if (!p.active) return;
         float gamma = MUL(s.magnitude, (float)p.sigma), next = mix(gamma, v.cur, v.h);
         if (reads) next = ADD(MUL(gamma, v.x), next);
@@ -234,7 +236,8 @@ KERNEL(THREADS, 5) compare(Report r, In<u32> a, In<u32> b) {
 // count (64 bits) += number of differing elements
 KERNEL(THREADS, 5) count_differences(Shape s, In<i32> a, In<i32> b, Out<u32> count) {
     u64 total = 0;
-    each(s, false, [&](const Place& p) { return Two<i32>{a[p.i], b[p.i]}; }, [&](const Place&, const Two<i32>& v) { total += v.x != v.y; });
+    auto load = [&](const Place& p) { return Two<i32>{a[p.i], b[p.i]}; };
+    each(s, false, load, [&](const Place&, const Two<i32>& v) { total += v.x != v.y; });
     add_checksum(total, count);
 }
 

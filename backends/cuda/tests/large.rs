@@ -57,7 +57,6 @@ impl World {
             .unwrap();
         op(&mut reference).unwrap();
         let fault = reference.take_fault().unwrap();
-        drop(reference);
         let mut found: Vec<Vec<f32>> = vec![];
         for _ in 0..2 {
             let options = Options { precision: self.precision, ..Options::default() };
