@@ -508,10 +508,8 @@ impl Device {
                 core::slice::from_raw_parts(place.cast_const(), bytes)
             };
             // SAFETY: callers pass places inside their allocations.
-            self.queue(
-                || "upload".into(),
-                || unsafe { result::memcpy_htod_async(at, staged, self.stream) }.map_err(device_error),
-            )?;
+            let copy = || unsafe { result::memcpy_htod_async(at, staged, self.stream) }.map_err(device_error);
+            self.queue(|| "upload".into(), copy)?;
             at += bytes as u64;
         }
         Ok(())

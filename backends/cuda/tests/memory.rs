@@ -31,6 +31,7 @@ fn too_much_memory_is_an_error() {
 /// pages of 2 MiB, of which `cuMemGetInfo` counts whole ones.
 fn the_plan_is_what_is_allocated() {
     const PAGE: usize = 2 << 20;
+    const HANDLES: usize = 128 << 20;
     for (precision, ints) in [(Precision::F32, 3 << 20), (Precision::Bf16, 77)] {
         let options = Options { precision, ..Options::default() };
         let mut layout = Layout::new(4);
@@ -43,7 +44,8 @@ fn the_plan_is_what_is_allocated() {
         let second = Cuda::new(&layout, options).unwrap();
         assert_eq!(second.allocated_bytes(), layout.total(), "the plan, to the byte");
         assert_eq!(second.taken_bytes(), layout.total().next_multiple_of(PAGE), "the driver's count, to the page");
-        // The whole backend, with its handles: nothing else is allocated on the device.
-        assert_eq!(free - second.device_memory().unwrap().0, second.taken_bytes());
+        // The whole backend: on top of it there is what the driver and cuBLAS keep for a handle, 66 MiB on an H100.
+        let handles = free - second.device_memory().unwrap().0 - second.taken_bytes();
+        assert!(handles <= HANDLES, "{handles}");
     }
 }
