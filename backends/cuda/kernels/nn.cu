@@ -49,13 +49,31 @@ __device__ inline u32 bf16(float x) {
     return (u + 0x7FFFu + (u >> 16 & 1)) >> 16;
 }
 
-// y[rows, words] = x[rows, cols] as bf16, two values in a word; what a row of words has beyond its values is 0.
-KERNEL(THREADS, 4) to_bf16(u32 cols, u32 words, In<float> x, Out<u32> y) {
-    EACH(i, y.n) {
-        u64 r = i / words, at = r * cols;
-        u32 c = (u32)(i - r * words) * 2;
-        y[i] = (c < cols ? bf16(x[at + c]) : 0u) | (c + 1 < cols ? bf16(x[at + c + 1]) << 16 : 0u);
-    }
+// y[all, words] = x[rows, cols] as bf16, two values in a word; what y has beyond the values is 0.
+KERNEL(THREADS, 4) to_bf16(u32 rows, u32 all, u64 cols, u64 words, In<float> x, Out<u32> y) {
+    struct Two {
+        float low, high;
+    };
+    for (u32 r = blockIdx.y; r < all; r += gridDim.y)
+        stream(
+            words,
+            [&](u64 i) {
+                u64 c = 2 * i, at = r * cols + c;
+                bool there = r < rows;
+                return Two{there && c < cols ? x[at] : 0.0f, there && c + 1 < cols ? x[at + 1] : 0.0f};
+            },
+            [&](u64 i, Two v) { y[r * words + i] = bf16(v.low) | bf16(v.high) << 16; });
+}
+
+// y[rows, cols] = x[rows, stride], or += it
+KERNEL(THREADS, 4) unpad(u32 add, u32 rows, u32 cols, u32 stride, In<float> x, Out<float> y) {
+    for (u32 r = blockIdx.y; r < rows; r += gridDim.y)
+        stream(
+            cols, [&](u64 i) { return x[(u64)r * stride + i]; },
+            [&](u64 i, float v) {
+                u64 at = (u64)r * cols + i;
+                y[at] = add ? y[at] + v : v;
+            });
 }
 
 // Sums over rows: a block takes 32 columns and `each` rows, a warp every eighth of them. The sums of its rows go to

@@ -6,19 +6,17 @@ use core::ffi::{CStr, c_int, c_void};
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::ffi::CString;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bdia_core::{Error, Result};
-use cudarc::cublas;
 use cudarc::driver::{result, sys};
 
 use crate::compile;
 use crate::error::CudaError;
 use crate::library;
+use crate::products::{Gemm, Lt, Precision, Room, WORKSPACE};
 use crate::span::Span;
 
-/// Bytes that cuBLAS may use within a product: a fixed workspace, so that the same product gives the same bits.
-pub(crate) const BLAS_WORKSPACE: usize = 32 << 20;
 /// Page-locked memory of the host, from which uploads go on their own while the program goes on. What a step uploads fits:
 /// tokens, labels, a batch of images; more than that waits for the work before it.
 const STAGING: usize = 8 << 20;
@@ -32,29 +30,6 @@ pub(crate) const AT_ONCE: usize = 4;
 /// because partial sums are combined by block.
 pub(crate) const BLOCKS: usize = 2048;
 
-/// How products are computed. The grid, its updates and all sums stay as they are: exactness does not depend on it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Precision {
-    /// `f32` throughout.
-    #[default]
-    F32,
-    /// Factors rounded to TF32 (10 bits of fraction), sums in `f32`.
-    Tf32,
-    /// Factors rounded to bf16 (7 bits of fraction), sums in `f32`. Master weights stay `f32`.
-    Bf16,
-}
-
-impl Precision {
-    /// As flags and reports write it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Tf32 => "tf32",
-            Self::Bf16 => "bf16",
-        }
-    }
-}
-
 macro_rules! kernels {
     ($($kernel:ident $name:literal)*) => {
         /// The kernels, by the names that they have in the source.
@@ -67,6 +42,11 @@ macro_rules! kernels {
             /// Whether it is one of those for tensor cores, which older devices do without.
             fn optional(self) -> bool {
                 self.name().to_bytes().windows(5).any(|part| part == b"bf16_")
+            }
+
+            /// Whether the factors of products stay as they are: it writes to none, or its caller says to which.
+            const fn leaves_factors(self) -> bool {
+                matches!(self, Self::ToBf16 | Self::Unpad | Self::SumRows | Self::AddParts | Self::CrossEntropy)
             }
 
             const fn name(self) -> &'static CStr {
@@ -95,6 +75,7 @@ kernels! {
     AddColumns c"add_columns"
     BiasRows c"bias_rows"
     ToBf16 c"to_bf16"
+    Unpad c"unpad"
     AddParts c"add_parts"
     SumRows c"sum_rows"
     LayerNorm c"layer_norm"
@@ -152,42 +133,11 @@ fn device_error(e: result::DriverError) -> Error {
     Error::Device(name_of(e))
 }
 
-fn blas(what: &'static str) -> impl Fn(cublas::result::CublasError) -> CudaError {
-    move |e| CudaError::Call { what, error: blas_name(e) }
-}
-
-fn blas_name(e: cublas::result::CublasError) -> &'static str {
-    use cublas::sys::cublasStatus_t as S;
-    match e.0 {
-        S::CUBLAS_STATUS_NOT_INITIALIZED => "CUBLAS_STATUS_NOT_INITIALIZED",
-        S::CUBLAS_STATUS_ALLOC_FAILED => "CUBLAS_STATUS_ALLOC_FAILED",
-        S::CUBLAS_STATUS_INVALID_VALUE => "CUBLAS_STATUS_INVALID_VALUE",
-        S::CUBLAS_STATUS_ARCH_MISMATCH => "CUBLAS_STATUS_ARCH_MISMATCH",
-        S::CUBLAS_STATUS_EXECUTION_FAILED => "CUBLAS_STATUS_EXECUTION_FAILED",
-        S::CUBLAS_STATUS_NOT_SUPPORTED => "CUBLAS_STATUS_NOT_SUPPORTED",
-        _ => "a cuBLAS error",
-    }
-}
-
 /// Memory of the device. It is freed by [`Device`], which owns it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Memory {
     pub at: u64,
     pub bytes: usize,
-}
-
-/// A matrix product of column-major matrices, as cuBLAS has it: `C[m, n] = A·B + beta·C`.
-pub(crate) struct Gemm {
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
-    /// Address and leading dimension, and whether the matrix is transposed.
-    pub a: (u64, usize, bool),
-    pub b: (u64, usize, bool),
-    pub c: (u64, usize),
-    pub beta: f32,
-    /// A and B are bf16.
-    pub half: bool,
 }
 
 /// What the device did under one name.
@@ -224,7 +174,7 @@ pub(crate) struct Device {
     module: Option<sys::CUmodule>,
     /// In the order of [`Kernel::ALL`]; none for kernels that an image for older devices lacks.
     functions: Vec<Option<sys::CUfunction>>,
-    blas: Option<cublas::sys::cublasHandle_t>,
+    lt: Mutex<Option<Lt>>,
     /// All that is used on the device, in one piece, and how much of it is handed out.
     block: Memory,
     handed_out: usize,
@@ -233,6 +183,8 @@ pub(crate) struct Device {
     /// [`STAGING`] bytes of the host, and how many of them hold uploads that may still be under way.
     staging: *mut u8,
     staged: AtomicUsize,
+    /// The room for factors as bf16.
+    room: Mutex<Room>,
     /// Whether anything was queued since [`Device::rested`].
     worked: AtomicBool,
     /// Work whose time is taken, where that was asked for.
@@ -264,7 +216,7 @@ impl Device {
         plan: usize,
     ) -> core::result::Result<Self, CudaError> {
         library::driver()?;
-        library::cublas()?;
+        library::cublas_lt()?;
         let none = |e: result::DriverError| match e.0 {
             sys::CUresult::CUDA_ERROR_NO_DEVICE => CudaError::Device { asked: number, found: 0 },
             _ => call("cuInit")(e),
@@ -293,12 +245,13 @@ impl Device {
             stream: core::ptr::null_mut(),
             module: None,
             functions: vec![],
-            blas: None,
+            lt: Mutex::new(None),
             block: Memory { at: 0, bytes: 0 },
             handed_out: 0,
             taken: 0,
             staging: core::ptr::null_mut(),
             staged: AtomicUsize::new(0),
+            room: Mutex::new(Room::new(0, 0)),
             worked: AtomicBool::new(true),
             stretches: Mutex::new(None),
             name,
@@ -314,19 +267,8 @@ impl Device {
         // SAFETY: the address is freed once, in `drop`.
         let staging = unsafe { result::malloc_host(STAGING, 0) };
         device.staging = staging.map_err(call("cuMemHostAlloc"))?.cast();
-        let handle = cublas::result::create_handle().map_err(blas("cublasCreate"))?;
-        device.blas = Some(handle);
-        let workspace = device.alloc(BLAS_WORKSPACE);
-        // SAFETY: the handle and the stream are there, and the workspace lives as long as the handle.
-        unsafe {
-            cublas::result::set_stream(handle, device.stream.cast()).map_err(blas("cublasSetStream"))?;
-            cublas::sys::cublasSetWorkspace_v2(handle, workspace.at as *mut c_void, workspace.bytes)
-                .result()
-                .map_err(blas("cublasSetWorkspace"))?;
-            cublas::sys::cublasSetMathMode(handle, cublas::sys::cublasMath_t::CUBLAS_DEFAULT_MATH)
-                .result()
-                .map_err(blas("cublasSetMathMode"))?;
-        }
+        let workspace = device.alloc(WORKSPACE);
+        device.lt = Mutex::new(Some(Lt::new(precision, workspace.at)?));
         Ok(device)
     }
 
@@ -421,6 +363,16 @@ impl Device {
         Memory { at, bytes }
     }
 
+    /// Gives the room for factors its place.
+    pub(crate) fn furnish(&mut self, room: Memory) {
+        self.room = Mutex::new(Room::new(room.at, room.bytes));
+    }
+
+    /// The room for factors.
+    pub(crate) fn room(&self) -> MutexGuard<'_, Room> {
+        self.room.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether anything was queued since [`Self::rested`].
     pub(crate) fn worked(&self) -> bool {
         self.worked.load(Ordering::Relaxed)
@@ -484,6 +436,7 @@ impl Device {
 
     /// Sets bytes.
     pub(crate) fn set(&self, at: u64, value: u8, bytes: usize) -> Result<()> {
+        self.room().clear();
         // SAFETY: callers pass places inside their allocations.
         self.queue(
             || "set".into(),
@@ -494,6 +447,7 @@ impl Device {
     /// Queues a copy to the device. The values go through page-locked memory, so that nothing waits for the copy; only what
     /// does not fit waits for the work before it.
     pub(crate) fn write<T: Copy>(&mut self, at: u64, src: &[T]) -> Result<()> {
+        self.room().clear();
         let mut at = at;
         for piece in src.chunks((STAGING / size_of::<T>()).max(1)) {
             let bytes = size_of_val(piece);
@@ -539,6 +493,7 @@ impl Device {
         if bytes == 0 {
             return Ok(());
         }
+        self.room().clear();
         // SAFETY: callers pass places inside their allocations.
         self.queue(
             || "copy".into(),
@@ -546,7 +501,8 @@ impl Device {
         )
     }
 
-    /// Starts a kernel with blocks of `threads` threads. `args` are the addresses of its parameters, in order and of the
+    /// Starts a kernel with blocks of `threads` threads; the room for factors is empty then, but for kernels that
+    /// [leave](Kernel::leaves_factors) them. `args` are the addresses of its parameters, in order and of the
     /// types that the source has.
     pub(crate) fn launch(
         &self,
@@ -566,6 +522,9 @@ impl Device {
         let Some(function) = self.functions[kernel as usize] else {
             return Err(Error::Device("this image of the kernels has none for tensor cores"));
         };
+        if !kernel.leaves_factors() {
+            self.room().clear();
+        }
         let name = || kernel.name().to_string_lossy().into_owned();
         // SAFETY: the functions are those of the loaded module, in the order of `Kernel::ALL`; the parameters are those of
         // the source, and their spans lie within allocations.
@@ -575,49 +534,10 @@ impl Device {
 
     /// Starts a matrix product.
     pub(crate) fn gemm(&self, g: &Gemm) -> Result<()> {
-        use cublas::sys::{
-            cublasComputeType_t as Compute, cublasGemmAlgo_t, cublasOperation_t as Op, cudaDataType as Type,
-        };
-        let size = |n: usize| c_int::try_from(n).map_err(|_| Error::TooLarge("matrix product"));
-        let op = |transposed| if transposed { Op::CUBLAS_OP_T } else { Op::CUBLAS_OP_N };
-        let (alpha, beta) = (1.0_f32, g.beta);
-        let factors = if g.half { Type::CUDA_R_16BF } else { Type::CUDA_R_32F };
-        let compute = match self.precision {
-            _ if g.half => Compute::CUBLAS_COMPUTE_32F,
-            Precision::F32 => Compute::CUBLAS_COMPUTE_32F_PEDANTIC,
-            Precision::Tf32 => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
-            Precision::Bf16 => Compute::CUBLAS_COMPUTE_32F_FAST_16BF,
-        };
-        let Some(handle) = self.blas else { return Err(Error::Device("cuBLAS is not there")) };
-        let [m, n, k] = [size(g.m)?, size(g.n)?, size(g.k)?];
-        let [lda, ldb, ldc] = [size(g.a.1)?, size(g.b.1)?, size(g.c.1)?];
-        // SAFETY: the handle is there; callers pass matrices inside their allocations; the factors lie on this stack,
-        // where cuBLAS reads them before it returns.
-        let work = || unsafe {
-            cublas::result::gemm_ex(
-                handle,
-                op(g.a.2),
-                op(g.b.2),
-                m,
-                n,
-                k,
-                (&raw const alpha).cast(),
-                g.a.0 as *const c_void,
-                factors,
-                lda,
-                g.b.0 as *const c_void,
-                factors,
-                ldb,
-                (&raw const beta).cast(),
-                g.c.0 as *mut c_void,
-                Type::CUDA_R_32F,
-                ldc,
-                compute,
-                cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-        };
+        let mut lt = self.lt.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(lt) = lt.as_mut() else { return Err(Error::Device("cuBLASLt is not there")) };
         // Rows, columns and inner size as bdia-core has them, by rows.
-        self.queue(|| format!("product {n}×{m}×{k}"), || work().map_err(|e| Error::Device(blas_name(e))))
+        self.queue(|| format!("product {}×{}×{}", g.n, g.m, g.k), || lt.gemm(g, self.stream.cast()))
     }
 }
 
@@ -628,9 +548,7 @@ impl Drop for Device {
         // SAFETY: each of these was made by `open` or `alloc` and is given back once; the stream is waited for first.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
-            if let Some(handle) = self.blas {
-                let _ = cublas::result::destroy_handle(handle);
-            }
+            drop(self.lt.get_mut().unwrap_or_else(PoisonError::into_inner).take());
             if self.block.at != 0 {
                 let _ = result::free_sync(self.block.at);
             }

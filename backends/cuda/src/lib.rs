@@ -6,6 +6,7 @@ mod error;
 mod library;
 mod nn;
 mod optim;
+mod products;
 mod span;
 mod status;
 mod update;
@@ -20,8 +21,9 @@ use device::{Device, Kernel, Memory, THREADS, arg};
 use span::{Report, Span, Status};
 use status::{Cause, Code, NONE};
 
-pub use device::{Precision, Time, Times};
+pub use device::{Time, Times};
 pub use error::CudaError;
+pub use products::Precision;
 
 /// Bytes for partial sums.
 const SCRATCH: usize = 4 << 20;
@@ -51,7 +53,7 @@ pub struct Cuda {
     scratch: Memory,
     /// Blocks of the sum under way that are done: 0 between sums.
     finished: Memory,
-    /// Room for the factors of a product as bf16.
+    /// Room for the factors of a product as bf16 ([`products::Room`] says what stands where).
     half: Memory,
     /// Number of the next operation that may raise a fault.
     seq: u32,
@@ -84,15 +86,16 @@ impl Cuda {
         };
         let name = interned(format!("cuda{short} {} sm_{}", device.name(), device.capability()));
         let (seq, raised, lost) = (0, None, None);
+        device.furnish(half);
         Ok(Self { device, name, arenas, ints, reals, words, status, scratch, finished, half, seq, raised, lost })
     }
 
-    /// Memory outside the arenas of a layout: the fixed workspace of cuBLAS, room for partial sums and bf16 factors, the status, gaps
+    /// Memory outside the arenas of a layout: the fixed workspace of cuBLASLt, room for partial sums and bf16 factors, the status, gaps
     /// between them. It does not depend on the model. The driver's own context (some hundred MB, for kernels and its queues) is not in it.
     pub const fn library_bytes(precision: Precision) -> usize {
         let half = if matches!(precision, Precision::Bf16) { HALF } else { 0 };
         // Each of the arenas begins at a multiple, and so does what follows the status.
-        device::BLAS_WORKSPACE
+        products::WORKSPACE
             + SCRATCH
             + half
             + 3 * device::ALIGNMENT

@@ -38,9 +38,14 @@ pub(crate) fn nvrtc() -> Result<(), CudaError> {
     present(&ASKED, there, "NVRTC (libnvrtc, part of the CUDA toolkit; PyPI has it as nvidia-cuda-nvrtc)", &["nvrtc"])
 }
 
-pub(crate) fn cublas() -> Result<(), CudaError> {
+pub(crate) fn cublas_lt() -> Result<(), CudaError> {
     static ASKED: OnceLock<bool> = OnceLock::new();
     // SAFETY: it only loads the library.
-    let there = || unsafe { cudarc::cublas::sys::is_culib_present() };
-    present(&ASKED, there, "cuBLAS (libcublas, part of the CUDA toolkit; PyPI has it as nvidia-cublas)", &["cublas"])
+    let there = || unsafe { cudarc::cublaslt::sys::is_culib_present() };
+    present(
+        &ASKED,
+        there,
+        "cuBLASLt (libcublasLt, part of the CUDA toolkit; PyPI has it as nvidia-cublas)",
+        &["cublasLt"],
+    )
 }

@@ -5,7 +5,8 @@ use bdia_core::plan::Rows;
 use bdia_core::rng::{Draw, drop_threshold};
 use bdia_core::{Chunk, Error, Ints, NnOps, Reals, Result, Words};
 
-use crate::device::{AT_ONCE, BLOCKS, Gemm, Kernel, Precision, THREADS, arg};
+use crate::device::{AT_ONCE, BLOCKS, Kernel, THREADS, arg};
+use crate::products::{Factor, Gemm, Precision, padded};
 use crate::span::{Attend, Matrix, Span, Streams};
 use crate::status::{Cause, Code, MOST};
 use crate::{Cuda, SCRATCH};
@@ -99,19 +100,23 @@ impl Cuda {
         })
     }
 
-    /// A factor of a product, rows of `cols` values, as bf16, in the room for them from `at` bytes on.
-    fn halved(&self, x: Span, cols: usize, at: usize) -> Result<()> {
-        let (rows, words) = (x.len as usize / cols, padded(cols) / 2);
-        let half = Span { at: self.half.at + at as u64, len: (rows * words) as u64 };
-        let (cols, words) = (small("matrix product", cols)?, words as u32);
-        let args = &mut [arg(&cols), arg(&words), arg(&x), arg(&half)];
-        self.device.launch(Kernel::ToBf16, blocks(half.len as usize), THREADS, args)
+    /// Writes a factor of a product as bf16 to its place in the room.
+    fn round(&self, f: Factor, at: u64) -> Result<()> {
+        // What needs no gaps between rows is one row.
+        let (rows, cols) = if f.cols == padded(f.cols) { (1, f.rows * f.cols) } else { (f.rows, f.cols) };
+        let all = if rows == 1 { 1 } else { padded(rows) };
+        let half = Span { at, len: (padded(f.rows) * padded(f.cols) / 2) as u64 };
+        let x = Span { at: f.at, len: (f.rows * f.cols) as u64 };
+        let words = half.len / all as u64;
+        let (rows, all, cols) = (small("matrix product", rows)?, small("matrix product", all)?, cols as u64);
+        let args = &mut [arg(&rows), arg(&all), arg(&cols), arg(&words), arg(&x), arg(&half)];
+        self.device.launch(Kernel::ToBf16, by_rows(all as usize, words), THREADS, args)
     }
 }
 
-/// Columns of a factor as bf16: rows begin at multiples of 16 bytes, which tensor cores read from.
-const fn padded(cols: usize) -> usize {
-    cols.next_multiple_of(8)
+/// Blocks of a kernel that takes matrices row by row, [`streamed`] within each.
+fn by_rows(rows: usize, cols: u64) -> [usize; 3] {
+    [streamed(cols)[0], rows.min(65_535), 1]
 }
 
 impl NnOps for Cuda {
@@ -121,39 +126,74 @@ impl NnOps for Cuda {
         if c.len == 0 {
             return Ok(());
         }
-        let mut add = p.accumulate;
-        if let Some(bias) = bias {
-            let (bias, accumulate) = (self.reals(bias), u32::from(add));
-            let args = &mut [arg(&accumulate), arg(&bias), arg(&c)];
-            self.device.launch(Kernel::BiasRows, blocks(c.len as usize), THREADS, args)?;
-            add = true;
-        }
         if p.inner == 0 {
-            return if add { Ok(()) } else { self.fill(c, 0) };
+            let accumulate = u32::from(p.accumulate);
+            return match bias {
+                Some(bias) => {
+                    let args = &mut [arg(&accumulate), arg(&self.reals(bias)), arg(&c)];
+                    self.device.launch(Kernel::BiasRows, blocks(c.len as usize), THREADS, args)
+                }
+                None if p.accumulate => Ok(()),
+                None => self.fill(c, 0),
+            };
         }
-        // cuBLAS counts by columns, where our matrices are their transposes: Cᵀ = Bᵀ·Aᵀ.
-        let mut left = (b.at, if p.b == Order::Plain { p.cols } else { p.inner }, p.b == Order::Transposed);
-        let mut right = (a.at, if p.a == Order::Plain { p.inner } else { p.rows }, p.a == Order::Transposed);
-        let bytes = |x: Span, cols: usize| (2 * (x.len as usize / cols) * padded(cols)).next_multiple_of(256);
-        let [left_bytes, right_bytes] = [bytes(b, left.1), bytes(a, right.1)];
-        // Factors that find no room are rounded by cuBLAS itself. Which ones do is a matter of their shapes alone.
-        let half = self.device.precision() == Precision::Bf16 && left_bytes + right_bytes <= self.half.bytes;
-        if half {
-            self.halved(b, left.1, 0)?;
-            self.halved(a, right.1, left_bytes)?;
-            (left.0, left.1) = (self.half.at, padded(left.1));
-            (right.0, right.1) = (self.half.at + left_bytes as u64, padded(right.1));
-        }
-        self.device.gemm(&Gemm {
+        // cuBLASLt counts by columns, where our matrices are their transposes: Cᵀ = Bᵀ·Aᵀ.
+        let factor = |x: Span, order, rows, cols| match order {
+            Order::Plain => Factor { at: x.at, rows, cols },
+            Order::Transposed => Factor { at: x.at, rows: cols, cols: rows },
+        };
+        let factors = [factor(b, p.b, p.inner, p.cols), factor(a, p.a, p.rows, p.inner)];
+        let transposed = [p.b == Order::Transposed, p.a == Order::Transposed];
+        let operand = |i: usize| (factors[i].at, factors[i].cols, transposed[i]);
+        let mut gemm = Gemm {
             m: p.cols,
             n: p.rows,
             k: p.inner,
-            a: left,
-            b: right,
+            a: operand(0),
+            b: operand(1),
             c: (c.at, p.cols),
-            beta: if add { 1.0 } else { 0.0 },
-            half,
-        })
+            add: p.accumulate,
+            bias: bias.map(|bias| self.reals(bias).at),
+            half: false,
+        };
+        self.device.room().forget(c);
+        if self.device.precision() != Precision::Bf16 {
+            return self.device.gemm(&gemm);
+        }
+        // Rows of the result that do not begin at multiples of 16 bytes keep cuBLASLt from its fast kernels: they are computed
+        // apart, where there is room.
+        let apart = if p.cols.is_multiple_of(4) { 0 } else { 4 * p.rows * padded(p.cols) };
+        let mut room = self.device.room();
+        let (apart, placed) = match room.place(factors, apart) {
+            Some(placed) => (apart > 0, placed),
+            None => match room.place(factors, 0) {
+                Some(placed) => (false, placed),
+                // Factors that find no room are rounded by cuBLASLt itself. Which ones do is a matter of their shapes alone.
+                None => {
+                    drop(room);
+                    return self.device.gemm(&gemm);
+                }
+            },
+        };
+        drop(room);
+        for ((at, fresh), f) in placed.factors.into_iter().zip(factors) {
+            if fresh {
+                self.round(f, at)?;
+            }
+        }
+        (gemm.a.0, gemm.a.1) = (placed.factors[0].0, padded(gemm.a.1));
+        (gemm.b.0, gemm.b.1) = (placed.factors[1].0, padded(gemm.b.1));
+        (gemm.k, gemm.half) = (padded(p.inner), true);
+        if !apart {
+            return self.device.gemm(&gemm);
+        }
+        let stride = padded(p.cols);
+        self.device.gemm(&Gemm { c: (placed.result, stride), add: false, ..gemm })?;
+        let x = Span { at: placed.result, len: (p.rows * stride) as u64 };
+        let (add, rows) = (u32::from(p.accumulate), small("matrix product", p.rows)?);
+        let (cols, stride) = (small("matrix product", p.cols)?, stride as u32);
+        let args = &mut [arg(&add), arg(&rows), arg(&cols), arg(&stride), arg(&x), arg(&c)];
+        self.device.launch(Kernel::Unpad, by_rows(p.rows, u64::from(cols)), THREADS, args)
     }
 
     fn sum_rows(&mut self, x: Reals, sum: Reals) -> Result<()> {
@@ -340,7 +380,7 @@ impl NnOps for Cuda {
 
     /// As many rows as fill a large device, and logits so many at a time that the head's matrix is seldom read.
     fn rows() -> Rows {
-        Rows { chunk: 8192, head: 2048 }
+        Rows { chunk: 8192, head: 1024 }
     }
 
     /// `dout·out` of every row of a head, and one number for every tile of queries.
@@ -433,6 +473,10 @@ impl NnOps for Cuda {
             arg(&logits),
             arg(&losses),
         ];
+        let mut room = self.device.room();
+        room.forget(logits);
+        room.forget(losses);
+        drop(room);
         self.device.launch(Kernel::CrossEntropy, [rows, 1, 1], LOSS_THREADS, args)
     }
 }

@@ -225,8 +225,8 @@ fn libraries(dir: &Dir, names: &[&str]) -> std::path::PathBuf {
 fn emulated_missing_libraries_are_named() {
     for (there, missing) in [
         (&[][..], "the CUDA driver (libcuda"),
-        (&["libcuda.so"][..], "cuBLAS (libcublas"),
-        (&["libcuda.so", "libcublas.so"][..], "NVRTC (libnvrtc"),
+        (&["libcuda.so"][..], "cuBLASLt (libcublasLt"),
+        (&["libcuda.so", "libcublasLt.so"][..], "NVRTC (libnvrtc"),
     ] {
         let dir = Dir::new();
         let lib = libraries(&dir, there);
