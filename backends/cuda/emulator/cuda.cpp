@@ -241,7 +241,7 @@ static const Kernel table[] = {
     ENTRY(cross_entropy), ENTRY(attention_32), ENTRY(attention_64), ENTRY(attention_128), ENTRY(attention_delta),
     ENTRY(attention_dq_32), ENTRY(attention_dq_64), ENTRY(attention_dq_128), ENTRY(attention_dkv_32),
     ENTRY(attention_dkv_64), ENTRY(attention_dkv_128),
-    ENTRY(attention_bf16_32), ENTRY(attention_bf16_64), ENTRY(attention_bf16_128), ENTRY(attention_dq_bf16_32),
+    ENTRY(attention_bf16_round), ENTRY(attention_bf16_32), ENTRY(attention_bf16_64), ENTRY(attention_bf16_128), ENTRY(attention_dq_bf16_32),
     ENTRY(attention_dq_bf16_64), ENTRY(attention_dq_bf16_128), ENTRY(attention_dkv_bf16_32), ENTRY(attention_dkv_bf16_64),
     ENTRY(attention_dkv_bf16_128), ENTRY(add_total), ENTRY(squares), ENTRY(sgd),
     ENTRY(adam_w), ENTRY(set_adam_moments), ENTRY(set_adam_sums), ENTRY(set_adam_step),

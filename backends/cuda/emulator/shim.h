@@ -15,6 +15,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 typedef uint32_t u32;
 typedef unsigned long long u64;
@@ -36,6 +37,8 @@ struct Shadow {
     u32 launch, written, wblock, wthread, wphase;
     u32 read, rblock, rthread, rphase;
     bool many_blocks, many_threads;
+    // A copy into the word is under way.
+    bool pending;
 };
 
 struct Allocation {
@@ -59,7 +62,8 @@ const u64* exchange(u32 op, u32 mask, u64 value);
 
 inline void touch(Shadow* s, bool write, const char* where) {
     if (!s) return;
-    if (s->launch != now.launch) *s = Shadow{now.launch, 0, 0, 0, 0, 0, 0, 0, 0, false, false};
+    if (s->launch != now.launch) *s = Shadow{now.launch, 0, 0, 0, 0, 0, 0, 0, 0, false, false, false};
+    if (s->pending) fail("race in %s memory: a word is used while it is copied", where);
     bool other = s->written && (s->wblock != now.block || (s->wphase == now.phase && s->wthread != now.thread));
     if (other) fail("race in %s memory: threads %u and %u of blocks %u and %u", where, s->wthread, now.thread, s->wblock, now.block);
     if (write) {
@@ -207,12 +211,49 @@ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     }
 }
 
-// Four of the eight bytes of x and y, by the digits of a number.
-inline u32 __byte_perm(u32 x, u32 y, u32 digits) {
-    u64 both = (u64)y << 32 | x;
-    u32 out = 0;
-    for (u32 i = 0; i < 4; i++) out |= (u32)(both >> (digits >> (4 * i) & 7) * 8 & 0xFF) << (8 * i);
-    return out;
+// ldmatrix, four matrices of 8 × 8 values of 16 bits, as kernels/tensor.cu has it.
+inline void matrices(u32 (&out)[4], Shared<u32> x, u32 at) {
+    u32 lane = emulator::now.thread % 32, from[32];
+    const u64* all = emulator::exchange(7, ~0u, at);
+    for (int l = 0; l < 32; l++) from[l] = (u32)all[l];
+    if (at % 4) emulator::fail("a row of a matrix at word %u, which is no multiple of 16 bytes", at);
+    for (u32 j = 0; j < 4; j++) out[j] = x[from[8 * j + lane / 4] + lane % 4];
+}
+inline void matrices_transposed(u32 (&out)[4], Shared<u32> x, u32 at) {
+    u32 lane = emulator::now.thread % 32, from[32];
+    const u64* all = emulator::exchange(8, ~0u, at);
+    for (int l = 0; l < 32; l++) from[l] = (u32)all[l];
+    if (at % 4) emulator::fail("a row of a matrix at word %u, which is no multiple of 16 bytes", at);
+    auto half = [&](u32 j, u32 row, u32 column) { return (u32)x[from[8 * j + row] + column / 2] >> column % 2 * 16 & 0xFFFFu; };
+    for (u32 j = 0; j < 4; j++) out[j] = half(j, lane % 4 * 2, lane / 4) | half(j, lane % 4 * 2 + 1, lane / 4) << 16;
+}
+
+namespace emulator {
+// Words that a thread copies, until it waits for them; those of a launch that failed are forgotten.
+struct Copies {
+    u32 launch;
+    std::vector<Shadow*> words;
+};
+inline Copies copies[1024];
+} // namespace emulator
+
+// cp.async, as kernels/tensor.cu has it. The words have their values at once, but whoever touches them before this thread
+// waited is refused; the writing counts when it begins and when it ends.
+template <u32 N, class T> void copy(Shared<T> to, u32 at, const In<T>& x, u64 from, bool there) {
+    emulator::Copies& mine = emulator::copies[emulator::now.thread];
+    if (mine.launch != emulator::now.launch) mine.launch = emulator::now.launch, mine.words.clear();
+    if (at % N || (there && (uintptr_t)(x.p + from) % (4 * N))) emulator::fail("a copy of %u bytes that is not aligned", 4 * N);
+    for (u32 i = 0; i < N; i++) {
+        to[at + i] = there ? x[from + i] : T(0);
+        to.s[at + i].pending = true;
+        mine.words.push_back(to.s + at + i);
+    }
+}
+inline void copied() {
+    emulator::Copies& mine = emulator::copies[emulator::now.thread];
+    if (mine.launch != emulator::now.launch) return;
+    for (emulator::Shadow* s : mine.words) s->pending = false, emulator::touch(s, true, "shared");
+    mine.words.clear();
 }
 
 template <class T> T atomicMin(T* p, T x) {

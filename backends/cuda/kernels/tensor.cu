@@ -1,15 +1,15 @@
 // Attention on tensor cores, for precision bf16: the same as in attention.cu, with factors of all products rounded to bf16
 // and sums in f32. From sm_80 on; older devices have the plain kernels.
 //
-// A block is four warps and takes 64 rows: queries, or keys where the gradients of keys and values are gathered. A warp
-// takes 16 of them, against tiles of rows of the other side. Scores stay in the fragments that the product leaves them in,
-// which are those that the next product wants; only factors go through shared memory. Sums go in a fixed order.
+// A kernel before the others rounds the operands, and gives every head of a sample rows of D values one after another, so
+// that all widths, strides and columns are read in pieces of 16 bytes. A block is four warps, each of which keeps 16·M rows
+// in registers: queries, or keys where the gradients of keys and values are gathered. Rows of the other side come through
+// shared memory, T at a time, the next ones while the last are multiplied. Scores stay in the fragments that the product
+// leaves them in, which are those that the next product wants. Sums go in a fixed order.
 #if defined(EMULATED) || __CUDA_ARCH__ >= 800
 
 #define TENSOR_THREADS 128
-#define ROWS 64
-// Words of a row of a tile: two values each, and four more, so that no two threads of a warp meet in a bank.
-#define WIDTH(D) (D / 2 + 4)
+#define LOG2E 1.44269504f
 
 #ifndef EMULATED
 // c[16, 8] += a[16, 16]·b[16, 8], by a warp. Of lane 4·g + t: c holds rows g and g + 8, columns 2t and 2t + 1; a rows g and
@@ -20,6 +20,31 @@ __device__ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Four matrices of 8 × 8 values, by a warp; lane 8·j + r says where row r of the j-th is. Lane 4·g + t gets of each what lies
+// at row g, columns 2t and 2t + 1, or, transposed, at rows 2t and 2t + 1 of column g.
+__device__ inline void matrices(u32 (&out)[4], Shared<u32> x, u32 at) {
+    u32 from = (u32)__cvta_generic_to_shared(x + at);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(from));
+}
+__device__ inline void matrices_transposed(u32 (&out)[4], Shared<u32> x, u32 at) {
+    u32 from = (u32)__cvta_generic_to_shared(x + at);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(from));
+}
+
+// N words to shared memory, or zeros, at some time before this thread's next `copied`.
+template <u32 N, class T> __device__ void copy(Shared<T> to, u32 at, const In<T>& x, u64 from, bool there) {
+    u32 into = (u32)__cvta_generic_to_shared(to + at);
+    if constexpr (N == 4)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(into), "l"(x.p + from), "r"(there ? 16 : 0) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(into), "l"(x.p + from), "r"(there ? 4 : 0) : "memory");
+}
+__device__ inline void copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
 // Two values as bf16, ties to even; the first in the lower half.
@@ -33,53 +58,135 @@ __device__ inline u32 packed(float low, float high) {
 #endif
 }
 
-// Rows `from` to `from + R` of one head of one sample, `rows` of them there, as bf16; the rest is 0.
+// 2^x, good to 2 units of f32; what becomes of it is rounded to bf16.
+__device__ inline float power_of_2(float x) {
+#ifdef EMULATED
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// Columns d and d + 1, even ones, of a head's row that begins at `at`, as far as there are any.
+__device__ inline void store(const Attend& a, const Out<float>& x, u64 at, u32 d, float low, float high) {
+    if (d >= a.head_dim) return;
+#ifndef EMULATED
+    if (d + 1 < a.head_dim && (u64)(x.p + at) % 8 == 0) {
+        *(float2*)(x.p + at + d) = float2{low, high};
+        return;
+    }
+#endif
+    x[at + d] = low;
+    if (d + 1 < a.head_dim) x[at + d + 1] = high;
+}
+
+// Queries, keys, values and gradients of the result lie behind each other, [samples, heads, rows, D] each: rows of one, and
+// where those of a head begin.
+enum { QUERIES, KEYS_OF, VALUES, GRADS };
+__device__ inline u32 rows_of(const Attend& a, u32 part) { return part == KEYS_OF || part == VALUES ? a.keys : a.queries; }
+
+__device__ inline u64 rounded_at(const Attend& a, u32 part, u32 samples, u32 sample, u32 head, u32 words) {
+    u64 before = (u64)(part > QUERIES ? a.queries : 0) + (part > VALUES ? 2 : part > KEYS_OF ? 1 : 0) * (u64)a.keys;
+    return (before * samples * a.heads + (u64)(sample * a.heads + head) * rows_of(a, part)) * words;
+}
+
+#define ROUNDED_EACH 4
+
+// A block takes a piece of a head of a sample of one operand; rows have 2^log words, what they have beyond a head is 0.
+KERNEL(THREADS, 4) attention_bf16_round(Attend a, u32 log, In<float> q, In<float> k, In<float> v, In<float> dout, Out<u32> rounded) {
+    u32 part = blockIdx.z / a.heads, head = blockIdx.z % a.heads, sample = blockIdx.y, rows = rows_of(a, part);
+    In<float> x = part == QUERIES ? q : part == KEYS_OF ? k : part == VALUES ? v : dout;
+    Matrix m = part == QUERIES ? a.q : part == KEYS_OF ? a.k : part == VALUES ? a.v : Matrix{a.heads * a.head_dim, 0};
+    u64 to = rounded_at(a, part, gridDim.y, sample, head, 1u << log);
+    u32 first = blockIdx.x * (THREADS * ROUNDED_EACH) + threadIdx.x;
+    float low[ROUNDED_EACH], high[ROUNDED_EACH];
+    UNROLL
+    for (u32 u = 0; u < ROUNDED_EACH; u++) {
+        u32 i = first + u * THREADS, r = i >> log, d = (i - (r << log)) * 2;
+        u64 at = place(a, m, sample * rows + r, head) + d;
+        low[u] = r < rows && d < a.head_dim ? x[at] : 0.0f;
+        high[u] = r < rows && d + 1 < a.head_dim ? x[at + 1] : 0.0f;
+    }
+    UNROLL
+    for (u32 u = 0; u < ROUNDED_EACH; u++) {
+        u32 i = first + u * THREADS;
+        if (i >> log < rows) rounded[to + i] = packed(low[u], high[u]);
+    }
+}
+
+// Where 16 bytes of a row lie in shared memory: moved by the row, so that those of eight rows are in different banks.
+template <u32 D> __device__ u32 moved(u32 row, u32 piece) {
+    return row * (D / 2) + (piece ^ (D == 32 ? row / 2 % 4 : row % 8)) * 4;
+}
+
+// Rows `from` to `from + R` of those that begin at `at`, `rows` of them there; the rest is 0.
 template <u32 R, u32 D>
-__device__ void load_bf16(const Attend& a, const Matrix& m, const In<float>& x, u32 sample, u32 rows, u32 head, u32 from,
-                          Shared<u32> tile) {
-    for (u32 i = threadIdx.x; i < R * (D / 2); i += TENSOR_THREADS) {
-        u32 r = i / (D / 2), d = i % (D / 2) * 2;
-        bool there = from + r < rows;
-        u64 at = place(a, m, sample * rows + from + r, head) + d;
-        float low = there && d < a.head_dim ? x[at] : 0.0f, high = there && d + 1 < a.head_dim ? x[at + 1] : 0.0f;
-        tile[r * WIDTH(D) + d / 2] = packed(low, high);
+__device__ void fetch(const In<u32>& rounded, u64 at, u32 rows, u32 from, Shared<u32> tile) {
+    UNROLL
+    for (u32 u = 0; u < R * (D / 8) / TENSOR_THREADS; u++) {
+        u32 i = threadIdx.x + u * TENSOR_THREADS, r = i / (D / 8), piece = i % (D / 8);
+        copy<4>(tile, moved<D>(r, piece), rounded, at + (u64)(from + r) * (D / 2) + piece * 4, from + r < rows);
     }
 }
 
-// Scalar products of the warp's rows `row` and `row + 8` of x with 8·N rows of y.
-template <u32 D, u32 N> __device__ void scores(Shared<u32> x, u32 row, Shared<u32> y, float (&s)[N][4]) {
+// The warp's own rows, from `row` on, as factors on the left.
+template <u32 D, u32 M> __device__ void own(const In<u32>& rounded, u64 at, u32 rows, u32 row, u32 (&x)[M][D / 16][4]) {
     u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     UNROLL
-    for (u32 n = 0; n < N; n++)
+    for (u32 m = 0; m < M; m++)
         UNROLL
-        for (u32 i = 0; i < 4; i++) s[n][i] = 0.0f;
+        for (u32 k = 0; k < D / 16; k++)
+            UNROLL
+            for (u32 i = 0; i < 4; i++) {
+                u32 r = row + 16 * m + g + i % 2 * 8;
+                x[m][k][i] = r < rows ? rounded[at + (u64)r * (D / 2) + 8 * k + t + i / 2 * 4] : 0u;
+            }
+}
+
+template <u32 M, u32 N> __device__ void clear(float (&x)[M][N][4]) {
     UNROLL
-    for (u32 k = 0; k < D / 16; k++) {
-        u32 at = row * WIDTH(D) + 8 * k + t;
-        u32 a[4] = {x[at], x[at + 8 * WIDTH(D)], x[at + 4], x[at + 8 * WIDTH(D) + 4]};
+    for (u32 m = 0; m < M; m++)
         UNROLL
-        for (u32 n = 0; n < N; n++) {
-            u32 b = (8 * n + g) * WIDTH(D) + 8 * k + t;
-            mma(s[n], a, y[b], y[b + 4]);
+        for (u32 n = 0; n < N; n++)
+            UNROLL
+            for (u32 i = 0; i < 4; i++) x[m][n][i] = 0.0f;
+}
+
+// Scalar products of the warp's rows with 8·N rows of a tile, which begin at row `first` of it.
+template <u32 D, u32 M, u32 N> __device__ void scores(const u32 (&x)[M][D / 16][4], Shared<u32> y, u32 first, float (&s)[M][N][4]) {
+    u32 j = threadIdx.x % 32 / 8, at = moved<D>(threadIdx.x % 8 + j / 2 * 8, j % 2) + first * (D / 2);
+    clear(s);
+    UNROLL
+    for (u32 k = 0; k < D / 16; k++)
+        UNROLL
+        for (u32 n = 0; n < N; n += 2) {
+            u32 b[4];
+            matrices(b, y, (at ^ 8 * k) + 8 * n * (D / 2));
+            UNROLL
+            for (u32 m = 0; m < M; m++) mma(s[m][n], x[m][k], b[0], b[1]), mma(s[m][n + 1], x[m][k], b[2], b[3]);
         }
-    }
 }
 
-// Rows r and r + 1 of a column.
-template <u32 D> __device__ u32 column_pair(Shared<u32> y, u32 r, u32 d) {
-    return __byte_perm(y[r * WIDTH(D) + d / 2], y[(r + 1) * WIDTH(D) + d / 2], d % 2 ? 0x7632 : 0x5410);
-}
-
-// sum[16, D] += p[16, 8·N]·y[8·N, D], p rounded.
-template <u32 D, u32 N> __device__ void gather(const float (&p)[N][4], Shared<u32> y, float (&sum)[D / 8][4]) {
-    u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+// sum[16·M, D] += p[16·M, 8·N]·y[8·N, D], p rounded; rows of y from row `first` of the tile on.
+template <u32 D, u32 M, u32 N>
+__device__ void gather(const float (&p)[M][N][4], Shared<u32> y, u32 first, float (&sum)[M][D / 8][4]) {
+    u32 j = threadIdx.x % 32 / 8, at = moved<D>(threadIdx.x % 8 + j % 2 * 8, j / 2) + first * (D / 2);
     UNROLL
     for (u32 k = 0; k < N / 2; k++) {
-        u32 a[4] = {packed(p[2 * k][0], p[2 * k][1]), packed(p[2 * k][2], p[2 * k][3]),
-                    packed(p[2 * k + 1][0], p[2 * k + 1][1]), packed(p[2 * k + 1][2], p[2 * k + 1][3])};
+        u32 a[M][4];
         UNROLL
-        for (u32 n = 0; n < D / 8; n++)
-            mma(sum[n], a, column_pair<D>(y, 16 * k + 2 * t, 8 * n + g), column_pair<D>(y, 16 * k + 2 * t + 8, 8 * n + g));
+        for (u32 m = 0; m < M; m++)
+            UNROLL
+            for (u32 i = 0; i < 4; i++) a[m][i] = packed(p[m][2 * k + i / 2][i % 2 * 2], p[m][2 * k + i / 2][i % 2 * 2 + 1]);
+        UNROLL
+        for (u32 n = 0; n < D / 8; n += 2) {
+            u32 b[4];
+            matrices_transposed(b, y, (at ^ 4 * n) + 16 * k * (D / 2));
+            UNROLL
+            for (u32 m = 0; m < M; m++) mma(sum[m][n], a[m], b[0], b[1]), mma(sum[m][n + 1], a[m], b[2], b[3]);
+        }
     }
 }
 
@@ -90,261 +197,381 @@ __device__ inline float lanes_sum(float x) {
 }
 
 __device__ inline float lanes_max(float x) {
-    x = larger(x, __shfl_xor_sync(FULL, x, 1));
-    return larger(x, __shfl_xor_sync(FULL, x, 2));
+    x = fmaxf(x, __shfl_xor_sync(FULL, x, 1));
+    return fmaxf(x, __shfl_xor_sync(FULL, x, 2));
 }
 
-#define TENSOR_KEYS 32
+// Whether none of some queries sees one of the keys from `key` on, and whether each sees all of some keys. Queries behind the
+// last one, whose rows are 0, count as any other: nothing becomes of them.
+__device__ inline bool none_sees(const Attend& a, u32 query, u32 queries, u32 key, u32 there) {
+    return query >= a.queries || key >= there || (a.mask == CAUSAL && key >= query + queries);
+}
 
-template <u32 D>
-__device__ void forward_bf16(const Attend& a, const In<float>& q, const In<float>& k, const In<float>& v, const In<i32>& lens,
-                             const In<float>& temperature, const Out<float>& out, const Out<float>& lse) {
-    const u32 N = TENSOR_KEYS / 8;
-    SHARED(u32, qs, ROWS * WIDTH(D));
-    SHARED(u32, ks, TENSOR_KEYS * WIDTH(D));
-    SHARED(u32, vs, TENSOR_KEYS * WIDTH(D));
-    u32 t = threadIdx.x % 4, row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    u32 from = blockIdx.x * ROWS, head = blockIdx.y, sample = blockIdx.z;
+__device__ inline bool all_see(const Attend& a, u32 query, u32 queries, u32 key, u32 keys, u32 there) {
+    return key + keys <= there && !(a.mask == CAUSAL && key + keys - 1 > query) &&
+           !(a.mask == OTHERS && key < query + queries && query < key + keys);
+}
+
+// Which weights of Q × K dropout takes: a bit for each, 32 keys in a word. A counter's four words serve four weights.
+template <u32 Q, u32 K>
+__device__ void dropped(const Attend& a, u32 sample, u32 head, u32 query, u32 key, Shared<u32> bits) {
+    for (u32 i = threadIdx.x; i < Q * (K / 32); i += TENSOR_THREADS) {
+        u32 element = (head * a.queries + query + i / (K / 32)) * a.keys + key + i % (K / 32) * 32;
+        u64 found = 0;
+        ROLLED
+        for (u32 j = 0; j < 9; j++) {
+            Quad words = quad(a.streams, sample, element / 4 + j);
+            u32 four = 0;
+            UNROLL
+            for (u32 w = 0; w < 4; w++) four |= (words.w[w] < a.streams.threshold ? 1u : 0u) << w;
+            found |= (u64)four << 4 * j;
+        }
+        bits[i] = (u32)(found >> element % 4);
+    }
+}
+
+// The factor of scores in the exponent of 2; above 0, so that −∞ stays what it is.
+__device__ inline float exponent_scale(const Attend& a, const In<float>& temperature) {
+    return larger(1e-30f, scale_of(a, temperature) * LOG2E);
+}
+
+// A lane holds, of the 16·M rows of its warp, those that are m·16 + h·8 + lane / 4.
+template <u32 D, u32 M, u32 T>
+__device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<float>& temperature,
+                             const Out<float>& out, const Out<float>& lse) {
+    const u32 N = T / 8, ROWS = 64 * M, TILE = T * (D / 2);
+    SHARED(u32, tiles, 4 * TILE);
+    SHARED(u32, drops, 2 * ROWS * (T / 32));
+    u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
+    u32 head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y;
+    // Those with the most keys begin first.
+    u32 from = (gridDim.z - 1 - blockIdx.z) * ROWS;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + ROWS < there ? from + ROWS : there;
-    float scale = scale_of(a, temperature);
-    float o[D / 8][4], most[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+    u64 keys_at = rounded_at(a, KEYS_OF, samples, sample, head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, head, D / 2);
+    float scale = exponent_scale(a, temperature);
+    u32 q[M][D / 16][4];
+    float o[M][D / 8][4], most[M][2], sum[M][2];
+    clear(o);
     UNROLL
-    for (u32 n = 0; n < D / 8; n++)
+    for (u32 m = 0; m < M; m++)
         UNROLL
-        for (u32 i = 0; i < 4; i++) o[n][i] = 0.0f;
-    load_bf16<ROWS, D>(a, a.q, q, sample, a.queries, head, from, qs);
-    for (u32 first = 0; first < end; first += TENSOR_KEYS) {
+        for (u32 h = 0; h < 2; h++) most[m][h] = -INFINITY, sum[m][h] = 0.0f;
+    auto fetch_next = [&](u32 first, u32 turn) {
+        Shared<u32> next = tiles + turn * (2 * TILE);
+        fetch<T, D>(rounded, keys_at, a.keys, first, next);
+        fetch<T, D>(rounded, values_at, a.keys, first, next + TILE);
+        if (a.streams.threshold) dropped<ROWS, T>(a, sample, head, from, first, drops + turn * (ROWS * (T / 32)));
+    };
+    if (end > 0) fetch_next(0, 0);
+    own<D, M>(rounded, rounded_at(a, QUERIES, samples, sample, head, D / 2), a.queries, from + own_row, q);
+    for (u32 first = 0, turn = 0; first < end; first += T, turn ^= 1) {
+        copied();
         __syncthreads();
-        load_bf16<TENSOR_KEYS, D>(a, a.k, k, sample, a.keys, head, first, ks);
-        load_bf16<TENSOR_KEYS, D>(a, a.v, v, sample, a.keys, head, first, vs);
-        __syncthreads();
-        float s[N][4];
-        scores<D, N>(qs, row, ks, s);
+        if (first + T < end) fetch_next(first + T, turn ^ 1);
+        if (none_sees(a, from + own_row, 16 * M, first, there)) continue;
+        Shared<u32> ks = tiles + turn * (2 * TILE), vs = ks + TILE;
+        float s[M][N][4];
+        scores<D, M, N>(q, ks, 0, s);
+        if (!all_see(a, from + own_row, 16 * M, first, T, there)) {
+            UNROLL
+            for (u32 m = 0; m < M; m++)
+                UNROLL
+                for (u32 n = 0; n < N; n++)
+                    UNROLL
+                    for (u32 i = 0; i < 4; i++)
+                        if (!sees(a, from + lane_row + 16 * m + i / 2 * 8, first + 8 * n + 2 * t + i % 2, there)) s[m][n][i] = -INFINITY;
+        }
+        UNROLL
+        for (u32 m = 0; m < M; m++)
+            UNROLL
+            for (u32 h = 0; h < 2; h++) {
+                float now = most[m][h];
+                UNROLL
+                for (u32 n = 0; n < N; n++) now = fmaxf(now, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+                now = lanes_max(now);
+                // Nothing was seen yet, where that is −∞.
+                float shift = now == -INFINITY ? 0.0f : scale * now, correction = power_of_2(fmaf(scale, most[m][h], -shift));
+                float part = 0.0f;
+                UNROLL
+                for (u32 n = 0; n < N; n++)
+                    UNROLL
+                    for (u32 e = 0; e < 2; e++) {
+                        float& x = s[m][n][2 * h + e];
+                        x = power_of_2(fmaf(scale, x, -shift));
+                        part += x;
+                    }
+                sum[m][h] = fmaf(sum[m][h], correction, part);
+                most[m][h] = now;
+                UNROLL
+                for (u32 n = 0; n < D / 8; n++) o[m][n][2 * h] *= correction, o[m][n][2 * h + 1] *= correction;
+            }
+        if (a.streams.threshold) {
+            UNROLL
+            for (u32 m = 0; m < M; m++)
+                UNROLL
+                for (u32 h = 0; h < 2; h++)
+                    UNROLL
+                    for (u32 w = 0; w < T / 32; w++) {
+                        u32 bits = drops[(turn * ROWS + lane_row + 16 * m + 8 * h) * (T / 32) + w] >> 2 * t;
+                        UNROLL
+                        for (u32 i = 0; i < 8; i++)
+                            if (bits >> (i / 2 * 8 + i % 2) & 1) s[m][4 * w + i / 2][2 * h + i % 2] = 0.0f;
+                    }
+        }
+        gather<D, M, N>(s, vs, 0, o);
+    }
+    UNROLL
+    for (u32 m = 0; m < M; m++)
         UNROLL
         for (u32 h = 0; h < 2; h++) {
-            u32 query = from + row + 8 * h;
-            float now = -INFINITY, part = 0.0f;
+            u32 query = from + lane_row + 16 * m + 8 * h;
+            float total = lanes_sum(sum[m][h]), factor = total == 0.0f ? 0.0f : a.kept / total;
+            if (query >= a.queries) continue;
+            u64 at = ((u64)(sample * a.queries + query) * a.heads + head) * a.head_dim;
             UNROLL
-            for (u32 n = 0; n < N; n++)
-                UNROLL
-                for (u32 e = 0; e < 2; e++) {
-                    float& x = s[n][2 * h + e];
-                    x = sees(a, query, first + 8 * n + 2 * t + e, there) ? scale * x : -INFINITY;
-                    now = larger(now, x);
-                }
-            now = larger(most[h], lanes_max(now));
-            // What was gathered with another maximum; nothing was, where that is −∞.
-            float correction = most[h] == -INFINITY ? 0.0f : expf(most[h] - now);
-            UNROLL
-            for (u32 n = 0; n < N; n++)
-                UNROLL
-                for (u32 e = 0; e < 2; e++) {
-                    u32 key = first + 8 * n + 2 * t + e;
-                    float& x = s[n][2 * h + e];
-                    float p = 0.0f;
-                    if (sees(a, query, key, there)) {
-                        p = expf(x - now);
-                        part += p;
-                        p *= factor_of(a, sample, head, query, key);
-                    }
-                    x = p;
-                }
-            sum[h] = sum[h] * correction + lanes_sum(part);
-            most[h] = now;
-            UNROLL
-            for (u32 n = 0; n < D / 8; n++) o[n][2 * h] *= correction, o[n][2 * h + 1] *= correction;
+            for (u32 n = 0; n < D / 8; n++) store(a, out, at, 8 * n + 2 * t, factor * o[m][n][2 * h], factor * o[m][n][2 * h + 1]);
+            if (t == 0)
+                lse[(u64)(sample * a.heads + head) * a.queries + query] =
+                    total == 0.0f ? -INFINITY : fmaf(scale * most[m][h], 1.0f / LOG2E, logf(total));
         }
-        gather<D, N>(s, vs, o);
-    }
-    UNROLL
-    for (u32 h = 0; h < 2; h++) {
-        u32 query = from + row + 8 * h;
-        if (query >= a.queries) continue;
-        u64 at = ((u64)(sample * a.queries + query) * a.heads + head) * a.head_dim;
-        UNROLL
-        for (u32 n = 0; n < D / 8; n++)
-            UNROLL
-            for (u32 e = 0; e < 2; e++) {
-                u32 d = 8 * n + 2 * t + e;
-                if (d < a.head_dim) out[at + d] = sum[h] == 0.0f ? 0.0f : o[n][2 * h + e] / sum[h];
-            }
-        if (t == 0)
-            lse[(u64)(sample * a.heads + head) * a.queries + query] = sum[h] == 0.0f ? -INFINITY : most[h] + logf(sum[h]);
-    }
 }
 
-// dq of 64 queries, against T keys at a time; slopes[samples, heads, tiles] = Σ q·dq of them, where it is asked for.
-template <u32 D, u32 T>
-__device__ void backward_q_bf16(const Attend& a, const In<float>& q, const In<float>& k, const In<float>& v, const In<i32>& lens,
-                                const In<float>& temperature, const In<float>& lse, const In<float>& delta,
-                                const In<float>& dout, const Out<float>& dq, const Out<float>& slopes) {
-    SHARED(u32, qs, ROWS * WIDTH(D));
-    SHARED(u32, dos, ROWS * WIDTH(D));
-    SHARED(u32, ks, T * WIDTH(D));
-    SHARED(u32, vs, T * WIDTH(D));
+// dq of the warps' queries, against S keys of a tile at a time; slopes[samples, heads, tiles] = Σ q·dq of a block, where it is
+// asked for.
+template <u32 D, u32 M, u32 T, u32 S>
+__device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<float>& temperature,
+                                const In<float>& lse, const In<float>& delta, const Out<float>& dq, const Out<float>& slopes) {
+    const u32 N = S / 8, ROWS = 64 * M, TILE = T * (D / 2);
+    SHARED(u32, tiles, 4 * TILE);
+    SHARED(u32, drops, 2 * ROWS * (T / 32));
     SHARED(float, room, TENSOR_THREADS / 32);
-    u32 t = threadIdx.x % 4, row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    u32 from = blockIdx.x * ROWS, head = blockIdx.y, sample = blockIdx.z;
+    u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
+    u32 head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y, block = gridDim.z - 1 - blockIdx.z, from = block * ROWS;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + ROWS < there ? from + ROWS : there;
-    float scale = scale_of(a, temperature);
-    Matrix whole = {a.heads * a.head_dim, 0};
-    float sum[D / 8][4], logs[2], means[2];
+    u64 keys_at = rounded_at(a, KEYS_OF, samples, sample, head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, head, D / 2);
+    float scale = exponent_scale(a, temperature);
+    u32 q[M][D / 16][4], dos[M][D / 16][4];
+    float sum[M][D / 8][4], logs[M][2], means[M][2];
+    clear(sum);
+    auto fetch_next = [&](u32 first, u32 turn) {
+        Shared<u32> next = tiles + turn * (2 * TILE);
+        fetch<T, D>(rounded, keys_at, a.keys, first, next);
+        fetch<T, D>(rounded, values_at, a.keys, first, next + TILE);
+        if (a.streams.threshold) dropped<ROWS, T>(a, sample, head, from, first, drops + turn * (ROWS * (T / 32)));
+    };
+    if (end > 0) fetch_next(0, 0);
+    own<D, M>(rounded, rounded_at(a, QUERIES, samples, sample, head, D / 2), a.queries, from + own_row, q);
+    own<D, M>(rounded, rounded_at(a, GRADS, samples, sample, head, D / 2), a.queries, from + own_row, dos);
     UNROLL
-    for (u32 n = 0; n < D / 8; n++)
+    for (u32 m = 0; m < M; m++)
         UNROLL
-        for (u32 i = 0; i < 4; i++) sum[n][i] = 0.0f;
-    UNROLL
-    for (u32 h = 0; h < 2; h++) {
-        u32 query = from + row + 8 * h;
-        u64 at = (u64)(sample * a.heads + head) * a.queries + query;
-        logs[h] = query < a.queries ? lse[at] : 0.0f, means[h] = query < a.queries ? delta[at] : 0.0f;
-    }
-    load_bf16<ROWS, D>(a, a.q, q, sample, a.queries, head, from, qs);
-    load_bf16<ROWS, D>(a, whole, dout, sample, a.queries, head, from, dos);
-    for (u32 first = 0; first < end; first += T) {
+        for (u32 h = 0; h < 2; h++) {
+            u32 query = from + lane_row + 16 * m + 8 * h;
+            u64 at = (u64)(sample * a.heads + head) * a.queries + query;
+            logs[m][h] = query < a.queries ? LOG2E * lse[at] : 0.0f, means[m][h] = query < a.queries ? delta[at] : 0.0f;
+        }
+    for (u32 first = 0, turn = 0; first < end; first += T, turn ^= 1) {
+        copied();
         __syncthreads();
-        load_bf16<T, D>(a, a.k, k, sample, a.keys, head, first, ks);
-        load_bf16<T, D>(a, a.v, v, sample, a.keys, head, first, vs);
-        __syncthreads();
-        float s[T / 8][4], ds[T / 8][4];
-        scores<D, T / 8>(qs, row, ks, s);
-        scores<D, T / 8>(dos, row, vs, ds);
-        UNROLL
-        for (u32 n = 0; n < T / 8; n++)
+        if (first + T < end) fetch_next(first + T, turn ^ 1);
+        Shared<u32> ks = tiles + turn * (2 * TILE), vs = ks + TILE;
+        ROLLED
+        for (u32 step = 0; step < T; step += S) {
+            u32 key = first + step;
+            if (none_sees(a, from + own_row, 16 * M, key, there)) break;
+            float s[M][N][4], ds[M][N][4];
+            scores<D, M, N>(q, ks, step, s);
+            scores<D, M, N>(dos, vs, step, ds);
             UNROLL
-            for (u32 i = 0; i < 4; i++) {
-                u32 h = i / 2, query = from + row + 8 * h, key = first + 8 * n + 2 * t + i % 2;
-                float slope = 0.0f;
-                if (sees(a, query, key, there)) {
-                    float weight = expf(scale * s[n][i] - logs[h]), factor = factor_of(a, sample, head, query, key);
-                    slope = scale * (weight * (factor * ds[n][i] - means[h]));
-                }
-                ds[n][i] = slope;
+            for (u32 m = 0; m < M; m++)
+                UNROLL
+                for (u32 n = 0; n < N; n++)
+                    UNROLL
+                    for (u32 i = 0; i < 4; i++) s[m][n][i] = power_of_2(fmaf(scale, s[m][n][i], -logs[m][i / 2]));
+            if (!all_see(a, from + own_row, 16 * M, key, S, there)) {
+                UNROLL
+                for (u32 m = 0; m < M; m++)
+                    UNROLL
+                    for (u32 n = 0; n < N; n++)
+                        UNROLL
+                        for (u32 i = 0; i < 4; i++)
+                            if (!sees(a, from + lane_row + 16 * m + i / 2 * 8, key + 8 * n + 2 * t + i % 2, there)) s[m][n][i] = 0.0f;
             }
-        gather<D, T / 8>(ds, ks, sum);
+            if (a.streams.threshold) {
+                UNROLL
+                for (u32 m = 0; m < M; m++)
+                    UNROLL
+                    for (u32 h = 0; h < 2; h++) {
+                        u32 bits = drops[(turn * ROWS + lane_row + 16 * m + 8 * h) * (T / 32) + step / 32] >> (step % 32 + 2 * t);
+                        UNROLL
+                        for (u32 i = 0; i < 2 * N; i++)
+                            if (bits >> (i / 2 * 8 + i % 2) & 1) ds[m][i / 2][2 * h + i % 2] = 0.0f;
+                    }
+            }
+            UNROLL
+            for (u32 m = 0; m < M; m++)
+                UNROLL
+                for (u32 n = 0; n < N; n++)
+                    UNROLL
+                    for (u32 i = 0; i < 4; i++) s[m][n][i] *= fmaf(a.kept, ds[m][n][i], -means[m][i / 2]);
+            gather<D, M, N>(s, ks, step, sum);
+        }
     }
-    __syncthreads();
-    float slope = 0.0f;
+    float slope = 0.0f, factor = scale_of(a, temperature);
     UNROLL
-    for (u32 h = 0; h < 2; h++) {
-        u32 query = from + row + 8 * h;
+    for (u32 m = 0; m < M; m++)
         UNROLL
-        for (u32 n = 0; n < D / 8; n++)
+        for (u32 h = 0; h < 2; h++) {
+            u32 query = from + lane_row + 16 * m + 8 * h;
+            if (query >= a.queries) continue;
+            u64 at = place(a, a.dq, sample * a.queries + query, head);
             UNROLL
-            for (u32 e = 0; e < 2; e++) {
-                u32 d = 8 * n + 2 * t + e;
-                if (query >= a.queries || d >= a.head_dim) continue;
-                float x = sum[n][2 * h + e];
-                dq[place(a, a.dq, sample * a.queries + query, head) + d] = x;
-                u32 both = qs[(row + 8 * h) * WIDTH(D) + d / 2];
-                slope = fmaf(__uint_as_float(e ? both & 0xFFFF0000u : both << 16), x, slope);
+            for (u32 n = 0; n < D / 8; n++) {
+                float low = factor * sum[m][n][2 * h], high = factor * sum[m][n][2 * h + 1];
+                store(a, dq, at, 8 * n + 2 * t, low, high);
+                u32 both = q[m][n / 2][n % 2 * 2 + h];
+                slope = fmaf(__uint_as_float(both << 16), low, fmaf(__uint_as_float(both & 0xFFFF0000u), high, slope));
             }
-    }
+        }
     if (slopes.n == 0) return;
     slope = warp_sum(slope);
     if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = slope;
     __syncthreads();
     if (threadIdx.x != 0) return;
     for (u32 w = 1; w < TENSOR_THREADS / 32; w++) slope += room[w];
-    slopes[(u64)(sample * a.heads + head) * gridDim.x + blockIdx.x] = slope;
+    slopes[(u64)(sample * a.heads + head) * gridDim.z + block] = slope;
 }
 
-// dk and dv of 64 keys, against T queries at a time.
-template <u32 D, u32 T>
-__device__ void backward_kv_bf16(const Attend& a, const In<float>& q, const In<float>& k, const In<float>& v, const In<i32>& lens,
-                                 const In<float>& temperature, const In<float>& lse, const In<float>& delta,
-                                 const In<float>& dout, const Out<float>& dk, const Out<float>& dv) {
-    SHARED(u32, ks, ROWS * WIDTH(D));
-    SHARED(u32, vs, ROWS * WIDTH(D));
-    SHARED(u32, qs, T * WIDTH(D));
-    SHARED(u32, dos, T * WIDTH(D));
-    SHARED(float, logs, T);
-    SHARED(float, means, T);
-    u32 t = threadIdx.x % 4, row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    u32 from = blockIdx.x * ROWS, head = blockIdx.y, sample = blockIdx.z;
+// dk and dv of the warps' keys, against S queries of a tile at a time.
+template <u32 D, u32 M, u32 T, u32 S>
+__device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<float>& temperature,
+                                 const In<float>& lse, const In<float>& delta, const Out<float>& dk, const Out<float>& dv) {
+    const u32 N = S / 8, ROWS = 64 * M, TILE = T * (D / 2);
+    SHARED(u32, tiles, 4 * TILE);
+    SHARED(u32, drops, 2 * T * (ROWS / 32));
+    // Of each query the logarithm and delta.
+    SHARED(float, terms, 4 * T);
+    u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
+    u32 head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y, from = blockIdx.z * ROWS;
     u32 there = present(a, lens, sample);
-    float scale = scale_of(a, temperature);
-    Matrix whole = {a.heads * a.head_dim, 0};
-    float gk[D / 8][4], gv[D / 8][4];
-    UNROLL
-    for (u32 n = 0; n < D / 8; n++)
-        UNROLL
-        for (u32 i = 0; i < 4; i++) gk[n][i] = 0.0f, gv[n][i] = 0.0f;
-    load_bf16<ROWS, D>(a, a.k, k, sample, a.keys, head, from, ks);
-    load_bf16<ROWS, D>(a, a.v, v, sample, a.keys, head, from, vs);
+    u64 queries_at = rounded_at(a, QUERIES, samples, sample, head, D / 2), grads_at = rounded_at(a, GRADS, samples, sample, head, D / 2);
+    float scale = exponent_scale(a, temperature);
+    u32 k[M][D / 16][4], v[M][D / 16][4];
+    float gk[M][D / 8][4], gv[M][D / 8][4];
+    clear(gk);
+    clear(gv);
+    auto fetch_next = [&](u32 first, u32 turn) {
+        Shared<u32> next = tiles + turn * (2 * TILE);
+        fetch<T, D>(rounded, queries_at, a.queries, first, next);
+        fetch<T, D>(rounded, grads_at, a.queries, first, next + TILE);
+        u32 query = first + threadIdx.x % T;
+        u64 at = (u64)(sample * a.heads + head) * a.queries + query;
+        if (threadIdx.x < 2 * T) copy<1>(terms, turn * (2 * T) + threadIdx.x, threadIdx.x < T ? lse : delta, at, query < a.queries);
+        if (a.streams.threshold) dropped<T, ROWS>(a, sample, head, first, from, drops + turn * (T * (ROWS / 32)));
+    };
     // No query sees padding; causal ones see no key behind them.
     u32 start = from >= there ? a.queries : a.mask == CAUSAL ? from : 0;
-    for (u32 first = start; first < a.queries; first += T) {
+    if (start < a.queries) fetch_next(start, 0);
+    own<D, M>(rounded, rounded_at(a, KEYS_OF, samples, sample, head, D / 2), a.keys, from + own_row, k);
+    own<D, M>(rounded, rounded_at(a, VALUES, samples, sample, head, D / 2), a.keys, from + own_row, v);
+    for (u32 first = start, turn = 0; first < a.queries; first += T, turn ^= 1) {
+        copied();
         __syncthreads();
-        load_bf16<T, D>(a, a.q, q, sample, a.queries, head, first, qs);
-        load_bf16<T, D>(a, whole, dout, sample, a.queries, head, first, dos);
-        if (threadIdx.x < T) {
-            u64 at = (u64)(sample * a.heads + head) * a.queries + first + threadIdx.x;
-            bool inside = first + threadIdx.x < a.queries;
-            logs[threadIdx.x] = inside ? lse[at] : 0.0f, means[threadIdx.x] = inside ? delta[at] : 0.0f;
-        }
-        __syncthreads();
-        float p[T / 8][4], ds[T / 8][4];
-        scores<D, T / 8>(ks, row, qs, p);
-        scores<D, T / 8>(vs, row, dos, ds);
-        UNROLL
-        for (u32 n = 0; n < T / 8; n++)
+        if (first + T < a.queries) fetch_next(first + T, turn ^ 1);
+        Shared<u32> qs = tiles + turn * (2 * TILE), dos = qs + TILE;
+        Shared<float> logs = terms + turn * (2 * T), means = logs + T;
+        ROLLED
+        for (u32 step = 0; step < T; step += S) {
+            u32 query = first + step;
+            if (none_sees(a, query, S, from + own_row, there)) continue;
+            float p[M][N][4], ds[M][N][4];
+            scores<D, M, N>(k, qs, step, p);
+            scores<D, M, N>(v, dos, step, ds);
             UNROLL
-            for (u32 i = 0; i < 4; i++) {
-                u32 at = 8 * n + 2 * t + i % 2, query = first + at, key = from + row + 8 * (i / 2);
-                float weight = 0.0f, slope = 0.0f;
-                if (sees(a, query, key, there)) {
-                    weight = expf(scale * p[n][i] - logs[at]);
-                    float factor = factor_of(a, sample, head, query, key);
-                    slope = scale * (weight * (factor * ds[n][i] - means[at]));
-                    weight *= factor;
+            for (u32 n = 0; n < N; n++)
+                UNROLL
+                for (u32 e = 0; e < 2; e++) {
+                    float log = LOG2E * logs[step + 8 * n + 2 * t + e];
+                    UNROLL
+                    for (u32 m = 0; m < M; m++)
+                        UNROLL
+                        for (u32 i = e; i < 4; i += 2) p[m][n][i] = power_of_2(fmaf(scale, p[m][n][i], -log));
                 }
-                p[n][i] = weight, ds[n][i] = slope;
+            if (!all_see(a, query, S, from + own_row, 16 * M, there)) {
+                UNROLL
+                for (u32 m = 0; m < M; m++)
+                    UNROLL
+                    for (u32 n = 0; n < N; n++)
+                        UNROLL
+                        for (u32 i = 0; i < 4; i++)
+                            if (!sees(a, query + 8 * n + 2 * t + i % 2, from + lane_row + 16 * m + i / 2 * 8, there)) p[m][n][i] = 0.0f;
             }
-        gather<D, T / 8>(p, dos, gv);
-        gather<D, T / 8>(ds, qs, gk);
-    }
-    UNROLL
-    for (u32 h = 0; h < 2; h++) {
-        u32 key = from + row + 8 * h;
-        UNROLL
-        for (u32 n = 0; n < D / 8; n++)
             UNROLL
-            for (u32 e = 0; e < 2; e++) {
-                u32 d = 8 * n + 2 * t + e;
-                if (key >= a.keys || d >= a.head_dim) continue;
-                dk[place(a, a.dk, sample * a.keys + key, head) + d] = gk[n][2 * h + e];
-                dv[place(a, a.dv, sample * a.keys + key, head) + d] = gv[n][2 * h + e];
-            }
+            for (u32 n = 0; n < N; n++)
+                UNROLL
+                for (u32 e = 0; e < 2; e++) {
+                    u32 at = step + 8 * n + 2 * t + e;
+                    float mean = means[at];
+                    u32 bits = a.streams.threshold ? drops[(turn * T + at) * (ROWS / 32) + own_row / 32] >> lane_row % 32 : 0;
+                    UNROLL
+                    for (u32 m = 0; m < M; m++)
+                        UNROLL
+                        for (u32 i = e; i < 4; i += 2) {
+                            bool drop = bits >> (16 * m + i / 2 * 8) & 1;
+                            ds[m][n][i] = p[m][n][i] * fmaf(drop ? 0.0f : a.kept, ds[m][n][i], -mean);
+                            if (drop) p[m][n][i] = 0.0f;
+                        }
+                }
+            gather<D, M, N>(p, dos, step, gv);
+            gather<D, M, N>(ds, qs, step, gk);
+        }
     }
+    float factor = scale_of(a, temperature);
+    UNROLL
+    for (u32 m = 0; m < M; m++)
+        UNROLL
+        for (u32 h = 0; h < 2; h++) {
+            u32 key = from + lane_row + 16 * m + 8 * h;
+            if (key >= a.keys) continue;
+            u64 dk_at = place(a, a.dk, sample * a.keys + key, head), dv_at = place(a, a.dv, sample * a.keys + key, head);
+            UNROLL
+            for (u32 n = 0; n < D / 8; n++) {
+                store(a, dk, dk_at, 8 * n + 2 * t, factor * gk[m][n][2 * h], factor * gk[m][n][2 * h + 1]);
+                store(a, dv, dv_at, 8 * n + 2 * t, a.kept * gv[m][n][2 * h], a.kept * gv[m][n][2 * h + 1]);
+            }
+        }
 }
 
-KERNEL(TENSOR_THREADS, 3) attention_bf16_32(ATTENTION_PARAMETERS, Out<float> out, Out<float> lse) {
-    forward_bf16<32>(a, q, k, v, lens, temperature, out, lse);
+#define TENSOR_PARAMETERS Attend a, In<u32> rounded, In<i32> lens, In<float> temperature
+#define TENSOR_BACKWARD TENSOR_PARAMETERS, In<float> lse, In<float> delta
+
+// Rows of a block are 64·M, as `Tensor` of nn.rs has them.
+KERNEL(TENSOR_THREADS, 2) attention_bf16_32(TENSOR_PARAMETERS, Out<float> out, Out<float> lse) {
+    forward_bf16<32, 2, 64>(a, rounded, lens, temperature, out, lse);
 }
-KERNEL(TENSOR_THREADS, 3) attention_bf16_64(ATTENTION_PARAMETERS, Out<float> out, Out<float> lse) {
-    forward_bf16<64>(a, q, k, v, lens, temperature, out, lse);
+KERNEL(TENSOR_THREADS, 2) attention_bf16_64(TENSOR_PARAMETERS, Out<float> out, Out<float> lse) {
+    forward_bf16<64, 2, 64>(a, rounded, lens, temperature, out, lse);
 }
-KERNEL(TENSOR_THREADS, 3) attention_bf16_128(ATTENTION_PARAMETERS, Out<float> out, Out<float> lse) {
-    forward_bf16<128>(a, q, k, v, lens, temperature, out, lse);
+KERNEL(TENSOR_THREADS, 2) attention_bf16_128(TENSOR_PARAMETERS, Out<float> out, Out<float> lse) {
+    forward_bf16<128, 1, 32>(a, rounded, lens, temperature, out, lse);
 }
-KERNEL(TENSOR_THREADS, 3) attention_dq_bf16_32(BACKWARD_PARAMETERS, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<32, 32>(a, q, k, v, lens, temperature, lse, delta, dout, dq, slopes);
+KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_32(TENSOR_BACKWARD, Out<float> dq, Out<float> slopes) {
+    backward_q_bf16<32, 2, 64, 32>(a, rounded, lens, temperature, lse, delta, dq, slopes);
 }
-KERNEL(TENSOR_THREADS, 3) attention_dq_bf16_64(BACKWARD_PARAMETERS, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<64, 32>(a, q, k, v, lens, temperature, lse, delta, dout, dq, slopes);
+KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_64(TENSOR_BACKWARD, Out<float> dq, Out<float> slopes) {
+    backward_q_bf16<64, 2, 64, 32>(a, rounded, lens, temperature, lse, delta, dq, slopes);
 }
-KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_128(BACKWARD_PARAMETERS, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<128, 16>(a, q, k, v, lens, temperature, lse, delta, dout, dq, slopes);
+KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_128(TENSOR_BACKWARD, Out<float> dq, Out<float> slopes) {
+    backward_q_bf16<128, 1, 32, 16>(a, rounded, lens, temperature, lse, delta, dq, slopes);
 }
-KERNEL(TENSOR_THREADS, 3) attention_dkv_bf16_32(BACKWARD_PARAMETERS, Out<float> dk, Out<float> dv) {
-    backward_kv_bf16<32, 32>(a, q, k, v, lens, temperature, lse, delta, dout, dk, dv);
+KERNEL(TENSOR_THREADS, 3) attention_dkv_bf16_32(TENSOR_BACKWARD, Out<float> dk, Out<float> dv) {
+    backward_kv_bf16<32, 1, 64, 32>(a, rounded, lens, temperature, lse, delta, dk, dv);
 }
-KERNEL(TENSOR_THREADS, 3) attention_dkv_bf16_64(BACKWARD_PARAMETERS, Out<float> dk, Out<float> dv) {
-    backward_kv_bf16<64, 32>(a, q, k, v, lens, temperature, lse, delta, dout, dk, dv);
+KERNEL(TENSOR_THREADS, 3) attention_dkv_bf16_64(TENSOR_BACKWARD, Out<float> dk, Out<float> dv) {
+    backward_kv_bf16<64, 1, 64, 16>(a, rounded, lens, temperature, lse, delta, dk, dv);
 }
-KERNEL(TENSOR_THREADS, 2) attention_dkv_bf16_128(BACKWARD_PARAMETERS, Out<float> dk, Out<float> dv) {
-    backward_kv_bf16<128, 16>(a, q, k, v, lens, temperature, lse, delta, dout, dk, dv);
+KERNEL(TENSOR_THREADS, 2) attention_dkv_bf16_128(TENSOR_BACKWARD, Out<float> dk, Out<float> dv) {
+    backward_kv_bf16<128, 1, 32, 16>(a, rounded, lens, temperature, lse, delta, dk, dv);
 }
 
 #endif

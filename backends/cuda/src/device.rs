@@ -98,6 +98,7 @@ kernels! {
     AttentionDkv32 c"attention_dkv_32"
     AttentionDkv64 c"attention_dkv_64"
     AttentionDkv128 c"attention_dkv_128"
+    AttentionBf16Round c"attention_bf16_round"
     AttentionBf16x32 c"attention_bf16_32"
     AttentionBf16x64 c"attention_bf16_64"
     AttentionBf16x128 c"attention_bf16_128"

@@ -58,8 +58,34 @@ const fn tiles(head_dim: usize) -> (usize, usize) {
     if head_dim <= 64 { (64, 32) } else { (32, TILE) }
 }
 
-/// Rows that a block of the kernels for tensor cores takes, and its threads (`ROWS`, `TENSOR_THREADS` in `tensor.cu`).
-const TENSOR: (usize, u32) = (64, 128);
+/// Threads of a block of the kernels for tensor cores (`TENSOR_THREADS` in `tensor.cu`).
+const TENSOR_THREADS: u32 = 128;
+
+/// Words of the rounded rows that a block of [`Kernel::AttentionBf16Round`] takes (`ROUNDED_EACH` a thread in `tensor.cu`).
+const ROUNDED: usize = 4 * THREADS as usize;
+
+/// Attention on tensor cores: its kernels for one width of heads.
+struct Tensor {
+    /// Values of a rounded row of a head.
+    wide: usize,
+    forward: Kernel,
+    dq: Kernel,
+    dkv: Kernel,
+    /// Rows of a block of each of them.
+    rows: [usize; 3],
+}
+
+impl Tensor {
+    const fn of(head_dim: usize) -> Self {
+        use Kernel as K;
+        let (wide, forward, dq, dkv, rows) = match head_dim {
+            0..=32 => (32, K::AttentionBf16x32, K::AttentionDqBf16x32, K::AttentionDkvBf16x32, [128, 128, 64]),
+            33..=64 => (64, K::AttentionBf16x64, K::AttentionDqBf16x64, K::AttentionDkvBf16x64, [128, 128, 64]),
+            _ => (128, K::AttentionBf16x128, K::AttentionDqBf16x128, K::AttentionDkvBf16x128, [64, 64, 64]),
+        };
+        Self { wide, forward, dq, dkv, rows }
+    }
+}
 
 impl Cuda {
     /// Operands of attention as the kernels see them.
@@ -98,6 +124,34 @@ impl Cuda {
             dk: matrix(dk)?,
             dv: matrix(dv)?,
         })
+    }
+
+    /// Whether attention goes to tensor cores, forward and backward alike: where the device has the kernels, and the room for
+    /// bf16 factors takes queries, keys, values and the result's gradient. Beside the device, shapes alone decide it.
+    fn tensor(&self, chunk: &Chunk, a: &Attention) -> Option<Tensor> {
+        let t = Tensor::of(a.head_dim);
+        let rows = 2_usize.saturating_mul(a.queries.saturating_add(a.keys)).saturating_mul(a.heads);
+        let bytes = rows.saturating_mul(chunk.samples).saturating_mul(2 * t.wide);
+        (self.device.tensor_attention() && bytes <= self.half.bytes).then_some(t)
+    }
+
+    /// The operands of attention as bf16, head by head: queries, keys, values, and on the way back the result's gradient.
+    fn rounded(
+        &self,
+        (chunk, a, t): (&Chunk, &Attention, &Tensor),
+        attend: &Attend,
+        [q, k, v]: [Span; 3],
+        dout: Option<Span>,
+    ) -> Result<Span> {
+        let words = t.wide / 2;
+        let (parts, rows) = if dout.is_some() { (4, 2 * a.queries) } else { (3, a.queries) };
+        let len = (rows + 2 * a.keys) * a.heads * chunk.samples * words;
+        let (log, dout) = (words.ilog2(), dout.unwrap_or(Span::EMPTY));
+        let half = Span { at: self.half.at, len: len as u64 };
+        let grid = [(a.queries.max(a.keys) * words).div_ceil(ROUNDED), chunk.samples, a.heads * parts];
+        let args = &mut [arg(attend), arg(&log), arg(&q), arg(&k), arg(&v), arg(&dout), arg(&half)];
+        self.device.launch(Kernel::AttentionBf16Round, grid, THREADS, args)?;
+        Ok(half)
     }
 
     /// Writes a factor of a product as bf16 to its place in the room.
@@ -299,19 +353,20 @@ impl NnOps for Cuda {
         let (q, k, v) = (self.reals(q.of), self.reals(k.of), self.reals(v.of));
         let (lens, temperature) = (self.ints(a.key_lens), self.reals(a.temperature));
         let (out, lse) = (self.reals(out), self.reals(lse));
-        let tensor = self.device.tensor_attention();
-        let kernel = match (a.head_dim, tensor) {
-            (0..=32, false) => Kernel::Attention32,
-            (33..=64, false) => Kernel::Attention64,
-            (_, false) => Kernel::Attention128,
-            (0..=32, true) => Kernel::AttentionBf16x32,
-            (33..=64, true) => Kernel::AttentionBf16x64,
-            (_, true) => Kernel::AttentionBf16x128,
+        if let Some(t) = self.tensor(chunk, a) {
+            let rounded = self.rounded((chunk, a, &t), &attend, [q, k, v], None)?;
+            let grid = [a.heads, chunk.samples, a.queries.div_ceil(t.rows[0])];
+            let args = &mut [arg(&attend), arg(&rounded), arg(&lens), arg(&temperature), arg(&out), arg(&lse)];
+            return self.device.launch(t.forward, grid, TENSOR_THREADS, args);
+        }
+        let kernel = match a.head_dim {
+            0..=32 => Kernel::Attention32,
+            33..=64 => Kernel::Attention64,
+            _ => Kernel::Attention128,
         };
-        let (tile, threads) = if tensor { TENSOR } else { (tiles(a.head_dim).0, THREADS) };
-        let grid = [a.queries.div_ceil(tile), a.heads, chunk.samples];
+        let grid = [a.queries.div_ceil(tiles(a.head_dim).0), a.heads, chunk.samples];
         let args = &mut [arg(&attend), arg(&q), arg(&k), arg(&v), arg(&lens), arg(&temperature), arg(&out), arg(&lse)];
-        self.device.launch(kernel, grid, threads, args)
+        self.device.launch(kernel, grid, THREADS, args)
     }
 
     fn attention_vjp(
@@ -335,8 +390,8 @@ impl NnOps for Cuda {
         self.arenas.attention_vjp(chunk, a, values, [out, lse, dout], grads, (scratch, needed))?;
         let attend = self.attend(chunk, a, values, grads)?;
         let rows = chunk.samples * a.queries * a.heads;
-        let tensor = self.device.tensor_attention();
-        let (tile, threads) = if tensor { TENSOR } else { (tiles(a.head_dim).1, THREADS) };
+        let tensor = self.tensor(chunk, a);
+        let tile = tensor.as_ref().map_or(tiles(a.head_dim).1, |t| t.rows[1]);
         let slopes = if a.temperature.is_empty() { 0 } else { chunk.samples * a.heads * a.queries.div_ceil(tile) };
         let (delta, slopes) = (self.reals(scratch.sub(0, rows)), self.reals(scratch.sub(rows, slopes)));
         let (q, k, v) = (self.reals(q.of), self.reals(k.of), self.reals(v.of));
@@ -347,30 +402,37 @@ impl NnOps for Cuda {
         let samples = chunk.samples as u32;
         let args = &mut [arg(&attend), arg(&samples), arg(&out), arg(&dout), arg(&delta)];
         self.device.launch(Kernel::AttentionDelta, [rows.div_ceil(WARPS), 1, 1], THREADS, args)?;
-        let (for_q, for_kv) = match (a.head_dim, tensor) {
-            (0..=32, false) => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
-            (33..=64, false) => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
-            (_, false) => (Kernel::AttentionDq128, Kernel::AttentionDkv128),
-            (0..=32, true) => (Kernel::AttentionDqBf16x32, Kernel::AttentionDkvBf16x32),
-            (33..=64, true) => (Kernel::AttentionDqBf16x64, Kernel::AttentionDkvBf16x64),
-            (_, true) => (Kernel::AttentionDqBf16x128, Kernel::AttentionDkvBf16x128),
-        };
-        let common = [
-            arg(&attend),
-            arg(&q),
-            arg(&k),
-            arg(&v),
-            arg(&lens),
-            arg(&temperature),
-            arg(&lse),
-            arg(&delta),
-            arg(&dout),
-        ];
-        let grid = |n: usize| [n.div_ceil(tile), a.heads, chunk.samples];
-        let mut args = [common.as_slice(), &[arg(&dq), arg(&slopes)]].concat();
-        self.device.launch(for_q, grid(a.queries), threads, &mut args)?;
-        let mut args = [common.as_slice(), &[arg(&dk), arg(&dv)]].concat();
-        self.device.launch(for_kv, grid(a.keys), threads, &mut args)?;
+        if let Some(t) = tensor {
+            let rounded = self.rounded((chunk, a, &t), &attend, [q, k, v], Some(dout))?;
+            let common = [arg(&attend), arg(&rounded), arg(&lens), arg(&temperature), arg(&lse), arg(&delta)];
+            let grid = |n: usize, rows| [a.heads, chunk.samples, n.div_ceil(rows)];
+            let mut args = [common.as_slice(), &[arg(&dq), arg(&slopes)]].concat();
+            self.device.launch(t.dq, grid(a.queries, tile), TENSOR_THREADS, &mut args)?;
+            let mut args = [common.as_slice(), &[arg(&dk), arg(&dv)]].concat();
+            self.device.launch(t.dkv, grid(a.keys, t.rows[2]), TENSOR_THREADS, &mut args)?;
+        } else {
+            let (for_q, for_kv) = match a.head_dim {
+                0..=32 => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
+                33..=64 => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
+                _ => (Kernel::AttentionDq128, Kernel::AttentionDkv128),
+            };
+            let common = [
+                arg(&attend),
+                arg(&q),
+                arg(&k),
+                arg(&v),
+                arg(&lens),
+                arg(&temperature),
+                arg(&lse),
+                arg(&delta),
+                arg(&dout),
+            ];
+            let grid = |n: usize| [n.div_ceil(tile), a.heads, chunk.samples];
+            let mut args = [common.as_slice(), &[arg(&dq), arg(&slopes)]].concat();
+            self.device.launch(for_q, grid(a.queries), THREADS, &mut args)?;
+            let mut args = [common.as_slice(), &[arg(&dk), arg(&dv)]].concat();
+            self.device.launch(for_kv, grid(a.keys), THREADS, &mut args)?;
+        }
         if slopes.len > 0 {
             let grad = self.reals(a.temperature_grad);
             self.device.launch(Kernel::AddTotal, [1, 1, 1], THREADS, &mut [arg(&slopes), arg(&grad)])?;
