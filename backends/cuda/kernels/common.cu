@@ -153,7 +153,7 @@ template <u32 W = WARPS> __device__ float block_max(float x, Shared<float> room)
 
 // Values of each operand that a thread loads before it writes the first: memory is far away, and so many are under way.
 #define AT_ONCE 4
-#define TILE (AT_ONCE * THREADS)
+#define STREAMED (AT_ONCE * THREADS)
 
 template <class T> struct Two {
     T x, y;
@@ -162,9 +162,9 @@ template <class T> struct Two {
 // finish(i, load(i)) for all i below n, whatever the number of blocks; `load` writes nothing, nor computes, so that no load
 // waits for another.
 template <class Load, class Finish> __device__ void stream(u64 n, Load load, Finish finish) {
-    for (u64 at = (u64)blockIdx.x * TILE; at < n; at += (u64)gridDim.x * TILE) {
+    for (u64 at = (u64)blockIdx.x * STREAMED; at < n; at += (u64)gridDim.x * STREAMED) {
         u64 i = at + threadIdx.x;
-        u32 left = n - at < TILE ? (u32)(n - at) : TILE;
+        u32 left = n - at < STREAMED ? (u32)(n - at) : STREAMED;
         decltype(load(i)) v[AT_ONCE] = {};
         UNROLL
         for (u32 k = 0; k < AT_ONCE; k++)

@@ -279,12 +279,12 @@ KERNEL(THREADS, 4) embed_positions(u32 samples, u32 length, u32 width, In<float>
 // dtable[token] += dx of every row with that token, in the order of rows: the block of the first such row adds them all.
 KERNEL(THREADS, 4) embed_table(u32 width, In<i32> tokens, In<float> dx, Out<float> dtable) {
     // Votes on a tile of rows, and the rows that were found.
-    SHARED(u32, found, TILE / 32);
-    SHARED(u32, list, TILE);
+    SHARED(u32, found, STREAMED / 32);
+    SHARED(u32, list, STREAMED);
     u32 rows = (u32)tokens.n, row = blockIdx.x, vocab = (u32)(dtable.n / width), lane = threadIdx.x % 32;
     i32 token = tokens[row];
     if ((u32)token >= vocab) return;
-    for (u32 from = 0; from < rows; from += TILE) {
+    for (u32 from = 0; from < rows; from += STREAMED) {
         i32 other[AT_ONCE];
         UNROLL
         for (u32 k = 0; k < AT_ONCE; k++) {

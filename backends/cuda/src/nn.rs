@@ -184,7 +184,8 @@ impl NnOps for Cuda {
             let accumulate = u32::from(p.accumulate);
             return match bias {
                 Some(bias) => {
-                    let args = &mut [arg(&accumulate), arg(&self.reals(bias)), arg(&c)];
+                    let bias = self.reals(bias);
+                    let args = &mut [arg(&accumulate), arg(&bias), arg(&c)];
                     self.device.launch(Kernel::BiasRows, blocks(c.len as usize), THREADS, args)
                 }
                 None if p.accumulate => Ok(()),

@@ -390,14 +390,14 @@ mod tests {
 
     #[test]
     fn what_finds_room_depends_on_sizes_alone() {
-        let mut room = Room::new(0, 2048);
+        let mut room = Room::new(0, 2304);
         let small = |i: u64| factor(1 << (20 + i), 8, 16);
         // Pieces here and there.
         for i in 0..7 {
             assert!(room.place([small(i), small(i + 1)], 0).is_some());
         }
-        let (wide, high) = (factor(5, 8, 56), factor(6, 56, 8));
-        assert!(room.place([small(4), wide], 896).is_some(), "256 + 896 + 896 bytes, once others have left");
+        let (wide, high) = (factor(5, 8, 64), factor(6, 64, 8));
+        assert!(room.place([small(4), wide], 1024).is_some(), "256 + 1024 + 1024 bytes, once others have left");
         assert_eq!(room.place([wide, high], 257), None);
         assert!(room.place([wide, wide], 0).is_some_and(|p| p.factors[0].0 == p.factors[1].0));
     }
