@@ -336,17 +336,23 @@ impl<B: Backend<Real = f32>> Bench<B> {
     /// # Errors
     /// Those of the backend.
     pub fn fill(&self, be: &mut B) -> Result<()> {
-        let piece: Vec<f32> = (0..1 << 12).map(|i| (i * 37 % 256) as f32 / 256.0 + 0.01).collect();
+        // What is there is doubled until everything is full.
+        const PIECE: usize = 1 << 12;
+        let (piece, whole): (Vec<f32>, Vec<i32>) =
+            (0..PIECE as i32).map(|i| i * 37 % 256).map(|i| (i as f32 / 256.0 + 0.01, i)).unzip();
+        let sizes = |len: usize| {
+            let doubled = core::iter::successors(Some(PIECE), |at| Some(2 * at)).take_while(move |&at| at < len);
+            doubled.map(move |at| (at, at.min(len - at)))
+        };
         for range in [self.reals, self.weights] {
-            for at in (0..range.len()).step_by(piece.len()) {
-                let n = piece.len().min(range.len() - at);
-                be.write_reals(range.sub(at, n), &piece[..n])?;
+            be.write_reals(range.sub(0, PIECE), &piece[..PIECE.min(range.len())])?;
+            for (at, n) in sizes(range.len()) {
+                be.copy_reals(range.sub(0, n), range.sub(at, n))?;
             }
         }
-        let whole: Vec<i32> = (0..1 << 12).map(|i| i * 37 % 256).collect();
-        for at in (0..self.ints.len()).step_by(whole.len()) {
-            let n = whole.len().min(self.ints.len() - at);
-            be.write_ints(self.ints.sub(at, n), &whole[..n])?;
+        be.write_ints(self.ints.sub(0, PIECE), &whole[..PIECE.min(self.ints.len())])?;
+        for (at, n) in sizes(self.ints.len()) {
+            be.copy_ints(self.ints.sub(0, n), self.ints.sub(at, n))?;
         }
         be.take_fault()?;
         Ok(())

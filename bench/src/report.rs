@@ -43,6 +43,12 @@ pub struct ReportArgs {
     /// Only this part [default: the processor, and a CUDA device where there is one]
     #[arg(long)]
     pub only: Option<Only>,
+    /// Only these models (may be given several times) [default: those of each part]
+    #[arg(long)]
+    pub model: Vec<Model>,
+    /// Only these precisions on a CUDA device (may be given several times) [default: all]
+    #[arg(long)]
+    pub precision: Vec<PrecisionKind>,
     /// Number of the CUDA device
     #[arg(long, default_value_t = 0)]
     pub device: u64,
@@ -123,7 +129,7 @@ pub fn report(args: &ReportArgs) -> Result<(), Failure> {
         r.write(clock.elapsed())?;
     }
     if args.only != Some(Only::Cpu) {
-        r.cuda()?;
+        r.cuda(clock)?;
     }
     r.operations();
     let dir = r.write(clock.elapsed())?;
@@ -219,6 +225,12 @@ impl Report {
         };
         self.checks.row([what.into(), assertion.into(), text]);
         good
+    }
+
+    /// Those of a part's models that were asked for.
+    fn chosen(&self, models: &[Model]) -> Vec<Model> {
+        let asked = &self.args.model;
+        models.iter().copied().filter(|m| asked.is_empty() || asked.contains(m)).collect()
     }
 
     fn job(&self, model: Model, mode: Mode) -> Job {
@@ -324,7 +336,7 @@ impl Report {
             &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall, Model::Mini]
         };
         // With peers this model has its rows there: it takes minutes.
-        let models = models.iter().copied().filter(|&m| !(self.args.peers && m == Model::Gpt2Medium));
+        let models = self.chosen(models).into_iter().filter(|&m| !(self.args.peers && m == Model::Gpt2Medium));
         let models: Vec<Model> = models.collect();
         let mut table = Table::new(&[
             "model",
@@ -717,7 +729,7 @@ impl Report {
         }
         let mut charts = Vec::new();
         let dir = std::env::temp_dir().join(format!("bdia-bench-{}", std::process::id()));
-        for &(model, peers) in models {
+        for &(model, peers) in models.iter().filter(|(m, _)| !self.chosen(&[*m]).is_empty()).collect::<Vec<_>>() {
             let peers: Vec<Peer> = peers.iter().copied().filter(|p| bf16_products() || p.precision != "bf16").collect();
             let mut job = self.job(model, Mode::Bdia);
             if quick && model == Model::VitSmall {

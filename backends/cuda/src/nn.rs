@@ -243,7 +243,9 @@ impl NnOps for Cuda {
             return self.device.gemm(&gemm);
         }
         let stride = padded(p.cols);
-        self.device.gemm(&Gemm { c: (placed.result, stride), add: false, ..gemm })?;
+        // With the columns beyond them, which are 0, where nothing is added to them.
+        let columns = if gemm.bias.is_none() { stride } else { p.cols };
+        self.device.gemm(&Gemm { m: columns, c: (placed.result, stride), add: false, ..gemm })?;
         let x = Span { at: placed.result, len: (p.rows * stride) as u64 };
         let (add, rows) = (u32::from(p.accumulate), small("matrix product", p.rows)?);
         let (cols, stride) = (small("matrix product", p.cols)?, stride as u32);

@@ -1,12 +1,14 @@
 //! The part of the report about a CUDA device: a set of rows for every precision, and every kernel.
 
 use core::time::Duration;
+use std::time::Instant;
 
+use bdia_core::NnOps;
 use bdia_cuda::Cuda;
 use bdia_gpt2::cli::{BackendKind, Mode, PrecisionKind};
 use bdia_gpt2::report::bytes;
 
-use super::{Report, Target, kernel_cells, ratio, say, spawn};
+use super::{Report, Target, apart, kernel_cells, ratio, say, spawn, title};
 use crate::Failure;
 use crate::count::{stages, total};
 use crate::job::{Job, Model, Record, median};
@@ -16,6 +18,9 @@ use crate::peers::{Peer, Python};
 use crate::roof::DeviceRoof;
 
 const PRECISIONS: [PrecisionKind; 3] = [PrecisionKind::F32, PrecisionKind::Tf32, PrecisionKind::Bf16];
+
+/// A precision, and the device's limits with it.
+type Roofed = (PrecisionKind, DeviceRoof);
 
 const fn peer_precision(precision: PrecisionKind) -> &'static str {
     match precision {
@@ -27,13 +32,16 @@ const fn peer_precision(precision: PrecisionKind) -> &'static str {
 
 impl Report {
     /// Training steps and kernels on a CUDA device. Where there is none, a line says what was missing.
-    pub(super) fn cuda(&mut self) -> Result<(), Failure> {
+    pub(super) fn cuda(&mut self, clock: Instant) -> Result<(), Failure> {
         say("measuring the CUDA device");
         let seconds = if self.args.quick { 0.2 } else { 2.0 };
         let mut roofs = Vec::new();
         for precision in PRECISIONS {
+            if !(self.args.precision.is_empty() || self.args.precision.contains(&precision)) {
+                continue;
+            }
             match DeviceRoof::measure(self.args.device, precision, seconds) {
-                Ok(roof) => roofs.push(roof),
+                Ok(roof) => roofs.push((precision, roof)),
                 Err(error) if roofs.is_empty() => {
                     say(&format!("CUDA: not run: {error}"));
                     self.checks.row(["CUDA device".into(), "is there".into(), format!("not run: {error}")]);
@@ -44,83 +52,122 @@ impl Report {
         }
         if self.args.peers {
             self.cuda_peers(&roofs)?;
+            self.write(clock.elapsed())?;
         }
         self.cuda_steps(&roofs)?;
+        self.write(clock.elapsed())?;
         self.cuda_kernels(&roofs)
     }
 
-    /// PyTorch on the same device, in turn with ours.
-    fn cuda_peers(&mut self, roofs: &[DeviceRoof]) -> Result<(), Failure> {
+    /// PyTorch on the same device, in turn with ours, from the same parameters.
+    fn cuda_peers(&mut self, roofs: &[Roofed]) -> Result<(), Failure> {
         let python = Python::new(self.args.python.clone());
         let quick = self.args.quick;
         let rounds = self.args.rounds.unwrap_or(if quick { 1 } else { 3 });
         let models: &[Model] = if quick { &[Model::Tiny] } else { &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall] };
         let mut table =
             Table::new(&["model", "precision", "engine", "items/s", "ours / it", "memory on the device", "ours / it"]);
-        for (&model, precision) in models.iter().flat_map(|m| PRECISIONS.map(|p| (m, p))) {
-            let name = bdia_gpt2::cli::name_of(&precision);
-            let job = self.cuda_job(model, Mode::Bdia, precision);
-            let peers = ["store-all", "checkpointing"].map(|mode| Peer { mode, precision: peer_precision(precision) });
-            let mut runs: [Vec<Record>; 3] = Default::default();
-            for round in 0..rounds {
-                say(&format!(
-                    "{} in {name} beside PyTorch on the device, round {} of {rounds}",
-                    model.name(),
-                    round + 1
-                ));
-                for (i, records) in runs.iter_mut().enumerate() {
-                    let record = if i == 0 { spawn(&job) } else { python.run(&job, peers[i - 1]) };
-                    match record {
-                        Ok(record) => records.push(record),
-                        Err(error) => {
-                            let engine = if i == 0 { "bdia".into() } else { peers[i - 1].name() };
-                            let what = format!("{} {engine} on the device", model.name());
-                            self.checks.row([what, "runs".into(), format!("did not run: {error}")]);
-                        }
+        let mut charts = Vec::new();
+        let dir = std::env::temp_dir().join(format!("bdia-bench-{}", std::process::id()));
+        for model in self.chosen(models) {
+            let job = self.cuda_job(model, Mode::Bdia, PrecisionKind::F32);
+            crate::engine::init(&job, &dir)?;
+            for &(precision, _) in roofs {
+                let job = Job { precision, weights: Some(dir.clone()), ..job.clone() };
+                self.cuda_peers_of(&python, rounds, &job, &mut table, &mut charts);
+            }
+        }
+        let _ = std::fs::remove_dir_all(&dir);
+        let text = format!(
+            "{}; {rounds} round(s) in turn, each run in a process of its own, medians. Both sides start from one file and see the same \
+             data. Ours: the driver's count of free memory, without the context. PyTorch (eager, the attention of torch.nn.functional, \
+             fused AdamW): the most that its allocator had given out, which leaves out what it keeps in reserve.",
+            roofs.first().map_or("", |r| r.1.name.as_str()),
+        );
+        self.sections.push(Section { title: "Beside PyTorch on a CUDA device".into(), text, table, charts });
+        Ok(())
+    }
+
+    /// One model with one precision.
+    fn cuda_peers_of(
+        &mut self,
+        python: &Python,
+        rounds: usize,
+        job: &Job,
+        table: &mut Table,
+        charts: &mut Vec<String>,
+    ) {
+        let (model, name) = (job.model, bdia_gpt2::cli::name_of(&job.precision));
+        let peers = ["store-all", "checkpointing"].map(|mode| Peer { mode, precision: peer_precision(job.precision) });
+        let own = [job.clone(), Job { mode: Mode::Standard, ..job.clone() }];
+        let names = ["bdia".into(), "bdia, standard".into(), peers[0].name(), peers[1].name()];
+        let mut runs: [Vec<Record>; 4] = Default::default();
+        for round in 0..rounds {
+            say(&format!("{} in {name} beside PyTorch on the device, round {} of {rounds}", model.name(), round + 1));
+            for (i, records) in runs.iter_mut().enumerate() {
+                let record = if i < 2 { spawn(&own[i]) } else { python.run(job, peers[i - 2]) };
+                match record {
+                    Ok(record) => {
+                        self.records.push(record.clone());
+                        records.push(record);
+                    }
+                    Err(error) => {
+                        let what = format!("{} {} on the device", model.name(), names[i]);
+                        self.checks.row([what, "runs".into(), format!("did not run: {error}")]);
                     }
                 }
             }
-            let rate = |records: &[Record]| median(&records.iter().map(|r| r.items_per_s).collect::<Vec<_>>());
-            let memory = |records: &[Record]| {
-                records.iter().filter_map(|r| r.parts.first()).map(|p| p.measured).max().unwrap_or(0)
+        }
+        let rate = |records: &[Record]| median(&records.iter().map(|r| r.items_per_s).collect::<Vec<_>>());
+        let memory =
+            |records: &[Record]| records.iter().filter_map(|r| r.parts.first()).map(|p| p.measured).max().unwrap_or(0);
+        let [ours, standard, store_all, checkpointing] = &runs;
+        if let (Some(a), Some(b)) = (standard.first(), store_all.first()) {
+            // The same network from the same parameters; the second loss has seen gradients and an update. Factors of 10 and of 7
+            // bits are rounded in other places of the two.
+            let limit = match job.precision {
+                PrecisionKind::F32 => 2e-4,
+                PrecisionKind::Tf32 => 1e-3,
+                PrecisionKind::Bf16 => 5e-3,
             };
-            let [ours, store_all, checkpointing] = &runs;
-            for (i, records) in runs.iter().enumerate().filter(|(_, records)| !records.is_empty()) {
-                table.row([
-                    model.name().into(),
-                    name.clone(),
-                    if i == 0 { "bdia".into() } else { peers[i - 1].name() },
-                    format!("{:.1} {}", rate(records), model.unit()),
-                    format!("{:.2}", ratio(rate(ours), rate(records))),
-                    bytes(memory(records)),
-                    format!("{:.2}", ratio(memory(ours) as f64, memory(records) as f64)),
-                ]);
-            }
-            let about = matches!(model, Model::Gpt2 | Model::Gpt2Medium) && precision == PrecisionKind::Bf16;
-            if about && runs.iter().all(|r| !r.is_empty()) {
-                let faster = ratio(rate(ours), rate(checkpointing));
-                let smaller = ratio(memory(ours) as f64, memory(store_all) as f64);
-                for (what, target, found, met) in [
-                    ("CUDA, bf16: tokens/s over PyTorch with checkpointing", "≥ 1.0", faster, faster >= 1.0),
-                    ("CUDA, bf16: memory over PyTorch store-all", "≤ 0.5", smaller, smaller <= 0.5),
-                ] {
-                    let found = format!("{found:.2} ({})", model.name());
-                    self.targets.push(Target { what, target: target.into(), found, met });
-                }
+            let first = |r: &Record| r.losses[..r.losses.len().min(2)].to_vec();
+            let result = match apart(&first(a), &first(b)) {
+                d if d < limit => Ok(()),
+                d => Err(format!("{d:.1e} apart: {:?} and {:?}", first(a), first(b))),
+            };
+            let assertion = format!("the first two losses in mode standard as {} has them, to {limit:.0e}", names[2]);
+            self.check(&title(job), &assertion, result);
+        }
+        let (mut speed, mut used) = (Vec::new(), Vec::new());
+        for (i, records) in runs.iter().enumerate().filter(|(_, records)| !records.is_empty()) {
+            table.row([
+                model.name().into(),
+                name.clone(),
+                names[i].clone(),
+                format!("{:.1} {}", rate(records), model.unit()),
+                format!("{:.2}", ratio(rate(ours), rate(records))),
+                bytes(memory(records)),
+                format!("{:.2}", ratio(memory(ours) as f64, memory(records) as f64)),
+            ]);
+            let label = names[i].replace("PyTorch ", "PT ").replace(", bf16 autocast", "");
+            speed.push((label.clone(), rate(records), format!("{:.0}/s", rate(records)), i < 2));
+            used.push((label, memory(records) as f64, bytes(memory(records)), i < 2));
+        }
+        let size = format!("{} in {name}, B = {}, T = {}", model.name(), job.batch(), job.tokens());
+        charts.push(page::bars(&format!("{size}: {} per second", model.unit()), &speed));
+        charts.push(page::bars(&format!("{size}: memory on the device"), &used));
+        let about = matches!(model, Model::Gpt2 | Model::Gpt2Medium) && job.precision == PrecisionKind::Bf16;
+        if about && runs.iter().all(|r| !r.is_empty()) {
+            let faster = ratio(rate(ours), rate(checkpointing));
+            let smaller = ratio(memory(ours) as f64, memory(store_all) as f64);
+            for (what, target, found, met) in [
+                ("CUDA, bf16: tokens/s over PyTorch with checkpointing", "≥ 1.0", faster, faster >= 1.0),
+                ("CUDA, bf16: memory over PyTorch store-all", "≤ 0.5", smaller, smaller <= 0.5),
+            ] {
+                let found = format!("{found:.2} ({})", model.name());
+                self.targets.push(Target { what, target: target.into(), found, met });
             }
         }
-        let text = format!(
-            "{}; {rounds} round(s) in turn, medians. Ours: the driver's count of free memory, without the context. PyTorch: the \
-             most that its allocator had given out, which leaves out what it keeps in reserve.",
-            roofs.first().map_or("", |r| r.name.as_str()),
-        );
-        self.sections.push(Section {
-            title: "Beside PyTorch on a CUDA device".into(),
-            text,
-            table,
-            charts: Vec::new(),
-        });
-        Ok(())
     }
 
     fn cuda_job(&self, model: Model, mode: Mode, precision: PrecisionKind) -> Job {
@@ -132,9 +179,10 @@ impl Report {
         job
     }
 
-    fn cuda_steps(&mut self, roofs: &[DeviceRoof]) -> Result<(), Failure> {
+    fn cuda_steps(&mut self, roofs: &[Roofed]) -> Result<(), Failure> {
         let models: &[Model] =
             if self.args.quick { &[Model::Tiny] } else { &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall] };
+        let mut times = Table::new(&["model", "precision", "kernel", "calls", "time", "share"]);
         let mut table = Table::new(&[
             "model",
             "mode",
@@ -149,10 +197,13 @@ impl Report {
             "found",
         ]);
         let mut charts = Vec::new();
-        for &model in models {
+        for model in self.chosen(models) {
             let k = model.architecture(&Job::new(model, Mode::Bdia)).layers();
             let mut bars = Vec::new();
-            for (precision, roof) in PRECISIONS.into_iter().zip(roofs) {
+            // Written once: making them takes longer than training on them.
+            let dir = std::env::temp_dir().join(format!("bdia-bench-{}", std::process::id()));
+            crate::engine::init(&self.cuda_job(model, Mode::Bdia, PrecisionKind::F32), &dir)?;
+            for &(precision, ref roof) in roofs {
                 let mut jobs: Vec<Job> =
                     [Mode::Bdia, Mode::Standard].map(|m| self.cuda_job(model, m, precision)).into();
                 for every in [1, bdia_gpt2::machine::checkpoint_every(None, k) as u64] {
@@ -164,12 +215,16 @@ impl Report {
                     if job.mode == Mode::Bdia {
                         self.like_reference(&job);
                     }
+                    let job = Job { weights: Some(dir.clone()), ..job };
                     let Some(record) = self.asserted(&job)? else { continue };
                     if !self.like_standard(&job, &record, standard.as_deref()) {
                         continue;
                     }
                     if job.mode == Mode::Standard {
                         standard = Some(record.losses.clone());
+                    }
+                    if job.mode == Mode::Bdia {
+                        time_rows(&record, &mut times);
                     }
                     let operations = total(&stages(&job));
                     let (low, high) = record.spread();
@@ -198,36 +253,44 @@ impl Report {
                     ));
                 }
             }
+            let _ = std::fs::remove_dir_all(&dir);
             if !bars.is_empty() {
                 charts.push(page::bars(&format!("{}: {} per second", model.name(), model.unit()), &bars));
             }
         }
-        let limits: Vec<String> = PRECISIONS
-            .iter()
-            .zip(roofs)
-            .map(|(p, r)| format!("{} {:.1} GFLOP/s", bdia_gpt2::cli::name_of(p), r.flops / 1e9))
-            .collect();
+        let limits: Vec<String> =
+            roofs.iter().map(|(p, r)| format!("{} {:.1} GFLOP/s", bdia_gpt2::cli::name_of(p), r.flops / 1e9)).collect();
         let text = format!(
             "{}; median of the steps after the first. Share of peak: all floating-point operations of the step per second, over \
-             the best rate of the backend's own square product with the same precision, measured on this device in this run ({}; \
-             with bf16 it includes the rounding of its factors). Plan and found: bytes on the device, by the plan and by the \
+             the best rate of the backend's own square product with the same precision, measured on this device in this run ({}). Plan and found: bytes on the device, by the plan and by the \
              driver's count of free memory, without the context.",
-            roofs.first().map_or("", |r| r.name.as_str()),
+            roofs.first().map_or("", |r| r.1.name.as_str()),
             limits.join(", "),
         );
         self.sections.push(Section { title: "Training steps on a CUDA device".into(), text, table, charts });
+        let text = "Where the time of one more step in mode bdia goes, by events around each of its calls; they cost some time of their \
+                    own. Products have rows, columns and inner size. \u{201c}All\u{201d} is the device's time from the first call to the end \
+                    of the last: what is above the sum is gaps between calls."
+            .into();
+        let title = "A step on a CUDA device, kernel by kernel".into();
+        self.sections.push(Section { title, text, table: times, charts: Vec::new() });
         Ok(())
     }
 
-    fn cuda_kernels(&mut self, roofs: &[DeviceRoof]) -> Result<(), Failure> {
+    fn cuda_kernels(&mut self, roofs: &[Roofed]) -> Result<(), Failure> {
         let mut table = Table::new(&["shapes", "precision", "kernel", "time", "rate", "roof", "share"]);
         let quick = self.args.quick;
         let span = Duration::from_millis(if quick { 5 } else { 200 });
+        // What a device is given at a time.
+        let large = [
+            Shapes { samples: 8, tokens: 1024, head_rows: Cuda::rows().head, ..GPT2 },
+            Shapes { samples: 128, head_rows: 128, ..VIT },
+        ];
         let (shapes, streamed): (&[Shapes], usize) =
-            if quick { (&[TINY], 1 << 14) } else { (&[GPT2, VIT], 16 * Bench::<Cuda>::full()) };
+            if quick { (&[TINY], 1 << 14) } else { (&large, 16 * Bench::<Cuda>::full()) };
         let mut worst = None;
         for s in shapes {
-            for (precision, roof) in PRECISIONS.into_iter().zip(roofs) {
+            for (i, &(precision, ref roof)) in roofs.iter().enumerate() {
                 let name = bdia_gpt2::cli::name_of(&precision);
                 say(&format!("kernels on the CUDA device at the shapes of {}, {name}", s.model));
                 let mut bench = Bench::<Cuda>::new(s, streamed, 1)?;
@@ -238,10 +301,11 @@ impl Report {
                     ..Job::new(Model::Tiny, Mode::Bdia)
                 };
                 let mut be = bdia_gpt2::machine::cuda(&job.machine(), &bench.layout)?;
+                let first = i == 0;
                 for i in 0..bench.kernels.len() {
                     // The precision is one of products: the rest is measured once.
                     let of_bytes = matches!(bench.kernels[i].work, Work::Bytes(_));
-                    if of_bytes && precision != PrecisionKind::F32 {
+                    if of_bytes && !first {
                         continue;
                     }
                     bench.fill(&mut be)?;
@@ -261,10 +325,32 @@ impl Report {
             row
         };
         self.kernels.extend(table.rows.iter().map(of));
-        let text = "Calls are queued one after another and waited for together. A product's roof is the device's best square product \
+        let text = "Calls are queued one after another and waited for together; with bf16 a product finds its factors rounded by the call \
+                    before. A product's roof is the device's best square product \
                     with the same precision; the bandwidth that of its own copy."
             .into();
         self.sections.push(Section { title: "Kernels on a CUDA device".into(), text, table, charts: Vec::new() });
         Ok(())
+    }
+}
+
+/// The kernels of a step, those first that take most of it.
+fn time_rows(record: &Record, table: &mut Table) {
+    let sum: f64 = record.times.iter().map(|t| t.2).sum();
+    let mut times = record.times.clone();
+    times.sort_by(|a, b| b.2.total_cmp(&a.2));
+    let (large, small): (Vec<_>, Vec<_>) = times.into_iter().partition(|t| t.2 >= 0.01 * sum);
+    let rest = (format!("{} others", small.len()), small.iter().map(|t| t.1).sum(), small.iter().map(|t| t.2).sum());
+    let calls = record.times.iter().map(|t| t.1).sum();
+    let all = [rest, ("sum".into(), calls, sum), ("all".into(), calls, record.seconds_on_device)];
+    for (name, calls, seconds) in large.into_iter().chain(all) {
+        table.row([
+            record.model.clone(),
+            record.precision.clone(),
+            name,
+            calls.to_string(),
+            format!("{:.3} ms", seconds * 1e3),
+            format!("{:.1} %", ratio(100.0 * seconds, sum)),
+        ]);
     }
 }
