@@ -74,6 +74,17 @@ __device__ inline float power_of_2(float x) {
 #endif
 }
 
+// The thread's index, read once more: what follows from it is not kept in registers until then.
+__device__ inline u32 thread_again() {
+#ifdef EMULATED
+    return threadIdx.x;
+#else
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+#endif
+}
+
 // Columns d and d + 1, even ones, of a head's row that begins at `at`, as far as there are any.
 __device__ inline void store(const Attend& a, const Out<float>& x, u64 at, u32 d, float low, float high) {
     if (d >= a.head_dim) return;
@@ -443,7 +454,7 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
             gather<D, M, N>(s, ks, step, sum);
         }
     }
-    float slope = 0.0f, factor = scale_of(a, temperature);
+    float slope = 0.0f, factor = scale * (1.0f / LOG2E);
     UNROLL
     for (u32 m = 0; m < M; m++)
         UNROLL
@@ -564,12 +575,13 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
             gather<D, M, N>(ds, qs, step, gk);
         }
     }
-    float factor = scale_of(a, temperature);
+    float factor = scale * (1.0f / LOG2E);
+    u32 thread = thread_again();
     UNROLL
     for (u32 m = 0; m < M; m++)
         UNROLL
         for (u32 h = 0; h < 2; h++) {
-            u32 key = from + lane_row + 16 * m + 8 * h;
+            u32 key = from + thread / 32 * (16 * M) + thread % 32 / 4 + 16 * m + 8 * h;
             if (key >= a.keys) continue;
             u64 dk_at = place(a, a.dk, sample * a.keys + key, head), dv_at = place(a, a.dv, sample * a.keys + key, head);
             UNROLL
@@ -597,7 +609,7 @@ KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_32(TENSOR_BACKWARD, In<float> out, O
     backward_q_bf16<32, 2, 64, 32>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
 }
 KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_64(TENSOR_BACKWARD, In<float> out, Out<float> delta, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<64, 2, 64, 32>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
+    backward_q_bf16<64, 2, 64, 16>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
 }
 KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_128(TENSOR_BACKWARD, In<float> out, Out<float> delta, Out<float> dq, Out<float> slopes) {
     backward_q_bf16<128, 1, 32, 16>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
