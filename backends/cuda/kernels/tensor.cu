@@ -24,7 +24,7 @@ __device__ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 // Four matrices of 8 × 8 values, by a warp; lane 8·j + r says where row r of the j-th is: at word (at ^ flip) + add. Lane
 // 4·g + t gets of each what lies at row g, columns 2t and 2t + 1, or, transposed, at rows 2t and 2t + 1 of column g.
 __device__ inline u32 row_at(Shared<u32> x, u32 at, u32 flip, u32 add) {
-    // The same for tiles, which begin at multiples of what `flip` changes; one address serves all of a thread's rows.
+    // Tiles begin at multiples of 256 bytes, more than `flip` changes: so one sum serves all flips.
     return ((u32)__cvta_generic_to_shared(x + at) ^ 4 * flip) + 4 * add;
 }
 __device__ inline void matrices(u32 (&out)[4], Shared<u32> x, u32 at, u32 flip, u32 add) {
@@ -279,8 +279,8 @@ __device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i
         for (u32 h = 0; h < 2; h++) most[m][h] = -INFINITY, sum[m][h] = 0.0f;
     auto fetch_next = [&](u32 first, u32 turn) {
         Shared<u32> next = tiles + turn * (2 * TILE);
-        fetch<T, D>(rounded, keys_at, a.keys, first, next);
-        fetch<T, D>(rounded, values_at, a.keys, first, next + TILE);
+        fetch<T, D>(rounded, keys_at, there, first, next);
+        fetch<T, D>(rounded, values_at, there, first, next + TILE);
         if (a.streams.threshold) dropped<ROWS, T>(a, sample, head, from, first, drops + turn * (ROWS * (T / 32)));
     };
     if (end > 0) fetch_next(0, 0);
@@ -381,8 +381,8 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
     clear(sum);
     auto fetch_next = [&](u32 first, u32 turn) {
         Shared<u32> next = tiles + turn * (2 * TILE);
-        fetch<T, D>(rounded, keys_at, a.keys, first, next);
-        fetch<T, D>(rounded, values_at, a.keys, first, next + TILE);
+        fetch<T, D>(rounded, keys_at, there, first, next);
+        fetch<T, D>(rounded, values_at, there, first, next + TILE);
         if (a.streams.threshold) dropped<ROWS, T>(a, sample, head, from, first, drops + turn * (ROWS * (T / 32)));
     };
     if (end > 0) fetch_next(0, 0);
@@ -512,8 +512,8 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
     // No query sees padding; causal ones see no key behind them.
     u32 start = from >= there ? a.queries : a.mask == CAUSAL ? from : 0;
     if (start < a.queries) fetch_next(start, 0);
-    own<D, M>(rounded, rounded_at(a, KEYS_OF, samples, sample, head, D / 2), a.keys, from + own_row, k);
-    own<D, M>(rounded, rounded_at(a, VALUES, samples, sample, head, D / 2), a.keys, from + own_row, v);
+    own<D, M>(rounded, rounded_at(a, KEYS_OF, samples, sample, head, D / 2), there, from + own_row, k);
+    own<D, M>(rounded, rounded_at(a, VALUES, samples, sample, head, D / 2), there, from + own_row, v);
     for (u32 first = start, turn = 0; first < a.queries; first += T, turn ^= 1) {
         copied();
         __syncthreads();
