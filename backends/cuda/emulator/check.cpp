@@ -37,6 +37,23 @@ KERNEL(64, 1) overwritten(Out<float> y) {
     y[threadIdx.x] = tile[(threadIdx.x + 1) % 64];
     tile[threadIdx.x] = 2.0f;
 }
+// Its own word, before the thread waited for the copy.
+KERNEL(64, 1) copy_under_way(In<float> x, Out<float> y) {
+    SHARED(float, tile, 64);
+    copy<1>(tile, threadIdx.x, x, threadIdx.x, true);
+    y[threadIdx.x] = tile[threadIdx.x];
+}
+// Each thread waited for its own copy only.
+KERNEL(64, 1) copy_without_barrier(In<float> x, Out<float> y) {
+    SHARED(float, tile, 64);
+    copy<1>(tile, threadIdx.x, x, threadIdx.x, true);
+    copied();
+    y[threadIdx.x] = tile[63 - threadIdx.x];
+}
+KERNEL(64, 1) copy_beside_16_bytes(In<float> x, Out<float>) {
+    SHARED(float, tile, 64);
+    copy<4>(tile, 0, x, threadIdx.x, true);
+}
 KERNEL(64, 1) one_sum(Out<float> y) { y[0] += 1.0f; }
 // Barriers order the threads of a block, not blocks.
 KERNEL(64, 1) blocks_meet(Out<float> y) {
@@ -95,6 +112,9 @@ int main() {
     EXPECT(shared_outside, 1, LIST(y), "shared values");
     for (int i = 0; i < 2; i++) EXPECT(no_barrier, 1, LIST(y), "race in shared memory");
     for (int i = 0; i < 2; i++) EXPECT(overwritten, 1, LIST(y), "race in shared memory");
+    EXPECT(copy_under_way, 1, LIST(x, y), "used while it is copied");
+    for (int i = 0; i < 2; i++) EXPECT(copy_without_barrier, 1, LIST(x, y), "race in shared memory");
+    EXPECT(copy_beside_16_bytes, 1, LIST(x, y), "not aligned");
     for (int i = 0; i < 2; i++) EXPECT(one_sum, 1, LIST(y), "race in global memory");
     EXPECT(blocks_meet, 2, LIST(y), "race in global memory");
     EXPECT(other_block_reads, 2, LIST(y), "race in global memory");

@@ -211,19 +211,20 @@ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     }
 }
 
-// ldmatrix, four matrices of 8 × 8 values of 16 bits, as kernels/tensor.cu has it.
-inline void matrices(u32 (&out)[4], Shared<u32> x, u32 at) {
-    u32 lane = emulator::now.thread % 32, from[32];
-    const u64* all = emulator::exchange(7, ~0u, at);
-    for (int l = 0; l < 32; l++) from[l] = (u32)all[l];
+// ldmatrix, four matrices of 8 × 8 values of 16 bits, as kernels/tensor.cu has it: the lanes say where the rows are.
+inline void rows_of_lanes(u32 (&from)[32], u32 op, u32 at) {
     if (at % 4) emulator::fail("a row of a matrix at word %u, which is no multiple of 16 bytes", at);
+    const u64* all = emulator::exchange(op, ~0u, at);
+    for (int l = 0; l < 32; l++) from[l] = (u32)all[l];
+}
+inline void matrices(u32 (&out)[4], Shared<u32> x, u32 at, u32 flip, u32 add) {
+    u32 lane = emulator::now.thread % 32, from[32];
+    rows_of_lanes(from, 7, (at ^ flip) + add);
     for (u32 j = 0; j < 4; j++) out[j] = x[from[8 * j + lane / 4] + lane % 4];
 }
-inline void matrices_transposed(u32 (&out)[4], Shared<u32> x, u32 at) {
+inline void matrices_transposed(u32 (&out)[4], Shared<u32> x, u32 at, u32 flip, u32 add) {
     u32 lane = emulator::now.thread % 32, from[32];
-    const u64* all = emulator::exchange(8, ~0u, at);
-    for (int l = 0; l < 32; l++) from[l] = (u32)all[l];
-    if (at % 4) emulator::fail("a row of a matrix at word %u, which is no multiple of 16 bytes", at);
+    rows_of_lanes(from, 8, (at ^ flip) + add);
     auto half = [&](u32 j, u32 row, u32 column) { return (u32)x[from[8 * j + row] + column / 2] >> column % 2 * 16 & 0xFFFFu; };
     for (u32 j = 0; j < 4; j++) out[j] = half(j, lane % 4 * 2, lane / 4) | half(j, lane % 4 * 2 + 1, lane / 4) << 16;
 }

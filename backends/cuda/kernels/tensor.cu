@@ -1,11 +1,11 @@
 // Attention on tensor cores, for precision bf16: the same as in attention.cu, with factors of all products rounded to bf16
 // and sums in f32. From sm_80 on; older devices have the plain kernels.
 //
-// A kernel before the others rounds the operands, and gives every head of a sample rows of D values one after another, so
-// that all widths, strides and columns are read in pieces of 16 bytes. A block is four warps, each of which keeps 16·M rows
-// in registers: queries, or keys where the gradients of keys and values are gathered. Rows of the other side come through
-// shared memory, T at a time, the next ones while the last are multiplied. Scores stay in the fragments that the product
-// leaves them in, which are those that the next product wants. Sums go in a fixed order.
+// A kernel before the others rounds what several blocks read, and gives every head of a sample rows of D values one after
+// another, so that all widths, strides and columns are read in pieces of 16 bytes. A block is four warps, each of which keeps
+// 16·M rows in registers: queries, or keys where the gradients of keys and values are gathered. Rows of the other side come
+// through shared memory, T at a time, the next ones while the last are multiplied. Scores stay in the fragments that the
+// product leaves them in, which are those that the next product wants. Sums go in a fixed order.
 #if defined(EMULATED) || __CUDA_ARCH__ >= 800
 
 #define TENSOR_THREADS 128
@@ -21,19 +21,21 @@ __device__ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four matrices of 8 × 8 values, by a warp; lane 8·j + r says where row r of the j-th is. Lane 4·g + t gets of each what lies
-// at row g, columns 2t and 2t + 1, or, transposed, at rows 2t and 2t + 1 of column g.
-__device__ inline void matrices(u32 (&out)[4], Shared<u32> x, u32 at) {
-    u32 from = (u32)__cvta_generic_to_shared(x + at);
+// Four matrices of 8 × 8 values, by a warp; lane 8·j + r says where row r of the j-th is: at word (at ^ flip) + add. Lane
+// 4·g + t gets of each what lies at row g, columns 2t and 2t + 1, or, transposed, at rows 2t and 2t + 1 of column g.
+__device__ inline u32 row_at(Shared<u32> x, u32 at, u32 flip, u32 add) {
+    // Tiles begin at multiples of 256 bytes, more than `flip` changes: so one sum serves all flips.
+    return ((u32)__cvta_generic_to_shared(x + at) ^ 4 * flip) + 4 * add;
+}
+__device__ inline void matrices(u32 (&out)[4], Shared<u32> x, u32 at, u32 flip, u32 add) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(from));
+                 : "r"(row_at(x, at, flip, add)));
 }
-__device__ inline void matrices_transposed(u32 (&out)[4], Shared<u32> x, u32 at) {
-    u32 from = (u32)__cvta_generic_to_shared(x + at);
+__device__ inline void matrices_transposed(u32 (&out)[4], Shared<u32> x, u32 at, u32 flip, u32 add) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(from));
+                 : "r"(row_at(x, at, flip, add)));
 }
 
 // N words to shared memory, or zeros, at some time before this thread's next `copied`.
@@ -45,6 +47,9 @@ template <u32 N, class T> __device__ void copy(Shared<T> to, u32 at, const In<T>
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(into), "l"(x.p + from), "r"(there ? 4 : 0) : "memory");
 }
 __device__ inline void copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#define TILES(name, n) __shared__ __align__(256) u32 name[n]
+#else
+#define TILES(name, n) SHARED(u32, name, n)
 #endif
 
 // Two values as bf16, ties to even; the first in the lower half.
@@ -69,6 +74,17 @@ __device__ inline float power_of_2(float x) {
 #endif
 }
 
+// The thread's index, read once more: what follows from it is not kept in registers until then.
+__device__ inline u32 thread_again() {
+#ifdef EMULATED
+    return threadIdx.x;
+#else
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+#endif
+}
+
 // Columns d and d + 1, even ones, of a head's row that begins at `at`, as far as there are any.
 __device__ inline void store(const Attend& a, const Out<float>& x, u64 at, u32 d, float low, float high) {
     if (d >= a.head_dim) return;
@@ -82,24 +98,24 @@ __device__ inline void store(const Attend& a, const Out<float>& x, u64 at, u32 d
     if (d + 1 < a.head_dim) x[at + d + 1] = high;
 }
 
-// Queries, keys, values and gradients of the result lie behind each other, [samples, heads, rows, D] each: rows of one, and
-// where those of a head begin.
-enum { QUERIES, KEYS_OF, VALUES, GRADS };
-__device__ inline u32 rows_of(const Attend& a, u32 part) { return part == KEYS_OF || part == VALUES ? a.keys : a.queries; }
+// Keys, values, and on the way back queries and gradients of the result lie behind each other, [samples, heads, rows, D] each:
+// rows of one, and where those of a head begin, in words (of which there are less than 2^32).
+enum { KEYS_OF, VALUES, QUERIES, GRADS };
+__device__ inline u32 rows_of(const Attend& a, u32 part) { return part < QUERIES ? a.keys : a.queries; }
 
-__device__ inline u64 rounded_at(const Attend& a, u32 part, u32 samples, u32 sample, u32 head, u32 words) {
-    u64 before = (u64)(part > QUERIES ? a.queries : 0) + (part > VALUES ? 2 : part > KEYS_OF ? 1 : 0) * (u64)a.keys;
-    return (before * samples * a.heads + (u64)(sample * a.heads + head) * rows_of(a, part)) * words;
+__device__ inline u32 rounded_at(const Attend& a, u32 part, u32 samples, u32 sample, u32 head, u32 words) {
+    u32 before = (part < QUERIES ? part : 2) * a.keys + (part == GRADS ? a.queries : 0);
+    return (before * samples * a.heads + (sample * a.heads + head) * rows_of(a, part)) * words;
 }
 
 #define ROUNDED_EACH 4
 
 // A block takes a piece of a head of a sample of one operand; rows have 2^log words, what they have beyond a head is 0.
-KERNEL(THREADS, 4) attention_bf16_round(Attend a, u32 log, In<float> q, In<float> k, In<float> v, In<float> dout, Out<u32> rounded) {
+KERNEL(THREADS, 4) attention_bf16_round(Attend a, u32 log, In<float> k, In<float> v, In<float> q, In<float> dout, Out<u32> rounded) {
     u32 part = blockIdx.z / a.heads, head = blockIdx.z % a.heads, sample = blockIdx.y, rows = rows_of(a, part);
-    In<float> x = part == QUERIES ? q : part == KEYS_OF ? k : part == VALUES ? v : dout;
-    Matrix m = part == QUERIES ? a.q : part == KEYS_OF ? a.k : part == VALUES ? a.v : Matrix{a.heads * a.head_dim, 0};
-    u64 to = rounded_at(a, part, gridDim.y, sample, head, 1u << log);
+    In<float> x = part == KEYS_OF ? k : part == VALUES ? v : part == QUERIES ? q : dout;
+    Matrix m = part == KEYS_OF ? a.k : part == VALUES ? a.v : part == QUERIES ? a.q : Matrix{a.heads * a.head_dim, 0};
+    u32 to = rounded_at(a, part, gridDim.y, sample, head, 1u << log);
     u32 first = blockIdx.x * (THREADS * ROUNDED_EACH) + threadIdx.x;
     float low[ROUNDED_EACH], high[ROUNDED_EACH];
     UNROLL
@@ -123,16 +139,16 @@ template <u32 D> __device__ u32 moved(u32 row, u32 piece) {
 
 // Rows `from` to `from + R` of those that begin at `at`, `rows` of them there; the rest is 0.
 template <u32 R, u32 D>
-__device__ void fetch(const In<u32>& rounded, u64 at, u32 rows, u32 from, Shared<u32> tile) {
+__device__ void fetch(const In<u32>& rounded, u32 at, u32 rows, u32 from, Shared<u32> tile) {
     UNROLL
     for (u32 u = 0; u < R * (D / 8) / TENSOR_THREADS; u++) {
         u32 i = threadIdx.x + u * TENSOR_THREADS, r = i / (D / 8), piece = i % (D / 8);
-        copy<4>(tile, moved<D>(r, piece), rounded, at + (u64)(from + r) * (D / 2) + piece * 4, from + r < rows);
+        copy<4>(tile, moved<D>(r, piece), rounded, at + (from + r) * (D / 2) + piece * 4, from + r < rows);
     }
 }
 
-// The warp's own rows, from `row` on, as factors on the left.
-template <u32 D, u32 M> __device__ void own(const In<u32>& rounded, u64 at, u32 rows, u32 row, u32 (&x)[M][D / 16][4]) {
+// The warp's own rows, from `row` on, as factors on the left; f gives values 2w and 2w + 1 of row r as bf16.
+template <u32 D, u32 M, class F> __device__ void own(u32 rows, u32 row, u32 (&x)[M][D / 16][4], F f) {
     u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     UNROLL
     for (u32 m = 0; m < M; m++)
@@ -141,8 +157,13 @@ template <u32 D, u32 M> __device__ void own(const In<u32>& rounded, u64 at, u32 
             UNROLL
             for (u32 i = 0; i < 4; i++) {
                 u32 r = row + 16 * m + g + i % 2 * 8;
-                x[m][k][i] = r < rows ? rounded[at + (u64)r * (D / 2) + 8 * k + t + i / 2 * 4] : 0u;
+                x[m][k][i] = r < rows ? f(r, 8 * k + t + i / 2 * 4) : 0u;
             }
+}
+
+// The same of rows that begin at `at` and were rounded before.
+template <u32 D, u32 M> __device__ void own(const In<u32>& rounded, u32 at, u32 rows, u32 row, u32 (&x)[M][D / 16][4]) {
+    own<D, M>(rows, row, x, [&](u32 r, u32 w) { return rounded[at + r * (D / 2) + w]; });
 }
 
 template <u32 M, u32 N> __device__ void clear(float (&x)[M][N][4]) {
@@ -156,14 +177,14 @@ template <u32 M, u32 N> __device__ void clear(float (&x)[M][N][4]) {
 
 // Scalar products of the warp's rows with 8·N rows of a tile, which begin at row `first` of it.
 template <u32 D, u32 M, u32 N> __device__ void scores(const u32 (&x)[M][D / 16][4], Shared<u32> y, u32 first, float (&s)[M][N][4]) {
-    u32 j = threadIdx.x % 32 / 8, at = moved<D>(threadIdx.x % 8 + j / 2 * 8, j % 2) + first * (D / 2);
+    u32 j = threadIdx.x % 32 / 8, at = first * (D / 2) + moved<D>(threadIdx.x % 8 + j / 2 * 8, j % 2);
     clear(s);
     UNROLL
     for (u32 k = 0; k < D / 16; k++)
         UNROLL
         for (u32 n = 0; n < N; n += 2) {
             u32 b[4];
-            matrices(b, y, (at ^ 8 * k) + 8 * n * (D / 2));
+            matrices(b, y, at, 8 * k, 8 * n * (D / 2));
             UNROLL
             for (u32 m = 0; m < M; m++) mma(s[m][n], x[m][k], b[0], b[1]), mma(s[m][n + 1], x[m][k], b[2], b[3]);
         }
@@ -172,7 +193,7 @@ template <u32 D, u32 M, u32 N> __device__ void scores(const u32 (&x)[M][D / 16][
 // sum[16·M, D] += p[16·M, 8·N]·y[8·N, D], p rounded; rows of y from row `first` of the tile on.
 template <u32 D, u32 M, u32 N>
 __device__ void gather(const float (&p)[M][N][4], Shared<u32> y, u32 first, float (&sum)[M][D / 8][4]) {
-    u32 j = threadIdx.x % 32 / 8, at = moved<D>(threadIdx.x % 8 + j % 2 * 8, j / 2) + first * (D / 2);
+    u32 j = threadIdx.x % 32 / 8, at = first * (D / 2) + moved<D>(threadIdx.x % 8 + j % 2 * 8, j / 2);
     UNROLL
     for (u32 k = 0; k < N / 2; k++) {
         u32 a[M][4];
@@ -183,7 +204,7 @@ __device__ void gather(const float (&p)[M][N][4], Shared<u32> y, u32 first, floa
         UNROLL
         for (u32 n = 0; n < D / 8; n += 2) {
             u32 b[4];
-            matrices_transposed(b, y, (at ^ 4 * n) + 16 * k * (D / 2));
+            matrices_transposed(b, y, at, 4 * n, 16 * k * (D / 2));
             UNROLL
             for (u32 m = 0; m < M; m++) mma(sum[m][n], a[m], b[0], b[1]), mma(sum[m][n + 1], a[m], b[2], b[3]);
         }
@@ -238,16 +259,16 @@ __device__ inline float exponent_scale(const Attend& a, const In<float>& tempera
 // A lane holds, of the 16·M rows of its warp, those that are m·16 + h·8 + lane / 4.
 template <u32 D, u32 M, u32 T>
 __device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<float>& temperature,
-                             const Out<float>& out, const Out<float>& lse) {
+                             const In<float>& queries, const Out<float>& out, const Out<float>& lse) {
     const u32 N = T / 8, ROWS = 64 * M, TILE = T * (D / 2);
-    SHARED(u32, tiles, 4 * TILE);
+    TILES(tiles, 4 * TILE);
     SHARED(u32, drops, 2 * ROWS * (T / 32));
     u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
     u32 head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y;
     // Those with the most keys begin first.
     u32 from = (gridDim.z - 1 - blockIdx.z) * ROWS;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + ROWS < there ? from + ROWS : there;
-    u64 keys_at = rounded_at(a, KEYS_OF, samples, sample, head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, head, D / 2);
+    u32 keys_at = rounded_at(a, KEYS_OF, samples, sample, head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, head, D / 2);
     float scale = exponent_scale(a, temperature);
     u32 q[M][D / 16][4];
     float o[M][D / 8][4], most[M][2], sum[M][2];
@@ -258,12 +279,16 @@ __device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i
         for (u32 h = 0; h < 2; h++) most[m][h] = -INFINITY, sum[m][h] = 0.0f;
     auto fetch_next = [&](u32 first, u32 turn) {
         Shared<u32> next = tiles + turn * (2 * TILE);
-        fetch<T, D>(rounded, keys_at, a.keys, first, next);
-        fetch<T, D>(rounded, values_at, a.keys, first, next + TILE);
+        fetch<T, D>(rounded, keys_at, there, first, next);
+        fetch<T, D>(rounded, values_at, there, first, next + TILE);
         if (a.streams.threshold) dropped<ROWS, T>(a, sample, head, from, first, drops + turn * (ROWS * (T / 32)));
     };
     if (end > 0) fetch_next(0, 0);
-    own<D, M>(rounded, rounded_at(a, QUERIES, samples, sample, head, D / 2), a.queries, from + own_row, q);
+    // No other block reads them.
+    own<D, M>(a.queries, from + own_row, q, [&](u32 r, u32 w) {
+        u64 at = place(a, a.q, sample * a.queries + r, head) + 2 * w;
+        return packed(2 * w < a.head_dim ? queries[at] : 0.0f, 2 * w + 1 < a.head_dim ? queries[at + 1] : 0.0f);
+    });
     for (u32 first = 0, turn = 0; first < end; first += T, turn ^= 1) {
         copied();
         __syncthreads();
@@ -336,27 +361,28 @@ __device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i
         }
 }
 
-// dq of the warps' queries, against S keys of a tile at a time; slopes[samples, heads, tiles] = Σ q·dq of a block, where it is
-// asked for.
+// dq of the warps' queries, against S keys of a tile at a time, and their delta, for the kernel of keys and values after this
+// one; slopes[samples, heads, tiles] = Σ q·dq of a block, where it is asked for.
 template <u32 D, u32 M, u32 T, u32 S>
 __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<float>& temperature,
-                                const In<float>& lse, const In<float>& delta, const Out<float>& dq, const Out<float>& slopes) {
+                                const In<float>& lse, const In<float>& out, const Out<float>& delta, const Out<float>& dq,
+                                const Out<float>& slopes) {
     const u32 N = S / 8, ROWS = 64 * M, TILE = T * (D / 2);
-    SHARED(u32, tiles, 4 * TILE);
+    TILES(tiles, 4 * TILE);
     SHARED(u32, drops, 2 * ROWS * (T / 32));
     SHARED(float, room, TENSOR_THREADS / 32);
     u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
     u32 head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y, block = gridDim.z - 1 - blockIdx.z, from = block * ROWS;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + ROWS < there ? from + ROWS : there;
-    u64 keys_at = rounded_at(a, KEYS_OF, samples, sample, head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, head, D / 2);
+    u32 keys_at = rounded_at(a, KEYS_OF, samples, sample, head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, head, D / 2);
     float scale = exponent_scale(a, temperature);
     u32 q[M][D / 16][4], dos[M][D / 16][4];
     float sum[M][D / 8][4], logs[M][2], means[M][2];
     clear(sum);
     auto fetch_next = [&](u32 first, u32 turn) {
         Shared<u32> next = tiles + turn * (2 * TILE);
-        fetch<T, D>(rounded, keys_at, a.keys, first, next);
-        fetch<T, D>(rounded, values_at, a.keys, first, next + TILE);
+        fetch<T, D>(rounded, keys_at, there, first, next);
+        fetch<T, D>(rounded, values_at, there, first, next + TILE);
         if (a.streams.threshold) dropped<ROWS, T>(a, sample, head, from, first, drops + turn * (ROWS * (T / 32)));
     };
     if (end > 0) fetch_next(0, 0);
@@ -367,8 +393,19 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
         UNROLL
         for (u32 h = 0; h < 2; h++) {
             u32 query = from + lane_row + 16 * m + 8 * h;
+            bool inside = query < a.queries;
             u64 at = (u64)(sample * a.heads + head) * a.queries + query;
-            logs[m][h] = query < a.queries ? LOG2E * lse[at] : 0.0f, means[m][h] = query < a.queries ? delta[at] : 0.0f;
+            u64 out_at = ((u64)(sample * a.queries + query) * a.heads + head) * a.head_dim;
+            float mean = 0.0f;
+            UNROLL
+            for (u32 n = 0; n < D / 8; n++) {
+                u32 d = 8 * n + 2 * t, both = dos[m][n / 2][n % 2 * 2 + h];
+                if (inside && d < a.head_dim) mean = fmaf(__uint_as_float(both << 16), out[out_at + d], mean);
+                if (inside && d + 1 < a.head_dim) mean = fmaf(__uint_as_float(both & 0xFFFF0000u), out[out_at + d + 1], mean);
+            }
+            means[m][h] = lanes_sum(mean);
+            logs[m][h] = inside ? LOG2E * lse[at] : 0.0f;
+            if (inside && t == 0) delta[at] = means[m][h];
         }
     for (u32 first = 0, turn = 0; first < end; first += T, turn ^= 1) {
         copied();
@@ -417,7 +454,7 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
             gather<D, M, N>(s, ks, step, sum);
         }
     }
-    float slope = 0.0f, factor = scale_of(a, temperature);
+    float slope = 0.0f, factor = scale * (1.0f / LOG2E);
     UNROLL
     for (u32 m = 0; m < M; m++)
         UNROLL
@@ -447,14 +484,14 @@ template <u32 D, u32 M, u32 T, u32 S>
 __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<float>& temperature,
                                  const In<float>& lse, const In<float>& delta, const Out<float>& dk, const Out<float>& dv) {
     const u32 N = S / 8, ROWS = 64 * M, TILE = T * (D / 2);
-    SHARED(u32, tiles, 4 * TILE);
+    TILES(tiles, 4 * TILE);
     SHARED(u32, drops, 2 * T * (ROWS / 32));
     // Of each query the logarithm and delta.
     SHARED(float, terms, 4 * T);
     u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
     u32 head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y, from = blockIdx.z * ROWS;
     u32 there = present(a, lens, sample);
-    u64 queries_at = rounded_at(a, QUERIES, samples, sample, head, D / 2), grads_at = rounded_at(a, GRADS, samples, sample, head, D / 2);
+    u32 queries_at = rounded_at(a, QUERIES, samples, sample, head, D / 2), grads_at = rounded_at(a, GRADS, samples, sample, head, D / 2);
     float scale = exponent_scale(a, temperature);
     u32 k[M][D / 16][4], v[M][D / 16][4];
     float gk[M][D / 8][4], gv[M][D / 8][4];
@@ -466,14 +503,17 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
         fetch<T, D>(rounded, grads_at, a.queries, first, next + TILE);
         u32 query = first + threadIdx.x % T;
         u64 at = (u64)(sample * a.heads + head) * a.queries + query;
-        if (threadIdx.x < 2 * T) copy<1>(terms, turn * (2 * T) + threadIdx.x, threadIdx.x < T ? lse : delta, at, query < a.queries);
+        if (threadIdx.x < T)
+            copy<1>(terms, turn * (2 * T) + threadIdx.x, lse, at, query < a.queries);
+        else if (threadIdx.x < 2 * T)
+            copy<1>(terms, turn * (2 * T) + threadIdx.x, delta, at, query < a.queries);
         if (a.streams.threshold) dropped<T, ROWS>(a, sample, head, first, from, drops + turn * (T * (ROWS / 32)));
     };
     // No query sees padding; causal ones see no key behind them.
     u32 start = from >= there ? a.queries : a.mask == CAUSAL ? from : 0;
     if (start < a.queries) fetch_next(start, 0);
-    own<D, M>(rounded, rounded_at(a, KEYS_OF, samples, sample, head, D / 2), a.keys, from + own_row, k);
-    own<D, M>(rounded, rounded_at(a, VALUES, samples, sample, head, D / 2), a.keys, from + own_row, v);
+    own<D, M>(rounded, rounded_at(a, KEYS_OF, samples, sample, head, D / 2), there, from + own_row, k);
+    own<D, M>(rounded, rounded_at(a, VALUES, samples, sample, head, D / 2), there, from + own_row, v);
     for (u32 first = start, turn = 0; first < a.queries; first += T, turn ^= 1) {
         copied();
         __syncthreads();
@@ -506,32 +546,42 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
                         for (u32 i = 0; i < 4; i++)
                             if (!sees(a, query + 8 * n + 2 * t + i % 2, from + lane_row + 16 * m + i / 2 * 8, there)) p[m][n][i] = 0.0f;
             }
+            auto drop = [&](float (&x)[M][N][4]) {
+                UNROLL
+                for (u32 n = 0; n < N; n++)
+                    UNROLL
+                    for (u32 e = 0; e < 2; e++) {
+                        u32 at = turn * T + step + 8 * n + 2 * t + e, bits = drops[at * (ROWS / 32) + own_row / 32] >> lane_row % 32;
+                        UNROLL
+                        for (u32 m = 0; m < M; m++)
+                            UNROLL
+                            for (u32 h = 0; h < 2; h++)
+                                if (bits >> (16 * m + 8 * h) & 1) x[m][n][2 * h + e] = 0.0f;
+                    }
+            };
+            if (a.streams.threshold) drop(ds);
             UNROLL
             for (u32 n = 0; n < N; n++)
                 UNROLL
                 for (u32 e = 0; e < 2; e++) {
-                    u32 at = step + 8 * n + 2 * t + e;
-                    float mean = means[at];
-                    u32 bits = a.streams.threshold ? drops[(turn * T + at) * (ROWS / 32) + own_row / 32] >> lane_row % 32 : 0;
+                    float mean = means[step + 8 * n + 2 * t + e];
                     UNROLL
                     for (u32 m = 0; m < M; m++)
                         UNROLL
-                        for (u32 i = e; i < 4; i += 2) {
-                            bool drop = bits >> (16 * m + i / 2 * 8) & 1;
-                            ds[m][n][i] = p[m][n][i] * fmaf(drop ? 0.0f : a.kept, ds[m][n][i], -mean);
-                            if (drop) p[m][n][i] = 0.0f;
-                        }
+                        for (u32 i = e; i < 4; i += 2) ds[m][n][i] = p[m][n][i] * fmaf(a.kept, ds[m][n][i], -mean);
                 }
+            if (a.streams.threshold) drop(p);
             gather<D, M, N>(p, dos, step, gv);
             gather<D, M, N>(ds, qs, step, gk);
         }
     }
-    float factor = scale_of(a, temperature);
+    float factor = scale * (1.0f / LOG2E);
+    u32 thread = thread_again();
     UNROLL
     for (u32 m = 0; m < M; m++)
         UNROLL
         for (u32 h = 0; h < 2; h++) {
-            u32 key = from + lane_row + 16 * m + 8 * h;
+            u32 key = from + thread / 32 * (16 * M) + thread % 32 / 4 + 16 * m + 8 * h;
             if (key >= a.keys) continue;
             u64 dk_at = place(a, a.dk, sample * a.keys + key, head), dv_at = place(a, a.dv, sample * a.keys + key, head);
             UNROLL
@@ -543,34 +593,34 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
 }
 
 #define TENSOR_PARAMETERS Attend a, In<u32> rounded, In<i32> lens, In<float> temperature
-#define TENSOR_BACKWARD TENSOR_PARAMETERS, In<float> lse, In<float> delta
+#define TENSOR_BACKWARD TENSOR_PARAMETERS, In<float> lse
 
 // Rows of a block are 64·M, as `Tensor` of nn.rs has them.
-KERNEL(TENSOR_THREADS, 2) attention_bf16_32(TENSOR_PARAMETERS, Out<float> out, Out<float> lse) {
-    forward_bf16<32, 2, 64>(a, rounded, lens, temperature, out, lse);
+KERNEL(TENSOR_THREADS, 2) attention_bf16_32(TENSOR_PARAMETERS, In<float> q, Out<float> out, Out<float> lse) {
+    forward_bf16<32, 2, 64>(a, rounded, lens, temperature, q, out, lse);
 }
-KERNEL(TENSOR_THREADS, 2) attention_bf16_64(TENSOR_PARAMETERS, Out<float> out, Out<float> lse) {
-    forward_bf16<64, 2, 64>(a, rounded, lens, temperature, out, lse);
+KERNEL(TENSOR_THREADS, 2) attention_bf16_64(TENSOR_PARAMETERS, In<float> q, Out<float> out, Out<float> lse) {
+    forward_bf16<64, 2, 64>(a, rounded, lens, temperature, q, out, lse);
 }
-KERNEL(TENSOR_THREADS, 2) attention_bf16_128(TENSOR_PARAMETERS, Out<float> out, Out<float> lse) {
-    forward_bf16<128, 1, 32>(a, rounded, lens, temperature, out, lse);
+KERNEL(TENSOR_THREADS, 2) attention_bf16_128(TENSOR_PARAMETERS, In<float> q, Out<float> out, Out<float> lse) {
+    forward_bf16<128, 1, 32>(a, rounded, lens, temperature, q, out, lse);
 }
-KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_32(TENSOR_BACKWARD, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<32, 2, 64, 32>(a, rounded, lens, temperature, lse, delta, dq, slopes);
+KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_32(TENSOR_BACKWARD, In<float> out, Out<float> delta, Out<float> dq, Out<float> slopes) {
+    backward_q_bf16<32, 2, 64, 32>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
 }
-KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_64(TENSOR_BACKWARD, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<64, 2, 64, 32>(a, rounded, lens, temperature, lse, delta, dq, slopes);
+KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_64(TENSOR_BACKWARD, In<float> out, Out<float> delta, Out<float> dq, Out<float> slopes) {
+    backward_q_bf16<64, 2, 64, 16>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
 }
-KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_128(TENSOR_BACKWARD, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<128, 1, 32, 16>(a, rounded, lens, temperature, lse, delta, dq, slopes);
+KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_128(TENSOR_BACKWARD, In<float> out, Out<float> delta, Out<float> dq, Out<float> slopes) {
+    backward_q_bf16<128, 1, 32, 16>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
 }
-KERNEL(TENSOR_THREADS, 3) attention_dkv_bf16_32(TENSOR_BACKWARD, Out<float> dk, Out<float> dv) {
-    backward_kv_bf16<32, 1, 64, 32>(a, rounded, lens, temperature, lse, delta, dk, dv);
+KERNEL(TENSOR_THREADS, 3) attention_dkv_bf16_32(TENSOR_BACKWARD, In<float> delta, Out<float> dk, Out<float> dv) {
+    backward_kv_bf16<32, 2, 64, 16>(a, rounded, lens, temperature, lse, delta, dk, dv);
 }
-KERNEL(TENSOR_THREADS, 3) attention_dkv_bf16_64(TENSOR_BACKWARD, Out<float> dk, Out<float> dv) {
-    backward_kv_bf16<64, 1, 64, 16>(a, rounded, lens, temperature, lse, delta, dk, dv);
+KERNEL(TENSOR_THREADS, 2) attention_dkv_bf16_64(TENSOR_BACKWARD, In<float> delta, Out<float> dk, Out<float> dv) {
+    backward_kv_bf16<64, 2, 64, 16>(a, rounded, lens, temperature, lse, delta, dk, dv);
 }
-KERNEL(TENSOR_THREADS, 2) attention_dkv_bf16_128(TENSOR_BACKWARD, Out<float> dk, Out<float> dv) {
+KERNEL(TENSOR_THREADS, 2) attention_dkv_bf16_128(TENSOR_BACKWARD, In<float> delta, Out<float> dk, Out<float> dv) {
     backward_kv_bf16<128, 1, 32, 16>(a, rounded, lens, temperature, lse, delta, dk, dv);
 }
 

@@ -79,8 +79,8 @@ impl Tensor {
     const fn of(head_dim: usize) -> Self {
         use Kernel as K;
         let (wide, forward, dq, dkv, rows) = match head_dim {
-            0..=32 => (32, K::AttentionBf16x32, K::AttentionDqBf16x32, K::AttentionDkvBf16x32, [128, 128, 64]),
-            33..=64 => (64, K::AttentionBf16x64, K::AttentionDqBf16x64, K::AttentionDkvBf16x64, [128, 128, 64]),
+            0..=32 => (32, K::AttentionBf16x32, K::AttentionDqBf16x32, K::AttentionDkvBf16x32, [128, 128, 128]),
+            33..=64 => (64, K::AttentionBf16x64, K::AttentionDqBf16x64, K::AttentionDkvBf16x64, [128, 128, 128]),
             _ => (128, K::AttentionBf16x128, K::AttentionDqBf16x128, K::AttentionDkvBf16x128, [64, 64, 64]),
         };
         Self { wide, forward, dq, dkv, rows }
@@ -135,21 +135,22 @@ impl Cuda {
         (self.device.tensor_attention() && bytes <= self.half.bytes).then_some(t)
     }
 
-    /// The operands of attention as bf16, head by head: queries, keys, values, and on the way back the result's gradient.
+    /// What several blocks of attention read, as bf16, head by head: keys and values, and on the way back queries and the
+    /// result's gradient.
     fn rounded(
         &self,
         (chunk, a, t): (&Chunk, &Attention, &Tensor),
         attend: &Attend,
-        [q, k, v]: [Span; 3],
-        dout: Option<Span>,
+        [k, v]: [Span; 2],
+        back: Option<[Span; 2]>,
     ) -> Result<Span> {
         let words = t.wide / 2;
-        let (parts, rows) = if dout.is_some() { (4, 2 * a.queries) } else { (3, a.queries) };
-        let len = (rows + 2 * a.keys) * a.heads * chunk.samples * words;
-        let (log, dout) = (words.ilog2(), dout.unwrap_or(Span::EMPTY));
+        let (parts, queries) = if back.is_some() { (4, a.queries) } else { (2, 0) };
+        let len = 2 * (a.keys + queries) * a.heads * chunk.samples * words;
+        let (log, [q, dout]) = (words.ilog2(), back.unwrap_or([Span::EMPTY; 2]));
         let half = Span { at: self.half.at, len: len as u64 };
-        let grid = [(a.queries.max(a.keys) * words).div_ceil(ROUNDED), chunk.samples, a.heads * parts];
-        let args = &mut [arg(attend), arg(&log), arg(&q), arg(&k), arg(&v), arg(&dout), arg(&half)];
+        let grid = [(a.keys.max(queries) * words).div_ceil(ROUNDED), chunk.samples, a.heads * parts];
+        let args = &mut [arg(attend), arg(&log), arg(&k), arg(&v), arg(&q), arg(&dout), arg(&half)];
         self.device.launch(Kernel::AttentionBf16Round, grid, THREADS, args)?;
         Ok(half)
     }
@@ -357,9 +358,9 @@ impl NnOps for Cuda {
         let (lens, temperature) = (self.ints(a.key_lens), self.reals(a.temperature));
         let (out, lse) = (self.reals(out), self.reals(lse));
         if let Some(t) = self.tensor(chunk, a) {
-            let rounded = self.rounded((chunk, a, &t), &attend, [q, k, v], None)?;
+            let rounded = self.rounded((chunk, a, &t), &attend, [k, v], None)?;
             let grid = [a.heads, chunk.samples, a.queries.div_ceil(t.rows[0])];
-            let args = &mut [arg(&attend), arg(&rounded), arg(&lens), arg(&temperature), arg(&out), arg(&lse)];
+            let args = &mut [arg(&attend), arg(&rounded), arg(&lens), arg(&temperature), arg(&q), arg(&out), arg(&lse)];
             return self.device.launch(t.forward, grid, TENSOR_THREADS, args);
         }
         let kernel = match a.head_dim {
@@ -402,18 +403,18 @@ impl NnOps for Cuda {
         let (out, lse, dout) = (self.reals(out), self.reals(lse), self.reals(dout));
         let (dq, dk, dv) = (self.reals(dq.of), self.reals(dk.of), self.reals(dv.of));
 
-        let samples = chunk.samples as u32;
-        let args = &mut [arg(&attend), arg(&samples), arg(&out), arg(&dout), arg(&delta)];
-        self.device.launch(Kernel::AttentionDelta, [rows.div_ceil(WARPS), 1, 1], THREADS, args)?;
         if let Some(t) = tensor {
-            let rounded = self.rounded((chunk, a, &t), &attend, [q, k, v], Some(dout))?;
-            let common = [arg(&attend), arg(&rounded), arg(&lens), arg(&temperature), arg(&lse), arg(&delta)];
+            let rounded = self.rounded((chunk, a, &t), &attend, [k, v], Some([q, dout]))?;
+            let common = [arg(&attend), arg(&rounded), arg(&lens), arg(&temperature), arg(&lse)];
             let grid = |n: usize, rows| [a.heads, chunk.samples, n.div_ceil(rows)];
-            let mut args = [common.as_slice(), &[arg(&dq), arg(&slopes)]].concat();
+            let mut args = [common.as_slice(), &[arg(&out), arg(&delta), arg(&dq), arg(&slopes)]].concat();
             self.device.launch(t.dq, grid(a.queries, tile), TENSOR_THREADS, &mut args)?;
-            let mut args = [common.as_slice(), &[arg(&dk), arg(&dv)]].concat();
+            let mut args = [common.as_slice(), &[arg(&delta), arg(&dk), arg(&dv)]].concat();
             self.device.launch(t.dkv, grid(a.keys, t.rows[2]), TENSOR_THREADS, &mut args)?;
         } else {
+            let samples = chunk.samples as u32;
+            let args = &mut [arg(&attend), arg(&samples), arg(&out), arg(&dout), arg(&delta)];
+            self.device.launch(Kernel::AttentionDelta, [rows.div_ceil(WARPS), 1, 1], THREADS, args)?;
             let (for_q, for_kv) = match a.head_dim {
                 0..=32 => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
                 33..=64 => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
