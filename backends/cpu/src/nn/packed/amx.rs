@@ -4,7 +4,7 @@ use core::arch::asm;
 use core::arch::x86_64::{_mm512_load_ps, _mm512_mask_storeu_ps, _mm512_setzero_ps, _mm512_store_ps};
 
 use super::bf16::{SIDE, TERMS, WIDE, first, pack, start};
-use super::{Kernel, Place};
+use super::{Kernel, Left, Place};
 use crate::nn::matmul::View;
 
 /// See the module. Only where [`is_available`].
@@ -38,7 +38,8 @@ impl Kernel for Amx {
         unsafe { pack::<false>(from.start, [from.col, from.row], len, terms, out) }
     }
 
-    unsafe fn tile(a: &[f32], b: &[f32], c: Place) {
+    unsafe fn tile(a: Left<'_>, b: &[f32], c: Place) {
+        let a = a.panel();
         // SAFETY: as above.
         unsafe { tile(a, b, c) }
     }

@@ -5,7 +5,7 @@ use core::arch::x86_64::{
     _mm512_set1_ps, _mm512_setzero_ps,
 };
 
-use super::{Kernel, Place, pack, prefetch};
+use super::{Kernel, Left, Place, pack, prefetch};
 use crate::nn::matmul::View;
 
 /// Rows of the tile.
@@ -39,14 +39,19 @@ impl Kernel for Avx512 {
         unsafe { pack::<NR>(from.start, from.col, from.row, len, terms, out) }
     }
 
-    unsafe fn tile(a: &[f32], b: &[f32], c: Place) {
+    const IN_PLACE: bool = true;
+
+    unsafe fn tile(a: Left<'_>, b: &[f32], c: Place) {
         // The last panel of `B` is multiplied as far as `C` reaches.
         // SAFETY: whoever chose this kernel has seen AVX-512F; the rest is the caller's promise.
         unsafe {
-            match c.size[1].div_ceil(WIDE) {
-                1 => registers::<1>(a, b, c),
-                2 => registers::<2>(a, b, c),
-                _ => registers::<3>(a, b, c),
+            match (a, c.size[1].div_ceil(WIDE)) {
+                (Left::Panel(a), 1) => registers::<1>(a, b, c),
+                (Left::Panel(a), 2) => registers::<2>(a, b, c),
+                (Left::Panel(a), _) => registers::<3>(a, b, c),
+                (Left::InPlace(start, stride), 1) => in_place::<1>(start, stride, b, c),
+                (Left::InPlace(start, stride), 2) => in_place::<2>(start, stride, b, c),
+                (Left::InPlace(start, stride), _) => in_place::<3>(start, stride, b, c),
             }
         }
     }
@@ -79,6 +84,51 @@ unsafe fn registers<const N: usize>(a: &[f32], b: &[f32], c: Place) {
         a.iter().zip(b).for_each(|(a, b)| add(a, b));
     }
     a_rest.iter().zip(b_rest).for_each(|(a, b)| add(a, b));
+    // SAFETY: the caller's promise.
+    unsafe { store(&sums, c) }
+}
+
+/// The same with rows of `A` where they are.
+///
+/// # Safety
+/// As for [`registers`].
+#[target_feature(enable = "avx512f")]
+unsafe fn in_place<const N: usize>(start: *const f32, stride: usize, b: &[f32], c: Place) {
+    c.prefetch(0);
+    let (b, _) = b.as_chunks::<NR>();
+    // The last row stands for those that are not there.
+    let rows: [*const f32; MR] = core::array::from_fn(|r| start.wrapping_add(r.min(c.size[0] - 1) * stride));
+    let mut sums = [[_mm512_setzero_ps(); N]; MR];
+    let mut add = |k: usize, b: &[f32; NR]| {
+        // SAFETY: `N` registers lie within the `NR` values of a line.
+        let b: [__m512; N] = core::array::from_fn(|i| unsafe { _mm512_loadu_ps(b.as_ptr().add(i * WIDE)) });
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            // SAFETY: rows have as many terms as the panel.
+            let a = _mm512_set1_ps(unsafe { *row.add(k) });
+            for (sum, &b) in sums.iter_mut().zip(&b) {
+                *sum = _mm512_fmadd_ps(a, b, *sum);
+            }
+        }
+    };
+    let (whole, rest) = b.as_chunks::<UNROLL>();
+    for (i, b) in whole.iter().enumerate() {
+        if i < c.ahead.len {
+            prefetch(c.ahead.start.wrapping_add(i * c.ahead.stride));
+        }
+        b.iter().enumerate().for_each(|(k, b)| add(UNROLL * i + k, b));
+    }
+    rest.iter().enumerate().for_each(|(k, b)| add(UNROLL * whole.len() + k, b));
+    // SAFETY: the caller's promise.
+    unsafe { store(&sums, c) }
+}
+
+/// Writes the sums of a tile.
+///
+/// # Safety
+/// As for [`registers`].
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn store<const N: usize>(sums: &[[__m512; N]; MR], c: Place) {
     let last: __mmask16 = u16::MAX >> (N * WIDE - c.size[1]);
     let mask = |i: usize| if i + 1 == N { last } else { u16::MAX };
     let offset: [__m512; N] = core::array::from_fn(|i| match c.bias {

@@ -11,7 +11,7 @@ use core::arch::x86_64::{
     _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
-use super::{Kernel, Place, prefetch};
+use super::{Kernel, Left, Place, prefetch};
 use crate::nn::matmul::View;
 
 /// Rows or columns of a panel.
@@ -43,7 +43,8 @@ impl Kernel for Avx512Bf16 {
         unsafe { pack::<false>(from.start, [from.col, from.row], len, terms, out) }
     }
 
-    unsafe fn tile(a: &[f32], b: &[f32], c: Place) {
+    unsafe fn tile(a: Left<'_>, b: &[f32], c: Place) {
+        let a = a.panel();
         // SAFETY: as above.
         unsafe { tile(a, b, c) }
     }

@@ -2,7 +2,7 @@
 
 use wide::f32x8;
 
-use super::{Kernel, Place, pack, prefetch};
+use super::{Kernel, Left, Place, pack, prefetch};
 use crate::nn::matmul::View;
 use crate::simd::LANES;
 
@@ -36,7 +36,8 @@ impl Kernel for Lanes {
     }
 
     #[inline(never)]
-    unsafe fn tile(a: &[f32], b: &[f32], c: Place) {
+    unsafe fn tile(a: Left<'_>, b: &[f32], c: Place) {
+        let a = a.panel();
         let [rows, cols] = c.size;
         c.prefetch(0);
         let ((a, _), (b, _)) = (a.as_chunks(), b.as_chunks());

@@ -79,11 +79,43 @@ pub(super) trait Kernel {
     /// As for `pack_rows`.
     unsafe fn pack_cols(from: View, len: usize, terms: usize, out: &mut [f32]);
 
-    /// One tile of `C` over one panel of each operand.
+    /// Whether [`tile`](Self::tile) reads rows of `A` whose terms lie side by side where they are, so that they need no panel.
+    const IN_PLACE: bool = false;
+
+    /// One tile of `C` over one panel of each operand, or rows of `A` in place.
     ///
     /// # Safety
-    /// The processor has what the kernel needs; the place is within `C`, and nothing else accesses it.
-    unsafe fn tile(a: &[f32], b: &[f32], c: Place);
+    /// The processor has what the kernel needs; the place is within `C`, and nothing else accesses it. Rows in place are there,
+    /// as many as the tile has and with as many terms as the panel of `B`; only where the kernel is made for it.
+    unsafe fn tile(a: Left<'_>, b: &[f32], c: Place);
+}
+
+/// Rows of `A`, from that of a tile on.
+#[derive(Clone, Copy)]
+pub(super) enum Left<'a> {
+    /// A panel.
+    Panel(&'a [f32]),
+    /// The first row's first term, and the next row so many values further; terms lie side by side.
+    InPlace(*const f32, usize),
+}
+
+impl<'a> Left<'a> {
+    /// The panel, for kernels that take nothing else.
+    #[inline(always)]
+    fn panel(self) -> &'a [f32] {
+        match self {
+            Left::Panel(panel) => panel,
+            Left::InPlace(..) => &[],
+        }
+    }
+
+    /// The tile that begins at a row, whose panel has `values` values; a row has `depth`.
+    fn from(self, row: usize, depth: usize, values: usize) -> Self {
+        match self {
+            Left::Panel(panels) => Left::Panel(&panels[row * depth..][..values]),
+            Left::InPlace(start, stride) => Left::InPlace(start.wrapping_add(row * stride), stride),
+        }
+    }
 }
 
 /// Values that so many inner terms of a row take in a panel.
@@ -260,7 +292,7 @@ struct Target<'a> {
 /// # Safety
 /// The processor has what the kernel needs, and nothing else accesses the rectangle.
 unsafe fn rectangle<K: Kernel>(
-    [a, b]: [&[f32]; 2],
+    (a, b): (Left, &[f32]),
     depth: usize,
     c: Target,
     at: [usize; 2],
@@ -275,7 +307,7 @@ unsafe fn rectangle<K: Kernel>(
             for col in (cols_from..cols.min(cols_from + broad)).step_by(nr) {
                 let b = &b[col * depth..][..nr * depth];
                 for row in (rows_from..rows.min(rows_from + tall)).step_by(mr) {
-                    let a = &a[row * depth..][..mr * depth];
+                    let a = a.from(row, depth, mr * depth);
                     let (row, col) = (at[0] + row, at[1] + col);
                     let size = [mr.min(c.rows - row), nr.min(c.cols - col)];
                     let place = Place {
@@ -292,6 +324,11 @@ unsafe fn rectangle<K: Kernel>(
             }
         }
     }
+}
+
+/// Rows of `A` from a row and a term on, where the kernel reads them in place.
+fn in_place<K: Kernel>(a: View, row: usize, term: usize) -> Option<Left<'static>> {
+    (K::IN_PLACE && a.col == 1).then(|| Left::InPlace(a.at(row, term).start, a.row))
 }
 
 /// Rows and columns of `C` that [`small`] packs at a time.
@@ -329,13 +366,19 @@ pub(super) unsafe fn small<K: Kernel>(
                 for k in (0..inner).step_by(terms) {
                     let n = terms.min(inner - k);
                     let depth = values::<K>(n);
-                    let left = &mut left[..tall.next_multiple_of(mr) * depth];
+                    let left = match in_place::<K>(a, row, k) {
+                        Some(left) => left,
+                        None => {
+                            let left = &mut left[..tall.next_multiple_of(mr) * depth];
+                            K::pack_rows(a.at(row, k), tall, n, left);
+                            Left::Panel(left)
+                        }
+                    };
                     let right = &mut right[..broad.next_multiple_of(nr) * depth];
-                    K::pack_rows(a.at(row, k), tall, n, left);
                     K::pack_cols(b.at(k, col), broad, n, right);
                     let target = Target { start: c, stride, rows, cols, add: accumulate || k > 0, bias: None };
                     let mut ahead = Ahead::new(a.start, [1, 1], 0, 0);
-                    rectangle::<K>([left, right], depth, target, [row, col], [tall, broad], &mut ahead);
+                    rectangle::<K>((left, right), depth, target, [row, col], [tall, broad], &mut ahead);
                 }
             }
         }
@@ -408,7 +451,8 @@ pub(super) unsafe fn product<K: Kernel>(
             let now = at_once.min(steps - first);
             // Where step `s` is: from `k` on, `n` inner terms.
             let step = |s: usize| (s * terms, terms.min(inner - s * terms));
-            let groups = panels.div_ceil(PANELS);
+            // Rows that are read in place are not packed.
+            let groups = if !by_rows && in_place::<K>(a, 0, 0).is_some() { 0 } else { panels.div_ceil(PANELS) };
             team.each(now * groups, |_, i| {
                 let (s, panel) = (i / groups, i % groups * PANELS);
                 let (k, n) = step(first + s);
@@ -431,10 +475,11 @@ pub(super) unsafe fn product<K: Kernel>(
                         let own = slots.part(slot * OWN, width.next_multiple_of(long_unit) * values);
                         (own, shared.view(s * depth * padded, padded * values))
                     };
-                    if by_rows {
-                        pack_rows(at, width, k, n, own)
-                    } else {
-                        pack_cols(at, width, k, n, own)
+                    let left = in_place::<K>(a, if by_rows { at } else { from }, k);
+                    match (by_rows, left) {
+                        (true, None) => pack_rows(at, width, k, n, own),
+                        (true, Some(_)) => {}
+                        (false, _) => pack_cols(at, width, k, n, own),
                     }
                     let start = first + s == 0;
                     let (add, bias) = (accumulate || !start, bias.filter(|_| start));
@@ -451,9 +496,11 @@ pub(super) unsafe fn product<K: Kernel>(
                     // SAFETY: pieces are disjoint rectangles of `C`.
                     unsafe {
                         if by_rows {
-                            rectangle::<K>([own, all], values, target, [at, from], [width, len], &mut ahead);
+                            let left = left.unwrap_or(Left::Panel(own));
+                            rectangle::<K>((left, all), values, target, [at, from], [width, len], &mut ahead);
                         } else {
-                            rectangle::<K>([all, own], values, target, [from, at], [len, width], &mut ahead);
+                            let left = left.unwrap_or(Left::Panel(all));
+                            rectangle::<K>((left, own), values, target, [from, at], [len, width], &mut ahead);
                         }
                     }
                 }

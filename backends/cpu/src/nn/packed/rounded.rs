@@ -2,7 +2,7 @@
 
 use core::marker::PhantomData;
 
-use super::{Kernel, Place};
+use super::{Kernel, Left, Place};
 use crate::nn::matmul::View;
 
 /// A kernel whose operands are rounded to the nearest bf16, ties to even, when they are packed. NaN stays NaN.
@@ -37,7 +37,7 @@ impl<K: Kernel> Kernel for Rounded<K> {
         out.iter_mut().for_each(|x| *x = round(*x));
     }
 
-    unsafe fn tile(a: &[f32], b: &[f32], c: Place) {
+    unsafe fn tile(a: Left<'_>, b: &[f32], c: Place) {
         // SAFETY: as above.
         unsafe { K::tile(a, b, c) }
     }
