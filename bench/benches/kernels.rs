@@ -1,5 +1,6 @@
-//! `cargo bench -p bdia-bench`: every kernel of the CPU backend, and of a CUDA device where there is one, at the shapes of
-//! GPT-2 124M and the paper's ViT, in bytes or operations per second, with the machine's own limit in front.
+//! `cargo bench -p bdia-bench`: every kernel of the CPU backend, and of a CUDA device where there
+//! is one, at the shapes of GPT-2 124M and the paper's ViT, in bytes or operations per second, with
+//! the machine's own limit in front.
 #![allow(missing_docs, reason = "criterion's macros")]
 
 use core::time::Duration;
@@ -65,7 +66,8 @@ fn kernels(c: &mut Criterion) {
             roof.bandwidth / 1e9
         );
         for shapes in [GPT2, VIT] {
-            let bench = Bench::<Cuda>::new(&shapes, 16 * Bench::<Cuda>::full(), 1).expect("a layout");
+            let bench =
+                Bench::<Cuda>::new(&shapes, 16 * Bench::<Cuda>::full(), 1).expect("a layout");
             let args = MachineArgs { precision, ..MachineArgs::on(BackendKind::Cuda) };
             let mut be = machine::cuda(&args, &bench.layout).expect("a backend");
             group(c, &format!("{} {}", shapes.model, roof.name), bench, &mut be);

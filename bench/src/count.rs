@@ -1,11 +1,13 @@
 //! Every floating-point operation that a training step must do, stage by stage.
 //!
-//! One addition, multiplication, comparison of floats, division, root, `exp`, `tanh`, `erf` or rounding is **one**
-//! operation (so a multiply-add is two, and a transcendental function, which takes the processor many, is one: the count
-//! is a lower bound of the work). Integer work (side bits, checksums, Philox) and copies are not counted. Causal
-//! attention counts only the pairs that a query sees (a token of the ViT sees all others). Attention's backward pass counts the scores a second time, because
-//! nothing of size `T²` may be kept. `R` rows (samples · tokens), width `d`, inner width `i`, vocabulary `V`, `K` blocks,
-//! `P` parameters, `pairs` of query and key over all samples, and heads of width `w`:
+//! One addition, multiplication, comparison of floats, division, root, `exp`, `tanh`, `erf` or
+//! rounding is **one** operation (so a multiply-add is two, and a transcendental function, which
+//! takes the processor many, is one: the count is a lower bound of the work). Integer work (side
+//! bits, checksums, Philox) and copies are not counted. Causal attention counts only the pairs that
+//! a query sees (a token of the ViT sees all others). Attention's backward pass counts the scores a
+//! second time, because nothing of size `T²` may be kept. `R` rows (samples · tokens), width `d`,
+//! inner width `i`, vocabulary `V`, `K` blocks, `P` parameters, `pairs` of query and key over all
+//! samples, and heads of width `w`:
 //!
 //! | stage | products | other operations |
 //! |---|---|---|
@@ -45,7 +47,8 @@ struct Shape {
     /// Pairs of query and key, of one sample and head.
     pairs: f64,
     gelu: Gelu,
-    /// Dropout: of the embedding, of attention probabilities, of the branches' outputs, inside the MLP.
+    /// Dropout: of the embedding, of attention probabilities, of the branches' outputs, inside the
+    /// MLP.
     dropout: [f64; 4],
     qkv_bias: bool,
     /// Patches of an image and values of a patch; none of text.
@@ -89,7 +92,11 @@ pub fn stages(job: &Job) -> Vec<Stage> {
                 dropout: d.dropout,
                 qkv_bias: false,
                 patches: Some([d.patches.count(), values]),
-                parameters: (input + d.layers * block + 2 * d.width + d.width * d.classes + d.classes) as f64,
+                parameters: (input
+                    + d.layers * block
+                    + 2 * d.width
+                    + d.width * d.classes
+                    + d.classes) as f64,
             }
         }
     };
@@ -119,7 +126,13 @@ fn count(c: &Shape, mode: Mode, every: usize, batch: usize, tokens: usize) -> Ve
     let backward = Stage {
         name: "blocks, backward",
         products: 2.0 * linear + 10.0 * pairs * w,
-        other: 28.0 * r * d + biases + gelu_vjp * r * i + 6.0 * pairs + 2.0 * r * d + 2.0 * r * d + dropped,
+        other: 28.0 * r * d
+            + biases
+            + gelu_vjp * r * i
+            + 6.0 * pairs
+            + 2.0 * r * d
+            + 2.0 * r * d
+            + dropped,
     };
     let patches = c.patches.map_or(0.0, |[n, values]| samples * (n * values) as f64);
     // Text: every row goes through the head; an image: its class token.
@@ -148,7 +161,11 @@ fn count(c: &Shape, mode: Mode, every: usize, batch: usize, tokens: usize) -> Ve
         times(forward, k),
         Stage { name: "blocks, recomputed", ..times(forward, again) },
         times(backward, k),
-        Stage { name: "head and loss", products: 6.0 * head_rows * d * v, other: head_rows * (21.0 * d + 6.0 * v) },
+        Stage {
+            name: "head and loss",
+            products: 6.0 * head_rows * d * v,
+            other: head_rows * (21.0 * d + 6.0 * v),
+        },
         Stage { name: "update of X, inverse, G", products: 0.0, other: update + gradient },
         Stage { name: "AdamW", products: 0.0, other: 16.0 * c.parameters },
     ]
@@ -171,16 +188,20 @@ mod tests {
     /// What BDIA costs by the count: the forward pass of K−1 of K blocks.
     #[test]
     fn bdia_over_standard() {
-        for (model, ratio) in [(Model::Gpt2, 1.21), (Model::Gpt2Medium, 1.28), (Model::VitSmall, 1.27)] {
+        for (model, ratio) in
+            [(Model::Gpt2, 1.21), (Model::Gpt2Medium, 1.28), (Model::VitSmall, 1.27)]
+        {
             let found = of(model, Mode::Bdia, 1) / of(model, Mode::Standard, 1);
             assert!((found - ratio).abs() < 0.015, "{model:?}: {found}");
         }
     }
 
-    /// 6·P·R of the usual rule of thumb, less the position table and the token table's first use, plus attention.
+    /// 6·P·R of the usual rule of thumb, less the position table and the token table's first use,
+    /// plus attention.
     #[test]
     fn products_are_six_per_parameter_and_token() {
-        let products: f64 = stages(&Job::new(Model::Gpt2, Mode::Standard)).iter().map(|s| s.products).sum();
+        let products: f64 =
+            stages(&Job::new(Model::Gpt2, Mode::Standard)).iter().map(|s| s.products).sum();
         let weights = (12.0 * 12.0 * 768.0 * 768.0) + 50257.0 * 768.0;
         assert!((products / (6.0 * 1024.0 * weights) - 1.0).abs() < 0.03);
     }

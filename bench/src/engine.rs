@@ -40,12 +40,14 @@ pub fn run(job: &Job) -> Result<Record, Failure> {
     let settings = settings(job)?;
     match &architecture {
         Architecture::Gpt2(config) => {
-            let (choice, model, layout) = machine::lay_out(&gpt2(job, config, &settings), job.backend, None, None)?;
+            let (choice, model, layout) =
+                machine::lay_out(&gpt2(job, config, &settings), job.backend, None, None)?;
             on_backend(job, &architecture, model, choice, &layout)
         }
         Architecture::Vit(dims) => {
             let setup = vit(job, *dims, &settings);
-            let (choice, model, layout) = bdia_vit::train::lay_out(&setup, job.backend, None, None)?;
+            let (choice, model, layout) =
+                bdia_vit::train::lay_out(&setup, job.backend, None, None)?;
             on_backend(job, &architecture, model, choice, &layout)
         }
     }
@@ -62,23 +64,36 @@ fn on_backend<N: Network>(
     match job.backend {
         BackendKind::Cpu => {
             let mut be = machine::cpu(&job.machine(), layout, job.threads)?;
-            let (mut record, scratch, model) = train(job, architecture, &mut be, model, choice, layout, base, None)?;
+            let (mut record, scratch, model) =
+                train(job, architecture, &mut be, model, choice, layout, base, None)?;
             record.parts = parts(&be, &model, layout, scratch as u64)?;
             Ok(record)
         }
         BackendKind::Cuda => {
             let mut be = machine::cuda(&job.machine(), layout)?;
-            let mut record = train(job, architecture, &mut be, model, choice, layout, base, Some(Cuda::take_times))?.0;
+            let mut record = train(
+                job,
+                architecture,
+                &mut be,
+                model,
+                choice,
+                layout,
+                base,
+                Some(Cuda::take_times),
+            )?
+            .0;
             let times = be.times().map_err(bdia_train::Failure::from)?;
             record.seconds_on_device = times.seconds;
-            record.times = times.by_name.into_iter().map(|t| (t.name, t.calls, t.seconds)).collect();
+            record.times =
+                times.by_name.into_iter().map(|t| (t.name, t.calls, t.seconds)).collect();
             let (plan, measured) = (layout.total() as u64, be.taken_bytes() as u64);
             record.parts = vec![Part { name: "memory of the device".into(), plan, measured }];
             Ok(record)
         }
         BackendKind::Reference => {
             let (ints, reals, words) = layout.arenas();
-            let (mut ints, mut reals, mut words) = (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
+            let (mut ints, mut reals, mut words) =
+                (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
             let mut be = Reference::new(layout, &mut ints, &mut reals, &mut words)?;
             Ok(train(job, architecture, &mut be, model, choice, layout, base, None)?.0)
         }
@@ -103,7 +118,8 @@ pub fn init(job: &Job, dir: &Path) -> Result<(), Failure> {
         }
         Architecture::Vit(dims) => {
             let setup = vit::Setup { rule: None, batch: 1, ..vit(job, dims, &settings) };
-            let (_, model, layout) = bdia_vit::train::lay_out(&setup, BackendKind::Cpu, None, None)?;
+            let (_, model, layout) =
+                bdia_vit::train::lay_out(&setup, BackendKind::Cpu, None, None)?;
             let mut be = Cpu::new(&layout, job.threads).map_err(bdia_train::Failure::from)?;
             model.initialize(&mut be, job.seed)?;
             Ok(bdia_vit::train::save_weights(&dir.join(FILE), &be, &model)?)
@@ -170,12 +186,18 @@ fn vit(job: &Job, dims: vit::Dims, s: &Settings) -> vit::Setup {
     }
 }
 
-/// A model that is measured. Every step sees the same batch: then the losses show whether gradients and updates agree.
+/// A model that is measured. Every step sees the same batch: then the losses show whether gradients
+/// and updates agree.
 trait Network {
     fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure>;
     fn prepare(&mut self);
     /// Loss and mismatches of a step.
-    fn step<B: Backend<Real = f32>>(&mut self, job: &Job, be: &mut B, step: u32) -> Result<(f64, u64), Failure>;
+    fn step<B: Backend<Real = f32>>(
+        &mut self,
+        job: &Job,
+        be: &mut B,
+        step: u32,
+    ) -> Result<(f64, u64), Failure>;
     /// Values, gradient and optimizer state of every parameter tensor.
     fn tensors(&self) -> Vec<(Reals, Reals, [Reals; 2])>;
 }
@@ -183,7 +205,9 @@ trait Network {
 impl Network for gpt2::Gpt2 {
     fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure> {
         match (&job.weights, job.model.architecture(job)) {
-            (Some(dir), Architecture::Gpt2(config)) => machine::load_weights(dir, &config, be, self)?,
+            (Some(dir), Architecture::Gpt2(config)) => {
+                machine::load_weights(dir, &config, be, self)?
+            }
             _ => self.initialize(be, job.seed)?,
         }
         Ok(())
@@ -193,12 +217,21 @@ impl Network for gpt2::Gpt2 {
         self.prepare();
     }
 
-    fn step<B: Backend<Real = f32>>(&mut self, job: &Job, be: &mut B, step: u32) -> Result<(f64, u64), Failure> {
-        let plan = gpt2::Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0 };
+    fn step<B: Backend<Real = f32>>(
+        &mut self,
+        job: &Job,
+        be: &mut B,
+        step: u32,
+    ) -> Result<(f64, u64), Failure> {
+        let plan =
+            gpt2::Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0 };
         let (context, vocab) = (job.tokens(), self.setup().dims.vocab as u64);
         let outcome = self.train(be, &plan, |_, tokens, targets| {
-            for (i, (sample, next)) in tokens.chunks_mut(context).zip(targets.chunks_mut(context)).enumerate() {
-                let at = |t: usize| (number(job.seed, (i * (context + 1) + t) as u64) % vocab) as i32;
+            for (i, (sample, next)) in
+                tokens.chunks_mut(context).zip(targets.chunks_mut(context)).enumerate()
+            {
+                let at =
+                    |t: usize| (number(job.seed, (i * (context + 1) + t) as u64) % vocab) as i32;
                 for t in 0..context {
                     (sample[t], next[t]) = (at(t), at(t + 1));
                 }
@@ -226,14 +259,27 @@ impl Network for vit::Vit {
         self.prepare();
     }
 
-    fn step<B: Backend<Real = f32>>(&mut self, job: &Job, be: &mut B, step: u32) -> Result<(f64, u64), Failure> {
-        let plan = vit::Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0, share: 1.0 };
+    fn step<B: Backend<Real = f32>>(
+        &mut self,
+        job: &Job,
+        be: &mut B,
+        step: u32,
+    ) -> Result<(f64, u64), Failure> {
+        let plan = vit::Step {
+            step,
+            seed: job.seed,
+            lr: LR,
+            weight_decay: WEIGHT_DECAY,
+            clip: 0.0,
+            share: 1.0,
+        };
         let (batch, classes) = (job.batch(), self.setup().dims.classes as u64);
         let outcome = self.train(be, &plan, |i, pixels| {
             let first = batch + i * pixels.len();
             for (at, pixel) in pixels.iter_mut().enumerate() {
                 // The upper 24 bits, from -1 to 1.
-                *pixel = (number(job.seed, (first + at) as u64) >> 40) as f64 / f64::from(1 << 23) - 1.0;
+                *pixel =
+                    (number(job.seed, (first + at) as u64) >> 40) as f64 / f64::from(1 << 23) - 1.0;
             }
             let label = (number(job.seed, i as u64) % classes) as i32;
             Ok::<_, Error>([label; 2])
@@ -255,8 +301,9 @@ fn number(seed: u64, i: u64) -> u64 {
     z ^ z >> 32
 }
 
-/// Trains; also gives what the allocator gave during the steps at most, without what was there before, and the model. Where
-/// `take_times` is given, it is called before a further step, which is not measured.
+/// Trains; also gives what the allocator gave during the steps at most, without what was there
+/// before, and the model. Where `take_times` is given, it is called before a further step, which is
+/// not measured.
 fn train<B: Backend<Real = f32>, N: Network>(
     job: &Job,
     architecture: &Architecture,
@@ -321,7 +368,12 @@ fn train<B: Backend<Real = f32>, N: Network>(
 }
 
 /// Plan beside the pages that are there, by what can be told apart from outside.
-fn parts<N: Network>(be: &Cpu, model: &N, layout: &Layout, scratch: u64) -> Result<Vec<Part>, Failure> {
+fn parts<N: Network>(
+    be: &Cpu,
+    model: &N,
+    layout: &Layout,
+    scratch: u64,
+) -> Result<Vec<Part>, Failure> {
     let bytes = |c| layout.bytes(c) as u64;
     let (ints, reals, words) = layout.arenas();
     let mut pages = Pages::open()?;
@@ -338,14 +390,23 @@ fn parts<N: Network>(be: &Cpu, model: &N, layout: &Layout, scratch: u64) -> Resu
         }
     }
     let all = pages.resident(be.reals(Reals::new(0, reals))?)?;
-    let known = bytes(Category::Parameters) + bytes(Category::Gradients) + bytes(Category::Optimizer);
+    let known =
+        bytes(Category::Parameters) + bytes(Category::Gradients) + bytes(Category::Optimizer);
     let part = |name: &str, plan, measured| Part { name: name.into(), plan, measured };
     Ok(vec![
         part("parameters", bytes(Category::Parameters), parameters),
         part("gradients", bytes(Category::Gradients), gradients),
         part("optimizer state", bytes(Category::Optimizer), optimizer),
-        part("integers: X, tokens, targets", ints as u64 * 4, pages.resident(be.ints(Ints::new(0, ints))?)?),
-        part("words: side bits, checksums", words as u64 * 4, pages.resident(be.words(Words::new(0, words))?)?),
+        part(
+            "integers: X, tokens, targets",
+            ints as u64 * 4,
+            pages.resident(be.ints(Ints::new(0, ints))?)?,
+        ),
+        part(
+            "words: side bits, checksums",
+            words as u64 * 4,
+            pages.resident(be.words(Words::new(0, words))?)?,
+        ),
         part(
             "floats: activations, G, workspace, head",
             reals as u64 * 4 - known,
@@ -375,7 +436,10 @@ impl Pages {
         let end = start + size_of_val(values);
         let (first, last) = (start / Self::SIZE, (end - 1) / Self::SIZE);
         let mut entries = vec![0_u8; (last - first + 1) * 8];
-        let read = self.0.seek(SeekFrom::Start(first as u64 * 8)).and_then(|_| self.0.read_exact(&mut entries));
+        let read = self
+            .0
+            .seek(SeekFrom::Start(first as u64 * 8))
+            .and_then(|_| self.0.read_exact(&mut entries));
         read.map_err(|error| Failure::File { path: "/proc/self/pagemap".into(), error })?;
         let mut sum = 0;
         for (i, entry) in entries.chunks_exact(8).enumerate() {
@@ -389,7 +453,8 @@ impl Pages {
     }
 }
 
-/// A size of `/proc/self/status` in bytes, 0 where there is none. (`getrusage` would count the parent's memory too.)
+/// A size of `/proc/self/status` in bytes, 0 where there is none. (`getrusage` would count the
+/// parent's memory too.)
 pub fn status(field: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'));
@@ -418,9 +483,11 @@ mod tests {
             for (a, b) in ours.losses.iter().zip(&reference.losses) {
                 assert!((a - b).abs() < 1e-4 * b, "{mode:?}: {a} {b}");
             }
-            // The arenas; norms and padding between tensors are in one part of the plan and in another of what is found.
+            // The arenas; norms and padding between tensors are in one part of the plan and in
+            // another of what is found.
             let arenas = &ours.parts[..6];
-            let (plan, found) = arenas.iter().fold((0, 0), |(p, f), part| (p + part.plan, f + part.measured));
+            let (plan, found) =
+                arenas.iter().fold((0, 0), |(p, f), part| (p + part.plan, f + part.measured));
             assert!(0 < found && found <= plan, "{arenas:?}");
         }
     }

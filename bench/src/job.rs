@@ -1,5 +1,5 @@
-//! What is run ([`Job`]) and what came out of it ([`Record`]): flags in, one line of JSON out, for our engine and for
-//! peers alike.
+//! What is run ([`Job`]) and what came out of it ([`Record`]): flags in, one line of JSON out, for
+//! our engine and for peers alike.
 
 use std::path::PathBuf;
 
@@ -26,8 +26,8 @@ pub enum Model {
     Mini,
     /// 3 blocks of width 64 and 512 tokens: runs in milliseconds, also on the reference backend.
     Tiny,
-    /// The paper's ViT for images of 32×32 and 10 classes: 6 blocks of width 512, 8 heads, MLP 512, 65 tokens. An image is
-    /// one sample.
+    /// The paper's ViT for images of 32×32 and 10 classes: 6 blocks of width 512, 8 heads, MLP 512,
+    /// 65 tokens. An image is one sample.
     VitSmall,
 }
 
@@ -65,10 +65,21 @@ impl Model {
             Self::Gpt2 => Gpt2Config::preset(Size::Gpt2),
             Self::Gpt2Medium => Gpt2Config::preset(Size::Medium),
             Self::Mini => Gpt2Config::preset(Size::Mini),
-            Self::Tiny => Gpt2Config { n_layer: 3, n_embd: 64, n_positions: 64, ..Gpt2Config::preset(Size::Mini) },
+            Self::Tiny => Gpt2Config {
+                n_layer: 3,
+                n_embd: 64,
+                n_positions: 64,
+                ..Gpt2Config::preset(Size::Mini)
+            },
             Self::VitSmall => {
                 return Architecture::Vit(Dims {
-                    patches: Patches { channels: 3, height: 32, width: 32, patch: 4, shifted: true },
+                    patches: Patches {
+                        channels: 3,
+                        height: 32,
+                        width: 32,
+                        patch: 4,
+                        shifted: true,
+                    },
                     classes: job.vocab.unwrap_or(10),
                     width: 512,
                     layers: job.layers.unwrap_or(6),
@@ -129,7 +140,8 @@ pub struct Job {
     /// How activations are kept
     #[arg(long, value_enum, default_value = "bdia")]
     pub mode: Mode,
-    /// Blocks between stored activations (mode checkpoint) [default: the square root of the number of blocks]
+    /// Blocks between stored activations (mode checkpoint) [default: the square root of the number
+    /// of blocks]
     #[arg(long)]
     pub checkpoint_every: Option<u64>,
     /// Who computes
@@ -202,7 +214,11 @@ impl Job {
 
     /// The machine that the job asks for.
     pub const fn machine(&self) -> MachineArgs {
-        MachineArgs { device: self.device, precision: self.precision, ..MachineArgs::on(self.backend) }
+        MachineArgs {
+            device: self.device,
+            precision: self.precision,
+            ..MachineArgs::on(self.backend)
+        }
     }
 
     /// Samples.
@@ -227,7 +243,10 @@ impl Job {
 
     /// Blocks of a segment in mode checkpoint.
     pub fn every(&self) -> usize {
-        bdia_gpt2::machine::checkpoint_every(self.checkpoint_every, self.model.architecture(self).layers())
+        bdia_gpt2::machine::checkpoint_every(
+            self.checkpoint_every,
+            self.model.architecture(self).layers(),
+        )
     }
 
     /// The mode, with its segment length.
@@ -242,7 +261,9 @@ impl Job {
 
     /// The same as flags.
     pub fn flags(&self) -> Vec<String> {
-        let name = |v: Option<clap::builder::PossibleValue>| v.map_or(String::new(), |v| v.get_name().to_string());
+        let name = |v: Option<clap::builder::PossibleValue>| {
+            v.map_or(String::new(), |v| v.get_name().to_string())
+        };
         let mut flags = Vec::new();
         let mut put = |flag: &str, value: String| flags.extend([format!("--{flag}"), value]);
         put("model", name(self.model.to_possible_value()));
@@ -341,7 +362,8 @@ pub struct Record {
     /// Plan beside what was found.
     #[serde(default)]
     pub parts: Vec<Part>,
-    /// On a CUDA device: kernels, products and copies of one more step, how many of each, and their seconds.
+    /// On a CUDA device: kernels, products and copies of one more step, how many of each, and their
+    /// seconds.
     #[serde(default)]
     pub times: Vec<(String, usize, f64)>,
     /// That step from its first kernel to the end of its last.
@@ -389,7 +411,8 @@ mod tests {
     #[test]
     fn flags_say_the_same_job() {
         let mut job = Job::new(Model::VitSmall, Mode::Checkpoint);
-        (job.layers, job.verify, job.dropout, job.weights) = (Some(3), true, 0.1, Some("a b".into()));
+        (job.layers, job.verify, job.dropout, job.weights) =
+            (Some(3), true, 0.1, Some("a b".into()));
         (job.checkpoint_every, job.batch, job.context) = (Some(2), Some(7), Some(65));
         job.vocab = Some(11);
         (job.backend, job.device, job.precision) = (BackendKind::Cuda, 1, PrecisionKind::Bf16);
@@ -399,6 +422,9 @@ mod tests {
 
     #[test]
     fn medians() {
-        assert_eq!((median(&[]), median(&[3.0]), median(&[4.0, 1.0, 2.0]), median(&[1.0, 2.0])), (0.0, 3.0, 2.0, 1.5));
+        assert_eq!(
+            (median(&[]), median(&[3.0]), median(&[4.0, 1.0, 2.0]), median(&[1.0, 2.0])),
+            (0.0, 3.0, 2.0, 1.5)
+        );
     }
 }

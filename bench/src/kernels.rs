@@ -1,10 +1,13 @@
-//! Every kernel of a backend with the work that one call does: for `cargo bench` and for the report.
+//! Every kernel of a backend with the work that one call does: for `cargo bench` and for the
+//! report.
 
 use core::time::Duration;
 use std::time::Instant;
 
 use bdia_core::arena::{Category, Ints, Layout, Reals};
-use bdia_core::backend::{Attention, Backend, Chunk, Columns, CrossEntropy, Gelu, Mask, Order, Product};
+use bdia_core::backend::{
+    Attention, Backend, Chunk, Columns, CrossEntropy, Gelu, Mask, Order, Product,
+};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
@@ -35,8 +38,8 @@ pub struct Kernel<B> {
 }
 
 impl<B: Backend<Real = f32>> Kernel<B> {
-    /// Median seconds of a call, from calls for about `span`. Where calls are only queued, so many of them are waited for
-    /// together that the wait does not count.
+    /// Median seconds of a call, from calls for about `span`. Where calls are only queued, so many
+    /// of them are waited for together that the wait does not count.
     ///
     /// # Errors
     /// Those of the backend.
@@ -152,7 +155,8 @@ impl<B: Backend<Real = f32>> Bench<B> {
         let [a, b, c, e] = [real(widest), real(widest), real(widest), real(widest)];
         let weight = real((d * (3 * d).max(i)).max(v * d));
         let gradient = real(weight.len());
-        let [vector, vector_gradient, stats] = [real((3 * d).max(i)), real((3 * d).max(i)), real(2 * rows)];
+        let [vector, vector_gradient, stats] =
+            [real((3 * d).max(i)), real((3 * d).max(i)), real(2 * rows)];
         let [lse, losses, norm] = [real(rows * s.heads), real(rows), real(1)];
         let attention = Attention {
             heads: s.heads,
@@ -176,8 +180,16 @@ impl<B: Backend<Real = f32>> Bench<B> {
         let mut bench = Self { layout: l, kernels: Vec::new(), reals, weights, ints };
 
         // The update: one sample that is as large as the stream.
-        let whole =
-            Chunk { seed: 1, step: 0, stack: 0, site: Site::Block(1), first: 0, samples: 1, global: 0, frame: 0 };
+        let whole = Chunk {
+            seed: 1,
+            step: 0,
+            stack: 0,
+            site: Site::Block(1),
+            first: 0,
+            samples: 1,
+            global: 0,
+            frame: 0,
+        };
         let (grid, gamma) = (Grid::new(14)?, Gamma::new(0.5, Sign::Random)?);
         let [f, g, h] = [a, b, c].map(|r| r.sub(0, streamed));
         let n = streamed as f64;
@@ -185,9 +197,17 @@ impl<B: Backend<Real = f32>> Bench<B> {
         let mut put = |name: &str, work: Work, call: Call<B>| {
             bench.kernels.push(Kernel { name: name.into(), work, call });
         };
-        put("quantize + checksum", bytes(8.0), Box::new(move |be| be.quantize(&whole, grid, f, x, sum)));
+        put(
+            "quantize + checksum",
+            bytes(8.0),
+            Box::new(move |be| be.quantize(&whole, grid, f, x, sum)),
+        );
         put("dequantize", bytes(8.0), Box::new(move |be| be.dequantize(grid, x, h)));
-        put("add_quantized + checksum", bytes(12.0), Box::new(move |be| be.add_quantized(&whole, grid, y, g, sum)));
+        put(
+            "add_quantized + checksum",
+            bytes(12.0),
+            Box::new(move |be| be.add_quantized(&whole, grid, y, g, sum)),
+        );
         put(
             "step + side bits + checksum",
             bytes(16.125),
@@ -205,13 +225,24 @@ impl<B: Backend<Real = f32>> Bench<B> {
 
         // The block, at its chunk.
         let chunk = Chunk { samples: s.samples, ..whole };
-        let linear = [("c_attn", d, 3 * d), ("attn.c_proj", d, d), ("c_fc", d, i), ("mlp.c_proj", i, d)];
+        let linear =
+            [("c_attn", d, 3 * d), ("attn.c_proj", d, d), ("c_fc", d, i), ("mlp.c_proj", i, d)];
         for (name, from, to) in linear {
             let operations = Work::Operations(2.0 * (rows * from * to) as f64);
-            let shape = |r: usize, inner: usize, cols: usize| format!("{name} [{r}×{inner}]·[{inner}×{cols}]");
+            let shape = |r: usize, inner: usize, cols: usize| {
+                format!("{name} [{r}×{inner}]·[{inner}×{cols}]")
+            };
             let (input, output) = (a.sub(0, rows * from), b.sub(0, rows * to));
-            let (w, dw, bias) = (weight.sub(0, from * to), gradient.sub(0, from * to), vector.sub(0, to));
-            let p = Product { rows, cols: to, inner: from, a: Order::Plain, b: Order::Plain, accumulate: false };
+            let (w, dw, bias) =
+                (weight.sub(0, from * to), gradient.sub(0, from * to), vector.sub(0, to));
+            let p = Product {
+                rows,
+                cols: to,
+                inner: from,
+                a: Order::Plain,
+                b: Order::Plain,
+                accumulate: false,
+            };
             put(
                 &format!("forward {} + bias", shape(rows, from, to)),
                 operations,
@@ -224,8 +255,14 @@ impl<B: Backend<Real = f32>> Bench<B> {
                 operations,
                 Box::new(move |be| be.matmul(&p, output, w, None, back)),
             );
-            let p =
-                Product { rows: from, cols: to, inner: rows, a: Order::Transposed, b: Order::Plain, accumulate: true };
+            let p = Product {
+                rows: from,
+                cols: to,
+                inner: rows,
+                a: Order::Transposed,
+                b: Order::Plain,
+                accumulate: true,
+            };
             put(
                 &format!("weight gradient {}", shape(from, rows, to)),
                 operations,
@@ -236,7 +273,11 @@ impl<B: Backend<Real = f32>> Bench<B> {
         let (m, values) = ((rows * d) as f64, rows * d);
         let [xs, ys, dys] = [of(a, values), of(b, values), of(c, values)];
         let [w, dw, bias] = [of(vector, d), of(vector_gradient, d), of(gradient, d)];
-        put("layer_norm", Work::Bytes(8.0 * m), Box::new(move |be| be.layer_norm(1e-5, w, bias, xs, ys, stats)));
+        put(
+            "layer_norm",
+            Work::Bytes(8.0 * m),
+            Box::new(move |be| be.layer_norm(1e-5, w, bias, xs, ys, stats)),
+        );
         let dbias = gradient.sub(d, d);
         put(
             "layer_norm_vjp",
@@ -246,10 +287,18 @@ impl<B: Backend<Real = f32>> Bench<B> {
         let (pre, post) = (of(a, rows * i), of(b, rows * i));
         let (kind, inner_bytes) = (s.gelu, (rows * i) as f64);
         put("gelu", Work::Bytes(8.0 * inner_bytes), Box::new(move |be| be.gelu(kind, pre, post)));
-        put("gelu_vjp", Work::Bytes(12.0 * inner_bytes), Box::new(move |be| be.gelu_vjp(kind, pre, post)));
+        put(
+            "gelu_vjp",
+            Work::Bytes(12.0 * inner_bytes),
+            Box::new(move |be| be.gelu_vjp(kind, pre, post)),
+        );
         let cols = of(vector_gradient, i);
         put("sum_rows", Work::Bytes(4.0 * inner_bytes), Box::new(move |be| be.sum_rows(pre, cols)));
-        put("dropout", Work::Bytes(8.0 * m), Box::new(move |be| be.dropout(&chunk, Draw::MlpResidualDropout, 0.1, ys)));
+        put(
+            "dropout",
+            Work::Bytes(8.0 * m),
+            Box::new(move |be| be.dropout(&chunk, Draw::MlpResidualDropout, 0.1, ys)),
+        );
 
         let pairs = match s.mask {
             Mask::Full => s.tokens * s.tokens,
@@ -275,7 +324,9 @@ impl<B: Backend<Real = f32>> Bench<B> {
                 Work::Operations(10.0 * per_head),
                 Box::new(move |be| {
                     let ([q, k, v], [dq, dk, dv]) = (columns(qkv), columns(dqkv));
-                    be.attention_vjp(&chunk, &attention, q, k, v, out, lse, dout, dq, dk, dv, scratch)
+                    be.attention_vjp(
+                        &chunk, &attention, q, k, v, out, lse, dout, dq, dk, dv, scratch,
+                    )
                 }),
             );
         }
@@ -285,8 +336,14 @@ impl<B: Backend<Real = f32>> Bench<B> {
         let (hidden, logits) = (of(a, head_rows * d), of(b, head_rows * v));
         let (table, dtable) = (of(weight, v * d), of(gradient, v * d));
         let operations = Work::Operations(2.0 * (head_rows * d * v) as f64);
-        let p =
-            Product { rows: head_rows, cols: v, inner: d, a: Order::Plain, b: Order::Transposed, accumulate: false };
+        let p = Product {
+            rows: head_rows,
+            cols: v,
+            inner: d,
+            a: Order::Plain,
+            b: Order::Transposed,
+            accumulate: false,
+        };
         put(
             &format!("logits [{head_rows}×{d}]·[{d}×{v}]"),
             operations,
@@ -297,16 +354,33 @@ impl<B: Backend<Real = f32>> Bench<B> {
             "cross_entropy",
             Work::Bytes(8.0 * (head_rows * v) as f64),
             Box::new(move |be| {
-                be.cross_entropy(&chunk, &ce, logits, tokens.sub(0, head_rows), losses.sub(0, head_rows))
+                be.cross_entropy(
+                    &chunk,
+                    &ce,
+                    logits,
+                    tokens.sub(0, head_rows),
+                    losses.sub(0, head_rows),
+                )
             }),
         );
-        let p = Product { rows: v, cols: d, inner: head_rows, a: Order::Transposed, b: Order::Plain, accumulate: true };
+        let p = Product {
+            rows: v,
+            cols: d,
+            inner: head_rows,
+            a: Order::Transposed,
+            b: Order::Plain,
+            accumulate: true,
+        };
         put(
             &format!("head weight gradient [{v}×{head_rows}]·[{head_rows}×{d}]"),
             operations,
             Box::new(move |be| be.matmul(&p, logits, hidden, None, dtable)),
         );
-        put("embed", Work::Bytes(12.0 * m), Box::new(move |be| be.embed(&chunk, tokens, table, of(c, values), d, ys)));
+        put(
+            "embed",
+            Work::Bytes(12.0 * m),
+            Box::new(move |be| be.embed(&chunk, tokens, table, of(c, values), d, ys)),
+        );
         put(
             "embed_vjp",
             Work::Bytes(20.0 * m),
@@ -315,7 +389,11 @@ impl<B: Backend<Real = f32>> Bench<B> {
 
         let [p, m, v] = [a, b, c].map(|r| of(r, streamed));
         let g = of(e, streamed);
-        put("sum_squares", bytes(4.0), Box::new(move |be| be.sum_squares(Site::Embedding, g, norm)));
+        put(
+            "sum_squares",
+            bytes(4.0),
+            Box::new(move |be| be.sum_squares(Site::Embedding, g, norm)),
+        );
         for (name, rule, moved) in [
             ("AdamW", Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }, 28.0),
             ("SET-Adam", Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 }, 28.0),
@@ -341,7 +419,8 @@ impl<B: Backend<Real = f32>> Bench<B> {
         let (piece, whole): (Vec<f32>, Vec<i32>) =
             (0..PIECE as i32).map(|i| i * 37 % 256).map(|i| (i as f32 / 256.0 + 0.01, i)).unzip();
         let sizes = |len: usize| {
-            let doubled = core::iter::successors(Some(PIECE), |at| Some(2 * at)).take_while(move |&at| at < len);
+            let doubled = core::iter::successors(Some(PIECE), |at| Some(2 * at))
+                .take_while(move |&at| at < len);
             doubled.map(move |at| (at, at.min(len - at)))
         };
         for range in [self.reals, self.weights] {

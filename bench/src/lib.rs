@@ -1,9 +1,11 @@
-//! Speed and memory of `bdia`, measured, asserted, and set beside what the machine and PyTorch can do.
+//! Speed and memory of `bdia`, measured, asserted, and set beside what the machine and PyTorch can
+//! do.
 //!
-//! In the order in which data flows: [`job`] says what is run and with what result; [`engine`] runs it in a process of
-//! its own; [`peers`] runs PyTorch with the same flags; [`count`] counts the operations of a step, [`roof`] measures what
-//! the machine can do, [`kernels`] has every kernel of a backend with its work; [`report`] puts all of it together, and
-//! [`page`] draws it. [`scaling`] estimates steps on many machines.
+//! In the order in which data flows: [`job`] says what is run and with what result; [`engine`] runs
+//! it in a process of its own; [`peers`] runs PyTorch with the same flags; [`count`] counts the
+//! operations of a step, [`roof`] measures what the machine can do, [`kernels`] has every kernel of
+//! a backend with its work; [`report`] puts all of it together, and [`page`] draws it. [`scaling`]
+//! estimates steps on many machines.
 
 pub mod count;
 pub mod engine;

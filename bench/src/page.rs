@@ -1,4 +1,5 @@
-//! The report as Markdown and as one HTML page with its charts inside: no script, no font, no file from elsewhere.
+//! The report as Markdown and as one HTML page with its charts inside: no script, no font, no file
+//! from elsewhere.
 
 use core::fmt::Write;
 
@@ -49,10 +50,15 @@ pub fn markdown(title: &str, intro: &[String], sections: &[Section]) -> String {
         }
         if !s.table.rows.is_empty() {
             let line = |cells: &[String]| {
-                format!("| {} |\n", cells.iter().map(|c| c.replace('|', "\\|")).collect::<Vec<_>>().join(" | "))
+                format!(
+                    "| {} |\n",
+                    cells.iter().map(|c| c.replace('|', "\\|")).collect::<Vec<_>>().join(" | ")
+                )
             };
             out += &line(&s.table.head);
-            let dashes: Vec<_> = (0..s.table.head.len()).map(|i| if i == 0 { "---" } else { "---:" }.into()).collect();
+            let dashes: Vec<_> = (0..s.table.head.len())
+                .map(|i| if i == 0 { "---" } else { "---:" }.into())
+                .collect();
             out += &line(&dashes);
             s.table.rows.iter().for_each(|r| out += &line(r));
             out.push('\n');
@@ -111,14 +117,17 @@ pub fn html(title: &str, intro: &[String], sections: &[Section]) -> String {
                     .map(|c| {
                         let class = match c.as_str() {
                             c if c.starts_with("met") || c == "ok" => " class=\"good\"",
-                            c if c.starts_with("missed") || c.starts_with("WRONG") => " class=\"bad\"",
+                            c if c.starts_with("missed") || c.starts_with("WRONG") => {
+                                " class=\"bad\""
+                            }
                             _ => "",
                         };
                         format!("<{tag}{class}>{}</{tag}>", inline(c))
                     })
                     .collect()
             };
-            let _ = write!(out, "<div class=\"scroll\"><table><tr>{}</tr>", cells(&s.table.head, "th"));
+            let _ =
+                write!(out, "<div class=\"scroll\"><table><tr>{}</tr>", cells(&s.table.head, "th"));
             s.table.rows.iter().for_each(|r| _ = write!(out, "<tr>{}</tr>", cells(r, "td")));
             out += "</table></div>";
         }
@@ -136,7 +145,11 @@ fn inline(text: &str) -> String {
     let parts: Vec<_> = text.split('`').map(escape).collect();
     let mut out = String::new();
     for (i, part) in parts.iter().enumerate() {
-        out += &if i % 2 == 1 && i + 1 < parts.len() { format!("<code>{part}</code>") } else { part.clone() };
+        out += &if i % 2 == 1 && i + 1 < parts.len() {
+            format!("<code>{part}</code>")
+        } else {
+            part.clone()
+        };
     }
     out
 }
@@ -200,7 +213,13 @@ pub fn stacked(title: &str, parts: &[String], rows: &[(String, Vec<f64>, String)
             }
             x += w;
         }
-        let _ = write!(body, "<text class=\"soft\" x=\"{:.1}\" y=\"{:.1}\">{}</text>", x + 6.0, y + 13.0, escape(text));
+        let _ = write!(
+            body,
+            "<text class=\"soft\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            x + 6.0,
+            y + 13.0,
+            escape(text)
+        );
     }
     let (mut x, mut y) = (0.0, 46.0 + 26.0 * rows.len() as f64);
     for (j, part) in parts.iter().enumerate() {
@@ -234,7 +253,11 @@ pub fn lines(title: &str, x_name: &str, y_name: &str, series: &[Line]) -> String
     let (Some(&first), Some(&last)) = (xs.first(), xs.last()) else { return String::new() };
     let top = points().map(|p| p.1).fold(f64::MIN_POSITIVE, f64::max);
     let unit = 10_f64.powf((top / 4.0).log10().floor());
-    let step = [1.0, 2.0, 2.5, 5.0, 10.0].map(|m| m * unit).into_iter().find(|s| top / s <= 4.5).unwrap_or(top);
+    let step = [1.0, 2.0, 2.5, 5.0, 10.0]
+        .map(|m| m * unit)
+        .into_iter()
+        .find(|s| top / s <= 4.5)
+        .unwrap_or(top);
     let ceiling = (top / step).ceil() * step;
     let (left, right, above, below) = (58.0, 508.0, 34.0, 214.0);
     let x = |v: f64| {
@@ -292,7 +315,11 @@ pub fn lines(title: &str, x_name: &str, y_name: &str, series: &[Line]) -> String
         below + 34.0,
         escape(x_name)
     );
-    let _ = write!(body, "<text class=\"soft\" x=\"{right}\" y=\"14\" text-anchor=\"end\">{}</text>", escape(y_name));
+    let _ = write!(
+        body,
+        "<text class=\"soft\" x=\"{right}\" y=\"14\" text-anchor=\"end\">{}</text>",
+        escape(y_name)
+    );
     let mut at = 0.0;
     for (i, (name, _)) in series.iter().enumerate() {
         let y = below + 52.0;
@@ -341,9 +368,13 @@ mod tests {
 
     #[test]
     fn charts_keep_their_proportions() {
-        let svg = bars("b", &[("x".into(), 2.0, "2".into(), true), ("y".into(), 1.0, "1".into(), false)]);
+        let svg =
+            bars("b", &[("x".into(), 2.0, "2".into(), true), ("y".into(), 1.0, "1".into(), false)]);
         let room = WIDTH - LEFT - 130.0;
-        assert!(svg.contains(&format!("width=\"{room:.1}\"")) && svg.contains(&format!("width=\"{:.1}\"", room / 2.0)));
+        assert!(
+            svg.contains(&format!("width=\"{room:.1}\""))
+                && svg.contains(&format!("width=\"{:.1}\"", room / 2.0))
+        );
         assert_eq!(lines("empty", "x", "y", &[]), "");
     }
 

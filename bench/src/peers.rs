@@ -56,7 +56,8 @@ impl Python {
         Self { python, programs: Path::new(env!("CARGO_MANIFEST_DIR")).join("peers") }
     }
 
-    /// The same model with a job's dimensions, data and settings: the GPT-2 of transformers, or the paper's ViT.
+    /// The same model with a job's dimensions, data and settings: the GPT-2 of transformers, or the
+    /// paper's ViT.
     ///
     /// # Errors
     /// A program that cannot be started, fails, or prints something else.
@@ -84,7 +85,12 @@ impl Python {
 
     fn command(&self, program: &str, job: &Job, peer: Peer) -> Command {
         let mut command = Command::new(&self.python);
-        command.arg(self.programs.join(program)).args(["--mode", peer.mode, "--precision", peer.precision]);
+        command.arg(self.programs.join(program)).args([
+            "--mode",
+            peer.mode,
+            "--precision",
+            peer.precision,
+        ]);
         if job.backend == BackendKind::Cuda {
             command.args(["--device", &format!("cuda:{}", job.device)]);
         }
@@ -114,7 +120,8 @@ impl Python {
 /// A program that cannot be started, fails, or prints something else.
 pub fn output(mut command: Command) -> Result<Record, Failure> {
     let program = command.get_program().to_string_lossy().into_owned();
-    let out = command.output().map_err(|error| Failure::File { path: program.clone().into(), error })?;
+    let out =
+        command.output().map_err(|error| Failure::File { path: program.clone().into(), error })?;
     let errors = String::from_utf8_lossy(&out.stderr);
     if !out.status.success() {
         let last = errors.trim().lines().last().unwrap_or("no message");

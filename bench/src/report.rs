@@ -1,4 +1,5 @@
-//! The report: runs every configuration in a process of its own, asserts its results, and only then looks at its time.
+//! The report: runs every configuration in a process of its own, asserts its results, and only then
+//! looks at its time.
 
 mod cuda;
 
@@ -82,7 +83,8 @@ struct Report {
     threads: usize,
     /// The best that was seen in the whole run.
     roof: Roof,
-    /// The best product rate just before and just after the last run: the machine's speed may change within a report.
+    /// The best product rate just before and just after the last run: the machine's speed may
+    /// change within a report.
     near: f64,
     records: Vec<Record>,
     kernels: Vec<Vec<String>>,
@@ -95,12 +97,13 @@ struct Report {
 /// Writes the report.
 ///
 /// # Errors
-/// Files that cannot be written. A configuration that fails is a row of the report; results that are wrong are an error
-/// after the report is written.
+/// Files that cannot be written. A configuration that fails is a row of the report; results that
+/// are wrong are an error after the report is written.
 pub fn report(args: &ReportArgs) -> Result<(), Failure> {
     let clock = std::time::Instant::now();
-    let threads =
-        args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, core::num::NonZero::get));
+    let threads = args
+        .threads
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, core::num::NonZero::get));
     say(&format!("measuring the machine with {threads} thread(s)"));
     let roof = Roof::measure(threads, if args.quick { 0.5 } else { 3.0 })?;
     let mut r = Report {
@@ -135,7 +138,10 @@ pub fn report(args: &ReportArgs) -> Result<(), Failure> {
     let dir = r.write(clock.elapsed())?;
     say(&format!("written to {}", dir.display()));
     if r.wrong {
-        return Err(Failure::Other(format!("results were wrong: see WRONG in {}", dir.join("report.md").display())));
+        return Err(Failure::Other(format!(
+            "results were wrong: see WRONG in {}",
+            dir.join("report.md").display()
+        )));
     }
     Ok(())
 }
@@ -156,7 +162,11 @@ fn apart(a: &[f64], b: &[f64]) -> f64 {
     }
     a.iter()
         .zip(b)
-        .map(|(a, b)| if a.is_finite() && b.is_finite() { (a - b).abs() / b.abs() } else { f64::INFINITY })
+        .map(
+            |(a, b)| {
+                if a.is_finite() && b.is_finite() { (a - b).abs() / b.abs() } else { f64::INFINITY }
+            },
+        )
         .fold(0.0, f64::max)
 }
 
@@ -166,13 +176,15 @@ fn same_bits(a: &[f64], b: &[f64]) -> bool {
 
 /// Runs a job in a process of its own: its peak is its own.
 fn spawn(job: &Job) -> Result<Record, Failure> {
-    let program = std::env::current_exe().map_err(|error| Failure::File { path: "this program".into(), error })?;
+    let program = std::env::current_exe()
+        .map_err(|error| Failure::File { path: "this program".into(), error })?;
     let mut command = Command::new(program);
     command.arg("run").args(job.flags());
     output(command)
 }
 
-/// A kernel's name, time, rate, roof and share of it; `worst` becomes the update kernel with the smallest share so far.
+/// A kernel's name, time, rate, roof and share of it; `worst` becomes the update kernel with the
+/// smallest share so far.
 fn kernel_cells<B>(
     kernel: &Kernel<B>,
     seconds: f64,
@@ -201,7 +213,8 @@ fn kernel_cells<B>(
 /// What a job is called in tables.
 fn title(job: &Job) -> String {
     let layers = job.layers.map_or(String::new(), |k| format!(" K={k}"));
-    let dropout = if job.dropout > 0.0 { format!(" dropout {}", job.dropout) } else { String::new() };
+    let dropout =
+        if job.dropout > 0.0 { format!(" dropout {}", job.dropout) } else { String::new() };
     let on = match job.backend {
         BackendKind::Cuda => format!(" cuda {}", bdia_gpt2::cli::name_of(&job.precision)),
         BackendKind::Cpu if job.precision != PrecisionKind::F32 => {
@@ -209,7 +222,13 @@ fn title(job: &Job) -> String {
         }
         _ => String::new(),
     };
-    format!("{}{layers}{on} {} B={} T={}{dropout}", job.model.name(), job.mode_name(), job.batch(), job.tokens())
+    format!(
+        "{}{layers}{on} {} B={} T={}{dropout}",
+        job.model.name(),
+        job.mode_name(),
+        job.batch(),
+        job.tokens()
+    )
 }
 
 impl Report {
@@ -249,7 +268,9 @@ impl Report {
         say(&name);
         let span = if self.args.quick { 0.1 } else { 0.5 };
         // The processor's rate says nothing about a device.
-        let near = |threads| if job.backend == BackendKind::Cuda { Ok(0.0) } else { product(threads, span) };
+        let near = |threads| {
+            if job.backend == BackendKind::Cuda { Ok(0.0) } else { product(threads, span) }
+        };
         let before = near(self.threads)?;
         let record = match spawn(job) {
             Ok(record) => record,
@@ -275,13 +296,19 @@ impl Report {
                     return Ok(Some(record));
                 }
                 Err(error) => Err(error.to_string()),
-                Ok(v) if v.mismatches != Some(0) => Err(format!("{:?} values differ", v.mismatches)),
+                Ok(v) if v.mismatches != Some(0) => {
+                    Err(format!("{:?} values differ", v.mismatches))
+                }
                 Ok(v) if !same_bits(&v.losses, &record.losses) => {
                     Err(format!("{:?} and {:?}", v.losses, record.losses))
                 }
                 Ok(_) => Ok(()),
             };
-            if !self.check(&name, "no mismatch with all activations kept, same losses in every bit", result) {
+            if !self.check(
+                &name,
+                "no mismatch with all activations kept, same losses in every bit",
+                result,
+            ) {
                 return Ok(None);
             }
         }
@@ -302,9 +329,15 @@ impl Report {
             verify: true,
             ..job.clone()
         };
-        let plain = Job { backend: BackendKind::Reference, device: 0, precision: PrecisionKind::F32, ..small.clone() };
-        // Two orders of summation in f32; the second loss has seen gradients and an update. Factors with 10 or 7 bits of
-        // fraction are 2^3 and 2^6 times as coarse as that allows for in one product; sums average most of it out.
+        let plain = Job {
+            backend: BackendKind::Reference,
+            device: 0,
+            precision: PrecisionKind::F32,
+            ..small.clone()
+        };
+        // Two orders of summation in f32; the second loss has seen gradients and an update. Factors
+        // with 10 or 7 bits of fraction are 2^3 and 2^6 times as coarse as that allows for in one
+        // product; sums average most of it out.
         let (limit, assertion) = match job.precision {
             PrecisionKind::F32 => (2e-4, "losses of the scalar reference, to 2e-4"),
             PrecisionKind::Tf32 => (2e-3, "losses of the scalar reference, to 2e-3"),
@@ -336,7 +369,10 @@ impl Report {
             &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall, Model::Mini]
         };
         // With peers this model has its rows there: it takes minutes.
-        let models = self.chosen(models).into_iter().filter(|&m| !(self.args.peers && m == Model::Gpt2Medium));
+        let models = self
+            .chosen(models)
+            .into_iter()
+            .filter(|&m| !(self.args.peers && m == Model::Gpt2Medium));
         let models: Vec<Model> = models.collect();
         let mut table = Table::new(&[
             "model",
@@ -356,10 +392,15 @@ impl Report {
         for model in models {
             let k = model.architecture(&Job::new(model, Mode::Bdia)).layers();
             let dropout = if model == Model::VitSmall { 0.1 } else { 0.0 };
-            let mut jobs: Vec<Job> = [Mode::Bdia, Mode::Standard, Mode::BdiaFloat].map(|m| self.job(model, m)).into();
-            // Segments: single blocks, as PyTorch does, and the root of the number of blocks, which needs least memory.
+            let mut jobs: Vec<Job> =
+                [Mode::Bdia, Mode::Standard, Mode::BdiaFloat].map(|m| self.job(model, m)).into();
+            // Segments: single blocks, as PyTorch does, and the root of the number of blocks, which
+            // needs least memory.
             for every in [1, bdia_gpt2::machine::checkpoint_every(None, k) as u64] {
-                jobs.push(Job { checkpoint_every: Some(every), ..self.job(model, Mode::Checkpoint) });
+                jobs.push(Job {
+                    checkpoint_every: Some(every),
+                    ..self.job(model, Mode::Checkpoint)
+                });
             }
             // As fast as it is meant to be only where instructions multiply bf16.
             if bf16_products() {
@@ -371,7 +412,11 @@ impl Report {
             if self.args.quick && model == Model::VitSmall {
                 jobs.iter_mut().for_each(|j| j.batch = Some(8));
             }
-            let reference = Job { backend: BackendKind::Reference, steps: 2, ..self.job(Model::Tiny, Mode::Bdia) };
+            let reference = Job {
+                backend: BackendKind::Reference,
+                steps: 2,
+                ..self.job(Model::Tiny, Mode::Bdia)
+            };
             if matches!(model, Model::Mini | Model::Tiny) {
                 jobs.push(reference);
             }
@@ -386,7 +431,10 @@ impl Report {
                     self.like_reference(&job);
                 }
                 let Some(record) = self.asserted(&job)? else { continue };
-                let standard = found.iter().find(|f| f.0.mode == Mode::Standard).map(|f| f.1.losses.as_slice());
+                let standard = found
+                    .iter()
+                    .find(|f| f.0.mode == Mode::Standard)
+                    .map(|f| f.1.losses.as_slice());
                 if !self.like_standard(&job, &record, standard) {
                     continue;
                 }
@@ -410,7 +458,12 @@ impl Report {
                 ]);
                 if job.model == model && job.backend == BackendKind::Cpu && !full {
                     let rate = format!("{:.1}/s", record.items_per_s);
-                    speed.push((format!("{}, bf16", record.mode), record.items_per_s, rate, job.mode == Mode::Bdia));
+                    speed.push((
+                        format!("{}, bf16", record.mode),
+                        record.items_per_s,
+                        rate,
+                        job.mode == Mode::Bdia,
+                    ));
                 }
                 if job.model == model && full {
                     for p in &record.parts {
@@ -422,7 +475,9 @@ impl Report {
                             bytes(p.measured),
                         ]);
                     }
-                    let rest = record.peak_rss.saturating_sub(record.parts.iter().map(|p| p.measured).sum());
+                    let rest = record
+                        .peak_rss
+                        .saturating_sub(record.parts.iter().map(|p| p.measured).sum());
                     memory.row([
                         model.name().into(),
                         record.mode.clone(),
@@ -444,13 +499,21 @@ impl Report {
                         job.mode == Mode::Bdia,
                     ));
                     let values = record.plan.iter().map(|p| p.1 as f64).collect();
-                    memories.push((record.mode.clone(), values, bytes(record.plan.iter().map(|p| p.1).sum())));
+                    memories.push((
+                        record.mode.clone(),
+                        values,
+                        bytes(record.plan.iter().map(|p| p.1).sum()),
+                    ));
                 }
                 found.push((job, record, share));
             }
             if let Some((_, record, _)) = found.first() {
-                let name = format!("{}, B = {}, T = {}", model.name(), record.batch, record.context);
-                charts.push(page::bars(&format!("{name}: {} per second, share of peak", model.unit()), &speed));
+                let name =
+                    format!("{}, B = {}, T = {}", model.name(), record.batch, record.context);
+                charts.push(page::bars(
+                    &format!("{name}: {} per second, share of peak", model.unit()),
+                    &speed,
+                ));
                 let parts: Vec<String> = record.plan.iter().map(|p| p.0.clone()).collect();
                 memory_charts.push(page::stacked(&format!("{name}: plan"), &parts, &memories));
             }
@@ -479,7 +542,9 @@ impl Report {
 
     fn mode_targets(&mut self, model: Model, found: &[(Job, Record, f64)]) {
         let of = |mode| found.iter().find(|f| f.0.mode == mode && f.0.model == model);
-        let (Some((job, bdia, share)), Some((plain_job, plain, _))) = (of(Mode::Bdia), of(Mode::Standard)) else {
+        let (Some((job, bdia, share)), Some((plain_job, plain, _))) =
+            (of(Mode::Bdia), of(Mode::Standard))
+        else {
             return;
         };
         let operations = total(&stages(job));
@@ -487,15 +552,26 @@ impl Report {
         let measured = ratio(bdia.seconds_per_step(), plain.seconds_per_step());
         let gpt2 = model == Model::Gpt2;
         let (a, b) = match model {
-            Model::Gpt2 => ("gpt2: share of the product peak, bdia", "gpt2: time of bdia / standard"),
-            Model::Gpt2Medium => {
-                ("gpt2-medium: share of the product peak, bdia", "gpt2-medium: time of bdia / standard")
+            Model::Gpt2 => {
+                ("gpt2: share of the product peak, bdia", "gpt2: time of bdia / standard")
             }
-            Model::VitSmall => ("vit-small: share of the product peak, bdia", "vit-small: time of bdia / standard"),
+            Model::Gpt2Medium => (
+                "gpt2-medium: share of the product peak, bdia",
+                "gpt2-medium: time of bdia / standard",
+            ),
+            Model::VitSmall => {
+                ("vit-small: share of the product peak, bdia", "vit-small: time of bdia / standard")
+            }
             Model::Mini | Model::Tiny => return,
         };
-        let goal = |met: bool, what, target: String, found: String| Target { what, target, found, met };
-        self.targets.push(goal(*share >= 0.85, a, "≥ 85 %".into(), format!("{:.1} %", share * 100.0)));
+        let goal =
+            |met: bool, what, target: String, found: String| Target { what, target, found, met };
+        self.targets.push(goal(
+            *share >= 0.85,
+            a,
+            "≥ 85 %".into(),
+            format!("{:.1} %", share * 100.0),
+        ));
         let limit = counted * 1.03;
         self.targets.push(goal(
             measured <= limit,
@@ -505,7 +581,12 @@ impl Report {
         ));
         if model == Model::Gpt2Medium && !gpt2 {
             let met = bdia.peak_rss <= 4_700_000_000;
-            self.targets.push(goal(met, "gpt2-medium: peak memory", "≤ 4.7 GB".into(), bytes(bdia.peak_rss)));
+            self.targets.push(goal(
+                met,
+                "gpt2-medium: peak memory",
+                "≤ 4.7 GB".into(),
+                bytes(bdia.peak_rss),
+            ));
         }
     }
 
@@ -543,7 +624,8 @@ impl Report {
         };
 
         // Threads: all powers of two, and all there are.
-        let mut counts: Vec<usize> = (0..).map(|i| 1 << i).take_while(|&n| n < self.threads).collect();
+        let mut counts: Vec<usize> =
+            (0..).map(|i| 1 << i).take_while(|&n| n < self.threads).collect();
         counts.push(self.threads);
         let mut points: Vec<(f64, f64)> = Vec::new();
         let mut losses: Vec<Vec<f64>> = Vec::new();
@@ -556,7 +638,11 @@ impl Report {
         if let [first, rest @ ..] = &losses[..]
             && !rest.is_empty()
         {
-            let result = if rest.iter().all(|l| same_bits(l, first)) { Ok(()) } else { Err(format!("{losses:?}")) };
+            let result = if rest.iter().all(|l| same_bits(l, first)) {
+                Ok(())
+            } else {
+                Err(format!("{losses:?}"))
+            };
             self.check(&title(&job), "same losses in every bit for any number of threads", result);
         }
         charts.push(page::lines("Threads", "threads", "items/s", &[(base.name().into(), points)]));
@@ -568,8 +654,15 @@ impl Report {
             table.rows.push(row("depth K", k.to_string(), &r));
             time.push((k as f64, r.seconds_per_step()));
             side.push((k as f64, r.planned("side bits and checksums") as f64));
-            let tied_to_parameters = ["parameters", "gradients", "optimizer state", "side bits and checksums"];
-            other.push(r.plan.iter().filter(|p| !tied_to_parameters.contains(&p.0.as_str())).map(|p| p.1).sum::<u64>());
+            let tied_to_parameters =
+                ["parameters", "gradients", "optimizer state", "side bits and checksums"];
+            other.push(
+                r.plan
+                    .iter()
+                    .filter(|p| !tied_to_parameters.contains(&p.0.as_str()))
+                    .map(|p| p.1)
+                    .sum::<u64>(),
+            );
         }
         if other.len() == 4 {
             self.targets.push(Target {
@@ -614,20 +707,34 @@ impl Report {
             });
         }
         let name = format!("{}, one sample", narrow.name());
-        charts.push(page::lines("Context", "tokens", "workspace, MB", &[(name.clone(), workspace)]));
+        charts.push(page::lines(
+            "Context",
+            "tokens",
+            "workspace, MB",
+            &[(name.clone(), workspace)],
+        ));
         charts.push(page::lines("Context", "tokens", "s/step", &[(name, time)]));
 
         let mut series: Vec<Line> = Vec::new();
         for mode in [Mode::Bdia, Mode::Standard] {
             let mut points = Vec::new();
             for b in [1, 2, 4, 8] {
-                let Some(r) = self.asserted(&steps(Job { batch: Some(b), ..self.job(base, mode) }))? else { continue };
+                let Some(r) =
+                    self.asserted(&steps(Job { batch: Some(b), ..self.job(base, mode) }))?
+                else {
+                    continue;
+                };
                 table.rows.push(row(&format!("batch B, {}", r.mode), b.to_string(), &r));
                 points.push((b as f64, r.plan.iter().map(|p| p.1).sum::<u64>() as f64 / 1e6));
             }
             series.push((if mode == Mode::Bdia { "bdia" } else { "standard" }.into(), points));
         }
-        charts.push(page::lines(&format!("Batch, {}", base.name()), "samples", "plan, MB", &series));
+        charts.push(page::lines(
+            &format!("Batch, {}", base.name()),
+            "samples",
+            "plan, MB",
+            &series,
+        ));
 
         let mut seconds = Vec::new();
         for p in [0.0, 0.1] {
@@ -672,7 +779,8 @@ impl Report {
 
     /// Every kernel beside its roof.
     fn kernels(&mut self) -> Result<(), Failure> {
-        self.roof.bandwidth = self.roof.bandwidth.max(copy(self.threads, if self.args.quick { 0.2 } else { 2.0 }));
+        self.roof.bandwidth =
+            self.roof.bandwidth.max(copy(self.threads, if self.args.quick { 0.2 } else { 2.0 }));
         let mut table = Table::new(&["shapes", "kernel", "time", "rate", "roof", "share"]);
         let span = Duration::from_millis(if self.args.quick { 40 } else { 400 });
         let shapes: &[Shapes] = &[GPT2, VIT];
@@ -681,7 +789,8 @@ impl Report {
         for s in shapes {
             say(&format!("kernels at the shapes of {}", s.model));
             let mut bench = Bench::<Cpu>::new(s, Bench::<Cpu>::full(), self.threads)?;
-            let mut be = Cpu::new(&bench.layout, self.threads).map_err(bdia_train::Failure::from)?;
+            let mut be =
+                Cpu::new(&bench.layout, self.threads).map_err(bdia_train::Failure::from)?;
             for i in 0..bench.kernels.len() {
                 bench.fill(&mut be)?;
                 let kernel = &mut bench.kernels[i];
@@ -705,11 +814,21 @@ impl Report {
         let python = Python::new(self.args.python.clone());
         let quick = self.args.quick;
         let all_rounds = self.args.rounds.unwrap_or(if quick { 2 } else { 3 });
-        let all: &[Peer] = &[Peer::STORE_ALL, Peer::CHECKPOINTING, Peer::BF16, Peer::BF16_CHECKPOINTING, Peer::BDIA];
+        let all: &[Peer] = &[
+            Peer::STORE_ALL,
+            Peer::CHECKPOINTING,
+            Peer::BF16,
+            Peer::BF16_CHECKPOINTING,
+            Peer::BDIA,
+        ];
         let models: &[(Model, &[Peer])] = if quick {
             &[(Model::Tiny, all), (Model::VitSmall, &[Peer::STORE_ALL, Peer::BDIA])]
         } else {
-            &[(Model::Gpt2, all), (Model::Gpt2Medium, &[Peer::STORE_ALL, Peer::CHECKPOINTING]), (Model::VitSmall, all)]
+            &[
+                (Model::Gpt2, all),
+                (Model::Gpt2Medium, &[Peer::STORE_ALL, Peer::CHECKPOINTING]),
+                (Model::VitSmall, all),
+            ]
         };
         let mut table = Table::new(&[
             "model",
@@ -723,14 +842,19 @@ impl Report {
             "ours / it",
         ]);
         if !bf16_products() {
-            let why =
-                "not run: this processor has no bf16 products (AMX, AVX512-BF16), without them a step takes minutes";
+            let why = "not run: this processor has no bf16 products (AMX, AVX512-BF16), without them a step takes minutes";
             self.checks.row([Peer::BF16.name(), "runs".into(), why.into()]);
         }
         let mut charts = Vec::new();
         let dir = std::env::temp_dir().join(format!("bdia-bench-{}", std::process::id()));
-        for &(model, peers) in models.iter().filter(|(m, _)| !self.chosen(&[*m]).is_empty()).collect::<Vec<_>>() {
-            let peers: Vec<Peer> = peers.iter().copied().filter(|p| bf16_products() || p.precision != "bf16").collect();
+        for &(model, peers) in
+            models.iter().filter(|(m, _)| !self.chosen(&[*m]).is_empty()).collect::<Vec<_>>()
+        {
+            let peers: Vec<Peer> = peers
+                .iter()
+                .copied()
+                .filter(|p| bf16_products() || p.precision != "bf16")
+                .collect();
             let mut job = self.job(model, Mode::Bdia);
             if quick && model == Model::VitSmall {
                 job.batch = Some(8);
@@ -746,8 +870,10 @@ impl Report {
             if bf16_products() {
                 own.push(Job { precision: PrecisionKind::Bf16, ..job.clone() });
             }
-            let mut engines: Vec<(String, Vec<Record>)> =
-                ["bdia", "bdia, standard", "bdia, bf16"].iter().map(|&name| (name.into(), Vec::new())).collect();
+            let mut engines: Vec<(String, Vec<Record>)> = ["bdia", "bdia, standard", "bdia, bf16"]
+                .iter()
+                .map(|&name| (name.into(), Vec::new()))
+                .collect();
             engines.truncate(own.len());
             engines.extend(peers.iter().map(|p| (p.name(), Vec::new())));
             for round in 0..rounds {
@@ -755,7 +881,9 @@ impl Report {
                 for i in 0..engines.len() {
                     // Those that no target is about run once: a round takes minutes.
                     let once: &[Peer] = match model {
-                        Model::VitSmall => &[Peer::BF16, Peer::BF16_CHECKPOINTING, Peer::CHECKPOINTING],
+                        Model::VitSmall => {
+                            &[Peer::BF16, Peer::BF16_CHECKPOINTING, Peer::CHECKPOINTING]
+                        }
                         _ => &[Peer::BDIA],
                     };
                     let peer = i.checked_sub(own.len()).map(|i| peers[i]);
@@ -781,7 +909,10 @@ impl Report {
             // Each precision beside the same one of ours.
             let ours_of = |name: &str| {
                 let bf16 = name.contains("bf16");
-                engines.iter().find(|e| bf16 == e.0.contains("bf16")).map_or(Vec::new(), |e| e.1.clone())
+                engines
+                    .iter()
+                    .find(|e| bf16 == e.0.contains("bf16"))
+                    .map_or(Vec::new(), |e| e.1.clone())
             };
             let ours = ours_of("");
             if let (Model::Gpt2Medium, Some(r)) = (model, ours.first()) {
@@ -796,14 +927,21 @@ impl Report {
             for (name, records) in engines.iter().filter(|e| !e.1.is_empty()) {
                 let ours = ours_of(name);
                 let rates: Vec<f64> = records.iter().map(|r| r.items_per_s).collect();
-                let ratios: Vec<f64> =
-                    ours.iter().zip(records).map(|(a, b)| ratio(a.items_per_s, b.items_per_s)).collect();
-                let of = |f: &dyn Fn(&Record) -> f64, rs: &[Record]| median(&rs.iter().map(f).collect::<Vec<_>>());
+                let ratios: Vec<f64> = ours
+                    .iter()
+                    .zip(records)
+                    .map(|(a, b)| ratio(a.items_per_s, b.items_per_s))
+                    .collect();
+                let of = |f: &dyn Fn(&Record) -> f64, rs: &[Record]| {
+                    median(&rs.iter().map(f).collect::<Vec<_>>())
+                };
                 let peak = |r: &Record| r.peak_rss as f64;
                 let (rate, faster) = (median(&rates), median(&ratios));
-                let (low, high) = ratios.iter().fold((f64::MAX, 0.0_f64), |(a, b), &x| (a.min(x), b.max(x)));
+                let (low, high) =
+                    ratios.iter().fold((f64::MAX, 0.0_f64), |(a, b), &x| (a.min(x), b.max(x)));
                 let (mine, theirs) = (of(&peak, &ours), of(&peak, records));
-                let (my_activations, their_activations) = (of(&activations, &ours), of(&activations, records));
+                let (my_activations, their_activations) =
+                    (of(&activations, &ours), of(&activations, records));
                 table.row([
                     model.name().into(),
                     name.clone(),
@@ -819,7 +957,13 @@ impl Report {
                 let label = name.replace("PyTorch ", "PT ").replace(" autocast", "");
                 speed.push((label.clone(), rate, format!("{rate:.1}/s"), is_ours));
                 memory.push((label, theirs, bytes(theirs as u64), is_ours));
-                self.peer_targets(model, name, faster, ratio(mine, theirs), ratio(my_activations, their_activations));
+                self.peer_targets(
+                    model,
+                    name,
+                    faster,
+                    ratio(mine, theirs),
+                    ratio(my_activations, their_activations),
+                );
             }
             let name = format!("{}, B = {}, T = {}", model.name(), job.batch(), job.tokens());
             charts.push(page::bars(&format!("{name}: {} per second", model.unit()), &speed));
@@ -848,7 +992,8 @@ impl Report {
                     Err(format!("{} and {} parameters", a.parameters, b.parameters))
                 }
                 (Ok(a), Ok(b)) => match apart(&a.losses, &b.losses) {
-                    // f32 on both sides, sums in another order; each step's update amplifies what the one before left.
+                    // f32 on both sides, sums in another order; each step's update amplifies what
+                    // the one before left.
                     d if d < 5e-4 => Ok(()),
                     d => Err(format!("{d:.1e} apart: {:?} and {:?}", a.losses, b.losses)),
                 },
@@ -856,7 +1001,10 @@ impl Report {
             };
             self.check(
                 &title(&job),
-                &format!("losses of {steps} steps from one file as {} has them, to 5e-4", peer.name()),
+                &format!(
+                    "losses of {steps} steps from one file as {} has them, to 5e-4",
+                    peer.name()
+                ),
                 result,
             );
         }
@@ -870,9 +1018,21 @@ impl Report {
         Ok(())
     }
 
-    fn peer_targets(&mut self, model: Model, peer: &str, faster: f64, memory: f64, activations: f64) {
+    fn peer_targets(
+        &mut self,
+        model: Model,
+        peer: &str,
+        faster: f64,
+        memory: f64,
+        activations: f64,
+    ) {
         let mut put = |what, target: &str, found: f64, met| {
-            self.targets.push(Target { what, target: target.into(), found: format!("{found:.2}"), met });
+            self.targets.push(Target {
+                what,
+                target: target.into(),
+                found: format!("{found:.2}"),
+                met,
+            });
         };
         match (model, peer) {
             (Model::Gpt2, "PyTorch store-all") => {
@@ -880,17 +1040,32 @@ impl Report {
                 put("gpt2: peak memory over PyTorch", "≤ 0.40", memory, memory <= 0.40);
             }
             (Model::Gpt2, "PyTorch checkpointing") => {
-                put("gpt2: tokens/s over PyTorch with checkpointing", "≥ 1.45", faster, faster >= 1.45);
+                put(
+                    "gpt2: tokens/s over PyTorch with checkpointing",
+                    "≥ 1.45",
+                    faster,
+                    faster >= 1.45,
+                );
             }
             (Model::Gpt2, "PyTorch store-all, bf16 autocast") => {
                 put("gpt2, bf16: tokens/s over PyTorch", "≥ 1.0", faster, faster >= 1.0);
             }
             (Model::Gpt2, "PyTorch checkpointing, bf16 autocast") => {
-                put("gpt2, bf16: tokens/s over PyTorch with checkpointing", "≥ 1.15", faster, faster >= 1.15);
+                put(
+                    "gpt2, bf16: tokens/s over PyTorch with checkpointing",
+                    "≥ 1.15",
+                    faster,
+                    faster >= 1.15,
+                );
             }
             (Model::VitSmall, "PyTorch store-all") => {
                 put("vit: images/s over PyTorch", "≥ 1.2", faster, faster >= 1.2);
-                put("vit: activation memory over PyTorch", "≤ 0.08", activations, activations <= 0.08);
+                put(
+                    "vit: activation memory over PyTorch",
+                    "≤ 0.08",
+                    activations,
+                    activations <= 0.08,
+                );
             }
             (Model::VitSmall, "PyTorch bdia") => {
                 put("vit: images/s over a PyTorch BDIA", "≥ 1.7", faster, faster >= 1.7);
@@ -901,9 +1076,13 @@ impl Report {
 
     /// The count behind the shares.
     fn operations(&mut self) {
-        let mut table = Table::new(&["model", "stage", "products, GFLOP", "other, GFLOP", "bdia / standard"]);
+        let mut table =
+            Table::new(&["model", "stage", "products, GFLOP", "other, GFLOP", "bdia / standard"]);
         for model in [Model::Gpt2, Model::Gpt2Medium, Model::VitSmall, Model::Mini] {
-            let job = Job { dropout: if model == Model::VitSmall { 0.1 } else { 0.0 }, ..Job::new(model, Mode::Bdia) };
+            let job = Job {
+                dropout: if model == Model::VitSmall { 0.1 } else { 0.0 },
+                ..Job::new(model, Mode::Bdia)
+            };
             let list = stages(&job);
             for s in &list {
                 table.row([
@@ -926,7 +1105,12 @@ impl Report {
         let text = "Every floating-point operation that a step in mode bdia must do. A multiply-add is two operations; a root, `exp`, `tanh` \
                     or `erf` is one; integer work, random numbers and copies are none. The formulas are in `bench/src/count.rs`."
             .into();
-        self.sections.push(Section { title: "Operations of a step".into(), text, table, charts: Vec::new() });
+        self.sections.push(Section {
+            title: "Operations of a step".into(),
+            text,
+            table,
+            charts: Vec::new(),
+        });
     }
 
     /// Everything that is there, in the order of the page.
@@ -938,7 +1122,8 @@ impl Report {
                 let met = if t.met { "met" } else { "missed" };
                 table.row([t.what.into(), t.target.clone(), t.found.clone(), met.into()]);
             }
-            let text = "Ratios are of the same run; what this run did not measure is not listed.".into();
+            let text =
+                "Ratios are of the same run; what this run did not measure is not listed.".into();
             sections.push(Section { title: "Targets".into(), text, table, charts: Vec::new() });
         }
         sections.extend(self.sections.iter().cloned());
@@ -956,16 +1141,23 @@ impl Report {
 
     fn write(&self, took: Duration) -> Result<PathBuf, Failure> {
         let (machine, date) = (machine(), date(SystemTime::now()));
-        let slug = format!("{}-{date}{}", slug(&machine), if self.args.quick { "-quick" } else { "" });
+        let slug =
+            format!("{}-{date}{}", slug(&machine), if self.args.quick { "-quick" } else { "" });
         let dir =
-            self.args.out.clone().unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("reports").join(slug));
-        std::fs::create_dir_all(&dir).map_err(|error| Failure::File { path: dir.clone(), error })?;
+            self.args.out.clone().unwrap_or_else(|| {
+                Path::new(env!("CARGO_MANIFEST_DIR")).join("reports").join(slug)
+            });
+        std::fs::create_dir_all(&dir)
+            .map_err(|error| Failure::File { path: dir.clone(), error })?;
         let line = std::env::args().skip(1).collect::<Vec<_>>().join(" ");
         let mut versions: Vec<&str> = self.records.iter().map(|r| r.version.as_str()).collect();
         versions.sort_unstable();
         versions.dedup();
         let intro = [
-            format!("`cargo run --release -p bdia-bench -- {line}`, {date}, {:.0} s.", took.as_secs_f64()),
+            format!(
+                "`cargo run --release -p bdia-bench -- {line}`, {date}, {:.0} s.",
+                took.as_secs_f64()
+            ),
             format!(
                 "{machine}; {} thread(s); {} of memory. Limits measured in this run: {:.1} GFLOP/s in f32 matrix products, {:.1} GB/s read \
                  and written by a copy.",
@@ -974,7 +1166,12 @@ impl Report {
                 self.roof.flops / 1e9,
                 self.roof.bandwidth / 1e9
             ),
-            format!("{}; {}; commit {}.", versions.join("; "), tool("rustc", &["--version"]), commit()),
+            format!(
+                "{}; {}; commit {}.",
+                versions.join("; "),
+                tool("rustc", &["--version"]),
+                commit()
+            ),
         ];
         let title = "bdia: speed and memory";
         let put = |name: &str, text: String| {
@@ -986,9 +1183,9 @@ impl Report {
         put("report.html", page::html(title, &intro, &sections))?;
         put("runs.csv", csv(&self.records))?;
         let mut kernels = "shapes,kernel,time,rate,roof,share\n".to_string();
-        self.kernels
-            .iter()
-            .for_each(|k| kernels += &format!("{}\n", k.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(",")));
+        self.kernels.iter().for_each(|k| {
+            kernels += &format!("{}\n", k.iter().map(|c| quoted(c)).collect::<Vec<_>>().join(","))
+        });
         put("kernels.csv", kernels)?;
         Ok(dir)
     }
@@ -1018,7 +1215,11 @@ fn off_line(points: &[(f64, f64)]) -> f64 {
 }
 
 fn quoted(text: &str) -> String {
-    if text.contains([',', '"', '\n']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.into() }
+    if text.contains([',', '"', '\n']) {
+        format!("\"{}\"", text.replace('"', "\"\""))
+    } else {
+        text.into()
+    }
 }
 
 /// One line a run, with every step's seconds and loss.
@@ -1027,7 +1228,8 @@ fn csv(records: &[Record]) -> String {
                    base_rss,parameters,planned,side_bits,mismatches,seconds,losses,version\n"
         .to_string();
     for r in records {
-        let list = |values: &[f64]| values.iter().map(|v| format!("{v:.9}")).collect::<Vec<_>>().join(" ");
+        let list =
+            |values: &[f64]| values.iter().map(|v| format!("{v:.9}")).collect::<Vec<_>>().join(" ");
         let cells = [
             r.engine.clone(),
             r.backend.clone(),
@@ -1091,12 +1293,18 @@ fn memory_total() -> u64 {
 /// What a program prints in one line.
 fn tool(name: &str, args: &[&str]) -> String {
     let out = Command::new(name).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output();
-    out.ok().map_or_else(|| format!("{name} unknown"), |o| String::from_utf8_lossy(&o.stdout).trim().to_string())
+    out.ok().map_or_else(
+        || format!("{name} unknown"),
+        |o| String::from_utf8_lossy(&o.stdout).trim().to_string(),
+    )
 }
 
 fn commit() -> String {
-    let changed =
-        if tool("git", &["status", "--porcelain", "--untracked-files=no"]).is_empty() { "" } else { " with changes" };
+    let changed = if tool("git", &["status", "--porcelain", "--untracked-files=no"]).is_empty() {
+        ""
+    } else {
+        " with changes"
+    };
     format!("{}{changed}", tool("git", &["rev-parse", "--short=12", "HEAD"]))
 }
 
@@ -1126,7 +1334,10 @@ mod tests {
     fn days() {
         let on = |s: u64| date(SystemTime::UNIX_EPOCH + Duration::from_secs(s));
         assert_eq!((on(0).as_str(), on(951_782_400).as_str()), ("1970-01-01", "2000-02-29"));
-        assert_eq!((on(1_709_251_199).as_str(), on(1_709_251_200).as_str()), ("2024-02-29", "2024-03-01"));
+        assert_eq!(
+            (on(1_709_251_199).as_str(), on(1_709_251_200).as_str()),
+            ("2024-02-29", "2024-03-01")
+        );
         assert_eq!(on(1_798_761_599), "2026-12-31");
     }
 
@@ -1134,7 +1345,9 @@ mod tests {
     fn lines_and_losses() {
         assert_eq!(off_line(&[(1.0, 3.0), (2.0, 5.0), (4.0, 9.0)]), 0.0);
         assert!((off_line(&[(1.0, 1.0), (2.0, 3.0), (3.0, 3.0)]) - 0.5).abs() < 1e-12);
-        assert!(same_bits(&[1.0], &[1.0, 2.0]) && !same_bits(&[], &[]) && !same_bits(&[0.0], &[-0.0]));
+        assert!(
+            same_bits(&[1.0], &[1.0, 2.0]) && !same_bits(&[], &[]) && !same_bits(&[0.0], &[-0.0])
+        );
         assert!(apart(&[f64::NAN], &[1.0]).is_infinite() && apart(&[], &[1.0]).is_infinite());
         assert_eq!(apart(&[1.0, 2.0], &[1.0, 1.0]), 1.0);
     }

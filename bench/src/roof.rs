@@ -1,4 +1,5 @@
-//! What the machine can do, and what a CUDA device can: the largest rate of a matrix product, and the bandwidth of a copy.
+//! What the machine can do, and what a CUDA device can: the largest rate of a matrix product, and
+//! the bandwidth of a copy.
 
 use std::time::Instant;
 
@@ -16,8 +17,8 @@ use crate::Failure;
 pub struct Roof {
     /// Threads.
     pub threads: usize,
-    /// f32 product, operations per second (a multiply-add is two): the best of `gemm` on one square product a thread, and
-    /// of the backend's own product of the same operations.
+    /// f32 product, operations per second (a multiply-add is two): the best of `gemm` on one square
+    /// product a thread, and of the backend's own product of the same operations.
     pub flops: f64,
     /// Bytes read plus bytes written per second of a copy that no cache holds.
     pub bandwidth: f64,
@@ -56,13 +57,15 @@ fn best(seconds: f64, work: f64, mut f: impl FnMut()) -> f64 {
 /// Order of the square products: operands that the second-level cache holds in panels.
 const N: usize = 1024;
 
-/// Every thread multiplies its own square matrices, so nothing is shared and nobody waits: the best of the sums.
+/// Every thread multiplies its own square matrices, so nothing is shared and nobody waits: the best
+/// of the sums.
 fn square(threads: usize, seconds: f64) -> f64 {
     let rates: Vec<f64> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads.max(1))
             .map(|_| {
                 scope.spawn(move || {
-                    let (a, b, mut c) = (vec![1.0_f32; N * N], vec![0.5_f32; N * N], vec![0.0_f32; N * N]);
+                    let (a, b, mut c) =
+                        (vec![1.0_f32; N * N], vec![0.5_f32; N * N], vec![0.0_f32; N * N]);
                     best(seconds, 2.0 * (N as f64).powi(3), || {
                         // SAFETY: all three matrices are N by N, dense and column-major.
                         unsafe {
@@ -103,7 +106,8 @@ fn backend(threads: usize, seconds: f64) -> Result<f64, Failure> {
     let [a, b, c] = [(); 3].map(|()| layout.reals(Category::Workspace, N * N));
     let mut be = Cpu::new(&layout, threads).map_err(bdia_train::Failure::from)?;
     be.fill_reals(Reals::new(0, c.start()), 0.5)?;
-    let p = Product { rows: N, cols: N, inner: N, a: Order::Plain, b: Order::Plain, accumulate: false };
+    let p =
+        Product { rows: N, cols: N, inner: N, a: Order::Plain, b: Order::Plain, accumulate: false };
     let mut result = Ok(());
     let rate = best(seconds, 2.0 * (N as f64).powi(3), || {
         if let Err(error) = be.matmul(&p, a, b, None, c) {
@@ -139,7 +143,8 @@ pub fn copy(threads: usize, seconds: f64) -> f64 {
 pub struct DeviceRoof {
     /// The backend's identity: device, architecture, precision.
     pub name: String,
-    /// The backend's own square product, operations per second: of the smallest size that takes 2 ms, or of 4096.
+    /// The backend's own square product, operations per second: of the smallest size that takes 2
+    /// ms, or of 4096.
     pub flops: f64,
     /// Bytes read plus bytes written per second of a copy that no cache holds.
     pub bandwidth: f64,
@@ -156,28 +161,39 @@ impl DeviceRoof {
         const MOST: usize = 4096;
         let args = MachineArgs { device, precision, ..MachineArgs::on(BackendKind::Cuda) };
         let mut layout = Layout::new(4);
-        let [a, b, c] = [(); 3].map(|()| layout.reals(Category::Workspace, COPIED.max(MOST * MOST)));
+        let [a, b, c] =
+            [(); 3].map(|()| layout.reals(Category::Workspace, COPIED.max(MOST * MOST)));
         let mut be = machine::cuda(&args, &layout)?;
         // Mixed values: a device is faster on equal ones.
         for r in [a, b] {
-            let numbers =
-                (0..r.len() as u32).map(|i| (i.wrapping_mul(0x9E37_79B1) >> 8) as f32 / (1 << 24) as f32 - 0.5);
+            let numbers = (0..r.len() as u32)
+                .map(|i| (i.wrapping_mul(0x9E37_79B1) >> 8) as f32 / (1 << 24) as f32 - 0.5);
             be.write_reals(r, &numbers.collect::<Vec<_>>())?;
         }
         // Queued one after another, waited for together.
-        let mut rate = |work: f64, seconds: f64, call: &dyn Fn(&mut bdia_cuda::Cuda) -> bdia_core::Result<()>| {
-            let mut result = Ok(());
-            let found = best(seconds, 8.0 * work, || {
-                for _ in 0..8 {
-                    result = result.and_then(|()| call(&mut be));
-                }
-                result = result.and_then(|()| be.peek_fault().map(drop));
-            });
-            result.map(|()| found)
-        };
+        let mut rate =
+            |work: f64,
+             seconds: f64,
+             call: &dyn Fn(&mut bdia_cuda::Cuda) -> bdia_core::Result<()>| {
+                let mut result = Ok(());
+                let found = best(seconds, 8.0 * work, || {
+                    for _ in 0..8 {
+                        result = result.and_then(|()| call(&mut be));
+                    }
+                    result = result.and_then(|()| be.peek_fault().map(drop));
+                });
+                result.map(|()| found)
+            };
         let mut n = 256;
         let flops = loop {
-            let p = Product { rows: n, cols: n, inner: n, a: Order::Plain, b: Order::Plain, accumulate: false };
+            let p = Product {
+                rows: n,
+                cols: n,
+                inner: n,
+                a: Order::Plain,
+                b: Order::Plain,
+                accumulate: false,
+            };
             let work = 2.0 * (n as f64).powi(3);
             let [a, b, c] = [a, b, c].map(|r| r.sub(0, n * n));
             let product = |be: &mut bdia_cuda::Cuda| be.matmul(&p, a, b, None, c);

@@ -1,9 +1,9 @@
 //! Memory as a plan: handles into three arenas, handed out before anything is allocated.
 //!
-//! A model is laid out once: every buffer is asked of a [`Layout`], which returns a handle and adds its bytes to a
-//! category. Handing out and counting are the same act, so the plan cannot differ from what is used. The finished
-//! layout says how long the arenas of a backend must be. Laying out is `const`, so that arenas can be `static`s whose
-//! lengths the compiler takes from the plan.
+//! A model is laid out once: every buffer is asked of a [`Layout`], which returns a handle and adds
+//! its bytes to a category. Handing out and counting are the same act, so the plan cannot differ
+//! from what is used. The finished layout says how long the arenas of a backend must be. Laying out
+//! is `const`, so that arenas can be `static`s whose lengths the compiler takes from the plan.
 
 use core::fmt;
 
@@ -47,8 +47,8 @@ macro_rules! handle {
                 self.start..self.start.saturating_add(self.len)
             }
 
-            /// `len` values from the `offset`-th on. What lies outside is cut off, so that an operation that needs it
-            /// reports a wrong shape.
+            /// `len` values from the `offset`-th on. What lies outside is cut off, so that an
+            /// operation that needs it reports a wrong shape.
             pub const fn sub(self, offset: usize, len: usize) -> Self {
                 let offset = if offset > self.len { self.len } else { offset };
                 let rest = self.len - offset;
@@ -84,7 +84,8 @@ pub enum Category {
     Optimizer,
     /// Gradients on their way between machines.
     Exchange,
-    /// Activations that are stored: the pair `X` of reversible training; everything that the other modes keep.
+    /// Activations that are stored: the pair `X` of reversible training; everything that the other
+    /// modes keep.
     Activations,
     /// The gradients `G` of activations.
     ActivationGradients,
@@ -154,10 +155,23 @@ impl Layout {
 
     /// An empty layout for reals of `real_bytes` bytes ([`Real::BYTES`](crate::Real::BYTES)).
     pub const fn new(real_bytes: usize) -> Self {
-        Self { ints: 0, reals: 0, words: 0, real_bytes, bytes: [0; Category::ALL.len()], overflow: false }
+        Self {
+            ints: 0,
+            reals: 0,
+            words: 0,
+            real_bytes,
+            bytes: [0; Category::ALL.len()],
+            overflow: false,
+        }
     }
 
-    const fn claim(&mut self, category: Category, arena: usize, len: usize, size: usize) -> (usize, usize) {
+    const fn claim(
+        &mut self,
+        category: Category,
+        arena: usize,
+        len: usize,
+        size: usize,
+    ) -> (usize, usize) {
         // Lengths are rounded up so that every handle is aligned; the padding is in the count.
         let padded = match len.checked_next_multiple_of(Self::ALIGN) {
             Some(padded) => padded,
@@ -204,9 +218,9 @@ impl Layout {
         Words::new(start, len)
     }
 
-    /// Makes room for another layout over the same arenas, of something that is used at another time: both began as the
-    /// same layout, and what they claimed after that may overlap. Where the other's arenas are longer, the difference is
-    /// counted as workspace; start with the largest.
+    /// Makes room for another layout over the same arenas, of something that is used at another
+    /// time: both began as the same layout, and what they claimed after that may overlap. Where the
+    /// other's arenas are longer, the difference is counted as workspace; start with the largest.
     pub const fn cover(&mut self, other: &Self) {
         let mut claims = [
             (&mut self.ints, other.ints, 4),
@@ -294,7 +308,10 @@ mod tests {
         let b = l.reals(Category::Gradients, 17);
         let w = l.words(Category::SideBits, 0);
         assert_eq!((a.range(), b.range(), w.len()), (0..5, 16..33, 0));
-        assert_eq!((l.bytes(Category::Parameters), l.bytes(Category::Gradients), l.total()), (64, 128, 192));
+        assert_eq!(
+            (l.bytes(Category::Parameters), l.bytes(Category::Gradients), l.total()),
+            (64, 128, 192)
+        );
         assert_eq!(b.sub(10, 100).len(), 7);
         assert_eq!(b.sub(100, 1).len(), 0);
     }

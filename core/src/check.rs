@@ -1,8 +1,9 @@
 //! Checks of operands: what every backend asks before it touches anything, in one place.
 //!
-//! [`Arenas`] knows how long a backend's arenas are. For each operation of the [traits](crate::backend) it has a function
-//! of the same name that takes the operation's operands and tells whether sizes agree, handles lie inside, outputs overlap
-//! nothing else, and settings are possible. It returns the sizes that follow from the operands' lengths. After it, an
+//! [`Arenas`] knows how long a backend's arenas are. For each operation of the
+//! [traits](crate::backend) it has a function of the same name that takes the operation's operands
+//! and tells whether sizes agree, handles lie inside, outputs overlap nothing else, and settings
+//! are possible. It returns the sizes that follow from the operands' lengths. After it, an
 //! operation cannot fail for its operands.
 
 use core::ops::Range;
@@ -16,8 +17,9 @@ use crate::update::Gamma;
 /// Refuses two sizes that do not agree.
 ///
 /// # Errors
-/// [`Error::Shape`], as all functions here where sizes do not agree; [`Error::Handle`] for handles outside and for
-/// overlaps, [`Error::Setting`] for impossible settings, [`Error::TooLarge`] for sizes beyond the address space.
+/// [`Error::Shape`], as all functions here where sizes do not agree; [`Error::Handle`] for handles
+/// outside and for overlaps, [`Error::Setting`] for impossible settings, [`Error::TooLarge`] for
+/// sizes beyond the address space.
 pub fn same(what: &'static str, expected: usize, found: usize) -> Result<()> {
     if expected == found { Ok(()) } else { Err(Error::Shape { what, expected, found }) }
 }
@@ -45,11 +47,16 @@ pub fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-/// Refuses inputs that overlap an output, and outputs that overlap each other. Inputs may share memory.
+/// Refuses inputs that overlap an output, and outputs that overlap each other. Inputs may share
+/// memory.
 ///
 /// # Errors
 /// [`same`]
-pub fn disjoint(what: &'static str, inputs: &[Range<usize>], outputs: &[Range<usize>]) -> Result<()> {
+pub fn disjoint(
+    what: &'static str,
+    inputs: &[Range<usize>],
+    outputs: &[Range<usize>],
+) -> Result<()> {
     for (n, output) in outputs.iter().enumerate() {
         if inputs.iter().chain(&outputs[..n]).any(|other| overlap(other, output)) {
             return Err(Error::Handle(what));
@@ -137,7 +144,14 @@ impl Arenas {
     }
 
     /// `quantize`, `add_quantized` and `subtract_quantized`: values of a sample.
-    pub fn quantize(&self, what: &'static str, chunk: &Chunk, y: Reals, x: Ints, sum: Words) -> Result<usize> {
+    pub fn quantize(
+        &self,
+        what: &'static str,
+        chunk: &Chunk,
+        y: Reals,
+        x: Ints,
+        sum: Words,
+    ) -> Result<usize> {
         let per = per_sample(chunk, x.len())?;
         same(what, x.len(), y.len())?;
         sum_words(sum)?;
@@ -181,7 +195,14 @@ impl Arenas {
     }
 
     /// `blend`, `unblend` and `combine`: values of a sample.
-    pub fn blend(&self, what: &'static str, chunk: &Chunk, x: Reals, cur: Reals, h: Reals) -> Result<usize> {
+    pub fn blend(
+        &self,
+        what: &'static str,
+        chunk: &Chunk,
+        x: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<usize> {
         let per = per_sample(chunk, x.len())?;
         same(what, x.len(), cur.len())?;
         same(what, x.len(), h.len())?;
@@ -208,7 +229,14 @@ impl Arenas {
     }
 
     /// [`NnOps::matmul`](crate::NnOps::matmul)
-    pub fn matmul(&self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
+    pub fn matmul(
+        &self,
+        p: &Product,
+        a: Reals,
+        b: Reals,
+        bias: Option<Reals>,
+        c: Reals,
+    ) -> Result<()> {
         same("matmul: a", product("matmul: a", &[p.rows, p.inner])?, a.len())?;
         same("matmul: b", product("matmul: b", &[p.inner, p.cols])?, b.len())?;
         same("matmul: c", product("matmul: c", &[p.rows, p.cols])?, c.len())?;
@@ -254,7 +282,14 @@ impl Arenas {
     }
 
     /// [`NnOps::layer_norm`](crate::NnOps::layer_norm): the number of rows.
-    pub fn layer_norm(&self, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<usize> {
+    pub fn layer_norm(
+        &self,
+        weight: Reals,
+        bias: Reals,
+        x: Reals,
+        y: Reals,
+        stats: Reals,
+    ) -> Result<usize> {
         let width = weight.len();
         let rows = rows_of("layer_norm: x", x.len(), width)?;
         same("layer_norm: bias", width, bias.len())?;
@@ -288,8 +323,8 @@ impl Arenas {
         Ok(rows)
     }
 
-    /// [`NnOps::attention`](crate::NnOps::attention). `scratch` is the part of the operand that is used, of `needed`
-    /// values.
+    /// [`NnOps::attention`](crate::NnOps::attention). `scratch` is the part of the operand that is
+    /// used, of `needed` values.
     pub fn attention(
         &self,
         chunk: &Chunk,
@@ -319,7 +354,8 @@ impl Arenas {
         disjoint("attention", &inputs, &outputs)
     }
 
-    /// [`NnOps::attention_vjp`](crate::NnOps::attention_vjp), with the scratch as in [`attention`](Self::attention).
+    /// [`NnOps::attention_vjp`](crate::NnOps::attention_vjp), with the scratch as in
+    /// [`attention`](Self::attention).
     pub fn attention_vjp(
         &self,
         chunk: &Chunk,
@@ -333,7 +369,11 @@ impl Arenas {
         let values = product("attention_vjp: out", &[all.queries, all.width])?;
         same("attention_vjp: out", values, out.len())?;
         same("attention_vjp: dout", values, dout.len())?;
-        same("attention_vjp: lse", product("attention_vjp: lse", &[all.queries, a.heads])?, lse.len())?;
+        same(
+            "attention_vjp: lse",
+            product("attention_vjp: lse", &[all.queries, a.heads])?,
+            lse.len(),
+        )?;
         same("attention_vjp: scratch", needed, scratch.len())?;
         same("attention_vjp: temperature_grad", a.temperature.len(), a.temperature_grad.len())?;
         dropout_rate(a.dropout)?;
@@ -352,13 +392,20 @@ impl Arenas {
             self.columns("attention_vjp: dk", &all, dk, all.keys)?,
             self.columns("attention_vjp: dv", &all, dv, all.keys)?,
         ];
-        let (scratch, slope) = (self.reals("attention_vjp: scratch", scratch)?, self.temperature(a.temperature_grad)?);
+        let (scratch, slope) =
+            (self.reals("attention_vjp: scratch", scratch)?, self.temperature(a.temperature_grad)?);
         for output in [&dq_at, &dk_at, &dv_at] {
             disjoint("attention_vjp", &inputs, core::slice::from_ref(output))?;
-            disjoint("attention_vjp: scratch", core::slice::from_ref(output), &[scratch.clone(), slope.clone()])?;
+            disjoint(
+                "attention_vjp: scratch",
+                core::slice::from_ref(output),
+                &[scratch.clone(), slope.clone()],
+            )?;
         }
         disjoint("attention_vjp: scratch", &inputs, &[scratch, slope])?;
-        for (x, x_at, y, y_at) in [(dq, &dq_at, dk, &dk_at), (dq, &dq_at, dv, &dv_at), (dk, &dk_at, dv, &dv_at)] {
+        for (x, x_at, y, y_at) in
+            [(dq, &dq_at, dk, &dk_at), (dq, &dq_at, dv, &dv_at), (dk, &dk_at, dv, &dv_at)]
+        {
             // Columns of one matrix must not meet; other matrices must not overlap.
             let apart = x.of == y.of && x.stride == y.stride && x.at.abs_diff(y.at) >= all.width;
             if all.width > 0 && overlap(x_at, y_at) && !apart {
@@ -386,7 +433,13 @@ impl Arenas {
     }
 
     /// The place of the matrix that the columns lie in.
-    fn columns(&self, what: &'static str, all: &Heads, c: Columns, rows: usize) -> Result<Range<usize>> {
+    fn columns(
+        &self,
+        what: &'static str,
+        all: &Heads,
+        c: Columns,
+        rows: usize,
+    ) -> Result<Range<usize>> {
         same(what, product(what, &[rows, c.stride])?, c.of.len())?;
         let end = c.at.checked_add(all.width).ok_or(Error::TooLarge(what))?;
         if end > c.stride {
@@ -417,7 +470,11 @@ impl Arenas {
         let vocab = rows_of("embed: table", table.len(), width)?;
         let needed = product("embed: positions", &[length, width])?;
         if positions.len() < needed {
-            return Err(Error::Shape { what: "embed: positions", expected: needed, found: positions.len() });
+            return Err(Error::Shape {
+                what: "embed: positions",
+                expected: needed,
+                found: positions.len(),
+            });
         }
         self.ints(what, tokens)?;
         self.apart(what, [table, positions, x])?;
@@ -425,12 +482,26 @@ impl Arenas {
     }
 
     /// [`NnOps::cross_entropy`](crate::NnOps::cross_entropy)
-    pub fn cross_entropy(&self, ce: &CrossEntropy, logits: Reals, targets: Ints, losses: Reals) -> Result<()> {
+    pub fn cross_entropy(
+        &self,
+        ce: &CrossEntropy,
+        logits: Reals,
+        targets: Ints,
+        losses: Reals,
+    ) -> Result<()> {
         let rows = targets.len();
-        same("cross_entropy: logits", product("cross_entropy: logits", &[rows, ce.vocab])?, logits.len())?;
+        same(
+            "cross_entropy: logits",
+            product("cross_entropy: logits", &[rows, ce.vocab])?,
+            logits.len(),
+        )?;
         same("cross_entropy: losses", rows, losses.len())?;
         if !(0.0..=1.0).contains(&ce.smoothing) {
-            return Err(Error::Setting { what: "label smoothing", found: ce.smoothing, possible: "0 to 1" });
+            return Err(Error::Setting {
+                what: "label smoothing",
+                found: ce.smoothing,
+                possible: "0 to 1",
+            });
         }
         self.ints("cross_entropy: targets", targets)?;
         self.apart("cross_entropy", [logits, losses])
@@ -442,13 +513,19 @@ impl Arenas {
         self.apart("sum_squares", [g, out])
     }
 
-    /// [`OptimOps::update`](crate::OptimOps::update). Also refuses constants that would turn every parameter into NaN.
+    /// [`OptimOps::update`](crate::OptimOps::update). Also refuses constants that would turn every
+    /// parameter into NaN.
     pub fn update(&self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
         u.rule.check()?;
         if u.t == 0 {
-            return Err(Error::Setting { what: "number of the update", found: 0.0, possible: "1 and up" });
+            return Err(Error::Setting {
+                what: "number of the update",
+                found: 0.0,
+                possible: "1 and up",
+            });
         }
-        for (what, found) in [("lr", u.lr), ("weight decay", u.decay), ("gradient scale", u.scale)] {
+        for (what, found) in [("lr", u.lr), ("weight decay", u.decay), ("gradient scale", u.scale)]
+        {
             if !found.is_finite() {
                 return Err(Error::Setting { what, found, possible: "a finite number" });
             }

@@ -1,8 +1,9 @@
 //! What can go wrong, as values.
 //!
-//! [`Error`] is a mistake in how something was asked for: it is returned at once and nothing has changed.
-//! [`Fault`] is a mistake in the numbers that a step met: kernels record the first one in the backend's deferred
-//! status, updates do nothing while it is set, and the host reads it once per step.
+//! [`Error`] is a mistake in how something was asked for: it is returned at once and nothing has
+//! changed. [`Fault`] is a mistake in the numbers that a step met: kernels record the first one in
+//! the backend's deferred status, updates do nothing while it is set, and the host reads it once
+//! per step.
 
 use core::fmt;
 
@@ -57,8 +58,9 @@ pub enum Error {
     Fault(Fault),
     /// The device below a backend failed.
     Device(&'static str),
-    /// A block, an input or a head of another framework failed. This type is plain data, so the adapter keeps that
-    /// framework's own error (an exception, a status) and gives it to its caller when the pass has returned.
+    /// A block, an input or a head of another framework failed. This type is plain data, so the
+    /// adapter keeps that framework's own error (an exception, a status) and gives it to its caller
+    /// when the pass has returned.
     Foreign(Site),
     /// One of several machines that train together stopped all of them.
     Rank {
@@ -110,12 +112,23 @@ impl fmt::Display for Halt {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Self::Handle(what) => write!(f, "{what}: the handle is outside its arena or overlaps another operand"),
-            Self::Shape { what, expected, found } => write!(f, "{what}: expected {expected}, found {found}"),
-            Self::Setting { what, found, possible } => write!(f, "{what} is {found}; possible: {possible}"),
-            Self::TooLarge(what) => write!(f, "{what}: the size in bytes does not fit this machine's address space"),
+            Self::Handle(what) => {
+                write!(f, "{what}: the handle is outside its arena or overlaps another operand")
+            }
+            Self::Shape { what, expected, found } => {
+                write!(f, "{what}: expected {expected}, found {found}")
+            }
+            Self::Setting { what, found, possible } => {
+                write!(f, "{what} is {found}; possible: {possible}")
+            }
+            Self::TooLarge(what) => {
+                write!(f, "{what}: the size in bytes does not fit this machine's address space")
+            }
             Self::Budget { budget, minimum } => {
-                write!(f, "the step does not fit into {budget} bytes; the smallest plan needs {minimum}")
+                write!(
+                    f,
+                    "the step does not fit into {budget} bytes; the smallest plan needs {minimum}"
+                )
             }
             Self::Fault(fault) => fault.fmt(f),
             Self::Device(what) => write!(f, "device: {what}"),
@@ -166,15 +179,17 @@ pub enum Fault {
         /// The value, in units of the activations.
         value: f64,
     },
-    /// A rebuilt activation differs from the original: memory was changed, or a block does not repeat itself.
-    /// Blocks above this one may have been updated; this one and those below were not.
+    /// A rebuilt activation differs from the original: memory was changed, or a block does not
+    /// repeat itself. Blocks above this one may have been updated; this one and those below were
+    /// not.
     Checksum {
         /// Index `k` of the `X_k` that differs.
         activation: usize,
         /// The block whose recomputation rebuilt it.
         block: usize,
     },
-    /// A gradient is not finite. Blocks above this site may have been updated; this one and those below were not.
+    /// A gradient is not finite. Blocks above this site may have been updated; this one and those
+    /// below were not.
     Gradient {
         /// Where the gradient belongs.
         site: Site,

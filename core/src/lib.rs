@@ -1,13 +1,16 @@
-//! Exact bit-level reversible transformer training (BDIA) without std, without an allocator, without unsafe code.
+//! Exact bit-level reversible transformer training (BDIA) without std, without an allocator,
+//! without unsafe code.
 //!
-//! A transformer is trained while only **two integer activation tensors and one bit per activation and block** are
-//! kept. The backward pass rebuilds every earlier activation from them, bit for bit, and the trained network *is* a
-//! standard transformer at inference. The method is that of Zhang, Lewis and Kleijn, "On Exact Bit-level Reversible
-//! Transformers Without Changing Architecture" (ICML 2025).
+//! A transformer is trained while only **two integer activation tensors and one bit per activation
+//! and block** are kept. The backward pass rebuilds every earlier activation from them, bit for
+//! bit, and the trained network *is* a standard transformer at inference. The method is that of
+//! Zhang, Lewis and Kleijn, "On Exact Bit-level Reversible Transformers Without Changing
+//! Architecture" (ICML 2025).
 //!
 //! # The update
-//! Activations live on the grid `2^-l` and are stored as `i32`: `x_k = 2^-l·X_k`, `Q(y) = round_ties_even(y·2^l)`.
-//! Block `k` computes a residual `h_k(x)`; σ is drawn per sample and per block, and `γ = σ·2^-m` (`m = 1`: ±0.5).
+//! Activations live on the grid `2^-l` and are stored as `i32`: `x_k = 2^-l·X_k`, `Q(y) =
+//! round_ties_even(y·2^l)`. Block `k` computes a residual `h_k(x)`; σ is drawn per sample and per
+//! block, and `γ = σ·2^-m` (`m = 1`: ±0.5).
 //!
 //! ```text
 //! X_0     = Q(embedding)
@@ -16,22 +19,24 @@
 //! X_{k-1} = σ·2^m·(X_{k+1} − Q((1-γ)·x_k + (1+γ)·h_k(x_k))) − s_{k-1}            the inverse
 //! ```
 //!
-//! `s` is what makes the division exact; with `m = 1` it is the parity of `X_{k-1}`, one bit. With `G_k = ∂L/∂x_k`
-//! and a straight-through `Q`:
+//! `s` is what makes the division exact; with `m = 1` it is the parity of `X_{k-1}`, one bit. With
+//! `G_k = ∂L/∂x_k` and a straight-through `Q`:
 //!
 //! ```text
 //! G_k     += (1-γ)·G_{k+1} + J_{h_k}(x_k)ᵀ·(1+γ)·G_{k+1}
 //! G_{k-1} += γ·G_{k+1}
 //! ```
 //!
-//! The average over the sign is `x_{k+1} = x_k + h_k(x_k)`: an ordinary transformer, which is what inference computes.
-//! [`update`] has all of it, element by element, with its tests and a worked example with numbers.
+//! The average over the sign is `x_{k+1} = x_k + h_k(x_k)`: an ordinary transformer, which is what
+//! inference computes. [`update`] has all of it, element by element, with its tests and a worked
+//! example with numbers.
 //!
 //! # Why integers
-//! Exactness is then a property of arithmetic: integer sums have no rounding, parity is a bit test, overflow can be
-//! tested for. The kernel input `x_k` is a pure function of `X_k`, so the inverse subtracts exactly what the step added,
-//! *if* `h_k` is recomputed to the same bits. That is the one thing a block must promise ([`stack::Blocks`]); a checksum
-//! per activation tells when it is broken.
+//! Exactness is then a property of arithmetic: integer sums have no rounding, parity is a bit test,
+//! overflow can be tested for. The kernel input `x_k` is a pure function of `X_k`, so the inverse
+//! subtracts exactly what the step added, *if* `h_k` is recomputed to the same bits. That is the
+//! one thing a block must promise ([`stack::Blocks`]); a checksum per activation tells when it is
+//! broken.
 //!
 //! # One example
 //! ```
@@ -75,9 +80,10 @@
 //! | [`optim`], [`plan`] | optimizers and schedules as values; fitting a step into a budget |
 //! | `testing` | (feature) the conformance suite that a backend runs |
 //!
-//! Framework authors need [`Storage`], [`UpdateOps`], [`stack::Stack`] and an implementation of [`stack::Blocks`] over
-//! blocks of their own: [`guide`] ("BDIA in your framework") is a whole program. Nothing here panics on input:
-//! requests that cannot be carried out give an [`Error`], numbers that go wrong a [`Fault`].
+//! Framework authors need [`Storage`], [`UpdateOps`], [`stack::Stack`] and an implementation of
+//! [`stack::Blocks`] over blocks of their own: [`guide`] ("BDIA in your framework") is a whole
+//! program. Nothing here panics on input: requests that cannot be carried out give an [`Error`],
+//! numbers that go wrong a [`Fault`].
 //!
 //! # Features
 //! `testing` (off by default) adds the conformance suite, and nothing else.

@@ -1,12 +1,13 @@
-//! Optimizers, learning-rate schedules and clipping, as values that a backend's [`update`](crate::OptimOps::update)
-//! carries out tensor by tensor.
+//! Optimizers, learning-rate schedules and clipping, as values that a backend's
+//! [`update`](crate::OptimOps::update) carries out tensor by tensor.
 
 use crate::error::{Error, Result, ok};
 
 /// The rule of an optimizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Rule {
-    /// Stochastic gradient descent: `m ← μ·m + g`, `θ ← θ − η·m`; without momentum (`μ = 0`) no state.
+    /// Stochastic gradient descent: `m ← μ·m + g`, `θ ← θ − η·m`; without momentum (`μ = 0`) no
+    /// state.
     Sgd {
         /// `μ`.
         momentum: f64,
@@ -20,7 +21,8 @@ pub enum Rule {
         /// Added to the root of the second moment.
         eps: f64,
     },
-    /// SET-Adam (arXiv 2302.01029): the second moments of a tensor are scaled down and translated towards each other.
+    /// SET-Adam (arXiv 2302.01029): the second moments of a tensor are scaled down and translated
+    /// towards each other.
     SetAdam {
         /// Decay of the first moment.
         beta1: f64,
@@ -46,7 +48,9 @@ impl Rule {
     /// [`Error::Setting`] names the first one that is NaN or out of range.
     pub const fn check(&self) -> Result<()> {
         match *self {
-            Self::Sgd { momentum } => within("momentum", momentum, 0.0, 1.0, "0 up to, not including, 1"),
+            Self::Sgd { momentum } => {
+                within("momentum", momentum, 0.0, 1.0, "0 up to, not including, 1")
+            }
             Self::AdamW { beta1, beta2, eps } | Self::SetAdam { beta1, beta2, eps } => {
                 ok!(within("beta1", beta1, 0.0, 1.0, "0 up to, not including, 1"));
                 ok!(within("beta2", beta2, 0.0, 1.0, "0 up to, not including, 1"));
@@ -56,7 +60,13 @@ impl Rule {
     }
 }
 
-const fn within(what: &'static str, x: f64, low: f64, below: f64, possible: &'static str) -> Result<()> {
+const fn within(
+    what: &'static str,
+    x: f64,
+    low: f64,
+    below: f64,
+    possible: &'static str,
+) -> Result<()> {
     if x >= low && x < below { Ok(()) } else { Err(Error::Setting { what, found: x, possible }) }
 }
 
@@ -84,8 +94,8 @@ pub enum Decay {
     Cosine,
     /// A straight line from the peak to the minimum.
     Linear,
-    /// With the root of the number of steps, without an end (Vaswani et al., 2017, equation 3, there called after Noam
-    /// Shazeer): `lr·√(warmup / (step + 1))`.
+    /// With the root of the number of steps, without an end (Vaswani et al., 2017, equation 3,
+    /// there called after Noam Shazeer): `lr·√(warmup / (step + 1))`.
     Noam,
 }
 
@@ -124,15 +134,21 @@ impl Schedule {
         match self.decay {
             Decay::Constant => self.lr,
             Decay::Cosine => {
-                self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + libm::cos(core::f64::consts::PI * done))
+                self.min_lr
+                    + (self.lr - self.min_lr)
+                        * 0.5
+                        * (1.0 + libm::cos(core::f64::consts::PI * done))
             }
             Decay::Linear => self.lr + (self.min_lr - self.lr) * done,
-            Decay::Noam => self.lr * libm::sqrt(f64::from(self.warmup.max(1)) / (f64::from(step) + 1.0)),
+            Decay::Noam => {
+                self.lr * libm::sqrt(f64::from(self.warmup.max(1)) / (f64::from(step) + 1.0))
+            }
         }
     }
 }
 
-/// The factor that brings a gradient of norm `norm` down to `max_norm`; 1 where clipping is off (`max_norm = 0`).
+/// The factor that brings a gradient of norm `norm` down to `max_norm`; 1 where clipping is off
+/// (`max_norm = 0`).
 pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
     if max_norm > 0.0 && norm > max_norm { max_norm / norm } else { 1.0 }
 }
@@ -147,7 +163,11 @@ mod tests {
         assert_eq!((s.at(0), s.at(3), s.at(4)), (0.25, 1.0, 1.0));
         assert!((s.at(14) - 0.1).abs() < 1e-12 && (s.at(9) - 0.55).abs() < 1e-12);
         let s = Schedule { decay: Decay::Linear, ..s };
-        assert!((s.at(9) - 0.55).abs() < 1e-12 && (s.at(14) - 0.1).abs() < 1e-12 && (s.at(99) - 0.1).abs() < 1e-12);
+        assert!(
+            (s.at(9) - 0.55).abs() < 1e-12
+                && (s.at(14) - 0.1).abs() < 1e-12
+                && (s.at(99) - 0.1).abs() < 1e-12
+        );
         let s = Schedule { decay: Decay::Noam, ..s };
         assert_eq!((s.at(3), s.at(15), s.at(399)), (1.0, 0.5, 0.1));
         let s = Schedule { warmup: 0, steps: 1, decay: Decay::Constant, ..s };

@@ -1,7 +1,7 @@
 //! Fitting a step into a memory budget.
 //!
-//! The plan itself is the [`Layout`] that a model's buffers are asked of; here it is decided which of the
-//! possible layouts is used.
+//! The plan itself is the [`Layout`] that a model's buffers are asked of; here it is decided which
+//! of the possible layouts is used.
 
 use crate::arena::Layout;
 use crate::error::{Error, Result};
@@ -32,10 +32,13 @@ impl Rows {
     pub fn choices(self, batch: usize, tokens: usize) -> impl Iterator<Item = Choice> {
         let tokens = tokens.max(1);
         let most = (self.chunk / tokens).clamp(1, batch.max(1));
-        let halves = |n: usize| core::iter::successors(Some(n), |n| (*n > 1).then(|| n.div_ceil(2)));
+        let halves =
+            |n: usize| core::iter::successors(Some(n), |n| (*n > 1).then(|| n.div_ceil(2)));
         halves(most).flat_map(move |chunk| {
             let rows = self.head.min(chunk * tokens);
-            halves(rows).take_while(move |&r| r >= 8 || r == rows).map(move |head_rows| Choice { chunk, head_rows })
+            halves(rows)
+                .take_while(move |&r| r >= 8 || r == rows)
+                .map(move |head_rows| Choice { chunk, head_rows })
         })
     }
 }

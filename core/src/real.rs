@@ -2,9 +2,10 @@
 
 use num_traits::Float;
 
-/// `f32` or `f64`, with every operation that must give the same bits on all backends taken from `libm` or from
-/// plain IEEE arithmetic, never from the platform (`num_traits::Float` changes its source with the features of other
-/// crates in the graph, so it serves only where no bit depends on it).
+/// `f32` or `f64`, with every operation that must give the same bits on all backends taken from
+/// `libm` or from plain IEEE arithmetic, never from the platform (`num_traits::Float` changes its
+/// source with the features of other crates in the graph, so it serves only where no bit depends on
+/// it).
 pub trait Real:
     Float
     + Default

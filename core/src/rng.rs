@@ -1,8 +1,9 @@
 //! The counter-based generator: every random number is a pure function of where it is used.
 //!
-//! Philox 4×32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the seed, the
-//! counter names the place, so nothing random is stored, recomputation replays it, and no result depends on threads,
-//! chunks, micro-batches or on how a batch is split over machines.
+//! Philox 4×32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key
+//! is the seed, the counter names the place, so nothing random is stored, recomputation replays it,
+//! and no result depends on threads, chunks, micro-batches or on how a batch is split over
+//! machines.
 
 const MUL: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -16,15 +17,21 @@ pub fn philox(key: u64, counter: [u32; 4]) -> [u32; 4] {
     while round < 10 {
         let p0 = u64::from(MUL[0]) * u64::from(c[0]);
         let p1 = u64::from(MUL[1]) * u64::from(c[2]);
-        c = [(p1 >> 32) as u32 ^ c[1] ^ k[0], p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ k[1], p0 as u32];
+        c = [
+            (p1 >> 32) as u32 ^ c[1] ^ k[0],
+            p1 as u32,
+            (p0 >> 32) as u32 ^ c[3] ^ k[1],
+            p0 as u32,
+        ];
         k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
         round += 1;
     }
     c
 }
 
-/// What a random number is for. The discriminants are part of every run's result: never renumber. 128 and above belong to
-/// blocks of other frameworks ([`Chunk::own_stream`](crate::backend::Chunk::own_stream)).
+/// What a random number is for. The discriminants are part of every run's result: never renumber.
+/// 128 and above belong to blocks of other frameworks
+/// ([`Chunk::own_stream`](crate::backend::Chunk::own_stream)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Draw {
@@ -127,7 +134,10 @@ mod tests {
     #[test]
     fn known_answers() {
         assert_eq!(philox(0, [0; 4]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        assert_eq!(philox(u64::MAX, [u32::MAX; 4]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        assert_eq!(
+            philox(u64::MAX, [u32::MAX; 4]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
         assert_eq!(
             philox(0x299f_31d0_a409_3822, [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344]),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]

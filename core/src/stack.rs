@@ -1,4 +1,5 @@
-//! The reversible stack: `K` residual blocks, trained in one of four modes over the same block code.
+//! The reversible stack: `K` residual blocks, trained in one of four modes over the same block
+//! code.
 //!
 //! One training step, from top to bottom ([`Stack::train`]):
 //!
@@ -10,14 +11,15 @@
 //! embed_vjp  from G_0
 //! ```
 //!
-//! The other modes run the same loop over *segments* of blocks whose intermediates are kept: `checkpoint` keeps the
-//! input of every `n`-th block and recomputes a segment before its VJPs; `standard` is one segment of all blocks, and so
-//! is `bdia-float`, with γ.
+//! The other modes run the same loop over *segments* of blocks whose intermediates are kept:
+//! `checkpoint` keeps the input of every `n`-th block and recomputes a segment before its VJPs;
+//! `standard` is one segment of all blocks, and so is `bdia-float`, with γ.
 //!
 //! # Guarantee
 //! In mode [`Mode::Bdia`] every rebuilt `X_k` equals the original in every bit, provided that
-//! [`Blocks::residual`] gives the same bits for the same input and chunk in both passes. A 64-bit checksum per `X_k`
-//! detects it when that is not so, before the block's parameters are updated ([`Fault::Checksum`](crate::Fault)).
+//! [`Blocks::residual`] gives the same bits for the same input and chunk in both passes. A 64-bit
+//! checksum per `X_k` detects it when that is not so, before the block's parameters are updated
+//! ([`Fault::Checksum`](crate::Fault)).
 
 use crate::arena::{Category, Ints, Layout, Reals, Words, product};
 use crate::backend::{Chunk, Storage, UpdateOps};
@@ -46,8 +48,9 @@ pub enum Mode {
 pub enum Tail {
     /// A head follows at once; `X_K` is not kept.
     Head,
-    /// `x_K` is the result (an encoder, a part of a foreign model). Reversible: `X_K` is kept together with `X_{K-1}`, and
-    /// all blocks are recomputed. Other modes keep `x_K`; `checkpoint` then recomputes the last segment as well.
+    /// `x_K` is the result (an encoder, a part of a foreign model). Reversible: `X_K` is kept
+    /// together with `X_{K-1}`, and all blocks are recomputed. Other modes keep `x_K`; `checkpoint`
+    /// then recomputes the last segment as well.
     Output,
 }
 
@@ -77,11 +80,13 @@ pub struct Config {
     pub chunk: usize,
     /// How it is trained.
     pub mode: Mode,
-    /// The grid: required in mode `bdia`, refused in `bdia-float`, a choice in the others (there γ = 0).
+    /// The grid: required in mode `bdia`, refused in `bdia-float`, a choice in the others (there γ
+    /// = 0).
     pub grid: Option<Grid>,
     /// γ of the BDIA modes.
     pub gamma: Gamma,
-    /// Keep the originals and count differing elements (mode `bdia`), or measure the error of rebuilding (`bdia-float`).
+    /// Keep the originals and count differing elements (mode `bdia`), or measure the error of
+    /// rebuilding (`bdia-float`).
     pub verify: bool,
     /// What `X_K` is for.
     pub tail: Tail,
@@ -91,7 +96,8 @@ pub struct Config {
     pub ends_scratch: usize,
 }
 
-/// A second input of every block, whole batch: the encoder's output in a decoder. Its gradient adds up over blocks.
+/// A second input of every block, whole batch: the encoder's output in a decoder. Its gradient adds
+/// up over blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Context {
     /// The values, sample by sample.
@@ -123,8 +129,9 @@ pub struct Call {
 
 /// The residual blocks of a stack; all of them behind one value, told apart by [`Call::block`].
 ///
-/// Implement it for blocks of your own: the stack asks nothing else of them. Blocks that keep their own intermediates
-/// (an autograd graph) can key them by [`Chunk::frame`] and leave [`Needs`] at zero.
+/// Implement it for blocks of your own: the stack asks nothing else of them. Blocks that keep their
+/// own intermediates (an autograd graph) can key them by [`Chunk::frame`] and leave [`Needs`] at
+/// zero.
 pub trait Blocks<B: Storage> {
     /// `h = h_k(x)`. The same bits for the same call, whatever `keep` says.
     ///
@@ -132,15 +139,17 @@ pub trait Blocks<B: Storage> {
     /// Whatever the backend reports; it stops the step.
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()>;
 
-    /// Adds `J_{h_k}(x)ᵀ·gh` to `gx` and the parameters' parts to their gradients; `gh` may be overwritten.
+    /// Adds `J_{h_k}(x)ᵀ·gh` to `gx` and the parameters' parts to their gradients; `gh` may be
+    /// overwritten.
     ///
     /// # Errors
     /// Whatever the backend reports; it stops the step.
     fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()>;
 
-    /// All chunks of block `k` are through and its checksum has been compared: its gradient is complete, nothing reads
-    /// its parameters again in this step. An optimizer outside [`crate::OptimOps`] asks [`Storage::peek_fault`] first
-    /// and changes nothing while a fault is set.
+    /// All chunks of block `k` are through and its checksum has been compared: its gradient is
+    /// complete, nothing reads its parameters again in this step. An optimizer outside
+    /// [`crate::OptimOps`] asks [`Storage::peek_fault`] first and changes nothing while a fault is
+    /// set.
     ///
     /// # Errors
     /// Whatever the backend reports; it stops the step.
@@ -156,7 +165,14 @@ pub trait Input<B: Storage> {
     ///
     /// # Errors
     /// Whatever the backend reports; it stops the step.
-    fn forward(&mut self, be: &mut B, chunk: &Chunk, train: bool, x: Reals, scratch: Reals) -> Result<()>;
+    fn forward(
+        &mut self,
+        be: &mut B,
+        chunk: &Chunk,
+        train: bool,
+        x: Reals,
+        scratch: Reals,
+    ) -> Result<()>;
 
     /// Takes the gradient with respect to `x`, which may be overwritten.
     ///
@@ -171,7 +187,14 @@ pub trait Head<B: Storage> {
     ///
     /// # Errors
     /// Whatever the backend reports; it stops the step.
-    fn forward_backward(&mut self, be: &mut B, chunk: &Chunk, x: Reals, gx: Reals, scratch: Reals) -> Result<()>;
+    fn forward_backward(
+        &mut self,
+        be: &mut B,
+        chunk: &Chunk,
+        x: Reals,
+        gx: Reals,
+        scratch: Reals,
+    ) -> Result<()>;
 }
 
 /// Where a pass stands in a run: the counter words of its random numbers.
@@ -185,9 +208,9 @@ pub struct Pass {
     pub global: u32,
 }
 
-/// What stacks that run one after the other share, such as an encoder and its decoder: the memory of one chunk, and the
-/// gradients `G`, whose content is over when a stack's backward pass is. (The intermediates that modes other than `bdia` and
-/// `checkpoint 1` store are each stack's own.)
+/// What stacks that run one after the other share, such as an encoder and its decoder: the memory
+/// of one chunk, and the gradients `G`, whose content is over when a stack's backward pass is. (The
+/// intermediates that modes other than `bdia` and `checkpoint 1` store are each stack's own.)
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Workspace {
     g: [Reals; 2],
@@ -205,7 +228,8 @@ impl Workspace {
     /// # Errors
     /// As [`Stack::layout`].
     pub const fn layout(configs: &[Config], layout: &mut Layout) -> Result<Self> {
-        let mut most = Sizes { samples: 0, whole: 0, part: 0, inputs: 0, frame: 0, frames: 0, scratch: 0 };
+        let mut most =
+            Sizes { samples: 0, whole: 0, part: 0, inputs: 0, frame: 0, frames: 0, scratch: 0 };
         let (mut pair, mut ints, mut i) = (0, 0, 0);
         while i < configs.len() {
             let (config, s) = (&configs[i], ok!(Sizes::of(&configs[i])));
@@ -226,7 +250,10 @@ impl Workspace {
         }
         let l = layout;
         Ok(Self {
-            g: [l.reals(Category::ActivationGradients, most.whole), l.reals(Category::ActivationGradients, pair)],
+            g: [
+                l.reals(Category::ActivationGradients, most.whole),
+                l.reals(Category::ActivationGradients, pair),
+            ],
             inputs: l.reals(Category::Workspace, most.inputs),
             frames: l.reals(Category::Workspace, most.frames),
             h: l.reals(Category::Workspace, most.part),
@@ -256,10 +283,12 @@ impl Config {
         self.blocks.div_ceil(self.segment())
     }
 
-    /// Whether a single segment waits from the forward to the backward pass with all its intermediates, because something
-    /// else runs in between.
+    /// Whether a single segment waits from the forward to the backward pass with all its
+    /// intermediates, because something else runs in between.
     const fn waits(&self) -> bool {
-        matches!(self.tail, Tail::Output) && !matches!(self.mode, Mode::Bdia) && self.segments() == 1
+        matches!(self.tail, Tail::Output)
+            && !matches!(self.mode, Mode::Bdia)
+            && self.segments() == 1
     }
 
     /// Whether all chunks of a block use one frame.
@@ -298,10 +327,14 @@ impl Sizes {
         }
         let samples = smaller(ok!(positive("chunk", config.chunk)), b);
         let part = ok!(product("activations of a chunk", &[samples, p]));
-        let count =
-            if config.one_frame() { 1 } else { ok!(product("frames", &[config.segment(), b.div_ceil(samples)])) };
+        let count = if config.one_frame() {
+            1
+        } else {
+            ok!(product("frames", &[config.segment(), b.div_ceil(samples)]))
+        };
         let frame = ok!(product("frame", &[samples, config.needs.frame]));
-        let Some(scratch) = ok!(product("scratch", &[samples, config.needs.scratch])).checked_add(config.needs.fixed)
+        let Some(scratch) = ok!(product("scratch", &[samples, config.needs.scratch]))
+            .checked_add(config.needs.fixed)
         else {
             return Err(Error::TooLarge("scratch"));
         };
@@ -368,8 +401,8 @@ impl Stack {
     /// Lays the stack out.
     ///
     /// # Errors
-    /// [`Error::Setting`] or [`Error::Shape`] for a configuration that does not fit together, [`Error::TooLarge`] for
-    /// sizes beyond the address space.
+    /// [`Error::Setting`] or [`Error::Shape`] for a configuration that does not fit together,
+    /// [`Error::TooLarge`] for sizes beyond the address space.
     pub const fn layout(config: Config, layout: &mut Layout) -> Result<Self> {
         let workspace = ok!(Workspace::layout(&[config], layout));
         Self::layout_in(config, &workspace, layout)
@@ -379,11 +412,19 @@ impl Stack {
     ///
     /// # Errors
     /// As [`layout`](Self::layout).
-    pub const fn layout_in(mut config: Config, workspace: &Workspace, layout: &mut Layout) -> Result<Self> {
+    pub const fn layout_in(
+        mut config: Config,
+        workspace: &Workspace,
+        layout: &mut Layout,
+    ) -> Result<Self> {
         let s = ok!(Sizes::of(&config));
         let k = config.blocks;
         if k > 1 << 16 {
-            return Err(Error::Setting { what: "blocks", found: k as f64, possible: "up to 65536" });
+            return Err(Error::Setting {
+                what: "blocks",
+                found: k as f64,
+                possible: "up to 65536",
+            });
         }
         config.chunk = s.samples;
         let reversible = matches!(config.mode, Mode::Bdia);
@@ -392,18 +433,28 @@ impl Stack {
             Mode::Bdia => {
                 planes = ok!(config.gamma.planes());
                 if config.grid.is_none() {
-                    return Err(Error::Setting { what: "grid", found: f64::NAN, possible: "a grid in mode bdia" });
+                    return Err(Error::Setting {
+                        what: "grid",
+                        found: f64::NAN,
+                        possible: "a grid in mode bdia",
+                    });
                 }
             }
             Mode::BdiaFloat if config.grid.is_some() => {
-                return Err(Error::Setting { what: "grid", found: f64::NAN, possible: "no grid in mode bdia-float" });
+                return Err(Error::Setting {
+                    what: "grid",
+                    found: f64::NAN,
+                    possible: "no grid in mode bdia-float",
+                });
             }
             Mode::Checkpoint { .. } | Mode::Standard | Mode::BdiaFloat => {}
         }
 
         let stored = Self::stored_planes(&config);
-        let side_words =
-            ok!(product("side bits", &[config.batch, config.per_sample.div_ceil(32), planes as usize, stored]));
+        let side_words = ok!(product(
+            "side bits",
+            &[config.batch, config.per_sample.div_ceil(32), planes as usize, stored]
+        ));
         let segments = config.segments();
         let saved = if reversible { 0 } else { ok!(product("saved inputs", &[s.whole, segments])) };
         let float_verify = config.verify && matches!(config.mode, Mode::BdiaFloat);
@@ -411,8 +462,11 @@ impl Stack {
         let output = matches!(config.tail, Tail::Output) && !reversible;
 
         let (l, w) = (layout, workspace);
-        let (x_kind, int_state) =
-            if reversible { (Category::Activations, s.whole) } else { (Category::Workspace, s.part) };
+        let (x_kind, int_state) = if reversible {
+            (Category::Activations, s.whole)
+        } else {
+            (Category::Workspace, s.part)
+        };
         let (inputs, frames) = if config.stores_frames() {
             (l.reals(Category::Activations, s.inputs), l.reals(Category::Activations, s.frames))
         } else {
@@ -428,11 +482,16 @@ impl Stack {
             sums: l.words(Category::SideBits, if reversible { 2 * (k + 2) } else { 0 }),
             originals: l.ints(
                 Category::Verify,
-                if config.verify && reversible { ok!(product("originals", &[s.whole, stored])) } else { 0 },
+                if config.verify && reversible {
+                    ok!(product("originals", &[s.whole, stored]))
+                } else {
+                    0
+                },
             ),
             differing: l.words(Category::Verify, if config.verify && reversible { 2 } else { 0 }),
             saved_ints: l.ints(Category::Activations, if has_grid { saved } else { 0 }),
-            saved_reals: l.reals(Category::Activations, if !has_grid && segments > 1 { saved } else { 0 }),
+            saved_reals: l
+                .reals(Category::Activations, if !has_grid && segments > 1 { saved } else { 0 }),
             output: l.reals(Category::Activations, if output { s.whole } else { 0 }),
             inputs,
             frames,
@@ -499,12 +558,14 @@ impl Stack {
         Ok(u64::from(words[1]) << 32 | u64::from(words[0]))
     }
 
-    /// Largest difference between rebuilt and original activations of the last step (`verify` in mode `bdia-float`).
+    /// Largest difference between rebuilt and original activations of the last step (`verify` in
+    /// mode `bdia-float`).
     pub const fn rebuild_error(&self) -> f64 {
         self.rebuild_error
     }
 
-    /// One forward and backward pass with input and head. The deferred status of the backend says whether it is good.
+    /// One forward and backward pass with input and head. The deferred status of the backend says
+    /// whether it is good.
     ///
     /// # Errors
     /// Whatever the backend, the blocks or the ends report.
@@ -574,7 +635,8 @@ impl Stack {
         Ok(self.side.sub((plane * self.config.batch + chunk.first) * words, chunk.samples * words))
     }
 
-    /// Checksum of `X_k` (two words); index `K + 1` is the one that the backward pass compares with.
+    /// Checksum of `X_k` (two words); index `K + 1` is the one that the backward pass compares
+    /// with.
     const fn sum(&self, k: usize) -> Words {
         self.sums.sub(2 * k, 2)
     }
@@ -611,7 +673,12 @@ impl Stack {
     ///
     /// # Errors
     /// Whatever the backend or the input report.
-    pub fn embed<B: UpdateOps>(&mut self, be: &mut B, input: &mut impl Input<B>, pass: &Pass) -> Result<()> {
+    pub fn embed<B: UpdateOps>(
+        &mut self,
+        be: &mut B,
+        input: &mut impl Input<B>,
+        pass: &Pass,
+    ) -> Result<()> {
         if !self.sums.is_empty() {
             be.fill_words(self.sums, 0)?;
         }
@@ -630,8 +697,16 @@ impl Stack {
                     let sum = if reversible { self.sum(0) } else { Words::EMPTY };
                     be.quantize(&chunk, grid, x, self.of_ints(whole, &chunk), sum)?;
                 }
-                None if self.saved_reals.is_empty() => input.forward(be, &chunk, true, x, self.scratch)?,
-                None => input.forward(be, &chunk, true, self.of(self.saved_reals, &chunk), self.scratch)?,
+                None if self.saved_reals.is_empty() => {
+                    input.forward(be, &chunk, true, x, self.scratch)?
+                }
+                None => input.forward(
+                    be,
+                    &chunk,
+                    true,
+                    self.of(self.saved_reals, &chunk),
+                    self.scratch,
+                )?,
             }
         }
         Ok(())
@@ -641,7 +716,12 @@ impl Stack {
     ///
     /// # Errors
     /// Whatever the backend or the blocks report.
-    pub fn forward<B: UpdateOps>(&mut self, be: &mut B, blocks: &mut impl Blocks<B>, pass: &Pass) -> Result<()> {
+    pub fn forward<B: UpdateOps>(
+        &mut self,
+        be: &mut B,
+        blocks: &mut impl Blocks<B>,
+        pass: &Pass,
+    ) -> Result<()> {
         if self.config.mode != Mode::Bdia {
             let below = self.config.segments() - usize::from(self.config.tail == Tail::Head);
             for s in 0..below {
@@ -667,20 +747,34 @@ impl Stack {
                 let chunk = self.chunk(pass, Site::Block(k), 0, first, n);
                 let (next, sum) = (self.of_ints(self.x[(k + 1) % 2], &chunk), self.sum(k + 1));
                 self.residual(be, blocks, &chunk, k, false)?;
-                self.advance(be, &chunk, grid, k, next, self.side_of(k.wrapping_sub(1), &chunk)?, sum)?;
+                self.advance(
+                    be,
+                    &chunk,
+                    grid,
+                    k,
+                    next,
+                    self.side_of(k.wrapping_sub(1), &chunk)?,
+                    sum,
+                )?;
             }
         }
         Ok(())
     }
 
-    /// The result of [`forward`](Self::forward) with [`Tail::Output`]: `x_K` of the whole batch, in the place of `G_K`.
-    /// Read it, then put `∂L/∂x_K` over it and call [`backward`](Self::backward).
+    /// The result of [`forward`](Self::forward) with [`Tail::Output`]: `x_K` of the whole batch, in
+    /// the place of `G_K`. Read it, then put `∂L/∂x_K` over it and call
+    /// [`backward`](Self::backward).
     ///
     /// # Errors
-    /// [`Error::Setting`] with [`Tail::Head`], whose `x_K` the head alone sees; whatever the backend reports.
+    /// [`Error::Setting`] with [`Tail::Head`], whose `x_K` the head alone sees; whatever the
+    /// backend reports.
     pub fn output<B: UpdateOps>(&self, be: &mut B) -> Result<Reals> {
         if self.config.tail != Tail::Output {
-            return Err(Error::Setting { what: "tail", found: f64::NAN, possible: "an output, to read it" });
+            return Err(Error::Setting {
+                what: "tail",
+                found: f64::NAN,
+                possible: "an output, to read it",
+            });
         }
         let place = self.gradient(self.config.blocks);
         match self.config.grid {
@@ -740,7 +834,11 @@ impl Stack {
         pass: &Pass,
     ) -> Result<()> {
         if self.config.tail != Tail::Head {
-            return Err(Error::Setting { what: "tail", found: f64::NAN, possible: "a head, to turn at" });
+            return Err(Error::Setting {
+                what: "tail",
+                found: f64::NAN,
+                possible: "a head, to turn at",
+            });
         }
         let last = self.config.blocks - 1;
         if !self.g[1].is_empty() {
@@ -768,7 +866,13 @@ impl Stack {
                 }
             }
             let at_head = Chunk { site: Site::Head, ..chunk };
-            head.forward_backward(be, &at_head, top, self.of(self.gradient(last + 1), &chunk), self.scratch)?;
+            head.forward_backward(
+                be,
+                &at_head,
+                top,
+                self.of(self.gradient(last + 1), &chunk),
+                self.scratch,
+            )?;
             self.backpropagate(be, blocks, &chunk, last)?;
         }
         blocks.done(be, last)?;
@@ -800,7 +904,12 @@ impl Stack {
     ///
     /// # Errors
     /// Whatever the backend or the blocks report.
-    pub fn backward<B: UpdateOps>(&mut self, be: &mut B, blocks: &mut impl Blocks<B>, pass: &Pass) -> Result<()> {
+    pub fn backward<B: UpdateOps>(
+        &mut self,
+        be: &mut B,
+        blocks: &mut impl Blocks<B>,
+        pass: &Pass,
+    ) -> Result<()> {
         let k = self.config.blocks;
         let Some(grid) = self.config.grid.filter(|_| self.config.mode == Mode::Bdia) else {
             return self.backward_segments(be, blocks, pass);
@@ -818,13 +927,23 @@ impl Stack {
                 let far = self.of_ints(self.x[(k + 1) % 2], &chunk);
                 let h = self.part(self.h, &chunk);
                 if k == 0 {
-                    // X_0 is there already: rebuilding it once more, beside X_1, shows whether block 0 repeats itself.
+                    // X_0 is there already: rebuilding it once more, beside X_1, shows whether
+                    // block 0 repeats itself.
                     let again = self.top_ints.sub(0, far.len());
                     be.copy_ints(far, again)?;
                     be.subtract_quantized(&chunk, grid, again, h, compared)?;
                 } else {
                     let side = self.side_of(k - 1, &chunk)?;
-                    be.inverse(&chunk, grid, self.config.gamma, far, self.input_of(&chunk), h, side, compared)?;
+                    be.inverse(
+                        &chunk,
+                        grid,
+                        self.config.gamma,
+                        far,
+                        self.input_of(&chunk),
+                        h,
+                        side,
+                        compared,
+                    )?;
                 }
                 self.backpropagate(be, blocks, &chunk, k)?;
             }
@@ -832,7 +951,11 @@ impl Stack {
             be.compare(self.sum(rebuilt), compared, rebuilt, k)?;
             if k > 0 && !self.originals.is_empty() {
                 let whole = self.x[0].len();
-                be.count_differences(self.x[(k - 1) % 2], self.originals.sub((k - 1) * whole, whole), self.differing)?;
+                be.count_differences(
+                    self.x[(k - 1) % 2],
+                    self.originals.sub((k - 1) * whole, whole),
+                    self.differing,
+                )?;
             }
             blocks.done(be, k)?;
         }
@@ -843,7 +966,12 @@ impl Stack {
     ///
     /// # Errors
     /// Whatever the backend or the input report.
-    pub fn embed_vjp<B: UpdateOps>(&mut self, be: &mut B, input: &mut impl Input<B>, pass: &Pass) -> Result<()> {
+    pub fn embed_vjp<B: UpdateOps>(
+        &mut self,
+        be: &mut B,
+        input: &mut impl Input<B>,
+        pass: &Pass,
+    ) -> Result<()> {
         for (_, first, n) in self.chunks() {
             let chunk = self.chunk(pass, Site::Embedding, 0, first, n);
             input.vjp(be, &chunk, self.of(self.gradient(0), &chunk), self.scratch)?;
@@ -851,7 +979,8 @@ impl Stack {
         Ok(())
     }
 
-    /// Runs segment `s` on one chunk, from its stored input to the stored input of the next one, or to `x_K`.
+    /// Runs segment `s` on one chunk, from its stored input to the stored input of the next one, or
+    /// to `x_K`.
     fn run_segment<B: UpdateOps>(
         &self,
         be: &mut B,
@@ -872,7 +1001,10 @@ impl Stack {
             let running = self.x[0].sub(0, n * self.config.per_sample);
             if let Some(grid) = self.config.grid {
                 if j == range.start {
-                    be.copy_ints(self.of_ints(self.saved_ints.sub(s * whole, whole), &chunk), running)?;
+                    be.copy_ints(
+                        self.of_ints(self.saved_ints.sub(s * whole, whole), &chunk),
+                        running,
+                    )?;
                 }
                 be.dequantize(grid, running, call.x)?;
             } else if j == range.start && !self.saved_reals.is_empty() {
@@ -884,13 +1016,17 @@ impl Stack {
                 // A recomputed segment: its result is known, only its frames were wanted.
                 return Ok(());
             }
-            let last = if output { self.of(self.output, &chunk) } else { self.part(self.top, &chunk) };
+            let last =
+                if output { self.of(self.output, &chunk) } else { self.part(self.top, &chunk) };
             if let Some(grid) = self.config.grid {
                 be.add_quantized(&chunk, grid, running, h, Words::EMPTY)?;
                 if j + 1 == k {
                     be.dequantize(grid, running, last)?;
                 } else if ends {
-                    be.copy_ints(running, self.of_ints(self.saved_ints.sub((s + 1) * whole, whole), &chunk))?;
+                    be.copy_ints(
+                        running,
+                        self.of_ints(self.saved_ints.sub((s + 1) * whole, whole), &chunk),
+                    )?;
                 }
                 continue;
             }
@@ -903,7 +1039,10 @@ impl Stack {
             };
             let gamma = self.step_gamma(j)?;
             if gamma.magnitude() != 0.0 {
-                be.copy_reals(self.input_of(&Chunk { frame: self.frame_index(j - 1, c), ..chunk }), target)?;
+                be.copy_reals(
+                    self.input_of(&Chunk { frame: self.frame_index(j - 1, c), ..chunk }),
+                    target,
+                )?;
             }
             be.blend(&chunk, gamma, target, call.x, h)?;
         }
@@ -929,7 +1068,12 @@ impl Stack {
         Ok(())
     }
 
-    fn backward_segments<B: UpdateOps>(&self, be: &mut B, blocks: &mut impl Blocks<B>, pass: &Pass) -> Result<()> {
+    fn backward_segments<B: UpdateOps>(
+        &self,
+        be: &mut B,
+        blocks: &mut impl Blocks<B>,
+        pass: &Pass,
+    ) -> Result<()> {
         let (segment, k, waits) = (self.config.segment(), self.config.blocks, self.config.waits());
         let output = self.config.tail == Tail::Output;
         if output && !self.g[1].is_empty() {
@@ -941,7 +1085,8 @@ impl Stack {
                 if !waits {
                     self.run_segment(be, blocks, pass, s, (c, first, n), true)?;
                 }
-                let chunk = self.chunk(pass, Site::Block(last), self.frame_index(last, c), first, n);
+                let chunk =
+                    self.chunk(pass, Site::Block(last), self.frame_index(last, c), first, n);
                 self.backpropagate(be, blocks, &chunk, last)?;
             }
             blocks.done(be, last)?;
@@ -950,7 +1095,8 @@ impl Stack {
         Ok(())
     }
 
-    /// `bdia-float`: rebuilds the chunk's activations from `x_K` and `x_{K-1}` and keeps the largest error.
+    /// `bdia-float`: rebuilds the chunk's activations from `x_K` and `x_{K-1}` and keeps the
+    /// largest error.
     fn measure_rebuilding<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -962,7 +1108,9 @@ impl Stack {
         if self.config.gamma.magnitude() == 0.0 {
             return Ok(());
         }
-        let stored = |j: usize| self.input_of(&self.chunk(pass, Site::Block(j), self.frame_index(j, c), first, n));
+        let stored = |j: usize| {
+            self.input_of(&self.chunk(pass, Site::Block(j), self.frame_index(j, c), first, n))
+        };
         let probe = self.chunk(pass, Site::Block(0), 0, first, n);
         // `far` holds x_{j+1} and becomes x_{j-1}; `near` holds x_j.
         let (mut far, mut near) = (self.part(self.top, &probe), self.part(self.spare[0], &probe));
@@ -985,11 +1133,13 @@ impl Stack {
         Ok(())
     }
 
-    /// Inference over `samples` samples (at most a chunk): from the input to `x_K`, whose place is returned. With
-    /// `gamma = 0` it is the standard transformer, `x_{k+1} = x_k + h_k(x_k)`; dropout is off. Uses the workspace only.
+    /// Inference over `samples` samples (at most a chunk): from the input to `x_K`, whose place is
+    /// returned. With `gamma = 0` it is the standard transformer, `x_{k+1} = x_k + h_k(x_k)`;
+    /// dropout is off. Uses the workspace only.
     ///
     /// # Errors
-    /// [`Error::Shape`] for more samples than a chunk holds; whatever the backend, the blocks or the input report.
+    /// [`Error::Shape`] for more samples than a chunk holds; whatever the backend, the blocks or
+    /// the input report.
     pub fn infer<B: UpdateOps>(
         &self,
         be: &mut B,
@@ -999,11 +1149,16 @@ impl Stack {
         gamma: Gamma,
     ) -> Result<Reals> {
         if samples > self.config.chunk {
-            return Err(Error::Shape { what: "samples of inference", expected: self.config.chunk, found: samples });
+            return Err(Error::Shape {
+                what: "samples of inference",
+                expected: self.config.chunk,
+                found: samples,
+            });
         }
         let pass = Pass { seed: 0, step: 0, global: 0 };
         let at = |site| self.chunk(&pass, site, 0, 0, samples);
-        let (mut cur, mut other) = (self.input_of(&at(Site::Embedding)), self.part(self.top, &at(Site::Embedding)));
+        let (mut cur, mut other) =
+            (self.input_of(&at(Site::Embedding)), self.part(self.top, &at(Site::Embedding)));
         input.forward(be, &at(Site::Embedding), false, cur, self.scratch)?;
         for k in 0..self.config.blocks {
             let chunk = at(Site::Block(k));
@@ -1017,11 +1172,13 @@ impl Stack {
         Ok(cur)
     }
 
-    /// Inference on the grid, `X_{k+1} = X_k + Q(h_k(x_k))` as in the paper, or with a constant dyadic γ. Needs a stack
-    /// in mode `bdia`, whose `X` pair it uses. The result is the place of `x_K`.
+    /// Inference on the grid, `X_{k+1} = X_k + Q(h_k(x_k))` as in the paper, or with a constant
+    /// dyadic γ. Needs a stack in mode `bdia`, whose `X` pair it uses. The result is the place of
+    /// `x_K`.
     ///
     /// # Errors
-    /// As [`infer`](Self::infer); [`Error::Setting`] without a grid or for a γ that is neither 0 nor `±2^-m`.
+    /// As [`infer`](Self::infer); [`Error::Setting`] without a grid or for a γ that is neither 0
+    /// nor `±2^-m`.
     pub fn infer_quantized<B: UpdateOps>(
         &self,
         be: &mut B,
@@ -1031,10 +1188,18 @@ impl Stack {
         gamma: Gamma,
     ) -> Result<Reals> {
         if samples > self.config.chunk {
-            return Err(Error::Shape { what: "samples of inference", expected: self.config.chunk, found: samples });
+            return Err(Error::Shape {
+                what: "samples of inference",
+                expected: self.config.chunk,
+                found: samples,
+            });
         }
         let Some(grid) = self.config.grid.filter(|_| self.config.mode == Mode::Bdia) else {
-            return Err(Error::Setting { what: "mode", found: f64::NAN, possible: "bdia, which has a grid" });
+            return Err(Error::Setting {
+                what: "mode",
+                found: f64::NAN,
+                possible: "bdia, which has a grid",
+            });
         };
         let pass = Pass { seed: 0, step: 0, global: 0 };
         let at = |site| self.chunk(&pass, site, 0, 0, samples);

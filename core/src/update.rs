@@ -1,7 +1,8 @@
 //! The reversible update of one activation: grid, γ, side bits, step, inverse, gradient, checksum.
 //!
-//! Everything exact in this crate is in this file, element by element, in plain scalar code. Backends repeat it over
-//! tensors and must give the same bits (the suite in `bdia_core::testing` compares them).
+//! Everything exact in this crate is in this file, element by element, in plain scalar code.
+//! Backends repeat it over tensors and must give the same bits (the suite in `bdia_core::testing`
+//! compares them).
 //!
 //! ```text
 //! step      X_{k+1} = σ·(X_{k-1} + s_{k-1}) / 2^m + Q((1-γ)·x_k + (1+γ)·h_k(x_k)),   γ = σ·2^-m
@@ -9,8 +10,9 @@
 //! gradient  G_k += (1-γ)·G_{k+1} + J_{h_k}(x_k)ᵀ·(1+γ)·G_{k+1},    G_{k-1} += γ·G_{k+1}
 //! ```
 //!
-//! with `x = 2^-l·X` and `Q(y) = round_ties_even(y·2^l)` (BDIA paper, section 4; integers instead of floats on a grid
-//! are this crate's choice). [`s`](crate::update::shift) makes the division exact, and is kept as `m` bits.
+//! with `x = 2^-l·X` and `Q(y) = round_ties_even(y·2^l)` (BDIA paper, section 4; integers instead
+//! of floats on a grid are this crate's choice). [`s`](crate::update::shift) makes the division
+//! exact, and is kept as `m` bits.
 //!
 //! ```
 //! use bdia_core::update::{Gamma, Grid, Sign};
@@ -30,7 +32,8 @@ use crate::error::{Error, Result};
 use crate::real::Real;
 use crate::rng::{Draw, Stream};
 
-/// Largest magnitude of a stored activation and of a quantized update: no sum of the step can then overflow `i32`.
+/// Largest magnitude of a stored activation and of a quantized update: no sum of the step can then
+/// overflow `i32`.
 pub const LIMIT: i32 = 1 << 30;
 
 /// The grid `2^-l` that activations live on.
@@ -43,13 +46,18 @@ impl Grid {
     /// The finest grid: its range is still ±2^6.
     pub const MAX_FRAC_BITS: u32 = 24;
 
-    /// A grid with `l = frac_bits` fractional bits; values may then be up to `2^(30-l)` in magnitude.
+    /// A grid with `l = frac_bits` fractional bits; values may then be up to `2^(30-l)` in
+    /// magnitude.
     ///
     /// # Errors
     /// [`Error::Setting`] for more than [`Grid::MAX_FRAC_BITS`].
     pub const fn new(frac_bits: u32) -> Result<Self> {
         if frac_bits > Self::MAX_FRAC_BITS {
-            return Err(Error::Setting { what: "frac_bits", found: frac_bits as f64, possible: "0 to 24" });
+            return Err(Error::Setting {
+                what: "frac_bits",
+                found: frac_bits as f64,
+                possible: "0 to 24",
+            });
         }
         Ok(Self { frac_bits })
     }
@@ -110,7 +118,8 @@ impl Gamma {
     /// Most bit planes that are stored per block.
     pub const MAX_PLANES: u32 = 8;
 
-    /// γ of a magnitude between 0 and 1. A negative value means that magnitude with the sign turned.
+    /// γ of a magnitude between 0 and 1. A negative value means that magnitude with the sign
+    /// turned.
     ///
     /// # Errors
     /// [`Error::Setting`] for a magnitude above 1 or NaN.
@@ -141,7 +150,8 @@ impl Gamma {
     /// `m` of `|γ| = 2^-m`.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a magnitude that is not one of `2^-1 … 2^-8`: only those have an exact inverse.
+    /// [`Error::Setting`] for a magnitude that is not one of `2^-1 … 2^-8`: only those have an
+    /// exact inverse.
     pub const fn planes(self) -> Result<u32> {
         let mut m = 1;
         while m <= Self::MAX_PLANES {
@@ -163,7 +173,10 @@ impl Gamma {
         match self.sign {
             Sign::Plus => 1,
             Sign::Minus => -1,
-            Sign::Random => 1 - 2 * (Stream::new(seed, step, sample, stack, block, Draw::Sign).word(0) & 1) as i32,
+            Sign::Random => {
+                1 - 2
+                    * (Stream::new(seed, step, sample, stack, block, Draw::Sign).word(0) & 1) as i32
+            }
         }
     }
 
@@ -182,8 +195,9 @@ impl Gamma {
 
     /// The step of one element: `X_{k+1}` and the side information of `X_{k-1}` (its low `m` bits).
     ///
-    /// `index` is the element's index within its sample, `t·d + c`. With `|x_prev|` and `|q|` within [`LIMIT`] nothing
-    /// overflows; the caller tests the result against [`LIMIT`]. Only for γ that has [`planes`](Self::planes).
+    /// `index` is the element's index within its sample, `t·d + c`. With `|x_prev|` and `|q|`
+    /// within [`LIMIT`] nothing overflows; the caller tests the result against [`LIMIT`]. Only for
+    /// γ that has [`planes`](Self::planes).
     #[inline]
     pub fn step(self, sigma: i32, x_prev: i32, q: i32, index: usize) -> (i32, u32) {
         let m = self.planes().unwrap_or(1);
@@ -191,8 +205,8 @@ impl Gamma {
         (advance(m, sigma, x_prev, q, r, index), r)
     }
 
-    /// The inverse of [`step`](Self::step): `X_{k-1}` from `X_{k+1}`, the same `q` and the side information. Exact over
-    /// all of `i32` (it wraps where the step wrapped).
+    /// The inverse of [`step`](Self::step): `X_{k-1}` from `X_{k+1}`, the same `q` and the side
+    /// information. Exact over all of `i32` (it wraps where the step wrapped).
     #[inline]
     pub fn inverse(self, sigma: i32, x_next: i32, q: i32, side: u32, index: usize) -> i32 {
         retreat(self.planes().unwrap_or(1), sigma, x_next, q, side, index)
@@ -201,8 +215,9 @@ impl Gamma {
 
 /// `s`, the shift that makes `X + s` a multiple of `2^m`, from the low bits `r` of `X`.
 ///
-/// `m = 1`: `s = r`. `m ≥ 2`: the nearest multiple; at the tie `r = 2^(m-1)` down for elements with an even index and up
-/// for the others, so that its mean is zero (rounding half to even would need one more bit to invert).
+/// `m = 1`: `s = r`. `m ≥ 2`: the nearest multiple; at the tie `r = 2^(m-1)` down for elements with
+/// an even index and up for the others, so that its mean is zero (rounding half to even would need
+/// one more bit to invert).
 #[inline]
 pub fn shift(m: u32, r: u32, index: usize) -> i32 {
     if m == 1 {
@@ -225,9 +240,9 @@ pub fn retreat(m: u32, sigma: i32, x_next: i32, q: i32, r: u32, index: usize) ->
     (x_next.wrapping_sub(q).wrapping_mul(sigma) << m).wrapping_sub(shift(m, r, index))
 }
 
-/// The gradient of the step of one element. Takes `G_{k+1}` and the `G_k` gathered so far; gives `G_{k-1}` (its first
-/// contribution), `G_k` without the block's own part, and the gradient `(1+γ)·G_{k+1}` that the block's
-/// vector-Jacobian product is applied to.
+/// The gradient of the step of one element. Takes `G_{k+1}` and the `G_k` gathered so far; gives
+/// `G_{k-1}` (its first contribution), `G_k` without the block's own part, and the gradient
+/// `(1+γ)·G_{k+1}` that the block's vector-Jacobian product is applied to.
 #[inline]
 pub fn combine<R: Real>(gamma: R, g_next: R, g_cur: R) -> (R, R, R) {
     (gamma * g_next, g_cur + (R::one() - gamma) * g_next, (R::one() + gamma) * g_next)
@@ -235,8 +250,8 @@ pub fn combine<R: Real>(gamma: R, g_next: R, g_cur: R) -> (R, R, R) {
 
 /// The weight of an element in the checksum `Σ (X mod 2^32)·weight(index) mod 2^64` of a tensor.
 ///
-/// The weight is odd and below `2^32`, so a change of any single element changes the sum; sums of parts add up in any
-/// order. `index` is the element's index in the whole tensor.
+/// The weight is odd and below `2^32`, so a change of any single element changes the sum; sums of
+/// parts add up in any order. `index` is the element's index in the whole tensor.
 #[inline]
 pub fn weight(index: usize) -> u32 {
     let x = (index as u32).wrapping_mul(0x9E37_79B1);
@@ -254,7 +269,8 @@ mod tests {
     use super::*;
     use crate::rng::philox;
 
-    /// Every residue, both signs, m = 1 … 8, values at the limits, and beyond them (where the step wraps).
+    /// Every residue, both signs, m = 1 … 8, values at the limits, and beyond them (where the step
+    /// wraps).
     #[test]
     fn inverse_is_exact() {
         for m in 1..=8_u32 {
@@ -273,7 +289,11 @@ mod tests {
                 for sigma in [1, -1] {
                     let (next, side) = gamma.step(sigma, x, q, index);
                     assert!(side < 1 << m);
-                    assert_eq!(gamma.inverse(sigma, next, q, side, index), x, "m {m} x {x} q {q} sigma {sigma}");
+                    assert_eq!(
+                        gamma.inverse(sigma, next, q, side, index),
+                        x,
+                        "m {m} x {x} q {q} sigma {sigma}"
+                    );
                     if n % 4 < 3 {
                         let s = i64::from(shift(m, side, index));
                         assert_eq!((i64::from(x) + s) % (1 << m), 0);
@@ -299,9 +319,23 @@ mod tests {
     #[test]
     fn quantize_rounds_ties_to_even_and_refuses_what_is_out_of_range() {
         let grid = Grid::new(1).unwrap();
-        let all = [0.25, 0.75, 1.25, -0.25, -0.75, 1e9, f64::NAN, f64::INFINITY, f64::from(LIMIT) / 2.0, 536_870_912.5];
+        let all = [
+            0.25,
+            0.75,
+            1.25,
+            -0.25,
+            -0.75,
+            1e9,
+            f64::NAN,
+            f64::INFINITY,
+            f64::from(LIMIT) / 2.0,
+            536_870_912.5,
+        ];
         let q = all.map(|y| grid.quantize(y));
-        assert_eq!(q, [Some(0), Some(2), Some(2), Some(0), Some(-2), None, None, None, Some(LIMIT), None]);
+        assert_eq!(
+            q,
+            [Some(0), Some(2), Some(2), Some(0), Some(-2), None, None, None, Some(LIMIT), None]
+        );
         assert!(Grid::new(25).is_err());
     }
 
@@ -314,7 +348,8 @@ mod tests {
         assert_eq!(Gamma::new(-0.5, Sign::Plus).unwrap().sign(), Sign::Minus);
     }
 
-    /// G of the combined step equals finite differences of `γ·a + (1-γ)·x + (1+γ)·h` (linear, so exact up to rounding).
+    /// G of the combined step equals finite differences of `γ·a + (1-γ)·x + (1+γ)·h` (linear, so
+    /// exact up to rounding).
     #[test]
     fn gradient_of_the_update() {
         let gamma = -0.25;

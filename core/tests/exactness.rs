@@ -1,5 +1,6 @@
-//! The promises of the stack, shown with blocks that know nothing of this crate's layers: they implement
-//! [`Blocks`] over the first two trait layers, keep their own parameters, intermediates and optimizer.
+//! The promises of the stack, shown with blocks that know nothing of this crate's layers: they
+//! implement [`Blocks`] over the first two trait layers, keep their own parameters, intermediates
+//! and optimizer.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
@@ -7,10 +8,15 @@ use std::collections::HashMap;
 use bdia_core::arena::{Ints, Layout, Reals, Words};
 use bdia_core::backend::{Chunk, Identity};
 use bdia_core::rng::{Draw, philox};
-use bdia_core::stack::{Blocks, Call, Config, Context, Head, Input, Mode, Needs, Pass, Stack, Tail};
-use bdia_core::{Category, Error, Fault, Gamma, Grid, Real, Reference, Result, Sign, Site, Storage, UpdateOps};
+use bdia_core::stack::{
+    Blocks, Call, Config, Context, Head, Input, Mode, Needs, Pass, Stack, Tail,
+};
+use bdia_core::{
+    Category, Error, Fault, Gamma, Grid, Real, Reference, Result, Sign, Site, Storage, UpdateOps,
+};
 
-/// Residual MLP blocks `h(x) = W2·tanh(W1·x + b)`, applied to every row of `width` values: a foreign framework.
+/// Residual MLP blocks `h(x) = W2·tanh(W1·x + b)`, applied to every row of `width` values: a
+/// foreign framework.
 struct Mlp {
     width: usize,
     hidden: usize,
@@ -30,7 +36,11 @@ impl Mlp {
     fn new(blocks: usize, width: usize, hidden: usize) -> Self {
         let len = 2 * width * hidden + hidden;
         let params = (0..blocks)
-            .map(|k| (0..len).map(|i| noise(77, k as u32, i as u32) * 0.8 / (width as f64).sqrt()).collect())
+            .map(|k| {
+                (0..len)
+                    .map(|i| noise(77, k as u32, i as u32) * 0.8 / (width as f64).sqrt())
+                    .collect()
+            })
             .collect::<Vec<_>>();
         let grads = params.iter().map(|p: &Vec<f64>| vec![0.0; p.len()]).collect();
         Self {
@@ -135,8 +145,15 @@ struct Ends {
 
 impl Ends {
     fn new(batch: usize, per: usize, scale: f64) -> Self {
-        let of = |key| (0..batch * per).map(|i| noise(key, 0, i as u32) * scale).collect::<Vec<f64>>();
-        Self { inputs: of(1), targets: of(2), per, loss: 0.0, input_gradient: vec![0.0; batch * per] }
+        let of =
+            |key| (0..batch * per).map(|i| noise(key, 0, i as u32) * scale).collect::<Vec<f64>>();
+        Self {
+            inputs: of(1),
+            targets: of(2),
+            per,
+            loss: 0.0,
+            input_gradient: vec![0.0; batch * per],
+        }
     }
 
     fn range(&self, c: &Chunk) -> core::ops::Range<usize> {
@@ -157,8 +174,16 @@ impl<B: Storage> Input<B> for Ends {
 }
 
 impl<B: Storage> Head<B> for Ends {
-    fn forward_backward(&mut self, be: &mut B, c: &Chunk, x: Reals, gx: Reals, _: Reals) -> Result<()> {
-        let g: Vec<f64> = fetch(be, x)?.iter().zip(&self.targets[self.range(c)]).map(|(x, t)| x - t).collect();
+    fn forward_backward(
+        &mut self,
+        be: &mut B,
+        c: &Chunk,
+        x: Reals,
+        gx: Reals,
+        _: Reals,
+    ) -> Result<()> {
+        let g: Vec<f64> =
+            fetch(be, x)?.iter().zip(&self.targets[self.range(c)]).map(|(x, t)| x - t).collect();
         self.loss += g.iter().map(|d| 0.5 * d * d).sum::<f64>();
         store(be, gx, &g)
     }
@@ -168,7 +193,14 @@ impl<B: Storage> Head<B> for Ends {
 struct HeadOf<'a>(&'a mut Ends);
 
 impl<B: Storage> Head<B> for HeadOf<'_> {
-    fn forward_backward(&mut self, be: &mut B, c: &Chunk, x: Reals, gx: Reals, s: Reals) -> Result<()> {
+    fn forward_backward(
+        &mut self,
+        be: &mut B,
+        c: &Chunk,
+        x: Reals,
+        gx: Reals,
+        s: Reals,
+    ) -> Result<()> {
         self.0.forward_backward(be, c, x, gx, s)
     }
 }
@@ -206,7 +238,12 @@ impl<R: Real> Memory<R> {
 }
 
 /// One pass; returns the stack, the fault, and the ends.
-fn run<B: UpdateOps>(be: &mut B, stack: &mut Stack, mlp: &mut Mlp, ends: &mut Ends) -> Result<Option<Fault>> {
+fn run<B: UpdateOps>(
+    be: &mut B,
+    stack: &mut Stack,
+    mlp: &mut Mlp,
+    ends: &mut Ends,
+) -> Result<Option<Fault>> {
     mlp.done.clear();
     ends.loss = 0.0;
     stack.embed(be, ends, &PASS)?;
@@ -217,30 +254,38 @@ fn run<B: UpdateOps>(be: &mut B, stack: &mut Stack, mlp: &mut Mlp, ends: &mut En
     be.take_fault()
 }
 
-/// Rebuilt X equals the original in every bit: shapes, depths, planes, signs, chunks, grids, values up to the limit.
+/// Rebuilt X equals the original in every bit: shapes, depths, planes, signs, chunks, grids, values
+/// up to the limit.
 #[test]
 fn rebuilt_activations_are_exact() {
     let mut cases = 0;
     for n in 0..220_u32 {
         let w = philox(99, [n, 0, 0, 0]);
         let v = philox(99, [n, 1, 0, 0]);
-        let (batch, rows, width) = (1 + w[0] as usize % 4, 1 + w[1] as usize % 5, 1 + w[2] as usize % 9);
+        let (batch, rows, width) =
+            (1 + w[0] as usize % 4, 1 + w[1] as usize % 5, 1 + w[2] as usize % 9);
         let blocks = 1 + n as usize % 9;
         let mut c = config(batch, rows * width, blocks, 1 + w[3] as usize % batch, Mode::Bdia);
         let m = 1 + v[0] % 3;
-        c.gamma =
-            Gamma::new(1.0 / f64::from(1 << m), [Sign::Random, Sign::Plus, Sign::Minus][v[1] as usize % 3]).unwrap();
+        c.gamma = Gamma::new(
+            1.0 / f64::from(1 << m),
+            [Sign::Random, Sign::Plus, Sign::Minus][v[1] as usize % 3],
+        )
+        .unwrap();
         let l = [0, 5, 9, 14, 20, 24][v[2] as usize % 6];
         c.grid = Some(Grid::new(l).unwrap());
-        // Small values; some grid steps; nearly the whole range (halved, since x_1 = x_0 + h_0 and drift need room).
+        // Small values; some grid steps; nearly the whole range (halved, since x_1 = x_0 + h_0 and
+        // drift need room).
         let range = f64::from(1 << 30) / f64::from(1 << l);
-        let scale = [1.0, 300.0 / f64::from(1 << l), range * 0.5][v[3] as usize % 3].min(range * 0.5);
+        let scale =
+            [1.0, 300.0 / f64::from(1 << l), range * 0.5][v[3] as usize % 3].min(range * 0.5);
         c.tail = if n % 5 == 0 { Tail::Output } else { Tail::Head };
         let mut layout = Layout::new(4);
         let mut stack = Stack::layout(c, &mut layout).unwrap();
         let mut memory = Memory::<f32>::new(layout.checked().unwrap());
         let mut be = memory.backend();
-        let (mut mlp, mut ends) = (Mlp::new(blocks, width, 3), Ends::new(batch, rows * width, scale));
+        let (mut mlp, mut ends) =
+            (Mlp::new(blocks, width, 3), Ends::new(batch, rows * width, scale));
         if l < 5 {
             // On a coarse grid the blocks must be coarse too, or every Q(h) is zero.
             mlp.params.iter_mut().flatten().for_each(|p| *p *= 8.0);
@@ -251,7 +296,11 @@ fn rebuilt_activations_are_exact() {
             let output = stack.output(&mut be).unwrap();
             let x_k = be.ints(stack.activation(blocks)).unwrap();
             assert!(
-                x_k.iter().zip(be.reals(output).unwrap()).all(|(&x, &y)| c.grid.unwrap().dequantize::<f32>(x) == y)
+                x_k.iter().zip(be.reals(output).unwrap()).all(|(&x, &y)| c
+                    .grid
+                    .unwrap()
+                    .dequantize::<f32>(x)
+                    == y)
             );
             be.fill_reals(output, 1.0).unwrap();
             stack.backward(&mut be, &mut mlp, &PASS).unwrap();
@@ -263,7 +312,8 @@ fn rebuilt_activations_are_exact() {
         assert_eq!(fault, None, "case {n}: {c:?}");
         assert_eq!(stack.mismatches(&be).unwrap(), 0, "case {n}: {c:?}");
         // The whole way back: X_0 is Q(input).
-        let x_0: Vec<i32> = ends.inputs.iter().map(|&y| c.grid.unwrap().quantize(y as f32).unwrap()).collect();
+        let x_0: Vec<i32> =
+            ends.inputs.iter().map(|&y| c.grid.unwrap().quantize(y as f32).unwrap()).collect();
         assert_eq!(be.ints(stack.activation(0)).unwrap(), x_0, "case {n}: {c:?}");
         cases += 1;
     }
@@ -347,10 +397,24 @@ impl<B: UpdateOps> UpdateOps for BitFlip<B> {
     fn dequantize(&mut self, grid: Grid, x: Ints, y: Reals) -> Result<()> {
         self.inner.dequantize(grid, x, y)
     }
-    fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+    fn add_quantized(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        x: Ints,
+        h: Reals,
+        sum: Words,
+    ) -> Result<()> {
         self.inner.add_quantized(chunk, grid, x, h, sum)
     }
-    fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+    fn subtract_quantized(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        x: Ints,
+        h: Reals,
+        sum: Words,
+    ) -> Result<()> {
         self.inner.subtract_quantized(chunk, grid, x, h, sum)
     }
     fn step(
@@ -388,10 +452,24 @@ impl<B: UpdateOps> UpdateOps for BitFlip<B> {
     fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
         self.inner.blend(chunk, gamma, x, cur, h)
     }
-    fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn unblend(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        x: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         self.inner.unblend(chunk, gamma, x, cur, h)
     }
-    fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn combine(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        next: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         self.inner.combine(chunk, gamma, next, cur, h)
     }
     fn compare(&mut self, a: Words, b: Words, activation: usize, block: usize) -> Result<()> {
@@ -403,7 +481,11 @@ impl<B: UpdateOps> UpdateOps for BitFlip<B> {
 }
 
 /// A pass over six blocks of four rows, with something wrong.
-fn troubled(flip: u16, sabotage: Option<(usize, f64)>, mode: Mode) -> (Option<Fault>, u64, Mlp, Vec<Vec<f64>>) {
+fn troubled(
+    flip: u16,
+    sabotage: Option<(usize, f64)>,
+    mode: Mode,
+) -> (Option<Fault>, u64, Mlp, Vec<Vec<f64>>) {
     let mut layout = Layout::new(8);
     let mut stack = Stack::layout(config(3, 12, 6, 1, mode), &mut layout).unwrap();
     let mut memory = Memory::<f64>::new(layout);
@@ -476,12 +558,16 @@ fn values_out_of_range_stop_the_step_with_block_and_sample() {
     }
 }
 
-/// The gradient of every mode against finite differences of the float modes, whose function is smooth.
+/// The gradient of every mode against finite differences of the float modes, whose function is
+/// smooth.
 #[test]
 fn gradients_against_finite_differences() {
-    for (mode, gamma) in
-        [(Mode::BdiaFloat, 0.5), (Mode::BdiaFloat, 0.3), (Mode::Standard, 0.0), (Mode::Checkpoint { every: 2 }, 0.0)]
-    {
+    for (mode, gamma) in [
+        (Mode::BdiaFloat, 0.5),
+        (Mode::BdiaFloat, 0.3),
+        (Mode::Standard, 0.0),
+        (Mode::Checkpoint { every: 2 }, 0.0),
+    ] {
         let pass = |mlp: &mut Mlp, ends: &mut Ends| {
             let mut c = config(3, 8, 5, 2, mode);
             c.gamma = Gamma::new(gamma, Sign::Random).unwrap();
@@ -504,7 +590,8 @@ fn gradients_against_finite_differences() {
                 b.params[k][i] -= e;
                 let mut scrap = Ends::new(3, 8, 1.0);
                 let slope = (probe(&mut a, &mut scrap) - probe(&mut b, &mut scrap)) / (2.0 * e);
-                // Central differences with 1e-5: the error is about 1e-10 of the third derivative, plus rounding.
+                // Central differences with 1e-5: the error is about 1e-10 of the third derivative,
+                // plus rounding.
                 assert!(
                     (slope - mlp.grads[k][i]).abs() < 1e-7 * (1.0 + slope.abs()),
                     "{mode:?} block {k} parameter {i}"
@@ -516,14 +603,19 @@ fn gradients_against_finite_differences() {
                 let (mut a, mut b) = (Ends::new(3, 8, 1.0), Ends::new(3, 8, 1.0));
                 a.inputs[i] += e;
                 b.inputs[i] -= e;
-                (probe(&mut Mlp::new(5, 4, 3), &mut a) - probe(&mut Mlp::new(5, 4, 3), &mut b)) / (2.0 * e)
+                (probe(&mut Mlp::new(5, 4, 3), &mut a) - probe(&mut Mlp::new(5, 4, 3), &mut b))
+                    / (2.0 * e)
             };
-            assert!((slope - ends.input_gradient[i]).abs() < 1e-7 * (1.0 + slope.abs()), "{mode:?} input {i}");
+            assert!(
+                (slope - ends.input_gradient[i]).abs() < 1e-7 * (1.0 + slope.abs()),
+                "{mode:?} input {i}"
+            );
         }
     }
 }
 
-/// Streams of a foreign block: each its own, none that this crate draws from, the same whatever the chunk.
+/// Streams of a foreign block: each its own, none that this crate draws from, the same whatever the
+/// chunk.
 #[test]
 fn a_foreign_block_has_random_numbers_of_its_own() {
     let chunk = |first: usize| Chunk {
@@ -537,7 +629,9 @@ fn a_foreign_block_has_random_numbers_of_its_own() {
         frame: 0,
     };
     let mut places: Vec<u32> = (0..128).map(|n| chunk(0).own_stream(1, n).place).collect();
-    places.extend([Draw::Sign, Draw::MlpResidualDropout, Draw::Sample].map(|d| chunk(0).stream(1, d).place));
+    places.extend(
+        [Draw::Sign, Draw::MlpResidualDropout, Draw::Sample].map(|d| chunk(0).stream(1, d).place),
+    );
     places.sort_unstable();
     places.dedup();
     assert_eq!(places.len(), 131);
@@ -563,7 +657,8 @@ fn a_foreign_block_is_trained() {
     assert!(losses[119] < 0.2 * losses[0], "{} to {}", losses[0], losses[119]);
 }
 
-/// Blocks `h(x, c) = w·c·x` with a context `c` for every sample: its gradient adds up over blocks and chunks.
+/// Blocks `h(x, c) = w·c·x` with a context `c` for every sample: its gradient adds up over blocks
+/// and chunks.
 struct Gate(f64);
 
 impl<B: Storage> Blocks<B> for Gate {
@@ -571,7 +666,11 @@ impl<B: Storage> Blocks<B> for Gate {
         let c = fetch(be, call.context.ok_or(Error::Handle("context"))?.value)?;
         let x = fetch(be, call.x)?;
         let per = x.len() / c.len();
-        store(be, h, &x.iter().enumerate().map(|(i, x)| self.0 * c[i / per] * x).collect::<Vec<_>>())
+        store(
+            be,
+            h,
+            &x.iter().enumerate().map(|(i, x)| self.0 * c[i / per] * x).collect::<Vec<_>>(),
+        )
     }
 
     fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
@@ -592,7 +691,8 @@ impl<B: Storage> Blocks<B> for Gate {
 fn context_has_a_gradient_of_its_own() {
     let loss = |mode: Mode, shift: f64, sample: usize| {
         let mut layout = Layout::new(8);
-        let (value, grad) = (layout.reals(Category::Workspace, 3), layout.reals(Category::Workspace, 3));
+        let (value, grad) =
+            (layout.reals(Category::Workspace, 3), layout.reals(Category::Workspace, 3));
         let mut stack = Stack::layout(config(3, 4, 4, 2, mode), &mut layout).unwrap();
         stack.context = Some(Context { value, grad });
         let mut memory = Memory::<f64>::new(layout);
@@ -613,7 +713,8 @@ fn context_has_a_gradient_of_its_own() {
     let e = 1e-5;
     for sample in 0..3 {
         let (_, gradient) = loss(Mode::BdiaFloat, 0.0, sample);
-        let slope = (loss(Mode::BdiaFloat, e, sample).0 - loss(Mode::BdiaFloat, -e, sample).0) / (2.0 * e);
+        let slope =
+            (loss(Mode::BdiaFloat, e, sample).0 - loss(Mode::BdiaFloat, -e, sample).0) / (2.0 * e);
         assert!((gradient - slope).abs() < 1e-7 * (1.0 + slope.abs()), "{gradient} {slope}");
         // On the grid (2^-14, four blocks) the same up to some grid steps.
         let (_, on_grid) = loss(Mode::Bdia, 0.0, sample);
@@ -632,7 +733,10 @@ fn settings_that_do_not_fit_are_refused() {
         let gamma = Gamma::new(gamma, Sign::Plus).unwrap();
         assert!(matches!(lay(Config { gamma, ..good }), Error::Setting { what: "gamma", .. }));
     }
-    assert!(matches!(lay(Config { mode: Mode::BdiaFloat, ..good }), Error::Setting { what: "grid", .. }));
+    assert!(matches!(
+        lay(Config { mode: Mode::BdiaFloat, ..good }),
+        Error::Setting { what: "grid", .. }
+    ));
     let zero = Config { mode: Mode::Checkpoint { every: 0 }, grid: None, ..good };
     assert!(matches!(lay(zero), Error::Setting { what: "checkpoint-every", .. }));
     assert!(matches!(lay(Config { batch: usize::MAX / 2, ..good }), Error::TooLarge(_)));

@@ -1,5 +1,5 @@
-//! An encoder and a decoder, assembled and differentiated: cross-attention, padding on both sides, one table for source,
-//! target and logits, every training mode.
+//! An encoder and a decoder, assembled and differentiated: cross-attention, padding on both sides,
+//! one table for source, target and logits, every training mode.
 #![allow(clippy::unwrap_used)]
 
 use bdia_core::arena::{Ints, Layout, Reals};
@@ -60,8 +60,11 @@ fn model<R: Real>(mode: Mode, quantize: bool, chunk: usize) -> (Model, Layout) {
     };
     // Plain descent without momentum: the gradients stay in full buffers.
     let rule = Some(Rule::Sgd { momentum: 0.0 });
-    let mut encoder = TransformerBlocks::layout(shape(SOURCE, Mask::Full), BLOCKS, rule, false, &mut l).unwrap();
-    let mut decoder = DecoderBlocks::layout(shape(TARGET, Mask::Causal), SOURCE, BLOCKS, rule, false, &mut l).unwrap();
+    let mut encoder =
+        TransformerBlocks::layout(shape(SOURCE, Mask::Full), BLOCKS, rule, false, &mut l).unwrap();
+    let mut decoder =
+        DecoderBlocks::layout(shape(TARGET, Mask::Causal), SOURCE, BLOCKS, rule, false, &mut l)
+            .unwrap();
     let t = |name, rows, cols| Tensor { name, rows, cols, matrix: rows > 1, offset: 0 };
     let mut tensors = [
         t("table", VOCAB, WIDTH),
@@ -141,7 +144,21 @@ fn model<R: Real>(mode: Mode, quantize: bool, chunk: usize) -> (Model, Layout) {
         scale: 1.0 / f64::from(unmasked),
         smoothing: 0.1,
     };
-    (Model { stacks, encoder, decoder, inputs, output, head, ends, lens, targets: unmasked as usize, padding: 0 }, l)
+    (
+        Model {
+            stacks,
+            encoder,
+            decoder,
+            inputs,
+            output,
+            head,
+            ends,
+            lens,
+            targets: unmasked as usize,
+            padding: 0,
+        },
+        l,
+    )
 }
 
 struct After<R> {
@@ -164,8 +181,13 @@ fn run<R: Real>(m: &mut Model, l: &Layout, parameters: &[R]) -> Result<After<R>>
         be.write_ints(m.lens[0], &SOURCE_LENS)?;
         be.write_ints(m.lens[1], &TARGET_LENS)?;
         let tokens = |a: usize, per: usize, lens: [i32; BATCH], padding: i32| {
-            let token =
-                |i: usize| if i % per < lens[i / per] as usize { ((i * 7 + a) % VOCAB) as i32 } else { padding };
+            let token = |i: usize| {
+                if i % per < lens[i / per] as usize {
+                    ((i * 7 + a) % VOCAB) as i32
+                } else {
+                    padding
+                }
+            };
             (0..BATCH * per).map(token).collect::<Vec<_>>()
         };
         be.write_ints(m.inputs[0].tokens, &tokens(1, SOURCE, SOURCE_LENS, m.padding))?;
@@ -184,7 +206,8 @@ fn run<R: Real>(m: &mut Model, l: &Layout, parameters: &[R]) -> Result<After<R>>
         if let Some(fault) = be.take_fault()? {
             return Err(fault.into());
         }
-        let loss = be.reals(m.head.losses)?.iter().map(|x| x.wide()).sum::<f64>() / m.targets as f64;
+        let loss =
+            be.reals(m.head.losses)?.iter().map(|x| x.wide()).sum::<f64>() / m.targets as f64;
         let mismatches = m.stacks[0].mismatches(&be)? + m.stacks[1].mismatches(&be)?;
         (loss, mismatches, m.stacks.iter().map(Stack::rebuild_error).fold(0.0, f64::max))
     };
@@ -193,7 +216,8 @@ fn run<R: Real>(m: &mut Model, l: &Layout, parameters: &[R]) -> Result<After<R>>
 
 /// Groups of parameters and their gradients.
 fn groups(m: &Model) -> [(Reals, Reals); 4] {
-    [&m.encoder.params, &m.decoder.own.params, &m.decoder.cross, &m.ends].map(|p| (p.values, p.gradients))
+    [&m.encoder.params, &m.decoder.own.params, &m.decoder.cross, &m.ends]
+        .map(|p| (p.values, p.gradients))
 }
 
 fn parameters<R: Real>(m: &Model, len: usize) -> Vec<R> {
@@ -213,7 +237,11 @@ fn every_gradient_against_finite_differences() {
         let mut p = parameters::<f64>(&m, l.arenas().1);
         let after = run(&mut m, &l, &p).unwrap();
         if mode == Mode::BdiaFloat {
-            assert!(after.rebuild_error > 0.0 && after.rebuild_error < 1e-13, "{}", after.rebuild_error);
+            assert!(
+                after.rebuild_error > 0.0 && after.rebuild_error < 1e-13,
+                "{}",
+                after.rebuild_error
+            );
         }
         let (e, mut seen) = (1e-5, 0);
         for (values, gradients) in groups(&m) {
@@ -226,8 +254,12 @@ fn every_gradient_against_finite_differences() {
                 p[at] = x;
                 let (slope, g) = ((plus - minus) / (2.0 * e), after.reals[g]);
                 seen += usize::from(slope != 0.0);
-                // Central differences are off by e² times the third derivative, and by rounding, about 1e-16 / e.
-                assert!((slope - g).abs() < 1e-8 * (1.0 + slope.abs()), "{mode:?} at {at}: {slope} {g}");
+                // Central differences are off by e² times the third derivative, and by rounding,
+                // about 1e-16 / e.
+                assert!(
+                    (slope - g).abs() < 1e-8 * (1.0 + slope.abs()),
+                    "{mode:?} at {at}: {slope} {g}"
+                );
             }
         }
         // Nearly everything has a gradient; alignment and dropped values have none.
@@ -235,7 +267,8 @@ fn every_gradient_against_finite_differences() {
     }
 }
 
-/// Storing, recomputing and rebuilding are the same function: the same bits where the arithmetic is the same.
+/// Storing, recomputing and rebuilding are the same function: the same bits where the arithmetic is
+/// the same.
 #[test]
 fn all_modes_agree() {
     for quantize in [false, true] {
@@ -245,10 +278,15 @@ fn all_modes_agree() {
             let (mut m, l) = model::<f32>(mode, quantize, 2);
             let p = parameters::<f32>(&m, l.arenas().1);
             let after = run(&mut m, &l, &p).unwrap();
-            let bits: Vec<_> =
-                groups(&m).iter().flat_map(|(_, g)| after.reals[g.range()].iter().map(|x| x.to_bits())).collect();
+            let bits: Vec<_> = groups(&m)
+                .iter()
+                .flat_map(|(_, g)| after.reals[g.range()].iter().map(|x| x.to_bits()))
+                .collect();
             let found = (after.loss.to_bits(), bits);
-            assert!(*first.get_or_insert_with(|| found.clone()) == found, "{mode:?}, quantized: {quantize}");
+            assert!(
+                *first.get_or_insert_with(|| found.clone()) == found,
+                "{mode:?}, quantized: {quantize}"
+            );
         }
     }
     // On a fine grid, γ and all, BDIA is its float twin up to rounding to 2^-20.
@@ -259,17 +297,23 @@ fn all_modes_agree() {
             let p = parameters::<f64>(&m, l.arenas().1);
             let after = run(&mut m, &l, &p).unwrap();
             assert_eq!(after.mismatches, 0);
-            let all = groups(&m).iter().flat_map(|(_, g)| after.reals[g.range()].to_vec()).collect::<Vec<_>>();
+            let all = groups(&m)
+                .iter()
+                .flat_map(|(_, g)| after.reals[g.range()].to_vec())
+                .collect::<Vec<_>>();
             both.push((after.loss, all));
         }
     }
     for other in &both[1..] {
         assert!((both[0].0 - other.0).abs() < 1e-4, "{} {}", both[0].0, other.0);
-        assert!(both[0].1.iter().zip(&other.1).all(|(a, b)| (a - b).abs() < 1e-4 * (1.0 + a.abs())));
+        assert!(
+            both[0].1.iter().zip(&other.1).all(|(a, b)| (a - b).abs() < 1e-4 * (1.0 + a.abs()))
+        );
     }
 }
 
-/// What is in the padding reaches neither the loss nor any gradient; a sample without a source has a loss.
+/// What is in the padding reaches neither the loss nor any gradient; a sample without a source has
+/// a loss.
 #[test]
 fn padding_is_not_seen() {
     let (mut m, l) = model::<f64>(Mode::Standard, false, 3);
@@ -284,7 +328,8 @@ fn padding_is_not_seen() {
     }
 }
 
-/// Token by token with a cache, for two hypotheses a sentence: the activations of the whole sequence at once.
+/// Token by token with a cache, for two hypotheses a sentence: the activations of the whole
+/// sequence at once.
 #[test]
 fn one_token_at_a_time_is_the_same_decoder() {
     const BEAMS: usize = 2;
@@ -295,7 +340,8 @@ fn one_token_at_a_time_is_the_same_decoder() {
     let needs = blocks.needs::<Reference<'_, f64>>(rows, 1);
     let mut take = |n: usize| l.reals(Category::Workspace, n);
     let (cache, kv) = (take(BLOCKS * rows * TARGET * 2 * d), take(BLOCKS * BATCH * SOURCE * 2 * d));
-    let (x, h, frame, scratch) = (take(rows * d), take(rows * d), take(rows * needs.frame), take(rows * needs.scratch));
+    let (x, h, frame, scratch) =
+        (take(rows * d), take(rows * d), take(rows * needs.frame), take(rows * needs.scratch));
     let lens = l.ints(Category::Workspace, rows);
     let (i, r, w) = l.arenas();
     let (mut i, mut r, mut w) = (vec![0; i], vec![f64::NAN; r], vec![0; w]);
@@ -309,7 +355,14 @@ fn one_token_at_a_time_is_the_same_decoder() {
     // All at once.
     struct Fixed(Vec<f64>);
     impl<B: Storage<Real = f64>> bdia_core::stack::Input<B> for Fixed {
-        fn forward(&mut self, be: &mut B, _: &bdia_core::Chunk, _: bool, x: Reals, _: Reals) -> Result<()> {
+        fn forward(
+            &mut self,
+            be: &mut B,
+            _: &bdia_core::Chunk,
+            _: bool,
+            x: Reals,
+            _: Reals,
+        ) -> Result<()> {
             be.write_reals(x, &self.0)
         }
         fn vjp(&mut self, _: &mut B, _: &bdia_core::Chunk, _: Reals, _: Reals) -> Result<()> {
@@ -329,20 +382,47 @@ fn one_token_at_a_time_is_the_same_decoder() {
     }
     for position in 0..TARGET {
         be.write_ints(lens, &[position as i32 + 1; BATCH * BEAMS]).unwrap();
-        let tokens: Vec<_> = (0..rows * d).map(|i| inputs[(i / d / BEAMS * TARGET + position) * d + i % d]).collect();
+        let tokens: Vec<_> = (0..rows * d)
+            .map(|i| inputs[(i / d / BEAMS * TARGET + position) * d + i % d])
+            .collect();
         be.write_reals(x, &tokens).unwrap();
         for k in 0..BLOCKS {
             let site = bdia_core::Site::Block(k);
-            let chunk =
-                bdia_core::Chunk { seed: 0, step: 0, stack: 1, site, first: 0, samples: rows, global: 0, frame: 0 };
-            let call = Call { chunk, block: k, x, frame, scratch, context: None, train: false, keep: false };
-            let cached = Cached { of: place(k, cache), keys: TARGET, positions: &[position; BATCH * BEAMS], lens };
+            let chunk = bdia_core::Chunk {
+                seed: 0,
+                step: 0,
+                stack: 1,
+                site,
+                first: 0,
+                samples: rows,
+                global: 0,
+                frame: 0,
+            };
+            let call = Call {
+                chunk,
+                block: k,
+                x,
+                frame,
+                scratch,
+                context: None,
+                train: false,
+                keep: false,
+            };
+            let cached = Cached {
+                of: place(k, cache),
+                keys: TARGET,
+                positions: &[position; BATCH * BEAMS],
+                lens,
+            };
             blocks.next(&mut be, &call, &cached, (place(k, kv), BEAMS), h).unwrap();
             bdia_core::NnOps::add(&mut be, x, h).unwrap();
         }
         for (i, found) in be.reals(x).unwrap().iter().enumerate() {
             let expected = expected[(i / d / BEAMS * TARGET + position) * d + i % d];
-            assert!((found - expected).abs() < 1e-12, "position {position}, value {i}: {found} {expected}");
+            assert!(
+                (found - expected).abs() < 1e-12,
+                "position {position}, value {i}: {found} {expected}"
+            );
         }
     }
 }
@@ -362,7 +442,8 @@ fn a_decoder_without_a_context_and_bad_sizes_are_refused() {
     assert!(error.to_string().contains("positions of the context"), "{error}");
 }
 
-/// A flipped bit in the encoder's kept activations is found in its own backward pass, and updates stop there.
+/// A flipped bit in the encoder's kept activations is found in its own backward pass, and updates
+/// stop there.
 #[test]
 fn a_flipped_bit_in_the_encoder_is_found() {
     let (mut m, l) = model::<f32>(Mode::Bdia, false, 2);
@@ -371,8 +452,14 @@ fn a_flipped_bit_in_the_encoder_is_found() {
     let mut be = Reference::new(&l, &mut i, &mut r, &mut w).unwrap();
     be.write_ints(m.lens[0], &SOURCE_LENS).unwrap();
     be.write_ints(m.lens[1], &TARGET_LENS).unwrap();
-    let updater =
-        Updater { rule: Rule::Sgd { momentum: 0.0 }, weight_decay: 0.0, lr: 0.0, t: 1, scale: 1.0, fused: false };
+    let updater = Updater {
+        rule: Rule::Sgd { momentum: 0.0 },
+        weight_decay: 0.0,
+        lr: 0.0,
+        t: 1,
+        scale: 1.0,
+        fused: false,
+    };
     (m.encoder.updater, m.decoder.own.updater) = (updater, updater);
     let pass = Pass { seed: 3, step: 4, global: 0 };
     let ([encoder, decoder], [source, target]) = (&mut m.stacks, &mut m.inputs);

@@ -1,4 +1,5 @@
-//! The layers of a vision transformer, assembled and differentiated: patches, locality self-attention, class head.
+//! The layers of a vision transformer, assembled and differentiated: patches, locality
+//! self-attention, class head.
 #![allow(clippy::unwrap_used)]
 
 use bdia_core::arena::{Ints, Layout, Reals};
@@ -146,7 +147,8 @@ fn run<R: Real>(m: &mut Model, l: &Layout, parameters: &[R]) -> Result<(f64, Vec
         let (pixels, cut) = (p.channels * p.height * p.width, p.count() * p.values());
         let mut patches = vec![R::zero(); cut];
         for sample in 0..BATCH {
-            let image: Vec<R> = (0..pixels).map(|at| R::of(noise(9, sample * pixels + at))).collect();
+            let image: Vec<R> =
+                (0..pixels).map(|at| R::of(noise(9, sample * pixels + at))).collect();
             p.cut(&image, &mut patches)?;
             be.write_reals(m.input.patches.sub(sample * cut, cut), &patches)?;
         }
@@ -157,9 +159,11 @@ fn run<R: Real>(m: &mut Model, l: &Layout, parameters: &[R]) -> Result<(f64, Vec
         let pass = Pass { seed: 3, step: 4, global: 0 };
         m.stack.train(&mut be, &mut m.blocks, &mut m.input, &mut m.head, &pass)?;
         assert_eq!(be.take_fault()?, None);
-        let sum = |h: Reals| be.reals(h).unwrap().iter().map(|x| x.wide()).sum::<f64>() / BATCH as f64;
+        let sum =
+            |h: Reals| be.reals(h).unwrap().iter().map(|x| x.wide()).sum::<f64>() / BATCH as f64;
         let share = m.head.mixup.map_or(1.0, |m| m.share);
-        let loss = share * sum(m.head.losses) + m.head.mixup.map_or(0.0, |m| (1.0 - m.share) * sum(m.losses));
+        let loss = share * sum(m.head.losses)
+            + m.head.mixup.map_or(0.0, |m| (1.0 - m.share) * sum(m.losses));
         (loss, m.stack.mismatches(&be)?)
     };
     Ok((losses.0, r, losses.1))
@@ -200,7 +204,8 @@ fn every_gradient_against_finite_differences() {
                 p[at] = x;
                 let slope = (plus - minus) / (2.0 * e);
                 seen += usize::from(slope != 0.0);
-                // Central differences are off by e² times the third derivative, and by rounding, about 1e-16 / e.
+                // Central differences are off by e² times the third derivative, and by rounding,
+                // about 1e-16 / e.
                 assert!(
                     (slope - after[g]).abs() < 1e-8 * (1.0 + slope.abs()),
                     "{kind:?} {mode:?} at {at}: {slope} {}",

@@ -1,7 +1,8 @@
 //! Data sets and linker script. The UCI digits come with a crate; nothing is downloaded.
 //!
-//! The digits are split into three parts. The network is pretrained on the first; the other two are seen through a new
-//! sensor (the shift of domain): one to fine-tune with, one to test. A sample is 64 pixels from 0 to 16 and a label.
+//! The digits are split into three parts. The network is pretrained on the first; the other two are
+//! seen through a new sensor (the shift of domain): one to fine-tune with, one to test. A sample is
+//! 64 pixels from 0 to 16 and a label.
 
 use std::{env, fs, path::PathBuf};
 
@@ -11,7 +12,8 @@ const SIDE: usize = 8;
 
 /// The new sensor: its picture is a negative, and it is mounted one pixel off.
 fn new_sensor(image: &[u8; SIDE * SIDE]) -> [u8; SIDE * SIDE] {
-    let at = |row: usize, col: usize| if row < SIDE && col < SIDE { image[row * SIDE + col] } else { 0 };
+    let at =
+        |row: usize, col: usize| if row < SIDE && col < SIDE { image[row * SIDE + col] } else { 0 };
     core::array::from_fn(|i| {
         let (row, col) = (i / SIDE, (i % SIDE).wrapping_sub(1));
         16 - at(row, col)

@@ -1,4 +1,5 @@
-//! The CPU backend of [`bdia_core`]: SIMD lanes (`wide`), threads (`rayon`), packed matrix products in `f32` or of factors as bf16.
+//! The CPU backend of [`bdia_core`]: SIMD lanes (`wide`), threads (`rayon`), packed matrix products
+//! in `f32` or of factors as bf16.
 //!
 //! ```
 //! use bdia_core::{Category, Layout, Storage};
@@ -14,18 +15,20 @@
 //! ```
 //!
 //! # What it keeps
-//! * **The same bits for any number of threads.** Work is cut into pieces by the shape of the operands alone, and
-//!   partial sums are combined in the order of the pieces. Bits do depend on the build (lanes, fused multiply-add) and on
-//!   the processor's instruction sets, through [`Products`]: [`Cpu::with_precision`] takes the fastest kind of a precision.
+//! * **The same bits for any number of threads.** Work is cut into pieces by the shape of the
+//!   operands alone, and partial sums are combined in the order of the pieces. Bits do depend on
+//!   the build (lanes, fused multiply-add) and on the processor's instruction sets, through
+//!   [`Products`]: [`Cpu::with_precision`] takes the fastest kind of a precision.
 //! * [`UpdateOps`](bdia_core::UpdateOps) give the bits of the reference backend, everywhere.
-//! * **No allocation within an operation**, except the memory for packed operands, which the first matrix product makes,
-//!   and the packing buffers of `gemm`; [`Cpu::library_bytes`] bounds both.
+//! * **No allocation within an operation**, except the memory for packed operands, which the first
+//!   matrix product makes, and the packing buffers of `gemm`; [`Cpu::library_bytes`] bounds both.
 //! * A bad handle or length is an [`Error`], never a panic.
 //!
 //! # Which processors
-//! `wide` chooses its lanes when it is compiled. A workspace that depends on this crate should compile for its own
-//! processor (`RUSTFLAGS="-C target-cpu=native"`, or `x86-64-v3` for any with AVX2 and FMA); a plain build works with
-//! half the lanes. [`require_cpu`] says in words when a processor is too old for a build.
+//! `wide` chooses its lanes when it is compiled. A workspace that depends on this crate should
+//! compile for its own processor (`RUSTFLAGS="-C target-cpu=native"`, or `x86-64-v3` for any with
+//! AVX2 and FMA); a plain build works with half the lanes. [`require_cpu`] says in words when a
+//! processor is too old for a build.
 
 mod memory;
 mod nn;
@@ -47,7 +50,8 @@ use memory::{Arena, get, get_mut, split};
 pub use nn::matmul::{Precision, Products};
 pub use processor::require_cpu;
 
-/// Elements of one piece of element-wise work: 64 KiB, half of an L2 cache with a few operands, and a multiple of 32.
+/// Elements of one piece of element-wise work: 64 KiB, half of an L2 cache with a few operands, and
+/// a multiple of 32.
 const BLOCK: usize = 1 << 14;
 
 /// Why there is no backend.
@@ -85,13 +89,18 @@ impl fmt::Display for CpuError {
                  with RUSTFLAGS=\"-C target-cpu=native\" cargo build --release"
             ),
             Self::Products { asked } => {
-                write!(f, "this processor has no instructions for products of kind {asked:?}; ask for another kind")
+                write!(
+                    f,
+                    "this processor has no instructions for products of kind {asked:?}; ask for another kind"
+                )
             }
             Self::Memory { bytes } => write!(
                 f,
                 "the operating system refused {bytes} bytes of memory; choose a smaller memory budget, batch or model"
             ),
-            Self::Threads { threads } => write!(f, "{threads} threads could not be started; ask for fewer"),
+            Self::Threads { threads } => {
+                write!(f, "{threads} threads could not be started; ask for fewer")
+            }
         }
     }
 }
@@ -101,7 +110,9 @@ impl core::error::Error for CpuError {}
 impl From<CpuError> for Error {
     fn from(e: CpuError) -> Self {
         Self::Device(match e {
-            CpuError::Processor { .. } => "the processor lacks instructions that this program was compiled for",
+            CpuError::Processor { .. } => {
+                "the processor lacks instructions that this program was compiled for"
+            }
             CpuError::Products { .. } => "the processor cannot multiply as it was asked to",
             CpuError::Memory { .. } => "not enough memory",
             CpuError::Threads { .. } => "the threads could not be started",
@@ -118,8 +129,8 @@ struct Team {
 }
 
 impl Team {
-    /// Runs `f(slot, piece)` for all pieces. Two calls that run at the same time have different slots, all of them
-    /// below the number of threads.
+    /// Runs `f(slot, piece)` for all pieces. Two calls that run at the same time have different
+    /// slots, all of them below the number of threads.
     fn each(&self, pieces: usize, f: impl Fn(usize, usize) + Sync) {
         match &self.pool {
             Some(pool) if pieces > 1 => pool.install(|| {
@@ -141,9 +152,9 @@ impl Team {
         join: impl Fn(R, R) -> R + Sync,
     ) -> R {
         match &self.pool {
-            Some(pool) if pieces > 1 => {
-                pool.install(|| (0..pieces).into_par_iter().with_max_len(1).map(&f).reduce(|| none, &join))
-            }
+            Some(pool) if pieces > 1 => pool.install(|| {
+                (0..pieces).into_par_iter().with_max_len(1).map(&f).reduce(|| none, &join)
+            }),
             _ => (0..pieces).map(f).fold(none, join),
         }
     }
@@ -163,7 +174,8 @@ pub struct Cpu {
     ints: Arena<i32>,
     reals: Arena<f32>,
     words: Arena<u32>,
-    /// Packed operands of matrix products; empty until there is one, which programs with blocks of their own never need.
+    /// Packed operands of matrix products; empty until there is one, which programs with blocks of
+    /// their own never need.
     packing: Arena<f32>,
     fault: Option<Fault>,
     team: Arc<Team>,
@@ -171,7 +183,8 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// A backend with the arenas of a layout, all zero, and `threads` threads (0: as many as there are cores).
+    /// A backend with the arenas of a layout, all zero, and `threads` threads (0: as many as there
+    /// are cores).
     ///
     /// # Errors
     /// [`CpuError`]: an unsuitable processor, not enough memory, or threads that cannot be started.
@@ -195,7 +208,11 @@ impl Cpu {
     ///
     /// # Errors
     /// As for `new`, and [`CpuError::Products`].
-    pub fn with_products(layout: &Layout, threads: usize, products: Products) -> core::result::Result<Self, CpuError> {
+    pub fn with_products(
+        layout: &Layout,
+        threads: usize,
+        products: Products,
+    ) -> core::result::Result<Self, CpuError> {
         require_cpu()?;
         if !products.is_available() {
             return Err(CpuError::Products { asked: products });
@@ -204,15 +221,18 @@ impl Cpu {
         let pool = if threads == 1 {
             None
         } else {
-            let built =
-                rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("bdia-{i}")).build();
+            let built = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .thread_name(|i| format!("bdia-{i}"))
+                .build();
             Some(built.map_err(|_| CpuError::Threads { threads })?)
         };
         Self::with_team(layout, Arc::new(Team { pool, threads }), products)
     }
 
-    /// Another backend, with the arenas of another layout and a status of its own, on the same threads. For programs
-    /// that hold several passes at a time, or lay memory out again for every shape they meet.
+    /// Another backend, with the arenas of another layout and a status of its own, on the same
+    /// threads. For programs that hold several passes at a time, or lay memory out again for every
+    /// shape they meet.
     ///
     /// # Errors
     /// [`CpuError::Memory`].
@@ -220,7 +240,11 @@ impl Cpu {
         Self::with_team(layout, Arc::clone(&self.team), self.products)
     }
 
-    fn with_team(layout: &Layout, team: Arc<Team>, products: Products) -> core::result::Result<Self, CpuError> {
+    fn with_team(
+        layout: &Layout,
+        team: Arc<Team>,
+        products: Products,
+    ) -> core::result::Result<Self, CpuError> {
         let (ints, reals, words) = layout.arenas();
         Ok(Self {
             ints: Arena::new(ints)?,
@@ -242,9 +266,10 @@ impl Cpu {
         self.team.threads
     }
 
-    /// A bound on the memory outside the arenas of a layout when `threads` threads (0: as many as there are cores)
-    /// compute: packed operands of matrix products, and what `gemm` allocates within a call (packing buffers and one slab
-    /// of the size of the L2 cache per thread). It does not depend on the model.
+    /// A bound on the memory outside the arenas of a layout when `threads` threads (0: as many as
+    /// there are cores) compute: packed operands of matrix products, and what `gemm` allocates
+    /// within a call (packing buffers and one slab of the size of the L2 cache per thread). It does
+    /// not depend on the model.
     pub fn library_bytes(threads: usize) -> usize {
         let threads = actual_threads(threads);
         threads * nn::matmul::thread_bytes() + nn::matmul::scratch(threads) * size_of::<f32>()
@@ -282,9 +307,10 @@ impl Cpu {
         get(&self.words, h, "words")
     }
 
-    /// The address of a handle's values, for blocks that another language computes: they read and write the arena
-    /// itself, nothing is copied. Aligned to 64 bytes where the handle comes from a [`Layout`]; valid, and always the
-    /// same, as long as the backend lives. An access while an operation of the backend runs is a data race.
+    /// The address of a handle's values, for blocks that another language computes: they read and
+    /// write the arena itself, nothing is copied. Aligned to 64 bytes where the handle comes from a
+    /// [`Layout`]; valid, and always the same, as long as the backend lives. An access while an
+    /// operation of the backend runs is a data race.
     ///
     /// # Errors
     /// [`Error::Handle`] outside the arena.
@@ -334,7 +360,11 @@ impl Storage for Cpu {
     type Real = f32;
 
     fn identity(&self) -> Identity {
-        Identity { name: self.products.identity(), lanes: simd::lanes(), fused: cfg!(target_feature = "fma") }
+        Identity {
+            name: self.products.identity(),
+            lanes: simd::lanes(),
+            fused: cfg!(target_feature = "fma"),
+        }
     }
 
     fn read_reals(&self, src: Reals, dst: &mut [f32]) -> Result<()> {

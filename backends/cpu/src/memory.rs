@@ -32,15 +32,16 @@ const LINE: usize = 64;
 /// Bytes of a large page.
 const PAGE: usize = 2 << 20;
 
-/// Asks for large pages where whole ones lie within new memory. Strided reads of weights and panels of several MiB
-/// otherwise wait for page tables.
+/// Asks for large pages where whole ones lie within new memory. Strided reads of weights and panels
+/// of several MiB otherwise wait for page tables.
 fn ask_for_large_pages(start: *mut u8, bytes: usize) {
     #[cfg(target_os = "linux")]
     {
         let skip = start.align_offset(PAGE);
         let whole = bytes.saturating_sub(skip) / PAGE * PAGE;
         if whole > 0 {
-            // SAFETY: whole pages within one allocation; the advice changes no contents, and a refusal does no harm.
+            // SAFETY: whole pages within one allocation; the advice changes no contents, and a
+            // refusal does no harm.
             unsafe { libc::madvise(start.wrapping_add(skip).cast(), whole, libc::MADV_HUGEPAGE) };
         }
     }
@@ -66,19 +67,22 @@ impl<T: Plain> Arena<T> {
             return Ok(Self { start: NonNull::dangling(), len });
         }
         let bytes = len.saturating_mul(size_of::<T>());
-        let layout = Layout::from_size_align(bytes, LINE).map_err(|_| CpuError::Memory { bytes })?;
+        let layout =
+            Layout::from_size_align(bytes, LINE).map_err(|_| CpuError::Memory { bytes })?;
         // SAFETY: the layout's size is not 0.
-        let start: NonNull<T> = NonNull::new(unsafe { alloc(layout) }.cast()).ok_or(CpuError::Memory { bytes })?;
+        let start: NonNull<T> =
+            NonNull::new(unsafe { alloc(layout) }.cast()).ok_or(CpuError::Memory { bytes })?;
         ask_for_large_pages(start.as_ptr().cast(), bytes);
         // SAFETY: all of the allocation, which nothing else knows yet.
         unsafe { start.write_bytes(0, len) };
         Ok(Self { start, len })
     }
 
-    /// The address of a handle's values, none where they lie outside. It comes from the allocation itself, not from a
-    /// reference, so it stays good while the arena is borrowed again and again.
+    /// The address of a handle's values, none where they lie outside. It comes from the allocation
+    /// itself, not from a reference, so it stays good while the arena is borrowed again and again.
     pub(crate) fn pointer(&self, h: impl Handle) -> Option<*mut T> {
-        (h.place().end <= self.len && h.start() <= self.len).then(|| self.start.as_ptr().wrapping_add(h.start()))
+        (h.place().end <= self.len && h.start() <= self.len)
+            .then(|| self.start.as_ptr().wrapping_add(h.start()))
     }
 }
 
@@ -140,7 +144,11 @@ pub(crate) fn get<'s, T>(arena: &'s [T], h: impl Handle, what: &'static str) -> 
 }
 
 /// The values of a handle, to be changed.
-pub(crate) fn get_mut<'s, T>(arena: &'s mut [T], h: impl Handle, what: &'static str) -> Result<&'s mut [T]> {
+pub(crate) fn get_mut<'s, T>(
+    arena: &'s mut [T],
+    h: impl Handle,
+    what: &'static str,
+) -> Result<&'s mut [T]> {
     arena.get_mut(h.place()).ok_or(Error::Handle(what))
 }
 
@@ -152,7 +160,8 @@ pub(crate) fn split<'s, T, H: Handle, const N: usize>(
 ) -> Result<[&'s mut [T]; N]> {
     let len = arena.len();
     // An empty handle is moved to the start, where it overlaps nothing.
-    let places = handles.map(Handle::place).map(|p| if p.is_empty() && p.start <= len { 0..0 } else { p });
+    let places =
+        handles.map(Handle::place).map(|p| if p.is_empty() && p.start <= len { 0..0 } else { p });
     arena.get_disjoint_mut(places).map_err(|_| Error::Handle(what))
 }
 
@@ -163,7 +172,8 @@ pub(crate) struct Shared<'a, T> {
     life: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it stands for the `&mut [T]` it was made of; that parts are disjoint is the duty of `part`'s callers.
+// SAFETY: it stands for the `&mut [T]` it was made of; that parts are disjoint is the duty of
+// `part`'s callers.
 unsafe impl<T: Send> Send for Shared<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Shared<'_, T> {}

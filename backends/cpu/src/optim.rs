@@ -12,7 +12,13 @@ use crate::{BLOCK, Cpu, Team};
 const PARTIALS: usize = 256;
 
 /// Combines `f(part)` of a slice cut into [`PARTIALS`] parts, in their order.
-fn partials<R: Copy + Send>(team: &Team, x: &[f32], none: R, f: impl Fn(&[f32]) -> R + Sync, join: fn(R, R) -> R) -> R {
+fn partials<R: Copy + Send>(
+    team: &Team,
+    x: &[f32],
+    none: R,
+    f: impl Fn(&[f32]) -> R + Sync,
+    join: fn(R, R) -> R,
+) -> R {
     let mut results = [none; PARTIALS];
     // Small tensors in few parts.
     let size = x.len().div_ceil(PARTIALS).max(1024);
@@ -51,7 +57,8 @@ struct Tensors<'a> {
 }
 
 impl Tensors<'_> {
-    /// `f(p, g, m, v)` over lanes; the results replace `p`, `m` and `v`. Empty state reads as 0 and stays empty.
+    /// `f(p, g, m, v)` over lanes; the results replace `p`, `m` and `v`. Empty state reads as 0 and
+    /// stays empty.
     fn each(&self, team: &Team, f: impl Fn([f32x8; 4]) -> [f32x8; 3] + Sync) {
         let len = self.p.len();
         team.each(len.div_ceil(BLOCK), |_, b| {
@@ -59,14 +66,21 @@ impl Tensors<'_> {
             let states = |s: &Shared<f32>| if s.len() == 0 { (0, 0) } else { (at, n) };
             let ((m_at, m_n), (v_at, v_n)) = (states(&self.m), states(&self.v));
             // SAFETY: blocks are disjoint, and the tensors come from disjoint handles.
-            let (p, m, v) = unsafe { (self.p.part(at, n), self.m.part(m_at, m_n), self.v.part(v_at, v_n)) };
+            let (p, m, v) =
+                unsafe { (self.p.part(at, n), self.m.part(m_at, m_n), self.v.part(v_at, v_n)) };
             block(p, &self.g[at..at + n], m, v, &f);
         });
     }
 }
 
 #[inline]
-fn block(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: impl Fn([f32x8; 4]) -> [f32x8; 3]) {
+fn block(
+    p: &mut [f32],
+    g: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    f: impl Fn([f32x8; 4]) -> [f32x8; 3],
+) {
     let take = |s: &[f32], i: usize| {
         let rest = s.get(i..).unwrap_or(&[]);
         match rest.first_chunk::<LANES>() {
@@ -95,7 +109,8 @@ fn block(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: impl Fn([f32
 impl Exchange for Cpu {}
 
 impl OptimOps for Cpu {
-    /// Also raises [`Fault::Gradient`] where the sum itself leaves the range of `f32`: no norm, no clipping.
+    /// Also raises [`Fault::Gradient`] where the sum itself leaves the range of `f32`: no norm, no
+    /// clipping.
     fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> Result<()> {
         self.arenas().sum_squares(g, out)?;
         let [g, out] = split(&mut self.reals, [g, out], "sum_squares")?;
@@ -151,10 +166,15 @@ impl OptimOps for Cpu {
                     [p - shrink * p, m, v]
                 });
                 let len = t.v.len();
-                // SAFETY: the parts of the pass above are gone, and those of the pass below come after `v`'s last use.
+                // SAFETY: the parts of the pass above are gone, and those of the pass below come
+                // after `v`'s last use.
                 let v = unsafe { t.v.part(0, len) };
-                let most = |part: &[f32]| part.iter().fold((f32::INFINITY, 0.0_f32), |(a, b), &x| (a.min(x), b.max(x)));
-                let (low, high) = partials(team, v, (f32::INFINITY, 0.0), most, |a, b| (a.0.min(b.0), a.1.max(b.1)));
+                let most = |part: &[f32]| {
+                    part.iter().fold((f32::INFINITY, 0.0_f32), |(a, b), &x| (a.min(x), b.max(x)))
+                };
+                let (low, high) = partials(team, v, (f32::INFINITY, 0.0), most, |a, b| {
+                    (a.0.min(b.0), a.1.max(b.1))
+                });
                 if high == 0.0 {
                     return Ok(());
                 }
@@ -165,11 +185,13 @@ impl OptimOps for Cpu {
                         sum_wide(part, |v| f64::from(v / high) * f64::from(v / high)),
                     )
                 };
-                let (sum, squares) = partials(team, v, (0.0, 0.0), sums, |a, b| (a.0 + b.0, a.1 + b.1));
+                let (sum, squares) =
+                    partials(team, v, (0.0, 0.0), sums, |a, b| (a.0 + b.0, a.1 + b.1));
                 let factor = (sum * sum / (len as f64 * squares) / correction(beta2, u.t)) as f32;
                 // w grows with v, so its smallest value is that of the smallest v.
                 let half = s(0.5 * (low * factor + eps as f32).sqrt());
-                let (rate, factor, eps) = (s((u.lr / correction(beta1, u.t)) as f32), s(factor), s(eps as f32));
+                let (rate, factor, eps) =
+                    (s((u.lr / correction(beta1, u.t)) as f32), s(factor), s(eps as f32));
                 t.each(team, |[p, _, m, v]| {
                     let denominator = (v * factor + eps).sqrt() - half;
                     [p - denominator.simd_gt(zero).select(rate * m / denominator, zero), m, v]

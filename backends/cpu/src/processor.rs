@@ -2,8 +2,8 @@
 
 use crate::CpuError;
 
-/// Checks that this processor can run what the compiler was told to use. Call it first thing in `main`: without it an
-/// old processor stops at an illegal instruction, without a word.
+/// Checks that this processor can run what the compiler was told to use. Call it first thing in
+/// `main`: without it an old processor stops at an illegal instruction, without a word.
 ///
 /// # Errors
 /// [`CpuError::Processor`] names the first set of instructions that is missing.
@@ -14,7 +14,8 @@ pub fn require_cpu() -> Result<(), CpuError> {
     }
 }
 
-/// `is_x86_feature_detected!` is constant where a feature is compiled in, so the processor is asked directly.
+/// `is_x86_feature_detected!` is constant where a feature is compiled in, so the processor is asked
+/// directly.
 #[cfg(target_arch = "x86_64")]
 fn missing() -> Option<&'static str> {
     use core::arch::x86_64::{__cpuid, __cpuid_count, __get_cpuid_max};
@@ -63,7 +64,8 @@ pub(crate) fn is_intel() -> bool {
 #[cfg(target_arch = "x86_64")]
 fn enabled_registers() -> u64 {
     let (low, high): (u32, u32);
-    // SAFETY: the caller has seen OSXSAVE, so the instruction exists; it reads a register and touches no memory.
+    // SAFETY: the caller has seen OSXSAVE, so the instruction exists; it reads a register and
+    // touches no memory.
     unsafe {
         core::arch::asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
     }

@@ -1,4 +1,5 @@
-//! Small helpers over `wide`: whole slices in lanes, sums in a fixed order, and the functions that the layers need.
+//! Small helpers over `wide`: whole slices in lanes, sums in a fixed order, and the functions that
+//! the layers need.
 
 use wide::{f32x8, i32x8};
 
@@ -6,7 +7,8 @@ use wide::{f32x8, i32x8};
 pub(crate) const LANES: usize = 8;
 
 /// Lanes of one register.
-const PER_REGISTER: usize = if cfg!(any(target_feature = "avx", target_feature = "avx512f")) { 8 } else { 4 };
+const PER_REGISTER: usize =
+    if cfg!(any(target_feature = "avx", target_feature = "avx512f")) { 8 } else { 4 };
 
 /// What [`bdia_core::backend::Identity::lanes`] says.
 pub(crate) const fn lanes() -> usize {
@@ -136,7 +138,8 @@ fn power_of_two(n: f32x8) -> f32x8 {
 
 /// `e^x`, within 2 units in the last place; 0 below −87.3, ∞ above 88.3, NaN of NaN.
 ///
-/// Range reduction by multiples of `ln 2` in two parts and a polynomial of degree 6 (coefficients: Cephes, `expf`).
+/// Range reduction by multiples of `ln 2` in two parts and a polynomial of degree 6 (coefficients:
+/// Cephes, `expf`).
 #[inline]
 pub(crate) fn exp(x: f32x8) -> f32x8 {
     let s = f32x8::splat;
@@ -202,8 +205,17 @@ mod tests {
         }
         // Two units in the last place of f32.
         assert!(worst < 2.0 * f64::from(f32::EPSILON), "{worst:e}");
-        let special =
-            exp(f32x8::new([0.0, -0.0, f32::NEG_INFINITY, f32::INFINITY, f32::NAN, -1e9, 1e9, 1.0])).to_array();
+        let special = exp(f32x8::new([
+            0.0,
+            -0.0,
+            f32::NEG_INFINITY,
+            f32::INFINITY,
+            f32::NAN,
+            -1e9,
+            1e9,
+            1.0,
+        ]))
+        .to_array();
         assert_eq!(special[..4], [1.0, 1.0, 0.0, f32::INFINITY]);
         assert!(special[4].is_nan());
         assert_eq!(special[5..7], [0.0, f32::INFINITY]);

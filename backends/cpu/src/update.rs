@@ -1,7 +1,8 @@
 //! [`UpdateOps`]: the reversible update in lanes and threads, with the bits of [`bdia_core::update`].
 //!
-//! Kernels work on groups of 32 elements, one word of side bits; the last group of a sample is filled up with zeros,
-//! which change nothing. Products and sums are rounded separately: nothing here calls `mul_add`.
+//! Kernels work on groups of 32 elements, one word of side bits; the last group of a sample is
+//! filled up with zeros, which change nothing. Products and sums are rounded separately: nothing
+//! here calls `mul_add`.
 
 use bdia_core::update::LIMIT;
 use bdia_core::{Chunk, Fault, Gamma, Grid, Ints, Reals, Result, UpdateOps, Words};
@@ -17,7 +18,8 @@ const GROUP: usize = 32;
 /// Registers of a group.
 const PARTS: usize = GROUP / LANES;
 
-/// How the elements of a chunk are cut into pieces: by sample, then into blocks that are a multiple of [`GROUP`].
+/// How the elements of a chunk are cut into pieces: by sample, then into blocks that are a multiple
+/// of [`GROUP`].
 #[derive(Clone, Copy)]
 pub(crate) struct Pieces {
     samples: usize,
@@ -99,8 +101,8 @@ const LOW: u64 = 0xFFFF_FFFF;
 /// The checksum of a group whose first element has the index `first` in its tensor.
 #[inline]
 fn group_sum(x: &[i32; GROUP], first: usize) -> u64 {
-    // The products of the weights are additive; pairs of 32-bit lanes are taken apart as 64-bit ones, which is a single
-    // instruction for each product.
+    // The products of the weights are additive; pairs of 32-bit lanes are taken apart as 64-bit
+    // ones, which is a single instruction for each product.
     let base = (first as u32).wrapping_mul(FACTOR);
     let mut weights = [0_u32; GROUP];
     for i in 0..GROUP {
@@ -394,7 +396,10 @@ fn first_wild(x: &[f32]) -> Option<(usize, f64)> {
     for (n, block) in x.chunks(256).enumerate() {
         let wild = block.iter().fold(false, |wild, x| wild | (x.to_bits() & EXPONENT == EXPONENT));
         if wild {
-            return block.iter().position(|x| !x.is_finite()).map(|i| (n * 256 + i, f64::from(block[i])));
+            return block
+                .iter()
+                .position(|x| !x.is_finite())
+                .map(|i| (n * 256 + i, f64::from(block[i])));
         }
     }
     None
@@ -424,7 +429,8 @@ impl UpdateOps for Cpu {
                         wrong |= sign_bits(!within) << (p * LANES);
                     }
                     if with_sum {
-                        report.sum = report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+                        report.sum =
+                            report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
                     }
                     if wrong != 0 {
                         let i = wrong.trailing_zeros() as usize;
@@ -456,7 +462,14 @@ impl UpdateOps for Cpu {
         Ok(())
     }
 
-    fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+    fn add_quantized(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        x: Ints,
+        h: Reals,
+        sum: Words,
+    ) -> Result<()> {
         let pieces = Pieces::new(chunk, self.arenas().quantize("add_quantized", chunk, h, x, sum)?);
         let x = get_mut(&mut self.ints, x, "add_quantized")?;
         let h = get(&self.reals, h, "add_quantized")?;
@@ -482,11 +495,16 @@ impl UpdateOps for Cpu {
                         wrong |= sign_bits(!within | beyond(new)) << (p * LANES);
                     }
                     if with_sum {
-                        report.sum = report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+                        report.sum =
+                            report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
                     }
                     if wrong != 0 {
                         let i = wrong.trailing_zeros() as usize;
-                        let value = if unquantized >> i & 1 == 1 { f64::from(h[i]) } else { f64::from(x[i]) * unit };
+                        let value = if unquantized >> i & 1 == 1 {
+                            f64::from(h[i])
+                        } else {
+                            f64::from(x[i]) * unit
+                        };
                         report.see(at + g * GROUP + i, value);
                     }
                 });
@@ -499,8 +517,16 @@ impl UpdateOps for Cpu {
         Ok(())
     }
 
-    fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
-        let pieces = Pieces::new(chunk, self.arenas().quantize("subtract_quantized", chunk, h, x, sum)?);
+    fn subtract_quantized(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        x: Ints,
+        h: Reals,
+        sum: Words,
+    ) -> Result<()> {
+        let pieces =
+            Pieces::new(chunk, self.arenas().quantize("subtract_quantized", chunk, h, x, sum)?);
         let x = get_mut(&mut self.ints, x, "subtract_quantized")?;
         let h = get(&self.reals, h, "subtract_quantized")?;
         let sum = get_mut(&mut self.words, sum, "subtract_quantized")?;
@@ -564,8 +590,11 @@ impl UpdateOps for Cpu {
                 let (cur, h) = (&cur[at..at + len], &h[at..at + len]);
                 let keep = |plane, group, word| {
                     if with_side {
-                        // SAFETY: pieces are whole groups of a sample, so each word belongs to one piece.
-                        unsafe { side.part(planes.words(sample, plane, start) + group, 1)[0] = word };
+                        // SAFETY: pieces are whole groups of a sample, so each word belongs to one
+                        // piece.
+                        unsafe {
+                            side.part(planes.words(sample, plane, start) + group, 1)[0] = word
+                        };
                     }
                 };
                 let report = if m == 1 {
@@ -593,7 +622,8 @@ impl UpdateOps for Cpu {
         side: Words,
         sum: Words,
     ) -> Result<()> {
-        let (per, m) = self.arenas().step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
+        let (per, m) =
+            self.arenas().step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
         let pieces = Pieces::new(chunk, per);
         let x = get_mut(&mut self.ints, x, "inverse")?;
         let cur = get(&self.reals, cur, "inverse")?;
@@ -641,7 +671,14 @@ impl UpdateOps for Cpu {
         Ok(())
     }
 
-    fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn unblend(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        x: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         let pieces = Pieces::new(chunk, self.arenas().blend("unblend", chunk, x, cur, h)?);
         let tensors = split(&mut self.reals, [x, cur, h], "unblend")?;
         reals3(&self.team, chunk, gamma, pieces, tensors, |s, x, cur, h| {
@@ -651,7 +688,14 @@ impl UpdateOps for Cpu {
         Ok(())
     }
 
-    fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn combine(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        next: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         let pieces = Pieces::new(chunk, self.arenas().blend("combine", chunk, next, cur, h)?);
         let tensors = split(&mut self.reals, [next, cur, h], "combine")?;
         reals3(&self.team, chunk, gamma, pieces, tensors, |s, next, cur, h| {
@@ -674,7 +718,8 @@ impl UpdateOps for Cpu {
 
     fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
         self.arenas().count_differences(a, b, count)?;
-        let (a, b) = (get(&self.ints, a, "count_differences")?, get(&self.ints, b, "count_differences")?);
+        let (a, b) =
+            (get(&self.ints, a, "count_differences")?, get(&self.ints, b, "count_differences")?);
         let count = get_mut(&mut self.words, count, "count_differences")?;
         let differing = self.team.reduce(
             a.len().div_ceil(BLOCK),
@@ -697,9 +742,11 @@ mod tests {
     #[test]
     fn sums_of_groups_are_those_of_core() {
         for first in [0, 1, 12_345, u32::MAX as usize - 5, usize::MAX - 7] {
-            let x: [i32; GROUP] = core::array::from_fn(|i| (i as i32 - 9).wrapping_mul(0x0765_4321));
-            let expected = (0..GROUP)
-                .fold(0_u64, |sum, i| sum.wrapping_add(bdia_core::update::checksum(x[i], first.wrapping_add(i))));
+            let x: [i32; GROUP] =
+                core::array::from_fn(|i| (i as i32 - 9).wrapping_mul(0x0765_4321));
+            let expected = (0..GROUP).fold(0_u64, |sum, i| {
+                sum.wrapping_add(bdia_core::update::checksum(x[i], first.wrapping_add(i)))
+            });
             assert_eq!(group_sum(&x, first), expected);
         }
     }

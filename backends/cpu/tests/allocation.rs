@@ -7,7 +7,10 @@ use std::alloc::System;
 use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
-use bdia_core::{Category, Chunk, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Reals, Sign, Site, Storage, UpdateOps};
+use bdia_core::{
+    Category, Chunk, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Reals, Sign, Site, Storage,
+    UpdateOps,
+};
 use bdia_cpu::Cpu;
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
@@ -51,8 +54,10 @@ fn allocations() {
     let mut l = Layout::new(4);
     let [x] = [0; 1].map(|_| l.ints(Category::Workspace, N));
     let [a, b, c, d] = [0; 4].map(|_| l.reals(Category::Workspace, N));
-    let (side, sum) = (l.words(Category::Workspace, N.div_ceil(32)), l.words(Category::Workspace, 2));
-    let (matrix_a, matrix_b) = (l.reals(Category::Workspace, 900 * 2000), l.reals(Category::Workspace, 2000 * 1300));
+    let (side, sum) =
+        (l.words(Category::Workspace, N.div_ceil(32)), l.words(Category::Workspace, 2));
+    let (matrix_a, matrix_b) =
+        (l.reals(Category::Workspace, 900 * 2000), l.reals(Category::Workspace, 2000 * 1300));
     let matrix_c = l.reals(Category::Workspace, 900 * 1300);
     let attention = Attention {
         heads: 2,
@@ -66,9 +71,20 @@ fn allocations() {
         temperature_grad: Reals::EMPTY,
     };
     let columns = |of, at| Columns { of, stride: 300, at };
-    let (scratch, lse) =
-        (l.reals(Category::Workspace, Cpu::attention_scratch(&attention, 1, 3)), l.reals(Category::Workspace, 2 * 333));
-    let chunk = Chunk { seed: 1, step: 0, stack: 0, site: Site::Block(1), first: 0, samples: 1, global: 0, frame: 0 };
+    let (scratch, lse) = (
+        l.reals(Category::Workspace, Cpu::attention_scratch(&attention, 1, 3)),
+        l.reals(Category::Workspace, 2 * 333),
+    );
+    let chunk = Chunk {
+        seed: 1,
+        step: 0,
+        stack: 0,
+        site: Site::Block(1),
+        first: 0,
+        samples: 1,
+        global: 0,
+        frame: 0,
+    };
     let (grid, gamma) = (Grid::new(14).unwrap(), Gamma::new(0.5, Sign::Random).unwrap());
 
     for threads in [1, 3] {
@@ -86,11 +102,13 @@ fn allocations() {
             cpu.gelu_vjp(Gelu::Exact, a, b).unwrap();
             let (w, bias, stats) = (c.sub(0, 100), c.sub(100, 100), d.sub(0, 2 * N / 100));
             cpu.layer_norm(1e-5, w, bias, a, b, stats).unwrap();
-            cpu.layer_norm_vjp(d.sub(50_000, 100), a, stats, b, matrix_a.sub(0, N), w, bias).unwrap();
+            cpu.layer_norm_vjp(d.sub(50_000, 100), a, stats, b, matrix_a.sub(0, N), w, bias)
+                .unwrap();
             let ce = CrossEntropy { vocab: 1000, tokens: 100, row: 0, scale: 1.0, smoothing: 0.1 };
             cpu.cross_entropy(&chunk, &ce, a, x.sub(0, 100), c.sub(0, 100)).unwrap();
             let rule = Rule::SetAdam { beta1: 0.9, beta2: 0.9, eps: 1e-18 };
-            cpu.update(&Update { rule, t: 1, lr: 0.1, decay: 0.1, scale: 1.0 }, a, b, c, d).unwrap();
+            cpu.update(&Update { rule, t: 1, lr: 0.1, decay: 0.1, scale: 1.0 }, a, b, c, d)
+                .unwrap();
             cpu.sum_squares(Site::Head, a, b.sub(0, 1)).unwrap();
         });
         if threads == 1 {
@@ -99,20 +117,41 @@ fn allocations() {
             // The queue through which work enters the threads grows by a small block now and then.
             assert!(bytes < 16 << 10, "{bytes} bytes in {calls} allocations");
         }
-        for order in
-            [(Order::Plain, Order::Plain), (Order::Plain, Order::Transposed), (Order::Transposed, Order::Plain)]
-        {
-            let p = Product { rows: 900, cols: 1300, inner: 2000, a: order.0, b: order.1, accumulate: false };
-            let (_, bytes) = counted(|| cpu.matmul(&p, matrix_a, matrix_b, None, matrix_c).unwrap());
-            assert!(bytes <= Cpu::library_bytes(threads), "{order:?}, {threads} threads: {bytes} bytes");
+        for order in [
+            (Order::Plain, Order::Plain),
+            (Order::Plain, Order::Transposed),
+            (Order::Transposed, Order::Plain),
+        ] {
+            let p = Product {
+                rows: 900,
+                cols: 1300,
+                inner: 2000,
+                a: order.0,
+                b: order.1,
+                accumulate: false,
+            };
+            let (_, bytes) =
+                counted(|| cpu.matmul(&p, matrix_a, matrix_b, None, matrix_c).unwrap());
+            assert!(
+                bytes <= Cpu::library_bytes(threads),
+                "{order:?}, {threads} threads: {bytes} bytes"
+            );
         }
-        let (q, out, dout) = (matrix_a.sub(0, 333 * 300), matrix_b.sub(0, 333 * 100), matrix_b.sub(50_000, 333 * 100));
-        let (of, g) =
-            ([0, 100, 200].map(|at| columns(q, at)), [0, 100, 200].map(|at| columns(matrix_c.sub(0, 333 * 300), at)));
+        let (q, out, dout) = (
+            matrix_a.sub(0, 333 * 300),
+            matrix_b.sub(0, 333 * 100),
+            matrix_b.sub(50_000, 333 * 100),
+        );
+        let (of, g) = (
+            [0, 100, 200].map(|at| columns(q, at)),
+            [0, 100, 200].map(|at| columns(matrix_c.sub(0, 333 * 300), at)),
+        );
         let (_, bytes) = counted(|| {
             cpu.attention(&chunk, &attention, of[0], of[1], of[2], out, lse, scratch).unwrap();
-            cpu.attention_vjp(&chunk, &attention, of[0], of[1], of[2], out, lse, dout, g[0], g[1], g[2], scratch)
-                .unwrap();
+            cpu.attention_vjp(
+                &chunk, &attention, of[0], of[1], of[2], out, lse, dout, g[0], g[1], g[2], scratch,
+            )
+            .unwrap();
         });
         assert!(bytes <= Cpu::library_bytes(threads), "{bytes} bytes");
     }

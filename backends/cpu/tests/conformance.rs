@@ -10,8 +10,8 @@ fn conformance() {
     }
 }
 
-/// `.ci/variants` builds this test for several processors and says which width it expects: a build that silently fell back
-/// to another one fails here.
+/// `.ci/variants` builds this test for several processors and says which width it expects: a build
+/// that silently fell back to another one fails here.
 #[test]
 fn the_lanes_that_were_asked_for() {
     let lanes = Cpu::new(&Layout::new(4), 1).unwrap().identity().lanes;

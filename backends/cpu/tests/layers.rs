@@ -1,4 +1,5 @@
-//! Layers and optimizers: the values of the reference backend up to rounding, the same bits for any number of threads.
+//! Layers and optimizers: the values of the reference backend up to rounding, the same bits for any
+//! number of threads.
 
 mod common;
 
@@ -9,8 +10,9 @@ use bdia_core::{Error, Fault, Ints, NnOps, Reals, Site};
 use bdia_cpu::{Cpu, Precision, Products};
 use common::{World, chunk, is_handle};
 
-/// Both backends sum in `f32`, in different orders: they differ by a few roundings of partial sums that are as large as
-/// the result, growing with the root of the number of terms (at most 2,000 here, so 50·2^-24 with room).
+/// Both backends sum in `f32`, in different orders: they differ by a few roundings of partial sums
+/// that are as large as the result, growing with the root of the number of terms (at most 2,000
+/// here, so 50·2^-24 with room).
 const TOLERANCE: f32 = 3e-6;
 
 /// Hands out places in the reals one after the other.
@@ -59,9 +61,12 @@ fn matrix_products() {
                 continue; // the reference takes seconds for each
             }
             let mut at = Bump(0);
-            let (a, b, c, bias) = (at.take(rows * inner), at.take(inner * cols), at.take(rows * cols), at.take(cols));
+            let (a, b, c, bias) =
+                (at.take(rows * inner), at.take(inner * cols), at.take(rows * cols), at.take(cols));
             let mut world = World::new(1, 0, at.0, 0);
-            for (accumulate, with_bias) in [(false, false), (true, false), (false, true), (true, true)] {
+            for (accumulate, with_bias) in
+                [(false, false), (true, false), (false, true), (true, true)]
+            {
                 if !accumulate {
                     // Not read.
                     world.reals[c.range()].fill(f32::NAN);
@@ -72,10 +77,17 @@ fn matrix_products() {
                 let what = format!("{p:?}, bias {with_bias}");
                 let op: common::Op = &|x| x.matmul(&p, a, b, with_bias.then_some(bias), c);
                 let reference = world.reference(op);
-                for products in
-                    Products::ALL.into_iter().filter(|p| p.is_available() && p.precision() == Precision::F32)
+                for products in Products::ALL
+                    .into_iter()
+                    .filter(|p| p.is_available() && p.precision() == Precision::F32)
                 {
-                    let _ = world.close_to(&reference, products, &format!("{what}, {products:?}"), TOLERANCE, op);
+                    let _ = world.close_to(
+                        &reference,
+                        products,
+                        &format!("{what}, {products:?}"),
+                        TOLERANCE,
+                        op,
+                    );
                 }
             }
         }
@@ -95,10 +107,12 @@ fn rows_and_norms() {
         let _ = world.close(&format!("sum_rows {what}"), TOLERANCE, &|c| c.sum_rows(x, w));
         let _ = world.exact(&format!("add {what}"), &|c| c.add(x, y));
         // A width of 1 has no variance: rstd is 1/√eps, and what it multiplies is 0.
-        let after = world.close(&format!("layer_norm {what}"), TOLERANCE, &|c| c.layer_norm(1e-5, w, b, x, y, stats));
-        let _ = after
-            .world
-            .close(&format!("layer_norm_vjp {what}"), TOLERANCE, &|c| c.layer_norm_vjp(w, x, stats, dy, dx, dw, db));
+        let after = world.close(&format!("layer_norm {what}"), TOLERANCE, &|c| {
+            c.layer_norm(1e-5, w, b, x, y, stats)
+        });
+        let _ = after.world.close(&format!("layer_norm_vjp {what}"), TOLERANCE, &|c| {
+            c.layer_norm_vjp(w, x, stats, dy, dx, dw, db)
+        });
     }
 }
 
@@ -119,7 +133,9 @@ fn gelu() {
         world.reals[..9].copy_from_slice(&wild);
         let (x, y) = (Reals::new(0, 9), Reals::new(9, 9));
         let after = world.cpu(1, &|c| c.gelu(kind, x, y));
-        for (i, (&x, &y)) in after.world.reals[..8].iter().zip(&after.world.reals[9..17]).enumerate() {
+        for (i, (&x, &y)) in
+            after.world.reals[..8].iter().zip(&after.world.reals[9..17]).enumerate()
+        {
             assert_eq!(y, if x > 0.0 { x } else { 0.0 }, "{kind:?} of value {i}, {x:e}");
         }
         assert!(after.world.reals[17].is_nan());
@@ -150,11 +166,13 @@ fn attention_case(a: Attention, samples: usize, lens: &[i32], together: bool) {
         [q, k, v] = [0, 1, 2].map(|i| Columns { of, stride, at: i * width });
         [dq, dk, dv] = [0, 1, 2].map(|i| Columns { of: d, stride, at: i * width });
     } else {
-        let mut columns = |rows: usize| Columns { of: at.take(rows * (width + 3)), stride: width + 3, at: 1 };
+        let mut columns =
+            |rows: usize| Columns { of: at.take(rows * (width + 3)), stride: width + 3, at: 1 };
         (q, k, v) = (columns(queries), columns(keys), columns(keys));
         (dq, dk, dv) = (columns(queries), columns(keys), columns(keys));
     }
-    let (out, dout, lse) = (at.take(queries * width), at.take(queries * width), at.take(queries * a.heads));
+    let (out, dout, lse) =
+        (at.take(queries * width), at.take(queries * width), at.take(queries * a.heads));
     let [temperature, temperature_grad] = [0; 2].map(|_| at.take(a.temperature.len()));
     let a = Attention { temperature, temperature_grad, ..a };
     let scratch = at.take(Cpu::attention_scratch(&a, samples, 3).max(a.keys));
@@ -176,17 +194,26 @@ fn attention_case(a: Attention, samples: usize, lens: &[i32], together: bool) {
     let reference = world.reference(forward);
     let gradient = reference.world.reference(backward);
     for products in Products::ALL.into_iter().filter(|p| p.is_available()) {
-        // Scores of normal values are as large as 30 with 64 values a head, and rounded factors move them by up to 2⁻⁷ of
-        // that at worst, weights by as much in relative terms; what is seen is a tenth of it.
+        // Scores of normal values are as large as 30 with 64 values a head, and rounded factors
+        // move them by up to 2⁻⁷ of that at worst, weights by as much in relative terms; what is
+        // seen is a tenth of it.
         let tolerance = if products.precision() == Precision::F32 { TOLERANCE } else { 0.02 };
-        // The temperature's gradient is a sum of thousands of terms that cancel: its rounding is as large as itself.
+        // The temperature's gradient is a sum of thousands of terms that cancel: its rounding is as
+        // large as itself.
         if products.precision() != Precision::F32 && !a.temperature.is_empty() {
             continue;
         }
         let what = format!("{what}, {products:?}");
-        let _ = world.close_to(&reference, products, &format!("attention {what}"), tolerance, forward);
+        let _ =
+            world.close_to(&reference, products, &format!("attention {what}"), tolerance, forward);
         let before = &reference.world;
-        let _ = before.close_to(&gradient, products, &format!("attention_vjp {what}"), 3.0 * tolerance, backward);
+        let _ = before.close_to(
+            &gradient,
+            products,
+            &format!("attention_vjp {what}"),
+            3.0 * tolerance,
+            backward,
+        );
     }
 }
 
@@ -208,9 +235,15 @@ fn attention() {
         attention_case(a, 2, &[], true);
         attention_case(Attention { mask: Mask::Full, ..a }, 3, &[], true);
         attention_case(Attention { queries: 1, keys: 1, heads: 1, head_dim: 1, ..a }, 1, &[], true);
-        attention_case(Attention { queries: 150, keys: 150, heads: 3, head_dim: 20, ..a }, 2, &[], true);
+        attention_case(
+            Attention { queries: 150, keys: 150, heads: 3, head_dim: 20, ..a },
+            2,
+            &[],
+            true,
+        );
         attention_case(Attention { queries: 64, keys: 64, head_dim: 64, ..a }, 1, &[], false);
-        let padded = Attention { mask: Mask::Full, key_lens: Ints::new(0, 3), queries: 70, keys: 33, ..a };
+        let padded =
+            Attention { mask: Mask::Full, key_lens: Ints::new(0, 3), queries: 70, keys: 33, ..a };
         attention_case(padded, 3, &[33, 0, 7], false);
         let padded = Attention { key_lens: Ints::new(0, 3), queries: 80, keys: 80, ..a };
         attention_case(padded, 3, &[99, -5, 66], true);
@@ -226,8 +259,18 @@ fn attention() {
         attention_case(padded, 3, &[80, 1, 66], true);
         // Its place is found with those of the other operands.
         let tau = Reals::new(usize::MAX, 1);
-        attention_case(Attention { queries: 65, keys: 65, temperature: tau, ..others }, 3, &[], true);
-        attention_case(Attention { mask: Mask::Full, queries: 7, keys: 3, temperature: tau, ..a }, 2, &[], false);
+        attention_case(
+            Attention { queries: 65, keys: 65, temperature: tau, ..others },
+            3,
+            &[],
+            true,
+        );
+        attention_case(
+            Attention { mask: Mask::Full, queries: 7, keys: 3, temperature: tau, ..a },
+            2,
+            &[],
+            false,
+        );
     }
 }
 
@@ -257,15 +300,28 @@ fn attention_refuses_what_does_not_fit() {
     assert!(is_handle(&try_it(a, q, out, Reals::new(190, need))));
     assert!(matches!(try_it(a, q, out, Reals::new(300, need - 1)), Err(Error::Shape { .. })));
     assert!(matches!(try_it(a, Columns { at: 20, ..q }, out, scratch), Err(Error::Shape { .. })));
-    assert!(matches!(try_it(Attention { keys: 2, ..a }, q, out, scratch), Err(Error::Shape { .. })));
-    assert!(matches!(try_it(Attention { dropout: 1.0, ..a }, q, out, scratch), Err(Error::Setting { .. })));
-    assert!(matches!(try_it(Attention { key_lens: Ints::new(0, 2), ..a }, q, out, scratch), Err(Error::Shape { .. })));
+    assert!(matches!(
+        try_it(Attention { keys: 2, ..a }, q, out, scratch),
+        Err(Error::Shape { .. })
+    ));
+    assert!(matches!(
+        try_it(Attention { dropout: 1.0, ..a }, q, out, scratch),
+        Err(Error::Setting { .. })
+    ));
+    assert!(matches!(
+        try_it(Attention { key_lens: Ints::new(0, 2), ..a }, q, out, scratch),
+        Err(Error::Shape { .. })
+    ));
     let dq = Columns { of: Reals::new(400, 72), stride: 24, at: 0 };
     let (dout, dv) = (Reals::new(500, 24), Columns { at: 16, ..dq });
     for (dk_at, fits) in [(8, true), (4, false)] {
         let dk = Columns { at: dk_at, ..dq };
         let scratch = Reals::new(600, need);
-        let r = world.cpu(2, &|b| b.attention_vjp(&chunk(1), &a, q, k, v, out, lse, dout, dq, dk, dv, scratch)).result;
+        let r = world
+            .cpu(2, &|b| {
+                b.attention_vjp(&chunk(1), &a, q, k, v, out, lse, dout, dq, dk, dv, scratch)
+            })
+            .result;
         assert_eq!(r.is_ok(), fits, "{r:?}");
     }
 }
@@ -277,14 +333,17 @@ fn dropout() {
         world.reals[0] = f32::INFINITY;
         for p in [0.0, 0.1, 0.9] {
             let x = Reals::new(0, samples * per);
-            let _ = world.exact("dropout", &|b| b.dropout(&chunk(samples), Draw::EmbeddingDropout, p, x));
+            let _ = world
+                .exact("dropout", &|b| b.dropout(&chunk(samples), Draw::EmbeddingDropout, p, x));
         }
     }
 }
 
 #[test]
 fn embedding() {
-    for (samples, length, width, vocab) in [(2, 3, 5, 7), (3, 100, 130, 50), (1, 1, 1, 1), (2, 0, 4, 5)] {
+    for (samples, length, width, vocab) in
+        [(2, 3, 5, 7), (3, 100, 130, 50), (1, 1, 1, 1), (2, 0, 4, 5)]
+    {
         let mut at = Bump(0);
         let (table, positions) = (at.take(vocab * width), at.take((length + 2) * width));
         let x = at.take(samples * length * width);
@@ -301,7 +360,8 @@ fn embedding() {
             world.ints[tokens.len() / 2] = -1;
             let after = world.exact("embed", &|b| b.embed(&c, tokens, table, positions, width, x));
             assert!(matches!(after.fault, Some(Fault::Token { .. })));
-            let _ = world.exact("embed_vjp", &|b| b.embed_vjp(&c, tokens, x, width, table, positions));
+            let _ =
+                world.exact("embed_vjp", &|b| b.embed_vjp(&c, tokens, x, width, table, positions));
         }
     }
 }
@@ -316,17 +376,29 @@ fn cross_entropy() {
         for (i, t) in world.ints.iter_mut().enumerate() {
             *t = if i % 5 == 4 { -1 } else { t.rem_euclid(vocab as i32) };
         }
-        let ce = CrossEntropy { vocab, tokens: 7, row: 3, scale: 0.01, smoothing: if rows == 300 { 0.2 } else { 0.0 } };
+        let ce = CrossEntropy {
+            vocab,
+            tokens: 7,
+            row: 3,
+            scale: 0.01,
+            smoothing: if rows == 300 { 0.2 } else { 0.0 },
+        };
         let op: common::Op = &|b| b.cross_entropy(&chunk(2), &ce, logits, targets, losses);
         let after = world.close(&format!("cross_entropy {rows}×{vocab}"), TOLERANCE, op);
         assert_eq!(after.fault, None);
         if rows == 20 {
             let mut bad = world.clone();
             bad.ints[6] = 1000;
-            assert_eq!(bad.close("token", TOLERANCE, op).fault, Some(Fault::Token { sample: 6, value: 1000, vocab }));
+            assert_eq!(
+                bad.close("token", TOLERANCE, op).fault,
+                Some(Fault::Token { sample: 6, value: 1000, vocab })
+            );
             let mut bad = world.clone();
             bad.reals[13 * vocab + 5] = f32::NAN;
-            assert!(matches!(bad.close("loss", TOLERANCE, op).fault, Some(Fault::Loss { sample: 7, .. })));
+            assert!(matches!(
+                bad.close("loss", TOLERANCE, op).fault,
+                Some(Fault::Loss { sample: 7, .. })
+            ));
         }
     }
 }
@@ -361,7 +433,8 @@ fn optimizers() {
                     // A denominator near 0 magnifies roundings of the moments.
                     let _ = world.close(&what, 10.0 * TOLERANCE, &|b| b.update(&u, p, g, m, v));
                 }
-                let _ = world.close("sum_squares", TOLERANCE, &|b| b.sum_squares(Site::Head, g, out));
+                let _ =
+                    world.close("sum_squares", TOLERANCE, &|b| b.sum_squares(Site::Head, g, out));
             }
         }
     }

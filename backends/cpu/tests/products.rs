@@ -1,4 +1,5 @@
-//! Products of every kind against exact ones in `f64`: the shapes of the models, and random odd ones.
+//! Products of every kind against exact ones in `f64`: the shapes of the models, and random odd
+//! ones.
 
 mod common;
 
@@ -28,12 +29,21 @@ fn at(order: Order, [rows, cols]: [usize; 2], row: usize, col: usize) -> usize {
     }
 }
 
-/// Checks some values of `C`, all of them where there are few, against the sums of the rounded factors.
+/// Checks some values of `C`, all of them where there are few, against the sums of the rounded
+/// factors.
 ///
-/// With `n` terms, `S = Σ|a·b|` and unit roundoff `u = 2⁻²⁴`: a sum in `f32` in any order is off by at most `n·u·S` to first
-/// order, twice that where the last bit is cut instead of rounded; what it is added to is rounded once with it. Against
-/// the factors before they were rounded, by 2⁻⁸ of the rounded values at most, `(2·2⁻⁸ + 2⁻¹⁶)·S` comes on top.
-fn check(products: Products, p: &Product, world: &World, after: &World, [a, b, bias, c]: [Reals; 4], what: &str) {
+/// With `n` terms, `S = Σ|a·b|` and unit roundoff `u = 2⁻²⁴`: a sum in `f32` in any order is off by
+/// at most `n·u·S` to first order, twice that where the last bit is cut instead of rounded; what it
+/// is added to is rounded once with it. Against the factors before they were rounded, by 2⁻⁸ of the
+/// rounded values at most, `(2·2⁻⁸ + 2⁻¹⁶)·S` comes on top.
+fn check(
+    products: Products,
+    p: &Product,
+    world: &World,
+    after: &World,
+    [a, b, bias, c]: [Reals; 4],
+    what: &str,
+) {
     let round = |x: f32| match products.precision() {
         Precision::Bf16 => f64::from(bf16::from_f32(x).to_f32()),
         _ => f64::from(x),
@@ -58,15 +68,31 @@ fn check(products: Products, p: &Product, world: &World, after: &World, [a, b, b
         let u = 2.0_f64.powi(-24);
         let bound = 2.0 * u * (p.inner as f64 + 4.0) * (size + before.abs() + offset.abs());
         let (near, far) = ((value - start - rounded).abs(), (value - start - exact).abs());
-        assert!(near <= bound, "{what}: value [{row}, {col}] is {value:e}, {near:e} off; {bound:e} is allowed");
-        let rounding = if products.precision() == Precision::F32 { 0.0 } else { 2.0_f64.powi(-7) + 2.0_f64.powi(-16) };
+        assert!(
+            near <= bound,
+            "{what}: value [{row}, {col}] is {value:e}, {near:e} off; {bound:e} is allowed"
+        );
+        let rounding = if products.precision() == Precision::F32 {
+            0.0
+        } else {
+            2.0_f64.powi(-7) + 2.0_f64.powi(-16)
+        };
         let bound = bound + rounding * size;
-        assert!(far <= bound, "{what}: value [{row}, {col}] is {value:e}, {far:e} from the exact one");
+        assert!(
+            far <= bound,
+            "{what}: value [{row}, {col}] is {value:e}, {far:e} from the exact one"
+        );
     }
 }
 
 /// One shape with all kinds of products; `C` is garbage where it is not added to.
-fn case([rows, cols, inner]: [usize; 3], [a_order, b_order]: [Order; 2], accumulate: bool, with_bias: bool, seed: u64) {
+fn case(
+    [rows, cols, inner]: [usize; 3],
+    [a_order, b_order]: [Order; 2],
+    accumulate: bool,
+    with_bias: bool,
+    seed: u64,
+) {
     let p = Product { rows, cols, inner, a: a_order, b: b_order, accumulate };
     let lens = [rows * inner, inner * cols, if with_bias { cols } else { 0 }, rows * cols];
     let mut end = 0;
@@ -90,9 +116,12 @@ fn case([rows, cols, inner]: [usize; 3], [a_order, b_order]: [Order; 2], accumul
 #[test]
 fn shapes_of_the_models() {
     use Order::{Plain, Transposed};
-    // Rows of a chunk, and the layers: GPT-2 124M's, ViT's; forward, gradient of the input, of the weight.
-    for (rows, layers) in [(512, [[768, 2304], [768, 768], [3072, 768]]), (260, [[512, 1536], [512, 512], [240, 512]])]
-    {
+    // Rows of a chunk, and the layers: GPT-2 124M's, ViT's; forward, gradient of the input, of the
+    // weight.
+    for (rows, layers) in [
+        (512, [[768, 2304], [768, 768], [3072, 768]]),
+        (260, [[512, 1536], [512, 512], [240, 512]]),
+    ] {
         for [inner, cols] in layers {
             case([rows, cols, inner], [Plain, Plain], false, true, 1);
             case([rows, inner, cols], [Plain, Transposed], false, false, 2);
@@ -130,7 +159,11 @@ fn odd_shapes() {
 fn what_is_not_finite_stays_so() {
     let (rows, cols, inner) = (70, 65, 130);
     let p = Product { rows, cols, inner, a: Order::Plain, b: Order::Plain, accumulate: false };
-    let (a, b, c) = (Reals::new(0, rows * inner), Reals::new(9100, inner * cols), Reals::new(17_550, rows * cols));
+    let (a, b, c) = (
+        Reals::new(0, rows * inner),
+        Reals::new(9100, inner * cols),
+        Reals::new(17_550, rows * cols),
+    );
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7F80_0001)] {
         for products in available() {
             let mut world = World::new(3, 0, c.start() + c.len(), 0);
@@ -150,25 +183,45 @@ fn what_is_not_finite_stays_so() {
         let [a, b, c, losses] = [0, 1, 2, 3].map(|i| x.sub(i, 1));
         cpu.reals_mut(a).unwrap()[0] = f32::MAX;
         cpu.reals_mut(b).unwrap()[0] = 2.0;
-        let p = Product { rows: 1, cols: 1, inner: 1, a: Order::Plain, b: Order::Plain, accumulate: false };
+        let p = Product {
+            rows: 1,
+            cols: 1,
+            inner: 1,
+            a: Order::Plain,
+            b: Order::Plain,
+            accumulate: false,
+        };
         cpu.matmul(&p, a, b, None, c).unwrap();
-        let ce = bdia_core::backend::CrossEntropy { vocab: 1, tokens: 1, row: 0, scale: 1.0, smoothing: 0.0 };
+        let ce = bdia_core::backend::CrossEntropy {
+            vocab: 1,
+            tokens: 1,
+            row: 0,
+            scale: 1.0,
+            smoothing: 0.0,
+        };
         cpu.cross_entropy(&common::chunk(1), &ce, c, targets, losses).unwrap();
         let fault = bdia_core::Storage::take_fault(&mut cpu).unwrap();
         assert!(matches!(fault, Some(Fault::Loss { .. })), "{products:?}: {fault:?}");
     }
 }
 
-/// `BDIA_PRODUCTS` names the kinds that this machine must have, so that a test that skips one for want of an instruction fails.
+/// `BDIA_PRODUCTS` names the kinds that this machine must have, so that a test that skips one for
+/// want of an instruction fails.
 #[test]
 fn the_products_that_were_asked_for() {
     match std::env::var("BDIA_PRODUCTS") {
         Ok(asked) => {
             for name in asked.split(',') {
-                assert!(available().any(|p| format!("{p:?}") == name), "{name} is not available here");
+                assert!(
+                    available().any(|p| format!("{p:?}") == name),
+                    "{name} is not available here"
+                );
             }
         }
-        Err(_) => println!("skipped: BDIA_PRODUCTS is not set; there are {:?}", available().collect::<Vec<_>>()),
+        Err(_) => println!(
+            "skipped: BDIA_PRODUCTS is not set; there are {:?}",
+            available().collect::<Vec<_>>()
+        ),
     }
     for precision in [Precision::F32, Precision::Bf16] {
         let best = Products::best(precision);

@@ -1,4 +1,5 @@
-//! [`UpdateOps`](bdia_core::UpdateOps): the bits of the reference backend, for any number of threads.
+//! [`UpdateOps`](bdia_core::UpdateOps): the bits of the reference backend, for any number of
+//! threads.
 
 mod common;
 
@@ -6,8 +7,19 @@ use bdia_core::{Error, Fault, Gamma, Grid, Ints, Reals, Sign, Words};
 use common::{World, chunk, is_handle};
 
 /// Samples and values of each: one element, tails of every kind, more than a block.
-const SHAPES: [(usize, usize); 11] =
-    [(0, 0), (1, 0), (1, 1), (3, 1), (2, 7), (1, 31), (2, 32), (3, 33), (2, 100), (2, 16_384), (2, 40_001)];
+const SHAPES: [(usize, usize); 11] = [
+    (0, 0),
+    (1, 0),
+    (1, 1),
+    (3, 1),
+    (2, 7),
+    (1, 31),
+    (2, 32),
+    (3, 33),
+    (2, 100),
+    (2, 16_384),
+    (2, 40_001),
+];
 
 #[allow(clippy::unwrap_used, reason = "only tests call this")]
 fn gammas() -> Vec<Gamma> {
@@ -20,7 +32,8 @@ fn gammas() -> Vec<Gamma> {
     all
 }
 
-/// `x` at the start of the integers; `cur`, `h`, `y` in the reals; side bits, then a sum, in the words.
+/// `x` at the start of the integers; `cur`, `h`, `y` in the reals; side bits, then a sum, in the
+/// words.
 struct Places {
     x: Ints,
     cur: Reals,
@@ -51,8 +64,9 @@ fn step_and_inverse() {
             let p = places(samples, per, planes, 1);
             let (c, grid) = (chunk(samples), Grid::new(14).unwrap());
             let what = format!("{samples}×{per}, γ {gamma:?}");
-            let after =
-                p.world.exact(&format!("step {what}"), &|b| b.step(&c, grid, gamma, p.x, p.cur, p.h, p.side, p.sum));
+            let after = p.world.exact(&format!("step {what}"), &|b| {
+                b.step(&c, grid, gamma, p.x, p.cur, p.h, p.side, p.sum)
+            });
             let _ = p.world.exact(&format!("step without side bits {what}"), &|b| {
                 b.step(&c, grid, gamma, p.x, p.cur, p.h, Words::EMPTY, Words::EMPTY)
             });
@@ -93,20 +107,27 @@ fn values_at_the_limits_and_wild_ones() {
                 }
                 let c = chunk(samples);
                 for (l, gamma) in [(14, 0.5), (0, 0.5), (24, 0.125)] {
-                    let (grid, gamma) = (Grid::new(l).unwrap(), Gamma::new(gamma, Sign::Random).unwrap());
+                    let (grid, gamma) =
+                        (Grid::new(l).unwrap(), Gamma::new(gamma, Sign::Random).unwrap());
                     let m = gamma.planes().unwrap() as usize;
                     let side = Words::new(2, samples * m * per.div_ceil(32));
-                    let step = p.world.exact("step", &|b| b.step(&c, grid, gamma, p.x, p.cur, p.h, side, p.sum));
-                    let back = step
+                    let step = p
                         .world
-                        .exact("inverse", &|b| b.inverse(&c, grid, gamma, p.x, p.cur, p.h, side, Words::EMPTY));
+                        .exact("step", &|b| b.step(&c, grid, gamma, p.x, p.cur, p.h, side, p.sum));
+                    let back = step.world.exact("inverse", &|b| {
+                        b.inverse(&c, grid, gamma, p.x, p.cur, p.h, side, Words::EMPTY)
+                    });
                     assert_eq!(back.world.ints, p.world.ints);
-                    let _ = step
-                        .world
-                        .exact("inverse with sum", &|b| b.inverse(&c, grid, gamma, p.x, p.cur, p.h, side, p.sum));
+                    let _ = step.world.exact("inverse with sum", &|b| {
+                        b.inverse(&c, grid, gamma, p.x, p.cur, p.h, side, p.sum)
+                    });
                     let _ = p.world.exact("quantize", &|b| b.quantize(&c, grid, p.h, p.x, p.sum));
-                    let _ = p.world.exact("add_quantized", &|b| b.add_quantized(&c, grid, p.x, p.h, p.sum));
-                    let _ = p.world.exact("subtract_quantized", &|b| b.subtract_quantized(&c, grid, p.x, p.h, p.sum));
+                    let _ = p
+                        .world
+                        .exact("add_quantized", &|b| b.add_quantized(&c, grid, p.x, p.h, p.sum));
+                    let _ = p.world.exact("subtract_quantized", &|b| {
+                        b.subtract_quantized(&c, grid, p.x, p.h, p.sum)
+                    });
                     let _ = p.world.exact("dequantize", &|b| b.dequantize(grid, p.x, p.cur));
                     let x = Reals::new(2 * n, n);
                     let _ = p.world.exact("blend", &|b| b.blend(&c, gamma, x, p.cur, p.h));
@@ -126,8 +147,12 @@ fn the_other_operations() {
         let x = Reals::new(2 * samples * per, samples * per);
         let what = format!("{samples}×{per}");
         for sum in [p.sum, Words::EMPTY] {
-            let _ = p.world.exact(&format!("quantize {what}"), &|b| b.quantize(&c, grid, p.h, p.x, sum));
-            let _ = p.world.exact(&format!("add_quantized {what}"), &|b| b.add_quantized(&c, grid, p.x, p.h, sum));
+            let _ = p
+                .world
+                .exact(&format!("quantize {what}"), &|b| b.quantize(&c, grid, p.h, p.x, sum));
+            let _ = p.world.exact(&format!("add_quantized {what}"), &|b| {
+                b.add_quantized(&c, grid, p.x, p.h, sum)
+            });
             let name = format!("subtract_quantized {what}");
             let _ = p.world.exact(&name, &|b| b.subtract_quantized(&c, grid, p.x, p.h, sum));
         }
@@ -135,9 +160,15 @@ fn the_other_operations() {
         for magnitude in [0.0, 0.5, 0.3, 1.0] {
             for sign in [Sign::Random, Sign::Minus] {
                 let gamma = Gamma::new(magnitude, sign).unwrap();
-                let _ = p.world.exact(&format!("blend {what} {magnitude}"), &|b| b.blend(&c, gamma, x, p.cur, p.h));
-                let _ = p.world.exact(&format!("unblend {what} {magnitude}"), &|b| b.unblend(&c, gamma, x, p.cur, p.h));
-                let _ = p.world.exact(&format!("combine {what} {magnitude}"), &|b| b.combine(&c, gamma, x, p.cur, p.h));
+                let _ = p.world.exact(&format!("blend {what} {magnitude}"), &|b| {
+                    b.blend(&c, gamma, x, p.cur, p.h)
+                });
+                let _ = p.world.exact(&format!("unblend {what} {magnitude}"), &|b| {
+                    b.unblend(&c, gamma, x, p.cur, p.h)
+                });
+                let _ = p.world.exact(&format!("combine {what} {magnitude}"), &|b| {
+                    b.combine(&c, gamma, x, p.cur, p.h)
+                });
             }
         }
     }
@@ -166,13 +197,23 @@ fn blend_without_gamma_does_not_read() {
 fn bad_handles_are_errors() {
     let world = World::new(1, 100, 300, 10);
     let (grid, gamma) = (Grid::new(9).unwrap(), Gamma::new(0.5, Sign::Plus).unwrap());
-    let (c, x, [cur, h, y]) = (chunk(2), Ints::new(0, 64), [0, 1, 2].map(|i| Reals::new(i * 64, 64)));
+    let (c, x, [cur, h, y]) =
+        (chunk(2), Ints::new(0, 64), [0, 1, 2].map(|i| Reals::new(i * 64, 64)));
     let (side, sum) = (Words::new(0, 2), Words::new(2, 2));
     let try_it = |op: common::Op| world.cpu(2, op).result;
     assert_eq!(try_it(&|b| b.step(&c, grid, gamma, x, cur, h, side, sum)), Ok(()));
     assert!(is_handle(&try_it(&|b| b.step(&c, grid, gamma, x, cur, h, side, Words::new(1, 2)))));
     assert!(is_handle(&try_it(&|b| b.step(&c, grid, gamma, x, Reals::new(299, 64), h, side, sum))));
-    assert!(is_handle(&try_it(&|b| b.step(&c, grid, gamma, x, Reals::new(usize::MAX, 64), h, side, sum))));
+    assert!(is_handle(&try_it(&|b| b.step(
+        &c,
+        grid,
+        gamma,
+        x,
+        Reals::new(usize::MAX, 64),
+        h,
+        side,
+        sum
+    ))));
     assert!(is_handle(&try_it(&|b| b.step(&c, grid, gamma, Ints::new(90, 64), cur, h, side, sum))));
     assert!(is_handle(&try_it(&|b| b.blend(&c, gamma, y, cur, Reals::new(100, 64)))));
     assert!(matches!(
@@ -183,8 +224,17 @@ fn bad_handles_are_errors() {
         try_it(&|b| b.step(&c, grid, gamma, x, cur, Reals::new(64, 63), side, sum)),
         Err(Error::Shape { .. })
     ));
-    assert!(matches!(try_it(&|b| b.step(&chunk(3), grid, gamma, x, cur, h, side, sum)), Err(Error::Shape { .. })));
-    assert!(matches!(try_it(&|b| b.quantize(&c, grid, cur, x, Words::new(0, 1))), Err(Error::Shape { .. })));
+    assert!(matches!(
+        try_it(&|b| b.step(&chunk(3), grid, gamma, x, cur, h, side, sum)),
+        Err(Error::Shape { .. })
+    ));
+    assert!(matches!(
+        try_it(&|b| b.quantize(&c, grid, cur, x, Words::new(0, 1))),
+        Err(Error::Shape { .. })
+    ));
     let bad = Gamma::new(0.3, Sign::Plus).unwrap();
-    assert!(matches!(try_it(&|b| b.step(&c, grid, bad, x, cur, h, side, sum)), Err(Error::Setting { .. })));
+    assert!(matches!(
+        try_it(&|b| b.step(&c, grid, bad, x, cur, h, side, sum)),
+        Err(Error::Setting { .. })
+    ));
 }

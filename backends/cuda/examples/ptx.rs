@@ -1,5 +1,6 @@
 //! Compiles the kernels to PTX for the oldest supported architecture, which every later one takes:
-//! `cargo run -p bdia-cuda --example ptx -- backends/cuda/prebuilt/kernels.ptx`. Needs NVRTC, no device.
+//! `cargo run -p bdia-cuda --example ptx -- backends/cuda/prebuilt/kernels.ptx`. Needs NVRTC, no
+//! device.
 
 use bdia_cuda::compile::{Image, compile};
 

@@ -1,4 +1,5 @@
-//! From the kernels' source to an image that the driver loads: prebuilt, from the cache, or through NVRTC.
+//! From the kernels' source to an image that the driver loads: prebuilt, from the cache, or through
+//! NVRTC.
 
 use core::ffi::{c_char, c_int};
 use std::ffi::CString;
@@ -20,7 +21,8 @@ pub const SOURCE: &str = concat!(
     include_str!("../kernels/optim.cu"),
 );
 
-/// Products and sums as they stand: the update's bits do not depend on the compiler. Kernels that may fuse say so.
+/// Products and sums as they stand: the update's bits do not depend on the compiler. Kernels that
+/// may fuse say so.
 const OPTIONS: [&str; 2] = ["--fmad=false", "--std=c++17"];
 
 /// What a compilation makes.
@@ -32,7 +34,8 @@ pub enum Image {
     Cubin,
 }
 
-/// Compiles the kernels for compute capability `major.minor`, given as `10·major + minor`. Needs NVRTC, no device.
+/// Compiles the kernels for compute capability `major.minor`, given as `10·major + minor`. Needs
+/// NVRTC, no device.
 ///
 /// # Errors
 /// [`CudaError::Missing`], [`CudaError::Compile`] with what the compiler said.
@@ -43,15 +46,20 @@ pub fn compile(capability: u32, image: Image) -> Result<Vec<u8>, CudaError> {
     };
     library::nvrtc()?;
     let failed = |log: String| CudaError::Compile { arch: arch.clone(), log };
-    let source = CString::new(SOURCE).map_err(|_| failed("the source contains a zero byte".into()))?;
-    let program = Program(result::create_program(&source, Some(c"bdia.cu")).map_err(|e| failed(format!("{:?}", e.0)))?);
+    let source =
+        CString::new(SOURCE).map_err(|_| failed("the source contains a zero byte".into()))?;
+    let program = Program(
+        result::create_program(&source, Some(c"bdia.cu"))
+            .map_err(|e| failed(format!("{:?}", e.0)))?,
+    );
     let options: Vec<&str> = OPTIONS.into_iter().collect();
     let target = format!("--gpu-architecture={arch}");
     let options: Vec<&str> = options.into_iter().chain([target.as_str()]).collect();
     // SAFETY: the program lives until the end of this function.
     if let Err(e) = unsafe { result::compile_program(program.0, &options) } {
         // SAFETY: as above.
-        let log = unsafe { result::get_program_log(program.0) }.map(|log| text(&log)).unwrap_or_default();
+        let log =
+            unsafe { result::get_program_log(program.0) }.map(|log| text(&log)).unwrap_or_default();
         return Err(failed(format!("{:?}: {log}", e.0)));
     }
     let bytes = match image {
@@ -94,7 +102,10 @@ impl Drop for Program {
 /// [`CudaError`]
 pub fn supported() -> Result<Vec<u32>, CudaError> {
     library::nvrtc()?;
-    let call = |e: result::NvrtcError| CudaError::Compile { arch: "any device".into(), log: format!("{:?}", e.0) };
+    let call = |e: result::NvrtcError| CudaError::Compile {
+        arch: "any device".into(),
+        log: format!("{:?}", e.0),
+    };
     let mut n: c_int = 0;
     // SAFETY: NVRTC writes one number, and then as many as that.
     unsafe {
@@ -114,7 +125,8 @@ pub(crate) struct Kernels {
 
 /// The image for a device of a compute capability.
 ///
-/// A device that is newer than NVRTC gets the newest text that NVRTC makes, and the driver does the rest.
+/// A device that is newer than NVRTC gets the newest text that NVRTC makes, and the driver does the
+/// rest.
 pub(crate) fn kernels(capability: u32) -> Result<Kernels, CudaError> {
     if let Some(text) = prebuilt() {
         return Ok(Kernels { image: terminated(text.as_bytes().to_vec()), cached: None });
@@ -124,7 +136,8 @@ pub(crate) fn kernels(capability: u32) -> Result<Kernels, CudaError> {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let version = version();
-    let file = cache_dir().map(|dir| dir.join(format!("{:032x}-{capability}.image", hash(version))));
+    let file =
+        cache_dir().map(|dir| dir.join(format!("{:032x}-{capability}.image", hash(version))));
     if let Some(file) = &file
         && let Ok(image) = std::fs::read(file)
     {
@@ -133,14 +146,17 @@ pub(crate) fn kernels(capability: u32) -> Result<Kernels, CudaError> {
     fresh(capability, file.as_deref()).map(|image| Kernels { image, cached: None })
 }
 
-/// Compiles, and puts the image where the next process finds it. A cache that cannot be written is no error.
+/// Compiles, and puts the image where the next process finds it. A cache that cannot be written is
+/// no error.
 pub(crate) fn fresh(capability: u32, file: Option<&Path>) -> Result<Vec<u8>, CudaError> {
     let archs = supported()?;
     let image = match archs.iter().filter(|&&a| a <= capability).max() {
         Some(&arch) if arch == capability => compile(arch, Image::Cubin)?,
         Some(&arch) => compile(arch, Image::Ptx)?,
         None => {
-            let oldest = archs.first().map_or_else(String::new, |a| format!("; the oldest it knows is sm_{a}"));
+            let oldest = archs
+                .first()
+                .map_or_else(String::new, |a| format!("; the oldest it knows is sm_{a}"));
             let log = format!("the device is older than this NVRTC knows{oldest}");
             return Err(CudaError::Compile { arch: format!("sm_{capability}"), log });
         }
@@ -190,16 +206,21 @@ fn version() -> (c_int, c_int) {
 fn cache_dir() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     set("BDIA_CUDA_CACHE").or_else(|| {
-        set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache"))).map(|dir| dir.join("bdia").join("cuda"))
+        set("XDG_CACHE_HOME")
+            .or_else(|| Some(set("HOME")?.join(".cache")))
+            .map(|dir| dir.join("bdia").join("cuda"))
     })
 }
 
 /// FNV-1a with 128 bits, of all that the image depends on.
 fn hash((major, minor): (c_int, c_int)) -> u128 {
     let compiler = format!("{major}.{minor} {OPTIONS:?} ");
-    compiler.bytes().chain(SOURCE.bytes()).fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |h, b| {
-        (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013B)
-    })
+    compiler
+        .bytes()
+        .chain(SOURCE.bytes())
+        .fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |h, b| {
+            (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013B)
+        })
 }
 
 /// The first compute capability that has the kernels of `tensor.cu`; others do without them.

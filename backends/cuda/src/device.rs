@@ -1,4 +1,5 @@
-//! The device: context, stream, memory, kernels and products, through cudarc's thin layer over the driver and cuBLAS.
+//! The device: context, stream, memory, kernels and products, through cudarc's thin layer over the
+//! driver and cuBLAS.
 //!
 //! All work goes to one stream, in the order of the calls. Nothing waits but [`Device::read`].
 
@@ -17,8 +18,9 @@ use crate::library;
 use crate::products::{Gemm, Lt, Precision, Room, WORKSPACE};
 use crate::span::Span;
 
-/// Page-locked memory of the host, from which uploads go on their own while the program goes on. What a step uploads fits:
-/// tokens, labels, a batch of images; more than that waits for the work before it.
+/// Page-locked memory of the host, from which uploads go on their own while the program goes on.
+/// What a step uploads fits: tokens, labels, a batch of images; more than that waits for the work
+/// before it.
 const STAGING: usize = 8 << 20;
 /// Memory is handed out from places that are multiples of this, as the driver's own is.
 pub(crate) const ALIGNMENT: usize = 256;
@@ -26,8 +28,8 @@ pub(crate) const ALIGNMENT: usize = 256;
 pub(crate) const THREADS: u32 = 256;
 /// Values that a thread takes at once, as `AT_ONCE` in `common.cu`.
 pub(crate) const AT_ONCE: usize = 4;
-/// Most blocks of a kernel whose blocks take several pieces each: enough for every device, and the same on all of them,
-/// because partial sums are combined by block.
+/// Most blocks of a kernel whose blocks take several pieces each: enough for every device, and the
+/// same on all of them, because partial sums are combined by block.
 pub(crate) const BLOCKS: usize = 2048;
 
 macro_rules! kernels {
@@ -44,7 +46,8 @@ macro_rules! kernels {
                 self.name().to_bytes().windows(5).any(|part| part == b"bf16_")
             }
 
-            /// Whether the factors of products stay as they are: it writes to none, or its caller says to which.
+            /// Whether the factors of products stay as they are: it writes to none, or its caller
+            /// says to which.
             const fn leaves_factors(self) -> bool {
                 matches!(self, Self::ToBf16 | Self::Unpad | Self::SumRows | Self::AddParts | Self::CrossEntropy)
             }
@@ -123,7 +126,11 @@ fn name_of(e: result::DriverError) -> &'static str {
     // SAFETY: the driver gives the address of a text that it never frees.
     let found = unsafe { sys::cuGetErrorName(e.0, &mut name) }.result().is_ok() && !name.is_null();
     // SAFETY: as above.
-    if found { unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("unknown error") } else { "unknown error" }
+    if found {
+        unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("unknown error")
+    } else {
+        "unknown error"
+    }
 }
 
 fn call(what: &'static str) -> impl Fn(result::DriverError) -> CudaError {
@@ -181,7 +188,8 @@ pub(crate) struct Device {
     handed_out: usize,
     /// Bytes that the driver's count of free memory fell by when the piece was allocated.
     taken: usize,
-    /// [`STAGING`] bytes of the host, and how many of them hold uploads that may still be under way.
+    /// [`STAGING`] bytes of the host, and how many of them hold uploads that may still be under
+    /// way.
     staging: *mut u8,
     staged: AtomicUsize,
     /// The room for factors as bf16.
@@ -196,8 +204,8 @@ pub(crate) struct Device {
     precision: Precision,
 }
 
-// SAFETY: handles of the driver and of cuBLAS may be used from any thread, one at a time; `enter` makes the context that of
-// the calling thread.
+// SAFETY: handles of the driver and of cuBLAS may be used from any thread, one at a time; `enter`
+// makes the context that of the calling thread.
 unsafe impl Send for Device {}
 // SAFETY: `&Device` only reads fields and makes calls that the driver orders itself.
 unsafe impl Sync for Device {}
@@ -209,7 +217,8 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// Opens device `number`, loads the kernels and allocates `bytes` bytes, all that there will be, for a plan of `plan`.
+    /// Opens device `number`, loads the kernels and allocates `bytes` bytes, all that there will
+    /// be, for a plan of `plan`.
     pub(crate) fn open(
         number: usize,
         precision: Precision,
@@ -239,7 +248,8 @@ impl Device {
         let name = result::device::get_name(ordinal).map_err(call("cuDeviceGetName"))?;
         let kernels = compile::kernels(capability)?;
         // SAFETY: the device is there; the context is released when the device is dropped.
-        let context = unsafe { result::primary_ctx::retain(ordinal) }.map_err(call("cuDevicePrimaryCtxRetain"))?;
+        let context = unsafe { result::primary_ctx::retain(ordinal) }
+            .map_err(call("cuDevicePrimaryCtxRetain"))?;
         let mut device = Self {
             ordinal,
             context,
@@ -261,8 +271,8 @@ impl Device {
             precision,
         };
         device.enter()?;
-        device.stream =
-            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(call("cuStreamCreate"))?;
+        device.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(call("cuStreamCreate"))?;
         device.load(kernels)?;
         device.allocate(bytes, plan)?;
         // SAFETY: the address is freed once, in `drop`.
@@ -285,7 +295,8 @@ impl Device {
         self.module = Some(module);
         for kernel in Kernel::ALL {
             // SAFETY: the module is loaded.
-            let function = unsafe { result::module::get_function(module, CString::from(kernel.name())) };
+            let function =
+                unsafe { result::module::get_function(module, CString::from(kernel.name())) };
             self.functions.push(match function {
                 Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NOT_FOUND && kernel.optional() => None,
                 other => Some(other.map_err(call("cuModuleGetFunction"))?),
@@ -296,7 +307,8 @@ impl Device {
 
     /// Whether attention goes to tensor cores: with bf16, where the image has the kernels for it.
     pub(crate) fn tensor_attention(&self) -> bool {
-        self.precision == Precision::Bf16 && self.functions[Kernel::AttentionBf16x32 as usize].is_some()
+        self.precision == Precision::Bf16
+            && self.functions[Kernel::AttentionBf16x32 as usize].is_some()
     }
 
     /// Makes this device that of the calling thread.
@@ -353,7 +365,8 @@ impl Device {
         self.block = Memory { at, bytes };
         self.taken = free.saturating_sub(self.memory()?.0);
         // SAFETY: the allocation has `bytes` bytes.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.map_err(call("cuMemsetD8Async"))
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }
+            .map_err(call("cuMemsetD8Async"))
     }
 
     /// The next `bytes` bytes of what [`Device::open`] allocated. Its caller counted them.
@@ -392,7 +405,12 @@ impl Device {
     /// What was done since, once all of it is done.
     pub(crate) fn times(&mut self) -> core::result::Result<Times, CudaError> {
         self.enter()?;
-        let stretches = self.stretches.get_mut().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        let stretches = self
+            .stretches
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .unwrap_or_default();
         // SAFETY: the stream is there.
         unsafe { result::stream::synchronize(self.stream) }.map_err(call("cuStreamSynchronize"))?;
         let between = |start, end| {
@@ -419,7 +437,11 @@ impl Device {
     }
 
     /// Queues work for the stream, and takes its time where that was asked for.
-    fn queue(&self, name: impl FnOnce() -> String, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn queue(
+        &self,
+        name: impl FnOnce() -> String,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         self.worked.store(true, Ordering::Relaxed);
         self.enter()?;
         let mut stretches = self.stretches.lock().unwrap_or_else(PoisonError::into_inner);
@@ -441,12 +463,15 @@ impl Device {
         // SAFETY: callers pass places inside their allocations.
         self.queue(
             || "set".into(),
-            || unsafe { result::memset_d8_async(at, value, bytes, self.stream) }.map_err(device_error),
+            || {
+                unsafe { result::memset_d8_async(at, value, bytes, self.stream) }
+                    .map_err(device_error)
+            },
         )
     }
 
-    /// Queues a copy to the device. The values go through page-locked memory, so that nothing waits for the copy; only what
-    /// does not fit waits for the work before it.
+    /// Queues a copy to the device. The values go through page-locked memory, so that nothing waits
+    /// for the copy; only what does not fit waits for the work before it.
     pub(crate) fn write<T: Copy>(&mut self, at: u64, src: &[T]) -> Result<()> {
         self.room().clear();
         let mut at = at;
@@ -456,14 +481,17 @@ impl Device {
                 self.wait()?;
             }
             let from = self.staged.fetch_add(bytes.next_multiple_of(64), Ordering::Relaxed);
-            // SAFETY: the place lies within the staging memory, which no copy under way reads there.
+            // SAFETY: the place lies within the staging memory, which no copy under way reads
+            // there.
             let staged = unsafe {
                 let place = self.staging.add(from);
                 core::ptr::copy_nonoverlapping(piece.as_ptr().cast(), place, bytes);
                 core::slice::from_raw_parts(place.cast_const(), bytes)
             };
             // SAFETY: callers pass places inside their allocations.
-            let copy = || unsafe { result::memcpy_htod_async(at, staged, self.stream) }.map_err(device_error);
+            let copy = || {
+                unsafe { result::memcpy_htod_async(at, staged, self.stream) }.map_err(device_error)
+            };
             self.queue(|| "upload".into(), copy)?;
             at += bytes as u64;
         }
@@ -484,7 +512,8 @@ impl Device {
             return Ok(());
         }
         self.enter()?;
-        // SAFETY: callers pass places inside their allocations; `dst` is not used before the wait is over.
+        // SAFETY: callers pass places inside their allocations; `dst` is not used before the wait
+        // is over.
         unsafe { result::memcpy_dtoh_async(dst, at, self.stream) }.map_err(device_error)?;
         self.wait()
     }
@@ -498,13 +527,16 @@ impl Device {
         // SAFETY: callers pass places inside their allocations.
         self.queue(
             || "copy".into(),
-            || unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(device_error),
+            || {
+                unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
+                    .map_err(device_error)
+            },
         )
     }
 
-    /// Starts a kernel with blocks of `threads` threads; the room for factors is empty then, but for kernels that
-    /// [leave](Kernel::leaves_factors) them. `args` are the addresses of its parameters, in order and of the
-    /// types that the source has.
+    /// Starts a kernel with blocks of `threads` threads; the room for factors is empty then, but
+    /// for kernels that [leave](Kernel::leaves_factors) them. `args` are the addresses of its
+    /// parameters, in order and of the types that the source has.
     pub(crate) fn launch(
         &self,
         kernel: Kernel,
@@ -527,9 +559,11 @@ impl Device {
             self.room().clear();
         }
         let name = || kernel.name().to_string_lossy().into_owned();
-        // SAFETY: the functions are those of the loaded module, in the order of `Kernel::ALL`; the parameters are those of
-        // the source, and their spans lie within allocations.
-        let mut work = || unsafe { result::launch_kernel(function, (x, y, z), (threads, 1, 1), 0, self.stream, args) };
+        // SAFETY: the functions are those of the loaded module, in the order of `Kernel::ALL`; the
+        // parameters are those of the source, and their spans lie within allocations.
+        let mut work = || unsafe {
+            result::launch_kernel(function, (x, y, z), (threads, 1, 1), 0, self.stream, args)
+        };
         self.queue(name, || work().map_err(device_error))
     }
 
@@ -546,7 +580,8 @@ impl Drop for Device {
     /// Frees everything; there is nothing to do about failures here.
     fn drop(&mut self) {
         let _ = self.enter();
-        // SAFETY: each of these was made by `open` or `alloc` and is given back once; the stream is waited for first.
+        // SAFETY: each of these was made by `open` or `alloc` and is given back once; the stream is
+        // waited for first.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
             drop(self.lt.get_mut().unwrap_or_else(PoisonError::into_inner).take());
@@ -578,7 +613,8 @@ const _: () = assert!(size_of::<Span>() == 16);
 mod tests {
     use super::*;
 
-    /// The emulated device compiles the files by itself, so it would not miss one that NVRTC is not given.
+    /// The emulated device compiles the files by itself, so it would not miss one that NVRTC is not
+    /// given.
     #[test]
     fn the_source_has_every_kernel() {
         let mut names: Vec<_> = compile::listed().into_iter().map(|k| (k.name, k.tensor)).collect();

@@ -58,17 +58,26 @@ impl fmt::Display for CudaError {
                  use --backend cpu, or install it (set LD_LIBRARY_PATH where it lies elsewhere)"
             ),
             Self::Device { asked, found: 0 } => {
-                write!(f, "device {asked} was asked for, but the driver finds no CUDA device; use --backend cpu")
+                write!(
+                    f,
+                    "device {asked} was asked for, but the driver finds no CUDA device; use --backend cpu"
+                )
             }
             Self::Device { asked, found } => {
-                write!(f, "device {asked} was asked for, the driver finds {found}: numbers 0 to {}", found - 1)
+                write!(
+                    f,
+                    "device {asked} was asked for, the driver finds {found}: numbers 0 to {}",
+                    found - 1
+                )
             }
             Self::Memory { plan, free, total } => write!(
                 f,
                 "the plan needs {plan} bytes, the device has {free} free of {total}; choose a memory budget below that, a \
                  smaller batch or a smaller model"
             ),
-            Self::Compile { arch, log } => write!(f, "NVRTC could not compile the kernels for {arch}: {log}"),
+            Self::Compile { arch, log } => {
+                write!(f, "NVRTC could not compile the kernels for {arch}: {log}")
+            }
             Self::Call { what, error } => write!(f, "{what} failed: {error}"),
         }
     }

@@ -71,14 +71,18 @@ impl Cuda {
     pub fn new(layout: &Layout, options: Options) -> core::result::Result<Self, CudaError> {
         let arenas = Arenas::of(layout);
         let half = if options.precision == Precision::Bf16 { HALF } else { 0 };
-        let [ints, reals, words] = [arenas.ints, arenas.reals, arenas.words].map(|n| n.saturating_mul(4));
+        let [ints, reals, words] =
+            [arenas.ints, arenas.reals, arenas.words].map(|n| n.saturating_mul(4));
         let library = Self::library_bytes(options.precision);
         let bytes = [ints, reals, words].iter().fold(library, |sum, &b| sum.saturating_add(b));
-        let mut device = Device::open(options.device, options.precision, bytes, layout.total().max(bytes))?;
+        let mut device =
+            Device::open(options.device, options.precision, bytes, layout.total().max(bytes))?;
         let [ints, reals, words] = [device.alloc(ints), device.alloc(reals), device.alloc(words)];
-        let [status, scratch, half] = [device.alloc(size_of::<Status>()), device.alloc(SCRATCH), device.alloc(half)];
+        let [status, scratch, half] =
+            [device.alloc(size_of::<Status>()), device.alloc(SCRATCH), device.alloc(half)];
         let finished = device.alloc(4);
-        let call = |_| CudaError::Call { what: "cuMemsetD8Async", error: "the status could not be set" };
+        let call =
+            |_| CudaError::Call { what: "cuMemsetD8Async", error: "the status could not be set" };
         device.set(status.at, 0xFF, status.bytes).map_err(call)?;
         let short = match options.precision {
             Precision::F32 => String::new(),
@@ -87,11 +91,26 @@ impl Cuda {
         let name = interned(format!("cuda{short} {} sm_{}", device.name(), device.capability()));
         let (seq, raised, lost) = (0, None, None);
         device.furnish(half);
-        Ok(Self { device, name, arenas, ints, reals, words, status, scratch, finished, half, seq, raised, lost })
+        Ok(Self {
+            device,
+            name,
+            arenas,
+            ints,
+            reals,
+            words,
+            status,
+            scratch,
+            finished,
+            half,
+            seq,
+            raised,
+            lost,
+        })
     }
 
-    /// Memory outside the arenas of a layout: the fixed workspace of cuBLASLt, room for partial sums and bf16 factors, the status, gaps
-    /// between them. It does not depend on the model. The driver's own context (some hundred MB, for kernels and its queues) is not in it.
+    /// Memory outside the arenas of a layout: the fixed workspace of cuBLASLt, room for partial
+    /// sums and bf16 factors, the status, gaps between them. It does not depend on the model. The
+    /// driver's own context (some hundred MB, for kernels and its queues) is not in it.
     pub const fn library_bytes(precision: Precision) -> usize {
         let half = if matches!(precision, Precision::Bf16) { HALF } else { 0 };
         // Each of the arenas begins at a multiple, and so does what follows the status.
@@ -118,19 +137,20 @@ impl Cuda {
         self.device.allocated()
     }
 
-    /// The same by the driver's count of free memory, before and after: the driver hands out whole pages, of 2 MiB each.
+    /// The same by the driver's count of free memory, before and after: the driver hands out whole
+    /// pages, of 2 MiB each.
     pub fn taken_bytes(&self) -> usize {
         self.device.taken()
     }
 
-    /// From here on the time of everything that the device does is taken, with two events each, until
-    /// [`times`](Self::times) is asked for.
+    /// From here on the time of everything that the device does is taken, with two events each,
+    /// until [`times`](Self::times) is asked for.
     pub fn take_times(&mut self) {
         self.device.take_times();
     }
 
-    /// Waits for all work and gives what was done since [`take_times`](Self::take_times), by name, in the order in which each
-    /// came first; products have their shape in the name.
+    /// Waits for all work and gives what was done since [`take_times`](Self::take_times), by name,
+    /// in the order in which each came first; products have their shape in the name.
     ///
     /// # Errors
     /// [`CudaError::Call`]
@@ -163,7 +183,8 @@ impl Cuda {
     /// What the next operation reports with.
     fn report(&mut self, cause: Cause) -> Report {
         let seq = self.seq;
-        // It stands at the last number until the status is read: then the later ones of two faults may stay.
+        // It stands at the last number until the status is read: then the later ones of two faults
+        // may stay.
         self.seq = seq.saturating_add(1).min(NONE - 1);
         cause.report(self.status.at, seq)
     }
@@ -186,11 +207,17 @@ impl Cuda {
     }
 
     fn fill(&self, dst: Span, bits: u32) -> Result<()> {
-        self.device.launch(Kernel::Fill, nn::streamed(dst.len), THREADS, &mut [arg(&dst), arg(&bits)])
+        self.device.launch(
+            Kernel::Fill,
+            nn::streamed(dst.len),
+            THREADS,
+            &mut [arg(&dst), arg(&bits)],
+        )
     }
 }
 
-/// The same text for the rest of the program, once for each that differs: an [`Identity`] is plain data.
+/// The same text for the rest of the program, once for each that differs: an [`Identity`] is plain
+/// data.
 fn interned(name: String) -> &'static str {
     static ALL: Mutex<Vec<&'static str>> = Mutex::new(vec![]);
     let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,5 @@
-//! Which of NVIDIA's libraries are there. Asked before anything of them is called, since cudarc panics where one is not.
+//! Which of NVIDIA's libraries are there. Asked before anything of them is called, since cudarc
+//! panics where one is not.
 
 use std::sync::OnceLock;
 
@@ -13,7 +14,8 @@ fn present(
     if *asked.get_or_init(there) {
         return Ok(());
     }
-    let names: Vec<String> = names.iter().flat_map(|name| cudarc::get_lib_name_candidates(name)).collect();
+    let names: Vec<String> =
+        names.iter().flat_map(|name| cudarc::get_lib_name_candidates(name)).collect();
     let variable = if cfg!(windows) { "PATH" } else { "LD_LIBRARY_PATH" };
     let path = match std::env::var(variable) {
         Ok(path) if !path.is_empty() => format!("{variable} ({path})"),
@@ -28,14 +30,24 @@ pub(crate) fn driver() -> Result<(), CudaError> {
     static ASKED: OnceLock<bool> = OnceLock::new();
     // SAFETY: it only loads the library.
     let there = || unsafe { cudarc::driver::sys::is_culib_present() };
-    present(&ASKED, there, "the CUDA driver (libcuda, part of NVIDIA's graphics driver)", &["cuda", "nvcuda"])
+    present(
+        &ASKED,
+        there,
+        "the CUDA driver (libcuda, part of NVIDIA's graphics driver)",
+        &["cuda", "nvcuda"],
+    )
 }
 
 pub(crate) fn nvrtc() -> Result<(), CudaError> {
     static ASKED: OnceLock<bool> = OnceLock::new();
     // SAFETY: it only loads the library.
     let there = || unsafe { cudarc::nvrtc::sys::is_culib_present() };
-    present(&ASKED, there, "NVRTC (libnvrtc, part of the CUDA toolkit; PyPI has it as nvidia-cuda-nvrtc)", &["nvrtc"])
+    present(
+        &ASKED,
+        there,
+        "NVRTC (libnvrtc, part of the CUDA toolkit; PyPI has it as nvidia-cuda-nvrtc)",
+        &["nvrtc"],
+    )
 }
 
 pub(crate) fn cublas_lt() -> Result<(), CudaError> {

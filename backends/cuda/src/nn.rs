@@ -42,7 +42,8 @@ pub(crate) fn streamed(n: u64) -> [usize; 3] {
     [(n as usize).div_ceil(AT_ONCE * THREADS as usize), 1, 1]
 }
 
-/// How a sum of `rows` rows of `cols` columns is cut into parts, by its shape alone: rows of a part, and parts.
+/// How a sum of `rows` rows of `cols` columns is cut into parts, by its shape alone: rows of a
+/// part, and parts.
 fn parts(rows: usize, cols: usize, sums: usize) -> (usize, usize) {
     let room = SCRATCH / 4 / (cols * sums).max(1);
     let parts = rows.div_ceil(ROWS).min(64).min(room).max(1);
@@ -50,7 +51,8 @@ fn parts(rows: usize, cols: usize, sums: usize) -> (usize, usize) {
     (each, rows.div_ceil(each).max(1))
 }
 
-/// Queries of the smallest tile on the way back, by which sums of the temperature's gradient are cut.
+/// Queries of the smallest tile on the way back, by which sums of the temperature's gradient are
+/// cut.
 const TILE: usize = 16;
 
 /// Queries of a tile of the forward pass, and of one of the way back, for a width of heads.
@@ -61,7 +63,8 @@ const fn tiles(head_dim: usize) -> (usize, usize) {
 /// Threads of a block of the kernels for tensor cores (`TENSOR_THREADS` in `tensor.cu`).
 const TENSOR_THREADS: u32 = 128;
 
-/// Words of the rounded rows that a block of [`Kernel::AttentionBf16Round`] takes (`ROUNDED_EACH` a thread in `tensor.cu`).
+/// Words of the rounded rows that a block of [`Kernel::AttentionBf16Round`] takes (`ROUNDED_EACH` a
+/// thread in `tensor.cu`).
 const ROUNDED: usize = 4 * THREADS as usize;
 
 /// Attention on tensor cores: its kernels for one width of heads.
@@ -79,9 +82,27 @@ impl Tensor {
     const fn of(head_dim: usize) -> Self {
         use Kernel as K;
         let (wide, forward, dq, dkv, rows) = match head_dim {
-            0..=32 => (32, K::AttentionBf16x32, K::AttentionDqBf16x32, K::AttentionDkvBf16x32, [128, 128, 128]),
-            33..=64 => (64, K::AttentionBf16x64, K::AttentionDqBf16x64, K::AttentionDkvBf16x64, [128, 128, 128]),
-            _ => (128, K::AttentionBf16x128, K::AttentionDqBf16x128, K::AttentionDkvBf16x128, [64, 64, 64]),
+            0..=32 => (
+                32,
+                K::AttentionBf16x32,
+                K::AttentionDqBf16x32,
+                K::AttentionDkvBf16x32,
+                [128, 128, 128],
+            ),
+            33..=64 => (
+                64,
+                K::AttentionBf16x64,
+                K::AttentionDqBf16x64,
+                K::AttentionDkvBf16x64,
+                [128, 128, 128],
+            ),
+            _ => (
+                128,
+                K::AttentionBf16x128,
+                K::AttentionDqBf16x128,
+                K::AttentionDkvBf16x128,
+                [64, 64, 64],
+            ),
         };
         Self { wide, forward, dq, dkv, rows }
     }
@@ -98,9 +119,16 @@ impl Cuda {
     ) -> Result<Attend> {
         if a.head_dim > MOST_HEAD {
             let found = a.head_dim as f64;
-            return Err(Error::Setting { what: "width of a head", found, possible: "up to 128 on a CUDA device" });
+            return Err(Error::Setting {
+                what: "width of a head",
+                found,
+                possible: "up to 128 on a CUDA device",
+            });
         }
-        small("attention: rows", chunk.samples.saturating_mul(a.queries.max(a.keys)).saturating_mul(a.heads.max(1)))?;
+        small(
+            "attention: rows",
+            chunk.samples.saturating_mul(a.queries.max(a.keys)).saturating_mul(a.heads.max(1)),
+        )?;
         let matrix = |c: Columns| -> Result<Matrix> {
             Ok(Matrix { stride: small("attention: columns", c.stride)?, at: c.at as u32 })
         };
@@ -126,8 +154,9 @@ impl Cuda {
         })
     }
 
-    /// Whether attention goes to tensor cores, forward and backward alike: where the device has the kernels, and the room for
-    /// bf16 factors takes queries, keys, values and the result's gradient. Beside the device, shapes alone decide it.
+    /// Whether attention goes to tensor cores, forward and backward alike: where the device has the
+    /// kernels, and the room for bf16 factors takes queries, keys, values and the result's
+    /// gradient. Beside the device, shapes alone decide it.
     fn tensor(&self, chunk: &Chunk, a: &Attention) -> Option<Tensor> {
         let t = Tensor::of(a.head_dim);
         let rows = 2_usize.saturating_mul(a.queries.saturating_add(a.keys)).saturating_mul(a.heads);
@@ -135,8 +164,8 @@ impl Cuda {
         (self.device.tensor_attention() && bytes <= self.half.bytes).then_some(t)
     }
 
-    /// What several blocks of attention read, as bf16, head by head: keys and values, and on the way back queries and the
-    /// result's gradient.
+    /// What several blocks of attention read, as bf16, head by head: keys and values, and on the
+    /// way back queries and the result's gradient.
     fn rounded(
         &self,
         (chunk, a, t): (&Chunk, &Attention, &Tensor),
@@ -149,7 +178,8 @@ impl Cuda {
         let len = 2 * (a.keys + queries) * a.heads * chunk.samples * words;
         let (log, [q, dout]) = (words.ilog2(), back.unwrap_or([Span::EMPTY; 2]));
         let half = Span { at: self.half.at, len: len as u64 };
-        let grid = [(a.keys.max(queries) * words).div_ceil(ROUNDED), chunk.samples, a.heads * parts];
+        let grid =
+            [(a.keys.max(queries) * words).div_ceil(ROUNDED), chunk.samples, a.heads * parts];
         let args = &mut [arg(attend), arg(&log), arg(&k), arg(&v), arg(&q), arg(&dout), arg(&half)];
         self.device.launch(Kernel::AttentionBf16Round, grid, THREADS, args)?;
         Ok(half)
@@ -158,12 +188,14 @@ impl Cuda {
     /// Writes a factor of a product as bf16 to its place in the room.
     fn round(&self, f: Factor, at: u64) -> Result<()> {
         // What needs no gaps between rows is one row.
-        let (rows, cols) = if f.cols == padded(f.cols) { (1, f.rows * f.cols) } else { (f.rows, f.cols) };
+        let (rows, cols) =
+            if f.cols == padded(f.cols) { (1, f.rows * f.cols) } else { (f.rows, f.cols) };
         let all = if rows == 1 { 1 } else { padded(rows) };
         let half = Span { at, len: (padded(f.rows) * padded(f.cols) / 2) as u64 };
         let x = Span { at: f.at, len: (f.rows * f.cols) as u64 };
         let words = half.len / all as u64;
-        let (rows, all, cols) = (small("matrix product", rows)?, small("matrix product", all)?, cols as u64);
+        let (rows, all, cols) =
+            (small("matrix product", rows)?, small("matrix product", all)?, cols as u64);
         let args = &mut [arg(&rows), arg(&all), arg(&cols), arg(&words), arg(&x), arg(&half)];
         self.device.launch(Kernel::ToBf16, by_rows(all as usize, words), THREADS, args)
     }
@@ -175,7 +207,14 @@ fn by_rows(rows: usize, cols: u64) -> [usize; 3] {
 }
 
 impl NnOps for Cuda {
-    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
+    fn matmul(
+        &mut self,
+        p: &Product,
+        a: Reals,
+        b: Reals,
+        bias: Option<Reals>,
+        c: Reals,
+    ) -> Result<()> {
         self.arenas.matmul(p, a, b, bias, c)?;
         let (a, b, c) = (self.reals(a), self.reals(b), self.reals(c));
         if c.len == 0 {
@@ -216,15 +255,16 @@ impl NnOps for Cuda {
         if self.device.precision() != Precision::Bf16 {
             return self.device.gemm(&gemm);
         }
-        // Rows of the result that do not begin at multiples of 16 bytes keep cuBLASLt from its fast kernels: they are computed
-        // apart, where there is room.
+        // Rows of the result that do not begin at multiples of 16 bytes keep cuBLASLt from its fast
+        // kernels: they are computed apart, where there is room.
         let apart = if p.cols.is_multiple_of(4) { 0 } else { 4 * p.rows * padded(p.cols) };
         let mut room = self.device.room();
         let (apart, placed) = match room.place(factors, apart) {
             Some(placed) => (apart > 0, placed),
             None => match room.place(factors, 0) {
                 Some(placed) => (false, placed),
-                // Factors that find no room are rounded by cuBLASLt itself. Which ones do is a matter of their shapes alone.
+                // Factors that find no room are rounded by cuBLASLt itself. Which ones do is a
+                // matter of their shapes alone.
                 None => {
                     drop(room);
                     return self.device.gemm(&gemm);
@@ -274,26 +314,47 @@ impl NnOps for Cuda {
     fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()> {
         self.arenas.widen(x, y)?;
         let (f16, x, y) = (u32::from(half == Half::F16), self.words(x), self.reals(y));
-        self.device.launch(Kernel::Widen, blocks(y.len as usize), THREADS, &mut [arg(&f16), arg(&x), arg(&y)])
+        self.device.launch(
+            Kernel::Widen,
+            blocks(y.len as usize),
+            THREADS,
+            &mut [arg(&f16), arg(&x), arg(&y)],
+        )
     }
 
     fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> Result<()> {
         let rows = self.arenas.add_columns(width, from, to)?;
         let values = (rows * width) as u64;
-        let matrix =
-            |c: Columns| -> Result<Matrix> { Ok(Matrix { stride: small("add_columns", c.stride)?, at: c.at as u32 }) };
+        let matrix = |c: Columns| -> Result<Matrix> {
+            Ok(Matrix { stride: small("add_columns", c.stride)?, at: c.at as u32 })
+        };
         let (width, scale) = (small("add_columns", width)?, scale as f32);
         let (x, y, from, to) = (self.reals(from.of), self.reals(to.of), matrix(from)?, matrix(to)?);
-        let args = &mut [arg(&values), arg(&width), arg(&scale), arg(&from), arg(&to), arg(&x), arg(&y)];
+        let args =
+            &mut [arg(&values), arg(&width), arg(&scale), arg(&from), arg(&to), arg(&x), arg(&y)];
         self.device.launch(Kernel::AddColumns, blocks(rows * width as usize), THREADS, args)
     }
 
-    fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
+    fn layer_norm(
+        &mut self,
+        eps: f64,
+        weight: Reals,
+        bias: Reals,
+        x: Reals,
+        y: Reals,
+        stats: Reals,
+    ) -> Result<()> {
         let rows = small("layer_norm", self.arenas.layer_norm(weight, bias, x, y, stats)?)?;
         let (weight, bias, x) = (self.reals(weight), self.reals(bias), self.reals(x));
         let (y, stats, eps) = (self.reals(y), self.reals(stats), eps as f32);
-        let args = &mut [arg(&rows), arg(&eps), arg(&weight), arg(&bias), arg(&x), arg(&y), arg(&stats)];
-        self.device.launch(Kernel::LayerNorm, [(rows as usize).div_ceil(WARPS), 1, 1], THREADS, args)
+        let args =
+            &mut [arg(&rows), arg(&eps), arg(&weight), arg(&bias), arg(&x), arg(&y), arg(&stats)];
+        self.device.launch(
+            Kernel::LayerNorm,
+            [(rows as usize).div_ceil(WARPS), 1, 1],
+            THREADS,
+            args,
+        )
     }
 
     fn layer_norm_vjp(
@@ -310,7 +371,8 @@ impl NnOps for Cuda {
         let width = weight.len();
         let (each, parts) = parts(rows, width, 2);
         let part = self.partials(2 * parts * width);
-        let (weight, x, stats, dy) = (self.reals(weight), self.reals(x), self.reals(stats), self.reals(dy));
+        let (weight, x, stats, dy) =
+            (self.reals(weight), self.reals(x), self.reals(stats), self.reals(dy));
         let (dx, dweight, dbias) = (self.reals(dx), self.reals(dweight), self.reals(dbias));
         let (rows, each) = (small("layer_norm_vjp", rows)?, each as u32);
         let args = &mut [arg(&rows), arg(&weight), arg(&x), arg(&stats), arg(&dy), arg(&dx)];
@@ -319,8 +381,16 @@ impl NnOps for Cuda {
         if dweight.len == 0 {
             return Ok(());
         }
-        let args =
-            &mut [arg(&rows), arg(&each), arg(&x), arg(&stats), arg(&dy), arg(&dweight), arg(&dbias), arg(&part)];
+        let args = &mut [
+            arg(&rows),
+            arg(&each),
+            arg(&x),
+            arg(&stats),
+            arg(&dy),
+            arg(&dweight),
+            arg(&dbias),
+            arg(&part),
+        ];
         self.device.launch(Kernel::LayerNormDw, [width.div_ceil(32), parts, 1], THREADS, args)?;
         let half = (parts * width) as u64;
         self.add_parts(parts, Span { len: half, ..part }, dweight)?;
@@ -330,13 +400,23 @@ impl NnOps for Cuda {
     fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
         self.arenas.pair("gelu", x, y)?;
         let (exact, x, y) = (u32::from(kind == Gelu::Exact), self.reals(x), self.reals(y));
-        self.device.launch(Kernel::Gelu, streamed(y.len), THREADS, &mut [arg(&exact), arg(&x), arg(&y)])
+        self.device.launch(
+            Kernel::Gelu,
+            streamed(y.len),
+            THREADS,
+            &mut [arg(&exact), arg(&x), arg(&y)],
+        )
     }
 
     fn gelu_vjp(&mut self, kind: Gelu, x: Reals, d: Reals) -> Result<()> {
         self.arenas.pair("gelu_vjp", x, d)?;
         let (exact, x, d) = (u32::from(kind == Gelu::Exact), self.reals(x), self.reals(d));
-        self.device.launch(Kernel::GeluVjp, streamed(d.len), THREADS, &mut [arg(&exact), arg(&x), arg(&d)])
+        self.device.launch(
+            Kernel::GeluVjp,
+            streamed(d.len),
+            THREADS,
+            &mut [arg(&exact), arg(&x), arg(&d)],
+        )
     }
 
     fn attention(
@@ -360,7 +440,15 @@ impl NnOps for Cuda {
         if let Some(t) = self.tensor(chunk, a) {
             let rounded = self.rounded((chunk, a, &t), &attend, [k, v], None)?;
             let grid = [a.heads, chunk.samples, a.queries.div_ceil(t.rows[0])];
-            let args = &mut [arg(&attend), arg(&rounded), arg(&lens), arg(&temperature), arg(&q), arg(&out), arg(&lse)];
+            let args = &mut [
+                arg(&attend),
+                arg(&rounded),
+                arg(&lens),
+                arg(&temperature),
+                arg(&q),
+                arg(&out),
+                arg(&lse),
+            ];
             return self.device.launch(t.forward, grid, TENSOR_THREADS, args);
         }
         let kernel = match a.head_dim {
@@ -369,7 +457,16 @@ impl NnOps for Cuda {
             _ => Kernel::Attention128,
         };
         let grid = [a.queries.div_ceil(tiles(a.head_dim).0), a.heads, chunk.samples];
-        let args = &mut [arg(&attend), arg(&q), arg(&k), arg(&v), arg(&lens), arg(&temperature), arg(&out), arg(&lse)];
+        let args = &mut [
+            arg(&attend),
+            arg(&q),
+            arg(&k),
+            arg(&v),
+            arg(&lens),
+            arg(&temperature),
+            arg(&out),
+            arg(&lse),
+        ];
         self.device.launch(kernel, grid, THREADS, args)
     }
 
@@ -396,8 +493,13 @@ impl NnOps for Cuda {
         let rows = chunk.samples * a.queries * a.heads;
         let tensor = self.tensor(chunk, a);
         let tile = tensor.as_ref().map_or(tiles(a.head_dim).1, |t| t.rows[1]);
-        let slopes = if a.temperature.is_empty() { 0 } else { chunk.samples * a.heads * a.queries.div_ceil(tile) };
-        let (delta, slopes) = (self.reals(scratch.sub(0, rows)), self.reals(scratch.sub(rows, slopes)));
+        let slopes = if a.temperature.is_empty() {
+            0
+        } else {
+            chunk.samples * a.heads * a.queries.div_ceil(tile)
+        };
+        let (delta, slopes) =
+            (self.reals(scratch.sub(0, rows)), self.reals(scratch.sub(rows, slopes)));
         let (q, k, v) = (self.reals(q.of), self.reals(k.of), self.reals(v.of));
         let (lens, temperature) = (self.ints(a.key_lens), self.reals(a.temperature));
         let (out, lse, dout) = (self.reals(out), self.reals(lse), self.reals(dout));
@@ -407,14 +509,20 @@ impl NnOps for Cuda {
             let rounded = self.rounded((chunk, a, &t), &attend, [k, v], Some([q, dout]))?;
             let common = [arg(&attend), arg(&rounded), arg(&lens), arg(&temperature), arg(&lse)];
             let grid = |n: usize, rows| [a.heads, chunk.samples, n.div_ceil(rows)];
-            let mut args = [common.as_slice(), &[arg(&out), arg(&delta), arg(&dq), arg(&slopes)]].concat();
+            let mut args =
+                [common.as_slice(), &[arg(&out), arg(&delta), arg(&dq), arg(&slopes)]].concat();
             self.device.launch(t.dq, grid(a.queries, tile), TENSOR_THREADS, &mut args)?;
             let mut args = [common.as_slice(), &[arg(&delta), arg(&dk), arg(&dv)]].concat();
             self.device.launch(t.dkv, grid(a.keys, t.rows[2]), TENSOR_THREADS, &mut args)?;
         } else {
             let samples = chunk.samples as u32;
             let args = &mut [arg(&attend), arg(&samples), arg(&out), arg(&dout), arg(&delta)];
-            self.device.launch(Kernel::AttentionDelta, [rows.div_ceil(WARPS), 1, 1], THREADS, args)?;
+            self.device.launch(
+                Kernel::AttentionDelta,
+                [rows.div_ceil(WARPS), 1, 1],
+                THREADS,
+                args,
+            )?;
             let (for_q, for_kv) = match a.head_dim {
                 0..=32 => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
                 33..=64 => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
@@ -439,12 +547,18 @@ impl NnOps for Cuda {
         }
         if slopes.len > 0 {
             let grad = self.reals(a.temperature_grad);
-            self.device.launch(Kernel::AddTotal, [1, 1, 1], THREADS, &mut [arg(&slopes), arg(&grad)])?;
+            self.device.launch(
+                Kernel::AddTotal,
+                [1, 1, 1],
+                THREADS,
+                &mut [arg(&slopes), arg(&grad)],
+            )?;
         }
         Ok(())
     }
 
-    /// As many rows as fill a large device, and logits so many at a time that the head's matrix is seldom read.
+    /// As many rows as fill a large device, and logits so many at a time that the head's matrix is
+    /// seldom read.
     fn rows() -> Rows {
         Rows { chunk: 8192, head: 1024 }
     }
@@ -476,14 +590,24 @@ impl NnOps for Cuda {
         width: usize,
         x: Reals,
     ) -> Result<()> {
-        let (length, vocab) = self.arenas.embed("embed", chunk, tokens, [x, table, positions], width)?;
+        let (length, vocab) =
+            self.arenas.embed("embed", chunk, tokens, [x, table, positions], width)?;
         reportable("embed: tokens", tokens.len())?;
         let (per, width) = (small("embed", length)?, small("embed: width", width)?);
-        let cause = Cause { first: chunk.first, per: length, vocab, ..Cause::new(Code::Token, chunk.site) };
+        let cause =
+            Cause { first: chunk.first, per: length, vocab, ..Cause::new(Code::Token, chunk.site) };
         let report = self.report(cause);
         let (tokens, table, positions, x) =
             (self.ints(tokens), self.reals(table), self.reals(positions), self.reals(x));
-        let args = &mut [arg(&report), arg(&per), arg(&width), arg(&tokens), arg(&table), arg(&positions), arg(&x)];
+        let args = &mut [
+            arg(&report),
+            arg(&per),
+            arg(&width),
+            arg(&tokens),
+            arg(&table),
+            arg(&positions),
+            arg(&x),
+        ];
         self.device.launch(Kernel::Embed, blocks(x.len as usize), THREADS, args)
     }
 
@@ -496,7 +620,8 @@ impl NnOps for Cuda {
         dtable: Reals,
         dpositions: Reals,
     ) -> Result<()> {
-        let (length, _) = self.arenas.embed("embed_vjp", chunk, tokens, [dx, dtable, dpositions], width)?;
+        let (length, _) =
+            self.arenas.embed("embed_vjp", chunk, tokens, [dx, dtable, dpositions], width)?;
         let grid = blocks(length * width);
         let (samples, length) = (small("embed_vjp", chunk.samples)?, small("embed_vjp", length)?);
         let (rows, width) = (small("embed_vjp", tokens.len())?, small("embed_vjp: width", width)?);
@@ -525,9 +650,15 @@ impl NnOps for Cuda {
         reportable("cross_entropy: rows", rows.saturating_add(ce.row))?;
         let (scale, hard) = (ce.scale as f32, (1.0 - ce.smoothing) as f32);
         let smooth = (ce.smoothing / ce.vocab.max(1) as f64) as f32;
-        let cause = Cause { first: chunk.first, per: ce.tokens, vocab: ce.vocab, ..Cause::new(Code::Loss, chunk.site) };
+        let cause = Cause {
+            first: chunk.first,
+            per: ce.tokens,
+            vocab: ce.vocab,
+            ..Cause::new(Code::Loss, chunk.site)
+        };
         let report = self.report(cause);
-        let (targets, logits, losses) = (self.ints(targets), self.reals(logits), self.reals(losses));
+        let (targets, logits, losses) =
+            (self.ints(targets), self.reals(logits), self.reals(losses));
         let args = &mut [
             arg(&report),
             arg(&vocab),

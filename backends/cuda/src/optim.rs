@@ -33,8 +33,8 @@ impl Cuda {
 impl Exchange for Cuda {}
 
 impl OptimOps for Cuda {
-    /// Also raises [`Fault::Gradient`](bdia_core::Fault::Gradient) where the sum itself leaves the range of `f32`: no norm,
-    /// no clipping.
+    /// Also raises [`Fault::Gradient`](bdia_core::Fault::Gradient) where the sum itself leaves the
+    /// range of `f32`: no norm, no clipping.
     fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> Result<()> {
         self.arenas.sum_squares(g, out)?;
         let blocks = blocks(g.len());
@@ -53,7 +53,11 @@ impl OptimOps for Cuda {
         let (all, blocks) = (streamed(p.len() as u64), blocks(p.len()));
         let status = self.status.at;
         let (p, g, m, v) = (self.reals(p), self.reals(g), self.reals(m), self.reals(v));
-        let constants = Constants { shrink: (u.lr * u.decay) as f32, scale: u.scale as f32, ..Constants::default() };
+        let constants = Constants {
+            shrink: (u.lr * u.decay) as f32,
+            scale: u.scale as f32,
+            ..Constants::default()
+        };
         let moments = |beta1: f64, beta2: f64, eps: f64| Constants {
             rate: (u.lr / correction(beta1, u.t)) as f32,
             keep1: beta1 as f32,
@@ -82,7 +86,15 @@ impl OptimOps for Cuda {
                 let (extremes, sums) = (self.pass(0, 2 * blocks), self.pass(1, 2 * blocks));
                 let first = Span { len: blocks as u64, ..sums };
                 let second = Span { at: sums.at + 8 * blocks as u64, ..first };
-                let args = &mut [arg(&status), arg(&rule), arg(&p), arg(&g), arg(&m), arg(&v), arg(&extremes)];
+                let args = &mut [
+                    arg(&status),
+                    arg(&rule),
+                    arg(&p),
+                    arg(&g),
+                    arg(&m),
+                    arg(&v),
+                    arg(&extremes),
+                ];
                 self.device.launch(Kernel::SetAdamMoments, grid, THREADS, args)?;
                 let args = &mut [arg(&status), arg(&v), arg(&extremes), arg(&sums)];
                 self.device.launch(Kernel::SetAdamSums, grid, THREADS, args)?;

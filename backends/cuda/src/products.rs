@@ -8,10 +8,12 @@ use cudarc::cublaslt::{result, sys};
 use crate::error::CudaError;
 use crate::span::Span;
 
-/// Bytes that cuBLASLt may use within a product: a fixed workspace, so that the same product gives the same bits.
+/// Bytes that cuBLASLt may use within a product: a fixed workspace, so that the same product gives
+/// the same bits.
 pub(crate) const WORKSPACE: usize = 32 << 20;
 
-/// How products are computed. The grid, its updates and all sums stay as they are: exactness does not depend on it.
+/// How products are computed. The grid, its updates and all sums stay as they are: exactness does
+/// not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
     /// `f32` throughout.
@@ -34,7 +36,8 @@ impl Precision {
     }
 }
 
-/// A matrix product of column-major matrices, as cuBLAS has it: `C[m, n] = A·B + beta·C`, plus `bias[m]` in every column.
+/// A matrix product of column-major matrices, as cuBLAS has it: `C[m, n] = A·B + beta·C`, plus
+/// `bias[m]` in every column.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Gemm {
     pub m: usize,
@@ -72,7 +75,8 @@ struct Prepared {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        // SAFETY: each was made by `Lt::prepare` and is destroyed once; there is nothing to do about failures here.
+        // SAFETY: each was made by `Lt::prepare` and is destroyed once; there is nothing to do
+        // about failures here.
         unsafe {
             let _ = result::destroy_matmul_desc(self.product);
             for layout in self.layouts {
@@ -114,16 +118,26 @@ fn alignment(at: u64) -> u32 {
 }
 
 /// Sets an attribute of a product.
-fn set<T>(product: sys::cublasLtMatmulDesc_t, what: sys::cublasLtMatmulDescAttributes_t, value: T) -> Result<()> {
+fn set<T>(
+    product: sys::cublasLtMatmulDesc_t,
+    what: sys::cublasLtMatmulDescAttributes_t,
+    value: T,
+) -> Result<()> {
     // SAFETY: the product is there; the value has the attribute's type, by the callers below.
-    unsafe { result::set_matmul_desc_attribute(product, what, (&raw const value).cast(), size_of::<T>()) }
-        .map_err(failed)
+    unsafe {
+        result::set_matmul_desc_attribute(product, what, (&raw const value).cast(), size_of::<T>())
+    }
+    .map_err(failed)
 }
 
 impl Lt {
     /// For the current context.
-    pub(crate) fn new(precision: Precision, workspace: u64) -> core::result::Result<Self, CudaError> {
-        let handle = result::create_handle().map_err(|e| CudaError::Call { what: "cublasLtCreate", error: name(e) })?;
+    pub(crate) fn new(
+        precision: Precision,
+        workspace: u64,
+    ) -> core::result::Result<Self, CudaError> {
+        let handle = result::create_handle()
+            .map_err(|e| CudaError::Call { what: "cublasLtCreate", error: name(e) })?;
         Ok(Self { handle, precision, workspace, prepared: vec![] })
     }
 
@@ -144,17 +158,32 @@ impl Lt {
             let ld = i64::try_from(ld).map_err(|_| Error::TooLarge("matrix product"))?;
             result::create_matrix_layout(of, rows as u64, cols as u64, ld).map_err(failed)
         };
-        let turned = |transposed, [rows, cols]: [usize; 2]| if transposed { [cols, rows] } else { [rows, cols] };
+        let turned = |transposed, [rows, cols]: [usize; 2]| {
+            if transposed { [cols, rows] } else { [rows, cols] }
+        };
         let product = result::create_matmul_desc(compute, Type::CUDA_R_32F).map_err(failed)?;
-        let ([ar, ac], [br, bc]) = (turned(key.transposed[0], [m, k]), turned(key.transposed[1], [k, n]));
-        let layouts =
-            [layout(factors, ar, ac, lda)?, layout(factors, br, bc, ldb)?, layout(Type::CUDA_R_32F, m, n, ldc)?];
-        let mut new = Prepared { key, product, layouts, algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] } };
+        let ([ar, ac], [br, bc]) =
+            (turned(key.transposed[0], [m, k]), turned(key.transposed[1], [k, n]));
+        let layouts = [
+            layout(factors, ar, ac, lda)?,
+            layout(factors, br, bc, ldb)?,
+            layout(Type::CUDA_R_32F, m, n, ldc)?,
+        ];
+        let mut new = Prepared {
+            key,
+            product,
+            layouts,
+            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+        };
         // `CUBLAS_OP_N` is 0, `CUBLAS_OP_T` is 1.
         set(product, A::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(key.transposed[0]))?;
         set(product, A::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(key.transposed[1]))?;
         if key.bias {
-            set(product, A::CUBLASLT_MATMUL_DESC_EPILOGUE, sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
+            set(
+                product,
+                A::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            )?;
         }
         let wishes = result::create_matmul_pref().map_err(failed)?;
         let [a, b, c] = key.alignments;
@@ -167,14 +196,23 @@ impl Lt {
             (&raw const WORKSPACE_BYTES).cast(),
             size_of_val(&WORKSPACE_BYTES),
         )
-        .and_then(|()| wish(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (&raw const a).cast(), 4))
-        .and_then(|()| wish(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (&raw const b).cast(), 4))
-        .and_then(|()| wish(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (&raw const c).cast(), 4))
-        .and_then(|()| wish(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (&raw const c).cast(), 4))
+        .and_then(|()| {
+            wish(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (&raw const a).cast(), 4)
+        })
+        .and_then(|()| {
+            wish(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (&raw const b).cast(), 4)
+        })
+        .and_then(|()| {
+            wish(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (&raw const c).cast(), 4)
+        })
+        .and_then(|()| {
+            wish(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (&raw const c).cast(), 4)
+        })
         .and_then(|()| {
             let [a, b, c] = new.layouts;
             // SAFETY: all of them were made above.
-            unsafe { result::get_matmul_algo_heuristic(self.handle, product, a, b, c, c, wishes) }.map_err(failed)
+            unsafe { result::get_matmul_algo_heuristic(self.handle, product, a, b, c, c, wishes) }
+                .map_err(failed)
         });
         // SAFETY: made above, destroyed once.
         let _ = unsafe { result::destroy_matmul_pref(wishes) };
@@ -205,12 +243,16 @@ impl Lt {
         };
         let p = &self.prepared[place];
         if let Some(bias) = g.bias {
-            set(p.product, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
+            set(
+                p.product,
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                bias,
+            )?;
         }
         let (alpha, beta) = (1.0_f32, if g.add { 1.0_f32 } else { 0.0 });
         let [a, b, c] = p.layouts;
-        // SAFETY: the handle is there; callers pass matrices inside their allocations; the factors lie on this stack, where
-        // cuBLASLt reads them before it returns.
+        // SAFETY: the handle is there; callers pass matrices inside their allocations; the factors
+        // lie on this stack, where cuBLASLt reads them before it returns.
         unsafe {
             result::matmul(
                 self.handle,
@@ -246,8 +288,9 @@ impl Drop for Lt {
     }
 }
 
-/// Rows and columns of a factor as bf16: rows begin at multiples of 16 bytes, which tensor cores read from, and the inner
-/// size of a product is a multiple of 8 for both of its factors. What is beyond the values is 0.
+/// Rows and columns of a factor as bf16: rows begin at multiples of 16 bytes, which tensor cores
+/// read from, and the inner size of a product is a multiple of 8 for both of its factors. What is
+/// beyond the values is 0.
 pub(crate) const fn padded(n: usize) -> usize {
     n.next_multiple_of(8)
 }
@@ -289,7 +332,8 @@ pub(crate) struct Placed {
     pub result: u64,
 }
 
-/// The room for factors as bf16. What was put there for one product stays for the next, until its matrix is written to.
+/// The room for factors as bf16. What was put there for one product stays for the next, until its
+/// matrix is written to.
 #[derive(Debug)]
 pub(crate) struct Room {
     at: u64,
@@ -315,7 +359,8 @@ impl Room {
         self.kept.retain(|k| !k.factor.overlaps(written));
     }
 
-    /// Places for two factors and `result` bytes, or nothing where there is too little room: a matter of sizes alone.
+    /// Places for two factors and `result` bytes, or nothing where there is too little room: a
+    /// matter of sizes alone.
     pub(crate) fn place(&mut self, factors: [Factor; 2], result: usize) -> Option<Placed> {
         for attempt in 0..3 {
             match attempt {
@@ -377,7 +422,10 @@ mod tests {
         let (a, b, c) = (factor(0, 8, 16), factor(4096, 16, 9), factor(8192, 8, 8));
         let first = room.place([a, b], 100).unwrap_or_else(|| panic!("there is room"));
         // 256 bytes of a, 16·16·2 of b.
-        assert_eq!(first, Placed { factors: [(1 << 20, true), ((1 << 20) + 256, true)], result: (1 << 20) + 768 });
+        assert_eq!(
+            first,
+            Placed { factors: [(1 << 20, true), ((1 << 20) + 256, true)], result: (1 << 20) + 768 }
+        );
         let second = room.place([c, b], 0).unwrap_or_else(|| panic!("there is room"));
         assert_eq!(second.factors, [((1 << 20) + 768, true), ((1 << 20) + 256, false)]);
         // The last value of b.
@@ -385,7 +433,10 @@ mod tests {
         let third = room.place([a, b], 0).unwrap_or_else(|| panic!("there is room"));
         assert_eq!(third.factors, [(1 << 20, false), ((1 << 20) + 256, true)]);
         room.forget(Span { at: 4096 + 4 * 144, len: 10 });
-        assert!(!room.place([a, b], 0).is_some_and(|p| p.factors[1].1), "what lies behind it is not written to");
+        assert!(
+            !room.place([a, b], 0).is_some_and(|p| p.factors[1].1),
+            "what lies behind it is not written to"
+        );
     }
 
     #[test]
@@ -397,7 +448,10 @@ mod tests {
             assert!(room.place([small(i), small(i + 1)], 0).is_some());
         }
         let (wide, high) = (factor(5, 8, 64), factor(6, 64, 8));
-        assert!(room.place([small(4), wide], 1024).is_some(), "256 + 1024 + 1024 bytes, once others have left");
+        assert!(
+            room.place([small(4), wide], 1024).is_some(),
+            "256 + 1024 + 1024 bytes, once others have left"
+        );
         assert_eq!(room.place([wide, high], 257), None);
         assert!(room.place([wide, wide], 0).is_some_and(|p| p.factors[0].0 == p.factors[1].0));
     }

@@ -15,8 +15,9 @@ const WARPS: usize = THREADS as usize / 32;
 const RESIDENT: usize = 5;
 
 impl Cuda {
-    /// How kernels see a tensor of `samples` samples of `per` values, and how many blocks they take for it: no more than run
-    /// at once. Nothing but integer sums and minima depends on that number.
+    /// How kernels see a tensor of `samples` samples of `per` values, and how many blocks they take
+    /// for it: no more than run at once. Nothing but integer sums and minima depends on that
+    /// number.
     fn shape(&self, samples: usize, per: usize) -> Result<(Shape, usize)> {
         if samples.saturating_mul(per) >= MOST {
             return Err(Error::TooLarge("values of one chunk on a device (below 2^30)"));
@@ -54,7 +55,13 @@ impl Shape {
             Sign::Plus => 1,
             Sign::Minus => -1,
         };
-        Self { sign, m, magnitude: gamma.magnitude() as f32, streams: Streams::new(chunk, Draw::Sign, 0), ..self }
+        Self {
+            sign,
+            m,
+            magnitude: gamma.magnitude() as f32,
+            streams: Streams::new(chunk, Draw::Sign, 0),
+            ..self
+        }
     }
 }
 
@@ -68,7 +75,8 @@ impl UpdateOps for Cuda {
     fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> Result<()> {
         let per = self.arenas.quantize("quantize", chunk, y, x, sum)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
-        let (shape, report) = (shape.of_chunk(chunk).grid(grid), self.report(range(chunk, per, Some(grid))));
+        let (shape, report) =
+            (shape.of_chunk(chunk).grid(grid), self.report(range(chunk, per, Some(grid))));
         let (y, x, sum) = (self.reals(y), self.ints(x), self.words(sum));
         let args = &mut [arg(&shape), arg(&report), arg(&y), arg(&x), arg(&sum)];
         self.device.launch(Kernel::Quantize, [blocks, 1, 1], THREADS, args)
@@ -77,19 +85,39 @@ impl UpdateOps for Cuda {
     fn dequantize(&mut self, grid: Grid, x: Ints, y: Reals) -> Result<()> {
         self.arenas.dequantize(x, y)?;
         let (unit, x, y): (f32, _, _) = (grid.unit(), self.ints(x), self.reals(y));
-        self.device.launch(Kernel::Dequantize, streamed(y.len), THREADS, &mut [arg(&unit), arg(&x), arg(&y)])
+        self.device.launch(
+            Kernel::Dequantize,
+            streamed(y.len),
+            THREADS,
+            &mut [arg(&unit), arg(&x), arg(&y)],
+        )
     }
 
-    fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+    fn add_quantized(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        x: Ints,
+        h: Reals,
+        sum: Words,
+    ) -> Result<()> {
         let per = self.arenas.quantize("add_quantized", chunk, h, x, sum)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
-        let (shape, report) = (shape.of_chunk(chunk).grid(grid), self.report(range(chunk, per, Some(grid))));
+        let (shape, report) =
+            (shape.of_chunk(chunk).grid(grid), self.report(range(chunk, per, Some(grid))));
         let (x, h, sum) = (self.ints(x), self.reals(h), self.words(sum));
         let args = &mut [arg(&shape), arg(&report), arg(&x), arg(&h), arg(&sum)];
         self.device.launch(Kernel::AddQuantized, [blocks, 1, 1], THREADS, args)
     }
 
-    fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+    fn subtract_quantized(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        x: Ints,
+        h: Reals,
+        sum: Words,
+    ) -> Result<()> {
         let per = self.arenas.quantize("subtract_quantized", chunk, h, x, sum)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.of_chunk(chunk).grid(grid);
@@ -115,7 +143,8 @@ impl UpdateOps for Cuda {
         let report = self.report(range(chunk, per, Some(grid)));
         let (x, cur, h) = (self.ints(x), self.reals(cur), self.reals(h));
         let (side, sum) = (self.words(side), self.words(sum));
-        let args = &mut [arg(&shape), arg(&report), arg(&x), arg(&cur), arg(&h), arg(&side), arg(&sum)];
+        let args =
+            &mut [arg(&shape), arg(&report), arg(&x), arg(&cur), arg(&h), arg(&side), arg(&sum)];
         self.device.launch(Kernel::Step, [blocks, 1, 1], THREADS, args)
     }
 
@@ -130,7 +159,8 @@ impl UpdateOps for Cuda {
         side: Words,
         sum: Words,
     ) -> Result<()> {
-        let (per, m) = self.arenas.step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
+        let (per, m) =
+            self.arenas.step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.of_chunk(chunk).grid(grid).gamma(gamma, chunk, m);
         let (x, cur, h) = (self.ints(x), self.reals(cur), self.reals(h));
@@ -148,7 +178,14 @@ impl UpdateOps for Cuda {
         self.device.launch(Kernel::Blend, [blocks, 1, 1], THREADS, args)
     }
 
-    fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn unblend(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        x: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         let per = self.arenas.blend("unblend", chunk, x, cur, h)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.gamma(gamma, chunk, 0);
@@ -157,7 +194,14 @@ impl UpdateOps for Cuda {
         self.device.launch(Kernel::Unblend, [blocks, 1, 1], THREADS, args)
     }
 
-    fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn combine(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        next: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         let per = self.arenas.blend("combine", chunk, next, cur, h)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.gamma(gamma, chunk, 0);

@@ -1,7 +1,7 @@
 //! The conformance suite of `bdia_core::testing` on a device.
 //!
-//! These tests need one, so they are ignored unless asked for: `cargo test -p bdia-cuda -- --ignored` where there is a
-//! GPU; `.ci/cuda` runs them on the emulated device.
+//! These tests need one, so they are ignored unless asked for: `cargo test -p bdia-cuda --
+//! --ignored` where there is a GPU; `.ci/cuda` runs them on the emulated device.
 #![allow(clippy::unwrap_used)]
 
 use bdia_core::Layout;

@@ -1,7 +1,8 @@
-//! Every kernel compiles for every architecture, within the limits of registers and shared memory. No device is needed.
+//! Every kernel compiles for every architecture, within the limits of registers and shared memory.
+//! No device is needed.
 //!
-//! NVRTC is, and `ptxas` (its path in `PTXAS`, or on the path), so the tests are ignored unless asked for; `.ci/cuda`
-//! installs both.
+//! NVRTC is, and `ptxas` (its path in `PTXAS`, or on the path), so the tests are ignored unless
+//! asked for; `.ci/cuda` installs both.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -31,8 +32,8 @@ fn compile_everywhere() {
         assert!(supported.contains(&arch), "NVRTC knows sm_{arch}: {supported:?}");
         let ptx = compile::compile(arch, Image::Ptx).map_err(|e| e.to_string()).unwrap();
         let text = String::from_utf8(ptx).unwrap();
-        // Registers that each may have: those of a multiprocessor by the threads that it asks for, of which Turing has no
-        // more than 1024.
+        // Registers that each may have: those of a multiprocessor by the threads that it asks for,
+        // of which Turing has no more than 1024.
         let most_threads = if arch == 75 { 1024 } else { 1536 };
         let registers = |k: &compile::Listed| (65536 / k.threads.min(most_threads)).min(255);
         let kernels: BTreeMap<_, _> = all
@@ -47,11 +48,14 @@ fn compile_everywhere() {
                 "{arch} {k:?}"
             );
         }
-        // Code is made by ptxas, from which it can be asked what it used; NVRTC has the same assembler inside.
+        // Code is made by ptxas, from which it can be asked what it used; NVRTC has the same
+        // assembler inside.
         let (source, object) = (dir.join(format!("{arch}.ptx")), dir.join(format!("{arch}.cubin")));
         std::fs::write(&source, text.trim_end_matches('\0')).unwrap();
-        let run =
-            Command::new(&ptxas).args(["-v", &format!("-arch=sm_{arch}"), "-o"]).args([&object, &source]).output();
+        let run = Command::new(&ptxas)
+            .args(["-v", &format!("-arch=sm_{arch}"), "-o"])
+            .args([&object, &source])
+            .output();
         let run = run.unwrap_or_else(|e| panic!("{ptxas}: {e}; PTXAS says where it is"));
         let said = String::from_utf8_lossy(&run.stderr);
         assert!(run.status.success(), "sm_{arch}: {said}");
@@ -60,7 +64,8 @@ fn compile_everywhere() {
             if let Some(rest) = line.split("Compiling entry function '").nth(1) {
                 kernel = rest.split('\'').next().unwrap_or_default().to_owned();
             } else if line.contains("spill stores") {
-                // Neither spilled registers nor arrays that are indexed at run time: local memory is memory of the device.
+                // Neither spilled registers nor arrays that are indexed at run time: local memory
+                // is memory of the device.
                 for what in [" bytes stack frame", " bytes spill stores", " bytes spill loads"] {
                     assert_eq!(before(line, what), Some(0), "sm_{arch} {kernel}: {line}");
                 }
@@ -68,17 +73,24 @@ fn compile_everywhere() {
             } else if line.contains("Used ") {
                 let (registers, shared) =
                     (before(line, " registers").unwrap(), before(line, " bytes smem").unwrap_or(0));
-                assert!(registers <= kernels[kernel.as_str()] && shared <= SHARED, "sm_{arch} {kernel}: {line}");
+                assert!(
+                    registers <= kernels[kernel.as_str()] && shared <= SHARED,
+                    "sm_{arch} {kernel}: {line}"
+                );
                 (seen, most) = (seen + 1, (most.0.max(registers), most.1.max(shared)));
             }
         }
         assert!(seen == kernels.len() && frames >= seen, "sm_{arch}: {said}");
-        println!("sm_{arch}: {seen} kernels, at most {} registers and {} bytes of shared memory", most.0, most.1);
+        println!(
+            "sm_{arch}: {seen} kernels, at most {} registers and {} bytes of shared memory",
+            most.0, most.1
+        );
     }
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
-/// Every file of `kernels/` is in the source that is compiled, and what a file has as kernels is in the list.
+/// Every file of `kernels/` is in the source that is compiled, and what a file has as kernels is in
+/// the list.
 #[test]
 fn the_source_is_every_file() {
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
@@ -86,7 +98,8 @@ fn the_source_is_every_file() {
     for file in std::fs::read_dir(dir).unwrap() {
         let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
         assert!(compile::SOURCE.contains(&text));
-        (files, kernels) = (files + 1, kernels + text.lines().filter(|l| l.starts_with("KERNEL(")).count());
+        (files, kernels) =
+            (files + 1, kernels + text.lines().filter(|l| l.starts_with("KERNEL(")).count());
     }
     assert!(files >= 5 && kernels == compile::listed().len(), "{files} files, {kernels} kernels");
 }

@@ -1,20 +1,22 @@
-//! What the conformance suite's sizes do not reach: several tiles and blocks, every width of heads, sums in parts, the
-//! longest paths of the optimizers. Against the reference backend in `f32`, operation by operation.
+//! What the conformance suite's sizes do not reach: several tiles and blocks, every width of heads,
+//! sums in parts, the longest paths of the optimizers. Against the reference backend in `f32`,
+//! operation by operation.
 #![allow(clippy::unwrap_used)]
 
 use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{
-    Backend, Category, Chunk, Fault, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Reals, Reference, Result, Sign, Site,
-    Storage, UpdateOps, Words,
+    Backend, Category, Chunk, Fault, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Reals, Reference,
+    Result, Sign, Site, Storage, UpdateOps, Words,
 };
 use bdia_cuda::{Cuda, Options, Precision};
 
 /// Memory with random contents, the same on both sides.
 struct World {
     precision: Precision,
-    /// How many times the tolerance an output of a single value may be off: where it is a sum of terms that cancel.
+    /// How many times the tolerance an output of a single value may be off: where it is a sum of
+    /// terms that cancel.
     cancelling: f32,
     layout: Layout,
     reals: Vec<f32>,
@@ -45,16 +47,25 @@ impl World {
         h
     }
 
-    /// Runs an operation on both sides, on the device twice; compares what `outputs` names, up to `tolerance` of the
-    /// largest magnitude, and that nothing else changed. Integers and words must be the reference's.
-    fn compare(&mut self, what: &str, tolerance: f32, outputs: &[Reals], op: impl Fn(&mut dyn Both) -> Result<()>) {
+    /// Runs an operation on both sides, on the device twice; compares what `outputs` names, up to
+    /// `tolerance` of the largest magnitude, and that nothing else changed. Integers and words must
+    /// be the reference's.
+    fn compare(
+        &mut self,
+        what: &str,
+        tolerance: f32,
+        outputs: &[Reals],
+        op: impl Fn(&mut dyn Both) -> Result<()>,
+    ) {
         let (ints, reals, words) = self.layout.arenas();
         self.reals.resize(reals, f32::NAN);
         self.ints.resize(ints, 0);
-        let (mut expected, mut their_ints, mut their_words) = (self.reals.clone(), self.ints.clone(), vec![0; words]);
-        let mut reference = Reference::new(&self.layout, &mut their_ints, &mut expected, &mut their_words)
-            .map_err(|e| e.to_string())
-            .unwrap();
+        let (mut expected, mut their_ints, mut their_words) =
+            (self.reals.clone(), self.ints.clone(), vec![0; words]);
+        let mut reference =
+            Reference::new(&self.layout, &mut their_ints, &mut expected, &mut their_words)
+                .map_err(|e| e.to_string())
+                .unwrap();
         op(&mut reference).unwrap();
         let fault = reference.take_fault().unwrap();
         let mut found: Vec<Vec<f32>> = vec![];
@@ -65,7 +76,8 @@ impl World {
             cuda.write_ints(Ints::new(0, ints), &self.ints).unwrap();
             op(&mut cuda).unwrap();
             assert_eq!(format!("{:?}", cuda.take_fault().unwrap()), format!("{fault:?}"), "{what}");
-            let (mut all, mut all_ints, mut all_words) = (vec![0.0; reals], vec![0; ints], vec![0; words]);
+            let (mut all, mut all_ints, mut all_words) =
+                (vec![0.0; reals], vec![0; ints], vec![0; words]);
             cuda.read_reals(Reals::new(0, reals), &mut all).unwrap();
             cuda.read_ints(Ints::new(0, ints), &mut all_ints).unwrap();
             cuda.read_words(Words::new(0, words), &mut all_words).unwrap();
@@ -74,19 +86,32 @@ impl World {
             found.push(all);
         }
         for i in 0..reals {
-            assert_eq!(found[0][i].to_bits(), found[1][i].to_bits(), "{what}: value {i} is not repeated");
+            assert_eq!(
+                found[0][i].to_bits(),
+                found[1][i].to_bits(),
+                "{what}: value {i} is not repeated"
+            );
             let inside = outputs.iter().any(|h| h.range().contains(&i));
             let same = self.reals[i].to_bits() == found[0][i].to_bits();
             assert!(inside || same, "{what}: value {i} outside the outputs changed");
         }
         for h in outputs {
-            let largest = expected[h.range()].iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f32::max);
+            let largest = expected[h.range()]
+                .iter()
+                .map(|x| x.abs())
+                .filter(|x| x.is_finite())
+                .fold(0.0, f32::max);
             assert!(largest > 0.0, "{what}: nothing was computed");
             let tolerance = if h.len() == 1 { tolerance * self.cancelling } else { tolerance };
             for i in h.range() {
                 let (e, f) = (expected[i], found[0][i]);
-                let close = e == f || (e.is_nan() && f.is_nan()) || (e - f).abs() <= tolerance * largest;
-                assert!(close, "{what}: value {} is {f:e}, reference {e:e}, largest {largest:e}", i - h.start());
+                let close =
+                    e == f || (e.is_nan() && f.is_nan()) || (e - f).abs() <= tolerance * largest;
+                assert!(
+                    close,
+                    "{what}: value {} is {f:e}, reference {e:e}, largest {largest:e}",
+                    i - h.start()
+                );
             }
         }
     }
@@ -97,7 +122,16 @@ trait Both: UpdateOps + NnOps<Real = f32> + OptimOps {}
 impl<T: Backend<Real = f32>> Both for T {}
 
 fn chunk(samples: usize) -> Chunk {
-    Chunk { seed: 5, step: 2, stack: 0, site: Site::Block(1), first: 3, samples, global: 9, frame: 0 }
+    Chunk {
+        seed: 5,
+        step: 2,
+        stack: 0,
+        site: Site::Block(1),
+        first: 3,
+        samples,
+        global: 9,
+        frame: 0,
+    }
 }
 
 #[test]
@@ -106,24 +140,28 @@ fn attention() {
     every_attention(Precision::F32, 2e-5);
 }
 
-/// On tensor cores. The inputs are values of bf16, so that loading them rounds nothing. What is left is the rounding of the
-/// weights and of their gradients to 8 bits before they are multiplied, at most 2^-9 of each, and so of every sum of terms
-/// that do not cancel; where they do, the largest result is smaller than their magnitudes: 2^-7 of it is allowed for.
+/// On tensor cores. The inputs are values of bf16, so that loading them rounds nothing. What is
+/// left is the rounding of the weights and of their gradients to 8 bits before they are multiplied,
+/// at most 2^-9 of each, and so of every sum of terms that do not cancel; where they do, the
+/// largest result is smaller than their magnitudes: 2^-7 of it is allowed for.
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn attention_in_bf16() {
     every_attention(Precision::Bf16, 8e-3);
 }
 
-/// Values of bf16 throughout, so that factors are not rounded: what is left is the order of sums in f32. Odd sizes, which are
-/// computed apart; factors that stay in their room from one product to the next, and some that are written in between.
+/// Values of bf16 throughout, so that factors are not rounded: what is left is the order of sums in
+/// f32. Odd sizes, which are computed apart; factors that stay in their room from one product to
+/// the next, and some that are written in between.
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn products_in_bf16() {
-    for (rows, cols, inner) in [(64, 96, 32), (33, 50, 17), (1, 1, 1), (7, 13, 8), (16, 9, 40), (130, 257, 65)] {
+    for (rows, cols, inner) in
+        [(64, 96, 32), (33, 50, 17), (1, 1, 1), (7, 13, 8), (16, 9, 40), (130, 257, 65)]
+    {
         for turned in 0..4 {
-            let [a_order, b_order] =
-                [turned & 1, turned >> 1].map(|t| if t == 1 { Order::Transposed } else { Order::Plain });
+            let [a_order, b_order] = [turned & 1, turned >> 1]
+                .map(|t| if t == 1 { Order::Transposed } else { Order::Plain });
             let mut w = World::with(Precision::Bf16);
             let (a, b, bias) = (w.reals(rows * inner), w.reals(inner * cols), w.reals(cols));
             let [c, d, e] = [0; 3].map(|_| w.reals(rows * cols));
@@ -152,29 +190,46 @@ fn every_attention(precision: Precision, tolerance: f32) {
             (Mask::Causal, 1, 67, 67, 0.2, true, false),
             (Mask::Others, 1, 65, 65, 0.1, false, true),
             (Mask::Full, 1, 33, 90, 0.0, true, true),
-            // Several blocks, some with tiles that need no mask; one sample has no keys but padding.
+            // Several blocks, some with tiles that need no mask; one sample has no keys but
+            // padding.
             (Mask::Causal, 1, 200, 200, 0.0, true, false),
             (Mask::Others, 1, 200, 200, 0.0, true, true),
             (Mask::Full, 1, 150, 200, 0.1, true, true),
         ] {
             let (n, width) = (2, heads * head_dim);
             let mut w = World::with(precision);
-            let key_lens =
-                if padded { w.ints(&[keys as i32 - 5, if keys == 200 { 0 } else { 40 }]) } else { Ints::EMPTY };
+            let key_lens = if padded {
+                w.ints(&[keys as i32 - 5, if keys == 200 { 0 } else { 40 }])
+            } else {
+                Ints::EMPTY
+            };
             let [temperature, temperature_grad] = [0; 2].map(|_| w.reals(usize::from(tau)));
             if tau {
                 // About 1/√head_dim, so that scores are of order one.
                 w.reals[temperature.start()] = -0.5 * (head_dim as f32).ln();
             }
-            let a =
-                Attention { heads, head_dim, queries, keys, mask, key_lens, dropout, temperature, temperature_grad };
+            let a = Attention {
+                heads,
+                head_dim,
+                queries,
+                keys,
+                mask,
+                key_lens,
+                dropout,
+                temperature,
+                temperature_grad,
+            };
             let stride = 2 * width + 3;
             let (q, kv) = (w.reals(n * queries * width), w.reals(n * keys * stride));
             let (dq, dkv) = (w.reals(n * queries * width), w.reals(n * keys * stride));
             let (out, lse) = (w.reals(n * queries * width), w.reals(n * queries * heads));
-            let (dout, scratch) = (w.reals(n * queries * width), w.reals(Cuda::attention_scratch(&a, n, 1).max(keys)));
+            let (dout, scratch) = (
+                w.reals(n * queries * width),
+                w.reals(Cuda::attention_scratch(&a, n, 1).max(keys)),
+            );
             if precision == Precision::Bf16 {
-                // The temperature's gradient, Σ s·ds: the ds of a row add up to 0, so nearly all of it cancels.
+                // The temperature's gradient, Σ s·ds: the ds of a row add up to 0, so nearly all of
+                // it cancels.
                 w.cancelling = 16.0;
                 for x in &mut w.reals {
                     *x = f32::from_bits(x.to_bits().wrapping_add(0x8000) & 0xFFFF_0000);
@@ -202,8 +257,8 @@ fn every_attention(precision: Precision, tolerance: f32) {
     }
 }
 
-/// Several words of side bits a warp and several turns of it, samples that end within a word, operands at odd places; bit for
-/// bit, faults too.
+/// Several words of side bits a warp and several turns of it, samples that end within a word,
+/// operands at odd places; bit for bit, faults too.
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn updates() {
@@ -221,7 +276,9 @@ fn updates() {
         w.compare(&what("quantize"), 0.0, &[], |on| on.quantize(&chunk, grid, y, x, sum));
         w.compare(&what("dequantize"), 0.0, &[y], |on| on.dequantize(grid, x, y));
         w.compare(&what("add_quantized"), 0.0, &[], |on| on.add_quantized(&chunk, grid, x, h, sum));
-        w.compare(&what("subtract_quantized"), 0.0, &[], |on| on.subtract_quantized(&chunk, grid, x, h, sum));
+        w.compare(&what("subtract_quantized"), 0.0, &[], |on| {
+            on.subtract_quantized(&chunk, grid, x, h, sum)
+        });
         w.compare(&what("step"), 0.0, &[], |on| on.step(&chunk, grid, gamma, x, cur, h, side, sum));
         w.compare(&what("step without side bits"), 0.0, &[], |on| {
             on.step(&chunk, grid, gamma, x, cur, h, Words::EMPTY, Words::EMPTY)
@@ -235,11 +292,17 @@ fn updates() {
         w.compare(&what("combine"), 0.0, &[y, cur, h], |on| on.combine(&chunk, gamma, y, cur, h));
         w.compare(&what("count_differences"), 0.0, &[], |on| on.count_differences(x, other, sum));
         // The first of several is told.
-        for (at, value) in [(n - 1, f32::NAN), (n / 2 + 1, 1e9), (n / 2, f32::INFINITY), (n - 3, -1e30)] {
+        for (at, value) in
+            [(n - 1, f32::NAN), (n / 2 + 1, 1e9), (n / 2, f32::INFINITY), (n - 3, -1e30)]
+        {
             w.reals[h.start() + at] = value;
         }
-        w.compare(&what("step with faults"), 0.0, &[], |on| on.step(&chunk, grid, gamma, x, cur, h, side, sum));
-        w.compare(&what("add_quantized with faults"), 0.0, &[], |on| on.add_quantized(&chunk, grid, x, h, sum));
+        w.compare(&what("step with faults"), 0.0, &[], |on| {
+            on.step(&chunk, grid, gamma, x, cur, h, side, sum)
+        });
+        w.compare(&what("add_quantized with faults"), 0.0, &[], |on| {
+            on.add_quantized(&chunk, grid, x, h, sum)
+        });
         w.compare(&what("blend with faults"), 0.0, &[y], |on| on.blend(&chunk, gamma, y, cur, h));
     }
 }
@@ -266,7 +329,9 @@ fn elementwise() {
     }
     for per in [n, 1001] {
         let (samples, x) = (n / per, x.sub(0, n / per * per));
-        w.compare("dropout", 1e-6, &[x], |on| on.dropout(&chunk(samples), Draw::EmbeddingDropout, 0.3, x));
+        w.compare("dropout", 1e-6, &[x], |on| {
+            on.dropout(&chunk(samples), Draw::EmbeddingDropout, 0.3, x)
+        });
     }
 }
 
@@ -276,8 +341,12 @@ fn elementwise() {
 fn sums_over_rows() {
     for (rows, width) in [(700, 70), (1031, 33), (3, 2000)] {
         let mut w = World::new();
-        let (x, y, dy, dx) =
-            (w.reals(rows * width), w.reals(rows * width), w.reals(rows * width), w.reals(rows * width));
+        let (x, y, dy, dx) = (
+            w.reals(rows * width),
+            w.reals(rows * width),
+            w.reals(rows * width),
+            w.reals(rows * width),
+        );
         let (weight, bias, stats) = (w.reals(width), w.reals(width), w.reals(2 * rows));
         let (dweight, dbias, sum) = (w.reals(width), w.reals(width), w.reals(width));
         w.compare(&format!("{rows} × {width}"), 3e-5, &[y, stats, dx, dweight, dbias, sum], |on| {
@@ -298,7 +367,8 @@ fn embedding_and_loss() {
     let tokens: Vec<i32> = (0..n * length).map(|i| (s.word(i as u32) % 7 * 8) as i32).collect();
     let tokens = w.ints(&tokens);
     let (table, positions) = (w.reals(vocab * width), w.reals(length * width));
-    let (x, dtable, dpositions) = (w.reals(n * length * width), w.reals(vocab * width), w.reals(length * width));
+    let (x, dtable, dpositions) =
+        (w.reals(n * length * width), w.reals(vocab * width), w.reals(length * width));
     let chunk = chunk(n);
     w.compare("embedding", 1e-6, &[x, dtable, dpositions], |on| {
         on.embed_vjp(&chunk, tokens, x, width, dtable, dpositions)?;
@@ -307,25 +377,38 @@ fn embedding_and_loss() {
 
     let (rows, vocab) = (9, 5003);
     let mut w = World::new();
-    let targets: Vec<i32> =
-        (0..rows).map(|i| if i == 4 { -1 } else { (s.word(i as u32) % vocab as u32) as i32 }).collect();
+    let targets: Vec<i32> = (0..rows)
+        .map(|i| if i == 4 { -1 } else { (s.word(i as u32) % vocab as u32) as i32 })
+        .collect();
     let targets = w.ints(&targets);
     let (logits, losses) = (w.reals(rows * vocab), w.reals(rows));
     for smoothing in [0.0, 0.1] {
         let ce = CrossEntropy { vocab, tokens: 5, row: 2, scale: 0.25, smoothing };
-        w.compare("loss", 2e-6, &[logits, losses], |on| on.cross_entropy(&chunk, &ce, logits, targets, losses));
+        w.compare("loss", 2e-6, &[logits, losses], |on| {
+            on.cross_entropy(&chunk, &ce, logits, targets, losses)
+        });
     }
     // Without smoothing they are left out, where not all are infinite.
     for c in (0..vocab).filter(|&c| c as i32 != w.ints[targets.start()] && c != 4999) {
         w.reals[logits.start() + c] = f32::NEG_INFINITY;
     }
     let ce = CrossEntropy { vocab, tokens: 5, row: 2, scale: 0.25, smoothing: 0.0 };
-    w.compare("infinite", 2e-6, &[logits, losses], |on| on.cross_entropy(&chunk, &ce, logits, targets, losses));
+    w.compare("infinite", 2e-6, &[logits, losses], |on| {
+        on.cross_entropy(&chunk, &ce, logits, targets, losses)
+    });
     // The first of several wrong rows is told, whatever the order of blocks.
-    w.ints[targets.start() + 3..targets.start() + 8].copy_from_slice(&[1 << 20, 5, i32::MAX, 0, 1 << 21]);
+    w.ints[targets.start() + 3..targets.start() + 8].copy_from_slice(&[
+        1 << 20,
+        5,
+        i32::MAX,
+        0,
+        1 << 21,
+    ]);
     w.reals[logits.start() + 5 * vocab + 77] = f32::NAN;
     let ce = CrossEntropy { vocab, tokens: 5, row: 2, scale: 0.25, smoothing: 0.0 };
-    w.compare("faults", 2e-6, &[losses, logits], |on| on.cross_entropy(&chunk, &ce, logits, targets, losses));
+    w.compare("faults", 2e-6, &[losses, logits], |on| {
+        on.cross_entropy(&chunk, &ce, logits, targets, losses)
+    });
 }
 
 #[test]

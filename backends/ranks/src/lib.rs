@@ -1,5 +1,5 @@
-//! Several machines train one model of `bdia-core` ("ranks"): each works on its part of every batch, and a [`Replica`] of
-//! the model on each.
+//! Several machines train one model of `bdia-core` ("ranks"): each works on its part of every
+//! batch, and a [`Replica`] of the model on each.
 //!
 //! ```text
 //! block k is finished    its gradient is taken away; a thread adds it up over the ranks (Ranks) …
@@ -8,16 +8,20 @@
 //! ```
 //!
 //! # Guarantee
-//! Sums are taken in the order of ranks, whatever comes first, and every rank gets the same bits. So replicas that begin
-//! equal and are updated by the same kernels stay equal; [`compare`] makes sure, and names the rank that differs. A fault of
-//! one rank travels with its gradients and stops all of them before anything is updated (range, loss, tokens) or before the
-//! step ends (checksum, gradients). No call waits for another rank longer than its link's limit.
+//! Sums are taken in the order of ranks, whatever comes first, and every rank gets the same bits.
+//! So replicas that begin equal and are updated by the same kernels stay equal; [`compare`] makes
+//! sure, and names the rank that differs. A fault of one rank travels with its gradients and stops
+//! all of them before anything is updated (range, loss, tokens) or before the step ends (checksum,
+//! gradients). No call waits for another rank longer than its link's limit.
 //!
-//! What carries the words is a [`Link`]: MPI (feature `mpi`), MPI and NCCL (`nccl`), or [`Local`], the threads of one process.
+//! What carries the words is a [`Link`]: MPI (feature `mpi`), MPI and NCCL (`nccl`), or [`Local`],
+//! the threads of one process.
 //!
 //! # Features
-//! * `mpi` (off by default): the ranks of an MPI job. Building it needs an MPI (Open MPI or MPICH) and libclang.
-//! * `nccl` (off by default): gradients go between CUDA devices by NCCL. It has not yet run on GPUs.
+//! * `mpi` (off by default): the ranks of an MPI job. Building it needs an MPI (Open MPI or MPICH)
+//!   and libclang.
+//! * `nccl` (off by default): gradients go between CUDA devices by NCCL. It has not yet run on
+//!   GPUs.
 
 #[cfg(feature = "mpi")]
 pub mod mpi;
@@ -36,12 +40,12 @@ pub use replica::Replica;
 use bdia_core::backend::Exchange;
 use bdia_core::{Error, Halt, Result};
 
-/// Makes sure that every rank has the same number: a digest of its parameters (`why` is [`Halt::Differs`]), of its data and
-/// settings ([`Halt::Astray`]).
+/// Makes sure that every rank has the same number: a digest of its parameters (`why` is
+/// [`Halt::Differs`]), of its data and settings ([`Halt::Astray`]).
 ///
 /// # Errors
-/// [`Error::Rank`] names the first rank that differs from most of them, or from rank 0 where there is no most. It is the same
-/// on every rank.
+/// [`Error::Rank`] names the first rank that differs from most of them, or from rank 0 where there
+/// is no most. It is the same on every rank.
 pub fn compare(be: &mut impl Exchange, digest: u64, why: Halt) -> Result<()> {
     let mut all = Vec::with_capacity(be.ranks());
     // 32 bits are exact in f64.

@@ -15,13 +15,14 @@ pub trait Link {
     /// How many there are.
     fn ranks(&self) -> usize;
 
-    /// Sends `out[send(p)]` to every other rank `p`, receives `into[receive(p)]` from it, and gives both buffers back when all
-    /// of it is through. The ranges that receive rise with `p` and do not overlap; what one rank sends is as long as what the
-    /// other receives; an empty range is no message.
+    /// Sends `out[send(p)]` to every other rank `p`, receives `into[receive(p)]` from it, and gives
+    /// both buffers back when all of it is through. The ranges that receive rise with `p` and do
+    /// not overlap; what one rank sends is as long as what the other receives; an empty range is no
+    /// message.
     ///
     /// # Errors
-    /// [`Error::Rank`] for a rank that is silent longer than the link waits, or is gone; [`Error::Handle`] for ranges outside
-    /// the buffers. After an error the link is of no use.
+    /// [`Error::Rank`] for a rank that is silent longer than the link waits, or is gone;
+    /// [`Error::Handle`] for ranges outside the buffers. After an error the link is of no use.
     fn trade(
         &mut self,
         out: Vec<u32>,
@@ -62,7 +63,8 @@ pub struct Local {
 impl Local {
     /// The links of `ranks` ranks, in their order; each waits for at most `limit`.
     pub fn group(ranks: usize, limit: Duration) -> Vec<Self> {
-        let mut all: Vec<_> = (0..ranks).map(|rank| Self { rank, limit, to: Vec::new(), from: Vec::new() }).collect();
+        let mut all: Vec<_> =
+            (0..ranks).map(|rank| Self { rank, limit, to: Vec::new(), from: Vec::new() }).collect();
         for a in 0..ranks {
             for b in 0..ranks {
                 let (to, from) = channel();
@@ -95,10 +97,14 @@ impl Link for Local {
         let others = || (0..ranks).filter(|&p| p != rank);
         let until = Instant::now() + self.limit;
         for p in others().filter(|&p| !send(p).is_empty()) {
-            self.to[p].send(out[send(p)].to_vec()).map_err(|_| Error::Rank { rank: p, why: Halt::Gone })?;
+            self.to[p]
+                .send(out[send(p)].to_vec())
+                .map_err(|_| Error::Rank { rank: p, why: Halt::Gone })?;
         }
         for p in others().filter(|&p| !receive(p).is_empty()) {
-            let came = self.from[p].recv_timeout(until.saturating_duration_since(Instant::now())).map_err(|e| {
+            let came = self.from[p]
+                .recv_timeout(until.saturating_duration_since(Instant::now()))
+                .map_err(|e| {
                 let why = match e {
                     RecvTimeoutError::Timeout => Halt::Silent(self.limit.as_secs()),
                     RecvTimeoutError::Disconnected => Halt::Gone,

@@ -16,7 +16,8 @@ use crate::link::{Link, check};
 
 /// Messages carry no other tag: each pair of ranks has one at a time, and MPI keeps their order.
 const TAG: c_int = 0;
-/// Looks without a pause, before the thread sleeps between them: the processor belongs to those who compute.
+/// Looks without a pause, before the thread sleeps between them: the processor belongs to those who
+/// compute.
 const LOOKS: u32 = 32;
 /// The shortest and the longest sleep.
 const SLEEP: [Duration; 2] = [Duration::from_micros(20), Duration::from_micros(200)];
@@ -33,11 +34,12 @@ pub struct Mpi {
 }
 
 impl Mpi {
-    /// Starts MPI in this process, whose calls all come from the calling thread. Without `mpirun` it is the only rank.
-    /// Waits for other ranks for at most `limit` at a time.
+    /// Starts MPI in this process, whose calls all come from the calling thread. Without `mpirun`
+    /// it is the only rank. Waits for other ranks for at most `limit` at a time.
     ///
     /// # Errors
-    /// [`Error::Device`] where MPI has been started before, or cannot be used by a process with threads.
+    /// [`Error::Device`] where MPI has been started before, or cannot be used by a process with
+    /// threads.
     pub fn open(limit: Duration) -> Result<Self> {
         let (universe, level) = mpi::initialize_with_threading(Threading::Funneled)
             .ok_or(Error::Device("MPI has been started before in this process"))?;
@@ -45,7 +47,8 @@ impl Mpi {
             return Err(Error::Device("this MPI does not support processes with threads"));
         }
         let world = universe.world();
-        // SAFETY: a valid communicator and a constant of the library. From here on errors are returned, not fatal.
+        // SAFETY: a valid communicator and a constant of the library. From here on errors are
+        // returned, not fatal.
         unsafe { ffi::MPI_Comm_set_errhandler(world.as_raw(), ffi::RSMPI_ERRORS_RETURN) };
         Ok(Self { world, limit, requests: Vec::new(), peers: Vec::new(), _universe: universe })
     }
@@ -53,11 +56,18 @@ impl Mpi {
     /// Whether all requests are through.
     fn through(&mut self) -> Result<bool> {
         let mut flag = 0;
-        let count = c_int::try_from(self.requests.len()).map_err(|_| Error::TooLarge("number of messages"))?;
-        // SAFETY: `count` requests, each of a message whose buffer is alive or forgotten (`trade`); completed ones become
-        // null. No status is wanted.
-        let code =
-            unsafe { ffi::MPI_Testall(count, self.requests.as_mut_ptr(), &raw mut flag, ffi::RSMPI_STATUSES_IGNORE) };
+        let count = c_int::try_from(self.requests.len())
+            .map_err(|_| Error::TooLarge("number of messages"))?;
+        // SAFETY: `count` requests, each of a message whose buffer is alive or forgotten (`trade`);
+        // completed ones become null. No status is wanted.
+        let code = unsafe {
+            ffi::MPI_Testall(
+                count,
+                self.requests.as_mut_ptr(),
+                &raw mut flag,
+                ffi::RSMPI_STATUSES_IGNORE,
+            )
+        };
         if code != ffi::MPI_SUCCESS as c_int { Err(self.late(Halt::Gone)) } else { Ok(flag != 0) }
     }
 
@@ -122,22 +132,42 @@ impl Link for Mpi {
         let start = into.as_mut_ptr();
         let mut begin = || -> Result<()> {
             // Receives come first, so that a late rank is found among them.
-            for (receives, p) in [true, false].into_iter().flat_map(|r| (0..ranks).map(move |p| (r, p))) {
+            for (receives, p) in
+                [true, false].into_iter().flat_map(|r| (0..ranks).map(move |p| (r, p)))
+            {
                 let range = if receives { receive(p) } else { send(p) };
                 if p == rank || range.is_empty() {
                     continue;
                 }
                 // SAFETY: a constant of the library.
-                let (n, peer, mut request) = (count(range.len())?, count(p)?, unsafe { ffi::RSMPI_REQUEST_NULL });
-                // SAFETY: `check` found the ranges inside their buffers and those that receive apart from each other. Both
-                // buffers stay where they are until all requests are through, or are forgotten.
+                let (n, peer, mut request) =
+                    (count(range.len())?, count(p)?, unsafe { ffi::RSMPI_REQUEST_NULL });
+                // SAFETY: `check` found the ranges inside their buffers and those that receive
+                // apart from each other. Both buffers stay where they are until all requests are
+                // through, or are forgotten.
                 let code = unsafe {
                     if receives {
                         let to = start.add(range.start).cast::<c_void>();
-                        ffi::MPI_Irecv(to, n, ffi::RSMPI_UINT32_T, peer, TAG, world, &raw mut request)
+                        ffi::MPI_Irecv(
+                            to,
+                            n,
+                            ffi::RSMPI_UINT32_T,
+                            peer,
+                            TAG,
+                            world,
+                            &raw mut request,
+                        )
                     } else {
                         let from = out.as_ptr().add(range.start).cast::<c_void>();
-                        ffi::MPI_Isend(from, n, ffi::RSMPI_UINT32_T, peer, TAG, world, &raw mut request)
+                        ffi::MPI_Isend(
+                            from,
+                            n,
+                            ffi::RSMPI_UINT32_T,
+                            peer,
+                            TAG,
+                            world,
+                            &raw mut request,
+                        )
                     }
                 };
                 if code != ffi::MPI_SUCCESS as c_int {

@@ -1,7 +1,8 @@
-//! Ranks whose gradients travel between CUDA devices by NCCL; the few words beside them go over MPI, which also tells
-//! every rank NCCL's id.
+//! Ranks whose gradients travel between CUDA devices by NCCL; the few words beside them go over
+//! MPI, which also tells every rank NCCL's id.
 //!
-//! NCCL only carries: what is added up, and in which order, is the same as over MPI, so that both give the same bits.
+//! NCCL only carries: what is added up, and in which order, is the same as over MPI, so that both
+//! give the same bits.
 
 use core::ops::Range;
 use core::time::Duration;
@@ -54,24 +55,28 @@ fn broken<E>(_: E) -> Error {
 }
 
 impl Nccl {
-    /// Starts MPI, and NCCL on device number `device` of this machine. Waits for other ranks for at most `limit` at a time.
+    /// Starts MPI, and NCCL on device number `device` of this machine. Waits for other ranks for at
+    /// most `limit` at a time.
     ///
     /// # Errors
-    /// Those of [`Mpi::open`]; [`Error::Device`] where the CUDA driver, NCCL or the device is missing here, and
-    /// [`Error::Rank`] where it is missing elsewhere.
+    /// Those of [`Mpi::open`]; [`Error::Device`] where the CUDA driver, NCCL or the device is
+    /// missing here, and [`Error::Rank`] where it is missing elsewhere.
     pub fn open(limit: Duration, device: usize) -> Result<Self> {
         let mut mpi = Mpi::open(limit)?;
         let (rank, ranks) = (mpi.rank(), mpi.ranks());
-        let stream = installed().and_then(|()| CudaContext::new(device).and_then(|c| c.new_stream()).map_err(broken));
+        let stream = installed()
+            .and_then(|()| CudaContext::new(device).and_then(|c| c.new_stream()).map_err(broken));
         let mut hello = vec![0_u32; HELLO];
         hello[0] = u32::from(stream.is_ok());
         if rank == 0 && stream.is_ok() {
-            for (words, bytes) in hello[1..].iter_mut().zip(Id::new().map_err(broken)?.internal().chunks_exact(4)) {
+            for (words, bytes) in
+                hello[1..].iter_mut().zip(Id::new().map_err(broken)?.internal().chunks_exact(4))
+            {
                 *words = u32::from_le_bytes(core::array::from_fn(|i| bytes[i] as u8));
             }
         }
-        let (own, mut all) =
-            mpi.trade(hello, vec![0; HELLO * ranks], &|_| 0..HELLO, &|p| HELLO * p..HELLO * (p + 1))?;
+        let (own, mut all) = mpi
+            .trade(hello, vec![0; HELLO * ranks], &|_| 0..HELLO, &|p| HELLO * p..HELLO * (p + 1))?;
         let stream = stream?;
         all[HELLO * rank..HELLO * (rank + 1)].copy_from_slice(&own);
         if let Some(p) = (0..ranks).find(|p| all[HELLO * p] == 0) {
@@ -79,7 +84,10 @@ impl Nccl {
         }
         let mut id = [0; 128];
         for (bytes, words) in id.chunks_exact_mut(4).zip(&all[1..HELLO]) {
-            bytes.iter_mut().zip(words.to_le_bytes()).for_each(|(to, from)| *to = from as core::ffi::c_char);
+            bytes
+                .iter_mut()
+                .zip(words.to_le_bytes())
+                .for_each(|(to, from)| *to = from as core::ffi::c_char);
         }
         let comm = Comm::from_rank(stream.clone(), rank, ranks, Id::uninit(id)).map_err(broken)?;
         let empty = || stream.alloc_zeros(1).map_err(broken);
@@ -170,8 +178,13 @@ impl Link for Nccl {
                 }
                 std::thread::sleep(PAUSE);
             }
-            for range in (0..place.1).filter(|&p| p != place.0).map(receive).filter(|r| !r.is_empty()) {
-                device.stream.memcpy_dtoh(&device.into.slice(range.clone()), &mut into[range]).map_err(broken)?;
+            for range in
+                (0..place.1).filter(|&p| p != place.0).map(receive).filter(|r| !r.is_empty())
+            {
+                device
+                    .stream
+                    .memcpy_dtoh(&device.into.slice(range.clone()), &mut into[range])
+                    .map_err(broken)?;
             }
             device.stream.synchronize().map_err(broken)?;
             Ok(true)

@@ -54,7 +54,8 @@ pub(crate) struct Answer {
     pub(crate) len: usize,
 }
 
-/// This rank among those that train together: a link, and the thread that uses it while the rank computes.
+/// This rank among those that train together: a link, and the thread that uses it while the rank
+/// computes.
 #[derive(Debug)]
 pub struct Ranks {
     rank: usize,
@@ -102,8 +103,11 @@ impl Ranks {
             }
         };
         let thread = std::thread::Builder::new().name("ranks".into()).spawn(work);
-        let thread = thread.map_err(|_| Error::Device("no thread to exchange gradients can be started"))?;
-        let (rank, ranks) = opened.recv().map_err(|_| Error::Device("the thread that exchanges gradients ended"))??;
+        let thread =
+            thread.map_err(|_| Error::Device("no thread to exchange gradients can be started"))?;
+        let (rank, ranks) = opened
+            .recv()
+            .map_err(|_| Error::Device("the thread that exchanges gradients ended"))??;
         Ok(Self {
             rank,
             ranks,
@@ -127,8 +131,8 @@ impl Ranks {
         self.ranks
     }
 
-    /// Makes the buffers for groups of these lengths that are on their way at the same time, so that a step allocates
-    /// nothing; a plan counts [`buffer_bytes`] of each.
+    /// Makes the buffers for groups of these lengths that are on their way at the same time, so
+    /// that a step allocates nothing; a plan counts [`buffer_bytes`] of each.
     pub fn reserve(&mut self, lens: &[usize]) {
         for &len in lens {
             self.free.push(Buffers::new(len, self.ranks));
@@ -157,7 +161,13 @@ impl Ranks {
     }
 
     /// Sends `len` values of `buffers.out` on their way, with some words to every rank.
-    pub(crate) fn send(&mut self, kind: Kind, rest: [u32; HEADER - SAME], buffers: Buffers, len: usize) -> Result<()> {
+    pub(crate) fn send(
+        &mut self,
+        kind: Kind,
+        rest: [u32; HEADER - SAME],
+        buffers: Buffers,
+        len: usize,
+    ) -> Result<()> {
         if let Some(error) = self.failed {
             return Err(error);
         }
@@ -175,7 +185,11 @@ impl Ranks {
             return Err(error);
         }
         if self.waiting == 0 {
-            return Err(Error::Setting { what: "gradients on their way", found: 0.0, possible: "1 or more" });
+            return Err(Error::Setting {
+                what: "gradients on their way",
+                found: 0.0,
+                possible: "1 or more",
+            });
         }
         self.waiting -= 1;
         let gone = Error::Device("the thread that exchanges gradients ended");
@@ -186,8 +200,8 @@ impl Ranks {
         answer
     }
 
-    /// Ends it after all work is done: closes the link, which waits for the other ranks to do the same. MPI wants it before
-    /// a process ends well.
+    /// Ends it after all work is done: closes the link, which waits for the other ranks to do the
+    /// same. MPI wants it before a process ends well.
     pub fn close(mut self) {
         self.jobs = None;
         if let Some(thread) = self.thread.take() {
@@ -198,8 +212,8 @@ impl Ranks {
 }
 
 impl Drop for Ranks {
-    /// Without [`close`](Ranks::close) something went wrong: the thread stays as it is, so that nothing waits for ranks that
-    /// may never answer. The process that ends is what tells them.
+    /// Without [`close`](Ranks::close) something went wrong: the thread stays as it is, so that
+    /// nothing waits for ranks that may never answer. The process that ends is what tells them.
     fn drop(&mut self) {
         core::mem::forget(self.jobs.take());
     }
@@ -216,7 +230,9 @@ fn carry_out(link: &mut impl Link, job: Job) -> Result<Answer> {
     let (rank, ranks) = (link.rank(), link.ranks());
     let Job { header, buffers: Buffers { out, into }, len } = job;
     let (own, mut headers) =
-        link.trade(header.to_vec(), vec![0; HEADER * ranks], &|_| 0..HEADER, &|p| HEADER * p..HEADER * (p + 1))?;
+        link.trade(header.to_vec(), vec![0; HEADER * ranks], &|_| 0..HEADER, &|p| {
+            HEADER * p..HEADER * (p + 1)
+        })?;
     headers[HEADER * rank..HEADER * (rank + 1)].copy_from_slice(&own);
     let first = &headers[..SAME];
     if let Some(astray) = (1..ranks).find(|p| &headers[HEADER * p..HEADER * p + SAME] != first) {

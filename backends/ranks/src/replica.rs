@@ -2,8 +2,8 @@
 
 use bdia_core::arena::{Ints, Reals, Words};
 use bdia_core::backend::{
-    Attention, Backend, Chunk, Columns, CrossEntropy, Exchange, Gelu, Half, Identity, NnOps, OptimOps, Product,
-    Storage, UpdateOps,
+    Attention, Backend, Chunk, Columns, CrossEntropy, Exchange, Gelu, Half, Identity, NnOps,
+    OptimOps, Product, Storage, UpdateOps,
 };
 use bdia_core::error::{Error, Fault, Halt, Result, Site};
 use bdia_core::optim::Update;
@@ -29,10 +29,14 @@ impl<'a, B: Backend<Real = f32>> Replica<'a, B> {
         Self { inner, ranks, shared: None }
     }
 
-    /// The first rank's fault becomes everybody's. One that all have met is nobody's in particular: a sum that is not finite.
+    /// The first rank's fault becomes everybody's. One that all have met is nobody's in particular:
+    /// a sum that is not finite.
     fn share_faults(&mut self, headers: &[u32]) {
         let mut all = headers.chunks_exact(HEADER);
-        let Some((rank, first)) = all.clone().enumerate().find(|(_, h)| fault_of(h).is_some()) else { return };
+        let Some((rank, first)) = all.clone().enumerate().find(|(_, h)| fault_of(h).is_some())
+        else {
+            return;
+        };
         if let (None, Some(fault)) = (self.shared, fault_of(first))
             && !all.all(|h| h == first)
         {
@@ -56,30 +60,44 @@ impl<B: Backend<Real = f32>> Exchange for Replica<'_, B> {
         if !sum.is_empty() {
             let answer = self.ranks.receive()?;
             if answer.len != sum.len() {
-                return Err(Error::Shape { what: "gradients that come back", expected: answer.len, found: sum.len() });
+                return Err(Error::Shape {
+                    what: "gradients that come back",
+                    expected: answer.len,
+                    found: sum.len(),
+                });
             }
             self.share_faults(&answer.headers);
             came = Some(answer);
         }
         if own.is_empty() {
             if let Some(answer) = came {
-                self.inner.write_reals(sum, bytemuck::cast_slice(&answer.buffers.into[..sum.len()]))?;
+                self.inner
+                    .write_reals(sum, bytemuck::cast_slice(&answer.buffers.into[..sum.len()]))?;
                 self.ranks.recycle(answer.buffers);
             }
             return Ok(());
         }
-        // What came is in one of its two buffers, what goes is put into the other: the same place can give and take.
+        // What came is in one of its two buffers, what goes is put into the other: the same place
+        // can give and take.
         let mut buffers = match came {
             Some(mut answer) if answer.buffers.holds(own.len(), self.ranks.ranks()) => {
-                self.inner.read_reals(own, bytemuck::cast_slice_mut(&mut answer.buffers.out[..own.len()]))?;
-                self.inner.write_reals(sum, bytemuck::cast_slice(&answer.buffers.into[..sum.len()]))?;
+                self.inner.read_reals(
+                    own,
+                    bytemuck::cast_slice_mut(&mut answer.buffers.out[..own.len()]),
+                )?;
+                self.inner
+                    .write_reals(sum, bytemuck::cast_slice(&answer.buffers.into[..sum.len()]))?;
                 answer.buffers
             }
             came => {
                 let mut buffers = self.ranks.buffers(own.len());
-                self.inner.read_reals(own, bytemuck::cast_slice_mut(&mut buffers.out[..own.len()]))?;
+                self.inner
+                    .read_reals(own, bytemuck::cast_slice_mut(&mut buffers.out[..own.len()]))?;
                 if let Some(answer) = came {
-                    self.inner.write_reals(sum, bytemuck::cast_slice(&answer.buffers.into[..sum.len()]))?;
+                    self.inner.write_reals(
+                        sum,
+                        bytemuck::cast_slice(&answer.buffers.into[..sum.len()]),
+                    )?;
                     self.ranks.recycle(answer.buffers);
                 }
                 buffers
@@ -145,7 +163,8 @@ impl<B: Backend<Real = f32>> Storage for Replica<'_, B> {
         self.inner.raise(fault);
     }
 
-    /// A fault that all ranks know of is [`Error::Rank`], on each of them; one of this rank alone is a fault as ever.
+    /// A fault that all ranks know of is [`Error::Rank`], on each of them; one of this rank alone
+    /// is a fault as ever.
     fn take_fault(&mut self) -> Result<Option<Fault>> {
         let own = self.inner.take_fault()?;
         let Some((rank, fault)) = self.shared.take() else { return Ok(own) };

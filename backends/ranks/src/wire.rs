@@ -4,7 +4,8 @@ use bdia_core::{Fault, Site};
 
 /// Words that every rank sends before anything else.
 pub(crate) const HEADER: usize = 12;
-/// Of them, those that are the same on every rank: what is asked for, which request it is, and its length (two).
+/// Of them, those that are the same on every rank: what is asked for, which request it is, and its
+/// length (two).
 pub(crate) const SAME: usize = 4;
 
 pub(crate) type Header = [u32; HEADER];
@@ -60,7 +61,9 @@ pub(crate) fn fault(fault: Option<Fault>) -> [u32; HEADER - SAME] {
         Some(Fault::Checksum { activation, block }) => (2, [block as u32, 0], activation, 0, 0),
         Some(Fault::Gradient { site: s }) => (3, site(s), 0, 0, 0),
         Some(Fault::Loss { sample, value }) => (4, [0; 2], sample, value.to_bits(), 0),
-        Some(Fault::Token { sample, value, vocab }) => (5, [0; 2], sample, u64::from(value as u32), vocab),
+        Some(Fault::Token { sample, value, vocab }) => {
+            (5, [0; 2], sample, u64::from(value as u32), vocab)
+        }
     };
     let ([i, _], [low, high]) = (halves(index as u64), halves(value));
     [code, a, b, i, low, high, last as u32, 0]

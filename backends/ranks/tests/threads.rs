@@ -19,7 +19,8 @@ fn leaked(layout: &Layout) -> &'static mut Reference<'static, f32> {
     Box::leak(Box::new(Reference::new(layout, i, r, w).unwrap()))
 }
 
-/// Runs `work` on every rank, each a thread with a backend of its own; what they return, in the order of ranks.
+/// Runs `work` on every rank, each a thread with a backend of its own; what they return, in the
+/// order of ranks.
 fn on<T: Send>(
     ranks: usize,
     limit: Duration,
@@ -40,7 +41,8 @@ fn on<T: Send>(
     })
 }
 
-/// Value `i` of group `group` on a rank: magnitudes that a sum in another order would round otherwise.
+/// Value `i` of group `group` on a rank: magnitudes that a sum in another order would round
+/// otherwise.
 fn value(rank: usize, group: usize, i: usize) -> f32 {
     let mut x = (rank * 1_000_003 + group * 10_007 + i) as u64;
     x = (x ^ (x >> 13)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -49,7 +51,9 @@ fn value(rank: usize, group: usize, i: usize) -> f32 {
 }
 
 fn expected(ranks: usize, group: usize, len: usize) -> Vec<u32> {
-    (0..len).map(|i| ((0..ranks).map(|r| f64::from(value(r, group, i))).sum::<f64>() as f32).to_bits()).collect()
+    (0..len)
+        .map(|i| ((0..ranks).map(|r| f64::from(value(r, group, i))).sum::<f64>() as f32).to_bits())
+        .collect()
 }
 
 fn read(be: &impl Storage<Real = f32>, place: Reals) -> Vec<u32> {
@@ -67,7 +71,8 @@ fn a_replica_is_a_backend() {
     bdia_core::testing::all(new).map_err(|f| f.to_string()).unwrap();
 }
 
-/// Groups of a buffer that all use, one on its way while the next is written; no timing changes a bit.
+/// Groups of a buffer that all use, one on its way while the next is written; no timing changes a
+/// bit.
 #[test]
 fn sums_are_those_of_the_order_of_ranks() {
     for ranks in 2..=5 {
@@ -90,14 +95,19 @@ fn sums_are_those_of_the_order_of_ranks() {
             });
             for rank in sums {
                 for (group, sum) in rank.iter().enumerate() {
-                    assert_eq!(sum, &expected(ranks, group, len), "{ranks} ranks, {len} values, group {group}");
+                    assert_eq!(
+                        sum,
+                        &expected(ranks, group, len),
+                        "{ranks} ranks, {len} values, group {group}"
+                    );
                 }
             }
         }
     }
 }
 
-/// Two groups of different lengths on their way at a time come back in the order in which they went.
+/// Two groups of different lengths on their way at a time come back in the order in which they
+/// went.
 #[test]
 fn several_groups_are_on_their_way() {
     let lens = [900, 77];
@@ -106,7 +116,8 @@ fn several_groups_are_on_their_way() {
         let mut sums = Vec::new();
         for round in 0..3 {
             for (p, &place) in places.iter().enumerate() {
-                let values: Vec<_> = (0..place.len()).map(|i| value(be.rank(), 2 * round + p, i)).collect();
+                let values: Vec<_> =
+                    (0..place.len()).map(|i| value(be.rank(), 2 * round + p, i)).collect();
                 be.write_reals(place, &values).unwrap();
                 be.exchange(place, if round == 0 { Reals::EMPTY } else { place }).unwrap();
                 if round > 0 {
@@ -149,7 +160,10 @@ fn a_fault_stops_all_ranks() {
         });
         for (parameters, taken) in ends {
             assert!(parameters.iter().all(|&p| p == 1.0_f32.to_bits()));
-            assert_eq!(taken, (Err(Error::Rank { rank: culprit, why: Halt::Fault(fault) }), Ok(None)));
+            assert_eq!(
+                taken,
+                (Err(Error::Rank { rank: culprit, why: Halt::Fault(fault) }), Ok(None))
+            );
         }
     }
 }
@@ -181,7 +195,8 @@ fn the_rank_that_differs_is_named() {
     }
 }
 
-/// A rank that comes too late, does something else or has left is an error on the others, which name it; none waits on.
+/// A rank that comes too late, does something else or has left is an error on the others, which
+/// name it; none waits on.
 #[test]
 fn who_does_not_answer_is_named() {
     let limit = Duration::from_secs(1);
@@ -206,7 +221,9 @@ fn who_does_not_answer_is_named() {
     let astray = Err(Error::Rank { rank: 2, why: Halt::Astray });
     let ends = on(3, limit, |be| exchange(be, if be.rank() == 2 { 99 } else { 100 }));
     assert!(ends.iter().all(|e| *e == astray), "{ends:?}");
-    let ends = on(3, limit, |be| if be.rank() == 2 { be.gather([0.0; 4], &mut |_| ()) } else { exchange(be, 100) });
+    let ends = on(3, limit, |be| {
+        if be.rank() == 2 { be.gather([0.0; 4], &mut |_| ()) } else { exchange(be, 100) }
+    });
     assert!(ends.iter().all(|e| *e == astray), "{ends:?}");
 
     let mut links = Local::group(2, limit);
@@ -232,7 +249,11 @@ fn requests_that_make_no_sense_are_errors() {
         [early, busy, other, outside]
     });
     for e in ends {
-        assert!(matches!(e[0], Err(Error::Setting { .. })) && matches!(e[1], Err(Error::Setting { .. })), "{e:?}");
+        assert!(
+            matches!(e[0], Err(Error::Setting { .. }))
+                && matches!(e[1], Err(Error::Setting { .. })),
+            "{e:?}"
+        );
         assert!(matches!(e[2], Err(Error::Shape { expected: 10, found: 9, .. })), "{e:?}");
         assert!(matches!(e[3], Err(Error::Handle(_))), "{e:?}");
     }

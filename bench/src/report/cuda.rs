@@ -17,7 +17,8 @@ use crate::page::{self, Section, Table};
 use crate::peers::{Peer, Python};
 use crate::roof::DeviceRoof;
 
-const PRECISIONS: [PrecisionKind; 3] = [PrecisionKind::F32, PrecisionKind::Tf32, PrecisionKind::Bf16];
+const PRECISIONS: [PrecisionKind; 3] =
+    [PrecisionKind::F32, PrecisionKind::Tf32, PrecisionKind::Bf16];
 
 /// A precision, and the device's limits with it.
 type Roofed = (PrecisionKind, DeviceRoof);
@@ -31,7 +32,8 @@ const fn peer_precision(precision: PrecisionKind) -> &'static str {
 }
 
 impl Report {
-    /// Training steps and kernels on a CUDA device. Where there is none, a line says what was missing.
+    /// Training steps and kernels on a CUDA device. Where there is none, a line says what was
+    /// missing.
     pub(super) fn cuda(&mut self, clock: Instant) -> Result<(), Failure> {
         say("measuring the CUDA device");
         let seconds = if self.args.quick { 0.2 } else { 2.0 };
@@ -44,7 +46,11 @@ impl Report {
                 Ok(roof) => roofs.push((precision, roof)),
                 Err(error) if roofs.is_empty() => {
                     say(&format!("CUDA: not run: {error}"));
-                    self.checks.row(["CUDA device".into(), "is there".into(), format!("not run: {error}")]);
+                    self.checks.row([
+                        "CUDA device".into(),
+                        "is there".into(),
+                        format!("not run: {error}"),
+                    ]);
                     return Ok(());
                 }
                 Err(error) => return Err(error),
@@ -64,9 +70,17 @@ impl Report {
         let python = Python::new(self.args.python.clone());
         let quick = self.args.quick;
         let rounds = self.args.rounds.unwrap_or(if quick { 1 } else { 3 });
-        let models: &[Model] = if quick { &[Model::Tiny] } else { &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall] };
-        let mut table =
-            Table::new(&["model", "precision", "engine", "items/s", "ours / it", "memory on the device", "ours / it"]);
+        let models: &[Model] =
+            if quick { &[Model::Tiny] } else { &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall] };
+        let mut table = Table::new(&[
+            "model",
+            "precision",
+            "engine",
+            "items/s",
+            "ours / it",
+            "memory on the device",
+            "ours / it",
+        ]);
         let mut charts = Vec::new();
         let dir = std::env::temp_dir().join(format!("bdia-bench-{}", std::process::id()));
         for model in self.chosen(models) {
@@ -84,7 +98,12 @@ impl Report {
              fused AdamW): the most that its allocator had given out, which leaves out what it keeps in reserve.",
             roofs.first().map_or("", |r| r.1.name.as_str()),
         );
-        self.sections.push(Section { title: "Beside PyTorch on a CUDA device".into(), text, table, charts });
+        self.sections.push(Section {
+            title: "Beside PyTorch on a CUDA device".into(),
+            text,
+            table,
+            charts,
+        });
         Ok(())
     }
 
@@ -98,12 +117,17 @@ impl Report {
         charts: &mut Vec<String>,
     ) {
         let (model, name) = (job.model, bdia_gpt2::cli::name_of(&job.precision));
-        let peers = ["store-all", "checkpointing"].map(|mode| Peer { mode, precision: peer_precision(job.precision) });
+        let peers = ["store-all", "checkpointing"]
+            .map(|mode| Peer { mode, precision: peer_precision(job.precision) });
         let own = [job.clone(), Job { mode: Mode::Standard, ..job.clone() }];
         let names = ["bdia".into(), "bdia, standard".into(), peers[0].name(), peers[1].name()];
         let mut runs: [Vec<Record>; 4] = Default::default();
         for round in 0..rounds {
-            say(&format!("{} in {name} beside PyTorch on the device, round {} of {rounds}", model.name(), round + 1));
+            say(&format!(
+                "{} in {name} beside PyTorch on the device, round {} of {rounds}",
+                model.name(),
+                round + 1
+            ));
             for (i, records) in runs.iter_mut().enumerate() {
                 let record = if i < 2 { spawn(&own[i]) } else { python.run(job, peers[i - 2]) };
                 match record {
@@ -118,13 +142,15 @@ impl Report {
                 }
             }
         }
-        let rate = |records: &[Record]| median(&records.iter().map(|r| r.items_per_s).collect::<Vec<_>>());
-        let memory =
-            |records: &[Record]| records.iter().filter_map(|r| r.parts.first()).map(|p| p.measured).max().unwrap_or(0);
+        let rate =
+            |records: &[Record]| median(&records.iter().map(|r| r.items_per_s).collect::<Vec<_>>());
+        let memory = |records: &[Record]| {
+            records.iter().filter_map(|r| r.parts.first()).map(|p| p.measured).max().unwrap_or(0)
+        };
         let [ours, standard, store_all, checkpointing] = &runs;
         if let (Some(a), Some(b)) = (standard.first(), store_all.first()) {
-            // The same network from the same parameters; the second loss has seen gradients and an update. Factors of 10 and of 7
-            // bits are rounded in other places of the two.
+            // The same network from the same parameters; the second loss has seen gradients and an
+            // update. Factors of 10 and of 7 bits are rounded in other places of the two.
             let limit = match job.precision {
                 PrecisionKind::F32 => 2e-4,
                 PrecisionKind::Tf32 => 1e-3,
@@ -135,7 +161,10 @@ impl Report {
                 d if d < limit => Ok(()),
                 d => Err(format!("{d:.1e} apart: {:?} and {:?}", first(a), first(b))),
             };
-            let assertion = format!("the first two losses in mode standard as {} has them, to {limit:.0e}", names[2]);
+            let assertion = format!(
+                "the first two losses in mode standard as {} has them, to {limit:.0e}",
+                names[2]
+            );
             self.check(&title(job), &assertion, result);
         }
         let (mut speed, mut used) = (Vec::new(), Vec::new());
@@ -156,12 +185,18 @@ impl Report {
         let size = format!("{} in {name}, B = {}, T = {}", model.name(), job.batch(), job.tokens());
         charts.push(page::bars(&format!("{size}: {} per second", model.unit()), &speed));
         charts.push(page::bars(&format!("{size}: memory on the device"), &used));
-        let about = matches!(model, Model::Gpt2 | Model::Gpt2Medium) && job.precision == PrecisionKind::Bf16;
+        let about = matches!(model, Model::Gpt2 | Model::Gpt2Medium)
+            && job.precision == PrecisionKind::Bf16;
         if about && runs.iter().all(|r| !r.is_empty()) {
             let faster = ratio(rate(ours), rate(checkpointing));
             let smaller = ratio(memory(ours) as f64, memory(store_all) as f64);
             for (what, target, found, met) in [
-                ("CUDA, bf16: tokens/s over PyTorch with checkpointing", "≥ 1.0", faster, faster >= 1.0),
+                (
+                    "CUDA, bf16: tokens/s over PyTorch with checkpointing",
+                    "≥ 1.0",
+                    faster,
+                    faster >= 1.0,
+                ),
                 ("CUDA, bf16: memory over PyTorch store-all", "≤ 0.5", smaller, smaller <= 0.5),
             ] {
                 let found = format!("{found:.2} ({})", model.name());
@@ -171,7 +206,12 @@ impl Report {
     }
 
     fn cuda_job(&self, model: Model, mode: Mode, precision: PrecisionKind) -> Job {
-        let mut job = Job { backend: BackendKind::Cuda, device: self.args.device, precision, ..self.job(model, mode) };
+        let mut job = Job {
+            backend: BackendKind::Cuda,
+            device: self.args.device,
+            precision,
+            ..self.job(model, mode)
+        };
         if matches!(model, Model::Gpt2 | Model::Gpt2Medium) {
             // What the targets on a GPU are about.
             (job.batch, job.context, job.steps) = (Some(8), Some(1024), 10);
@@ -180,8 +220,11 @@ impl Report {
     }
 
     fn cuda_steps(&mut self, roofs: &[Roofed]) -> Result<(), Failure> {
-        let models: &[Model] =
-            if self.args.quick { &[Model::Tiny] } else { &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall] };
+        let models: &[Model] = if self.args.quick {
+            &[Model::Tiny]
+        } else {
+            &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall]
+        };
         let mut times = Table::new(&["model", "precision", "kernel", "calls", "time", "share"]);
         let mut table = Table::new(&[
             "model",
@@ -255,11 +298,16 @@ impl Report {
             }
             let _ = std::fs::remove_dir_all(&dir);
             if !bars.is_empty() {
-                charts.push(page::bars(&format!("{}: {} per second", model.name(), model.unit()), &bars));
+                charts.push(page::bars(
+                    &format!("{}: {} per second", model.name(), model.unit()),
+                    &bars,
+                ));
             }
         }
-        let limits: Vec<String> =
-            roofs.iter().map(|(p, r)| format!("{} {:.1} GFLOP/s", bdia_gpt2::cli::name_of(p), r.flops / 1e9)).collect();
+        let limits: Vec<String> = roofs
+            .iter()
+            .map(|(p, r)| format!("{} {:.1} GFLOP/s", bdia_gpt2::cli::name_of(p), r.flops / 1e9))
+            .collect();
         let text = format!(
             "{}; median of the steps after the first. Share of peak: all floating-point operations of the step per second, over \
              the best rate of the backend's own square product with the same precision, measured on this device in this run ({}). Plan and found: bytes on the device, by the plan and by the \
@@ -267,7 +315,12 @@ impl Report {
             roofs.first().map_or("", |r| r.1.name.as_str()),
             limits.join(", "),
         );
-        self.sections.push(Section { title: "Training steps on a CUDA device".into(), text, table, charts });
+        self.sections.push(Section {
+            title: "Training steps on a CUDA device".into(),
+            text,
+            table,
+            charts,
+        });
         let text = "Where the time of one more step in mode bdia goes, by events around each of its calls; they cost some time of their \
                     own. Products have rows, columns and inner size. \u{201c}All\u{201d} is the device's time from the first call to the end \
                     of the last: what is above the sum is gaps between calls."
@@ -278,7 +331,8 @@ impl Report {
     }
 
     fn cuda_kernels(&mut self, roofs: &[Roofed]) -> Result<(), Failure> {
-        let mut table = Table::new(&["shapes", "precision", "kernel", "time", "rate", "roof", "share"]);
+        let mut table =
+            Table::new(&["shapes", "precision", "kernel", "time", "rate", "roof", "share"]);
         let quick = self.args.quick;
         let span = Duration::from_millis(if quick { 5 } else { 200 });
         // What a device is given at a time.
@@ -311,7 +365,8 @@ impl Report {
                     bench.fill(&mut be)?;
                     let seconds = bench.kernels[i].seconds(&mut be, span)?;
                     let kernel = &bench.kernels[i];
-                    let cells = kernel_cells(kernel, seconds, roof.flops, roof.bandwidth, &mut worst);
+                    let cells =
+                        kernel_cells(kernel, seconds, roof.flops, roof.bandwidth, &mut worst);
                     table.row([s.model.to_string(), name.clone()].into_iter().chain(cells));
                 }
             }
@@ -329,7 +384,12 @@ impl Report {
                     before. A product's roof is the device's best square product \
                     with the same precision; the bandwidth that of its own copy."
             .into();
-        self.sections.push(Section { title: "Kernels on a CUDA device".into(), text, table, charts: Vec::new() });
+        self.sections.push(Section {
+            title: "Kernels on a CUDA device".into(),
+            text,
+            table,
+            charts: Vec::new(),
+        });
         Ok(())
     }
 }
@@ -340,7 +400,11 @@ fn time_rows(record: &Record, table: &mut Table) {
     let mut times = record.times.clone();
     times.sort_by(|a, b| b.2.total_cmp(&a.2));
     let (large, small): (Vec<_>, Vec<_>) = times.into_iter().partition(|t| t.2 >= 0.01 * sum);
-    let rest = (format!("{} others", small.len()), small.iter().map(|t| t.1).sum(), small.iter().map(|t| t.2).sum());
+    let rest = (
+        format!("{} others", small.len()),
+        small.iter().map(|t| t.1).sum(),
+        small.iter().map(|t| t.2).sum(),
+    );
     let calls = record.times.iter().map(|t| t.1).sum();
     let all = [rest, ("sum".into(), calls, sum), ("all".into(), calls, record.seconds_on_device)];
     for (name, calls, seconds) in large.into_iter().chain(all) {

@@ -1,4 +1,5 @@
-//! The pre-norm transformer block as a residual: `h(x) = f(x) + g(x + f(x))`, `f` attention, `g` MLP.
+//! The pre-norm transformer block as a residual: `h(x) = f(x) + g(x + f(x))`, `f` attention, `g`
+//! MLP.
 
 use super::{Lora, LoraShape, Params, Tensor, Updater, linear, linear_vjp, place};
 use crate::arena::{Category, Ints, Layout, Reals, Words, product};
@@ -58,9 +59,15 @@ impl BlockShape {
     /// Checks the dimensions.
     ///
     /// # Errors
-    /// [`Error::Setting`] names the first that is wrong; [`Error::TooLarge`] for sizes beyond the address space.
+    /// [`Error::Setting`] names the first that is wrong; [`Error::TooLarge`] for sizes beyond the
+    /// address space.
     pub const fn check(&self) -> Result<()> {
-        let sizes = [("tokens", self.tokens), ("width", self.width), ("heads", self.heads), ("MLP width", self.inner)];
+        let sizes = [
+            ("tokens", self.tokens),
+            ("width", self.width),
+            ("heads", self.heads),
+            ("MLP width", self.inner),
+        ];
         let mut i = 0;
         while i < sizes.len() {
             if sizes[i].1 == 0 {
@@ -69,7 +76,11 @@ impl BlockShape {
             i += 1;
         }
         if !self.width.is_multiple_of(self.heads) {
-            return Err(Error::Setting { what: "heads", found: self.heads as f64, possible: "a divisor of the width" });
+            return Err(Error::Setting {
+                what: "heads",
+                found: self.heads as f64,
+                possible: "a divisor of the width",
+            });
         }
         let dropouts = [
             ("attention dropout", self.attention_dropout),
@@ -80,17 +91,25 @@ impl BlockShape {
         while i < dropouts.len() {
             let (what, p) = dropouts[i];
             if !(p >= 0.0 && p < 1.0) {
-                return Err(Error::Setting { what, found: p, possible: "0 up to, not including, 1" });
+                return Err(Error::Setting {
+                    what,
+                    found: p,
+                    possible: "0 up to, not including, 1",
+                });
             }
             i += 1;
         }
         ok!(product("block", &[self.width, 4, self.width]));
         ok!(product("block", &[self.width, 3, self.inner]));
-        ok!(product("frame", &[self.tokens, 16, larger(self.width, larger(self.inner, self.heads))]));
+        ok!(product(
+            "frame",
+            &[self.tokens, 16, larger(self.width, larger(self.inner, self.heads))]
+        ));
         Ok(())
     }
 
-    /// The parameter tensors of a block (empty ones for what it does not have) and the length of its group.
+    /// The parameter tensors of a block (empty ones for what it does not have) and the length of
+    /// its group.
     pub const fn tensors(&self) -> ([Tensor; BLOCK_TENSORS], usize) {
         const fn t(name: &'static str, rows: usize, cols: usize, matrix: bool) -> Tensor {
             Tensor { name, rows, cols, matrix, offset: 0 }
@@ -138,16 +157,22 @@ impl BlockShape {
         self.needs_with(B::attention_scratch(&self.attention(), chunk, threads))
     }
 
-    /// The same for constant plans, where the backend's [`attention_scratch`](crate::NnOps::attention_scratch) is given.
+    /// The same for constant plans, where the backend's
+    /// [`attention_scratch`](crate::NnOps::attention_scratch) is given.
     pub const fn needs_with(&self, attention_scratch: usize) -> Needs {
         let (t, d, i) = (self.tokens, self.width, self.inner);
         Needs {
-            // ln_1, qkv, attention, x + f, ln_2: 7 d; c_fc before and after GELU: 2 i; statistics of both norms; lse.
+            // ln_1, qkv, attention, x + f, ln_2: 7 d; c_fc before and after GELU: 2 i; statistics
+            // of both norms; lse.
             frame: t.saturating_mul(
-                (d.saturating_mul(7)).saturating_add(i.saturating_mul(2)).saturating_add(self.heads).saturating_add(4),
+                (d.saturating_mul(7))
+                    .saturating_add(i.saturating_mul(2))
+                    .saturating_add(self.heads)
+                    .saturating_add(4),
             ),
             // Backward: dmid and d; and dact, whose place dqkv and dattn take afterwards.
-            scratch: t.saturating_mul(d.saturating_mul(2).saturating_add(larger(i, d.saturating_mul(4)))),
+            scratch: t
+                .saturating_mul(d.saturating_mul(2).saturating_add(larger(i, d.saturating_mul(4)))),
             fixed: attention_scratch,
         }
     }
@@ -237,8 +262,9 @@ pub struct TransformerBlocks {
     pub params: Params,
     /// The optimizer of the running step.
     pub updater: Updater,
-    /// Where the gradients of the block being worked on go, tensor by tensor, instead of into `params`; empty for a
-    /// matrix or bias that is frozen. (Both tensors of a norm have a gradient.)
+    /// Where the gradients of the block being worked on go, tensor by tensor, instead of into
+    /// `params`; empty for a matrix or bias that is frozen. (Both tensors of a norm have a
+    /// gradient.)
     pub gradients: Option<[Reals; BLOCK_TENSORS]>,
     /// Padding: the number of tokens of every sample of the batch; empty where all are full.
     pub key_lens: Ints,
@@ -246,13 +272,14 @@ pub struct TransformerBlocks {
     pub narrow: Option<Narrow>,
     /// Adapters, which are trained in place of `params`.
     pub lora: Option<Lora>,
-    /// Whether a block that is done is [finished](Params::finished): its gradient has all that the step adds to it. Not so in
-    /// the micro-batches of a step before the last.
+    /// Whether a block that is done is [finished](Params::finished): its gradient has all that the
+    /// step adds to it. Not so in the micro-batches of a step before the last.
     pub finishes: bool,
 }
 
 impl TransformerBlocks {
-    /// Lays out parameters, gradients and optimizer state of `blocks` blocks; `rule` is `None` for inference only.
+    /// Lays out parameters, gradients and optimizer state of `blocks` blocks; `rule` is `None` for
+    /// inference only.
     ///
     /// # Errors
     /// Those of [`BlockShape::check`] and [`Rule::check`].
@@ -269,12 +296,12 @@ impl TransformerBlocks {
         Self::new(shape, tensors, params, None, rule, fused)
     }
 
-    /// Lays out `blocks` blocks whose own parameters are frozen, their matrices in 16 bits where `half` is given, and
-    /// adapters that are trained by `rule`.
+    /// Lays out `blocks` blocks whose own parameters are frozen, their matrices in 16 bits where
+    /// `half` is given, and adapters that are trained by `rule`.
     ///
     /// # Errors
-    /// Those of [`BlockShape::check`], [`Rule::check`] and [`Lora::layout`]; [`Error::Setting`] with a learned temperature,
-    /// which has no frozen form.
+    /// Those of [`BlockShape::check`], [`Rule::check`] and [`Lora::layout`]; [`Error::Setting`]
+    /// with a learned temperature, which has no frozen form.
     pub const fn layout_frozen(
         shape: BlockShape,
         blocks: usize,
@@ -286,7 +313,11 @@ impl TransformerBlocks {
     ) -> Result<Self> {
         ok!(shape.check());
         if shape.temperature {
-            return Err(Error::Setting { what: "temperature", found: 1.0, possible: "none in frozen blocks" });
+            return Err(Error::Setting {
+                what: "temperature",
+                found: 1.0,
+                possible: "none in frozen blocks",
+            });
         }
         let (mut tensors, mut len) = shape.tensors();
         let mut narrow = None;
@@ -306,8 +337,14 @@ impl TransformerBlocks {
             }
             len = at[0];
             let group = at[1] / 2;
-            let values = layout.words(Category::Frozen, ok!(product("frozen matrices", &[blocks, group])));
-            narrow = Some(Narrow { half, group, values, wide: layout.reals(Category::Workspace, largest) });
+            let values =
+                layout.words(Category::Frozen, ok!(product("frozen matrices", &[blocks, group])));
+            narrow = Some(Narrow {
+                half,
+                group,
+                values,
+                wide: layout.reals(Category::Workspace, largest),
+            });
         }
         let params = ok!(Params::layout_frozen(layout, blocks, len));
         let mut new = ok!(Self::new(shape, tensors, params, narrow, rule, fused));
@@ -342,7 +379,8 @@ impl TransformerBlocks {
         })
     }
 
-    /// What a block needs of its stack, for chunks of `chunk` samples: that of its shape, and of its adapters.
+    /// What a block needs of its stack, for chunks of `chunk` samples: that of its shape, and of
+    /// its adapters.
     pub fn needs<B: Backend>(&self, chunk: usize, threads: usize) -> Needs {
         let mut needs = self.shape.needs::<B>(chunk, threads);
         if let Some(lora) = &self.lora {
@@ -407,7 +445,8 @@ impl TransformerBlocks {
         let key_lens = self.key_lens.sub(call.chunk.first, call.chunk.samples);
         let dropout = if call.train { self.shape.attention_dropout } else { 0.0 };
         // Without training there is no gradient, and the handle is empty.
-        let (temperature, temperature_grad) = (self.value(call, TEMPERATURE), self.slope(call, TEMPERATURE));
+        let (temperature, temperature_grad) =
+            (self.value(call, TEMPERATURE), self.slope(call, TEMPERATURE));
         Attention { key_lens, dropout, temperature, temperature_grad, ..self.shape.attention() }
     }
 
@@ -416,8 +455,8 @@ impl TransformerBlocks {
         [0, 1, 2].map(|i| Columns { of, stride: 3 * d, at: i * d })
     }
 
-    /// Matrix `i` of the call's block: its group and its place. One that is stored in 16 bits is there until the next one
-    /// is asked for.
+    /// Matrix `i` of the call's block: its group and its place. One that is stored in 16 bits is
+    /// there until the next one is asked for.
     fn matrix<B: Backend>(&self, be: &mut B, call: &Call, i: usize) -> Result<(Reals, Tensor)> {
         let t = self.tensors[i];
         let Some(narrow) = &self.narrow else { return Ok((self.params.group(call.block), t)) };
@@ -444,27 +483,57 @@ impl TransformerBlocks {
     }
 
     /// `qkv = c_attn(ln_1(x))`, with adapters where there are any.
-    fn c_attn<B: Backend>(&self, be: &mut B, call: &Call, rows: usize, x: Reals, frame: &Frame) -> Result<()> {
+    fn c_attn<B: Backend>(
+        &self,
+        be: &mut B,
+        call: &Call,
+        rows: usize,
+        x: Reals,
+        frame: &Frame,
+    ) -> Result<()> {
         let w = |i| self.value(call, i);
         be.layer_norm(self.shape.eps, w(LN_1_W), w(LN_1_B), x, frame.ln_1, frame.ln_1_stats)?;
         let m = self.matrix(be, call, C_ATTN_W)?;
         linear(be, rows, m, w(C_ATTN_B), frame.ln_1, frame.qkv)?;
         match &self.lora {
-            Some(lora) => lora.forward(be, (call.block, rows), frame.ln_1, frame.lora, frame.qkv, call.scratch),
+            Some(lora) => lora.forward(
+                be,
+                (call.block, rows),
+                frame.ln_1,
+                frame.lora,
+                frame.qkv,
+                call.scratch,
+            ),
             None => Ok(()),
         }
     }
 
-    /// `f(x) = dropout(c_proj(attention(c_attn(ln_1(x)))))`: the attention branch alone, for residual networks of another
-    /// shape. `x` and `out` are `[rows, d]`; intermediates go to the frame, beside those of the MLP branch.
+    /// `f(x) = dropout(c_proj(attention(c_attn(ln_1(x)))))`: the attention branch alone, for
+    /// residual networks of another shape. `x` and `out` are `[rows, d]`; intermediates go to the
+    /// frame, beside those of the MLP branch.
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn attention_branch<B: Backend>(&self, be: &mut B, call: &Call, x: Reals, out: Reals) -> Result<()> {
+    pub fn attention_branch<B: Backend>(
+        &self,
+        be: &mut B,
+        call: &Call,
+        x: Reals,
+        out: Reals,
+    ) -> Result<()> {
         let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
         self.c_attn(be, call, rows, x, &frame)?;
         let [q, k, v] = self.qkv(frame.qkv);
-        be.attention(&call.chunk, &self.attention(call), q, k, v, frame.attn, frame.lse, call.scratch)?;
+        be.attention(
+            &call.chunk,
+            &self.attention(call),
+            q,
+            k,
+            v,
+            frame.attn,
+            frame.lse,
+            call.scratch,
+        )?;
         let m = self.matrix(be, call, ATTN_PROJ_W)?;
         linear(be, rows, m, self.value(call, ATTN_PROJ_B), frame.attn, out)?;
         if drop {
@@ -473,9 +542,10 @@ impl TransformerBlocks {
         Ok(())
     }
 
-    /// The attention branch for one more token of each sample, at inference: `x` and `out` are `[samples, d]`, in a call of
-    /// blocks [`with_tokens`](Self::with_tokens)`(1)`. Keys and values of the tokens before are in `cached`,
-    /// `[samples, keys, 2 d]`, at positions below the sample's own, where this token's are put; `lens` says one more.
+    /// The attention branch for one more token of each sample, at inference: `x` and `out` are
+    /// `[samples, d]`, in a call of blocks [`with_tokens`](Self::with_tokens)`(1)`. Keys and values
+    /// of the tokens before are in `cached`, `[samples, keys, 2 d]`, at positions below the
+    /// sample's own, where this token's are put; `lens` says one more.
     ///
     /// # Errors
     /// Those of the backend.
@@ -491,7 +561,11 @@ impl TransformerBlocks {
         let (d, keys) = (s.width, cached.keys);
         self.c_attn(be, call, rows, x, &frame)?;
         if cached.positions.len() != rows {
-            return Err(Error::Shape { what: "cache: positions", expected: rows, found: cached.positions.len() });
+            return Err(Error::Shape {
+                what: "cache: positions",
+                expected: rows,
+                found: cached.positions.len(),
+            });
         }
         for (row, &position) in cached.positions.iter().enumerate() {
             let place = (row * keys + position) * 2 * d;
@@ -499,8 +573,17 @@ impl TransformerBlocks {
         }
         let [q, ..] = self.qkv(frame.qkv);
         let [k, v] = [0, d].map(|at| Columns { of: cached.of, stride: 2 * d, at });
-        let (mask, key_lens, temperature) = (Mask::Full, cached.lens, self.value(call, TEMPERATURE));
-        let a = Attention { queries: 1, keys, mask, key_lens, dropout: 0.0, temperature, ..s.attention() };
+        let (mask, key_lens, temperature) =
+            (Mask::Full, cached.lens, self.value(call, TEMPERATURE));
+        let a = Attention {
+            queries: 1,
+            keys,
+            mask,
+            key_lens,
+            dropout: 0.0,
+            temperature,
+            ..s.attention()
+        };
         be.attention(&call.chunk, &a, q, k, v, frame.attn, frame.lse, call.scratch)?;
         let m = self.matrix(be, call, ATTN_PROJ_W)?;
         linear(be, rows, m, self.value(call, ATTN_PROJ_B), frame.attn, out)
@@ -511,7 +594,13 @@ impl TransformerBlocks {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn next<B: Backend>(&self, be: &mut B, call: &Call, cached: &Cached<'_>, h: Reals) -> Result<()> {
+    pub fn next<B: Backend>(
+        &self,
+        be: &mut B,
+        call: &Call,
+        cached: &Cached<'_>,
+        h: Reals,
+    ) -> Result<()> {
         let (mid, g) = (self.mid(call), call.scratch.sub(0, h.len()));
         self.next_attention_branch(be, call, cached, call.x, h)?;
         be.copy_reals(call.x, mid)?;
@@ -520,7 +609,8 @@ impl TransformerBlocks {
         be.add(h, g)
     }
 
-    /// Where a call's residual has left keys and values: columns `at .. at + 2 d` of a row for each token.
+    /// Where a call's residual has left keys and values: columns `at .. at + 2 d` of a row for each
+    /// token.
     pub fn keys_values(&self, call: &Call) -> Columns {
         let [_, keys, _] = self.qkv(self.frame(call).qkv);
         keys
@@ -530,7 +620,13 @@ impl TransformerBlocks {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn mlp_branch<B: Backend>(&self, be: &mut B, call: &Call, x: Reals, out: Reals) -> Result<()> {
+    pub fn mlp_branch<B: Backend>(
+        &self,
+        be: &mut B,
+        call: &Call,
+        x: Reals,
+        out: Reals,
+    ) -> Result<()> {
         let (s, frame, (rows, drop)) = (&self.shape, self.frame(call), self.rows(call));
         let w = |i| self.value(call, i);
         be.layer_norm(s.eps, w(LN_2_W), w(LN_2_B), x, frame.ln_2, frame.ln_2_stats)?;
@@ -548,8 +644,8 @@ impl TransformerBlocks {
         Ok(())
     }
 
-    /// The product of [`attention_branch`](Self::attention_branch) with its frame: *adds* `J_f(x)ᵀ·gout` to `gx`; `gout`
-    /// is overwritten. `scratch` is free for use.
+    /// The product of [`attention_branch`](Self::attention_branch) with its frame: *adds*
+    /// `J_f(x)ᵀ·gout` to `gx`; `gout` is overwritten. `scratch` is free for use.
     ///
     /// # Errors
     /// Those of the backend.
@@ -578,7 +674,20 @@ impl TransformerBlocks {
         linear_vjp(be, rows, m, pair(ATTN_PROJ_W), frame.attn, gout, dattn)?;
         let ([q, k, v], [dq, dk, dv]) = (self.qkv(frame.qkv), self.qkv(dqkv));
         let a = self.attention(call);
-        be.attention_vjp(&call.chunk, &a, q, k, v, frame.attn, frame.lse, dattn, dq, dk, dv, scratch.0)?;
+        be.attention_vjp(
+            &call.chunk,
+            &a,
+            q,
+            k,
+            v,
+            frame.attn,
+            frame.lse,
+            dattn,
+            dq,
+            dk,
+            dv,
+            scratch.0,
+        )?;
         let m = self.matrix(be, call, C_ATTN_W)?;
         linear_vjp(be, rows, m, pair(C_ATTN_W), frame.ln_1, dqkv, d)?;
         if let Some(lora) = &self.lora {
@@ -587,7 +696,8 @@ impl TransformerBlocks {
         be.layer_norm_vjp(w(LN_1_W), x, frame.ln_1_stats, d, gx, g(LN_1_W), g(LN_1_B))
     }
 
-    /// The product of [`mlp_branch`](Self::mlp_branch) with its frame: *adds* `J_g(x)ᵀ·gout` to `gx`; `gout` stays.
+    /// The product of [`mlp_branch`](Self::mlp_branch) with its frame: *adds* `J_g(x)ᵀ·gout` to
+    /// `gx`; `gout` stays.
     ///
     /// # Errors
     /// Those of the backend.

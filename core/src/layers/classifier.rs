@@ -40,7 +40,8 @@ pub struct ClassHead {
     pub mixup: Option<Mixup>,
 }
 
-/// Two labels a sample (Zhang et al., "mixup", 2018): the loss is `share·loss(label) + (1-share)·loss(other)`.
+/// Two labels a sample (Zhang et al., "mixup", 2018): the loss is `share·loss(label) +
+/// (1-share)·loss(other)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Mixup {
     /// Share of the first label, from 0 to 1.
@@ -70,7 +71,8 @@ struct Parts {
 impl ClassHead {
     /// Reals of scratch for chunks of `samples` samples.
     pub const fn scratch(width: usize, classes: usize, samples: usize) -> usize {
-        let per = width.saturating_mul(3).saturating_add(classes.saturating_mul(2)).saturating_add(2);
+        let per =
+            width.saturating_mul(3).saturating_add(classes.saturating_mul(2)).saturating_add(2);
         samples.saturating_mul(per)
     }
 
@@ -92,7 +94,14 @@ impl ClassHead {
         for i in 0..n {
             be.copy_reals(x.sub(i * self.per_sample * d, d), parts.class.sub(i * d, d))?;
         }
-        be.layer_norm(self.eps, self.norm.of(p), self.norm_bias.of(p), parts.class, parts.y, parts.stats)?;
+        be.layer_norm(
+            self.eps,
+            self.norm.of(p),
+            self.norm_bias.of(p),
+            parts.class,
+            parts.y,
+            parts.stats,
+        )?;
         linear(be, n, (p, self.weight), self.bias.of(p), parts.y, parts.logits)?;
         Ok(parts)
     }
@@ -101,11 +110,18 @@ impl ClassHead {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn logits<B: Backend>(&self, be: &mut B, chunk: &Chunk, x: Reals, scratch: Reals) -> Result<Reals> {
+    pub fn logits<B: Backend>(
+        &self,
+        be: &mut B,
+        chunk: &Chunk,
+        x: Reals,
+        scratch: Reals,
+    ) -> Result<Reals> {
         Ok(self.forward(be, chunk.samples, x, scratch)?.logits)
     }
 
-    /// Losses of the chunk from its `logits`, without smoothing, for evaluation. The logits are overwritten.
+    /// Losses of the chunk from its `logits`, without smoothing, for evaluation. The logits are
+    /// overwritten.
     ///
     /// # Errors
     /// Those of the backend.
@@ -129,14 +145,28 @@ impl ClassHead {
 }
 
 impl<B: Backend> Head<B> for ClassHead {
-    fn forward_backward(&mut self, be: &mut B, chunk: &Chunk, x: Reals, gx: Reals, scratch: Reals) -> Result<()> {
+    fn forward_backward(
+        &mut self,
+        be: &mut B,
+        chunk: &Chunk,
+        x: Reals,
+        gx: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
         let (d, n, g) = (self.width, chunk.samples, self.grads);
         let parts = self.forward(be, n, x, scratch)?;
         let share = self.mixup.map_or(1.0, |m| m.share);
         if let Some(m) = self.mixup {
             be.copy_reals(parts.logits, parts.other)?;
             let scale = self.scale * (1.0 - share);
-            self.cross_entropy(be, chunk, parts.other, (m.labels, m.losses), self.smoothing, scale)?;
+            self.cross_entropy(
+                be,
+                chunk,
+                parts.other,
+                (m.labels, m.losses),
+                self.smoothing,
+                scale,
+            )?;
         }
         // From here on `logits` are their own gradient.
         let own = (self.labels, self.losses);
@@ -149,7 +179,15 @@ impl<B: Backend> Head<B> for ClassHead {
         // Only the class token has a gradient; `y` is read no more and takes it.
         be.fill_reals(parts.y, B::Real::of(0.0))?;
         let (norm, stats) = (self.norm.of(self.params), parts.stats);
-        be.layer_norm_vjp(norm, parts.class, stats, parts.dy, parts.y, self.norm.of(g), self.norm_bias.of(g))?;
+        be.layer_norm_vjp(
+            norm,
+            parts.class,
+            stats,
+            parts.dy,
+            parts.y,
+            self.norm.of(g),
+            self.norm_bias.of(g),
+        )?;
         be.fill_reals(gx, B::Real::of(0.0))?;
         for i in 0..n {
             be.copy_reals(parts.y.sub(i * d, d), gx.sub(i * self.per_sample * d, d))?;

@@ -1,4 +1,5 @@
-//! The pre-norm decoder block as a residual: self-attention `f`, cross-attention `c` and MLP `g`, composed:
+//! The pre-norm decoder block as a residual: self-attention `f`, cross-attention `c` and MLP `g`,
+//! composed:
 //!
 //! ```text
 //! a = x + f(x)          f: dropout(c_proj(attention(c_attn(ln_1(x)))))
@@ -6,8 +7,9 @@
 //! h = f(x) + c(a, memory) + g(b)
 //! ```
 //!
-//! `memory` is the encoder's output, the [`Context`](crate::stack::Context) of the stack; its gradient adds up over blocks.
-//! Its keys and values are computed anew in every block and pass: nothing of it is kept.
+//! `memory` is the encoder's output, the [`Context`](crate::stack::Context) of the stack; its
+//! gradient adds up over blocks. Its keys and values are computed anew in every block and pass:
+//! nothing of it is kept.
 
 use super::block::{Cut, larger};
 use super::{Cached, Params, Tensor, TransformerBlocks, linear, linear_vjp, place};
@@ -31,7 +33,8 @@ const KV_B: usize = 5;
 const PROJ_W: usize = 6;
 const PROJ_B: usize = 7;
 
-/// The intermediates of cross-attention in one call, for `rows` rows and `keys` rows of the context.
+/// The intermediates of cross-attention in one call, for `rows` rows and `keys` rows of the
+/// context.
 struct Frame {
     /// `b = a + c(a)`, `[rows, d]`.
     mid: Reals,
@@ -59,13 +62,15 @@ pub struct DecoderBlocks {
     tensors: [Tensor; CROSS_TENSORS],
     /// Positions `S` of a sample's context.
     pub keys: usize,
-    /// Padding of the context: its number of positions in every sample of the batch; empty where all are there.
+    /// Padding of the context: its number of positions in every sample of the batch; empty where
+    /// all are there.
     pub context_lens: Ints,
 }
 
 impl DecoderBlocks {
-    /// Lays out parameters, gradients and optimizer state of `blocks` blocks over a context of `keys` positions a sample;
-    /// `rule` is `None` for inference only. Cross-attention has the heads and the dropout of self-attention.
+    /// Lays out parameters, gradients and optimizer state of `blocks` blocks over a context of
+    /// `keys` positions a sample; `rule` is `None` for inference only. Cross-attention has the
+    /// heads and the dropout of self-attention.
     ///
     /// # Errors
     /// As [`TransformerBlocks::layout`]; [`Error::Setting`] for a context of no position.
@@ -78,7 +83,11 @@ impl DecoderBlocks {
         layout: &mut Layout,
     ) -> Result<Self> {
         if keys == 0 {
-            return Err(Error::Setting { what: "positions of the context", found: 0.0, possible: "1 or more" });
+            return Err(Error::Setting {
+                what: "positions of the context",
+                found: 0.0,
+                possible: "1 or more",
+            });
         }
         let own = ok!(TransformerBlocks::layout(shape, blocks, rule, fused, layout));
         let (tensors, len) = Self::cross_tensors(&shape);
@@ -105,7 +114,8 @@ impl DecoderBlocks {
         (tensors, len)
     }
 
-    /// The same blocks, with the same parameters, for samples of `tokens` tokens and a context of `keys` positions.
+    /// The same blocks, with the same parameters, for samples of `tokens` tokens and a context of
+    /// `keys` positions.
     #[must_use]
     pub const fn with_tokens(mut self, tokens: usize, keys: usize) -> Self {
         self.own = self.own.with_tokens(tokens);
@@ -118,9 +128,16 @@ impl DecoderBlocks {
         &self.tensors
     }
 
-    /// Cross-attention of a block: `queries` rows of a sample over the context, without padding and dropout.
+    /// Cross-attention of a block: `queries` rows of a sample over the context, without padding and
+    /// dropout.
     pub const fn attention(&self, queries: usize) -> Attention {
-        Attention { mask: Mask::Full, queries, keys: self.keys, dropout: 0.0, ..self.own.shape().attention() }
+        Attention {
+            mask: Mask::Full,
+            queries,
+            keys: self.keys,
+            dropout: 0.0,
+            ..self.own.shape().attention()
+        }
     }
 
     /// What a block needs of its stack, for chunks of `chunk` samples.
@@ -131,15 +148,21 @@ impl DecoderBlocks {
         Needs {
             // mid, ln, q, attention: 4 d; statistics; lse; keys and values.
             frame: (own.frame)
-                .saturating_add(t.saturating_mul(d.saturating_mul(4).saturating_add(shape.heads).saturating_add(2)))
+                .saturating_add(t.saturating_mul(
+                    d.saturating_mul(4).saturating_add(shape.heads).saturating_add(2),
+                ))
                 .saturating_add(keys.saturating_mul(2)),
             // Backward: ga, gc, dln, dq and dattn; dkv.
-            scratch: larger(own.scratch, t.saturating_mul(d).saturating_mul(5).saturating_add(keys.saturating_mul(2))),
+            scratch: larger(
+                own.scratch,
+                t.saturating_mul(d).saturating_mul(5).saturating_add(keys.saturating_mul(2)),
+            ),
             fixed: larger(own.fixed, B::attention_scratch(&self.attention(t), chunk, threads)),
         }
     }
 
-    /// The call as self-attention and MLP see it, whose frame is the first part of the frame, and what is left.
+    /// The call as self-attention and MLP see it, whose frame is the first part of the frame, and
+    /// what is left.
     fn parts(&self, call: &Call) -> (Call, Frame) {
         let s = self.own.shape();
         let (n, d) = (call.chunk.samples, s.width);
@@ -189,20 +212,36 @@ impl DecoderBlocks {
         ]
     }
 
-    /// Keys and values of some rows of the context, for the cross-attention of block `k`: `[rows, 2 d]`.
+    /// Keys and values of some rows of the context, for the cross-attention of block `k`: `[rows, 2
+    /// d]`.
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn keys_values<B: Backend>(&self, be: &mut B, k: usize, context: Reals, kv: Reals) -> Result<()> {
+    pub fn keys_values<B: Backend>(
+        &self,
+        be: &mut B,
+        k: usize,
+        context: Reals,
+        kv: Reals,
+    ) -> Result<()> {
         let rows = context.len().checked_div(self.own.shape().width).unwrap_or(0);
         linear(be, rows, self.weight(k, KV_W), self.value(k, KV_B), context, kv)
     }
 
-    /// Norm and queries of some rows, for the cross-attention of block `k`: `ln` and `q` are `[rows, d]`.
+    /// Norm and queries of some rows, for the cross-attention of block `k`: `ln` and `q` are
+    /// `[rows, d]`.
     ///
     /// # Errors
     /// Those of the backend.
-    fn queries<B: Backend>(&self, be: &mut B, k: usize, x: Reals, ln: Reals, stats: Reals, q: Reals) -> Result<()> {
+    fn queries<B: Backend>(
+        &self,
+        be: &mut B,
+        k: usize,
+        x: Reals,
+        ln: Reals,
+        stats: Reals,
+        q: Reals,
+    ) -> Result<()> {
         let s = self.own.shape();
         let rows = x.len().checked_div(s.width).unwrap_or(0);
         be.layer_norm(s.eps, self.value(k, LN_W), self.value(k, LN_B), x, ln, stats)?;
@@ -225,7 +264,16 @@ impl DecoderBlocks {
         self.queries(be, k, x, frame.ln, frame.stats, frame.q)?;
         self.keys_values(be, k, context.value, frame.kv)?;
         let [q, keys, values] = self.columns(frame.q, frame.kv);
-        be.attention(&chunk, &self.attention_of(call), q, keys, values, frame.attn, frame.lse, call.scratch)?;
+        be.attention(
+            &chunk,
+            &self.attention_of(call),
+            q,
+            keys,
+            values,
+            frame.attn,
+            frame.lse,
+            call.scratch,
+        )?;
         self.project(be, k, frame.attn, out)?;
         if call.train && s.residual_dropout > 0.0 {
             be.dropout(&chunk, Draw::AttentionResidualDropout, s.residual_dropout, out)?;
@@ -255,11 +303,21 @@ impl DecoderBlocks {
             be.dropout(&chunk, Draw::AttentionResidualDropout, s.residual_dropout, gout)?;
         }
         linear_vjp(be, rows, self.weight(k, PROJ_W), pair(PROJ_W), frame.attn, gout, dattn)?;
-        let ([q, key, value], [dqs, dks, dvs]) = (self.columns(frame.q, frame.kv), self.columns(dq, dkv));
+        let ([q, key, value], [dqs, dks, dvs]) =
+            (self.columns(frame.q, frame.kv), self.columns(dq, dkv));
         let a = self.attention_of(call);
-        be.attention_vjp(&chunk, &a, q, key, value, frame.attn, frame.lse, dattn, dqs, dks, dvs, scratch.0)?;
+        be.attention_vjp(
+            &chunk, &a, q, key, value, frame.attn, frame.lse, dattn, dqs, dks, dvs, scratch.0,
+        )?;
         linear_vjp(be, keys, self.weight(k, KV_W), pair(KV_W), context.value, dkv, Reals::EMPTY)?;
-        let p = Product { rows: keys, cols: d, inner: 2 * d, a: Order::Plain, b: Order::Transposed, accumulate: true };
+        let p = Product {
+            rows: keys,
+            cols: d,
+            inner: 2 * d,
+            a: Order::Plain,
+            b: Order::Transposed,
+            accumulate: true,
+        };
         be.matmul(&p, dkv, self.value(k, KV_W), None, context.grad)?;
         linear_vjp(be, rows, self.weight(k, Q_W), pair(Q_W), frame.ln, dq, dln)?;
         be.layer_norm_vjp(self.value(k, LN_W), x, frame.stats, dln, gx, slope(LN_W), slope(LN_B))
@@ -267,10 +325,11 @@ impl DecoderBlocks {
 }
 
 impl DecoderBlocks {
-    /// The residual of one more token, at inference: `h = h_k(x)` for `[rows, d]`, where the rows of a sample of the context
-    /// are `beams` hypotheses one after the other. The blocks are those [`with_tokens`](Self::with_tokens)`(1, S)`; `call` has
-    /// `rows` samples; `kv` holds the context's [`keys_values`](Self::keys_values) in this block, and `context_lens` one
-    /// length for each of its samples.
+    /// The residual of one more token, at inference: `h = h_k(x)` for `[rows, d]`, where the rows
+    /// of a sample of the context are `beams` hypotheses one after the other. The blocks are those
+    /// [`with_tokens`](Self::with_tokens)`(1, S)`; `call` has `rows` samples; `kv` holds the
+    /// context's [`keys_values`](Self::keys_values) in this block, and `context_lens` one length
+    /// for each of its samples.
     ///
     /// # Errors
     /// Those of the backend.
@@ -292,7 +351,8 @@ impl DecoderBlocks {
         let [q, keys, values] = self.columns(frame.q, kv);
         // The hypotheses of a sentence are queries over the same keys.
         let samples = call.chunk.samples.checked_div(beams).unwrap_or(0);
-        let (chunk, key_lens) = (Chunk { samples, ..call.chunk }, self.context_lens.sub(0, samples));
+        let (chunk, key_lens) =
+            (Chunk { samples, ..call.chunk }, self.context_lens.sub(0, samples));
         let attention = Attention { key_lens, ..self.attention(beams) };
         be.attention(&chunk, &attention, q, keys, values, frame.attn, frame.lse, call.scratch)?;
         self.project(be, k, frame.attn, out)?;
@@ -305,7 +365,11 @@ impl DecoderBlocks {
 }
 
 fn context(call: &Call) -> Result<Context> {
-    call.context.ok_or(Error::Setting { what: "context", found: f64::NAN, possible: "one, for a decoder" })
+    call.context.ok_or(Error::Setting {
+        what: "context",
+        found: f64::NAN,
+        possible: "one, for a decoder",
+    })
 }
 
 impl<B: Backend> Blocks<B> for DecoderBlocks {
@@ -350,8 +414,8 @@ impl<B: Backend> Blocks<B> for DecoderBlocks {
     }
 }
 
-/// What lies between an encoder and its decoder: `memory = norm(x_K)`, and the way back. Parameters and gradients belong to
-/// the model.
+/// What lies between an encoder and its decoder: `memory = norm(x_K)`, and the way back. Parameters
+/// and gradients belong to the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EncoderOutput {
     /// `ε` of the norm.
@@ -381,12 +445,18 @@ impl EncoderOutput {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn normalize<B: Backend>(&self, be: &mut B, x: Reals, y: Reals, stats: Reals) -> Result<()> {
+    pub fn normalize<B: Backend>(
+        &self,
+        be: &mut B,
+        x: Reals,
+        y: Reals,
+        stats: Reals,
+    ) -> Result<()> {
         be.layer_norm(self.eps, self.norm[0], self.norm[1], x, y, stats)
     }
 
-    /// After the decoder's backward pass: the gradient of the encoder's result, where its backward pass expects it. The
-    /// memory is over.
+    /// After the decoder's backward pass: the gradient of the encoder's result, where its backward
+    /// pass expects it. The memory is over.
     ///
     /// # Errors
     /// Those of the backend and of [`Stack::output`].

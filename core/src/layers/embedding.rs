@@ -34,7 +34,14 @@ impl TokenEmbedding {
 }
 
 impl<B: Backend> Input<B> for TokenEmbedding {
-    fn forward(&mut self, be: &mut B, chunk: &Chunk, train: bool, x: Reals, _: Reals) -> Result<()> {
+    fn forward(
+        &mut self,
+        be: &mut B,
+        chunk: &Chunk,
+        train: bool,
+        x: Reals,
+        _: Reals,
+    ) -> Result<()> {
         be.embed(chunk, self.tokens(chunk), self.wte, self.wpe, self.width, x)?;
         if train && self.dropout > 0.0 {
             be.dropout(chunk, Draw::EmbeddingDropout, self.dropout, x)?;

@@ -1,4 +1,5 @@
-//! Final norm, logits and loss: `loss = cross_entropy(ln_f(x_K)·Wᵀ, targets)`, a few rows of logits at a time.
+//! Final norm, logits and loss: `loss = cross_entropy(ln_f(x_K)·Wᵀ, targets)`, a few rows of logits
+//! at a time.
 
 use crate::arena::{Ints, Reals};
 use crate::backend::{Backend, Chunk, CrossEntropy, Order, Product};
@@ -6,7 +7,8 @@ use crate::error::Result;
 use crate::real::Real;
 use crate::stack::Head;
 
-/// The language-model head of a GPT-2. Parameters and gradients belong to the model; `weight` is `wte` where tied.
+/// The language-model head of a GPT-2. Parameters and gradients belong to the model; `weight` is
+/// `wte` where tied.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LmHead {
     /// Width `d`.
@@ -23,7 +25,8 @@ pub struct LmHead {
     pub norm_bias: Reals,
     /// `[vocab, d]`.
     pub weight: Reals,
-    /// Gradients of the three; that of `weight`, or all of them, may be empty: then they are left out.
+    /// Gradients of the three; that of `weight`, or all of them, may be empty: then they are left
+    /// out.
     pub grads: [Reals; 3],
     /// `[B, T]`; negative: masked.
     pub targets: Ints,
@@ -49,7 +52,12 @@ impl LmHead {
     }
 
     /// Normalizes all rows of `x`; returns them, room for their gradient, and the statistics.
-    fn normalize<B: Backend>(&self, be: &mut B, x: Reals, scratch: Reals) -> Result<(Reals, Reals, Reals)> {
+    fn normalize<B: Backend>(
+        &self,
+        be: &mut B,
+        x: Reals,
+        scratch: Reals,
+    ) -> Result<(Reals, Reals, Reals)> {
         let y = scratch.sub(0, x.len());
         let dy = scratch.sub(x.len(), x.len());
         let stats = scratch.sub(2 * x.len(), 2 * x.len().checked_div(self.width).unwrap_or(0));
@@ -80,7 +88,13 @@ impl LmHead {
         smoothing: f64,
     ) -> Result<()> {
         let at = chunk.first * self.per_sample + row;
-        let ce = CrossEntropy { vocab: self.vocab, tokens: self.per_sample, row, scale: self.scale, smoothing };
+        let ce = CrossEntropy {
+            vocab: self.vocab,
+            tokens: self.per_sample,
+            row,
+            scale: self.scale,
+            smoothing,
+        };
         be.cross_entropy(chunk, &ce, logits, self.targets.sub(at, rows), self.losses.sub(at, rows))
     }
 
@@ -88,7 +102,13 @@ impl LmHead {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn loss<B: Backend>(&self, be: &mut B, chunk: &Chunk, x: Reals, scratch: Reals) -> Result<()> {
+    pub fn loss<B: Backend>(
+        &self,
+        be: &mut B,
+        chunk: &Chunk,
+        x: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
         let (y, ..) = self.normalize(be, x, scratch)?;
         let (all, step) = (chunk.samples * self.per_sample, self.rows_at_once());
         for row in (0..all).step_by(step) {
@@ -110,7 +130,14 @@ impl LmHead {
 }
 
 impl<B: Backend> Head<B> for LmHead {
-    fn forward_backward(&mut self, be: &mut B, chunk: &Chunk, x: Reals, gx: Reals, scratch: Reals) -> Result<()> {
+    fn forward_backward(
+        &mut self,
+        be: &mut B,
+        chunk: &Chunk,
+        x: Reals,
+        gx: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
         let (y, dy, stats) = self.normalize(be, x, scratch)?;
         let [dnorm, dnorm_bias, dweight] = self.grads;
         let (all, step, d) = (chunk.samples * self.per_sample, self.rows_at_once(), self.width);
@@ -131,7 +158,14 @@ impl<B: Backend> Head<B> for LmHead {
             if !dweight.is_empty() {
                 be.matmul(&p, logits, y, None, dweight)?;
             }
-            let p = Product { rows, cols: d, inner: self.vocab, a: Order::Plain, b: Order::Plain, accumulate: false };
+            let p = Product {
+                rows,
+                cols: d,
+                inner: self.vocab,
+                a: Order::Plain,
+                b: Order::Plain,
+                accumulate: false,
+            };
             be.matmul(&p, logits, self.weight, None, dy)?;
         }
         be.fill_reals(gx, B::Real::of(0.0))?;

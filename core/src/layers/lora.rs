@@ -1,13 +1,15 @@
-//! Low-rank adapters of attention (LoRA, arXiv 2106.09685): `qkv = x·W + b + s·(x·Aᵀ)·B`, where `W` and `b` are frozen.
+//! Low-rank adapters of attention (LoRA, arXiv 2106.09685): `qkv = x·W + b + s·(x·Aᵀ)·B`, where `W`
+//! and `b` are frozen.
 //!
-//! Queries and values have an adapter of rank `r` each, keys have none; `s = α/r`. All of it is one adapter of `c_attn` with
-//! rank `2r` and factor `2α`, which is how it is saved for other programs:
+//! Queries and values have an adapter of rank `r` each, keys have none; `s = α/r`. All of it is one
+//! adapter of `c_attn` with rank `2r` and factor `2α`, which is how it is saved for other programs:
 //!
 //! ```text
 //! A [2r, d]    rows 0 … r: of the queries; rows r … 2r: of the values
 //! B [2r, 3d]   rows 0 … r in columns 0 … d, rows r … 2r in columns 2d … 3d, zero elsewhere
 //! ```
-//! Only the parts of `B` that are not zero are parameters, `[2r, d]`; the whole of it is laid out when it is used.
+//! Only the parts of `B` that are not zero are parameters, `[2r, d]`; the whole of it is laid out
+//! when it is used.
 
 use super::{Params, Tensor, place};
 use crate::arena::{Layout, Reals, product};
@@ -37,7 +39,11 @@ impl LoraShape {
             return Err(Error::Setting { what: "LoRA rank", found: self.rank as f64, possible });
         }
         if !(self.alpha > 0.0 && self.alpha < f64::INFINITY) {
-            return Err(Error::Setting { what: "LoRA alpha", found: self.alpha, possible: "a finite number above 0" });
+            return Err(Error::Setting {
+                what: "LoRA alpha",
+                found: self.alpha,
+                possible: "a finite number above 0",
+            });
         }
         Ok(())
     }
@@ -57,10 +63,12 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// Lays out the adapters of `blocks` blocks of width `width`, with their gradients and optimizer state.
+    /// Lays out the adapters of `blocks` blocks of width `width`, with their gradients and
+    /// optimizer state.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a rank that does not fit or a factor that is none; [`Error::TooLarge`].
+    /// [`Error::Setting`] for a rank that does not fit or a factor that is none;
+    /// [`Error::TooLarge`].
     pub const fn layout(
         shape: LoraShape,
         width: usize,
@@ -106,7 +114,10 @@ impl Lora {
         let (r, d) = (self.shape.rank, self.width);
         [0, 1].map(|i| {
             let part = Columns { of: parameters.sub(i * r * d, r * d), stride: d, at: 0 };
-            (part, Columns { of: whole.sub(i * r * 3 * d, r * 3 * d), stride: 3 * d, at: 2 * i * d })
+            (
+                part,
+                Columns { of: whole.sub(i * r * 3 * d, r * 3 * d), stride: 3 * d, at: 2 * i * d },
+            )
         })
     }
 
@@ -132,15 +143,29 @@ impl Lora {
     ) -> Result<()> {
         let (r, d, whole) = (self.rows(), self.width, scratch.sub(0, self.whole()));
         let a = self.tensors[0].of(self.params.group(block));
-        let p = Product { rows, cols: r, inner: d, a: Order::Plain, b: Order::Transposed, accumulate: false };
+        let p = Product {
+            rows,
+            cols: r,
+            inner: d,
+            a: Order::Plain,
+            b: Order::Transposed,
+            accumulate: false,
+        };
         be.matmul(&p, x, a, None, u)?;
         self.lay(be, block, whole)?;
-        let p = Product { rows, cols: 3 * d, inner: r, a: Order::Plain, b: Order::Plain, accumulate: true };
+        let p = Product {
+            rows,
+            cols: 3 * d,
+            inner: r,
+            a: Order::Plain,
+            b: Order::Plain,
+            accumulate: true,
+        };
         be.matmul(&p, u, whole, None, qkv)
     }
 
-    /// The gradients of `A` and `B`, and the adapters' part of `dx`, which is *added*. `scratch` holds twice
-    /// [`whole`](Self::whole) and `rows·2r` values.
+    /// The gradients of `A` and `B`, and the adapters' part of `dx`, which is *added*. `scratch`
+    /// holds twice [`whole`](Self::whole) and `rows·2r` values.
     pub(super) fn backward<B: NnOps>(
         &self,
         be: &mut B,
@@ -152,22 +177,46 @@ impl Lora {
         scratch: Reals,
     ) -> Result<()> {
         let (r, d, n) = (self.rows(), self.width, self.whole());
-        let (whole, dwhole, du) = (scratch.sub(0, n), scratch.sub(n, n), scratch.sub(2 * n, rows * r));
-        let (a, gradients) = (self.tensors[0].of(self.params.group(block)), self.params.gradient(block));
+        let (whole, dwhole, du) =
+            (scratch.sub(0, n), scratch.sub(n, n), scratch.sub(2 * n, rows * r));
+        let (a, gradients) =
+            (self.tensors[0].of(self.params.group(block)), self.params.gradient(block));
         let [da, db] = [0, 1].map(|i| self.tensors[i].of(gradients));
         // d(s·B) = uᵀ·dqkv; only what is a parameter is taken of it.
-        let p = Product { rows: r, cols: 3 * d, inner: rows, a: Order::Transposed, b: Order::Plain, accumulate: false };
+        let p = Product {
+            rows: r,
+            cols: 3 * d,
+            inner: rows,
+            a: Order::Transposed,
+            b: Order::Plain,
+            accumulate: false,
+        };
         be.matmul(&p, u, dqkv, None, dwhole)?;
         for (part, place) in self.parts(db, dwhole) {
             be.add_columns(d, self.shape.scale(), place, part)?;
         }
         // du = dqkv·(s·B)ᵀ, dA += duᵀ·x, dx += du·A
         self.lay(be, block, whole)?;
-        let p = Product { rows, cols: r, inner: 3 * d, a: Order::Plain, b: Order::Transposed, accumulate: false };
+        let p = Product {
+            rows,
+            cols: r,
+            inner: 3 * d,
+            a: Order::Plain,
+            b: Order::Transposed,
+            accumulate: false,
+        };
         be.matmul(&p, dqkv, whole, None, du)?;
-        let p = Product { rows: r, cols: d, inner: rows, a: Order::Transposed, b: Order::Plain, accumulate: true };
+        let p = Product {
+            rows: r,
+            cols: d,
+            inner: rows,
+            a: Order::Transposed,
+            b: Order::Plain,
+            accumulate: true,
+        };
         be.matmul(&p, du, x, None, da)?;
-        let p = Product { rows, cols: d, inner: r, a: Order::Plain, b: Order::Plain, accumulate: true };
+        let p =
+            Product { rows, cols: d, inner: r, a: Order::Plain, b: Order::Plain, accumulate: true };
         be.matmul(&p, du, a, None, dx)
     }
 }

@@ -1,7 +1,8 @@
-//! Transformer layers over the backend traits, each with its forward pass and its vector-Jacobian product.
+//! Transformer layers over the backend traits, each with its forward pass and its vector-Jacobian
+//! product.
 //!
-//! Names are GPT-2's (`ln_1`, `c_attn`, `c_proj`, `c_fc`, `wte`, `wpe`, `ln_f`). All matrices are row-major; weights
-//! are `[in, out]`, so a linear layer is `y = x·W + b`.
+//! Names are GPT-2's (`ln_1`, `c_attn`, `c_proj`, `c_fc`, `wte`, `wpe`, `ln_f`). All matrices are
+//! row-major; weights are `[in, out]`, so a linear layer is `y = x·W + b`.
 
 mod block;
 mod classifier;
@@ -58,7 +59,11 @@ pub const fn place(tensors: &mut [Tensor]) -> usize {
     while i < tensors.len() {
         tensors[i].offset = at;
         // Sizes that overflow are caught where the model's dimensions are checked.
-        let len = tensors[i].rows.wrapping_mul(tensors[i].cols).div_ceil(Layout::ALIGN).wrapping_mul(Layout::ALIGN);
+        let len = tensors[i]
+            .rows
+            .wrapping_mul(tensors[i].cols)
+            .div_ceil(Layout::ALIGN)
+            .wrapping_mul(Layout::ALIGN);
         at = at.wrapping_add(len);
         i += 1;
     }
@@ -78,8 +83,8 @@ pub struct Updater {
     pub t: u32,
     /// Factor of the gradients (clipping).
     pub scale: f64,
-    /// Update each group as soon as it is finished and reuse its gradient buffer. Otherwise gradients add up in full
-    /// buffers until [`Params::update`] is called.
+    /// Update each group as soon as it is finished and reuse its gradient buffer. Otherwise
+    /// gradients add up in full buffers until [`Params::update`] is called.
     pub fused: bool,
 }
 
@@ -101,8 +106,8 @@ pub struct Params {
 }
 
 impl Params {
-    /// Lays out `groups` groups of `len` values in `tensors` tensors. `rule` is `None` where nothing is trained;
-    /// `shared_gradient` is for fused updates.
+    /// Lays out `groups` groups of `len` values in `tensors` tensors. `rule` is `None` where
+    /// nothing is trained; `shared_gradient` is for fused updates.
     ///
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge).
@@ -130,12 +135,14 @@ impl Params {
             gradients: layout.reals(Category::Gradients, gradients),
             m: layout.reals(Category::Optimizer, if states > 0 { all } else { 0 }),
             v: layout.reals(Category::Optimizer, if states > 1 { all } else { 0 }),
-            norms: layout.reals(Category::Gradients, if rule.is_some() { groups * tensors } else { 0 }),
+            norms: layout
+                .reals(Category::Gradients, if rule.is_some() { groups * tensors } else { 0 }),
             tensors,
         })
     }
 
-    /// Lays out `groups` groups of `len` values that stay as they are: they have neither gradients nor optimizer state.
+    /// Lays out `groups` groups of `len` values that stay as they are: they have neither gradients
+    /// nor optimizer state.
     ///
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge).
@@ -153,12 +160,17 @@ impl Params {
 
     /// Optimizer state of a tensor of group `k`: the two moments, empty where the rule has none.
     pub fn state(&self, k: usize, t: &Tensor) -> [Reals; 2] {
-        [self.m, self.v].map(|all| if all.is_empty() { all } else { t.of(all.sub(k * self.group, self.group)) })
+        [self.m, self.v]
+            .map(|all| if all.is_empty() { all } else { t.of(all.sub(k * self.group, self.group)) })
     }
 
     /// Gradients of group `k`.
     pub const fn gradient(&self, k: usize) -> Reals {
-        if self.gradients.len() == self.group { self.gradients } else { self.gradients.sub(k * self.group, self.group) }
+        if self.gradients.len() == self.group {
+            self.gradients
+        } else {
+            self.gradients.sub(k * self.group, self.group)
+        }
     }
 
     /// Sets gradients to zero: those of all groups.
@@ -173,7 +185,13 @@ impl Params {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn measure<B: OptimOps>(&self, be: &mut B, site: Site, k: usize, tensors: &[Tensor]) -> Result<()> {
+    pub fn measure<B: OptimOps>(
+        &self,
+        be: &mut B,
+        site: Site,
+        k: usize,
+        tensors: &[Tensor],
+    ) -> Result<()> {
         for (i, t) in tensors.iter().enumerate() {
             be.sum_squares(site, t.of(self.gradient(k)), self.norms.sub(k * self.tensors + i, 1))?;
         }
@@ -184,7 +202,13 @@ impl Params {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn update<B: OptimOps>(&self, be: &mut B, u: &Updater, k: usize, tensors: &[Tensor]) -> Result<()> {
+    pub fn update<B: OptimOps>(
+        &self,
+        be: &mut B,
+        u: &Updater,
+        k: usize,
+        tensors: &[Tensor],
+    ) -> Result<()> {
         for t in tensors {
             let decay = if t.matrix { u.weight_decay } else { 0.0 };
             let update = Update { rule: u.rule, t: u.t, lr: u.lr, decay, scale: u.scale };
@@ -194,12 +218,14 @@ impl Params {
         Ok(())
     }
 
-    /// Group `k` is finished: with fused updates it is measured, updated, and its gradient buffer cleared.
+    /// Group `k` is finished: with fused updates it is measured, updated, and its gradient buffer
+    /// cleared.
     ///
-    /// Of several ranks ([`Exchange`]) its gradient is sent on its way, to be added up while the next group is worked on, and
-    /// the sum of the one that was finished before, `k + 1`, takes its own gradient's place. With fused updates that is the
-    /// same buffer, whose values have just been taken, and group `k + 1` is updated from it. [`settle`](Self::settle) does so
-    /// for group 0.
+    /// Of several ranks ([`Exchange`]) its gradient is sent on its way, to be added up while the
+    /// next group is worked on, and the sum of the one that was finished before, `k + 1`, takes its
+    /// own gradient's place. With fused updates that is the same buffer, whose values have just
+    /// been taken, and group `k + 1` is updated from it. [`settle`](Self::settle) does so for group
+    /// 0.
     ///
     /// # Errors
     /// Those of the backend.
@@ -229,7 +255,8 @@ impl Params {
         self.apply(be, u, site, k + 1, tensors)
     }
 
-    /// All groups are finished: of several ranks, the sum of group 0 comes back, and with fused updates it is updated.
+    /// All groups are finished: of several ranks, the sum of group 0 comes back, and with fused
+    /// updates it is updated.
     ///
     /// # Errors
     /// Those of the backend.
@@ -247,14 +274,22 @@ impl Params {
         if u.fused { self.apply(be, u, site, 0, tensors) } else { Ok(()) }
     }
 
-    fn apply<B: OptimOps>(&self, be: &mut B, u: &Updater, site: Site, k: usize, tensors: &[Tensor]) -> Result<()> {
+    fn apply<B: OptimOps>(
+        &self,
+        be: &mut B,
+        u: &Updater,
+        site: Site,
+        k: usize,
+        tensors: &[Tensor],
+    ) -> Result<()> {
         self.measure(be, site, k, tensors)?;
         self.update(be, u, k, tensors)?;
         be.fill_reals(self.gradient(k), B::Real::of(0.0))
     }
 
-    /// Adds the gradients of all groups up over the ranks, `piece` values at a time, before they are measured: for groups
-    /// outside of blocks, which are not [`finished`](Self::finished) one after the other.
+    /// Adds the gradients of all groups up over the ranks, `piece` values at a time, before they
+    /// are measured: for groups outside of blocks, which are not [`finished`](Self::finished) one
+    /// after the other.
     ///
     /// # Errors
     /// Those of the backend.
@@ -277,17 +312,32 @@ impl Params {
     }
 }
 
-/// `y[rows, out] = x[rows, in]·W[in, out] + b`, without the bias where that is empty; `w` is the group that `W` lies in,
-/// and its place there.
+/// `y[rows, out] = x[rows, in]·W[in, out] + b`, without the bias where that is empty; `w` is the
+/// group that `W` lies in, and its place there.
 ///
 /// # Errors
 /// Those of the backend.
-pub fn linear<B: NnOps>(be: &mut B, rows: usize, w: (Reals, Tensor), b: Reals, x: Reals, y: Reals) -> Result<()> {
-    let p = Product { rows, cols: w.1.cols, inner: w.1.rows, a: Order::Plain, b: Order::Plain, accumulate: false };
+pub fn linear<B: NnOps>(
+    be: &mut B,
+    rows: usize,
+    w: (Reals, Tensor),
+    b: Reals,
+    x: Reals,
+    y: Reals,
+) -> Result<()> {
+    let p = Product {
+        rows,
+        cols: w.1.cols,
+        inner: w.1.rows,
+        a: Order::Plain,
+        b: Order::Plain,
+        accumulate: false,
+    };
     be.matmul(&p, x, w.1.of(w.0), Some(b).filter(|b| !b.is_empty()), y)
 }
 
-/// Its gradients: `dW += xᵀ·dy`, `db += Σ dy`, and `dx = dy·Wᵀ`; each is left out where its handle is empty.
+/// Its gradients: `dW += xᵀ·dy`, `db += Σ dy`, and `dx = dy·Wᵀ`; each is left out where its handle
+/// is empty.
 ///
 /// # Errors
 /// Those of the backend.
@@ -301,7 +351,14 @@ pub fn linear_vjp<B: NnOps>(
     dx: Reals,
 ) -> Result<()> {
     let (inner, cols) = (w.1.rows, w.1.cols);
-    let p = Product { rows: inner, cols, inner: rows, a: Order::Transposed, b: Order::Plain, accumulate: true };
+    let p = Product {
+        rows: inner,
+        cols,
+        inner: rows,
+        a: Order::Transposed,
+        b: Order::Plain,
+        accumulate: true,
+    };
     if !dw.is_empty() {
         be.matmul(&p, x, dy, None, dw)?;
     }
@@ -311,6 +368,13 @@ pub fn linear_vjp<B: NnOps>(
     if dx.is_empty() {
         return Ok(());
     }
-    let p = Product { rows, cols: inner, inner: cols, a: Order::Plain, b: Order::Transposed, accumulate: false };
+    let p = Product {
+        rows,
+        cols: inner,
+        inner: cols,
+        a: Order::Plain,
+        b: Order::Transposed,
+        accumulate: false,
+    };
     be.matmul(&p, dy, w.1.of(w.0), None, dx)
 }

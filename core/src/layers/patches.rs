@@ -1,9 +1,10 @@
 //! Images as tokens: patches, a linear layer, a class token in front, learned positions.
 //!
-//! `x[0] = class + pos[0]`, `x[1 + n] = linear(norm(patch[n])) + pos[1 + n]`, then dropout. With shifted patch
-//! tokenization (Lee, Lee and Song, "Vision Transformer for Small-Size Datasets", 2021) a patch is cut from the image and
-//! from its four copies shifted by one pixel, and normalized; without it a patch is the image's alone, and there is no norm
-//! (Dosovitskiy et al., 2021).
+//! `x[0] = class + pos[0]`, `x[1 + n] = linear(norm(patch[n])) + pos[1 + n]`, then dropout. With
+//! shifted patch tokenization (Lee, Lee and Song, "Vision Transformer for Small-Size Datasets",
+//! 2021) a patch is cut from the image and from its four copies shifted by one pixel, and
+//! normalized; without it a patch is the image's alone, and there is no norm (Dosovitskiy et al.,
+//! 2021).
 
 use super::{Tensor, linear, linear_vjp};
 use crate::arena::{Reals, product};
@@ -28,14 +29,16 @@ pub struct Patches {
     pub shifted: bool,
 }
 
-/// Where a copy takes its pixel from, rows and columns: the image itself, and the image moved right, left, down and up.
+/// Where a copy takes its pixel from, rows and columns: the image itself, and the image moved
+/// right, left, down and up.
 const SHIFTS: [(isize, isize); 5] = [(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)];
 
 impl Patches {
     /// Checks the dimensions.
     ///
     /// # Errors
-    /// [`Error::Setting`] names the first that is wrong; [`Error::TooLarge`] for sizes beyond the address space.
+    /// [`Error::Setting`] names the first that is wrong; [`Error::TooLarge`] for sizes beyond the
+    /// address space.
     pub fn check(&self) -> Result<()> {
         for (what, n) in [
             ("channels", self.channels),
@@ -49,7 +52,11 @@ impl Patches {
         }
         for (what, n) in [("image height", self.height), ("image width", self.width)] {
             if !n.is_multiple_of(self.patch) {
-                return Err(Error::Setting { what, found: n as f64, possible: "a multiple of the patch" });
+                return Err(Error::Setting {
+                    what,
+                    found: n as f64,
+                    possible: "a multiple of the patch",
+                });
             }
         }
         product("image", &[self.channels, self.height, self.width, SHIFTS.len()]).map(|_| ())
@@ -69,7 +76,8 @@ impl Patches {
         self.patch * self.patch * self.channels * self.copies()
     }
 
-    /// Cuts one image `[C, height, width]` into `out[N, P, P, copies, C]`; pixels outside the image are 0.
+    /// Cuts one image `[C, height, width]` into `out[N, P, P, copies, C]`; pixels outside the image
+    /// are 0.
     ///
     /// # Errors
     /// [`Error::Shape`] for slices of other lengths.
@@ -133,11 +141,15 @@ pub struct PatchEmbedding {
 impl PatchEmbedding {
     /// Reals of scratch for chunks of `samples` samples.
     pub const fn scratch(values: usize, count: usize, width: usize, samples: usize) -> usize {
-        // Normalized patches, their gradients, gradients of the patches that nobody wants; embeddings; statistics.
-        samples.saturating_mul(count).saturating_mul(values.saturating_mul(3).saturating_add(width).saturating_add(2))
+        // Normalized patches, their gradients, gradients of the patches that nobody wants;
+        // embeddings; statistics.
+        samples
+            .saturating_mul(count)
+            .saturating_mul(values.saturating_mul(3).saturating_add(width).saturating_add(2))
     }
 
-    /// The chunk's patches, and what is embedded of them: normalized patches in the scratch, or the patches.
+    /// The chunk's patches, and what is embedded of them: normalized patches in the scratch, or the
+    /// patches.
     fn embedded<B: Backend>(&self, be: &mut B, chunk: &Chunk, scratch: Reals) -> Result<Parts> {
         let (values, rows) = (self.weight.rows, chunk.samples * self.count);
         let raw = self.patches.sub(chunk.first * self.count * values, rows * values);
@@ -147,8 +159,14 @@ impl PatchEmbedding {
             scratch.sub(at - len, len)
         };
         let (e, normal) = (take(rows * self.width), take(rows * values));
-        let parts =
-            Parts { raw, normal, e, stats: take(2 * rows), dnormal: take(rows * values), draw: take(rows * values) };
+        let parts = Parts {
+            raw,
+            normal,
+            e,
+            stats: take(2 * rows),
+            dnormal: take(rows * values),
+            draw: take(rows * values),
+        };
         let [weight, bias] = self.norm;
         if weight.is_empty() {
             return Ok(Parts { normal: raw, ..parts });
@@ -171,14 +189,24 @@ struct Parts {
 }
 
 impl<B: Backend> Input<B> for PatchEmbedding {
-    fn forward(&mut self, be: &mut B, chunk: &Chunk, train: bool, x: Reals, scratch: Reals) -> Result<()> {
+    fn forward(
+        &mut self,
+        be: &mut B,
+        chunk: &Chunk,
+        train: bool,
+        x: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
         let (d, rows, p) = (self.width, chunk.samples * self.count, self.params);
         let parts = self.embedded(be, chunk, scratch)?;
         linear(be, rows, (p, self.weight), self.bias.of(p), parts.normal, parts.e)?;
         for i in 0..chunk.samples {
             let x = x.sub(i * (self.count + 1) * d, (self.count + 1) * d);
             be.copy_reals(self.class.of(p), x.sub(0, d))?;
-            be.copy_reals(parts.e.sub(i * self.count * d, self.count * d), x.sub(d, self.count * d))?;
+            be.copy_reals(
+                parts.e.sub(i * self.count * d, self.count * d),
+                x.sub(d, self.count * d),
+            )?;
             be.add(x, self.positions.of(p))?;
         }
         if train && self.dropout > 0.0 {
@@ -197,7 +225,10 @@ impl<B: Backend> Input<B> for PatchEmbedding {
             let gx = gx.sub(i * (self.count + 1) * d, (self.count + 1) * d);
             be.add(self.positions.of(g), gx)?;
             be.add(self.class.of(g), gx.sub(0, d))?;
-            be.copy_reals(gx.sub(d, self.count * d), parts.e.sub(i * self.count * d, self.count * d))?;
+            be.copy_reals(
+                gx.sub(d, self.count * d),
+                parts.e.sub(i * self.count * d, self.count * d),
+            )?;
         }
         let (weight, grads) = ((self.params, self.weight), (self.weight.of(g), self.bias.of(g)));
         linear_vjp(be, rows, weight, grads, parts.normal, parts.e, parts.dnormal)?;
@@ -235,7 +266,8 @@ mod tests {
         assert_eq!((shifted.count(), shifted.values()), (2, 40));
         let mut out = vec![0.0; 80];
         shifted.cut(&image, &mut out).unwrap();
-        // The pixel in row 0 and column 1: itself, its left neighbour, its right one, the one above, the one below.
+        // The pixel in row 0 and column 1: itself, its left neighbour, its right one, the one
+        // above, the one below.
         assert_eq!(out[10..20], [2.0, 10.0, 1.0, 9.0, 3.0, 11.0, 0.0, 0.0, 6.0, 14.0]);
         // The last pixel.
         assert_eq!(out[70..80], [8.0, 16.0, 7.0, 15.0, 0.0, 0.0, 4.0, 12.0, 0.0, 0.0]);
@@ -245,8 +277,14 @@ mod tests {
     fn images_that_do_not_fit_are_refused() {
         let ok = Patches { channels: 3, height: 32, width: 32, patch: 4, shifted: true };
         assert_eq!((ok.check(), ok.count(), ok.values()), (Ok(()), 64, 240));
-        assert!(matches!(Patches { height: 30, ..ok }.check(), Err(Error::Setting { what: "image height", .. })));
-        assert!(matches!(Patches { patch: 0, ..ok }.check(), Err(Error::Setting { what: "patch", .. })));
+        assert!(matches!(
+            Patches { height: 30, ..ok }.check(),
+            Err(Error::Setting { what: "image height", .. })
+        ));
+        assert!(matches!(
+            Patches { patch: 0, ..ok }.check(),
+            Err(Error::Setting { what: "patch", .. })
+        ));
         assert!(Patches { channels: usize::MAX, ..ok }.check().is_err());
         assert!(ok.cut(&[0.0; 7], &mut [0.0; 7]).is_err());
     }

@@ -1,4 +1,5 @@
-//! Memory of a fixed capacity for the reference backend: a `static` on a machine without an allocator.
+//! Memory of a fixed capacity for the reference backend: a `static` on a machine without an
+//! allocator.
 
 use heapless::Vec;
 
@@ -7,7 +8,8 @@ use crate::arena::Layout;
 use crate::error::{Error, Result};
 use crate::real::Real;
 
-/// Three arenas of fixed capacity. `const fn new`, so that it can be a `static`; nothing moves over the stack.
+/// Three arenas of fixed capacity. `const fn new`, so that it can be a `static`; nothing moves over
+/// the stack.
 #[derive(Debug)]
 pub struct Memory<R, const INTS: usize, const REALS: usize, const WORDS: usize> {
     ints: Vec<i32, INTS>,
@@ -15,7 +17,9 @@ pub struct Memory<R, const INTS: usize, const REALS: usize, const WORDS: usize> 
     words: Vec<u32, WORDS>,
 }
 
-impl<R: Real, const INTS: usize, const REALS: usize, const WORDS: usize> Memory<R, INTS, REALS, WORDS> {
+impl<R: Real, const INTS: usize, const REALS: usize, const WORDS: usize>
+    Memory<R, INTS, REALS, WORDS>
+{
     /// Empty arenas.
     pub const fn new() -> Self {
         Self { ints: Vec::new(), reals: Vec::new(), words: Vec::new() }
@@ -32,13 +36,19 @@ impl<R: Real, const INTS: usize, const REALS: usize, const WORDS: usize> Memory<
         self.reals.clear();
         self.words.clear();
         self.ints.resize(ints, 0).map_err(|_| full("capacity of the integer arena", ints, INTS))?;
-        self.reals.resize(reals, R::zero()).map_err(|_| full("capacity of the real arena", reals, REALS))?;
-        self.words.resize(words, 0).map_err(|_| full("capacity of the word arena", words, WORDS))?;
+        self.reals
+            .resize(reals, R::zero())
+            .map_err(|_| full("capacity of the real arena", reals, REALS))?;
+        self.words
+            .resize(words, 0)
+            .map_err(|_| full("capacity of the word arena", words, WORDS))?;
         Reference::new(layout, &mut self.ints, &mut self.reals, &mut self.words)
     }
 }
 
-impl<R: Real, const INTS: usize, const REALS: usize, const WORDS: usize> Default for Memory<R, INTS, REALS, WORDS> {
+impl<R: Real, const INTS: usize, const REALS: usize, const WORDS: usize> Default
+    for Memory<R, INTS, REALS, WORDS>
+{
     fn default() -> Self {
         Self::new()
     }
@@ -55,6 +65,9 @@ mod tests {
         let _ = layout.reals(Category::Workspace, 20);
         assert!(Memory::<f32, 0, 32, 0>::new().backend(&layout).is_ok());
         let error = Memory::<f32, 0, 31, 0>::new().backend(&layout).unwrap_err();
-        assert_eq!(error, Error::Shape { what: "capacity of the real arena", expected: 32, found: 31 });
+        assert_eq!(
+            error,
+            Error::Shape { what: "capacity of the real arena", expected: 32, found: 31 }
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The scalar reference backend: plain loops over memory that the caller supplies, in `f32` or `f64`.
+//! The scalar reference backend: plain loops over memory that the caller supplies, in `f32` or
+//! `f64`.
 //!
 //! It is the oracle of the other backends and good enough to train with on a microcontroller.
 
@@ -25,15 +26,23 @@ pub struct Reference<'a, R> {
 }
 
 impl<'a, R: Real> Reference<'a, R> {
-    /// A backend whose arenas are the given slices, of the lengths that [`Layout::arenas`] says or longer.
+    /// A backend whose arenas are the given slices, of the lengths that [`Layout::arenas`] says or
+    /// longer.
     ///
     /// # Errors
     /// [`Error::Shape`] for a slice that is too short.
-    pub fn new(layout: &Layout, ints: &'a mut [i32], reals: &'a mut [R], words: &'a mut [u32]) -> Result<Self> {
+    pub fn new(
+        layout: &Layout,
+        ints: &'a mut [i32],
+        reals: &'a mut [R],
+        words: &'a mut [u32],
+    ) -> Result<Self> {
         let (i, r, w) = layout.arenas();
-        for (what, expected, found) in
-            [("integer arena", i, ints.len()), ("real arena", r, reals.len()), ("word arena", w, words.len())]
-        {
+        for (what, expected, found) in [
+            ("integer arena", i, ints.len()),
+            ("real arena", r, reals.len()),
+            ("word arena", w, words.len()),
+        ] {
             if found < expected {
                 return Err(Error::Shape { what, expected, found });
             }
@@ -78,7 +87,8 @@ impl<'a, R: Real> Reference<'a, R> {
     }
 }
 
-/// Borrows several parts of an arena at once; an error where they overlap or lie outside. An empty part overlaps nothing.
+/// Borrows several parts of an arena at once; an error where they overlap or lie outside. An empty
+/// part overlaps nothing.
 pub(crate) fn split<'s, T, const N: usize>(
     arena: &'s mut [T],
     parts: [core::ops::Range<usize>; N],

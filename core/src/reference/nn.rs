@@ -4,7 +4,9 @@ use core::ops::Range;
 
 use super::{Reference, split};
 use crate::arena::{Ints, Reals, Words};
-use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Gelu, Half, Mask, NnOps, Order, Product};
+use crate::backend::{
+    Attention, Chunk, Columns, CrossEntropy, Gelu, Half, Mask, NnOps, Order, Product,
+};
 use crate::error::{Error, Fault, Result};
 use crate::real::Real;
 use crate::rng::{Draw, Stream, drop_threshold, keep};
@@ -14,7 +16,8 @@ fn dropout_of<R: Real>(p: f64) -> (R, u32) {
     (R::of(1.0 / (1.0 - p)), drop_threshold(p))
 }
 
-/// The factors 0 or `1/(1-p)` of the elements of one stream; the four words of a counter are drawn once.
+/// The factors 0 or `1/(1-p)` of the elements of one stream; the four words of a counter are drawn
+/// once.
 struct Factors<R> {
     stream: Stream,
     threshold: u32,
@@ -85,8 +88,8 @@ fn tanh_argument<R: Real>(x: R) -> R {
     R::of(ROOT_2_OVER_PI) * (x + R::of(0.044_715) * x * x * x)
 }
 
-/// Of `0.5·x·(1 + tanh(u))`: `0.5·(1 + tanh(u)) + 0.5·x·(1 − tanh²(u))·u'`, `u' = √(2/π)·(1 + 3·0.044715·x²)`.
-/// Of `x·Φ(x)`: `Φ(x) + x·exp(−x²/2)/√(2π)`.
+/// Of `0.5·x·(1 + tanh(u))`: `0.5·(1 + tanh(u)) + 0.5·x·(1 − tanh²(u))·u'`, `u' = √(2/π)·(1 +
+/// 3·0.044715·x²)`. Of `x·Φ(x)`: `Φ(x) + x·exp(−x²/2)/√(2π)`.
 fn gelu_derivative<R: Real>(kind: Gelu, x: R) -> R {
     let (one, half) = (R::one(), R::of(0.5));
     match kind {
@@ -124,7 +127,8 @@ impl Head {
 }
 
 impl Attention {
-    /// Number of keys among which are those that query `q` of a sample with `present` keys sees: the first ones.
+    /// Number of keys among which are those that query `q` of a sample with `present` keys sees:
+    /// the first ones.
     fn visible(&self, q: usize, present: usize) -> usize {
         match self.mask {
             Mask::Full | Mask::Others => present,
@@ -159,14 +163,22 @@ impl<R: Real> Reference<'_, R> {
     }
 }
 
-/// The head's part of the matrix of `c`, for sample `i` with `rows` rows a sample. (It wraps only where there is no row.)
+/// The head's part of the matrix of `c`, for sample `i` with `rows` rows a sample. (It wraps only
+/// where there is no row.)
 fn head_of(a: &Attention, c: Columns, i: usize, rows: usize, head: usize) -> Head {
     let start = c.of.start() + i * rows * c.stride;
     Head { start: start.wrapping_add(c.at + head * a.head_dim), stride: c.stride }
 }
 
 impl<R: Real> NnOps for Reference<'_, R> {
-    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
+    fn matmul(
+        &mut self,
+        p: &Product,
+        a: Reals,
+        b: Reals,
+        bias: Option<Reals>,
+        c: Reals,
+    ) -> Result<()> {
         self.arenas().matmul(p, a, b, bias, c)?;
         let places = [a.range(), b.range(), bias.unwrap_or(Reals::EMPTY).range(), c.range()];
         let [a, b, offset, c] = split(self.reals, places, "matmul")?;
@@ -200,7 +212,11 @@ impl<R: Real> NnOps for Reference<'_, R> {
                 }
                 (order, Order::Plain) => {
                     for k in 0..p.inner {
-                        let factor = if order == Order::Plain { a[i * p.inner + k] } else { a[k * p.rows + i] };
+                        let factor = if order == Order::Plain {
+                            a[i * p.inner + k]
+                        } else {
+                            a[k * p.rows + i]
+                        };
                         add_scaled(c, factor, &b[k * p.cols..(k + 1) * p.cols]);
                     }
                 }
@@ -242,13 +258,24 @@ impl<R: Real> NnOps for Reference<'_, R> {
         let rows = self.arenas().add_columns(width, from, to)?;
         let [x, y] = split(self.reals, [from.of.range(), to.of.range()], "add_columns")?;
         for r in 0..rows {
-            let (x, y) = (&x[r * from.stride + from.at..][..width], &mut y[r * to.stride + to.at..][..width]);
+            let (x, y) = (
+                &x[r * from.stride + from.at..][..width],
+                &mut y[r * to.stride + to.at..][..width],
+            );
             add_scaled(y, R::of(scale), x);
         }
         Ok(())
     }
 
-    fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
+    fn layer_norm(
+        &mut self,
+        eps: f64,
+        weight: Reals,
+        bias: Reals,
+        x: Reals,
+        y: Reals,
+        stats: Reals,
+    ) -> Result<()> {
         let width = weight.len();
         let rows = self.arenas().layer_norm(weight, bias, x, y, stats)?;
         let places = [weight, bias, x, y, stats].map(Reals::range);
@@ -286,7 +313,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
         let width = weight.len();
         let rows = self.arenas().layer_norm_vjp(weight, x, stats, dy, dx, dweight, dbias)?;
         let places = [weight, x, stats, dy, dx, dweight, dbias].map(Reals::range);
-        let [weight, x, stats, dy, dx, dweight, dbias] = split(self.reals, places, "layer_norm_vjp")?;
+        let [weight, x, stats, dy, dx, dweight, dbias] =
+            split(self.reals, places, "layer_norm_vjp")?;
         for r in 0..rows {
             let (mean, rstd) = (stats[2 * r], stats[2 * r + 1]);
             let row = r * width..(r + 1) * width;
@@ -359,22 +387,27 @@ impl<R: Real> NnOps for Reference<'_, R> {
                 let vs = head_of(a, v, i, a.keys, head);
                 for row in 0..a.queries {
                     let seen = a.visible(row, present);
-                    // s_k = q·k/√head_dim, p_k = exp(s_k − max)/sum, out = Σ p_k·factor_k·v_k, lse = max + ln(sum)
+                    // s_k = q·k/√head_dim, p_k = exp(s_k − max)/sum, out = Σ p_k·factor_k·v_k, lse
+                    // = max + ln(sum)
                     let mut max = R::neg_infinity();
                     for key in 0..seen {
                         if a.hides(row, key) {
                             self.reals[scratch_at.start + key] = R::neg_infinity();
                             continue;
                         }
-                        let s = scale * dot(&self.reals[qs.row(row, width)], &self.reals[ks.row(key, width)]);
+                        let s = scale
+                            * dot(&self.reals[qs.row(row, width)], &self.reals[ks.row(key, width)]);
                         self.reals[scratch_at.start + key] = s;
-                        // A NaN stays one: it is the largest, and every exponential below then is NaN.
+                        // A NaN stays one: it is the largest, and every exponential below then is
+                        // NaN.
                         if s > max || s.is_nan() {
                             max = s;
                         }
                     }
                     let mut sum = R::zero();
-                    for (key, p) in self.reals[scratch_at.start..scratch_at.start + seen].iter_mut().enumerate() {
+                    for (key, p) in
+                        self.reals[scratch_at.start..scratch_at.start + seen].iter_mut().enumerate()
+                    {
                         if !a.hides(row, key) {
                             *p = (*p - max).exponential();
                             sum += *p;
@@ -386,7 +419,11 @@ impl<R: Real> NnOps for Reference<'_, R> {
                     for key in (0..seen).filter(|&key| !a.hides(row, key)) {
                         let factor = factors.factor(element.wrapping_add(key as u32));
                         let p = self.reals[scratch_at.start + key] / sum * factor;
-                        let [o, v] = split(self.reals, [start..start + width, vs.row(key, width)], "attention: out")?;
+                        let [o, v] = split(
+                            self.reals,
+                            [start..start + width, vs.row(key, width)],
+                            "attention: out",
+                        )?;
                         add_scaled(o, p, v);
                     }
                     self.reals[lse_at.start + (i * a.heads + head) * a.queries + row] =
@@ -413,7 +450,14 @@ impl<R: Real> NnOps for Reference<'_, R> {
         scratch: Reals,
     ) -> Result<()> {
         let scratch = scratch.sub(0, a.keys);
-        self.arenas().attention_vjp(chunk, a, [q, k, v], [out, lse, dout], [dq, dk, dv], (scratch, a.keys))?;
+        self.arenas().attention_vjp(
+            chunk,
+            a,
+            [q, k, v],
+            [out, lse, dout],
+            [dq, dk, dv],
+            (scratch, a.keys),
+        )?;
         if a.heads * a.head_dim == 0 || chunk.samples * (a.queries + a.keys) == 0 {
             return Ok(());
         }
@@ -426,7 +470,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
             let present = self.present(a, i);
             let mut factors = Factors::new(chunk.stream(i, Draw::AttentionDropout), dropout);
             for head in 0..a.heads {
-                let (qs, dqs) = (head_of(a, q, i, a.queries, head), head_of(a, dq, i, a.queries, head));
+                let (qs, dqs) =
+                    (head_of(a, q, i, a.queries, head), head_of(a, dq, i, a.queries, head));
                 let (ks, dks) = (head_of(a, k, i, a.keys, head), head_of(a, dk, i, a.keys, head));
                 let (vs, dvs) = (head_of(a, v, i, a.keys, head), head_of(a, dv, i, a.keys, head));
                 for key in 0..a.keys {
@@ -438,22 +483,40 @@ impl<R: Real> NnOps for Reference<'_, R> {
                     let start = ((i * a.queries + row) * a.heads + head) * width;
                     let dout = dout_at + start..dout_at + start + width;
                     let lse = self.reals[lse_at + (i * a.heads + head) * a.queries + row];
-                    // out = Σ p_k·factor_k·v_k:  dv_k += p_k·factor_k·dout,  dp_k = factor_k·(dout·v_k)
-                    // p = softmax(s):            ds_k = p_k·(dp_k − Σ_j p_j·dp_j),  and that sum is dout·out
-                    // s_k = scale·(q·k_k):       dq += scale·ds_k·k_k,  dk_k += scale·ds_k·q
-                    let delta = dot(&self.reals[dout.clone()], &self.reals[out_at + start..out_at + start + width]);
+                    // out = Σ p_k·factor_k·v_k: dv_k += p_k·factor_k·dout, dp_k =
+                    // factor_k·(dout·v_k) p = softmax(s): ds_k = p_k·(dp_k − Σ_j p_j·dp_j), and
+                    // that sum is dout·out s_k = scale·(q·k_k): dq += scale·ds_k·k_k, dk_k +=
+                    // scale·ds_k·q
+                    let delta = dot(
+                        &self.reals[dout.clone()],
+                        &self.reals[out_at + start..out_at + start + width],
+                    );
                     let element = first_element(a, head, row);
                     for key in (0..a.visible(row, present)).filter(|&key| !a.hides(row, key)) {
-                        let s = scale * dot(&self.reals[qs.row(row, width)], &self.reals[ks.row(key, width)]);
+                        let s = scale
+                            * dot(&self.reals[qs.row(row, width)], &self.reals[ks.row(key, width)]);
                         let p = (s - lse).exponential();
                         let factor = factors.factor(element.wrapping_add(key as u32));
-                        let dp = factor * dot(&self.reals[dout.clone()], &self.reals[vs.row(key, width)]);
+                        let dp = factor
+                            * dot(&self.reals[dout.clone()], &self.reals[vs.row(key, width)]);
                         let ds = scale * (p * (dp - delta));
-                        let [dv, dout] = split(self.reals, [dvs.row(key, width), dout.clone()], "attention_vjp")?;
+                        let [dv, dout] = split(
+                            self.reals,
+                            [dvs.row(key, width), dout.clone()],
+                            "attention_vjp",
+                        )?;
                         add_scaled(dv, p * factor, dout);
-                        let [dq, k] = split(self.reals, [dqs.row(row, width), ks.row(key, width)], "attention_vjp")?;
+                        let [dq, k] = split(
+                            self.reals,
+                            [dqs.row(row, width), ks.row(key, width)],
+                            "attention_vjp",
+                        )?;
                         add_scaled(dq, ds, k);
-                        let [dk, q] = split(self.reals, [dks.row(key, width), qs.row(row, width)], "attention_vjp")?;
+                        let [dk, q] = split(
+                            self.reals,
+                            [dks.row(key, width), qs.row(row, width)],
+                            "attention_vjp",
+                        )?;
                         add_scaled(dk, ds, q);
                     }
                 }
@@ -464,9 +527,12 @@ impl<R: Real> NnOps for Reference<'_, R> {
             let mut sum = 0.0;
             for i in 0..chunk.samples {
                 for head in 0..a.heads {
-                    let (qs, dqs) = (head_of(a, q, i, a.queries, head), head_of(a, dq, i, a.queries, head));
+                    let (qs, dqs) =
+                        (head_of(a, q, i, a.queries, head), head_of(a, dq, i, a.queries, head));
                     for row in 0..a.queries {
-                        sum += dot(&self.reals[qs.row(row, width)], &self.reals[dqs.row(row, width)]).wide();
+                        sum +=
+                            dot(&self.reals[qs.row(row, width)], &self.reals[dqs.row(row, width)])
+                                .wide();
                     }
                 }
             }
@@ -507,7 +573,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
         width: usize,
         x: Reals,
     ) -> Result<()> {
-        let (length, vocab) = self.arenas().embed("embed", chunk, tokens, [x, table, positions], width)?;
+        let (length, vocab) =
+            self.arenas().embed("embed", chunk, tokens, [x, table, positions], width)?;
         let tokens = self.ints.get(tokens.range()).ok_or(Error::Handle("embed"))?;
         let places = [table, positions, x].map(Reals::range);
         let [table, positions, x] = split(self.reals, places, "embed")?;
@@ -522,7 +589,11 @@ impl<R: Real> NnOps for Reference<'_, R> {
             match usize::try_from(token).ok().filter(|&token| token < vocab) {
                 Some(token) => add_scaled(x, R::one(), &table[token * width..(token + 1) * width]),
                 None => {
-                    self.fault.get_or_insert(Fault::Token { sample: chunk.first.wrapping_add(i), value: token, vocab });
+                    self.fault.get_or_insert(Fault::Token {
+                        sample: chunk.first.wrapping_add(i),
+                        value: token,
+                        vocab,
+                    });
                 }
             }
         }
@@ -538,7 +609,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
         dtable: Reals,
         dpositions: Reals,
     ) -> Result<()> {
-        let (length, vocab) = self.arenas().embed("embed_vjp", chunk, tokens, [dx, dtable, dpositions], width)?;
+        let (length, vocab) =
+            self.arenas().embed("embed_vjp", chunk, tokens, [dx, dtable, dpositions], width)?;
         let tokens = self.ints.get(tokens.range()).ok_or(Error::Handle("embed_vjp"))?;
         let places = [dtable, dpositions, dx].map(Reals::range);
         let [dtable, dpositions, dx] = split(self.reals, places, "embed_vjp")?;
@@ -546,7 +618,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
             return Ok(());
         }
         for (row, &token) in tokens.iter().enumerate() {
-            // x[i, t] = table[tokens[i, t]] + positions[t]: dtable[tokens[i, t]] += dx[i, t], dpositions[t] += dx[i, t]
+            // x[i, t] = table[tokens[i, t]] + positions[t]: dtable[tokens[i, t]] += dx[i, t],
+            // dpositions[t] += dx[i, t]
             let t = row % length;
             let dx = &dx[row * width..(row + 1) * width];
             add_scaled(&mut dpositions[t * width..(t + 1) * width], R::one(), dx);
@@ -567,22 +640,31 @@ impl<R: Real> NnOps for Reference<'_, R> {
     ) -> Result<()> {
         self.arenas().cross_entropy(ce, logits, targets, losses)?;
         let targets = self.ints.get(targets.range()).ok_or(Error::Handle("cross_entropy"))?;
-        let [logits, losses] = split(self.reals, [logits.range(), losses.range()], "cross_entropy")?;
+        let [logits, losses] =
+            split(self.reals, [logits.range(), losses.range()], "cross_entropy")?;
         let scale = R::of(ce.scale);
         // ε/vocab and 1-ε
-        let (smooth, hard) = (R::of(ce.smoothing / ce.vocab.max(1) as f64), R::of(1.0 - ce.smoothing));
+        let (smooth, hard) =
+            (R::of(ce.smoothing / ce.vocab.max(1) as f64), R::of(1.0 - ce.smoothing));
         for (row, &target) in targets.iter().enumerate() {
             let x = &mut logits[row * ce.vocab..(row + 1) * ce.vocab];
-            let sample = chunk.first.wrapping_add(ce.row.wrapping_add(row).checked_div(ce.tokens).unwrap_or_default());
+            let sample = chunk
+                .first
+                .wrapping_add(ce.row.wrapping_add(row).checked_div(ce.tokens).unwrap_or_default());
             let Some(index) = usize::try_from(target).ok().filter(|&index| index < ce.vocab) else {
                 x.fill(R::zero());
                 losses[row] = R::zero();
                 if target >= 0 {
-                    self.fault.get_or_insert(Fault::Token { sample, value: target, vocab: ce.vocab });
+                    self.fault.get_or_insert(Fault::Token {
+                        sample,
+                        value: target,
+                        vocab: ce.vocab,
+                    });
                 }
                 continue;
             };
-            // loss = max + ln Σ exp(x − max) − Σ t·x,  dx = (exp(x − max)/Σ − t)·scale,  t = (1-ε)·onehot + ε/vocab
+            // loss = max + ln Σ exp(x − max) − Σ t·x, dx = (exp(x − max)/Σ − t)·scale, t =
+            // (1-ε)·onehot + ε/vocab
             let mut max = R::neg_infinity();
             for &x in x.iter() {
                 if x > max || x.is_nan() {
@@ -630,7 +712,16 @@ mod tests {
     }
 
     fn chunk(samples: usize) -> Chunk {
-        Chunk { seed: 5, step: 2, stack: 0, site: Site::Block(1), first: 0, samples, global: 9, frame: 0 }
+        Chunk {
+            seed: 5,
+            step: 2,
+            stack: 0,
+            site: Site::Block(1),
+            first: 0,
+            samples,
+            global: 9,
+            frame: 0,
+        }
     }
 
     /// Memory in which every real is random.
@@ -664,8 +755,9 @@ mod tests {
             reals
         }
 
-        /// Compares the gradients that `backward` leaves (or adds) with central differences of `Σ weight·out` after
-        /// `forward`. The gradient of each input `x` is at `d`; `adds` says that it is added to what was there.
+        /// Compares the gradients that `backward` leaves (or adds) with central differences of `Σ
+        /// weight·out` after `forward`. The gradient of each input `x` is at `d`; `adds` says that
+        /// it is added to what was there.
         fn check(
             &mut self,
             inputs: &[(Reals, Reals)],
@@ -690,10 +782,15 @@ mod tests {
                     let minus = loss(self);
                     self.reals[at] = value;
                     let before = if adds { self.reals[d.start() + i] } else { 0.0 };
-                    let (expected, found) = ((plus - minus) / (2.0 * e), after[d.start() + i] - before);
-                    // Central differences are off by e² times the third derivative and by rounding, about 1e-16 / e.
+                    let (expected, found) =
+                        ((plus - minus) / (2.0 * e), after[d.start() + i] - before);
+                    // Central differences are off by e² times the third derivative and by rounding,
+                    // about 1e-16 / e.
                     let tolerance = 1e-8 * (1.0 + expected.abs());
-                    assert!((expected - found).abs() < tolerance, "input {n}[{i}]: expected {expected}, found {found}");
+                    assert!(
+                        (expected - found).abs() < tolerance,
+                        "input {n}[{i}]: expected {expected}, found {found}"
+                    );
                 }
             }
         }
@@ -703,10 +800,19 @@ mod tests {
     fn products_in_all_orders() {
         for [rows, cols, inner] in [[1, 1, 1], [3, 5, 2], [4, 3, 17], [2, 1, 9], [2, 3, 0]] {
             for n in 0..16 {
-                let order = |bit: usize| if n >> bit & 1 == 0 { Order::Plain } else { Order::Transposed };
-                let p = Product { rows, cols, inner, a: order(0), b: order(1), accumulate: n >> 2 & 1 == 1 };
+                let order =
+                    |bit: usize| if n >> bit & 1 == 0 { Order::Plain } else { Order::Transposed };
+                let p = Product {
+                    rows,
+                    cols,
+                    inner,
+                    a: order(0),
+                    b: order(1),
+                    accumulate: n >> 2 & 1 == 1,
+                };
                 let mut m = Memory::new();
-                let (a, b, c) = (m.reals(rows * inner), m.reals(inner * cols), m.reals(rows * cols));
+                let (a, b, c) =
+                    (m.reals(rows * inner), m.reals(inner * cols), m.reals(rows * cols));
                 let bias = if n >> 3 == 1 { Some(m.reals(cols)) } else { None };
                 let after = m.run(|host| host.matmul(&p, a, b, bias, c));
                 for i in 0..rows {
@@ -715,8 +821,10 @@ mod tests {
                         let mut sum = if p.accumulate { m.reals[at] } else { 0.0 };
                         sum += bias.map_or(0.0, |bias| m.reals[bias.start() + j]);
                         for k in 0..inner {
-                            let left = if p.a == Order::Plain { i * inner + k } else { k * rows + i };
-                            let right = if p.b == Order::Plain { k * cols + j } else { j * inner + k };
+                            let left =
+                                if p.a == Order::Plain { i * inner + k } else { k * rows + i };
+                            let right =
+                                if p.b == Order::Plain { k * cols + j } else { j * inner + k };
                             sum += m.reals[a.start() + left] * m.reals[b.start() + right];
                         }
                         assert!((after[at] - sum).abs() < 1e-14);
@@ -744,9 +852,23 @@ mod tests {
                 host.matmul(&p, x, w, Some(bias), y)
             },
             |host| {
-                let p = Product { rows, cols: inner, inner: cols, a: plain, b: turned, accumulate: true };
+                let p = Product {
+                    rows,
+                    cols: inner,
+                    inner: cols,
+                    a: plain,
+                    b: turned,
+                    accumulate: true,
+                };
                 host.matmul(&p, dy, w, None, dx)?;
-                let p = Product { rows: inner, cols, inner: rows, a: turned, b: plain, accumulate: true };
+                let p = Product {
+                    rows: inner,
+                    cols,
+                    inner: rows,
+                    a: turned,
+                    b: plain,
+                    accumulate: true,
+                };
                 host.matmul(&p, x, dy, None, dw)?;
                 host.sum_rows(dy, dbias)
             },
@@ -778,11 +900,21 @@ mod tests {
             for i in x.range() {
                 m.reals[i] *= 5.0;
             }
-            m.check(&[(x, d)], false, (y, d), |host| host.gelu(kind, x, y), |host| host.gelu_vjp(kind, x, d));
+            m.check(
+                &[(x, d)],
+                false,
+                (y, d),
+                |host| host.gelu(kind, x, y),
+                |host| host.gelu_vjp(kind, x, d),
+            );
         }
         for x in [-1e20_f32, 1e20, -3e38, 3e38, -40.0, 40.0] {
             let (y, slope) = (gelu(Gelu::Tanh, x), gelu_derivative(Gelu::Tanh, x));
-            assert_eq!((y, slope), (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }), "far out it is the identity or 0");
+            assert_eq!(
+                (y, slope),
+                (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
+                "far out it is the identity or 0"
+            );
         }
     }
 
@@ -815,7 +947,8 @@ mod tests {
                         temperature,
                         temperature_grad,
                     };
-                    // The gradient of the temperature is added; from 0 on it is the gradient itself.
+                    // The gradient of the temperature is added; from 0 on it is the gradient
+                    // itself.
                     for i in temperature_grad.range() {
                         m.reals[i] = 0.0;
                     }
@@ -824,7 +957,8 @@ mod tests {
                     let (out, lse) = (m.reals(n * queries * width), m.reals(n * queries * heads));
                     let (dq, dkv) = (m.reals(n * queries * width), m.reals(n * keys * stride));
                     let (dout, scratch) = (m.reals(n * queries * width), m.reals(keys));
-                    // The columns of nobody keep what they hold; 0 is the gradient that differences give them.
+                    // The columns of nobody keep what they hold; 0 is the gradient that differences
+                    // give them.
                     for i in dkv.range() {
                         m.reals[i] = 0.0;
                     }
@@ -837,7 +971,11 @@ mod tests {
                         false,
                         (out, dout),
                         |host| host.attention(&chunk, &a, qs, k, v, out, lse, scratch),
-                        |host| host.attention_vjp(&chunk, &a, qs, k, v, out, lse, dout, dqs, dk, dv, scratch),
+                        |host| {
+                            host.attention_vjp(
+                                &chunk, &a, qs, k, v, out, lse, dout, dqs, dk, dv, scratch,
+                            )
+                        },
                     );
                 }
             }
@@ -868,12 +1006,16 @@ mod tests {
         let [q, k, vs] = [q, k, v].map(|of| Columns { of, stride: 1, at: 0 });
         let after = m.run(|host| host.attention(&chunk(2), &a, q, k, vs, out, lse, scratch));
         let mean = (m.reals[v.start()] + m.reals[v.start() + 1]) / 2.0;
-        assert!((after[out.start()] - mean).abs() < 1e-15 && (after[lse.start()] - 2.0_f64.ln()).abs() < 1e-15);
+        assert!(
+            (after[out.start()] - mean).abs() < 1e-15
+                && (after[lse.start()] - 2.0_f64.ln()).abs() < 1e-15
+        );
         assert_eq!(after[out.start() + 2..out.start() + 4], [0.0; 2], "no key is visible");
         assert_eq!(after[lse.start() + 2..lse.start() + 4], [f64::NEG_INFINITY; 2]);
     }
 
-    /// With one key hidden of two, the other one's value is what comes out; alone, a query sees nothing.
+    /// With one key hidden of two, the other one's value is what comes out; alone, a query sees
+    /// nothing.
     #[test]
     fn a_query_that_does_not_see_itself() {
         let mut m = Memory::new();
@@ -905,7 +1047,8 @@ mod tests {
         }
     }
 
-    /// Dropped weights do not change the softmax's denominator, and over many elements the mean stays.
+    /// Dropped weights do not change the softmax's denominator, and over many elements the mean
+    /// stays.
     #[test]
     fn dropout_keeps_the_mean() {
         let mut m = Memory::new();
@@ -922,7 +1065,8 @@ mod tests {
     fn dropout_gradient() {
         let mut m = Memory::new();
         let (x, y, d) = (m.reals(34), m.reals(34), m.reals(34));
-        let drop = |host: &mut Host<'_>, h| host.dropout(&chunk(2), Draw::MlpResidualDropout, 0.5, h);
+        let drop =
+            |host: &mut Host<'_>, h| host.dropout(&chunk(2), Draw::MlpResidualDropout, 0.5, h);
         m.check(
             &[(x, d)],
             false,
@@ -979,7 +1123,9 @@ mod tests {
         let after = m.run(|host| host.cross_entropy(&chunk(1), &ce, logits, targets, losses));
         let row = &m.reals[logits.range()][2 * vocab..3 * vocab];
         let mean = row.iter().sum::<f64>() / vocab as f64;
-        let loss = row.iter().map(|x| x.exp()).sum::<f64>().ln() - (1.0 - smoothing) * row[0] - smoothing * mean;
+        let loss = row.iter().map(|x| x.exp()).sum::<f64>().ln()
+            - (1.0 - smoothing) * row[0]
+            - smoothing * mean;
         assert!((after[losses.start() + 2] - loss).abs() < 1e-14);
         assert_eq!((after[losses.start() + 1], after[losses.start() + 4]), (0.0, 0.0));
     }

@@ -10,7 +10,8 @@ use crate::real::Real;
 impl<R: Real> Exchange for Reference<'_, R> {}
 
 impl<R: Real> OptimOps for Reference<'_, R> {
-    /// Also raises [`Fault::Gradient`] where the sum itself leaves the range of the real type: no norm, no clipping.
+    /// Also raises [`Fault::Gradient`] where the sum itself leaves the range of the real type: no
+    /// norm, no clipping.
     fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> Result<()> {
         self.arenas().sum_squares(g, out)?;
         let [g, out] = split(self.reals, [g.range(), out.range()], "sum_squares")?;
@@ -27,7 +28,8 @@ impl<R: Real> OptimOps for Reference<'_, R> {
 
     fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
         self.arenas().update(u, p, g, m, v)?;
-        let [p, g, m, v] = split(self.reals, [p.range(), g.range(), m.range(), v.range()], "update")?;
+        let [p, g, m, v] =
+            split(self.reals, [p.range(), g.range(), m.range(), v.range()], "update")?;
         if self.fault.is_some() {
             return Ok(());
         }
@@ -72,7 +74,8 @@ fn sgd<R: Real>(momentum: f64, lr: f64, scale: R, p: &mut [R], g: &[R], m: &mut 
 
 /// `m ← β1·m + (1-β1)·g`, `v ← β2·v + (1-β2)·g²`.
 fn moments<R: Real>(beta1: f64, beta2: f64, scale: R, g: &[R], m: &mut [R], v: &mut [R]) {
-    let (keep1, take1, keep2, take2) = (R::of(beta1), R::of(1.0 - beta1), R::of(beta2), R::of(1.0 - beta2));
+    let (keep1, take1, keep2, take2) =
+        (R::of(beta1), R::of(1.0 - beta1), R::of(beta2), R::of(1.0 - beta2));
     for i in 0..g.len() {
         let g = scale * g[i];
         m[i] = keep1 * m[i] + take1 * g;
@@ -80,8 +83,8 @@ fn moments<R: Real>(beta1: f64, beta2: f64, scale: R, g: &[R], m: &mut [R], v: &
     }
 }
 
-/// `θ ← θ − rate·m/(√(v/correction) + ε)`, `rate = η/(1-β1^t)`, `correction = 1-β2^t`. A zero denominator (no gradient
-/// yet and ε = 0) moves nothing.
+/// `θ ← θ − rate·m/(√(v/correction) + ε)`, `rate = η/(1-β1^t)`, `correction = 1-β2^t`. A zero
+/// denominator (no gradient yet and ε = 0) moves nothing.
 fn adam_w<R: Real>(rate: f64, correction: f64, eps: f64, p: &mut [R], m: &[R], v: &[R]) {
     let (rate, inverse, eps) = (R::of(rate), R::of(1.0 / correction), R::of(eps));
     for i in 0..p.len() {
@@ -96,7 +99,8 @@ fn adam_w<R: Real>(rate: f64, correction: f64, eps: f64, p: &mut [R], m: &[R], v
 /// ```text
 /// ṽ = v·(Σv)²/(n·Σv²),  w = √(ṽ/correction + ε),  w̃ = w − ½·min(w),  θ ← θ − rate·m/w̃
 /// ```
-/// The sums are those of `u = v/max v`, whose squares do not underflow. Where all of `v` is 0 nothing moves.
+/// The sums are those of `u = v/max v`, whose squares do not underflow. Where all of `v` is 0
+/// nothing moves.
 fn set_adam<R: Real>(rate: f64, correction: f64, eps: f64, p: &mut [R], m: &[R], v: &[R]) {
     let mut max = R::zero();
     for &v in v {
@@ -133,7 +137,13 @@ mod tests {
     use crate::arena::Layout;
     use crate::backend::Storage;
 
-    fn run<const N: usize>(u: &Update, p: [f64; N], g: [f64; N], m: [f64; N], v: [f64; N]) -> [[f64; N]; 3] {
+    fn run<const N: usize>(
+        u: &Update,
+        p: [f64; N],
+        g: [f64; N],
+        m: [f64; N],
+        v: [f64; N],
+    ) -> [[f64; N]; 3] {
         let mut reals = [p, g, m, v].concat();
         let mut host = Reference::new(&Layout::new(8), &mut [], &mut reals, &mut []).unwrap();
         let states = u.rule.states();
@@ -142,7 +152,8 @@ mod tests {
         [0, 2, 3].map(|k| core::array::from_fn(|i| reals[k * N + i]))
     }
 
-    const U: Update = Update { rule: Rule::Sgd { momentum: 0.0 }, t: 1, lr: 0.1, decay: 0.0, scale: 1.0 };
+    const U: Update =
+        Update { rule: Rule::Sgd { momentum: 0.0 }, t: 1, lr: 0.1, decay: 0.0, scale: 1.0 };
 
     #[test]
     fn sgd_by_hand() {
@@ -173,7 +184,8 @@ mod tests {
         let [p, m, v] = run(&u, [0.0; 3], g, [0.1; 3], old);
         let sum: f64 = v.iter().sum();
         let squares: f64 = v.iter().map(|v| v * v).sum();
-        let w = v.map(|v| (v * sum * sum / (3.0 * squares) / (1.0 - 0.99_f64.powi(3)) + 1e-6).sqrt());
+        let w =
+            v.map(|v| (v * sum * sum / (3.0 * squares) / (1.0 - 0.99_f64.powi(3)) + 1e-6).sqrt());
         let min = w.into_iter().fold(f64::INFINITY, f64::min);
         for i in 0..3 {
             assert!((v[i] - (0.99 * old[i] + 0.01 * g[i] * g[i])).abs() < 1e-15);
@@ -182,7 +194,8 @@ mod tests {
         }
     }
 
-    /// One element: `w̃ = ½·w`, so the first step has length 2η; scaling all gradients changes nothing.
+    /// One element: `w̃ = ½·w`, so the first step has length 2η; scaling all gradients changes
+    /// nothing.
     #[test]
     fn set_adam_of_tiny_and_small() {
         let rule = Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 0.0 };
@@ -191,10 +204,14 @@ mod tests {
             let [p, ..] = run(&u, [0.0], [g], [0.0], [0.0]);
             assert!((p[0] + 0.2).abs() < 1e-12, "{g}: {}", p[0]);
         }
-        assert_eq!(run(&u, [1.0, 2.0], [0.0; 2], [0.0; 2], [0.0; 2]), [[1.0, 2.0], [0.0; 2], [0.0; 2]]);
+        assert_eq!(
+            run(&u, [1.0, 2.0], [0.0; 2], [0.0; 2], [0.0; 2]),
+            [[1.0, 2.0], [0.0; 2], [0.0; 2]]
+        );
     }
 
-    /// A sum that `f32` cannot hold is a fault, not an infinite norm that clipping would turn into a step of 0.
+    /// A sum that `f32` cannot hold is a fault, not an infinite norm that clipping would turn into
+    /// a step of 0.
     #[test]
     fn norms_beyond_the_type_are_faults() {
         let mut reals = [1e25_f32, 1.0, 0.0];

@@ -68,7 +68,14 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         Ok(())
     }
 
-    fn add_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+    fn add_quantized(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        x: Ints,
+        h: Reals,
+        sum: Words,
+    ) -> Result<()> {
         let per = self.arenas().quantize("add_quantized", chunk, h, x, sum)?;
         let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("add_quantized"))?;
@@ -91,7 +98,14 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         Ok(())
     }
 
-    fn subtract_quantized(&mut self, chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words) -> Result<()> {
+    fn subtract_quantized(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        x: Ints,
+        h: Reals,
+        sum: Words,
+    ) -> Result<()> {
         let per = self.arenas().quantize("subtract_quantized", chunk, h, x, sum)?;
         let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("subtract_quantized"))?;
@@ -137,7 +151,8 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
                 let r = x[i] as u32 & ((1 << m) - 1);
                 if !side.is_empty() {
                     for plane in 0..m {
-                        side[(s * m as usize + plane as usize) * stride + e / 32] |= (r >> plane & 1) << (e % 32);
+                        side[(s * m as usize + plane as usize) * stride + e / 32] |=
+                            (r >> plane & 1) << (e % 32);
                     }
                 }
                 x[i] = advance(m, sigma, x[i], q, r, e);
@@ -163,7 +178,8 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         side: Words,
         sum: Words,
     ) -> Result<()> {
-        let (per, m) = self.arenas().step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
+        let (per, m) =
+            self.arenas().step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
         let at = chunk.first.wrapping_mul(per);
         let x = self.ints.get_mut(x.range()).ok_or(Error::Handle("inverse"))?;
         let cur = self.reals.get(cur.range()).ok_or(Error::Handle("inverse"))?;
@@ -178,7 +194,9 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
                 let q = grid.quantize(gamma.mix(sigma, cur[i], h[i])).unwrap_or(0);
                 let mut r = 0;
                 for plane in 0..m {
-                    r |= (side[(s * m as usize + plane as usize) * stride + e / 32] >> (e % 32) & 1) << plane;
+                    r |= (side[(s * m as usize + plane as usize) * stride + e / 32] >> (e % 32)
+                        & 1)
+                        << plane;
                 }
                 x[i] = retreat(m, sigma, x[i], q, r, e);
                 total = total.wrapping_add(checksum(x[i], at.wrapping_add(i)));
@@ -206,7 +224,14 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         Ok(())
     }
 
-    fn unblend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn unblend(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        x: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         let per = self.arenas().blend("unblend", chunk, x, cur, h)?;
         let [x, cur, h] = split(self.reals, [x.range(), cur.range(), h.range()], "unblend")?;
         for s in 0..if per == 0 { 0 } else { chunk.samples } {
@@ -218,7 +243,14 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         Ok(())
     }
 
-    fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn combine(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        next: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         let per = self.arenas().blend("combine", chunk, next, cur, h)?;
         let [next, cur, h] = split(self.reals, [next.range(), cur.range(), h.range()], "combine")?;
         for s in 0..if per == 0 { 0 } else { chunk.samples } {
@@ -240,7 +272,11 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
 
     fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
         self.arenas().count_differences(a, b, count)?;
-        let differing = self.ints(a)?.iter().zip(self.ints(b)?).filter(|(a, b)| a != b).count() as u64;
-        accumulate(self.words.get_mut(count.range()).ok_or(Error::Handle("count_differences"))?, differing)
+        let differing =
+            self.ints(a)?.iter().zip(self.ints(b)?).filter(|(a, b)| a != b).count() as u64;
+        accumulate(
+            self.words.get_mut(count.range()).ok_or(Error::Handle("count_differences"))?,
+            differing,
+        )
     }
 }

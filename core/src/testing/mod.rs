@@ -1,11 +1,12 @@
 //! The conformance suite: what every backend must pass (feature `testing`).
 //!
-//! Each operation runs on the backend and on the scalar [`Reference`] of the same real type, over memory full of garbage;
-//! then the whole arenas are compared, operands and everything around them.
+//! Each operation runs on the backend and on the scalar [`Reference`] of the same real type, over
+//! memory full of garbage; then the whole arenas are compared, operands and everything around them.
 //!
 //! * [`UpdateOps`](crate::UpdateOps): every bit equal.
-//! * [`NnOps`](crate::NnOps) and [`OptimOps`](crate::OptimOps): equal up to rounding (see [`Failure`]), and each call
-//!   repeated with other garbage in what it only writes gives the same bits.
+//! * [`NnOps`](crate::NnOps) and [`OptimOps`](crate::OptimOps): equal up to rounding (see
+//!   [`Failure`]), and each call repeated with other garbage in what it only writes gives the same
+//!   bits.
 //! * Mistakes in handles and sizes are refused and change nothing; faults name the right place.
 //!
 //! ```
@@ -19,8 +20,9 @@
 //! .unwrap();
 //! ```
 //!
-//! The suite allocates nothing and needs about 200 KB of stack. Handles start at arbitrary places (a chunk's part of a
-//! tensor does, too), and some sizes are large enough that a backend with threads uses them.
+//! The suite allocates nothing and needs about 200 KB of stack. Handles start at arbitrary places
+//! (a chunk's part of a tensor does, too), and some sizes are large enough that a backend with
+//! threads uses them.
 
 // A failure ends the suite, and there is no allocator to box it.
 #![allow(clippy::result_large_err)]
@@ -36,7 +38,8 @@ use crate::real::Real;
 use crate::reference::Reference;
 use crate::rng::philox;
 
-/// Runs a call on the oracle and twice on the backend, and compares. The second argument of the call is the scratch.
+/// Runs a call on the oracle and twice on the backend, and compares. The second argument of the
+/// call is the scratch.
 macro_rules! both {
     ($bench:ident, [$($operand:expr),* $(,)?], |$b:ident, $s:ident| $call:expr) => {{
         let operands: &[$crate::testing::Operand] = &[$($operand),*];
@@ -89,7 +92,8 @@ pub use nn::nn_ops;
 pub use optim::optim_ops;
 pub use update::update_ops;
 
-/// Most threads that a backend under test uses: the suite asks for attention scratch with this number.
+/// Most threads that a backend under test uses: the suite asks for attention scratch with this
+/// number.
 pub const THREADS: usize = 64;
 
 /// Runs all suites.
@@ -226,17 +230,20 @@ impl Operand {
 
     /// Row and column of an index of the arena that belongs to this operand.
     fn contains(&self, index: usize) -> bool {
-        let Some(i) = index.checked_sub(self.of.start()).filter(|&i| i < self.of.len()) else { return false };
+        let Some(i) = index.checked_sub(self.of.start()).filter(|&i| i < self.of.len()) else {
+            return false;
+        };
         let column = i.checked_rem(self.stride).unwrap_or(0);
         column >= self.at && column < self.at + self.width
     }
 
     /// How far two backends may differ.
     ///
-    /// A sum of `n` terms of magnitude up to `M`, added in any order, with or without fused multiply-add, is off by at
-    /// most about `n·ε·(sum of magnitudes)`; for terms of mixed signs far less. `4·ε·max(n, 16)·(M + floor)` leaves room
-    /// for a few such sums after each other and for exponentials that are good to a few units in the last place, and
-    /// lies orders of magnitude below what a wrong formula, element or sign gives (inputs are of order one).
+    /// A sum of `n` terms of magnitude up to `M`, added in any order, with or without fused
+    /// multiply-add, is off by at most about `n·ε·(sum of magnitudes)`; for terms of mixed signs
+    /// far less. `4·ε·max(n, 16)·(M + floor)` leaves room for a few such sums after each other and
+    /// for exponentials that are good to a few units in the last place, and lies orders of
+    /// magnitude below what a wrong formula, element or sign gives (inputs are of order one).
     fn tolerance<R: Real>(&self, magnitude: f64) -> f64 {
         4.0 * R::epsilon().wide() * self.terms.max(16) as f64 * (magnitude + self.floor)
     }
@@ -254,9 +261,10 @@ fn same_fault(a: Option<Fault>, b: Option<Fault>) -> bool {
             Some(Fault::Range { site, sample, value }),
             Some(Fault::Range { site: site_b, sample: sample_b, value: value_b }),
         ) => site == site_b && sample == sample_b && nan(value, value_b),
-        (Some(Fault::Loss { sample, value }), Some(Fault::Loss { sample: sample_b, value: value_b })) => {
-            sample == sample_b && nan(value, value_b)
-        }
+        (
+            Some(Fault::Loss { sample, value }),
+            Some(Fault::Loss { sample: sample_b, value: value_b }),
+        ) => sample == sample_b && nan(value, value_b),
         (a, b) => a == b,
     }
 }
@@ -273,7 +281,16 @@ fn random(seed: u64, i: usize) -> u32 {
 
 /// A chunk of `n` samples that does not start at 0 of anything.
 fn chunk(n: usize) -> Chunk {
-    Chunk { seed: 11, step: 3, stack: 1, site: Site::Block(2), first: 5, samples: n, global: 77, frame: 0 }
+    Chunk {
+        seed: 11,
+        step: 3,
+        stack: 1,
+        site: Site::Block(2),
+        first: 5,
+        samples: n,
+        global: 77,
+        frame: 0,
+    }
 }
 
 /// A backend, the oracle's memory, and the case at hand.
@@ -335,8 +352,11 @@ impl<B: Storage> Bench<B> {
     fn claim(&mut self, arena: usize, len: usize) -> usize {
         let start = self.next[arena];
         // Sixteen values (or, in odd cases, seventeen) and a gap between two operands.
-        self.next[arena] =
-            if self.cases.is_multiple_of(2) { (start + len + 1).next_multiple_of(16) } else { start + len + 3 };
+        self.next[arena] = if self.cases.is_multiple_of(2) {
+            (start + len + 1).next_multiple_of(16)
+        } else {
+            start + len + 3
+        };
         start
     }
 
@@ -347,7 +367,8 @@ impl<B: Storage> Bench<B> {
     }
 
     fn set_ints(&mut self, h: Ints, value: impl Fn(usize) -> i32) {
-        for (i, x) in self.before.ints.get_mut(h.range()).unwrap_or_default().iter_mut().enumerate() {
+        for (i, x) in self.before.ints.get_mut(h.range()).unwrap_or_default().iter_mut().enumerate()
+        {
             *x = value(i);
         }
     }
@@ -370,7 +391,9 @@ impl<B: Storage> Bench<B> {
     }
 
     fn set_reals(&mut self, h: Reals, value: impl Fn(usize) -> f64) {
-        for (i, x) in self.before.reals.get_mut(h.range()).unwrap_or_default().iter_mut().enumerate() {
+        for (i, x) in
+            self.before.reals.get_mut(h.range()).unwrap_or_default().iter_mut().enumerate()
+        {
             *x = B::Real::of(value(i));
         }
     }
@@ -381,7 +404,9 @@ impl<B: Storage> Bench<B> {
     }
 
     fn set_words(&mut self, h: Words, value: &[u32]) {
-        if let Some(words) = self.before.words.get_mut(h.range()).filter(|words| words.len() == value.len()) {
+        if let Some(words) =
+            self.before.words.get_mut(h.range()).filter(|words| words.len() == value.len())
+        {
             words.copy_from_slice(value);
         }
     }
@@ -393,8 +418,9 @@ impl<B: Storage> Bench<B> {
         self.oracle.words = self.before.words;
         let failure = self.failure("oracle", 0, Value::Outcome(Ok(())), Value::SomeError);
         let m = &mut self.oracle;
-        let mut oracle = Reference::new(&Layout::new(B::Real::BYTES), &mut m.ints, &mut m.reals, &mut m.words)
-            .map_err(|_| failure)?;
+        let mut oracle =
+            Reference::new(&Layout::new(B::Real::BYTES), &mut m.ints, &mut m.reals, &mut m.words)
+                .map_err(|_| failure)?;
         if let Some(fault) = self.pending {
             oracle.raise(fault);
         }
@@ -419,7 +445,8 @@ impl<B: Storage> Bench<B> {
         }
     }
 
-    /// Fills the backend's memory; in the second round with other garbage where the operation only writes.
+    /// Fills the backend's memory; in the second round with other garbage where the operation only
+    /// writes.
     fn upload(&mut self, round: usize, operands: &[Operand]) -> Result<(), Failure> {
         let m = &self.before;
         let outcome = self
@@ -427,12 +454,17 @@ impl<B: Storage> Bench<B> {
             .write_ints(Ints::new(0, INTS), &m.ints)
             .and(self.backend.write_reals(Reals::new(0, REALS), &m.reals))
             .and(self.backend.write_words(Words::new(0, WORDS), &m.words))
-            .and(self.backend.fill_reals(self.scratch, B::Real::of(if round == 0 { f64::NAN } else { 3.0 })));
+            .and(
+                self.backend
+                    .fill_reals(self.scratch, B::Real::of(if round == 0 { f64::NAN } else { 3.0 })),
+            );
         self.done("write", outcome)?;
         if round > 0 {
             for o in operands.iter().filter(|o| o.fresh && o.stride > 0) {
                 for row in 0..o.of.len() / o.stride {
-                    let outcome = self.backend.fill_reals(o.of.sub(row * o.stride + o.at, o.width), B::Real::of(-3.25));
+                    let outcome = self
+                        .backend
+                        .fill_reals(o.of.sub(row * o.stride + o.at, o.width), B::Real::of(-3.25));
                     self.done("fill_reals", outcome)?;
                 }
             }
@@ -449,7 +481,12 @@ impl<B: Storage> Bench<B> {
             let found = match self.backend.take_fault() {
                 Ok(found) => found,
                 Err(error) => {
-                    return Err(self.failure(what, 0, Value::Fault(expected), Value::Outcome(Err(error))));
+                    return Err(self.failure(
+                        what,
+                        0,
+                        Value::Fault(expected),
+                        Value::Outcome(Err(error)),
+                    ));
                 }
             };
             if !same_fault(expected, found) {
@@ -482,13 +519,23 @@ impl<B: Storage> Bench<B> {
         for i in 0..INTS {
             let (expected, found) = (self.oracle.ints[i], self.found.ints[i]);
             if expected != found {
-                return Err(self.failure("integer arena", i, Value::Int(expected), Value::Int(found)));
+                return Err(self.failure(
+                    "integer arena",
+                    i,
+                    Value::Int(expected),
+                    Value::Int(found),
+                ));
             }
         }
         for i in 0..WORDS {
             let (expected, found) = (self.oracle.words[i], self.found.words[i]);
             if expected != found {
-                return Err(self.failure("word arena", i, Value::Word(expected), Value::Word(found)));
+                return Err(self.failure(
+                    "word arena",
+                    i,
+                    Value::Word(expected),
+                    Value::Word(found),
+                ));
             }
         }
         for o in operands {
@@ -528,16 +575,27 @@ impl<B: Storage> Bench<B> {
         let (mut ints, mut reals, mut words) = ([0; PIECE], [B::Real::zero(); PIECE], [0; PIECE]);
         for start in (0..REALS).step_by(PIECE) {
             let len = PIECE.min(REALS - start);
-            self.done("read_reals", self.backend.read_reals(Reals::new(start, len), &mut reals[..len]))?;
+            self.done(
+                "read_reals",
+                self.backend.read_reals(Reals::new(start, len), &mut reals[..len]),
+            )?;
             for (i, (&e, &f)) in m.reals[start..start + len].iter().zip(&reals).enumerate() {
                 if !same_bits(e, f) {
-                    return Err(self.failure(what, start + i, Value::Real(e.wide()), Value::Real(f.wide())));
+                    return Err(self.failure(
+                        what,
+                        start + i,
+                        Value::Real(e.wide()),
+                        Value::Real(f.wide()),
+                    ));
                 }
             }
         }
         for start in (0..INTS).step_by(PIECE) {
             let len = PIECE.min(INTS - start);
-            self.done("read_ints", self.backend.read_ints(Ints::new(start, len), &mut ints[..len]))?;
+            self.done(
+                "read_ints",
+                self.backend.read_ints(Ints::new(start, len), &mut ints[..len]),
+            )?;
             for (i, (&e, &f)) in m.ints[start..start + len].iter().zip(&ints).enumerate() {
                 if e != f {
                     return Err(self.failure(what, start + i, Value::Int(e), Value::Int(f)));
@@ -546,7 +604,10 @@ impl<B: Storage> Bench<B> {
         }
         for start in (0..WORDS).step_by(PIECE) {
             let len = PIECE.min(WORDS - start);
-            self.done("read_words", self.backend.read_words(Words::new(start, len), &mut words[..len]))?;
+            self.done(
+                "read_words",
+                self.backend.read_words(Words::new(start, len), &mut words[..len]),
+            )?;
             for (i, (&e, &f)) in m.words[start..start + len].iter().zip(&words).enumerate() {
                 if e != f {
                     return Err(self.failure(what, start + i, Value::Word(e), Value::Word(f)));
@@ -578,7 +639,8 @@ impl<B: Storage> Bench<B> {
         Ok(())
     }
 
-    /// Reads a large tensor piece by piece and compares each element with `value(i)`; a tolerance of 0 asks for equality.
+    /// Reads a large tensor piece by piece and compares each element with `value(i)`; a tolerance
+    /// of 0 asks for equality.
     fn check_large(
         &self,
         name: &'static str,
@@ -594,7 +656,12 @@ impl<B: Storage> Bench<B> {
                 let (expected, found) = (value(start + i), found.wide());
                 let close = (expected - found).abs() <= tolerance;
                 if !close {
-                    return Err(self.failure(name, start + i, Value::Real(expected), Value::Real(found)));
+                    return Err(self.failure(
+                        name,
+                        start + i,
+                        Value::Real(expected),
+                        Value::Real(found),
+                    ));
                 }
             }
         }
@@ -609,7 +676,10 @@ impl<B: Storage> Bench<B> {
         for start in (0..a.len()).step_by(PIECE) {
             let len = a.sub(start, PIECE).len();
             for (piece, h) in pieces.iter_mut().zip([a, b]) {
-                self.done("read_reals", self.backend.read_reals(h.sub(start, len), &mut piece[..len]))?;
+                self.done(
+                    "read_reals",
+                    self.backend.read_reals(h.sub(start, len), &mut piece[..len]),
+                )?;
             }
             for i in 0..len {
                 let (first, second) = (pieces[0][i], pieces[1][i]);

@@ -2,7 +2,9 @@
 
 use super::{Bench, Failure, OUTSIDE, Operand, THREADS, chunk, noise, random};
 use crate::arena::{Ints, Layout, Reals, Words};
-use crate::backend::{Attention, Columns, CrossEntropy, Gelu, Half, Mask, NnOps, Order, Product, Storage};
+use crate::backend::{
+    Attention, Columns, CrossEntropy, Gelu, Half, Mask, NnOps, Order, Product, Storage,
+};
 use crate::real::Real;
 use crate::rng::{Draw, drop_threshold, keep};
 
@@ -11,9 +13,21 @@ use crate::rng::{Draw, drop_threshold, keep};
 /// # Errors
 /// The first difference.
 pub fn nn_ops<B: NnOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
-    let scratch = ATTENTIONS.iter().map(|a| B::attention_scratch(&a.with(Ints::EMPTY), a.samples, THREADS)).max();
+    let scratch = ATTENTIONS
+        .iter()
+        .map(|a| B::attention_scratch(&a.with(Ints::EMPTY), a.samples, THREADS))
+        .max();
     let mut bench = Bench::new(&mut new, scratch.unwrap_or(0));
-    for size in [[1, 1, 1], [2, 3, 5], [7, 9, 4], [1, 40, 17], [33, 1, 8], [17, 33, 19], [16, 16, 16], [24, 32, 32]] {
+    for size in [
+        [1, 1, 1],
+        [2, 3, 5],
+        [7, 9, 4],
+        [1, 40, 17],
+        [33, 1, 8],
+        [17, 33, 19],
+        [16, 16, 16],
+        [24, 32, 32],
+    ] {
         products(&mut bench, size)?;
     }
     for size in [[0, 3, 2], [3, 0, 2], [3, 2, 0], [0, 0, 0]] {
@@ -46,7 +60,10 @@ pub fn nn_ops<B: NnOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(), Failure
 }
 
 /// Every order of the operands, with and without bias and accumulation.
-fn products<B: NnOps>(bench: &mut Bench<B>, [rows, cols, inner]: [usize; 3]) -> Result<(), Failure> {
+fn products<B: NnOps>(
+    bench: &mut Bench<B>,
+    [rows, cols, inner]: [usize; 3],
+) -> Result<(), Failure> {
     for (a_order, b_order, case) in [
         (Order::Plain, Order::Plain, "A·B"),
         (Order::Plain, Order::Transposed, "A·Bᵀ"),
@@ -55,7 +72,11 @@ fn products<B: NnOps>(bench: &mut Bench<B>, [rows, cols, inner]: [usize; 3]) -> 
     ] {
         for accumulate in [false, true] {
             for with_bias in [false, true] {
-                bench.begin("matmul", case, [rows, cols, inner, accumulate as usize * 2 + with_bias as usize]);
+                bench.begin(
+                    "matmul",
+                    case,
+                    [rows, cols, inner, accumulate as usize * 2 + with_bias as usize],
+                );
                 let p = Product { rows, cols, inner, a: a_order, b: b_order, accumulate };
                 let (a, b) = (bench.reals(rows * inner), bench.reals(inner * cols));
                 let bias = if with_bias { Some(bench.reals(cols)) } else { None };
@@ -72,13 +93,19 @@ fn products<B: NnOps>(bench: &mut Bench<B>, [rows, cols, inner]: [usize; 3]) -> 
     Ok(())
 }
 
-fn rows_and_norms<B: NnOps>(bench: &mut Bench<B>, rows: usize, width: usize) -> Result<(), Failure> {
+fn rows_and_norms<B: NnOps>(
+    bench: &mut Bench<B>,
+    rows: usize,
+    width: usize,
+) -> Result<(), Failure> {
     bench.begin("sum_rows", "", [rows, width, 0, 0]);
     let (x, sum) = (bench.reals(rows * width), bench.reals(width));
     both!(bench, [Operand::sum("sum", sum, rows)], |on| on.sum_rows(x, sum));
 
     // A mean far from zero, too: the variance must not be a difference of large sums.
-    for (case, mean, eps) in [("mean near 0", 0.0, 1e-5), ("mean 30", 30.0, 1e-5), ("eps 0.1", 0.0, 0.1)] {
+    for (case, mean, eps) in
+        [("mean near 0", 0.0, 1e-5), ("mean 30", 30.0, 1e-5), ("eps 0.1", 0.0, 0.1)]
+    {
         bench.begin("layer_norm", case, [rows, width, 0, 0]);
         let seed = bench.cases;
         // A row of one value (or equal ones) has variance 0 and rstd = 1/√eps.
@@ -94,7 +121,8 @@ fn rows_and_norms<B: NnOps>(bench: &mut Bench<B>, rows: usize, width: usize) -> 
         bench.op = "layer_norm_vjp";
         bench.before.reals = bench.oracle.reals;
         bench.next[1] = y.start();
-        let (dx, dweight, dbias) = (bench.reals(rows * width), bench.reals(width), bench.reals(width));
+        let (dx, dweight, dbias) =
+            (bench.reals(rows * width), bench.reals(width), bench.reals(width));
         let dy = bench.reals(rows * width);
         // The statistics move behind what overwrote y.
         let moved = bench.garbage(2 * rows);
@@ -105,7 +133,11 @@ fn rows_and_norms<B: NnOps>(bench: &mut Bench<B>, rows: usize, width: usize) -> 
         let all = terms + rows;
         both!(
             bench,
-            [Operand::sum("dx", dx, all), Operand::sum("dweight", dweight, all), Operand::sum("dbias", dbias, rows)],
+            [
+                Operand::sum("dx", dx, all),
+                Operand::sum("dweight", dweight, all),
+                Operand::sum("dbias", dbias, rows)
+            ],
             |on| on.layer_norm_vjp(weight, x, moved, dy, dx, dweight, dbias)
         );
         both!(bench, [Operand::sum("dx", dx, all)], |on| {
@@ -123,7 +155,9 @@ fn activations<B: NnOps>(bench: &mut Bench<B>, n: usize) -> Result<(), Failure> 
         bench.begin("widen", case, [n, 0, 0, 0]);
         // Any bits at all; small, special and ordinary values among them.
         let (x, y) = (bench.words(n.div_ceil(2)), bench.garbage(n));
-        for (at, word) in [0x0001_8001, 0x7C00_FC00, 0x7E01_03FF, 0x3C00_0400].into_iter().enumerate() {
+        for (at, word) in
+            [0x0001_8001, 0x7C00_FC00, 0x7E01_03FF, 0x3C00_0400].into_iter().enumerate()
+        {
             bench.set_words(x.sub(at, 1), &[word][..x.sub(at, 1).len()]);
         }
         both!(bench, [Operand::set("y", y, 0)], |on| on.widen(half, x, y));
@@ -148,7 +182,8 @@ fn columns<B: NnOps>(bench: &mut Bench<B>, rows: usize, width: usize) -> Result<
         bench.begin("add_columns", "", [rows, width, from, to]);
         let (wide, narrow) = (width + 4, width + from + 1);
         let (x, y) = (bench.reals(rows * narrow), bench.reals(rows * wide));
-        let (from, to) = (Columns { of: x, stride: narrow, at: from }, Columns { of: y, stride: wide, at: to });
+        let (from, to) =
+            (Columns { of: x, stride: narrow, at: from }, Columns { of: y, stride: wide, at: to });
         let operand = Operand { fresh: false, ..Operand::columns("to", to, width, 1) };
         both!(bench, [operand], |on| on.add_columns(width, -1.5, from, to));
     }
@@ -177,7 +212,17 @@ impl Case {
     const fn with(&self, key_lens: Ints) -> Attention {
         let Self { heads, head_dim, queries, keys, mask, dropout, .. } = *self;
         let (temperature, temperature_grad) = (Reals::EMPTY, Reals::EMPTY);
-        Attention { heads, head_dim, queries, keys, mask, key_lens, dropout, temperature, temperature_grad }
+        Attention {
+            heads,
+            head_dim,
+            queries,
+            keys,
+            mask,
+            key_lens,
+            dropout,
+            temperature,
+            temperature_grad,
+        }
     }
 }
 
@@ -198,7 +243,15 @@ const PLAIN: Case = Case {
 const ATTENTIONS: [Case; 20] = [
     PLAIN,
     Case { name: "causal", mask: Mask::Causal, ..PLAIN },
-    Case { name: "causal, 16 tokens", mask: Mask::Causal, queries: 16, keys: 16, heads: 1, head_dim: 8, ..PLAIN },
+    Case {
+        name: "causal, 16 tokens",
+        mask: Mask::Causal,
+        queries: 16,
+        keys: 16,
+        heads: 1,
+        head_dim: 8,
+        ..PLAIN
+    },
     Case {
         name: "causal, many tokens",
         mask: Mask::Causal,
@@ -210,7 +263,16 @@ const ATTENTIONS: [Case; 20] = [
         ..PLAIN
     },
     Case { name: "one token", mask: Mask::Causal, queries: 1, keys: 1, ..PLAIN },
-    Case { name: "one element", mask: Mask::Full, queries: 1, keys: 1, heads: 1, head_dim: 1, samples: 1, ..PLAIN },
+    Case {
+        name: "one element",
+        mask: Mask::Full,
+        queries: 1,
+        keys: 1,
+        heads: 1,
+        head_dim: 1,
+        samples: 1,
+        ..PLAIN
+    },
     Case { name: "cross", queries: 4, keys: 9, together: false, ..PLAIN },
     Case { name: "cross, more queries than keys", queries: 11, keys: 2, together: false, ..PLAIN },
     Case { name: "padding", lens: Some([3, 7, 0]), ..PLAIN },
@@ -234,7 +296,13 @@ const ATTENTIONS: [Case; 20] = [
         ..PLAIN
     },
     Case { name: "dropout", dropout: 0.3, ..PLAIN },
-    Case { name: "causal with dropout and padding", mask: Mask::Causal, dropout: 0.6, lens: Some([4, 7, 0]), ..PLAIN },
+    Case {
+        name: "causal with dropout and padding",
+        mask: Mask::Causal,
+        dropout: 0.6,
+        lens: Some([4, 7, 0]),
+        ..PLAIN
+    },
     Case { name: "no samples", samples: 0, ..PLAIN },
     Case { name: "others", mask: Mask::Others, ..PLAIN },
     Case { name: "others, one token", mask: Mask::Others, queries: 1, keys: 1, ..PLAIN },
@@ -249,7 +317,13 @@ const ATTENTIONS: [Case; 20] = [
         ..PLAIN
     },
     Case { name: "temperature", temperature: true, ..PLAIN },
-    Case { name: "others with temperature and dropout", mask: Mask::Others, temperature: true, dropout: 0.3, ..PLAIN },
+    Case {
+        name: "others with temperature and dropout",
+        mask: Mask::Others,
+        temperature: true,
+        dropout: 0.3,
+        ..PLAIN
+    },
     Case {
         name: "others with padding",
         mask: Mask::Others,
@@ -273,8 +347,8 @@ fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure>
     };
     // Near ln(1/2), so that scores stay of order one.
     let seed = bench.cases;
-    let [temperature, temperature_grad] =
-        [0, 1].map(|i| bench.reals_of(usize::from(case.temperature), |_| 0.3 * noise(seed, i) - 0.7));
+    let [temperature, temperature_grad] = [0, 1]
+        .map(|i| bench.reals_of(usize::from(case.temperature), |_| 0.3 * noise(seed, i) - 0.7));
     let a = Attention { temperature, temperature_grad, ..case.with(key_lens) };
     let chunk = chunk(n);
     let (q_rows, k_rows) = (n * case.queries, n * case.keys);
@@ -288,10 +362,8 @@ fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure>
             let of = matrix(q_rows, stride);
             [0, width, 2 * width + 1].map(|at| Columns { of, stride, at })
         } else {
-            [(q_rows, width + 2), (k_rows, width), (k_rows, width + 1)].map(|(rows, stride)| Columns {
-                of: matrix(rows, stride),
-                stride,
-                at: stride - width,
+            [(q_rows, width + 2), (k_rows, width), (k_rows, width + 1)].map(|(rows, stride)| {
+                Columns { of: matrix(rows, stride), stride, at: stride - width }
             })
         }
     };
@@ -335,11 +407,17 @@ fn dropout<B: NnOps>(bench: &mut Bench<B>, n: usize, per: usize) -> Result<(), F
     Ok(())
 }
 
-fn embedding<B: NnOps>(bench: &mut Bench<B>, [n, length, vocab, width]: [usize; 4]) -> Result<(), Failure> {
-    // Every token of the second case lies inside; the others meet one that is negative or too large.
-    for (case, bad) in
-        [("tokens inside", None), ("a negative token", Some(-1)), ("a token too large", Some(vocab as i32))]
-    {
+fn embedding<B: NnOps>(
+    bench: &mut Bench<B>,
+    [n, length, vocab, width]: [usize; 4],
+) -> Result<(), Failure> {
+    // Every token of the second case lies inside; the others meet one that is negative or too
+    // large.
+    for (case, bad) in [
+        ("tokens inside", None),
+        ("a negative token", Some(-1)),
+        ("a token too large", Some(vocab as i32)),
+    ] {
         bench.begin("embed", case, [n, length, vocab, width]);
         let (seed, chunk) = (bench.cases, chunk(n));
         let wrong = n * length * 2 / 3;
@@ -351,20 +429,29 @@ fn embedding<B: NnOps>(bench: &mut Bench<B>, [n, length, vocab, width]: [usize; 
         });
         let (table, positions) = (bench.reals(vocab * width), bench.reals((length + 1) * width));
         let x = bench.garbage(n * length * width);
-        both!(bench, [Operand::set("x", x, 1)], |on| on.embed(&chunk, tokens, table, positions, width, x));
+        both!(bench, [Operand::set("x", x, 1)], |on| on
+            .embed(&chunk, tokens, table, positions, width, x));
 
         if bad.is_none() {
             bench.op = "embed_vjp";
             bench.set_reals(x, |i| noise(seed, i));
-            both!(bench, [Operand::sum("dtable", table, n * length), Operand::sum("dpositions", positions, n)], |on| {
-                on.embed_vjp(&chunk, tokens, x, width, table, positions)
-            });
+            both!(
+                bench,
+                [
+                    Operand::sum("dtable", table, n * length),
+                    Operand::sum("dpositions", positions, n)
+                ],
+                |on| { on.embed_vjp(&chunk, tokens, x, width, table, positions) }
+            );
         }
     }
     Ok(())
 }
 
-fn losses<B: NnOps>(bench: &mut Bench<B>, [rows, vocab, tokens, row]: [usize; 4]) -> Result<(), Failure> {
+fn losses<B: NnOps>(
+    bench: &mut Bench<B>,
+    [rows, vocab, tokens, row]: [usize; 4],
+) -> Result<(), Failure> {
     let chunk = chunk(row + rows);
     let last = rows.saturating_sub(1);
     for case in [
@@ -390,15 +477,22 @@ fn losses<B: NnOps>(bench: &mut Bench<B>, [rows, vocab, tokens, row]: [usize; 4]
             };
             let targets = bench.ints(rows, target);
             let logits = bench.reals_of(rows * vocab, |i| match case {
-                "NaN" | "NaN in a masked row" if i / vocab == last && i % vocab == vocab / 2 => f64::NAN,
-                "target impossible" if i / vocab == last && vocab > 1 && i % vocab == target(last) as usize => {
+                "NaN" | "NaN in a masked row" if i / vocab == last && i % vocab == vocab / 2 => {
+                    f64::NAN
+                }
+                "target impossible"
+                    if i / vocab == last && vocab > 1 && i % vocab == target(last) as usize =>
+                {
                     f64::NEG_INFINITY
                 }
                 _ => spread * noise(seed, i),
             });
             let losses = bench.garbage(rows);
-            both!(bench, [Operand::sum("logits", logits, vocab), Operand::set("losses", losses, vocab)], |on| on
-                .cross_entropy(&chunk, &ce, logits, targets, losses));
+            both!(
+                bench,
+                [Operand::sum("logits", logits, vocab), Operand::set("losses", losses, vocab)],
+                |on| on.cross_entropy(&chunk, &ce, logits, targets, losses)
+            );
         }
     }
     Ok(())
@@ -413,7 +507,8 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     let ok = chunk(2);
 
     bench.op = "matmul";
-    let p = Product { rows: 4, cols: 6, inner: 5, a: Order::Plain, b: Order::Plain, accumulate: false };
+    let p =
+        Product { rows: 4, cols: 6, inner: 5, a: Order::Plain, b: Order::Plain, accumulate: false };
     let huge = Product { rows: usize::MAX, cols: usize::MAX, inner: usize::MAX, ..p };
     let (x, y, z) = (a.sub(0, 20), b.sub(0, 30), c.sub(0, 24));
     refused!(bench, "a outside", |on| on.matmul(&p, far(20), y, None, z));
@@ -448,7 +543,12 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "columns beyond the matrix", |on| on.add_columns(6, 1.0, from, ten));
     refused!(bench, "columns that overflow", |on| on.add_columns(usize::MAX, 1.0, from, ten));
     refused!(bench, "no columns", |on| on.add_columns(4, 1.0, Columns { stride: 0, ..from }, ten));
-    refused!(bench, "the same memory", |on| on.add_columns(4, 1.0, from, Columns { of: a.sub(0, 60), ..to }));
+    refused!(bench, "the same memory", |on| on.add_columns(
+        4,
+        1.0,
+        from,
+        Columns { of: a.sub(0, 60), ..to }
+    ));
     refused!(bench, "outside", |on| on.add_columns(4, 1.0, from, Columns { of: far(60), ..to }));
     bench.op = "layer_norm";
     let (w, bias, stats) = (d.sub(0, 8), e.sub(0, 8), f.sub(0, 30));
@@ -467,7 +567,15 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "y outside", |on| on.layer_norm(1e-5, w, bias, a, far(120), stats));
     bench.op = "layer_norm_vjp";
     let (dw, db) = (g.sub(0, 8), g.sub(16, 8));
-    refused!(bench, "dweight too short", |on| on.layer_norm_vjp(w, a, stats, b, c, dw.sub(0, 7), db));
+    refused!(bench, "dweight too short", |on| on.layer_norm_vjp(
+        w,
+        a,
+        stats,
+        b,
+        c,
+        dw.sub(0, 7),
+        db
+    ));
     refused!(bench, "no dbias", |on| on.layer_norm_vjp(w, a, stats, b, c, dw, Reals::EMPTY));
     refused!(bench, "dbias is dweight", |on| on.layer_norm_vjp(w, a, stats, b, c, dw, dw));
     refused!(bench, "dx is dy", |on| on.layer_norm_vjp(w, a, stats, b, b, dw, db));
@@ -480,7 +588,12 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "lengths", |on| on.gelu_vjp(Gelu::Tanh, a, b.sub(0, 3)));
     refused!(bench, "outside", |on| on.gelu_vjp(Gelu::Exact, far(120), b));
     bench.op = "dropout";
-    refused!(bench, "samples that do not divide the length", |on| on.dropout(&chunk(7), Draw::Init, 0.5, a));
+    refused!(bench, "samples that do not divide the length", |on| on.dropout(
+        &chunk(7),
+        Draw::Init,
+        0.5,
+        a
+    ));
     refused!(bench, "p = 1", |on| on.dropout(&ok, Draw::Init, 1.0, a));
     refused!(bench, "p is NaN", |on| on.dropout(&ok, Draw::Init, f64::NAN, a));
     refused!(bench, "outside", |on| on.dropout(&ok, Draw::Init, 0.5, far(4)));
@@ -489,23 +602,68 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "x too short", |on| on.embed(&ok, tokens, table, pos, 4, c.sub(0, 23)));
     refused!(bench, "too few positions", |on| on.embed(&ok, tokens, table, b.sub(0, 11), 4, out));
     refused!(bench, "table with half a row", |on| on.embed(&ok, tokens, a.sub(0, 42), pos, 4, out));
-    refused!(bench, "tokens outside", |on| on.embed(&ok, Ints::new(OUTSIDE, 6), table, pos, 4, out));
-    refused!(bench, "samples that do not divide the tokens", |on| on.embed(&chunk(4), tokens, table, pos, 4, out));
+    refused!(bench, "tokens outside", |on| on.embed(
+        &ok,
+        Ints::new(OUTSIDE, 6),
+        table,
+        pos,
+        4,
+        out
+    ));
+    refused!(bench, "samples that do not divide the tokens", |on| on.embed(
+        &chunk(4),
+        tokens,
+        table,
+        pos,
+        4,
+        out
+    ));
     refused!(bench, "x lies in the table", |on| on.embed(&ok, tokens, table, pos, 4, a.sub(8, 24)));
     bench.op = "embed_vjp";
     refused!(bench, "dx too short", |on| on.embed_vjp(&ok, tokens, c.sub(0, 23), 4, table, pos));
-    refused!(bench, "dpositions too short", |on| on.embed_vjp(&ok, tokens, out, 4, table, b.sub(0, 11)));
+    refused!(bench, "dpositions too short", |on| on.embed_vjp(
+        &ok,
+        tokens,
+        out,
+        4,
+        table,
+        b.sub(0, 11)
+    ));
     refused!(bench, "dtable outside", |on| on.embed_vjp(&ok, tokens, out, 4, far(40), pos));
     bench.op = "cross_entropy";
     let ce = CrossEntropy { vocab: 20, tokens: 3, row: 0, scale: 1.0, smoothing: 0.0 };
-    refused!(bench, "logits too short", |on| on.cross_entropy(&ok, &ce, a.sub(0, 119), tokens, b.sub(0, 6)));
+    refused!(bench, "logits too short", |on| on.cross_entropy(
+        &ok,
+        &ce,
+        a.sub(0, 119),
+        tokens,
+        b.sub(0, 6)
+    ));
     for smoothing in [-0.1, 1.5, f64::NAN] {
         let wrong = CrossEntropy { smoothing, ..ce };
-        refused!(bench, "smoothing outside 0 to 1", |on| on.cross_entropy(&ok, &wrong, a, tokens, b.sub(0, 6)));
+        refused!(bench, "smoothing outside 0 to 1", |on| on.cross_entropy(
+            &ok,
+            &wrong,
+            a,
+            tokens,
+            b.sub(0, 6)
+        ));
     }
     refused!(bench, "losses too short", |on| on.cross_entropy(&ok, &ce, a, tokens, b.sub(0, 5)));
-    refused!(bench, "losses in the logits", |on| on.cross_entropy(&ok, &ce, a, tokens, a.sub(0, 6)));
-    refused!(bench, "targets outside", |on| on.cross_entropy(&ok, &ce, a, Ints::new(OUTSIDE, 6), b.sub(0, 6)));
+    refused!(bench, "losses in the logits", |on| on.cross_entropy(
+        &ok,
+        &ce,
+        a,
+        tokens,
+        a.sub(0, 6)
+    ));
+    refused!(bench, "targets outside", |on| on.cross_entropy(
+        &ok,
+        &ce,
+        a,
+        Ints::new(OUTSIDE, 6),
+        b.sub(0, 6)
+    ));
     attention_refusals(bench)
 }
 
@@ -520,10 +678,46 @@ fn attention_refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     let [q, k, v] = [0, 4, 8].map(|at| column(qkv, at));
     let [dq, dk, dv] = [0, 4, 8].map(|at| column(dqkv, at));
     let s = bench.scratch;
-    refused!(bench, "columns reach outside the matrix", |on| on.attention(&ok, &a, q, k, column(qkv, 9), out, lse, s));
-    refused!(bench, "first column overflows", |on| on.attention(&ok, &a, q, column(qkv, usize::MAX), v, out, lse, s));
-    refused!(bench, "matrix outside", |on| on.attention(&ok, &a, column(Reals::new(OUTSIDE, n), 0), k, v, out, lse, s));
-    refused!(bench, "matrix too short", |on| on.attention(&ok, &a, column(qkv.sub(0, n - 12), 0), k, v, out, lse, s));
+    refused!(bench, "columns reach outside the matrix", |on| on.attention(
+        &ok,
+        &a,
+        q,
+        k,
+        column(qkv, 9),
+        out,
+        lse,
+        s
+    ));
+    refused!(bench, "first column overflows", |on| on.attention(
+        &ok,
+        &a,
+        q,
+        column(qkv, usize::MAX),
+        v,
+        out,
+        lse,
+        s
+    ));
+    refused!(bench, "matrix outside", |on| on.attention(
+        &ok,
+        &a,
+        column(Reals::new(OUTSIDE, n), 0),
+        k,
+        v,
+        out,
+        lse,
+        s
+    ));
+    refused!(bench, "matrix too short", |on| on.attention(
+        &ok,
+        &a,
+        column(qkv.sub(0, n - 12), 0),
+        k,
+        v,
+        out,
+        lse,
+        s
+    ));
     refused!(bench, "out too short", |on| on.attention(&ok, &a, q, k, v, out.sub(0, 23), lse, s));
     refused!(bench, "lse too short", |on| on.attention(&ok, &a, q, k, v, out, lse.sub(0, 11), s));
     refused!(bench, "out lies in v", |on| on.attention(&ok, &a, q, k, v, qkv.sub(0, 24), lse, s));
@@ -535,13 +729,32 @@ fn attention_refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     let wrong = Attention { dropout: 1.0, ..a };
     refused!(bench, "dropout of everything", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
     let wrong = Attention { heads: usize::MAX, head_dim: usize::MAX, ..a };
-    refused!(bench, "sizes whose product overflows", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
+    refused!(bench, "sizes whose product overflows", |on| on
+        .attention(&ok, &wrong, q, k, v, out, lse, s));
     let fewer = Attention { mask: Mask::Causal, keys: 2, ..a };
     let tau = bench.reals(2);
     let wrong = Attention { mask: Mask::Others, keys: 2, ..a };
     let two = |at| column(qkv.sub(0, 48), at);
-    refused!(bench, "causal with fewer keys", |on| on.attention(&ok, &fewer, q, two(4), two(8), out, lse, s));
-    refused!(bench, "others with fewer keys", |on| on.attention(&ok, &wrong, q, two(4), two(8), out, lse, s));
+    refused!(bench, "causal with fewer keys", |on| on.attention(
+        &ok,
+        &fewer,
+        q,
+        two(4),
+        two(8),
+        out,
+        lse,
+        s
+    ));
+    refused!(bench, "others with fewer keys", |on| on.attention(
+        &ok,
+        &wrong,
+        q,
+        two(4),
+        two(8),
+        out,
+        lse,
+        s
+    ));
     let wrong = Attention { temperature: tau, ..a };
     refused!(bench, "two temperatures", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
     let wrong = Attention { temperature: Reals::new(OUTSIDE, 1), ..a };
@@ -564,12 +777,26 @@ fn attention_refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "temperature's gradient in dq", |on| {
         on.attention_vjp(&ok, &wrong, q, k, v, out, lse, dout, dq, dk, dv, s)
     });
-    refused!(bench, "dq lies in qkv", |on| on.attention_vjp(&ok, &a, q, k, v, out, lse, dout, q, dk, dv, s));
+    refused!(bench, "dq lies in qkv", |on| on
+        .attention_vjp(&ok, &a, q, k, v, out, lse, dout, q, dk, dv, s));
     refused!(bench, "dout too short", |on| {
         on.attention_vjp(&ok, &a, q, k, v, out, lse, dout.sub(0, 23), dq, dk, dv, s)
     });
     refused!(bench, "dv outside", |on| {
-        on.attention_vjp(&ok, &a, q, k, v, out, lse, dout, dq, dk, column(Reals::new(OUTSIDE, n), 8), s)
+        on.attention_vjp(
+            &ok,
+            &a,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dout,
+            dq,
+            dk,
+            column(Reals::new(OUTSIDE, n), 8),
+            s,
+        )
     });
     if B::attention_scratch(&a, 2, THREADS) > 0 {
         refused!(bench, "no scratch", |on| {
@@ -579,7 +806,8 @@ fn attention_refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Operands that are long enough for threads and for every path of a product, against sums in `f64`.
+/// Operands that are long enough for threads and for every path of a product, against sums in
+/// `f64`.
 fn large<B: NnOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     let (rows, cols, inner) = (130, 210, 75);
     let mut bench = Bench::new(new, rows * inner + inner * cols + 3 * rows * cols + 3 * cols);
@@ -599,8 +827,10 @@ fn large<B: NnOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
         (Order::Transposed, Order::Transposed),
     ] {
         let p = Product { rows, cols, inner, a: a_order, b: b_order, accumulate: false };
-        let at = |i: usize, k: usize| if a_order == Order::Plain { i * inner + k } else { k * rows + i };
-        let bt = |k: usize, j: usize| if b_order == Order::Plain { k * cols + j } else { j * inner + k };
+        let at =
+            |i: usize, k: usize| if a_order == Order::Plain { i * inner + k } else { k * rows + i };
+        let bt =
+            |k: usize, j: usize| if b_order == Order::Plain { k * cols + j } else { j * inner + k };
         // Cheap values that the type holds exactly.
         let value = |seed: usize, i: usize| f64::from((i * 7919 + seed) as u32 % 251) / 128.0 - 1.0;
         bench.write_large(a, |i| value(1, i))?;
@@ -624,8 +854,9 @@ fn large<B: NnOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     let outcome = bench.backend.sum_rows(c, bias);
     bench.done("outcome", outcome)?;
     let tolerance = Operand::sum("sum", bias, rows).tolerance::<B::Real>(rows as f64);
-    bench
-        .check_large("sum", bias, tolerance, |j| (0..rows).fold(noise(2, j), |sum, i| sum + noise(1, i * cols + j)))?;
+    bench.check_large("sum", bias, tolerance, |j| {
+        (0..rows).fold(noise(2, j), |sum, i| sum + noise(1, i * cols + j))
+    })?;
 
     // The values as the type holds them.
     let typed = |seed: u64| move |i: usize| B::Real::of(noise(seed, i)).wide();
@@ -648,7 +879,8 @@ fn large<B: NnOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     })?;
 
     bench.begin("layer_norm", "large", [rows, cols, 0, 0]);
-    let (weight, ones) = (Reals::new(bias.start() + cols, cols), Reals::new(bias.start() + 2 * cols, cols));
+    let (weight, ones) =
+        (Reals::new(bias.start() + cols, cols), Reals::new(bias.start() + 2 * cols, cols));
     let stats = a.sub(0, 2 * rows);
     bench.write_large(bias, |_| 0.0)?;
     bench.write_large(weight, |_| 1.0)?;
@@ -671,7 +903,9 @@ fn large<B: NnOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     let outcome = bench.backend.layer_norm_vjp(weight, c, stats, again, tail, ones, bias);
     bench.done("outcome", outcome)?;
     let tolerance = Operand::sum("dbias", bias, rows).tolerance::<B::Real>(rows as f64);
-    bench.check_large("dbias", bias, tolerance, |j| (0..rows).fold(1.0, |sum, i| sum + dy(i * cols + j)))?;
+    bench.check_large("dbias", bias, tolerance, |j| {
+        (0..rows).fold(1.0, |sum, i| sum + dy(i * cols + j))
+    })?;
     bench.check_large("dweight", ones, tolerance, |j| {
         (0..rows).fold(1.0, |sum, i| sum + dy(i * cols + j) * normal(i * cols + j))
     })

@@ -39,17 +39,28 @@ pub fn optim_ops<B: OptimOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(), F
 }
 
 fn squares<B: OptimOps>(bench: &mut Bench<B>, n: usize) -> Result<(), Failure> {
-    for (case, magnitude) in [("order one", 1.0), ("squares below the normal numbers", 1e-21), ("large", 1e15)] {
+    for (case, magnitude) in
+        [("order one", 1.0), ("squares below the normal numbers", 1e-21), ("large", 1e15)]
+    {
         bench.begin("sum_squares", case, [n, 0, 0, 0]);
         let seed = bench.cases;
         let (g, out) = (bench.reals_of(n, |i| magnitude * noise(seed, i)), bench.garbage(1));
-        // In f64 or as exact as that: no term is lost, so the result is good to a few roundings of the type itself.
-        both!(bench, [Operand::set("out", out, 1).tight()], |on| on.sum_squares(Site::Block(3), g, out));
+        // In f64 or as exact as that: no term is lost, so the result is good to a few roundings of
+        // the type itself.
+        both!(bench, [Operand::set("out", out, 1).tight()], |on| on.sum_squares(
+            Site::Block(3),
+            g,
+            out
+        ));
     }
     Ok(())
 }
 
-fn updates<B: OptimOps>(bench: &mut Bench<B>, (name, rule): (&'static str, Rule), n: usize) -> Result<(), Failure> {
+fn updates<B: OptimOps>(
+    bench: &mut Bench<B>,
+    (name, rule): (&'static str, Rule),
+    n: usize,
+) -> Result<(), Failure> {
     // Number of the update, gradient magnitude, whether all gradients are 0, decay, scale.
     for (t, magnitude, decay, scale) in [
         (1, 1.0, 0.0, 1.0),
@@ -59,7 +70,11 @@ fn updates<B: OptimOps>(bench: &mut Bench<B>, (name, rule): (&'static str, Rule)
         (3, 1e-12, 0.0, 1.0),
         (100_000, 10.0, 0.0, 0.01),
     ] {
-        bench.begin("update", name, [n, t as usize, (magnitude == 0.0) as usize, (decay != 0.0) as usize]);
+        bench.begin(
+            "update",
+            name,
+            [n, t as usize, (magnitude == 0.0) as usize, (decay != 0.0) as usize],
+        );
         let (states, seed) = (rule.states(), bench.cases);
         let u = Update { rule, t, lr: 0.03, decay, scale };
         let p = bench.reals(n);
@@ -67,11 +82,19 @@ fn updates<B: OptimOps>(bench: &mut Bench<B>, (name, rule): (&'static str, Rule)
         let of = |i: usize| magnitude * noise(seed, i) * if i % 5 == 4 { 0.0 } else { 1.0 };
         let g = bench.reals_of(n, of);
         let first = t == 1;
-        let m = bench.reals_of(if states > 0 { n } else { 0 }, |i| if first { 0.0 } else { 0.1 * of(i + 1) });
-        let v = bench.reals_of(if states > 1 { n } else { 0 }, |i| if first { 0.0 } else { of(i + 1) * of(i + 1) });
+        let m = bench.reals_of(if states > 0 { n } else { 0 }, |i| {
+            if first { 0.0 } else { 0.1 * of(i + 1) }
+        });
+        let v = bench.reals_of(if states > 1 { n } else { 0 }, |i| {
+            if first { 0.0 } else { of(i + 1) * of(i + 1) }
+        });
         both!(
             bench,
-            [Operand::sum("p", p, 16), Operand::sum("m", m, 16).tight(), Operand::sum("v", v, 16).tight()],
+            [
+                Operand::sum("p", p, 16),
+                Operand::sum("m", m, 16).tight(),
+                Operand::sum("v", v, 16).tight()
+            ],
             |on| on.update(&u, p, g, m, v)
         );
         // A second update on top of the first, with the state that it left.
@@ -79,7 +102,11 @@ fn updates<B: OptimOps>(bench: &mut Bench<B>, (name, rule): (&'static str, Rule)
         let u = Update { t: t + 1, ..u };
         both!(
             bench,
-            [Operand::sum("p", p, 16), Operand::sum("m", m, 16).tight(), Operand::sum("v", v, 16).tight()],
+            [
+                Operand::sum("p", p, 16),
+                Operand::sum("m", m, 16).tight(),
+                Operand::sum("v", v, 16).tight()
+            ],
             |on| on.update(&u, p, g, m, v)
         );
         if bench.found.reals[p.range()].iter().any(|p| p.is_nan()) {
@@ -107,7 +134,10 @@ fn faults<B: OptimOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
         bench.begin("update", name, [50, 0, 0, 0]);
         let (p, g) = (bench.reals(50), bench.reals(50));
         let states = rule.states();
-        let (m, v) = (bench.reals(if states > 0 { 50 } else { 0 }), bench.reals(if states > 1 { 50 } else { 0 }));
+        let (m, v) = (
+            bench.reals(if states > 0 { 50 } else { 0 }),
+            bench.reals(if states > 1 { 50 } else { 0 }),
+        );
         let u = Update { rule, t: 1, lr: 0.1, decay: 0.1, scale: 1.0 };
         bench.pending = Some(Fault::Gradient { site: Site::Head });
         // No operand is named, so any change fails.
@@ -123,14 +153,19 @@ fn refusals<B: OptimOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     let (far, no) = (Reals::new(OUTSIDE, n), Reals::EMPTY);
     refused!(bench, "two results", |on| on.sum_squares(Site::Head, g, m.sub(0, 2)));
     refused!(bench, "no result", |on| on.sum_squares(Site::Head, g, no));
-    refused!(bench, "the result lies in the gradient", |on| on.sum_squares(Site::Head, g, g.sub(3, 1)));
+    refused!(bench, "the result lies in the gradient", |on| on.sum_squares(
+        Site::Head,
+        g,
+        g.sub(3, 1)
+    ));
     refused!(bench, "outside", |on| on.sum_squares(Site::Head, far, m.sub(0, 1)));
     bench.op = "update";
     for (name, rule) in RULES {
         let u = Update { rule, t: 1, lr: 0.1, decay: 0.0, scale: 1.0 };
         let m = if rule.states() > 0 { m } else { no };
         let v = if rule.states() > 1 { v } else { no };
-        let wrong = |h: Reals| if h.is_empty() { Reals::new(p.start() + 2, 1) } else { h.sub(0, n - 1) };
+        let wrong =
+            |h: Reals| if h.is_empty() { Reals::new(p.start() + 2, 1) } else { h.sub(0, n - 1) };
         bench.op = name;
         refused!(bench, "gradient too short", |on| on.update(&u, p, wrong(g), m, v));
         refused!(bench, "m of a wrong length", |on| on.update(&u, p, g, wrong(m), v));

@@ -4,7 +4,8 @@ use std::{string::ToString, vec, vec::Vec};
 
 use super::*;
 use crate::backend::{
-    Attention, CrossEntropy, Exchange, Gelu, Half, Identity, Mask, NnOps, OptimOps, Product, UpdateOps,
+    Attention, CrossEntropy, Exchange, Gelu, Half, Identity, Mask, NnOps, OptimOps, Product,
+    UpdateOps,
 };
 use crate::optim::Update;
 use crate::rng::Draw;
@@ -129,7 +130,14 @@ impl UpdateOps for Broken {
         count_differences(a: Ints, b: Ints, count: Words);
     }
 
-    fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> OpResult<()> {
+    fn quantize(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        y: Reals,
+        x: Ints,
+        sum: Words,
+    ) -> OpResult<()> {
         self.inner.quantize(chunk, grid, y, x, sum)?;
         if self.bug == Bug::TiesAway {
             for i in 0..x.len() {
@@ -153,7 +161,8 @@ impl UpdateOps for Broken {
         side: Words,
         sum: Words,
     ) -> OpResult<()> {
-        let place = if self.bug == Bug::ChecksumFromZero { Chunk { first: 0, ..*chunk } } else { *chunk };
+        let place =
+            if self.bug == Bug::ChecksumFromZero { Chunk { first: 0, ..*chunk } } else { *chunk };
         let old: Vec<i32> = self.inner.ints(x).unwrap_or_default().to_vec();
         self.inner.step(&place, grid, gamma, x, cur, h, side, sum)?;
         let per = x.len().checked_div(chunk.samples).unwrap_or(0);
@@ -163,7 +172,8 @@ impl UpdateOps for Broken {
                 let g: f32 = gamma.value(sigma);
                 let mixed = libm::fmaf(1.0 + g, self.value(h, i), (1.0 - g) * self.value(cur, i));
                 if let Some(q) = grid.quantize(mixed) {
-                    self.inner.write_ints(x.sub(i, 1), &[gamma.step(sigma, old[i], q, i % per).0])?;
+                    self.inner
+                        .write_ints(x.sub(i, 1), &[gamma.step(sigma, old[i], q, i % per).0])?;
                 }
             }
         }
@@ -175,7 +185,14 @@ impl UpdateOps for Broken {
         Ok(())
     }
 
-    fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> OpResult<()> {
+    fn blend(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        x: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> OpResult<()> {
         let nan = x.len() > 1 && self.value(x, 0).is_nan() | self.value(x, 1).is_nan();
         self.inner.blend(chunk, gamma, x, cur, h)?;
         if self.bug == Bug::BlendReadsAtZero && gamma.magnitude() == 0.0 && nan {
@@ -184,7 +201,14 @@ impl UpdateOps for Broken {
         Ok(())
     }
 
-    fn combine(&mut self, chunk: &Chunk, gamma: Gamma, next: Reals, cur: Reals, h: Reals) -> OpResult<()> {
+    fn combine(
+        &mut self,
+        chunk: &Chunk,
+        gamma: Gamma,
+        next: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> OpResult<()> {
         if self.bug == Bug::CombineForgetsCur {
             self.inner.fill_reals(cur, 0.0)?;
         }
@@ -200,7 +224,14 @@ impl NnOps for Broken {
         embed_vjp(chunk: &Chunk, tokens: Ints, dx: Reals, width: usize, dtable: Reals, dpositions: Reals);
     }
 
-    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> OpResult<()> {
+    fn matmul(
+        &mut self,
+        p: &Product,
+        a: Reals,
+        b: Reals,
+        bias: Option<Reals>,
+        c: Reals,
+    ) -> OpResult<()> {
         let p = Product { accumulate: p.accumulate || self.bug == Bug::MatmulReadsOldC, ..*p };
         self.inner.matmul(&p, a, b, bias, c)
     }
@@ -236,7 +267,13 @@ impl NnOps for Broken {
         Ok(())
     }
 
-    fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> OpResult<()> {
+    fn add_columns(
+        &mut self,
+        width: usize,
+        scale: f64,
+        from: Columns,
+        to: Columns,
+    ) -> OpResult<()> {
         let at = if self.bug == Bug::ColumnsFromTheFirst { 0 } else { to.at };
         self.inner.add_columns(width, scale, from, Columns { at, ..to })
     }
@@ -341,7 +378,8 @@ impl NnOps for Broken {
                 self.inner.write_ints(targets.sub(i, 1), &[target])?;
             }
         }
-        let smoothing = if self.bug == Bug::NoSmoothing && ce.smoothing < 1.0 { 0.0 } else { ce.smoothing };
+        let smoothing =
+            if self.bug == Bug::NoSmoothing && ce.smoothing < 1.0 { 0.0 } else { ce.smoothing };
         self.inner.cross_entropy(chunk, &CrossEntropy { smoothing, ..*ce }, logits, targets, losses)
     }
 }
@@ -359,8 +397,12 @@ impl OptimOps for Broken {
     }
 
     fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> OpResult<()> {
-        let u = Update { t: if self.bug == Bug::NoBiasCorrection && u.t > 0 { 1000 } else { u.t }, ..*u };
-        let fault = if self.bug == Bug::UpdateDespiteFault { self.inner.take_fault()? } else { None };
+        let u = Update {
+            t: if self.bug == Bug::NoBiasCorrection && u.t > 0 { 1000 } else { u.t },
+            ..*u
+        };
+        let fault =
+            if self.bug == Bug::UpdateDespiteFault { self.inner.take_fault()? } else { None };
         self.inner.update(&u, p, g, m, v)?;
         if let Some(fault) = fault {
             self.inner.raise(fault);
@@ -371,7 +413,8 @@ impl OptimOps for Broken {
 
 #[test]
 fn mistakes_are_found() {
-    let broken = |bug| move |layout: &Layout| Broken { inner: reference::<f32>(layout), bug, calls: 0 };
+    let broken =
+        |bug| move |layout: &Layout| Broken { inner: reference::<f32>(layout), bug, calls: 0 };
     all(broken(Bug::None)).map_err(|f| f.to_string()).unwrap();
     for (bug, op, what) in [
         (Bug::TiesAway, "quantize", "integer arena"),

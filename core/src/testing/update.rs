@@ -9,7 +9,8 @@ use crate::error::{Fault, Site};
 use crate::real::Real;
 use crate::update::{Gamma, Grid, LIMIT, Sign, checksum, combine};
 
-/// Values of a sample: below, at and above a word of side bits, and vectors with and without a rest.
+/// Values of a sample: below, at and above a word of side bits, and vectors with and without a
+/// rest.
 const PER: [usize; 6] = [1, 31, 32, 33, 40, 96];
 
 /// What the values of a case are like.
@@ -17,7 +18,8 @@ const PER: [usize; 6] = [1, 31, 32, 33, 40, 96];
 enum Values {
     /// A few units of the grid, half of them exactly between two.
     Ties,
-    /// Near the middle of the range, where an `f32` has fewer bits than the grid: a fused multiply-add shows.
+    /// Near the middle of the range, where an `f32` has fewer bits than the grid: a fused
+    /// multiply-add shows.
     Large,
     /// At the limits and beyond, NaN, infinity.
     Limits,
@@ -81,8 +83,8 @@ impl Values {
     }
 }
 
-/// Runs the operations of [`Storage`](crate::Storage) and [`UpdateOps`] against the reference; `new` builds a backend
-/// for a layout.
+/// Runs the operations of [`Storage`](crate::Storage) and [`UpdateOps`] against the reference;
+/// `new` builds a backend for a layout.
 ///
 /// # Errors
 /// The first difference.
@@ -131,7 +133,8 @@ fn storage<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "copy_ints, overlapping", |on| on.copy_ints(x.sub(0, 4), x.sub(2, 4)));
     refused!(bench, "copy_ints, lengths", |on| on.copy_ints(x.sub(0, 2), x.sub(4, 3)));
     refused!(bench, "copy_ints, outside", |on| on.copy_ints(x, Ints::new(OUTSIDE, 8)));
-    refused!(bench, "fill_reals, outside", |on| on.fill_reals(Reals::new(OUTSIDE, 8), B::Real::of(1.0)));
+    refused!(bench, "fill_reals, outside", |on| on
+        .fill_reals(Reals::new(OUTSIDE, 8), B::Real::of(1.0)));
     refused!(bench, "fill_words, outside", |on| on.fill_words(Words::new(OUTSIDE, 8), 1));
     refused!(bench, "write_reals, lengths", |on| on.write_reals(a, &[B::Real::of(1.0); 7]));
     refused!(bench, "write_ints, lengths", |on| on.write_ints(x, &[1; 7]));
@@ -158,7 +161,12 @@ fn status<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     Ok(())
 }
 
-fn quantization<B: UpdateOps>(bench: &mut Bench<B>, values: Values, n: usize, per: usize) -> Result<(), Failure> {
+fn quantization<B: UpdateOps>(
+    bench: &mut Bench<B>,
+    values: Values,
+    n: usize,
+    per: usize,
+) -> Result<(), Failure> {
     let (chunk, len) = (chunk(n), n * per);
     let grid = setup("grid", Grid::new(values.frac_bits()))?;
 
@@ -174,7 +182,8 @@ fn quantization<B: UpdateOps>(bench: &mut Bench<B>, values: Values, n: usize, pe
     both!(bench, [Operand::set("y", y, 0)], |on| on.dequantize(grid, x, y));
 
     bench.begin("add_quantized", values.name(), [n, per, 0, 0]);
-    let (h, x) = (bench.reals_of(len, |i| values.real(seed, i)), bench.ints(len, |i| values.int(seed, i)));
+    let (h, x) =
+        (bench.reals_of(len, |i| values.real(seed, i)), bench.ints(len, |i| values.int(seed, i)));
     let sum = bench.words(2);
     both!(bench, [], |on| on.add_quantized(&chunk, grid, x, h, sum));
     let original = bench.before.ints;
@@ -186,12 +195,20 @@ fn quantization<B: UpdateOps>(bench: &mut Bench<B>, values: Values, n: usize, pe
     for i in 0..INTS {
         let (expected, found) = (original[i], bench.found.ints[i]);
         if expected != found {
-            return Err(bench.failure("X after adding and subtracting", i, Value::Int(expected), Value::Int(found)));
+            return Err(bench.failure(
+                "X after adding and subtracting",
+                i,
+                Value::Int(expected),
+                Value::Int(found),
+            ));
         }
     }
 
     bench.begin("subtract_quantized", values.name(), [n, per, 0, 0]);
-    let (h, x) = (bench.reals_of(len, |i| values.real(seed, i)), bench.ints(len, |i| values.int(seed ^ 1 << 50, i)));
+    let (h, x) = (
+        bench.reals_of(len, |i| values.real(seed, i)),
+        bench.ints(len, |i| values.int(seed ^ 1 << 50, i)),
+    );
     both!(bench, [], |on| on.subtract_quantized(&chunk, grid, x, h, Words::EMPTY));
     Ok(())
 }
@@ -212,7 +229,8 @@ fn steps<B: UpdateOps>(
     bench.begin("step", values.name(), [n, per, m as usize, 0]);
     let seed = bench.cases;
     let x = bench.ints(len, |i| values.int(seed, i));
-    let cur = bench.reals_of(len, |i| if i % 3 == 0 { 0.5 } else { values.real(seed ^ 1 << 50, i) });
+    let cur =
+        bench.reals_of(len, |i| if i % 3 == 0 { 0.5 } else { values.real(seed ^ 1 << 50, i) });
     let h = bench.reals_of(len, |i| if i % 4 == 0 { 0.0 } else { values.real(seed ^ 1 << 51, i) });
     let (side, sum) = (bench.words(n * m as usize * per.div_ceil(32)), bench.words(2));
     let original = bench.before.ints;
@@ -225,7 +243,12 @@ fn steps<B: UpdateOps>(
     for i in 0..INTS {
         let (expected, found) = (original[i], bench.found.ints[i]);
         if expected != found {
-            return Err(bench.failure("X_{k-1} after step and inverse", i, Value::Int(expected), Value::Int(found)));
+            return Err(bench.failure(
+                "X_{k-1} after step and inverse",
+                i,
+                Value::Int(expected),
+                Value::Int(found),
+            ));
         }
     }
 
@@ -239,7 +262,12 @@ fn steps<B: UpdateOps>(
 }
 
 /// The update without a grid, and the gradient.
-fn floats<B: UpdateOps>(bench: &mut Bench<B>, values: Values, n: usize, per: usize) -> Result<(), Failure> {
+fn floats<B: UpdateOps>(
+    bench: &mut Bench<B>,
+    values: Values,
+    n: usize,
+    per: usize,
+) -> Result<(), Failure> {
     let (chunk, len) = (chunk(n), n * per);
     for magnitude in [0.0, 0.25, 0.5, 0.6, 1.0] {
         for sign in [Sign::Random, Sign::Minus] {
@@ -248,7 +276,8 @@ fn floats<B: UpdateOps>(bench: &mut Bench<B>, values: Values, n: usize, per: usi
             let seed = bench.cases;
             let real = |part: u64| move |i: usize| values.real(seed ^ part << 50, i);
             // With γ = 0 the old content is not read: garbage.
-            let x = if magnitude == 0.0 { bench.garbage(len) } else { bench.reals_of(len, real(0)) };
+            let x =
+                if magnitude == 0.0 { bench.garbage(len) } else { bench.reals_of(len, real(0)) };
             let (cur, h) = (bench.reals_of(len, real(1)), bench.reals_of(len, real(2)));
             both!(bench, [Operand::sum("x", x, 0)], |on| on.blend(&chunk, gamma, x, cur, h));
             if magnitude != 0.0 {
@@ -259,7 +288,11 @@ fn floats<B: UpdateOps>(bench: &mut Bench<B>, values: Values, n: usize, per: usi
             bench.begin("combine", values.name(), [n, per, 0, 0]);
             let (next, cur) = (bench.reals_of(len, real(3)), bench.reals_of(len, real(4)));
             let h = bench.garbage(len);
-            let operands = [Operand::sum("next", next, 0), Operand::sum("cur", cur, 0), Operand::set("h", h, 0)];
+            let operands = [
+                Operand::sum("next", next, 0),
+                Operand::sum("cur", cur, 0),
+                Operand::set("h", h, 0),
+            ];
             let [a, b, c] = operands;
             both!(bench, [a, b, c], |on| on.combine(&chunk, gamma, next, cur, h));
         }
@@ -270,15 +303,20 @@ fn floats<B: UpdateOps>(bench: &mut Bench<B>, values: Values, n: usize, per: usi
 /// The fault names site, sample and value of the first bad element; it is stored as 0 (or wraps).
 fn range_faults<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     let (n, per) = (3, 37);
-    let (grid, gamma) = (setup("grid", Grid::new(14))?, setup("gamma", Gamma::new(0.5, Sign::Random))?);
+    let (grid, gamma) =
+        (setup("grid", Grid::new(14))?, setup("gamma", Gamma::new(0.5, Sign::Random))?);
     for site in [Site::Embedding, Site::Block(4), Site::Head] {
         let chunk = Chunk { site, ..chunk(n) };
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 65537.0, -65537.0, 1e20] {
             for at in [0, 36, 37, 74, 110] {
-                // A second one, in a later sample or the same, must not win; nor an earlier one in memory order.
-                let value = |i: usize| if i == at || i == at + 5 { bad * (1.0 + (i - at) as f64) } else { 0.25 };
+                // A second one, in a later sample or the same, must not win; nor an earlier one in
+                // memory order.
+                let value = |i: usize| {
+                    if i == at || i == at + 5 { bad * (1.0 + (i - at) as f64) } else { 0.25 }
+                };
                 bench.begin("quantize", "range fault", [n, per, at, 0]);
-                let (y, x, sum) = (bench.reals_of(n * per, value), bench.ints(n * per, |_| 9), bench.words(2));
+                let (y, x, sum) =
+                    (bench.reals_of(n * per, value), bench.ints(n * per, |_| 9), bench.words(2));
                 both!(bench, [], |on| on.quantize(&chunk, grid, y, x, sum));
                 bench.op = "add_quantized";
                 both!(bench, [], |on| on.add_quantized(&chunk, grid, x, y, sum));
@@ -293,7 +331,8 @@ fn range_faults<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
                 if !bad.is_finite() {
                     bench.op = "blend";
                     let x = bench.reals(n * per);
-                    both!(bench, [Operand::sum("x", x, 0)], |on| on.blend(&chunk, gamma, x, cur, y));
+                    both!(bench, [Operand::sum("x", x, 0)], |on| on
+                        .blend(&chunk, gamma, x, cur, y));
                 }
             }
         }
@@ -309,14 +348,28 @@ fn range_faults<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
             let cur = bench.reals_of(n * per, |_| 0.0);
             let h = bench.reals_of(n * per, |i| if i >= at { 43000.0 } else { 0.5 });
             let plus = setup("gamma", Gamma::new(0.5, Sign::Plus))?;
-            both!(bench, [], |on| on.step(&chunk, grid, plus, x, cur, h, Words::EMPTY, Words::EMPTY));
+            both!(bench, [], |on| on.step(
+                &chunk,
+                grid,
+                plus,
+                x,
+                cur,
+                h,
+                Words::EMPTY,
+                Words::EMPTY
+            ));
         }
     }
     Ok(())
 }
 
 fn comparisons<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
-    for (case, b) in [("equal", [1, 2]), ("low word", [0, 2]), ("high word", [1, 0x8000_0002]), ("swapped", [2, 1])] {
+    for (case, b) in [
+        ("equal", [1, 2]),
+        ("low word", [0, 2]),
+        ("high word", [1, 0x8000_0002]),
+        ("swapped", [2, 1]),
+    ] {
         bench.begin("compare", case, [0; 4]);
         let (a_words, b_words) = (bench.words(2), bench.words(2));
         bench.set_words(a_words, &[1, 2]);
@@ -354,7 +407,8 @@ fn refusals<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "x outside", |on| on.quantize(&ok, grid, a, far_ints, no));
     refused!(bench, "y outside", |on| on.quantize(&ok, grid, far, x, no));
     refused!(bench, "lengths", |on| on.quantize(&ok, grid, a.sub(0, n * per - 2), x, no));
-    refused!(bench, "samples that do not divide the length", |on| on.quantize(&odd, grid, a, x, no));
+    refused!(bench, "samples that do not divide the length", |on| on
+        .quantize(&odd, grid, a, x, no));
     refused!(bench, "no samples", |on| on.quantize(&none, grid, a, x, no));
     bench.op = "dequantize";
     refused!(bench, "x outside", |on| on.dequantize(grid, far_ints, a));
@@ -364,32 +418,82 @@ fn refusals<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "x outside", |on| on.add_quantized(&ok, grid, far_ints, a, no));
     refused!(bench, "h outside", |on| on.add_quantized(&ok, grid, x, far, no));
     refused!(bench, "lengths", |on| on.add_quantized(&ok, grid, x, a.sub(0, 2), no));
-    refused!(bench, "samples that do not divide the length", |on| on.add_quantized(&odd, grid, x, a, no));
+    refused!(bench, "samples that do not divide the length", |on| on
+        .add_quantized(&odd, grid, x, a, no));
     bench.op = "subtract_quantized";
     refused!(bench, "x outside", |on| on.subtract_quantized(&ok, grid, far_ints, a, no));
     refused!(bench, "h outside", |on| on.subtract_quantized(&ok, grid, x, far, no));
     refused!(bench, "lengths", |on| on.subtract_quantized(&ok, grid, x, a.sub(0, 2), no));
-    refused!(bench, "samples that do not divide the length", |on| on.subtract_quantized(&odd, grid, x, a, no));
+    refused!(bench, "samples that do not divide the length", |on| on
+        .subtract_quantized(&odd, grid, x, a, no));
     bench.op = "step";
     refused!(bench, "x outside", |on| on.step(&ok, grid, gamma, far_ints, a, b, side, sum));
     refused!(bench, "cur outside", |on| on.step(&ok, grid, gamma, x, far, b, side, sum));
     refused!(bench, "h outside", |on| on.step(&ok, grid, gamma, x, a, far, side, sum));
-    refused!(bench, "side outside", |on| on.step(&ok, grid, gamma, x, a, b, Words::new(OUTSIDE, n * m * 2), sum));
-    refused!(bench, "sum outside", |on| on.step(&ok, grid, gamma, x, a, b, side, Words::new(OUTSIDE, 2)));
-    refused!(bench, "side and sum overlap", |on| on.step(&ok, grid, gamma, x, a, b, side, side.sub(1, 2)));
+    refused!(bench, "side outside", |on| on.step(
+        &ok,
+        grid,
+        gamma,
+        x,
+        a,
+        b,
+        Words::new(OUTSIDE, n * m * 2),
+        sum
+    ));
+    refused!(bench, "sum outside", |on| on.step(
+        &ok,
+        grid,
+        gamma,
+        x,
+        a,
+        b,
+        side,
+        Words::new(OUTSIDE, 2)
+    ));
+    refused!(bench, "side and sum overlap", |on| on.step(
+        &ok,
+        grid,
+        gamma,
+        x,
+        a,
+        b,
+        side,
+        side.sub(1, 2)
+    ));
     refused!(bench, "side too short", |on| on.step(&ok, grid, gamma, x, a, b, side.sub(0, 7), sum));
     refused!(bench, "cur too short", |on| on.step(&ok, grid, gamma, x, a.sub(0, 7), b, side, sum));
     refused!(bench, "h too short", |on| on.step(&ok, grid, gamma, x, a, b.sub(0, 7), side, sum));
-    refused!(bench, "samples that do not divide the length", |on| on.step(&odd, grid, gamma, x, a, b, side, sum));
-    refused!(bench, "gamma without an exact inverse", |on| on.step(&ok, grid, inexact, x, a, b, side, sum));
+    refused!(bench, "samples that do not divide the length", |on| on
+        .step(&odd, grid, gamma, x, a, b, side, sum));
+    refused!(bench, "gamma without an exact inverse", |on| on
+        .step(&ok, grid, inexact, x, a, b, side, sum));
     bench.op = "inverse";
     refused!(bench, "x outside", |on| on.inverse(&ok, grid, gamma, far_ints, a, b, side, sum));
     refused!(bench, "cur outside", |on| on.inverse(&ok, grid, gamma, x, far, b, side, sum));
     refused!(bench, "h outside", |on| on.inverse(&ok, grid, gamma, x, a, far, side, sum));
-    refused!(bench, "side and sum overlap", |on| on.inverse(&ok, grid, gamma, x, a, b, side, side.sub(1, 2)));
+    refused!(bench, "side and sum overlap", |on| on.inverse(
+        &ok,
+        grid,
+        gamma,
+        x,
+        a,
+        b,
+        side,
+        side.sub(1, 2)
+    ));
     refused!(bench, "no side bits", |on| on.inverse(&ok, grid, gamma, x, a, b, no, sum));
-    refused!(bench, "side too long", |on| on.inverse(&ok, grid, gamma, x, a, b, Words::new(side.start(), 9), no));
-    refused!(bench, "gamma without an exact inverse", |on| on.inverse(&ok, grid, inexact, x, a, b, side, sum));
+    refused!(bench, "side too long", |on| on.inverse(
+        &ok,
+        grid,
+        gamma,
+        x,
+        a,
+        b,
+        Words::new(side.start(), 9),
+        no
+    ));
+    refused!(bench, "gamma without an exact inverse", |on| on
+        .inverse(&ok, grid, inexact, x, a, b, side, sum));
     bench.op = "blend";
     refused!(bench, "x outside", |on| on.blend(&ok, gamma, far, a, b));
     refused!(bench, "h outside", |on| on.blend(&ok, gamma, a, b, far));
@@ -401,7 +505,13 @@ fn refusals<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "lengths", |on| on.unblend(&ok, gamma, a, b.sub(0, 2), c));
     bench.op = "combine";
     refused!(bench, "next is cur", |on| on.combine(&ok, gamma, a, a, b));
-    refused!(bench, "cur overlaps h", |on| on.combine(&ok, gamma, a.sub(0, 40), b.sub(0, 40), b.sub(20, 40)));
+    refused!(bench, "cur overlaps h", |on| on.combine(
+        &ok,
+        gamma,
+        a.sub(0, 40),
+        b.sub(0, 40),
+        b.sub(20, 40)
+    ));
     refused!(bench, "h outside", |on| on.combine(&ok, gamma, a, b, far));
     refused!(bench, "lengths", |on| on.combine(&ok, gamma, a, b, c.sub(0, 2)));
     bench.op = "compare";
@@ -413,8 +523,8 @@ fn refusals<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Tensors that are long enough for threads: step, inverse, gradient and quantization, element by element against
-/// [`crate::update`].
+/// Tensors that are long enough for threads: step, inverse, gradient and quantization, element by
+/// element against [`crate::update`].
 fn large<B: UpdateOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     let (n, per, m) = (5_usize, 20_011_usize, 2_u32);
     let (len, stride) = (n * per, per.div_ceil(32));
@@ -428,7 +538,10 @@ fn large<B: UpdateOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
 
     let (chunk, grid) = (chunk(n), setup("grid", Grid::new(14))?);
     let gamma = setup("gamma", Gamma::new(0.25, Sign::Random))?;
-    let (int, real) = (|i: usize| Values::Large.int(1, i), |part: u64| move |i: usize| Values::Large.real(part, i));
+    let (int, real) = (
+        |i: usize| Values::Large.int(1, i),
+        |part: u64| move |i: usize| Values::Large.real(part, i),
+    );
     let of = |x: f64| B::Real::of(x);
     bench.write_ints(x, int)?;
     for (tensor, part) in [(cur, 2), (h, 3), (next, 4)] {
@@ -473,7 +586,8 @@ fn large<B: UpdateOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
 
     bench.op = "quantize";
     bench.write_reals(h, |i| if i == 3 * per + 7 || i == 4 * per { 1e9 } else { real(5)(i) })?;
-    let outcome = bench.backend.fill_words(sum, 0).and(bench.backend.quantize(&chunk, grid, h, x, sum));
+    let outcome =
+        bench.backend.fill_words(sum, 0).and(bench.backend.quantize(&chunk, grid, h, x, sum));
     bench.done(outcome)?;
     let quantized = |i: usize| {
         let y = if i == 3 * per + 7 || i == 4 * per { 1e9 } else { real(5)(i) };
@@ -498,11 +612,20 @@ struct Large<B> {
 
 impl<B: UpdateOps> Large<B> {
     fn failure(&self, what: &'static str, index: usize, expected: Value, found: Value) -> Failure {
-        Failure { op: self.op, case: "large tensors", sizes: self.sizes, what, index, expected, found }
+        Failure {
+            op: self.op,
+            case: "large tensors",
+            sizes: self.sizes,
+            what,
+            index,
+            expected,
+            found,
+        }
     }
 
     fn done(&self, outcome: crate::Result<()>) -> Result<(), Failure> {
-        outcome.map_err(|e| self.failure("outcome", 0, Value::Outcome(Ok(())), Value::Outcome(Err(e))))
+        outcome
+            .map_err(|e| self.failure("outcome", 0, Value::Outcome(Ok(())), Value::Outcome(Err(e))))
     }
 
     fn write_ints(&mut self, h: Ints, value: impl Fn(usize) -> i32) -> Result<(), Failure> {
@@ -525,7 +648,12 @@ impl<B: UpdateOps> Large<B> {
         Ok(())
     }
 
-    fn check_ints(&self, name: &'static str, h: Ints, value: impl Fn(usize) -> i32) -> Result<(), Failure> {
+    fn check_ints(
+        &self,
+        name: &'static str,
+        h: Ints,
+        value: impl Fn(usize) -> i32,
+    ) -> Result<(), Failure> {
         let mut piece = [0; PIECE];
         for start in (0..h.len()).step_by(PIECE) {
             let part = h.sub(start, PIECE);
@@ -533,14 +661,24 @@ impl<B: UpdateOps> Large<B> {
             for (i, &found) in piece[..part.len()].iter().enumerate() {
                 let expected = value(start + i);
                 if expected != found {
-                    return Err(self.failure(name, start + i, Value::Int(expected), Value::Int(found)));
+                    return Err(self.failure(
+                        name,
+                        start + i,
+                        Value::Int(expected),
+                        Value::Int(found),
+                    ));
                 }
             }
         }
         Ok(())
     }
 
-    fn check_reals(&self, name: &'static str, h: Reals, value: impl Fn(usize) -> B::Real) -> Result<(), Failure> {
+    fn check_reals(
+        &self,
+        name: &'static str,
+        h: Reals,
+        value: impl Fn(usize) -> B::Real,
+    ) -> Result<(), Failure> {
         let mut piece = [B::Real::zero(); PIECE];
         for start in (0..h.len()).step_by(PIECE) {
             let part = h.sub(start, PIECE);
@@ -548,14 +686,24 @@ impl<B: UpdateOps> Large<B> {
             for (i, found) in piece[..part.len()].iter().enumerate() {
                 let (expected, found) = (value(start + i).wide(), found.wide());
                 if expected.to_bits() != found.to_bits() {
-                    return Err(self.failure(name, start + i, Value::Real(expected), Value::Real(found)));
+                    return Err(self.failure(
+                        name,
+                        start + i,
+                        Value::Real(expected),
+                        Value::Real(found),
+                    ));
                 }
             }
         }
         Ok(())
     }
 
-    fn check_words(&self, name: &'static str, h: Words, value: impl Fn(usize) -> u32) -> Result<(), Failure> {
+    fn check_words(
+        &self,
+        name: &'static str,
+        h: Words,
+        value: impl Fn(usize) -> u32,
+    ) -> Result<(), Failure> {
         let mut piece = [0; PIECE];
         for start in (0..h.len()).step_by(PIECE) {
             let part = h.sub(start, PIECE);
@@ -563,14 +711,25 @@ impl<B: UpdateOps> Large<B> {
             for (i, &found) in piece[..part.len()].iter().enumerate() {
                 let expected = value(start + i);
                 if expected != found {
-                    return Err(self.failure(name, start + i, Value::Word(expected), Value::Word(found)));
+                    return Err(self.failure(
+                        name,
+                        start + i,
+                        Value::Word(expected),
+                        Value::Word(found),
+                    ));
                 }
             }
         }
         Ok(())
     }
 
-    fn check_sum(&self, sum: Words, chunk: &Chunk, per: usize, value: impl Fn(usize) -> i32) -> Result<(), Failure> {
+    fn check_sum(
+        &self,
+        sum: Words,
+        chunk: &Chunk,
+        per: usize,
+        value: impl Fn(usize) -> i32,
+    ) -> Result<(), Failure> {
         let total = (0..chunk.samples * per)
             .fold(0_u64, |total, i| total.wrapping_add(checksum(value(i), chunk.first * per + i)));
         self.check_words("checksum", sum, |w| (total >> (32 * w)) as u32)

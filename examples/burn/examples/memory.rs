@@ -1,4 +1,5 @@
-//! Peak memory of a training step over depth: the reversible stack beside burn alone. One process for each figure.
+//! Peak memory of a training step over depth: the reversible stack beside burn alone. One process
+//! for each figure.
 
 #[path = "../../common/src/alloc.rs"]
 #[allow(dead_code)]
@@ -27,7 +28,8 @@ const WIDTH: usize = 64;
 const TOKENS: usize = 16;
 const BATCH: usize = 128;
 
-/// Prints the peak of two steps in bytes above what was there before the model, and the number of parameters.
+/// Prints the peak of two steps in bytes above what was there before the model, and the number of
+/// parameters.
 fn measure<B: AutodiffBackend>(blocks: usize, reversible: bool) -> Result<(), Box<dyn Error>> {
     let device = Default::default();
     let before = Counting::current();
@@ -61,23 +63,29 @@ fn main() -> Result<(), Box<dyn Error>> {
             "alone" => measure::<Autodiff<NdArray>>(blocks, false),
             "balanced" => measure::<Autodiff<NdArray, BalancedCheckpointing>>(blocks, false),
             "reversible" => measure::<Autodiff<NdArray>>(blocks, true),
-            _ => Err("expected no words, or alone, balanced or reversible, and a number of blocks".into()),
+            _ => Err("expected no words, or alone, balanced or reversible, and a number of blocks"
+                .into()),
         };
     }
     let run = |way: &str, blocks: usize| -> Result<(f64, f64), Box<dyn Error>> {
-        let out = Command::new(std::env::current_exe()?).args([way, &blocks.to_string()]).output()?;
+        let out =
+            Command::new(std::env::current_exe()?).args([way, &blocks.to_string()]).output()?;
         let text = String::from_utf8(out.stdout)?;
         let failed = || String::from_utf8_lossy(&out.stderr).into_owned();
         let (peak, parameters) = text.trim().split_once(' ').ok_or_else(failed)?;
         Ok((peak.parse::<f64>()? / 1e6, parameters.parse::<f64>()? * 16.0 / 1e6))
     };
     println!("width {WIDTH}, {TOKENS} tokens, batch {BATCH}, f32; MB are 10^6 bytes");
-    println!("blocks  burn alone  balanced checkpointing  reversible  of it parameters, gradients, moments");
+    println!(
+        "blocks  burn alone  balanced checkpointing  reversible  of it parameters, gradients, moments"
+    );
     let mut points = Vec::new();
     for blocks in [6, 12, 24, 48] {
         let ((alone, floor), (balanced, _)) = (run("alone", blocks)?, run("balanced", blocks)?);
         let (ours, _) = run("reversible", blocks)?;
-        println!("{blocks:>6}  {alone:>7.1} MB  {balanced:>19.1} MB  {ours:>7.1} MB  {floor:>7.1} MB");
+        println!(
+            "{blocks:>6}  {alone:>7.1} MB  {balanced:>19.1} MB  {ours:>7.1} MB  {floor:>7.1} MB"
+        );
         points.push((blocks as f64, [alone, balanced, ours, floor]));
     }
     let lines = [

@@ -1,4 +1,5 @@
-//! Exact reversible training for [burn](https://docs.rs/burn): modules, optimizer and training loop stay the user's.
+//! Exact reversible training for [burn](https://docs.rs/burn): modules, optimizer and training loop
+//! stay the user's.
 //!
 //! ```
 //! use bdia_burn::{Options, Residual, Reversible};
@@ -36,15 +37,16 @@
 //! ```
 //!
 //! # Guarantee
-//! Rebuilt activations equal the originals in every bit, or the backward pass is an error and there are no gradients. A
-//! block must repeat itself. burn's random numbers are repeated by seeding its backend before every call of a block
-//! ([`Backend::seed`]) from seed, step, block and first sample: [`burn::nn::Dropout`] in a block works as it is, as long
-//! as no other thread draws from the same backend meanwhile (if one does, that is the error). Other draws of the
-//! program, of which there may be many between the passes, follow from the last seed then.
+//! Rebuilt activations equal the originals in every bit, or the backward pass is an error and there
+//! are no gradients. A block must repeat itself. burn's random numbers are repeated by seeding its
+//! backend before every call of a block ([`Backend::seed`]) from seed, step, block and first
+//! sample: [`burn::nn::Dropout`] in a block works as it is, as long as no other thread draws from
+//! the same backend meanwhile (if one does, that is the error). Other draws of the program, of
+//! which there may be many between the passes, follow from the last seed then.
 //!
 //! # Limits
-//! `f32` and a backend whose operations give the same bits again; values travel through this computer's memory, chunk by
-//! chunk. The first dimension is the sample.
+//! `f32` and a backend whose operations give the same bits again; values travel through this
+//! computer's memory, chunk by chunk. The first dimension is the sample.
 
 pub mod model;
 
@@ -69,7 +71,8 @@ pub trait Residual<B: Backend, const D: usize> {
 /// How a stack is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Options {
-    /// Fractional bits `l` of the grid that activations live on; values may be up to `2^(30-l)` in magnitude.
+    /// Fractional bits `l` of the grid that activations live on; values may be up to `2^(30-l)` in
+    /// magnitude.
     pub frac_bits: u32,
     /// Magnitude of γ, one of `2^-1 … 2^-8`. Its sign is drawn per sample and block.
     pub gamma: f64,
@@ -79,7 +82,8 @@ pub struct Options {
     pub seed: u64,
     /// The step that the next forward pass counts as.
     pub step: u32,
-    /// Keep all activations besides, to count values that differ after rebuilding ([`Reversible::mismatches`]).
+    /// Keep all activations besides, to count values that differ after rebuilding
+    /// ([`Reversible::mismatches`]).
     pub verify: bool,
 }
 
@@ -95,7 +99,8 @@ impl Default for Options {
 pub enum Error {
     /// A setting that is not possible, no blocks, or an empty batch.
     Setting(bdia_core::Error),
-    /// The numbers went wrong: a value out of range in the forward pass, or a block that does not repeat itself.
+    /// The numbers went wrong: a value out of range in the forward pass, or a block that does not
+    /// repeat itself.
     Fault(Fault),
     /// The update's memory or threads could not be had.
     Machine(CpuError),
@@ -122,7 +127,9 @@ impl fmt::Display for Error {
             Self::Fault(e) => e.fmt(f),
             Self::Machine(e) => e.fmt(f),
             Self::Type(e) => write!(f, "expected a backend of f32: {e:?}"),
-            Self::Residual { block } => write!(f, "block {block}: a residual has the shape of its input"),
+            Self::Residual { block } => {
+                write!(f, "block {block}: a residual has the shape of its input")
+            }
             Self::Cut { block } => write!(f, "block {block}: no gradient reaches its input"),
             Self::Unused => f.write_str("the loss does not depend on the output of the stack"),
         }
@@ -151,8 +158,8 @@ impl From<DataError> for Error {
 
 type Result<T> = core::result::Result<T, Error>;
 
-/// The memory and the counter of a reversible stack. burn's optimizers take and return the model, so the blocks stay in
-/// it and come with every call.
+/// The memory and the counter of a reversible stack. burn's optimizers take and return the model,
+/// so the blocks stay in it and come with every call.
 #[derive(Debug)]
 pub struct Reversible {
     options: Options,
@@ -179,17 +186,18 @@ impl Reversible {
         self.options.step
     }
 
-    /// Values that differed from the originals after rebuilding, in the last backward pass (with [`Options::verify`]).
+    /// Values that differed from the originals after rebuilding, in the last backward pass (with
+    /// [`Options::verify`]).
     pub fn mismatches(&self) -> u64 {
         self.mismatches
     }
 
-    /// The forward pass of training: `x_K`, a leaf of burn's graph, and the tape that leads from its gradient back to `x`
-    /// and its graph. Dropping the tape abandons the pass.
+    /// The forward pass of training: `x_K`, a leaf of burn's graph, and the tape that leads from
+    /// its gradient back to `x` and its graph. Dropping the tape abandons the pass.
     ///
     /// # Errors
-    /// [`Error::Setting`], [`Error::Residual`], [`Error::Fault`] for a value out of range, [`Error::Machine`],
-    /// [`Error::Type`].
+    /// [`Error::Setting`], [`Error::Residual`], [`Error::Fault`] for a value out of range,
+    /// [`Error::Machine`], [`Error::Type`].
     pub fn forward<'a, B, M, const D: usize>(
         &'a mut self,
         blocks: &'a [M],
@@ -205,19 +213,25 @@ impl Reversible {
             Some(laid) => laid,
             None => {
                 let mut layout = Layout::new(size_of::<f32>());
-                let stack = Stack::layout(config(&self.options, blocks.len(), &dims)?, &mut layout)?;
+                let stack =
+                    Stack::layout(config(&self.options, blocks.len(), &dims)?, &mut layout)?;
                 Laid { dims: dims.to_vec(), stack, cpu: Cpu::new(&layout.checked()?, 0)? }
             }
         };
         let Laid { stack, cpu, .. } = self.laid.insert(laid);
 
-        // burn draws a parameter when it is first used; within a block that would come before its dropout, once.
+        // burn draws a parameter when it is first used; within a block that would come before its
+        // dropout, once.
         blocks.iter().for_each(|block| block.visit(&mut Drawn));
         let pass = Pass { seed: self.options.seed, step: self.options.step, global: 0 };
         self.options.step = self.options.step.wrapping_add(1);
         cpu.clear_fault()?; // What an abandoned pass left.
         let data = x.to_data();
-        stack.embed(cpu, &mut Whole { x: data.as_slice()?, per: dims[1..].iter().product() }, &pass)?;
+        stack.embed(
+            cpu,
+            &mut Whole { x: data.as_slice()?, per: dims[1..].iter().product() },
+            &pass,
+        )?;
         drop(data);
         let mut modules = Modules::new(blocks, dims, &device, None);
         let done = stack.forward(cpu, &mut modules, &pass);
@@ -225,7 +239,10 @@ impl Reversible {
         fault(cpu)?;
         let y = stack.output(cpu)?;
         let y = tensor(cpu.reals(y)?, dims, &device).require_grad();
-        Ok((y.clone(), Tape { laid: self.laid.as_mut(), mismatches: &mut self.mismatches, blocks, x, y, pass }))
+        Ok((
+            y.clone(),
+            Tape { laid: self.laid.as_mut(), mismatches: &mut self.mismatches, blocks, x, y, pass },
+        ))
     }
 }
 
@@ -250,7 +267,11 @@ fn fault(cpu: &mut Cpu) -> Result<()> {
     cpu.take_fault()?.map_or(Ok(()), |fault| Err(Error::Fault(fault)))
 }
 
-fn tensor<B: Backend, const D: usize>(values: &[f32], dims: [usize; D], device: &B::Device) -> Tensor<B, D> {
+fn tensor<B: Backend, const D: usize>(
+    values: &[f32],
+    dims: [usize; D],
+    device: &B::Device,
+) -> Tensor<B, D> {
     Tensor::from_data(TensorData::new(values.to_vec(), dims), device)
 }
 
@@ -281,8 +302,13 @@ where
     /// `GradientsParams::from_grads(loss.backward(), &model)` is without this crate.
     ///
     /// # Errors
-    /// [`Error::Fault`] when a block did not repeat itself, [`Error::Cut`], [`Error::Unused`], [`Error::Type`].
-    pub fn backward<N: AutodiffModule<B>>(self, loss: Tensor<B, 1>, model: &N) -> Result<GradientsParams> {
+    /// [`Error::Fault`] when a block did not repeat itself, [`Error::Cut`], [`Error::Unused`],
+    /// [`Error::Type`].
+    pub fn backward<N: AutodiffModule<B>>(
+        self,
+        loss: Tensor<B, 1>,
+        model: &N,
+    ) -> Result<GradientsParams> {
         let Self { laid, mismatches, blocks, x, y, pass } = self;
         let Some(Laid { stack, cpu, .. }) = laid else { return Err(Error::Unused) };
         let (dims, device) = (x.dims(), x.device());
@@ -306,8 +332,8 @@ where
     }
 }
 
-/// Uses every parameter once, forward and back: burn keeps the graphs of blocks with parameters that have not been in a
-/// backward pass yet until one has.
+/// Uses every parameter once, forward and back: burn keeps the graphs of blocks with parameters
+/// that have not been in a backward pass yet until one has.
 struct Drawn;
 
 impl<B: AutodiffBackend> ModuleVisitor<B> for Drawn {
@@ -346,7 +372,14 @@ struct Whole<'a> {
 }
 
 impl Input<Cpu> for Whole<'_> {
-    fn forward(&mut self, cpu: &mut Cpu, chunk: &Chunk, _: bool, x: Reals, _: Reals) -> bdia_core::Result<()> {
+    fn forward(
+        &mut self,
+        cpu: &mut Cpu,
+        chunk: &Chunk,
+        _: bool,
+        x: Reals,
+        _: Reals,
+    ) -> bdia_core::Result<()> {
         let from = chunk.first * self.per;
         cpu.write_reals(x, &self.x[from..from + chunk.samples * self.per])
     }
@@ -361,7 +394,8 @@ struct Modules<'a, B: AutodiffBackend, M, const D: usize> {
     blocks: &'a [M],
     dims: [usize; D],
     device: &'a B::Device,
-    /// Input and residual of the block and chunk whose vector-Jacobian product comes next, with burn's graph between.
+    /// Input and residual of the block and chunk whose vector-Jacobian product comes next, with
+    /// burn's graph between.
     graph: Option<(Tensor<B, D>, Tensor<B, D>)>,
     grads: Option<&'a mut GradientsParams>,
     failed: Option<Error>,
@@ -372,7 +406,12 @@ where
     B: AutodiffBackend,
     M: AutodiffModule<B> + Residual<B, D>,
 {
-    fn new(blocks: &'a [M], dims: [usize; D], device: &'a B::Device, grads: Option<&'a mut GradientsParams>) -> Self {
+    fn new(
+        blocks: &'a [M],
+        dims: [usize; D],
+        device: &'a B::Device,
+        grads: Option<&'a mut GradientsParams>,
+    ) -> Self {
         Self { blocks, dims, device, graph: None, grads, failed: None }
     }
 
@@ -397,7 +436,8 @@ where
         let [a, b, ..] = philox(seed, [step, global, call.block as u32, 0]);
         B::seed(self.device, u64::from(a) << 32 | u64::from(b));
         let block = &self.blocks[call.block];
-        // In both passes with burn's graph: without it burn may take other kernels, and then other bits.
+        // In both passes with burn's graph: without it burn may take other kernels, and then other
+        // bits.
         let x = x.require_grad();
         let y = block.residual(x.clone());
         if y.dims() != dims {
@@ -407,7 +447,8 @@ where
         if call.keep {
             self.graph = Some((x, y));
         } else {
-            // burn's server keeps what is saved for y, though y is gone, until some backward pass of the same graph.
+            // burn's server keeps what is saved for y, though y is gone, until some backward pass
+            // of the same graph.
             drop(y);
             drop(x.sum().backward());
         }

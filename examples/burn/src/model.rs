@@ -1,5 +1,5 @@
-//! A transformer of burn's own modules for the measurements and tests. Nothing here knows of reversible training, except
-//! that a block gives its residual.
+//! A transformer of burn's own modules for the measurements and tests. Nothing here knows of
+//! reversible training, except that a block gives its residual.
 
 use burn::module::Module;
 use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig};
@@ -40,7 +40,8 @@ pub struct Model<B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// `blocks` blocks of four heads for tokens of 4 features, with an MLP of twice the width, and 10 outputs.
+    /// `blocks` blocks of four heads for tokens of 4 features, with an MLP of twice the width, and
+    /// 10 outputs.
     pub fn new(blocks: usize, width: usize, dropout: f64, device: &B::Device) -> Self {
         let norm = || LayerNormConfig::new(width).init(device);
         let linear = |from, to| LinearConfig::new(from, to).init(device);

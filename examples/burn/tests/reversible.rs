@@ -18,7 +18,8 @@ type B = Autodiff<NdArray>;
 
 const BLOCKS: usize = 5;
 
-/// burn's backend has one generator for the whole process, so tests that draw from it, also for parameters, take turns.
+/// burn's backend has one generator for the whole process, so tests that draw from it, also for
+/// parameters, take turns.
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -75,12 +76,14 @@ fn reversible(model: &Model<B>, options: Options, n: usize) -> Outcome {
 /// `f(x·2^l)·2^-l` with the gradient of the identity.
 fn straight_through(x: Tensor<B, 3>, frac_bits: u32, f: impl Fn(f64) -> f64) -> Tensor<B, 3> {
     let scale = f64::from(1_u32 << frac_bits);
-    let y: Vec<f32> = values(x.clone()).iter().map(|&v| (f(f64::from(v) * scale) / scale) as f32).collect();
+    let y: Vec<f32> =
+        values(x.clone()).iter().map(|&v| (f(f64::from(v) * scale) / scale) as f32).collect();
     let y = Tensor::from_data(TensorData::new(y, x.dims()), &x.device());
     x.clone() + (y - x.detach())
 }
 
-/// The same by burn alone: the formula of the update for m = 1, unrolled into one graph over all blocks.
+/// The same by burn alone: the formula of the update for m = 1, unrolled into one graph over all
+/// blocks.
 fn by_burn(model: &Model<B>, options: &Options, n: usize) -> (Vec<f32>, f32, Vec<Vec<f32>>) {
     let (x, target) = data(n);
     let gamma = Gamma::new(options.gamma, Sign::Random).unwrap();
@@ -91,7 +94,8 @@ fn by_burn(model: &Model<B>, options: &Options, n: usize) -> (Vec<f32>, f32, Vec
         let sign = |i: usize| gamma.sigma(options.seed, options.step, i as u32, 0, k as u16) as f32;
         let signs = TensorData::new((0..n).map(sign).collect::<Vec<_>>(), [n, 1, 1]);
         let gamma = Tensor::<B, 3>::from_data(signs, &cur.device()) * options.gamma;
-        let new = cur.clone() * (1.0 - gamma.clone()) + block.residual(cur.clone()) * (1.0 + gamma.clone());
+        let new = cur.clone() * (1.0 - gamma.clone())
+            + block.residual(cur.clone()) * (1.0 + gamma.clone());
         // X + s is the next even number.
         let even = straight_through(old, options.frac_bits, |x| (x / 2.0).ceil() * 2.0);
         (old, cur) = (cur, even * gamma + grid(new));
@@ -108,12 +112,16 @@ fn assert_close(a: &[Vec<f32>], b: &[Vec<f32>], tolerance: f32) {
         let size = b.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
         assert_eq!(a.len(), b.len());
         for (a, b) in a.iter().zip(b) {
-            assert!((a - b).abs() <= tolerance * size + 1e-7, "parameter {i}: {a} {b}, largest {size}");
+            assert!(
+                (a - b).abs() <= tolerance * size + 1e-7,
+                "parameter {i}: {a} {b}, largest {size}"
+            );
         }
     }
 }
 
-/// Loss and every gradient are those of burn's autodiff through the whole quantized, signed recurrence.
+/// Loss and every gradient are those of burn's autodiff through the whole quantized, signed
+/// recurrence.
 #[test]
 fn gradients_are_those_of_burn() {
     let _alone = alone();
@@ -127,13 +135,14 @@ fn gradients_are_those_of_burn() {
         assert_eq!(mismatches, 0);
         let (_, theirs, reference) = by_burn(&model, &options, 5);
         assert!((ours - theirs).abs() < 1e-5, "{ours} {theirs}");
-        // f32 sums in another order, and a value now and then on the neighbouring point of the grid; a wrong sign or
-        // factor would be of the size 1.
+        // f32 sums in another order, and a value now and then on the neighbouring point of the
+        // grid; a wrong sign or factor would be of the size 1.
         assert_close(&gradients, &reference, if options.frac_bits == 14 { 5e-4 } else { 5e-3 });
     }
 }
 
-/// Where a chunk is the whole batch, burn computes the same products in both, and every bit of `x_K` is the same.
+/// Where a chunk is the whole batch, burn computes the same products in both, and every bit of
+/// `x_K` is the same.
 #[test]
 fn the_output_has_the_bits_of_the_recurrence() {
     let _alone = alone();
@@ -142,9 +151,9 @@ fn the_output_has_the_bits_of_the_recurrence() {
     assert_eq!(bits(reversible(&model, options, 4).0), bits(by_burn(&model, &options, 4).0));
 }
 
-/// Every rebuilt value has the original's bits, with burn's dropout in attention and blocks, in chunks that do and do not
-/// divide the batch, and from the first pass on, in which burn draws the parameters; the same pass gives the same bits
-/// again, and another step other signs and masks.
+/// Every rebuilt value has the original's bits, with burn's dropout in attention and blocks, in
+/// chunks that do and do not divide the batch, and from the first pass on, in which burn draws the
+/// parameters; the same pass gives the same bits again, and another step other signs and masks.
 #[test]
 fn bits_are_rebuilt_and_a_pass_repeats_itself() {
     let _alone = alone();
@@ -202,16 +211,23 @@ fn rows(n: usize) -> Tensor<B, 2> {
     Tensor::from_data(TensorData::new(wave, [n, 6]), &Default::default())
 }
 
-fn backward(stack: &mut Reversible, blocks: &Vec<Small<B>>, x: Tensor<B, 2>) -> Result<GradientsParams, Error> {
+fn backward(
+    stack: &mut Reversible,
+    blocks: &Vec<Small<B>>,
+    x: Tensor<B, 2>,
+) -> Result<GradientsParams, Error> {
     let (y, tape) = stack.forward(blocks, x)?;
     tape.backward(y.powi_scalar(2).mean(), blocks)
 }
 
-/// Blocks, values and shapes that do not fit are errors that name them; the next pass is as if they had not been.
+/// Blocks, values and shapes that do not fit are errors that name them; the next pass is as if they
+/// had not been.
 #[test]
 fn mistakes_are_named() {
     let _alone = alone();
-    let fails = |kind| backward(&mut Reversible::new(Options::default()), &small(kind), rows(4)).unwrap_err();
+    let fails = |kind| {
+        backward(&mut Reversible::new(Options::default()), &small(kind), rows(4)).unwrap_err()
+    };
     let e = fails(Kind::Counting);
     assert!(matches!(e, Error::Fault(Fault::Checksum { activation: 2, block: 3 })), "{e}");
     assert!(matches!(fails(Kind::Infinite), Error::Fault(Fault::Range { .. })));

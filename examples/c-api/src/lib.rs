@@ -7,9 +7,13 @@
 //! | `stack.rs` | the stack over callbacks |
 //! | `raw.rs` | quantize, step, inverse and gradient on raw buffers |
 //!
-//! What the callers of unsafe functions promise is the same everywhere, and at the top of the header: pointers are NULL,
-//! or they point to as many values as their function says and to nothing that is in use elsewhere.
-#![allow(clippy::missing_safety_doc, reason = "said once, above; these documents are the comments of a C header")]
+//! What the callers of unsafe functions promise is the same everywhere, and at the top of the
+//! header: pointers are NULL, or they point to as many values as their function says and to nothing
+//! that is in use elsewhere.
+#![allow(
+    clippy::missing_safety_doc,
+    reason = "said once, above; these documents are the comments of a C header"
+)]
 #![allow(rustdoc::broken_intra_doc_links, reason = "the comments of a C header index arrays")]
 
 mod pointer;
@@ -42,15 +46,18 @@ pub enum Status {
     Setting = 3,
     /// Not enough memory.
     Memory = 4,
-    /// The processor lacks instructions that the library was compiled for, or threads could not be started.
+    /// The processor lacks instructions that the library was compiled for, or threads could not be
+    /// started.
     Machine = 5,
     /// A value is not finite or leaves the range of the grid. bdia_stack_fault has its place.
     Range = 6,
-    /// A rebuilt activation differs from the original: memory was changed, or a block does not repeat itself.
+    /// A rebuilt activation differs from the original: memory was changed, or a block does not
+    /// repeat itself.
     Checksum = 7,
     /// A callback returned a number other than 0.
     Callback = 8,
-    /// The call does not come in its turn (backward without a forward), or from within a callback of the same stack.
+    /// The call does not come in its turn (backward without a forward), or from within a callback
+    /// of the same stack.
     State = 9,
     /// A mistake in this library. The stack it happened in can only be freed.
     Internal = 10,
@@ -111,7 +118,8 @@ fn set_message(text: &str) {
     });
 }
 
-/// Runs the body of a function that C calls: failures become codes and a message, and no panic gets through.
+/// Runs the body of a function that C calls: failures become codes and a message, and no panic gets
+/// through.
 fn border(body: impl FnOnce() -> Outcome) -> Status {
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => Status::Ok,
@@ -120,19 +128,27 @@ fn border(body: impl FnOnce() -> Outcome) -> Status {
             failure.status
         }
         Err(panic) => {
-            let what = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-            set_message(&format!("a mistake in bdia, please report it: {}", what.unwrap_or("no words")));
+            let what = panic
+                .downcast_ref::<&str>()
+                .copied()
+                .or(panic.downcast_ref::<String>().map(String::as_str));
+            set_message(&format!(
+                "a mistake in bdia, please report it: {}",
+                what.unwrap_or("no words")
+            ));
             Status::Internal
         }
     }
 }
 
-/// Words for the last failure in this thread: what was expected, what was found, what to do. Empty before the first
-/// one. Valid until the next failure in this thread or its end; never NULL.
+/// Words for the last failure in this thread: what was expected, what was found, what to do. Empty
+/// before the first one. Valid until the next failure in this thread or its end; never NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn bdia_last_message() -> *const c_char {
     let none: &'static CStr = c"";
-    MESSAGE.try_with(|m| m.try_borrow().map_or(none.as_ptr(), |m| m.as_ptr())).unwrap_or(none.as_ptr())
+    MESSAGE
+        .try_with(|m| m.try_borrow().map_or(none.as_ptr(), |m| m.as_ptr()))
+        .unwrap_or(none.as_ptr())
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Checks of what comes from C. What cannot be checked (that memory is there) is the caller's promise, made in the
-//! header.
+//! Checks of what comes from C. What cannot be checked (that memory is there) is the caller's
+//! promise, made in the header.
 
 use core::ops::Range;
 
@@ -12,7 +12,10 @@ fn bad(what: &str, why: &str) -> Failure {
 
 fn check<T>(what: &str, p: *const T, len: usize) -> Result<(), Failure> {
     if len > isize::MAX as usize / size_of::<T>().max(1) {
-        return Err(Failure::new(Status::Size, format_args!("{what}: {len} values are beyond the address space")));
+        return Err(Failure::new(
+            Status::Size,
+            format_args!("{what}: {len} values are beyond the address space"),
+        ));
     }
     if p.is_null() {
         return Err(bad(what, "is NULL"));
@@ -26,7 +29,8 @@ fn check<T>(what: &str, p: *const T, len: usize) -> Result<(), Failure> {
 /// `len` values that C lets us read.
 ///
 /// # Safety
-/// If the pointer is not null and aligned, `len` values are there and nothing changes them while the slice lives.
+/// If the pointer is not null and aligned, `len` values are there and nothing changes them while
+/// the slice lives.
 pub(crate) unsafe fn input<'a, T>(what: &str, p: *const T, len: usize) -> Result<&'a [T], Failure> {
     if len == 0 {
         return Ok(&[]);
@@ -39,9 +43,13 @@ pub(crate) unsafe fn input<'a, T>(what: &str, p: *const T, len: usize) -> Result
 /// `len` values that C lets us write.
 ///
 /// # Safety
-/// If the pointer is not null and aligned, `len` values are there and nothing else reads or changes them while the
-/// slice lives; [`disjoint`] has been asked where other buffers come with it.
-pub(crate) unsafe fn output<'a, T>(what: &str, p: *mut T, len: usize) -> Result<&'a mut [T], Failure> {
+/// If the pointer is not null and aligned, `len` values are there and nothing else reads or changes
+/// them while the slice lives; [`disjoint`] has been asked where other buffers come with it.
+pub(crate) unsafe fn output<'a, T>(
+    what: &str,
+    p: *mut T,
+    len: usize,
+) -> Result<&'a mut [T], Failure> {
     if len == 0 {
         return Ok(&mut []);
     }
@@ -89,6 +97,10 @@ pub(crate) fn disjoint(spans: &[Range<usize>]) -> Result<(), Failure> {
 
 /// `a·b` values.
 pub(crate) fn values(what: &str, a: usize, b: usize) -> Result<usize, Failure> {
-    a.checked_mul(b)
-        .ok_or_else(|| Failure::new(Status::Size, format_args!("{what}: {a}·{b} values are beyond the address space")))
+    a.checked_mul(b).ok_or_else(|| {
+        Failure::new(
+            Status::Size,
+            format_args!("{what}: {a}·{b} values are beyond the address space"),
+        )
+    })
 }

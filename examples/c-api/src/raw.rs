@@ -1,6 +1,8 @@
-//! The update on raw buffers, for programs with a loop of their own: quantize, step, inverse, gradient.
+//! The update on raw buffers, for programs with a loop of their own: quantize, step, inverse,
+//! gradient.
 //!
-//! Element by element with the functions of `bdia_core::update`, which define the bits that every backend gives.
+//! Element by element with the functions of `bdia_core::update`, which define the bits that every
+//! backend gives.
 
 use bdia_core::update::{LIMIT, advance, checksum, combine, retreat};
 use bdia_core::{Chunk, Error, Gamma, Grid, Sign, Site};
@@ -28,7 +30,9 @@ fn outcome(first: Option<(usize, f64)>, per_sample: usize) -> Outcome {
 fn check_signs(sigma: &[i8]) -> Outcome {
     match sigma.iter().find(|&&s| s != 1 && s != -1) {
         None => Ok(()),
-        Some(&s) => Err(Error::Setting { what: "sigma", found: s.into(), possible: "1 or -1" }.into()),
+        Some(&s) => {
+            Err(Error::Setting { what: "sigma", found: s.into(), possible: "1 or -1" }.into())
+        }
     }
 }
 
@@ -41,10 +45,15 @@ fn magnitude(gamma: f64) -> Result<Gamma, Failure> {
     Ok(Gamma::new(gamma, Sign::Plus)?)
 }
 
-/// x[i] = round_ties_even(y[i] * 2^frac_bits). Values that are not finite or beyond 2^30 become 0 and give
-/// BDIA_STATUS_RANGE; the message names the first.
+/// x[i] = round_ties_even(y[i] * 2^frac_bits). Values that are not finite or beyond 2^30 become 0
+/// and give BDIA_STATUS_RANGE; the message names the first.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bdia_quantize(frac_bits: u32, y: *const f32, x: *mut i32, n: usize) -> Status {
+pub unsafe extern "C" fn bdia_quantize(
+    frac_bits: u32,
+    y: *const f32,
+    x: *mut i32,
+    n: usize,
+) -> Status {
     border(|| {
         let grid = Grid::new(frac_bits)?;
         disjoint(&[span(y, n), span(x, n)])?;
@@ -63,7 +72,12 @@ pub unsafe extern "C" fn bdia_quantize(frac_bits: u32, y: *const f32, x: *mut i3
 
 /// y[i] = x[i] * 2^-frac_bits.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bdia_dequantize(frac_bits: u32, x: *const i32, y: *mut f32, n: usize) -> Status {
+pub unsafe extern "C" fn bdia_dequantize(
+    frac_bits: u32,
+    x: *const i32,
+    y: *mut f32,
+    n: usize,
+) -> Status {
     border(|| {
         let grid = Grid::new(frac_bits)?;
         disjoint(&[span(x, n), span(y, n)])?;
@@ -76,10 +90,15 @@ pub unsafe extern "C" fn bdia_dequantize(frac_bits: u32, x: *const i32, y: *mut 
     })
 }
 
-/// x[i] += round_ties_even(h[i] * 2^frac_bits): the step of block 0, and of a network without gamma. Range as in
-/// bdia_step.
+/// x[i] += round_ties_even(h[i] * 2^frac_bits): the step of block 0, and of a network without
+/// gamma. Range as in bdia_step.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bdia_add_quantized(frac_bits: u32, x: *mut i32, h: *const f32, n: usize) -> Status {
+pub unsafe extern "C" fn bdia_add_quantized(
+    frac_bits: u32,
+    x: *mut i32,
+    h: *const f32,
+    n: usize,
+) -> Status {
     border(|| {
         let grid = Grid::new(frac_bits)?;
         disjoint(&[span(x, n), span(h, n)])?;
@@ -100,10 +119,15 @@ pub unsafe extern "C" fn bdia_add_quantized(frac_bits: u32, x: *mut i32, h: *con
     })
 }
 
-/// The number of 32-bit words of side bits that bdia_step writes: samples * m * ceil(per_sample / 32) with
-/// gamma = 2^-m.
+/// The number of 32-bit words of side bits that bdia_step writes: samples * m * ceil(per_sample /
+/// 32) with gamma = 2^-m.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bdia_side_words(gamma: f64, samples: usize, per_sample: usize, words: *mut usize) -> Status {
+pub unsafe extern "C" fn bdia_side_words(
+    gamma: f64,
+    samples: usize,
+    per_sample: usize,
+    words: *mut usize,
+) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
         let words = unsafe { one_mut("words", words) }?;
@@ -112,7 +136,8 @@ pub unsafe extern "C" fn bdia_side_words(gamma: f64, samples: usize, per_sample:
     })
 }
 
-/// The signs that a stack draws for the samples global ... global + samples - 1: sigma[i] = 1 or -1.
+/// The signs that a stack draws for the samples global ... global + samples - 1: sigma[i] = 1 or
+/// -1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_signs(
     seed: u64,
@@ -166,14 +191,21 @@ impl<'a> Update<'a> {
         let words = side_words(gamma, samples, per_sample)?;
         disjoint(&[span(x, n), span(cur, n), span(h, n), span(side, words), span(sigma, samples)])?;
         // SAFETY: promised by the caller; they do not overlap.
-        let (sigma, x, cur, h) =
-            unsafe { (input("sigma", sigma, samples)?, output("x", x, n)?, input("cur", cur, n)?, input("h", h, n)?) };
+        let (sigma, x, cur, h) = unsafe {
+            (
+                input("sigma", sigma, samples)?,
+                output("x", x, n)?,
+                input("cur", cur, n)?,
+                input("h", h, n)?,
+            )
+        };
         check_signs(sigma)?;
         Ok((Self { grid, gamma, m: gamma.planes()?, per_sample, sigma, x, cur, h }, words))
     }
 
-    /// Calls `f(index, sigma, index within the sample, x, mixed value, word and bit of the element's lowest plane)` for
-    /// every element in turn. The words of a higher plane lie [`stride`](Self::stride) further each.
+    /// Calls `f(index, sigma, index within the sample, x, mixed value, word and bit of the
+    /// element's lowest plane)` for every element in turn. The words of a higher plane lie
+    /// [`stride`](Self::stride) further each.
     fn each(&mut self, mut f: impl FnMut(usize, i32, usize, &mut i32, f32, (usize, usize))) {
         let (p, stride) = (self.per_sample, self.stride());
         for (s, &sigma) in self.sigma.iter().enumerate() {
@@ -181,7 +213,14 @@ impl<'a> Update<'a> {
             for e in 0..p {
                 let i = s * p + e;
                 let mixed = self.gamma.mix(sigma, self.cur[i], self.h[i]);
-                f(i, sigma, e, &mut self.x[i], mixed, (s * self.m as usize * stride + e / 32, e % 32));
+                f(
+                    i,
+                    sigma,
+                    e,
+                    &mut self.x[i],
+                    mixed,
+                    (s * self.m as usize * stride + e / 32, e % 32),
+                );
             }
         }
     }
@@ -194,10 +233,10 @@ impl<'a> Update<'a> {
 
 /// The step, in place: x holds X_{k-1} and becomes
 ///     X_{k+1} = sigma (X_{k-1} + s) / 2^m + Q((1 - gamma) cur + (1 + gamma) h),   with gamma = sigma 2^-m,
-/// where cur is x_k and h is h_k(x_k), all samples times per_sample values; sigma has one sign (1 or -1) per sample.
-/// side (bdia_side_words of them) takes the low m bits of X_{k-1}, in the order that bdia_stack_side_bits describes.
-/// What is out of range counts as 0 in Q, the sum is kept as it is, and BDIA_STATUS_RANGE is returned. No two arrays
-/// may overlap.
+/// where cur is x_k and h is h_k(x_k), all samples times per_sample values; sigma has one sign (1
+/// or -1) per sample. side (bdia_side_words of them) takes the low m bits of X_{k-1}, in the order
+/// that bdia_stack_side_bits describes. What is out of range counts as 0 in Q, the sum is kept as
+/// it is, and BDIA_STATUS_RANGE is returned. No two arrays may overlap.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_step(
     frac_bits: u32,
@@ -212,8 +251,18 @@ pub unsafe extern "C" fn bdia_step(
 ) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
-        let (mut u, words) =
-            unsafe { Update::new(frac_bits, gamma, (samples, per_sample), sigma, x, cur, h, side.cast_const()) }?;
+        let (mut u, words) = unsafe {
+            Update::new(
+                frac_bits,
+                gamma,
+                (samples, per_sample),
+                sigma,
+                x,
+                cur,
+                h,
+                side.cast_const(),
+            )
+        }?;
         // SAFETY: promised by the caller; it does not overlap the others.
         let side = unsafe { output("side", side, words) }?;
         side.fill(0);
@@ -236,8 +285,8 @@ pub unsafe extern "C" fn bdia_step(
     })
 }
 
-/// The inverse of bdia_step, in place: x holds X_{k+1} and becomes X_{k-1}, in every bit, if all other arrays are the
-/// same bits as in the step (side is what it wrote, and is not changed).
+/// The inverse of bdia_step, in place: x holds X_{k+1} and becomes X_{k-1}, in every bit, if all
+/// other arrays are the same bits as in the step (side is what it wrote, and is not changed).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_inverse(
     frac_bits: u32,
@@ -252,21 +301,25 @@ pub unsafe extern "C" fn bdia_inverse(
 ) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
-        let (mut u, words) = unsafe { Update::new(frac_bits, gamma, (samples, per_sample), sigma, x, cur, h, side) }?;
+        let (mut u, words) = unsafe {
+            Update::new(frac_bits, gamma, (samples, per_sample), sigma, x, cur, h, side)
+        }?;
         // SAFETY: promised by the caller.
         let side = unsafe { input("side", side, words) }?;
         let (grid, m, stride) = (u.grid, u.m, u.stride());
         u.each(|_, sigma, e, x, mixed, (word, bit)| {
-            let r = (0..m).fold(0, |r, plane| r | (side[word + plane as usize * stride] >> bit & 1) << plane);
+            let r = (0..m)
+                .fold(0, |r, plane| r | (side[word + plane as usize * stride] >> bit & 1) << plane);
             *x = retreat(m, sigma, *x, grid.quantize(mixed).unwrap_or(0), r, e);
         });
         Ok(())
     })
 }
 
-/// The gradient of the step: next holds G_{k+1} and becomes gamma G_{k+1}, the first part of G_{k-1};
-/// cur += (1 - gamma) G_{k+1}; h becomes (1 + gamma) G_{k+1}, what the vector-Jacobian product of the block is applied
-/// to, its result to be added to cur. Sizes and signs as in bdia_step.
+/// The gradient of the step: next holds G_{k+1} and becomes gamma G_{k+1}, the first part of
+/// G_{k-1}; cur += (1 - gamma) G_{k+1}; h becomes (1 + gamma) G_{k+1}, what the vector-Jacobian
+/// product of the block is applied to, its result to be added to cur. Sizes and signs as in
+/// bdia_step.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_step_gradient(
     gamma: f64,
@@ -283,7 +336,12 @@ pub unsafe extern "C" fn bdia_step_gradient(
         disjoint(&[span(next, n), span(cur, n), span(h, n), span(sigma, samples)])?;
         // SAFETY: promised by the caller; they do not overlap.
         let (sigma, next, cur, h) = unsafe {
-            (input("sigma", sigma, samples)?, output("next", next, n)?, output("cur", cur, n)?, output("h", h, n)?)
+            (
+                input("sigma", sigma, samples)?,
+                output("next", next, n)?,
+                output("cur", cur, n)?,
+                output("h", h, n)?,
+            )
         };
         check_signs(sigma)?;
         for (s, &sigma) in sigma.iter().enumerate() {
@@ -296,14 +354,22 @@ pub unsafe extern "C" fn bdia_step_gradient(
     })
 }
 
-/// The checksum of n integers: a change of any one of them changes it. Sums of parts add up to the sum of the whole if
-/// first is the index of the part's first value in the whole.
+/// The checksum of n integers: a change of any one of them changes it. Sums of parts add up to the
+/// sum of the whole if first is the index of the part's first value in the whole.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bdia_checksum(x: *const i32, n: usize, first: usize, sum: *mut u64) -> Status {
+pub unsafe extern "C" fn bdia_checksum(
+    x: *const i32,
+    n: usize,
+    first: usize,
+    sum: *mut u64,
+) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
         let (x, sum) = unsafe { (input("x", x, n)?, one_mut("sum", sum)?) };
-        *sum = x.iter().enumerate().fold(0_u64, |sum, (i, &x)| sum.wrapping_add(checksum(x, first.wrapping_add(i))));
+        *sum = x
+            .iter()
+            .enumerate()
+            .fold(0_u64, |sum, (i, &x)| sum.wrapping_add(checksum(x, first.wrapping_add(i))));
         Ok(())
     })
 }

@@ -6,7 +6,9 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use bdia_core::stack::{Blocks, Config as CoreConfig, Input, Mode, Needs, Pass, Stack, Tail};
-use bdia_core::{Category, Chunk, Error, Fault, Gamma, Grid, Layout, Reals, Sign, Site, Storage, UpdateOps};
+use bdia_core::{
+    Category, Chunk, Error, Fault, Gamma, Grid, Layout, Reals, Sign, Site, Storage, UpdateOps,
+};
 use bdia_cpu::Cpu;
 
 use crate::pointer::{input, one, one_mut, output, values};
@@ -22,7 +24,8 @@ pub struct Config {
     pub per_sample: usize,
     /// Residual blocks K, 1 to 65536.
     pub blocks: usize,
-    /// Samples that go through a block together; 0: the whole batch. Fewer need a smaller workspace.
+    /// Samples that go through a block together; 0: the whole batch. Fewer need a smaller
+    /// workspace.
     pub chunk: usize,
     /// Floats per sample that a block keeps from residual to vjp (bdia_call.frame).
     pub frame: usize,
@@ -36,7 +39,8 @@ pub struct Config {
     pub frac_bits: u32,
     /// Sign of gamma: 0 drawn per sample and block, 1 always plus, -1 always minus.
     pub sign: i32,
-    /// 1: keep all activations besides and count values that are rebuilt wrongly (bdia_stack_mismatches). 0: do not.
+    /// 1: keep all activations besides and count values that are rebuilt wrongly
+    /// (bdia_stack_mismatches). 0: do not.
     pub verify: i32,
 }
 
@@ -50,14 +54,15 @@ pub struct Call {
     pub first: usize,
     /// Number of samples.
     pub samples: usize,
-    /// As given to bdia_stack_forward. Random numbers of a block must be a function of seed, step, global, block and
-    /// element, so that the recomputation draws the same.
+    /// As given to bdia_stack_forward. Random numbers of a block must be a function of seed, step,
+    /// global, block and element, so that the recomputation draws the same.
     pub seed: u64,
     /// As given to bdia_stack_forward.
     pub step: u32,
     /// Index in the global batch of the first sample.
     pub global: u32,
-    /// In residual: whether vjp of the same frame follows. The result must be the same bits either way.
+    /// In residual: whether vjp of the same frame follows. The result must be the same bits either
+    /// way.
     pub keep: i32,
     /// bdia_config.frame times samples floats, which stay from residual to vjp.
     pub frame: *mut f32,
@@ -65,26 +70,39 @@ pub struct Call {
     pub scratch: *mut f32,
 }
 
-/// The residual blocks, all behind one table. Every callback returns 0, or another number to stop the pass, which then
-/// ends with BDIA_STATUS_CALLBACK. Arrays hold samples times per_sample floats, sample by sample, and are only good
-/// during the callback. A callback runs in the thread that called, and calls no function on the same stack.
+/// The residual blocks, all behind one table. Every callback returns 0, or another number to stop
+/// the pass, which then ends with BDIA_STATUS_CALLBACK. Arrays hold samples times per_sample
+/// floats, sample by sample, and are only good during the callback. A callback runs in the thread
+/// that called, and calls no function on the same stack.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct BlockTable {
     /// Given to every callback; may be NULL.
     pub user: *mut c_void,
-    /// h = h_k(x). The same bits for the same call, whenever it is called: no uninitialized memory, no order of sums
-    /// that changes between calls. x may not be changed.
-    pub residual:
-        Option<unsafe extern "C" fn(user: *mut c_void, call: *const Call, x: *const f32, h: *mut f32) -> c_int>,
-    /// gx += J(x)^T gh, where J is the Jacobian of h_k; adds the gradients of the block's parameters to wherever they
-    /// are kept. gh may be overwritten.
-    pub vjp: Option<
-        unsafe extern "C" fn(user: *mut c_void, call: *const Call, x: *const f32, gh: *mut f32, gx: *mut f32) -> c_int,
+    /// h = h_k(x). The same bits for the same call, whenever it is called: no uninitialized memory,
+    /// no order of sums that changes between calls. x may not be changed.
+    pub residual: Option<
+        unsafe extern "C" fn(
+            user: *mut c_void,
+            call: *const Call,
+            x: *const f32,
+            h: *mut f32,
+        ) -> c_int,
     >,
-    /// Block k is finished: its gradient is complete, its activations have been compared, nothing reads its parameters
-    /// again in this step. An optimizer may update them here and use the gradient's memory again for block k - 1. May
-    /// be NULL.
+    /// gx += J(x)^T gh, where J is the Jacobian of h_k; adds the gradients of the block's
+    /// parameters to wherever they are kept. gh may be overwritten.
+    pub vjp: Option<
+        unsafe extern "C" fn(
+            user: *mut c_void,
+            call: *const Call,
+            x: *const f32,
+            gh: *mut f32,
+            gx: *mut f32,
+        ) -> c_int,
+    >,
+    /// Block k is finished: its gradient is complete, its activations have been compared, nothing
+    /// reads its parameters again in this step. An optimizer may update them here and use the
+    /// gradient's memory again for block k - 1. May be NULL.
     pub done: Option<unsafe extern "C" fn(user: *mut c_void, block: usize) -> c_int>,
 }
 
@@ -180,7 +198,10 @@ impl Handle {
         // SAFETY: `busy` was not set, so this is the only reference until `_release` is dropped.
         let inner = unsafe { &mut *self.inner.get() };
         if inner.state == State::Broken {
-            return Err(Failure::new(Status::State, "this stack broke in an earlier call; only free it"));
+            return Err(Failure::new(
+                Status::State,
+                "this stack broke in an earlier call; only free it",
+            ));
         }
         f(inner)
     }
@@ -193,7 +214,12 @@ fn lay_out(c: &Config) -> Result<(Stack, Layout, Grid), Failure> {
         1 => Sign::Plus,
         -1 => Sign::Minus,
         other => {
-            return Err(Error::Setting { what: "sign", found: other.into(), possible: "0 (drawn), 1 or -1" }.into());
+            return Err(Error::Setting {
+                what: "sign",
+                found: other.into(),
+                possible: "0 (drawn), 1 or -1",
+            }
+            .into());
         }
     };
     let grid = Grid::new(c.frac_bits)?;
@@ -263,19 +289,33 @@ impl Callbacks<'_> {
 }
 
 impl Blocks<Cpu> for Callbacks<'_> {
-    fn residual(&mut self, cpu: &mut Cpu, call: &bdia_core::stack::Call, h: Reals) -> bdia_core::Result<()> {
+    fn residual(
+        &mut self,
+        cpu: &mut Cpu,
+        call: &bdia_core::stack::Call,
+        h: Reals,
+    ) -> bdia_core::Result<()> {
         let c = self.call(cpu, call)?;
         let (x, h) = (cpu.reals_pointer(call.x)?, cpu.reals_pointer(h)?);
-        let Some(residual) = self.table.residual else { return Err(Error::Foreign(Site::Block(call.block))) };
-        // SAFETY: `bdia_stack_new` was promised a function of this type; the buffers are as long as the header says,
-        // and the backend is not used meanwhile.
+        let Some(residual) = self.table.residual else {
+            return Err(Error::Foreign(Site::Block(call.block)));
+        };
+        // SAFETY: `bdia_stack_new` was promised a function of this type; the buffers are as long as
+        // the header says, and the backend is not used meanwhile.
         let code = unsafe { residual(self.table.user, &raw const c, x, h) };
         self.answer(code, call.block)
     }
 
-    fn vjp(&mut self, cpu: &mut Cpu, call: &bdia_core::stack::Call, gh: Reals, gx: Reals) -> bdia_core::Result<()> {
+    fn vjp(
+        &mut self,
+        cpu: &mut Cpu,
+        call: &bdia_core::stack::Call,
+        gh: Reals,
+        gx: Reals,
+    ) -> bdia_core::Result<()> {
         let c = self.call(cpu, call)?;
-        let (x, gh, gx) = (cpu.reals_pointer(call.x)?, cpu.reals_pointer(gh)?, cpu.reals_pointer(gx)?);
+        let (x, gh, gx) =
+            (cpu.reals_pointer(call.x)?, cpu.reals_pointer(gh)?, cpu.reals_pointer(gx)?);
         let Some(vjp) = self.table.vjp else { return Err(Error::Foreign(Site::Block(call.block))) };
         // SAFETY: as in `residual`.
         let code = unsafe { vjp(self.table.user, &raw const c, x, gh, gx) };
@@ -300,7 +340,14 @@ struct Given<'a> {
 }
 
 impl Input<Cpu> for Given<'_> {
-    fn forward(&mut self, cpu: &mut Cpu, c: &Chunk, _: bool, x: Reals, _: Reals) -> bdia_core::Result<()> {
+    fn forward(
+        &mut self,
+        cpu: &mut Cpu,
+        c: &Chunk,
+        _: bool,
+        x: Reals,
+        _: Reals,
+    ) -> bdia_core::Result<()> {
         let part = c.first * self.per_sample..(c.first + c.samples) * self.per_sample;
         cpu.write_reals(x, self.x.get(part).unwrap_or(&[]))
     }
@@ -314,8 +361,12 @@ impl Inner {
     fn callbacks(&mut self) -> (&mut Stack, &mut Cpu, Callbacks<'_>) {
         let needs = self.stack.config().needs;
         self.fault = FaultInfo::default();
-        let callbacks =
-            Callbacks { table: &self.blocks, frame: needs.frame, scratch: needs.scratch, fault: &mut self.fault };
+        let callbacks = Callbacks {
+            table: &self.blocks,
+            frame: needs.frame,
+            scratch: needs.scratch,
+            fault: &mut self.fault,
+        };
         (&mut self.stack, &mut self.cpu, callbacks)
     }
 
@@ -333,7 +384,9 @@ impl Inner {
         };
         self.fault = match fault {
             Fault::Range { site, sample, value } => FaultInfo { block: place(site), sample, value },
-            Fault::Checksum { block, .. } => FaultInfo { block: block as i64, ..FaultInfo::default() },
+            Fault::Checksum { block, .. } => {
+                FaultInfo { block: block as i64, ..FaultInfo::default() }
+            }
             _ => FaultInfo::default(),
         };
         Err(Error::Fault(fault).into())
@@ -359,7 +412,10 @@ impl Inner {
 
     fn backward(&mut self, g: &[f32]) -> Outcome {
         let State::Forward(pass) = self.state else {
-            return Err(Failure::new(Status::State, "a backward pass needs a forward pass before it, one for each"));
+            return Err(Failure::new(
+                Status::State,
+                "a backward pass needs a forward pass before it, one for each",
+            ));
         };
         self.state = State::Broken;
         let (stack, cpu, mut callbacks) = self.callbacks();
@@ -374,12 +430,14 @@ impl Inner {
     }
 }
 
-/// Fills in: 14 fractional bits, gamma 0.5 with drawn signs, whole batches as chunks, threads as cores; sizes 0.
+/// Fills in: 14 fractional bits, gamma 0.5 with drawn signs, whole batches as chunks, threads as
+/// cores; sizes 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_config_default(config: *mut Config) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
-        let config = unsafe { output("config", config.cast::<core::mem::MaybeUninit<Config>>(), 1) }?;
+        let config =
+            unsafe { output("config", config.cast::<core::mem::MaybeUninit<Config>>(), 1) }?;
         config[0].write(Config {
             batch: 0,
             per_sample: 0,
@@ -409,8 +467,8 @@ pub unsafe extern "C" fn bdia_plan(config: *const Config, memory: *mut Memory) -
     })
 }
 
-/// A new stack in *stack (NULL there after a failure). The table is copied; what user points to is not. All memory
-/// is allocated here and none in a pass.
+/// A new stack in *stack (NULL there after a failure). The table is copied; what user points to is
+/// not. All memory is allocated here and none in a pass.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_stack_new(
     config: *const Config,
@@ -424,7 +482,10 @@ pub unsafe extern "C" fn bdia_stack_new(
         // SAFETY: promised by the caller.
         let (config, blocks) = unsafe { (one("config", config)?, one("blocks", blocks)?) };
         if blocks.residual.is_none() || blocks.vjp.is_none() {
-            return Err(Failure::new(Status::Pointer, "blocks.residual and blocks.vjp may not be NULL"));
+            return Err(Failure::new(
+                Status::Pointer,
+                "blocks.residual and blocks.vjp may not be NULL",
+            ));
         }
         let (stack, layout, grid) = lay_out(config)?;
         let inner = Inner {
@@ -436,7 +497,10 @@ pub unsafe extern "C" fn bdia_stack_new(
             state: State::Fresh,
             fault: FaultInfo::default(),
         };
-        *out = Box::into_raw(Box::new(Handle { busy: AtomicBool::new(false), inner: UnsafeCell::new(inner) }));
+        *out = Box::into_raw(Box::new(Handle {
+            busy: AtomicBool::new(false),
+            inner: UnsafeCell::new(inner),
+        }));
         Ok(())
     })
 }
@@ -457,10 +521,10 @@ pub unsafe extern "C" fn bdia_stack_free(stack: *mut Handle) -> Status {
     })
 }
 
-/// The forward pass of training: from x_0 to x_K, both batch times per_sample floats (they may be the same array).
-/// seed, step and global place the random signs: another step, other signs; the same, the same. global is the index
-/// in the global batch of the first sample. Any number of forward passes may come before a backward pass, which then
-/// belongs to the last one.
+/// The forward pass of training: from x_0 to x_K, both batch times per_sample floats (they may be
+/// the same array). seed, step and global place the random signs: another step, other signs; the
+/// same, the same. global is the index in the global batch of the first sample. Any number of
+/// forward passes may come before a backward pass, which then belongs to the last one.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_stack_forward(
     stack: *mut Handle,
@@ -486,12 +550,17 @@ pub unsafe extern "C" fn bdia_stack_forward(
     })
 }
 
-/// The backward pass: from gk, the gradient with respect to x_K, to g0, the one with respect to x_0 (they may be the
-/// same array; g0 may be NULL). On the way residual and vjp are called for every block and chunk, then done. It ends
-/// with BDIA_STATUS_CHECKSUM where a rebuilt activation differs from the original by any bit: the block that
-/// bdia_stack_fault names, and those below it, have not been told that they are done.
+/// The backward pass: from gk, the gradient with respect to x_K, to g0, the one with respect to x_0
+/// (they may be the same array; g0 may be NULL). On the way residual and vjp are called for every
+/// block and chunk, then done. It ends with BDIA_STATUS_CHECKSUM where a rebuilt activation differs
+/// from the original by any bit: the block that bdia_stack_fault names, and those below it, have
+/// not been told that they are done.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bdia_stack_backward(stack: *mut Handle, gk: *const f32, g0: *mut f32) -> Status {
+pub unsafe extern "C" fn bdia_stack_backward(
+    stack: *mut Handle,
+    gk: *const f32,
+    g0: *mut f32,
+) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
         unsafe { one("stack", stack.cast_const()) }?.with(|s| {
@@ -516,7 +585,8 @@ pub unsafe extern "C" fn bdia_stack_backward(stack: *mut Handle, gk: *const f32,
 pub unsafe extern "C" fn bdia_stack_fault(stack: *mut Handle, fault: *mut FaultInfo) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
-        let (stack, fault) = unsafe { (one("stack", stack.cast_const())?, one_mut("fault", fault)?) };
+        let (stack, fault) =
+            unsafe { (one("stack", stack.cast_const())?, one_mut("fault", fault)?) };
         stack.with(|s| {
             *fault = s.fault;
             Ok(())
@@ -529,7 +599,8 @@ pub unsafe extern "C" fn bdia_stack_fault(stack: *mut Handle, fault: *mut FaultI
 pub unsafe extern "C" fn bdia_stack_memory(stack: *mut Handle, memory: *mut Memory) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
-        let (stack, memory) = unsafe { (one("stack", stack.cast_const())?, one_mut("memory", memory)?) };
+        let (stack, memory) =
+            unsafe { (one("stack", stack.cast_const())?, one_mut("memory", memory)?) };
         stack.with(|s| {
             *memory = s.memory;
             Ok(())
@@ -542,7 +613,8 @@ pub unsafe extern "C" fn bdia_stack_memory(stack: *mut Handle, memory: *mut Memo
 pub unsafe extern "C" fn bdia_stack_side_words(stack: *mut Handle, words: *mut usize) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
-        let (stack, words) = unsafe { (one("stack", stack.cast_const())?, one_mut("words", words)?) };
+        let (stack, words) =
+            unsafe { (one("stack", stack.cast_const())?, one_mut("words", words)?) };
         stack.with(|s| {
             *words = s.stack.side_bits().len();
             Ok(())
@@ -550,10 +622,15 @@ pub unsafe extern "C" fn bdia_stack_side_words(stack: *mut Handle, words: *mut u
     })
 }
 
-/// Copies the side bits: block by block, sample by sample, bit plane by bit plane (the lowest first); value i of a
-/// sample in bit i mod 32 of word i / 32. len must be what bdia_stack_side_words says.
+/// Copies the side bits: block by block, sample by sample, bit plane by bit plane (the lowest
+/// first); value i of a sample in bit i mod 32 of word i / 32. len must be what
+/// bdia_stack_side_words says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bdia_stack_side_bits(stack: *mut Handle, bits: *mut u32, len: usize) -> Status {
+pub unsafe extern "C" fn bdia_stack_side_bits(
+    stack: *mut Handle,
+    bits: *mut u32,
+    len: usize,
+) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
         let stack = unsafe { one("stack", stack.cast_const()) }?;
@@ -564,10 +641,15 @@ pub unsafe extern "C" fn bdia_stack_side_bits(stack: *mut Handle, bits: *mut u32
     })
 }
 
-/// Copies one of the two integer activation tensors that are kept, x_k times 2^l: k = K and K - 1 after a forward
-/// pass, 0 and 1 after a backward pass. len must be batch times per_sample.
+/// Copies one of the two integer activation tensors that are kept, x_k times 2^l: k = K and K - 1
+/// after a forward pass, 0 and 1 after a backward pass. len must be batch times per_sample.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn bdia_stack_activation(stack: *mut Handle, k: usize, x: *mut i32, len: usize) -> Status {
+pub unsafe extern "C" fn bdia_stack_activation(
+    stack: *mut Handle,
+    k: usize,
+    x: *mut i32,
+    len: usize,
+) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
         let stack = unsafe { one("stack", stack.cast_const()) }?;
@@ -577,11 +659,19 @@ pub unsafe extern "C" fn bdia_stack_activation(stack: *mut Handle, k: usize, x: 
                 State::Forward(_) => [blocks - 1, blocks],
                 State::Rebuilt => [0, 1],
                 State::Fresh | State::Broken => {
-                    return Err(Failure::new(Status::State, "activations are there after a pass that went well"));
+                    return Err(Failure::new(
+                        Status::State,
+                        "activations are there after a pass that went well",
+                    ));
                 }
             };
             if !kept.contains(&k) {
-                return Err(Error::Setting { what: "k", found: k as f64, possible: "K and K - 1, or 0 and 1" }.into());
+                return Err(Error::Setting {
+                    what: "k",
+                    found: k as f64,
+                    possible: "K and K - 1, or 0 and 1",
+                }
+                .into());
             }
             // SAFETY: promised by the caller.
             Ok(s.cpu.read_ints(s.stack.activation(k), unsafe { output("x", x, len) }?)?)
@@ -589,15 +679,20 @@ pub unsafe extern "C" fn bdia_stack_activation(stack: *mut Handle, k: usize, x: 
     })
 }
 
-/// Counts the values that the last backward pass rebuilt differently from the originals: 0. Needs bdia_config.verify.
+/// Counts the values that the last backward pass rebuilt differently from the originals: 0. Needs
+/// bdia_config.verify.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_stack_mismatches(stack: *mut Handle, count: *mut u64) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
-        let (stack, count) = unsafe { (one("stack", stack.cast_const())?, one_mut("count", count)?) };
+        let (stack, count) =
+            unsafe { (one("stack", stack.cast_const())?, one_mut("count", count)?) };
         stack.with(|s| {
             if !s.stack.config().verify {
-                return Err(Failure::new(Status::Setting, "mismatches are counted only with config.verify = 1"));
+                return Err(Failure::new(
+                    Status::Setting,
+                    "mismatches are counted only with config.verify = 1",
+                ));
             }
             *count = s.stack.mismatches(&s.cpu)?;
             Ok(())
@@ -606,6 +701,14 @@ pub unsafe extern "C" fn bdia_stack_mismatches(stack: *mut Handle, count: *mut u
 }
 
 /// Words of side bits of a batch and block, for bdia_step.
-pub(crate) fn side_words(gamma: Gamma, samples: usize, per_sample: usize) -> Result<usize, Failure> {
-    values("side bits", samples, values("side bits", per_sample.div_ceil(32), gamma.planes()? as usize)?)
+pub(crate) fn side_words(
+    gamma: Gamma,
+    samples: usize,
+    per_sample: usize,
+) -> Result<usize, Failure> {
+    values(
+        "side bits",
+        samples,
+        values("side bits", per_sample.div_ceil(32), gamma.planes()? as usize)?,
+    )
 }

@@ -1,7 +1,8 @@
-//! Compiles `train.c` against the header and the libraries, runs it plainly, under valgrind and under sanitizers.
+//! Compiles `train.c` against the header and the libraries, runs it plainly, under valgrind and
+//! under sanitizers.
 //!
-//! A C compiler is needed. valgrind may be missing on a developer's machine: then that test says so and passes, unless
-//! `BDIA_NEED_VALGRIND` is set, as CI does.
+//! A C compiler is needed. valgrind may be missing on a developer's machine: then that test says so
+//! and passes, unless `BDIA_NEED_VALGRIND` is set, as CI does.
 
 #![allow(clippy::unwrap_used, reason = "only tests are built of this")]
 
@@ -16,12 +17,14 @@ fn root() -> &'static Path {
 /// Runs a command; its output if it succeeds.
 fn run(command: &mut Command) -> String {
     let out = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
-    let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     assert!(out.status.success(), "{command:?}\n{text}");
     text
 }
 
-/// The folder with the libraries: `cargo test` builds them for itself under names of its own, so they are built here.
+/// The folder with the libraries: `cargo test` builds them for itself under names of its own, so
+/// they are built here.
 fn libraries() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
@@ -40,7 +43,16 @@ fn compile(name: &str, flags: &[&str], link: &[&str]) -> PathBuf {
     let cc = std::env::var("CC").unwrap_or_else(|_| "cc".into());
     run(Command::new(cc)
         .current_dir(libraries())
-        .args(["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-ffp-contract=off"])
+        .args([
+            "-std=c11",
+            "-O1",
+            "-g",
+            "-Wall",
+            "-Wextra",
+            "-Wpedantic",
+            "-Werror",
+            "-ffp-contract=off",
+        ])
         .args(flags)
         .arg("-I")
         .arg(root().join("include"))
@@ -93,8 +105,11 @@ fn clean_under_valgrind() {
 /// Of the C side: our arrays are as long as the header says, and nothing is undefined.
 #[test]
 fn clean_under_sanitizers() {
-    let program =
-        compile("train-sanitized", &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], &["libbdia.a"]);
+    let program = compile(
+        "train-sanitized",
+        &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        &["libbdia.a"],
+    );
     // A request for more memory than there is must fail, not end the program.
     all_good(&run(Command::new(program).env("ASAN_OPTIONS", "allocator_may_return_null=1")));
 }
@@ -105,7 +120,16 @@ fn the_header_stands_alone() {
     let header = root().join("include/bdia.h");
     for (language, standard) in [("c", "-std=c99"), ("c++", "-std=c++11")] {
         run(Command::new("cc")
-            .args(["-x", language, standard, "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"])
+            .args([
+                "-x",
+                language,
+                standard,
+                "-Wall",
+                "-Wextra",
+                "-Wpedantic",
+                "-Werror",
+                "-fsyntax-only",
+            ])
             .arg(&header));
     }
 }

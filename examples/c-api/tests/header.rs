@@ -1,4 +1,5 @@
-//! `include/bdia.h` is what cbindgen makes of the source. `BDIA_BLESS=1 cargo test --test header` renews it.
+//! `include/bdia.h` is what cbindgen makes of the source. `BDIA_BLESS=1 cargo test --test header`
+//! renews it.
 
 use std::path::Path;
 
@@ -13,11 +14,16 @@ fn the_header_is_current() {
         std::fs::write(&path, &made).unwrap();
     }
     let kept = std::fs::read_to_string(&path).unwrap();
-    assert!(kept == made, "include/bdia.h is not current; BDIA_BLESS=1 cargo test --test header renews it");
+    assert!(
+        kept == made,
+        "include/bdia.h is not current; BDIA_BLESS=1 cargo test --test header renews it"
+    );
     // Every exported function is declared.
     for file in ["src/lib.rs", "src/stack.rs", "src/raw.rs"] {
         let source = std::fs::read_to_string(root.join(file)).unwrap();
-        for name in source.split("extern \"C\" fn bdia_").skip(1).filter_map(|s| s.split('(').next()) {
+        for name in
+            source.split("extern \"C\" fn bdia_").skip(1).filter_map(|s| s.split('(').next())
+        {
             assert!(kept.contains(&format!("bdia_{name}(")), "bdia_{name} is not in the header");
         }
     }

@@ -1,4 +1,5 @@
-//! Dropout that is replayed: the mask is a function of its place, so the recomputed block drops the same values.
+//! Dropout that is replayed: the mask is a function of its place, so the recomputed block drops the
+//! same values.
 
 use core::cell::Cell;
 
@@ -23,11 +24,13 @@ pub(crate) fn within<T>(chunk: &Chunk, f: impl FnOnce() -> T) -> T {
     f()
 }
 
-/// To be used in blocks of a [`Reversible`](crate::Reversible) in the place of [`candle_nn::Dropout`], whose random
-/// numbers on the CPU cannot be repeated. Anywhere else it is that dropout.
+/// To be used in blocks of a [`Reversible`](crate::Reversible) in the place of
+/// [`candle_nn::Dropout`], whose random numbers on the CPU cannot be repeated. Anywhere else it is
+/// that dropout.
 ///
-/// The mask is a function of seed, step, sample, block and the order of dropouts in the block (128 of them differ), and
-/// does not depend on chunks. The first dimension must be the sample, or samples times something.
+/// The mask is a function of seed, step, sample, block and the order of dropouts in the block (128
+/// of them differ), and does not depend on chunks. The first dimension must be the sample, or
+/// samples times something.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dropout {
     p: f32,
@@ -52,7 +55,11 @@ impl Dropout {
             candle_core::bail!("dropout probability {} is not in [0, 1)", self.p);
         }
         if x.dims().first().is_none_or(|&rows| rows % chunk.samples != 0) {
-            candle_core::bail!("dropout in a block of {} samples: a shape of {:?}", chunk.samples, x.dims());
+            candle_core::bail!(
+                "dropout in a block of {} samples: a shape of {:?}",
+                chunk.samples,
+                x.dims()
+            );
         }
         PLACE.set(Some((chunk, n.wrapping_add(1))));
         let (per, threshold, scale) =
@@ -63,7 +70,9 @@ impl Dropout {
             for quad in 0..per.div_ceil(4) {
                 let words = stream.quad(quad as u32);
                 let here = 4.min(per - 4 * quad);
-                mask.extend(words[..here].iter().map(|&w| if keep(w, threshold) { scale } else { 0.0 }));
+                mask.extend(
+                    words[..here].iter().map(|&w| if keep(w, threshold) { scale } else { 0.0 }),
+                );
             }
         }
         x * Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?

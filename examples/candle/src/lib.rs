@@ -1,5 +1,6 @@
-//! Exact reversible training for [candle](https://docs.rs/candle-core): blocks stay ordinary candle modules, and the
-//! [`VarMap`](candle_nn::VarMap), the optimizer and the training loop stay the user's.
+//! Exact reversible training for [candle](https://docs.rs/candle-core): blocks stay ordinary candle
+//! modules, and the [`VarMap`](candle_nn::VarMap), the optimizer and the training loop stay the
+//! user's.
 //!
 //! ```
 //! use bdia_candle::{Options, Reversible};
@@ -26,19 +27,22 @@
 //! ```
 //!
 //! # What happens
-//! candle computes `h_k` and, with its own autograd on one block and a few samples at a time, its vector-Jacobian product;
-//! [`bdia_core::stack::Stack`] keeps two integer activation tensors and one bit per value and block, and rebuilds the
-//! rest. Below the tape candle's graph ends, above it the graph is candle's own.
+//! candle computes `h_k` and, with its own autograd on one block and a few samples at a time, its
+//! vector-Jacobian product; [`bdia_core::stack::Stack`] keeps two integer activation tensors and
+//! one bit per value and block, and rebuilds the rest. Below the tape candle's graph ends, above it
+//! the graph is candle's own.
 //!
 //! # Guarantee
-//! Rebuilt activations equal the originals in every bit, or the backward pass is an error. A block must repeat itself:
-//! candle's operations on the CPU do; what is random must be replayed, as [`Dropout`] is. Parameters are never touched
-//! here, so they are as before whenever an error comes back.
+//! Rebuilt activations equal the originals in every bit, or the backward pass is an error. A block
+//! must repeat itself: candle's operations on the CPU do; what is random must be replayed, as
+//! [`Dropout`] is. Parameters are never touched here, so they are as before whenever an error comes
+//! back.
 //!
 //! # Limits
-//! `f32` tensors on the CPU; the first dimension is the sample. candle's fused [`candle_nn::LayerNorm`],
-//! [`candle_nn::ops::softmax_last_dim`] and the like have no gradient (with candle alone neither): a block through which no
-//! gradient reaches its input is reported ([`Error::Cut`]), see [`model::norm`] for what to use.
+//! `f32` tensors on the CPU; the first dimension is the sample. candle's fused
+//! [`candle_nn::LayerNorm`], [`candle_nn::ops::softmax_last_dim`] and the like have no gradient
+//! (with candle alone neither): a block through which no gradient reaches its input is reported
+//! ([`Error::Cut`]), see [`model::norm`] for what to use.
 
 #[path = "../../common/src/alloc.rs"]
 pub mod alloc;
@@ -60,7 +64,8 @@ pub use dropout::Dropout;
 /// How a stack is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Options {
-    /// Fractional bits `l` of the grid that activations live on; values may be up to `2^(30-l)` in magnitude.
+    /// Fractional bits `l` of the grid that activations live on; values may be up to `2^(30-l)` in
+    /// magnitude.
     pub frac_bits: u32,
     /// Magnitude of γ, one of `2^-1 … 2^-8`. Its sign is drawn per sample and block.
     pub gamma: f64,
@@ -72,7 +77,8 @@ pub struct Options {
     pub step: u32,
     /// Threads of the update (0: as many as there are cores). candle's own threads are candle's.
     pub threads: usize,
-    /// Keep all activations besides, to count values that differ after rebuilding ([`Reversible::mismatches`]).
+    /// Keep all activations besides, to count values that differ after rebuilding
+    /// ([`Reversible::mismatches`]).
     pub verify: bool,
 }
 
@@ -90,7 +96,8 @@ pub enum Error {
     Candle(candle_core::Error),
     /// A setting that is not possible, or a batch that does not fit together.
     Setting(bdia_core::Error),
-    /// The numbers went wrong: a value out of range in the forward pass, or a block that does not repeat itself.
+    /// The numbers went wrong: a value out of range in the forward pass, or a block that does not
+    /// repeat itself.
     Fault(Fault),
     /// The update's memory or threads could not be had.
     Machine(CpuError),
@@ -115,7 +122,8 @@ pub enum Error {
         /// Which block.
         block: usize,
     },
-    /// The loss does not depend on the output of the stack, or an operation on the way has no backward pass.
+    /// The loss does not depend on the output of the stack, or an operation on the way has no
+    /// backward pass.
     Unused,
 }
 
@@ -189,8 +197,8 @@ impl<M: ModuleT> ModuleT for WithSkip<M> {
     }
 }
 
-/// A stack of residual blocks: each module gives `h(x)`, in the shape of `x` and without the skip connection (one
-/// that adds `x` itself is wrapped in [`WithSkip`]).
+/// A stack of residual blocks: each module gives `h(x)`, in the shape of `x` and without the skip
+/// connection (one that adds `x` itself is wrapped in [`WithSkip`]).
 #[derive(Debug)]
 pub struct Reversible<M> {
     blocks: Vec<M>,
@@ -229,18 +237,21 @@ impl<M: ModuleT> Reversible<M> {
         self.options.step
     }
 
-    /// Values that differed from the originals after rebuilding, in the last backward pass (with [`Options::verify`]).
+    /// Values that differed from the originals after rebuilding, in the last backward pass (with
+    /// [`Options::verify`]).
     pub fn mismatches(&self) -> u64 {
         self.mismatches
     }
 
-    /// Bytes that the stack holds for the last shape of input, by category; candle's own memory is not in it.
+    /// Bytes that the stack holds for the last shape of input, by category; candle's own memory is
+    /// not in it.
     pub fn memory(&self) -> impl Iterator<Item = (Category, usize)> {
         Category::ALL.into_iter().filter_map(|c| self.laid.as_ref().map(|l| (c, l.layout.bytes(c))))
     }
 
-    /// The plain residual network `x_{k+1} = x_k + h_k(x_k)` by candle alone: what the trained network is, for
-    /// evaluation and export, and with `train` what training without this crate would be.
+    /// The plain residual network `x_{k+1} = x_k + h_k(x_k)` by candle alone: what the trained
+    /// network is, for evaluation and export, and with `train` what training without this crate
+    /// would be.
     ///
     /// # Errors
     /// candle's.
@@ -248,12 +259,12 @@ impl<M: ModuleT> Reversible<M> {
         self.blocks.iter().try_fold(x.clone(), |x, block| &x + block.forward_t(&x, train)?)
     }
 
-    /// The forward pass of training: `x_K`, a leaf of candle's graph, and the tape that leads from its gradient back to
-    /// `x` and its graph. Dropping the tape abandons the pass.
+    /// The forward pass of training: `x_K`, a leaf of candle's graph, and the tape that leads from
+    /// its gradient back to `x` and its graph. Dropping the tape abandons the pass.
     ///
     /// # Errors
-    /// [`Error::Input`], [`Error::Residual`], [`Error::Fault`] for a value out of range, [`Error::Machine`] when memory
-    /// for a new shape is missing; candle's.
+    /// [`Error::Input`], [`Error::Residual`], [`Error::Fault`] for a value out of range,
+    /// [`Error::Machine`] when memory for a new shape is missing; candle's.
     pub fn forward(&mut self, x: &Tensor) -> Result<(Tensor, Tape<'_, M>)> {
         if x.dtype() != DType::F32 || !x.device().is_cpu() || x.rank() < 2 || x.elem_count() == 0 {
             return Err(Error::Input { dtype: x.dtype(), dims: x.dims().to_vec() });
@@ -261,7 +272,8 @@ impl<M: ModuleT> Reversible<M> {
         if self.laid.as_ref().is_none_or(|l| l.dims != x.dims()) {
             self.laid = None; // The old memory goes before the new one comes.
             let mut layout = Layout::new(size_of::<f32>());
-            let stack = Stack::layout(config(&self.options, self.blocks.len(), x.dims())?, &mut layout)?;
+            let stack =
+                Stack::layout(config(&self.options, self.blocks.len(), x.dims())?, &mut layout)?;
             let layout = layout.checked()?;
             let cpu = Cpu::new(&layout, self.options.threads)?;
             self.laid = Some(Laid { dims: x.dims().to_vec(), stack, layout, cpu });
@@ -271,8 +283,13 @@ impl<M: ModuleT> Reversible<M> {
         let pass = Pass { seed: self.options.seed, step: self.options.step, global: 0 };
         self.options.step = self.options.step.wrapping_add(1);
         cpu.clear_fault()?; // What an abandoned pass left.
-        stack.embed(cpu, &mut Whole { x: &x.contiguous()?, per: dims[1..].iter().product() }, &pass)?;
-        let mut modules = Modules { blocks: &self.blocks, dims, graph: None, grads: None, failed: None };
+        stack.embed(
+            cpu,
+            &mut Whole { x: &x.contiguous()?, per: dims[1..].iter().product() },
+            &pass,
+        )?;
+        let mut modules =
+            Modules { blocks: &self.blocks, dims, graph: None, grads: None, failed: None };
         let done = stack.forward(cpu, &mut modules, &pass);
         modules.check(done)?;
         fault(cpu)?;
@@ -314,18 +331,20 @@ pub struct Tape<'a, M> {
 }
 
 impl<M: ModuleT> Tape<'_, M> {
-    /// The gradients of a loss: `loss.backward()` for everything above the stack, its blocks, and all below.
+    /// The gradients of a loss: `loss.backward()` for everything above the stack, its blocks, and
+    /// all below.
     ///
     /// # Errors
-    /// [`Error::Fault`] when a block did not repeat itself, [`Error::Cut`], [`Error::Unused`]; candle's.
+    /// [`Error::Fault`] when a block did not repeat itself, [`Error::Cut`], [`Error::Unused`];
+    /// candle's.
     pub fn backward(self, loss: &Tensor) -> Result<GradStore> {
         let mut grads = loss.backward()?;
         self.backward_into(&mut grads)?;
         Ok(grads)
     }
 
-    /// The same where a model has several stacks: from the gradients of what is above. Call it from the last stack to
-    /// the first.
+    /// The same where a model has several stacks: from the gradients of what is above. Call it from
+    /// the last stack to the first.
     ///
     /// # Errors
     /// As [`backward`](Self::backward). The gradients are then incomplete.
@@ -350,8 +369,13 @@ impl<M: ModuleT> Tape<'_, M> {
     }
 }
 
-/// Backpropagates and adds the gradients of variables to `grads`. The gradient of `input`, if there is one, is returned.
-fn collect(root: &Tensor, grads: &mut GradStore, input: Option<&Var>) -> candle_core::Result<Option<Tensor>> {
+/// Backpropagates and adds the gradients of variables to `grads`. The gradient of `input`, if there
+/// is one, is returned.
+fn collect(
+    root: &Tensor,
+    grads: &mut GradStore,
+    input: Option<&Var>,
+) -> candle_core::Result<Option<Tensor>> {
     let mut found = root.backward()?;
     let input = input.and_then(|x| found.remove(x));
     for var in root.sorted_nodes().into_iter().filter(|t| t.is_variable()) {
@@ -371,7 +395,9 @@ fn with_slice<T>(t: &Tensor, f: impl FnOnce(&[f32]) -> T) -> candle_core::Result
     let t = t.contiguous()?;
     let (storage, layout) = t.storage_and_layout();
     match &*storage {
-        CandleStorage::Cpu(values) => Ok(f(&values.as_slice()?[layout.start_offset()..][..t.elem_count()])),
+        CandleStorage::Cpu(values) => {
+            Ok(f(&values.as_slice()?[layout.start_offset()..][..t.elem_count()]))
+        }
         _ => candle_core::bail!("expected a tensor on the CPU"),
     }
 }
@@ -383,10 +409,19 @@ struct Whole<'a> {
 }
 
 impl Input<Cpu> for Whole<'_> {
-    fn forward(&mut self, cpu: &mut Cpu, chunk: &Chunk, _: bool, x: Reals, _: Reals) -> bdia_core::Result<()> {
+    fn forward(
+        &mut self,
+        cpu: &mut Cpu,
+        chunk: &Chunk,
+        _: bool,
+        x: Reals,
+        _: Reals,
+    ) -> bdia_core::Result<()> {
         let from = chunk.first * self.per;
-        with_slice(self.x, |values| cpu.write_reals(x, &values[from..from + chunk.samples * self.per]))
-            .map_err(|_| bdia_core::Error::Foreign(Site::Embedding))?
+        with_slice(self.x, |values| {
+            cpu.write_reals(x, &values[from..from + chunk.samples * self.per])
+        })
+        .map_err(|_| bdia_core::Error::Foreign(Site::Embedding))?
     }
 
     fn vjp(&mut self, _: &mut Cpu, _: &Chunk, _: Reals, _: Reals) -> bdia_core::Result<()> {
@@ -398,7 +433,8 @@ impl Input<Cpu> for Whole<'_> {
 struct Modules<'a, M> {
     blocks: &'a [M],
     dims: &'a [usize],
-    /// Input and residual of the block and chunk whose vector-Jacobian product comes next, with candle's graph between.
+    /// Input and residual of the block and chunk whose vector-Jacobian product comes next, with
+    /// candle's graph between.
     graph: Option<(Var, Tensor)>,
     grads: Option<&'a mut GradStore>,
     failed: Option<Error>,
@@ -432,7 +468,8 @@ impl<M: ModuleT> Modules<'_, M> {
             return Err(bdia_core::Error::Foreign(Site::Block(call.block)).into());
         };
         let gh = Tensor::from_slice(cpu.reals(gh)?, h.shape(), h.device())?;
-        let g = collect(&(h * gh)?.sum_all()?, grads, Some(&x))?.ok_or(Error::Cut { block: call.block })?;
+        let g = collect(&(h * gh)?.sum_all()?, grads, Some(&x))?
+            .ok_or(Error::Cut { block: call.block })?;
         let gx = cpu.reals_mut(gx)?;
         with_slice(&g, |g| gx.iter_mut().zip(g).for_each(|(sum, g)| *sum += g))?;
         Ok(())

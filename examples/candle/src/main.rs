@@ -61,7 +61,8 @@ struct Train {
     /// Train with candle alone instead
     #[arg(long)]
     standard: bool,
-    /// Name accuracy on every fifth training image, not trained on, instead of the test images: to choose settings
+    /// Name accuracy on every fifth training image, not trained on, instead of the test images: to
+    /// choose settings
     #[arg(long)]
     validate: bool,
     /// Keep all activations besides and count values that differ after rebuilding
@@ -97,10 +98,24 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Train) -> Result<(), Error> {
-    let &Train { blocks, width, batch, steps, lr, dropout, chunk, seed, standard, validate, verify, json } = args;
+    let &Train {
+        blocks,
+        width,
+        batch,
+        steps,
+        lr,
+        dropout,
+        chunk,
+        seed,
+        standard,
+        validate,
+        verify,
+        json,
+    } = args;
     let options = Options { chunk, seed, verify, ..Options::default() };
     let model = Config { blocks, width, heads: 4, hidden: 2 * width, dropout };
-    let run = Run { model, batch, steps, lr, reversible: (!standard).then_some(options), seed, validate };
+    let run =
+        Run { model, batch, steps, lr, reversible: (!standard).then_some(options), seed, validate };
     let o = train(&run, |step, loss| {
         if !json && (step % 50 == 0 || step == steps) {
             println!("step {step:>5}  loss {loss:.4}");
@@ -116,7 +131,11 @@ fn run(args: &Train) -> Result<(), Error> {
              \"peak_bytes\":{peak}}}"
         );
     } else {
-        println!("{parameters} parameters; {kept} accuracy {:.2} %; peak {} kB", 100.0 * accuracy, peak / 1000);
+        println!(
+            "{parameters} parameters; {kept} accuracy {:.2} %; peak {} kB",
+            100.0 * accuracy,
+            peak / 1000
+        );
         if verify && !standard {
             println!("{rebuilt} values rebuilt, {mismatches} of them differ from the originals");
         }
@@ -133,7 +152,14 @@ fn memory(args: &Memory) -> Result<(), String> {
     let peak = |blocks: usize, standard: bool| -> Result<(usize, usize), String> {
         let mut command = Command::new(&program);
         command.args(["train", "--json", "--steps", "2"]);
-        command.args(["--blocks", &blocks.to_string(), "--width", &WIDTH.to_string(), "--batch", &BATCH.to_string()]);
+        command.args([
+            "--blocks",
+            &blocks.to_string(),
+            "--width",
+            &WIDTH.to_string(),
+            "--batch",
+            &BATCH.to_string(),
+        ]);
         command.args(standard.then_some("--standard"));
         let out = command.output().map_err(|e| e.to_string())?;
         let line = String::from_utf8_lossy(&out.stdout);
@@ -155,7 +181,11 @@ fn memory(args: &Memory) -> Result<(), String> {
         println!("{blocks:>6}  {:>9.1} MB  {:>7.1} MB  {:>7.1} MB", point[0], point[1], point[2]);
         points.push((blocks as f64, point));
     }
-    let lines = [("candle alone", RED), ("bdia-candle, reversible", BLUE), ("parameters, gradients, moments", GREY)];
+    let lines = [
+        ("candle alone", RED),
+        ("bdia-candle, reversible", BLUE),
+        ("parameters, gradients, moments", GREY),
+    ];
     chart::draw(&args.out, "Peak memory of a training step in candle", lines, &points)
         .map_err(|e| format!("{}: {e}", args.out.display()))
 }

@@ -1,5 +1,6 @@
-//! A transformer for 8×8 images written as a candle user writes it: nothing here knows of reversible training, except
-//! that a block gives its residual and uses the [`Dropout`] that can be replayed.
+//! A transformer for 8×8 images written as a candle user writes it: nothing here knows of
+//! reversible training, except that a block gives its residual and uses the [`Dropout`] that can be
+//! replayed.
 
 use bdia_core::rng::{Draw, Stream};
 use candle_core::{D, DType, Device, IndexOp, Module, ModuleT, Result, Tensor};
@@ -25,7 +26,8 @@ pub struct Config {
 /// Tokens of an image: patches of 2×2 pixels.
 pub const TOKENS: usize = 16;
 
-/// Layer normalization with a gradient: [`candle_nn::LayerNorm`] takes a fused path without one for contiguous inputs.
+/// Layer normalization with a gradient: [`candle_nn::LayerNorm`] takes a fused path without one for
+/// contiguous inputs.
 #[derive(Debug, Clone)]
 pub struct Norm {
     weight: Tensor,
@@ -60,7 +62,11 @@ impl Module for Attention {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, t, d) = x.dims3()?;
         // [3, b, heads, t, d / heads]
-        let qkv = self.qkv.forward(x)?.reshape((b, t, 3, self.heads, d / self.heads))?.permute((2, 0, 3, 1, 4))?;
+        let qkv = self
+            .qkv
+            .forward(x)?
+            .reshape((b, t, 3, self.heads, d / self.heads))?
+            .permute((2, 0, 3, 1, 4))?;
         let part = |i| qkv.i(i)?.contiguous();
         let (q, k, v) = (part(0)?, part(1)?, part(2)?);
         let scores = (q.matmul(&k.t()?)? * (self.heads as f64 / d as f64).sqrt())?;
@@ -69,7 +75,8 @@ impl Module for Attention {
     }
 }
 
-/// A pre-norm transformer block, as a residual: `h(x) = f(x) + g(x + f(x))` with `f` attention and `g` the MLP.
+/// A pre-norm transformer block, as a residual: `h(x) = f(x) + g(x + f(x))` with `f` attention and
+/// `g` the MLP.
 #[derive(Debug, Clone)]
 pub struct Block {
     ln_1: Norm,
@@ -143,7 +150,8 @@ impl Ends {
     /// candle's.
     pub fn embed(&self, images: &Tensor) -> Result<Tensor> {
         let b = images.dim(0)?;
-        let patches = images.reshape((b, 4, 2, 4, 2))?.permute((0, 1, 3, 2, 4))?.reshape((b, TOKENS, 4))?;
+        let patches =
+            images.reshape((b, 4, 2, 4, 2))?.permute((0, 1, 3, 2, 4))?.reshape((b, TOKENS, 4))?;
         self.patch.forward(&patches)?.broadcast_add(&self.positions)
     }
 
@@ -172,7 +180,8 @@ impl Digits {
         Self { images, classes }.split()
     }
 
-    /// All but every fifth, and every fifth: of the training images, a part to choose settings with.
+    /// All but every fifth, and every fifth: of the training images, a part to choose settings
+    /// with.
     pub fn split(&self) -> (Self, Self) {
         let pick = |fifth: bool| {
             let rows = || (0..self.len()).filter(|i| (i % 5 == 4) == fifth);
@@ -192,7 +201,8 @@ impl Digits {
         self.classes.is_empty()
     }
 
-    /// Images `[n, 64]` and classes `[n]` of some rows (a row beyond the last counts from the first again).
+    /// Images `[n, 64]` and classes `[n]` of some rows (a row beyond the last counts from the first
+    /// again).
     ///
     /// # Errors
     /// candle's.
@@ -203,7 +213,10 @@ impl Digits {
             classes.push(self.classes[row]);
         }
         let n = rows.len();
-        Ok((Tensor::from_vec(images, (n, 64), &Device::Cpu)?, Tensor::from_vec(classes, n, &Device::Cpu)?))
+        Ok((
+            Tensor::from_vec(images, (n, 64), &Device::Cpu)?,
+            Tensor::from_vec(classes, n, &Device::Cpu)?,
+        ))
     }
 
     /// Part of the images whose class `logits` names.
@@ -222,8 +235,8 @@ impl Digits {
     }
 }
 
-/// Draws all parameters anew: normal with the deviation `1/√inputs` for matrices, zeros and ones as they are. candle's
-/// own initialization cannot be repeated on the CPU.
+/// Draws all parameters anew: normal with the deviation `1/√inputs` for matrices, zeros and ones as
+/// they are. candle's own initialization cannot be repeated on the CPU.
 ///
 /// # Errors
 /// candle's.
@@ -239,7 +252,8 @@ pub fn initialize(vars: &VarMap, seed: u64) -> Result<()> {
             _ => continue,
         };
         let stream = Stream::new(seed, 0, i as u32, 0, 0, Draw::Init);
-        let values: Vec<f32> = (0..var.elem_count()).map(|e| (scale * stream.normal(e as u32)) as f32).collect();
+        let values: Vec<f32> =
+            (0..var.elem_count()).map(|e| (scale * stream.normal(e as u32)) as f32).collect();
         var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;
     }
     Ok(())

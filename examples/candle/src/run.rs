@@ -23,7 +23,8 @@ pub struct Run {
     pub reversible: Option<Options>,
     /// Of parameters and of the order of images.
     pub seed: u64,
-    /// Leaves the test images alone: every fifth training image is kept for the accuracy instead. For choosing settings.
+    /// Leaves the test images alone: every fifth training image is kept for the accuracy instead.
+    /// For choosing settings.
     pub validate: bool,
 }
 
@@ -32,7 +33,8 @@ pub struct Run {
 pub struct Outcome {
     /// Loss of the last step.
     pub loss: f64,
-    /// Part of the images kept for it that the trained network names rightly, as a plain transformer.
+    /// Part of the images kept for it that the trained network names rightly, as a plain
+    /// transformer.
     pub accuracy: f64,
     /// Parameters.
     pub parameters: usize,
@@ -40,8 +42,8 @@ pub struct Outcome {
     pub mismatches: u64,
     /// Values that were rebuilt, over all steps.
     pub rebuilt: u64,
-    /// The most bytes that were allocated at one time during the steps, less what was there before the model. 0 unless
-    /// the program installs [`Counting`].
+    /// The most bytes that were allocated at one time during the steps, less what was there before
+    /// the model. 0 unless the program installs [`Counting`].
     pub peak: usize,
 }
 
@@ -60,14 +62,17 @@ pub fn train(run: &Run, mut watch: impl FnMut(usize, f64)) -> Result<Outcome, Er
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let ends = Ends::new(&run.model, vb.clone())?;
-    let blocks =
-        (0..run.model.blocks).map(|k| Block::new(&run.model, vb.pp(format!("h.{k}")))).collect::<Result<_, _>>()?;
+    let blocks = (0..run.model.blocks)
+        .map(|k| Block::new(&run.model, vb.pp(format!("h.{k}"))))
+        .collect::<Result<_, _>>()?;
     initialize(&vars, run.seed)?;
     let mut optimizer = AdamW::new_lr(vars.all_vars(), run.lr)?;
     let mut stack = Reversible::new(blocks, run.reversible.unwrap_or_default())?;
 
-    let mut outcome =
-        Outcome { parameters: vars.all_vars().iter().map(|v| v.elem_count()).sum(), ..Outcome::default() };
+    let mut outcome = Outcome {
+        parameters: vars.all_vars().iter().map(|v| v.elem_count()).sum(),
+        ..Outcome::default()
+    };
     let mut order: Vec<usize> = (0..training.len()).collect();
     Counting::reset_peak();
     for step in 0..run.steps {
@@ -98,7 +103,8 @@ pub fn train(run: &Run, mut watch: impl FnMut(usize, f64)) -> Result<Outcome, Er
         watch(step + 1, outcome.loss);
     }
     outcome.peak = Counting::peak().saturating_sub(before);
-    outcome.accuracy = test.accuracy(|x: &Tensor| ends.logits(&stack.standard(&ends.embed(x)?, false)?))?;
+    outcome.accuracy =
+        test.accuracy(|x: &Tensor| ends.logits(&stack.standard(&ends.embed(x)?, false)?))?;
     Ok(outcome)
 }
 

@@ -23,7 +23,10 @@ fn model(c: &Config) -> (VarMap, Ends, Vec<Block>) {
 fn images(n: usize) -> (Tensor, Tensor) {
     let pixels: Vec<f32> = (0..n * 64).map(|i| (i as f32 * 0.37).sin()).collect();
     let classes: Vec<u32> = (0..n as u32).map(|i| i * 7 % 10).collect();
-    (Tensor::from_vec(pixels, (n, 64), &Device::Cpu).unwrap(), Tensor::from_vec(classes, n, &Device::Cpu).unwrap())
+    (
+        Tensor::from_vec(pixels, (n, 64), &Device::Cpu).unwrap(),
+        Tensor::from_vec(classes, n, &Device::Cpu).unwrap(),
+    )
 }
 
 fn values(t: &Tensor) -> Vec<f32> {
@@ -35,7 +38,8 @@ type Named = Vec<(String, Vec<f32>)>;
 /// The gradient of every parameter; a missing one fails the test.
 fn named(vars: &VarMap, grads: &GradStore) -> Named {
     let data = vars.data().lock().unwrap();
-    let mut all: Vec<_> = data.iter().map(|(name, v)| (name.clone(), values(grads.get(v).expect(name)))).collect();
+    let mut all: Vec<_> =
+        data.iter().map(|(name, v)| (name.clone(), values(grads.get(v).expect(name)))).collect();
     all.sort_by(|a, b| a.0.cmp(&b.0));
     all
 }
@@ -81,7 +85,8 @@ fn by_candle(c: &Config, options: &Options, n: usize) -> (f32, Named) {
     let mut cur = (&old + grid(&blocks[0].forward_t(&old, true).unwrap())).unwrap();
     for (k, block) in blocks.iter().enumerate().skip(1) {
         let sign = |i: usize| gamma.sigma(options.seed, options.step, i as u32, 0, k as u16) as f32;
-        let signs = Tensor::from_vec((0..n).map(sign).collect::<Vec<_>>(), (n, 1, 1), &Device::Cpu).unwrap();
+        let signs = Tensor::from_vec((0..n).map(sign).collect::<Vec<_>>(), (n, 1, 1), &Device::Cpu)
+            .unwrap();
         let gamma = (signs * options.gamma).unwrap();
         let (minus, plus) = ((1.0 - &gamma).unwrap(), (1.0 + &gamma).unwrap());
         let h = block.forward_t(&cur, true).unwrap();
@@ -96,7 +101,8 @@ fn by_candle(c: &Config, options: &Options, n: usize) -> (f32, Named) {
     (loss.to_scalar().unwrap(), named(&vars, &grads))
 }
 
-/// Loss and every gradient are those of candle's autograd through the same quantized, signed update.
+/// Loss and every gradient are those of candle's autograd through the same quantized, signed
+/// update.
 #[test]
 fn gradients_are_those_of_candle() {
     for options in [
@@ -107,8 +113,8 @@ fn gradients_are_those_of_candle() {
         assert_eq!(mismatches, 0);
         let (theirs, reference) = by_candle(&MODEL, &options, 5);
         assert!((ours - theirs).abs() < 1e-5, "{ours} {theirs}");
-        // f32 sums in another order, and a value now and then on the neighbouring point of the grid; a wrong sign or
-        // factor would be of the size 1.
+        // f32 sums in another order, and a value now and then on the neighbouring point of the
+        // grid; a wrong sign or factor would be of the size 1.
         assert_close(&gradients, &reference, if options.frac_bits == 14 { 5e-4 } else { 5e-3 });
     }
 }
@@ -122,13 +128,15 @@ fn chunks_change_rounding_only() {
     for chunk in [2, 4, 6] {
         let (l, mismatches, other) = reversible(&dropping, Options { chunk, ..options }, 6);
         assert_eq!(mismatches, 0);
-        // Products of other shapes may take other paths in candle, so even the loss may differ by rounding.
+        // Products of other shapes may take other paths in candle, so even the loss may differ by
+        // rounding.
         assert!((l - loss).abs() < 1e-4, "{l} {loss}");
         assert_close(&other, &first, 5e-3);
     }
 }
 
-/// The same pass twice gives the same bits, dropout included; another step has other signs and masks.
+/// The same pass twice gives the same bits, dropout included; another step has other signs and
+/// masks.
 #[test]
 fn a_pass_repeats_itself() {
     let options = Options { seed: 7, verify: true, ..Options::default() };
@@ -139,14 +147,18 @@ fn a_pass_repeats_itself() {
     assert!(c.1 == 0 && c.0.to_bits() != a.0.to_bits());
 }
 
-/// The gradient that reaches one stack's input goes on to the stack below and to candle's graph. One block is `x + Q(h)`
-/// whatever γ, so two stacks of one block are the plain network.
+/// The gradient that reaches one stack's input goes on to the stack below and to candle's graph.
+/// One block is `x + Q(h)` whatever γ, so two stacks of one block are the plain network.
 #[test]
 fn stacks_can_follow_each_other() {
     let (vars, ends, blocks) = model(&Config { blocks: 2, ..MODEL });
     let (x, y) = images(4);
-    let mut low = Reversible::new(blocks[..1].to_vec(), Options { frac_bits: 20, ..Options::default() }).unwrap();
-    let mut high = Reversible::new(blocks[1..].to_vec(), Options { frac_bits: 20, ..Options::default() }).unwrap();
+    let mut low =
+        Reversible::new(blocks[..1].to_vec(), Options { frac_bits: 20, ..Options::default() })
+            .unwrap();
+    let mut high =
+        Reversible::new(blocks[1..].to_vec(), Options { frac_bits: 20, ..Options::default() })
+            .unwrap();
     let (middle, below) = low.forward(&ends.embed(&x).unwrap()).unwrap();
     let (out, above) = high.forward(&middle).unwrap();
     let mut grads = cross_entropy(&ends.logits(&out).unwrap(), &y).unwrap().backward().unwrap();
@@ -172,7 +184,8 @@ fn a_block_with_its_skip() {
     let (vars, ends, blocks) = model(&MODEL);
     let (x, y) = images(3);
     let options = Options { verify: true, ..Options::default() };
-    let mut stack = Reversible::new(blocks.into_iter().map(|b| WithSkip(Whole(b))).collect(), options).unwrap();
+    let mut stack =
+        Reversible::new(blocks.into_iter().map(|b| WithSkip(Whole(b))).collect(), options).unwrap();
     let (out, tape) = stack.forward(&ends.embed(&x).unwrap()).unwrap();
     let grads = tape.backward(&cross_entropy(&ends.logits(&out).unwrap(), &y).unwrap()).unwrap();
     assert_eq!(stack.mismatches(), 0);
@@ -181,13 +194,22 @@ fn a_block_with_its_skip() {
 }
 
 fn rows(n: usize) -> Tensor {
-    Tensor::from_vec((0..n * 8).map(|i| (i as f32 * 0.3).cos()).collect::<Vec<_>>(), (n, 8), &Device::Cpu).unwrap()
+    Tensor::from_vec(
+        (0..n * 8).map(|i| (i as f32 * 0.3).cos()).collect::<Vec<_>>(),
+        (n, 8),
+        &Device::Cpu,
+    )
+    .unwrap()
 }
 
 type Closure = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor>>;
 
-fn stack_of(f: impl Fn(&Tensor) -> candle_core::Result<Tensor> + Clone + 'static, n: usize) -> Reversible<Closure> {
-    Reversible::new((0..n).map(|_| Box::new(f.clone()) as Closure).collect(), Options::default()).unwrap()
+fn stack_of(
+    f: impl Fn(&Tensor) -> candle_core::Result<Tensor> + Clone + 'static,
+    n: usize,
+) -> Reversible<Closure> {
+    Reversible::new((0..n).map(|_| Box::new(f.clone()) as Closure).collect(), Options::default())
+        .unwrap()
 }
 
 fn backward(stack: &mut Reversible<Closure>, x: &Tensor) -> Result<GradStore, Error> {
@@ -195,7 +217,8 @@ fn backward(stack: &mut Reversible<Closure>, x: &Tensor) -> Result<GradStore, Er
     tape.backward(&y.sqr()?.mean_all()?)
 }
 
-/// candle's own dropout cannot be replayed: the checksum says so, and no gradient comes out. Ours can.
+/// candle's own dropout cannot be replayed: the checksum says so, and no gradient comes out. Ours
+/// can.
 #[test]
 fn a_block_that_does_not_repeat_itself_is_an_error() {
     let mut stack = stack_of(|x| candle_nn::ops::dropout(x, 0.5)? * 0.1, 4);
@@ -205,12 +228,15 @@ fn a_block_that_does_not_repeat_itself_is_an_error() {
     backward(&mut stack, &rows(4)).unwrap();
 }
 
-/// Values, types, shapes and graphs that do not fit are errors that name them; the next pass is as if they had not been.
+/// Values, types, shapes and graphs that do not fit are errors that name them; the next pass is as
+/// if they had not been.
 #[test]
 fn mistakes_are_named() {
     let w = Var::from_tensor(&rows(8)).unwrap();
     let linear = |w: Var| move |x: &Tensor| x.matmul(&w)? * 0.05;
-    let gradient = |stack: &mut Reversible<Closure>| values(backward(stack, &rows(4)).unwrap().get(&w).unwrap());
+    let gradient = |stack: &mut Reversible<Closure>| {
+        values(backward(stack, &rows(4)).unwrap().get(&w).unwrap())
+    };
     let mut used = stack_of(linear(w.clone()), 3);
     let first = gradient(&mut used);
 
@@ -224,7 +250,8 @@ fn mistakes_are_named() {
     drop(used.forward(&rows(3)).unwrap()); // abandoned, and another shape
 
     let blocks = (0..3).map(|_| Box::new(linear(w.clone())) as Closure).collect();
-    let mut fresh = Reversible::new(blocks, Options { step: used.step(), ..Options::default() }).unwrap();
+    let mut fresh =
+        Reversible::new(blocks, Options { step: used.step(), ..Options::default() }).unwrap();
     let again = gradient(&mut used);
     assert_eq!(again, gradient(&mut fresh));
     assert_ne!(again, first, "another step has other signs");
@@ -237,7 +264,10 @@ fn mistakes_are_named() {
     assert!(matches!(broken.forward(&rows(2)), Err(Error::Candle(_))));
     let mut cut = stack_of(|x| candle_nn::ops::softmax_last_dim(&(x * 0.1)?), 2);
     assert!(matches!(backward(&mut cut, &rows(2)), Err(Error::Cut { block: 1 })));
-    assert!(matches!(Reversible::<Closure>::new(Vec::new(), Options::default()), Err(Error::Setting(_))));
+    assert!(matches!(
+        Reversible::<Closure>::new(Vec::new(), Options::default()),
+        Err(Error::Setting(_))
+    ));
     let third = Options { gamma: 0.3, ..Options::default() };
     assert!(matches!(Reversible::new(vec![|x: &Tensor| x * 0.1], third), Err(Error::Setting(_))));
 }
@@ -247,14 +277,23 @@ fn mistakes_are_named() {
 fn digits_are_learned() {
     let options = Options { verify: true, seed: 1, ..Options::default() };
     let model = Config { blocks: 6, width: 32, heads: 4, hidden: 64, dropout: 0.05 };
-    let run = Run { model, batch: 64, steps: 300, lr: 3e-3, reversible: Some(options), seed: 1, validate: false };
+    let run = Run {
+        model,
+        batch: 64,
+        steps: 300,
+        lr: 3e-3,
+        reversible: Some(options),
+        seed: 1,
+        validate: false,
+    };
     let outcome = train(&run, |_, _| ()).unwrap();
     assert_eq!(outcome.rebuilt, 300 * 5 * 64 * (TOKENS * 32) as u64);
     assert_eq!(outcome.mismatches, 0);
     assert!(outcome.accuracy > 0.85, "{outcome:?}"); // 89.1 % where it was measured
 }
 
-/// The example's norm has a gradient; candle's fused one has none, and cuts the graph without a word.
+/// The example's norm has a gradient; candle's fused one has none, and cuts the graph without a
+/// word.
 #[test]
 fn the_norm_has_a_gradient() {
     let vars = VarMap::new();
@@ -265,5 +304,8 @@ fn the_norm_has_a_gradient() {
     assert!(values(&ours).iter().zip(values(&theirs)).all(|(a, b)| (a - b).abs() < 1e-5));
     let gradient = |y: Tensor| y.sqr().unwrap().sum_all().unwrap().backward().unwrap().remove(&x);
     assert!(gradient(ours).is_some());
-    assert!(gradient(theirs).is_none(), "the fused norm has a gradient now: drop the notes about it");
+    assert!(
+        gradient(theirs).is_none(),
+        "the fused norm has a gradient now: drop the notes about it"
+    );
 }

@@ -19,7 +19,8 @@ impl Counting {
         CURRENT.load(Ordering::Relaxed)
     }
 
-    /// The most bytes that were allocated at one time since the start, or since [`Counting::reset_peak`].
+    /// The most bytes that were allocated at one time since the start, or since
+    /// [`Counting::reset_peak`].
     pub fn peak() -> usize {
         PEAK.load(Ordering::Relaxed)
     }
@@ -50,8 +51,8 @@ impl Counting {
     }
 }
 
-// SAFETY: every call is passed to `System` with its arguments unchanged, and its result is returned unchanged; the
-// counters are atomics and allocate nothing.
+// SAFETY: every call is passed to `System` with its arguments unchanged, and its result is returned
+// unchanged; the counters are atomics and allocate nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promises are those that `System` asks for.
@@ -122,7 +123,8 @@ mod tests {
         let a = Layout::from_size_align(1000, 8).unwrap();
         Counting::reset_peak();
         let (start, count) = (Counting::current(), Counting::count());
-        // SAFETY: the layouts have a size, and every pointer is freed once with the layout it was last given.
+        // SAFETY: the layouts have a size, and every pointer is freed once with the layout it was
+        // last given.
         unsafe {
             let p = Counting.alloc(a);
             assert!(!p.is_null());

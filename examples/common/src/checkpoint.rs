@@ -1,9 +1,11 @@
-//! Checkpoints: everything that the continuation of a run needs, in one file that is whole or not there.
+//! Checkpoints: everything that the continuation of a run needs, in one file that is whole or not
+//! there.
 //!
 //! ```text
 //! "BDIACKPT"  version u32  header length u32  header (JSON)  tensors (f32, little endian)  xxh3-64 of all before
 //! ```
-//! Tensors are what the program gives: the parameters and then the optimizer's state, in the order of the model's tensors.
+//! Tensors are what the program gives: the parameters and then the optimizer's state, in the order
+//! of the model's tensors.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
@@ -135,7 +137,8 @@ pub fn save<B: Backend<Real = f32>>(
 ) -> Result<PathBuf, CheckpointError> {
     header.lens = tensors.iter().map(|t| t.len()).collect();
     let path = dir.join(file_name(header.step));
-    let json = serde_json::to_vec(&header).map_err(|e| damaged(&path, format!("the header cannot be written: {e}")))?;
+    let json = serde_json::to_vec(&header)
+        .map_err(|e| damaged(&path, format!("the header cannot be written: {e}")))?;
     write_atomic::<CheckpointError>(&path, |out| {
         let io = |e| FileError::io(&path, "write it", e);
         let mut hash = Xxh3::new();
@@ -164,8 +167,8 @@ pub fn save<B: Backend<Real = f32>>(
         out.write_all(&digest.to_le_bytes()).map_err(io)?;
         Ok(())
     })?;
-    // Two are kept. Newer ones than this were found to be damaged: they would only push good ones out. One that cannot be
-    // removed only takes room.
+    // Two are kept. Newer ones than this were found to be damaged: they would only push good ones
+    // out. One that cannot be removed only takes room.
     let all = list(dir);
     let newer = all.iter().take_while(|(step, _)| *step > header.step).count();
     for (_, old) in all.iter().take(newer).chain(all.iter().skip(newer + 2)) {
@@ -204,18 +207,24 @@ fn open(path: &Path) -> Result<(Hashing<BufReader<File>>, Header), CheckpointErr
     if &start[..8] != MAGIC {
         return Err(damaged(path, "it does not begin with BDIACKPT"));
     }
-    let word = |at: usize| u32::from_le_bytes([start[at], start[at + 1], start[at + 2], start[at + 3]]);
+    let word =
+        |at: usize| u32::from_le_bytes([start[at], start[at + 1], start[at + 2], start[at + 3]]);
     if word(8) != VERSION {
         return Err(damaged(path, format!("it has version {}, expected {VERSION}", word(8))));
     }
     if word(12) > HEADER_LIMIT {
-        return Err(damaged(path, format!("its header claims {} bytes, expected at most {HEADER_LIMIT}", word(12))));
+        return Err(damaged(
+            path,
+            format!("its header claims {} bytes, expected at most {HEADER_LIMIT}", word(12)),
+        ));
     }
     let mut json = vec![0; word(12) as usize];
     r.take(path, &mut json)?;
-    let header: Header = serde_json::from_slice(&json).map_err(|e| damaged(path, format!("its header: {e}")))?;
+    let header: Header =
+        serde_json::from_slice(&json).map_err(|e| damaged(path, format!("its header: {e}")))?;
     let values = header.lens.iter().try_fold(0_u64, |sum, &n| sum.checked_add(n as u64));
-    let expected = values.and_then(|v| v.checked_mul(4)).and_then(|b| b.checked_add(24 + u64::from(word(12))));
+    let expected =
+        values.and_then(|v| v.checked_mul(4)).and_then(|b| b.checked_add(24 + u64::from(word(12))));
     if expected != Some(size) {
         return Err(damaged(path, format!("{size} bytes do not fit its header")));
     }
@@ -264,11 +273,16 @@ pub fn newest(dir: &Path) -> Result<(PathBuf, Header, Vec<String>), CheckpointEr
 ///
 /// # Errors
 /// [`CheckpointError`]
-pub fn load<B: Backend<Real = f32>>(path: &Path, be: &mut B, tensors: &[Reals]) -> Result<Header, CheckpointError> {
+pub fn load<B: Backend<Real = f32>>(
+    path: &Path,
+    be: &mut B,
+    tensors: &[Reals],
+) -> Result<Header, CheckpointError> {
     let (mut r, header) = open(path)?;
     let lens: Vec<_> = tensors.iter().map(|t| t.len()).collect();
     if lens != header.lens {
-        let what = format!("{} tensors, expected {}, or other sizes", header.lens.len(), lens.len());
+        let what =
+            format!("{} tensors, expected {}, or other sizes", header.lens.len(), lens.len());
         return Err(CheckpointError::Other { path: path.to_path_buf(), what });
     }
     let mut bytes = vec![0; 4 * PIECE];
@@ -278,7 +292,11 @@ pub fn load<B: Backend<Real = f32>>(path: &Path, be: &mut B, tensors: &[Reals]) 
             let n = PIECE.min(t.len() - at);
             r.take(path, &mut bytes[..4 * n])?;
             values.clear();
-            values.extend(bytes[..4 * n].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+            values.extend(
+                bytes[..4 * n]
+                    .chunks_exact(4)
+                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+            );
             be.write_reals(t.sub(at, n), &values)?;
         }
     }

@@ -115,7 +115,8 @@ pub struct ModeArgs {
     /// How activations are kept for the backward pass
     #[arg(long, default_value = "bdia")]
     pub mode: Mode,
-    /// Blocks between stored activations, in mode checkpoint [default: the square root of the layers]
+    /// Blocks between stored activations, in mode checkpoint [default: the square root of the
+    /// layers]
     #[arg(long, value_name = "N", value_parser = count(65_000))]
     pub checkpoint_every: Option<u64>,
     /// Round to the grid in modes standard and checkpoint too
@@ -221,7 +222,11 @@ impl OptimArgs {
     pub fn check(&self) -> Result<(), String> {
         let falls_to_it = matches!(self.schedule, ScheduleKind::Cosine | ScheduleKind::Linear);
         if falls_to_it && self.min_lr() > self.lr {
-            return Err(format!("--min-lr is {}, expected at most --lr, which is {}", self.min_lr(), self.lr));
+            return Err(format!(
+                "--min-lr is {}, expected at most --lr, which is {}",
+                self.min_lr(),
+                self.lr
+            ));
         }
         Ok(())
     }
@@ -253,11 +258,13 @@ pub struct MachineArgs {
     #[arg(long, default_value = "f32")]
     #[serde(default)]
     pub precision: PrecisionKind,
-    /// Of several ranks (mpirun): seconds to wait for another one, which must be able to write a checkpoint meanwhile
+    /// Of several ranks (mpirun): seconds to wait for another one, which must be able to write a
+    /// checkpoint meanwhile
     #[arg(long, value_name = "SECONDS", default_value_t = RANK_TIMEOUT, value_parser = count(86_400))]
     #[serde(default = "rank_timeout")]
     pub rank_timeout: u64,
-    /// Of several ranks: steps between comparisons of their parameters and optimizer states; each checkpoint has one too
+    /// Of several ranks: steps between comparisons of their parameters and optimizer states; each
+    /// checkpoint has one too
     #[arg(long, value_name = "N", default_value_t = COMPARE_INTERVAL, value_parser = count(u64::from(u32::MAX)))]
     #[serde(default = "compare_interval")]
     pub compare_interval: u64,
@@ -297,11 +304,16 @@ impl MachineArgs {
             return Err("--device is for a CUDA device: add --backend cuda, or leave it out".into());
         }
         match (self.backend, self.precision) {
-            (BackendKind::Cuda, _) | (_, PrecisionKind::F32) | (BackendKind::Cpu, PrecisionKind::Bf16) => Ok(()),
-            (BackendKind::Cpu, PrecisionKind::Tf32) => {
-                Err("--precision tf32 is for a CUDA device: add --backend cuda, or ask for f32 or bf16".into())
+            (BackendKind::Cuda, _)
+            | (_, PrecisionKind::F32)
+            | (BackendKind::Cpu, PrecisionKind::Bf16) => Ok(()),
+            (BackendKind::Cpu, PrecisionKind::Tf32) => Err(
+                "--precision tf32 is for a CUDA device: add --backend cuda, or ask for f32 or bf16"
+                    .into(),
+            ),
+            (BackendKind::Reference, _) => {
+                Err("--backend reference computes in f32: leave --precision out".into())
             }
-            (BackendKind::Reference, _) => Err("--backend reference computes in f32: leave --precision out".into()),
         }
     }
 }
@@ -314,7 +326,8 @@ impl MachineArgs {
 )]
 pub struct Contradiction(pub Vec<String>);
 
-/// Which of the flags that were given differ between a new command line and a saved run, except those that may (`free`).
+/// Which of the flags that were given differ between a new command line and a saved run, except
+/// those that may (`free`).
 ///
 /// # Errors
 /// [`Contradiction`] names them, with both values.
@@ -359,10 +372,15 @@ pub fn name_of<T: Serialize>(value: &T) -> String {
 pub fn check_mode(mode: &ModeArgs, verify: bool) -> Result<(), String> {
     mode.gamma().map_err(|e| format!("--gamma: {e}"))?;
     if mode.quantize && mode.mode == Mode::BdiaFloat {
-        return Err("--quantize contradicts --mode bdia-float, which has no grid; mode bdia always has it".into());
+        return Err(
+            "--quantize contradicts --mode bdia-float, which has no grid; mode bdia always has it"
+                .into(),
+        );
     }
     if mode.checkpoint_every.is_some() && mode.mode != Mode::Checkpoint {
-        return Err("--checkpoint-every belongs to --mode checkpoint; add that or leave it out".into());
+        return Err(
+            "--checkpoint-every belongs to --mode checkpoint; add that or leave it out".into()
+        );
     }
     if verify && matches!(mode.mode, Mode::Standard | Mode::Checkpoint) {
         return Err(
@@ -400,8 +418,16 @@ pub struct RunFlags<'a> {
 /// The flags of a program's runs.
 pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     /// Flags that may differ from the saved ones when a run is resumed: they change no number.
-    const FREE: [&'static str; 8] =
-        ["resume", "json", "threads", "device", "rank_timeout", "compare_interval", "checkpoint_interval", "verify"];
+    const FREE: [&'static str; 8] = [
+        "resume",
+        "json",
+        "threads",
+        "device",
+        "rank_timeout",
+        "compare_interval",
+        "checkpoint_interval",
+        "verify",
+    ];
 
     /// Those that every program has.
     fn run(&mut self) -> RunFlags<'_>;
@@ -409,7 +435,8 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     /// Takes out what a run finds out itself and saves with its flags.
     fn forget(&mut self) {}
 
-    /// The settings with which a saved run goes on: the saved ones, and those of [`FREE`](Self::FREE) that were given.
+    /// The settings with which a saved run goes on: the saved ones, and those of
+    /// [`FREE`](Self::FREE) that were given.
     ///
     /// # Errors
     /// [`Contradiction`] names every other flag that was given with another value.
@@ -440,7 +467,8 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
         Ok(out)
     }
 
-    /// The settings without those that change no number: what must be the same for two runs to be the same.
+    /// The settings without those that change no number: what must be the same for two runs to be
+    /// the same.
     #[must_use]
     fn comparable(&self) -> Self {
         let mut a = self.clone();
@@ -458,8 +486,8 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     }
 }
 
-/// What clap read; a wrong argument prints what is wrong and ends the process with code 1, a request for help or the version
-/// with code 0.
+/// What clap read; a wrong argument prints what is wrong and ends the process with code 1, a
+/// request for help or the version with code 0.
 pub fn or_exit<T>(read: Result<T, clap::Error>) -> T {
     read.unwrap_or_else(|error| {
         // Nobody is left to tell if the terminal is gone.
@@ -472,7 +500,10 @@ pub fn or_exit<T>(read: Result<T, clap::Error>) -> T {
 pub fn given(matches: &ArgMatches) -> BTreeSet<String> {
     (matches.ids().map(clap::Id::as_str))
         // Groups have ids too, and no source.
-        .filter(|id| matches.try_contains_id(id).is_ok() && matches.value_source(id) == Some(ValueSource::CommandLine))
+        .filter(|id| {
+            matches.try_contains_id(id).is_ok()
+                && matches.value_source(id) == Some(ValueSource::CommandLine)
+        })
         .filter(|id| !id.chars().any(char::is_uppercase))
         .map(str::to_owned)
         .collect()
@@ -484,7 +515,9 @@ pub fn count(most: u64) -> impl Fn(&str) -> Result<u64, String> + Clone + Send +
 }
 
 /// Reads a whole number from 0 to `most`.
-pub fn count_or_zero(most: u64) -> impl Fn(&str) -> Result<u64, String> + Clone + Send + Sync + 'static {
+pub fn count_or_zero(
+    most: u64,
+) -> impl Fn(&str) -> Result<u64, String> + Clone + Send + Sync + 'static {
     move |s| whole(s, 0, most)
 }
 
@@ -583,12 +616,14 @@ pub fn frac_bits(s: &str) -> Result<u32, String> {
     whole(s, 0, u64::from(Grid::MAX_FRAC_BITS)).map(|l| l as u32)
 }
 
-/// A number of bytes: plain, or with a decimal (kB, MB, GB, TB) or binary (KiB, MiB, GiB, TiB) unit.
+/// A number of bytes: plain, or with a decimal (kB, MB, GB, TB) or binary (KiB, MiB, GiB, TiB)
+/// unit.
 ///
 /// # Errors
 /// A sentence.
 pub fn memory(s: &str) -> Result<u64, String> {
-    let wrong = || format!("expected a size such as 2GB, 512MiB, 1.5GiB or a number of bytes, found {s}");
+    let wrong =
+        || format!("expected a size such as 2GB, 512MiB, 1.5GiB or a number of bytes, found {s}");
     let text = s.trim();
     let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);

@@ -48,18 +48,26 @@ pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
     }
     let mut bytes = Vec::new();
     // The file may grow, and a device or pipe has no size: the limit holds for what is read.
-    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| FileError::io(path, "read it", e))?;
+    file.take(limit.saturating_add(1))
+        .read_to_end(&mut bytes)
+        .map_err(|e| FileError::io(path, "read it", e))?;
     if bytes.len() as u64 > limit {
-        return Err(FileError::TooLarge { path: path.to_path_buf(), found: bytes.len() as u64, limit });
+        return Err(FileError::TooLarge {
+            path: path.to_path_buf(),
+            found: bytes.len() as u64,
+            limit,
+        });
     }
     Ok(bytes)
 }
 
-/// Writes a file so that `path` has either its old content or all of the new one, whenever the process or the machine
-/// stops: a temporary file beside it, `fsync`, rename, `fsync` of the directory.
+/// Writes a file so that `path` has either its old content or all of the new one, whenever the
+/// process or the machine stops: a temporary file beside it, `fsync`, rename, `fsync` of the
+/// directory.
 ///
 /// # Errors
-/// [`FileError`], or what `write` returns; the temporary file is removed and `path` is untouched then.
+/// [`FileError`], or what `write` returns; the temporary file is removed and `path` is untouched
+/// then.
 pub fn write_atomic<E: From<FileError>>(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> Result<(), E>,
@@ -98,7 +106,9 @@ fn sync_directory(path: &Path) -> Result<(), FileError> {
     #[cfg(unix)]
     {
         let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(dir).and_then(|d| d.sync_all()).map_err(|e| FileError::io(dir, "write the directory to disk", e))?;
+        File::open(dir)
+            .and_then(|d| d.sync_all())
+            .map_err(|e| FileError::io(dir, "write the directory to disk", e))?;
     }
     #[cfg(not(unix))]
     let _ = path;
@@ -173,7 +183,10 @@ mod tests {
         let dir = TempDir::new();
         let path = dir.file("a", b"12345");
         assert_eq!(read_limited(&path, 5).unwrap(), b"12345");
-        assert!(matches!(read_limited(&path, 4), Err(FileError::TooLarge { found: 5, limit: 4, .. })));
+        assert!(matches!(
+            read_limited(&path, 4),
+            Err(FileError::TooLarge { found: 5, limit: 4, .. })
+        ));
         assert!(matches!(read_limited(&dir.path().join("b"), 4), Err(FileError::Io { .. })));
         assert!(read_limited(dir.path(), 1 << 20).is_err());
         assert!(write_bytes(&dir.path().join("no/such"), b"").is_err());

@@ -1,9 +1,11 @@
-//! What the example training programs share. A program brings its model, its data and its loop; the rest is here.
+//! What the example training programs share. A program brings its model, its data and its loop; the
+//! rest is here.
 //!
-//! In the order in which data flows: [`cli`] (flags that every program has, and their checks) → [`machine`] (threads, plan,
-//! backend), [`ranks`] (several machines) → [`run`] (directory of a run, resuming, stopping, progress) → [`checkpoint`],
-//! [`weights`], [`report`] (what a run leaves behind), over [`files`] and [`alloc`]; [`study`] makes many runs of one program. For
-//! models that write text: [`search`] chooses their tokens, [`scores`] compares what they wrote.
+//! In the order in which data flows: [`cli`] (flags that every program has, and their checks) →
+//! [`machine`] (threads, plan, backend), [`ranks`] (several machines) → [`run`] (directory of a
+//! run, resuming, stopping, progress) → [`checkpoint`], [`weights`], [`report`] (what a run leaves
+//! behind), over [`files`] and [`alloc`]; [`study`] makes many runs of one program. For models that
+//! write text: [`search`] chooses their tokens, [`scores`] compares what they wrote.
 
 pub mod alloc;
 pub mod checkpoint;

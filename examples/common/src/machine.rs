@@ -17,9 +17,13 @@ use crate::error::Failure;
 use crate::ranks;
 use crate::report::MemoryTable;
 
-/// Blocks between stored activations: as asked for, or the square root of `K`, where memory is smallest.
+/// Blocks between stored activations: as asked for, or the square root of `K`, where memory is
+/// smallest.
 pub fn checkpoint_every(asked: Option<u64>, layers: usize) -> usize {
-    asked.map_or_else(|| (layers as f64).sqrt().round().max(1.0) as usize, |n| usize::try_from(n).unwrap_or(usize::MAX))
+    asked.map_or_else(
+        || (layers as f64).sqrt().round().max(1.0) as usize,
+        |n| usize::try_from(n).unwrap_or(usize::MAX),
+    )
 }
 
 /// The mode of the stack.
@@ -27,7 +31,9 @@ pub fn stack_mode(args: &ModeArgs, layers: usize) -> stack::Mode {
     match args.mode {
         Mode::Bdia => stack::Mode::Bdia,
         Mode::Standard => stack::Mode::Standard,
-        Mode::Checkpoint => stack::Mode::Checkpoint { every: checkpoint_every(args.checkpoint_every, layers) },
+        Mode::Checkpoint => {
+            stack::Mode::Checkpoint { every: checkpoint_every(args.checkpoint_every, layers) }
+        }
         Mode::BdiaFloat => stack::Mode::BdiaFloat,
     }
 }
@@ -45,9 +51,10 @@ pub fn grid(args: &ModeArgs) -> Result<Option<Grid>, Error> {
 pub fn threads(args: &MachineArgs) -> usize {
     match args.backend {
         BackendKind::Reference | BackendKind::Cuda => 1,
-        BackendKind::Cpu => args
-            .threads
-            .map_or_else(|| std::thread::available_parallelism().map_or(1, core::num::NonZero::get), |n| n as usize),
+        BackendKind::Cpu => args.threads.map_or_else(
+            || std::thread::available_parallelism().map_or(1, core::num::NonZero::get),
+            |n| n as usize,
+        ),
     }
 }
 
@@ -100,7 +107,8 @@ pub fn cuda(args: &MachineArgs, layout: &Layout) -> Result<Cuda, Failure> {
     Ok(Cuda::new(layout, Options { device, precision: precision(args) })?)
 }
 
-/// The memory table of some plans, and of the measured peak where there is one (of the first plan's memory).
+/// The memory table of some plans, and of the measured peak where there is one (of the first plan's
+/// memory).
 pub fn memory_table(plans: &[(String, Layout)], peak: Option<u64>) -> MemoryTable {
     let mut names: Vec<&str> = plans.iter().map(|p| p.0.as_str()).collect();
     if peak.is_some() {
@@ -132,7 +140,8 @@ pub fn available_memory() -> Option<u64> {
 
 /// Something to do on a backend of any kind.
 pub trait Work {
-    /// Does it; `arenas` is what the allocator counted for the backend, or what a device has for it.
+    /// Does it; `arenas` is what the allocator counted for the backend, or what a device has for
+    /// it.
     ///
     /// # Errors
     /// Whatever goes wrong.
@@ -142,9 +151,14 @@ pub trait Work {
 /// Makes a backend for a layout and does the work on it.
 ///
 /// # Errors
-/// [`Failure::TooBig`] when the machine has not that much memory; [`Failure::Cuda`] where there is no such device, or not
-/// enough memory on it; whatever the work returns.
-pub fn run(args: &MachineArgs, threads: usize, layout: &Layout, work: impl Work) -> Result<(), Failure> {
+/// [`Failure::TooBig`] when the machine has not that much memory; [`Failure::Cuda`] where there is
+/// no such device, or not enough memory on it; whatever the work returns.
+pub fn run(
+    args: &MachineArgs,
+    threads: usize,
+    layout: &Layout,
+    work: impl Work,
+) -> Result<(), Failure> {
     args.check().map_err(Failure::Other)?;
     if args.backend != BackendKind::Cuda
         && let Some(available) = available_memory()
@@ -167,7 +181,8 @@ pub fn run(args: &MachineArgs, threads: usize, layout: &Layout, work: impl Work)
         }
         BackendKind::Reference => {
             let (ints, reals, words) = layout.arenas();
-            let (mut ints, mut reals, mut words) = (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
+            let (mut ints, mut reals, mut words) =
+                (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
             let arenas = Counting::current().saturating_sub(before);
             work.on(&mut Reference::new(layout, &mut ints, &mut reals, &mut words)?, arenas)
         }
@@ -195,7 +210,9 @@ pub fn run_on(
         }
         // Nobody has them, and the program need not be compiled a second time for them.
         #[cfg(not(feature = "mpi"))]
-        Some(_) => Err(Failure::Other("several ranks need a program built with --features mpi".into())),
+        Some(_) => {
+            Err(Failure::Other("several ranks need a program built with --features mpi".into()))
+        }
     }
 }
 
@@ -213,7 +230,8 @@ impl<W: Work> Work for OnRanks<'_, W> {
     }
 }
 
-/// The build and the processor that compute: a resumed run repeats its bits only where this is the same.
+/// The build and the processor that compute: a resumed run repeats its bits only where this is the
+/// same.
 ///
 /// `program` is its name and version.
 pub fn identity<B: Storage>(be: &B, program: &str) -> String {
@@ -221,7 +239,11 @@ pub fn identity<B: Storage>(be: &B, program: &str) -> String {
     let fused = if fused { "fused" } else { "unfused" };
     let processor = std::fs::read_to_string("/proc/cpuinfo")
         .ok()
-        .and_then(|t| t.lines().find(|l| l.starts_with("model name")).map(|l| l.split(':').skip(1).collect::<String>()))
+        .and_then(|t| {
+            t.lines()
+                .find(|l| l.starts_with("model name"))
+                .map(|l| l.split(':').skip(1).collect::<String>())
+        })
         .unwrap_or_default();
     format!(
         "{program} {} {name} lanes {lanes} {fused}{}{}",

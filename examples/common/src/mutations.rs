@@ -1,5 +1,5 @@
-//! The functions of fuzz targets over committed seeds and a few thousand mutations of them, the same ones every time: what
-//! `cargo test` does of fuzzing.
+//! The functions of fuzz targets over committed seeds and a few thousand mutations of them, the
+//! same ones every time: what `cargo test` does of fuzzing.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -106,7 +106,11 @@ pub fn all(dir: &Path, target: fn(&[u8])) {
                 mutate(&mut mutated, &seeds[other].1, &mut dice);
             }
             let result = std::panic::catch_unwind(|| target(&mutated));
-            assert!(result.is_ok(), "{name}: mutation {n} of {seed}: {:?}", mutated.escape_ascii().to_string());
+            assert!(
+                result.is_ok(),
+                "{name}: mutation {n} of {seed}: {:?}",
+                mutated.escape_ascii().to_string()
+            );
         }
     }
 }

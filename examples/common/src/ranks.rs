@@ -1,7 +1,8 @@
-//! The ranks of a run: `mpirun -np N` starts the program N times, and each of them trains its part of every batch.
+//! The ranks of a run: `mpirun -np N` starts the program N times, and each of them trains its part
+//! of every batch.
 //!
-//! Rank 0 tells what happens and writes the run's files; the others read the same files, settings and data, which is
-//! made sure of before the first step ([`begin`]), and compute.
+//! Rank 0 tells what happens and writes the run's files; the others read the same files, settings
+//! and data, which is made sure of before the first step ([`begin`]), and compute.
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
@@ -46,14 +47,15 @@ fn started() -> Option<u64> {
 /// This process is one of several.
 pub fn alone(what: &str) -> Result<(), Failure> {
     match started() {
-        Some(n) if n > 1 => {
-            Err(Failure::Other(format!("{what} are made by one process, not by {n}: start it without mpirun")))
-        }
+        Some(n) if n > 1 => Err(Failure::Other(format!(
+            "{what} are made by one process, not by {n}: start it without mpirun"
+        ))),
         _ => Ok(()),
     }
 }
 
-/// Number of this process's CUDA device: ranks on one machine take one after the other, from the one that was asked for.
+/// Number of this process's CUDA device: ranks on one machine take one after the other, from the
+/// one that was asked for.
 pub fn device(args: &MachineArgs) -> usize {
     let local = if started() > Some(1) {
         told(&["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"]).unwrap_or(0)
@@ -73,7 +75,10 @@ pub fn join(args: &MachineArgs) -> Result<Option<Ranks>, Failure> {
     if ranks.ranks() as u64 != processes {
         // Each would train everything, into the same directory.
         let what = "the launcher is another MPI's than the one that the program was built with";
-        return Err(Failure::Other(format!("{processes} processes were started, MPI has {}: {what}", ranks.ranks())));
+        return Err(Failure::Other(format!(
+            "{processes} processes were started, MPI has {}: {what}",
+            ranks.ranks()
+        )));
     }
     RANK.store(ranks.rank(), Ordering::Relaxed);
     Ok(Some(ranks))
@@ -109,7 +114,9 @@ pub fn place(ranks: Option<&Ranks>) -> (usize, usize) {
 /// A batch that cannot be split evenly.
 pub fn part(batch: usize, ranks: usize) -> Result<usize, Failure> {
     if !batch.is_multiple_of(ranks) {
-        let what = format!("--batch {batch} cannot be split evenly over {ranks} ranks; use a multiple of {ranks}");
+        let what = format!(
+            "--batch {batch} cannot be split evenly over {ranks} ranks; use a multiple of {ranks}"
+        );
         return Err(Failure::Other(what));
     }
     Ok(batch / ranks)
@@ -146,7 +153,9 @@ pub fn begin<B: Backend<Real = f32>, A: Flags>(
         return Ok(());
     }
     let mut hash = Xxh3::new();
-    hash.update(&serde_json::to_vec(&args.comparable()).map_err(|e| Failure::Other(e.to_string()))?);
+    hash.update(
+        &serde_json::to_vec(&args.comparable()).map_err(|e| Failure::Other(e.to_string()))?,
+    );
     hash.update(&data.to_le_bytes());
     hash.update(&step.to_le_bytes());
     compare(be, hash.digest(), Halt::Astray)?;

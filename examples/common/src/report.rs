@@ -12,7 +12,8 @@ use serde::de::DeserializeOwned;
 
 use crate::files::{FileError, write_atomic, write_bytes};
 
-/// `println!` that goes on where the reader is gone: a run does not end with its terminal. Of several ranks the first speaks.
+/// `println!` that goes on where the reader is gone: a run does not end with its terminal. Of
+/// several ranks the first speaks.
 #[macro_export]
 macro_rules! tell {
     ($($arg:tt)*) => {{
@@ -73,8 +74,8 @@ impl<M: Record> Metrics<M> {
         Self::resume(path, 0)
     }
 
-    /// Goes on after step `last`: what a killed run wrote beyond it, and a line that it did not finish, go; every step is
-    /// there once.
+    /// Goes on after step `last`: what a killed run wrote beyond it, and a line that it did not
+    /// finish, go; every step is there once.
     ///
     /// # Errors
     /// [`FileError`]
@@ -83,11 +84,15 @@ impl<M: Record> Metrics<M> {
         kept.retain(|m| m.step() <= last);
         write_atomic(path, |out: &mut BufWriter<File>| {
             for metric in &kept {
-                out.write_all(line(metric).as_bytes()).map_err(|e| FileError::io(path, "write it", e))?;
+                out.write_all(line(metric).as_bytes())
+                    .map_err(|e| FileError::io(path, "write it", e))?;
             }
             Ok::<(), FileError>(())
         })?;
-        let out = OpenOptions::new().append(true).open(path).map_err(|e| FileError::io(path, "open it", e))?;
+        let out = OpenOptions::new()
+            .append(true)
+            .open(path)
+            .map_err(|e| FileError::io(path, "open it", e))?;
         Ok(Self { path: path.into(), out, of: PhantomData })
     }
 
@@ -96,7 +101,9 @@ impl<M: Record> Metrics<M> {
     /// # Errors
     /// [`FileError`]
     pub fn push(&mut self, metric: &M) -> Result<(), FileError> {
-        self.out.write_all(line(metric).as_bytes()).map_err(|e| FileError::io(&self.path, "append to it", e))
+        self.out
+            .write_all(line(metric).as_bytes())
+            .map_err(|e| FileError::io(&self.path, "append to it", e))
     }
 
     /// Puts what was pushed on disk.
@@ -192,14 +199,16 @@ fn draw(picture: &Chart<'_>) -> Result<String, String> {
     // A point, and the half length of its error bar.
     let finite: Vec<Vec<(f64, f64, f64)>> = (picture.series.iter())
         .map(|s| {
-            let spread = |i: usize| s.spread.get(i).copied().filter(|v| v.is_finite()).unwrap_or(0.0);
+            let spread =
+                |i: usize| s.spread.get(i).copied().filter(|v| v.is_finite()).unwrap_or(0.0);
             let all = s.points.iter().enumerate().map(|(i, &(x, y))| (x, y, spread(i)));
             all.filter(|p| p.0.is_finite() && p.1.is_finite()).collect()
         })
         .collect();
     let all = || finite.iter().flatten();
     let range = |values: &mut dyn Iterator<Item = f64>| {
-        let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+        let (low, high) =
+            values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
         if low <= high { (low, high) } else { (0.0, 1.0) }
     };
     let (left, right) = range(&mut all().map(|p| p.0));
@@ -259,13 +268,17 @@ fn draw(picture: &Chart<'_>) -> Result<String, String> {
                 .draw_series(LineSeries::new(line, colour.stroke_width(2)))
                 .map_err(|e| error(&e))?
                 .label(series.name)
-                .legend(move |(x, y): (i32, i32)| PathElement::new(vec![(x, y), (x + 24, y)], colour.stroke_width(3)));
+                .legend(move |(x, y): (i32, i32)| {
+                    PathElement::new(vec![(x, y), (x + 24, y)], colour.stroke_width(3))
+                });
             if series.marks {
                 let marks = points.iter().map(|p| Circle::new((p.0, p.1), 4, colour.filled()));
                 chart.draw_series(marks).map_err(|e| error(&e))?;
             }
             let bars = points.iter().filter(|p| p.2 > 0.0);
-            let bars = bars.map(|p| PathElement::new(vec![(p.0, p.1 - p.2), (p.0, p.1 + p.2)], colour.stroke_width(1)));
+            let bars = bars.map(|p| {
+                PathElement::new(vec![(p.0, p.1 - p.2), (p.0, p.1 + p.2)], colour.stroke_width(1))
+            });
             chart.draw_series(bars).map_err(|e| error(&e))?;
         }
         chart
@@ -336,8 +349,9 @@ impl MemoryTable {
 
 impl fmt::Display for MemoryTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let cell =
-            |cells: &[Option<u64>], i: usize| cells.get(i).copied().flatten().map_or_else(|| "-".to_string(), bytes);
+        let cell = |cells: &[Option<u64>], i: usize| {
+            cells.get(i).copied().flatten().map_or_else(|| "-".to_string(), bytes)
+        };
         let first = self.rows.iter().map(|r| r.0.chars().count()).max().unwrap_or(0);
         let widths: Vec<usize> = (self.columns.iter().enumerate())
             .map(|(i, head)| {
@@ -385,9 +399,16 @@ mod tests {
             let chart = Chart { title: "Title", x: "across", y: "up", series: &[one.clone(), one] };
             svg(&path, &chart).unwrap();
             let text = std::fs::read_to_string(&path).unwrap();
-            assert!(["<svg", "Title", "across", "up", "first", "</svg>"].iter().all(|part| text.contains(part)));
+            assert!(
+                ["<svg", "Title", "across", "up", "first", "</svg>"]
+                    .iter()
+                    .all(|part| text.contains(part))
+            );
         }
-        assert!(svg(&dir.path().join("a/b.svg"), &Chart { title: "", x: "", y: "", series: &[] }).is_err());
+        assert!(
+            svg(&dir.path().join("a/b.svg"), &Chart { title: "", x: "", y: "", series: &[] })
+                .is_err()
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! A program and the directory of its run: flags, what resumes it, what stops it, and the bar that shows it.
+//! A program and the directory of its run: flags, what resumes it, what stops it, and the bar that
+//! shows it.
 
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -19,7 +20,9 @@ use crate::{ranks, report};
 /// The whole of a program: 0 where the work was done, otherwise 1 after a line that says why.
 pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCode {
     // Before anything that a wide register might be used for.
-    let done = bdia_cpu::require_cpu().map_err(|e| e.to_string()).and_then(|()| work().map_err(|e| e.to_string()));
+    let done = bdia_cpu::require_cpu()
+        .map_err(|e| e.to_string())
+        .and_then(|()| work().map_err(|e| e.to_string()));
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -71,7 +74,8 @@ pub fn saved<T: DeserializeOwned>(dir: &Path) -> Result<T, Failure> {
         .map_err(|e| Failure::Run { path, what: format!("not the flags of a run: {e}") })
 }
 
-/// The settings of a run that begins, or those with which it goes on, and then the checkpoint from which.
+/// The settings of a run that begins, or those with which it goes on, and then the checkpoint from
+/// which.
 ///
 /// # Errors
 /// [`Failure`]: flags that contradict the saved ones, a directory that is not that of a run, no usable checkpoint.
@@ -93,7 +97,8 @@ pub fn begin<A: Flags>(args: &A) -> Result<(A, Option<(PathBuf, Header)>), Failu
     Ok((args, Some((path, header))))
 }
 
-/// A new run in an old directory, once nothing speaks against it: the old checkpoints must not be taken for this one's.
+/// A new run in an old directory, once nothing speaks against it: the old checkpoints must not be
+/// taken for this one's.
 ///
 /// # Errors
 /// [`FileError`]
@@ -127,10 +132,16 @@ pub fn progress(steps: u32, first: u32) -> ProgressBar {
 
 /// A bar over `len` of something, of which `first` are done.
 pub fn bar(what: &str, len: u64, first: u64) -> ProgressBar {
-    let target = if ranks::rank() == 0 { ProgressDrawTarget::stderr_with_hz(4) } else { ProgressDrawTarget::hidden() };
+    let target = if ranks::rank() == 0 {
+        ProgressDrawTarget::stderr_with_hz(4)
+    } else {
+        ProgressDrawTarget::hidden()
+    };
     let bar = ProgressBar::with_draw_target(Some(len), target);
     // The template is known to be good; without it the bar is a plain one.
-    if let Ok(style) = ProgressStyle::with_template(&format!("{{bar:24}} {what} {{pos}}/{{len}} {{msg}} ETA {{eta}}")) {
+    if let Ok(style) = ProgressStyle::with_template(&format!(
+        "{{bar:24}} {what} {{pos}}/{{len}} {{msg}} ETA {{eta}}"
+    )) {
         bar.set_style(style);
     }
     bar.set_position(first);

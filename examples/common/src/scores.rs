@@ -1,22 +1,27 @@
 //! Scores of text against references: BLEU, chrF, NIST, METEOR, ROUGE-L, CIDEr.
 //!
-//! * **BLEU** (Papineni et al., 2002) with the settings that sacreBLEU has by default: n-grams up to 4, precisions without a
-//!   match smoothed exponentially: the first counts as half a match, the next as a quarter, and so on. Of several references
-//!   the one whose length is closest counts for brevity. 0 to 100.
-//! * **chrF** (Popović, 2015), as sacreBLEU: character n-grams up to 6 without white space, recall counting twice as much as
-//!   precision, averaged over the orders that occur. 0 to 100.
-//! * **NIST** (Doddington, 2002), as mteval-v13a: n-grams up to 5, a match weighs what it tells beyond its first n-1 words,
-//!   counted in all references; the length is compared with the mean of the references'. 0 or more.
-//! * **METEOR** (Lavie and Agarwal, 2007) with exact and stem matches, no synonyms, no paraphrases: stages, alignment and
-//!   constants (α 0.9, β 3, γ 0.5) of nltk, stems of Snowball's English stemmer (Porter 2), which the METEOR program has too.
-//!   The best reference of each segment, the mean of the segments. 0 to 1.
-//! * **ROUGE-L** (Lin, 2004), as coco-caption: longest common subsequence, β 1.2, the best precision and the best recall over
-//!   references, the mean of the segments. 0 to 1.
-//! * **CIDEr** (Vedantam et al., 2015), as coco-caption, which calls it so (it is the paper's CIDEr-D): n-grams up to 4 weighed
-//!   by their rarity among the segments' references, clipped, σ 6. 0 to 10.
+//! * **BLEU** (Papineni et al., 2002) with the settings that sacreBLEU has by default: n-grams up
+//!   to 4, precisions without a match smoothed exponentially: the first counts as half a match, the
+//!   next as a quarter, and so on. Of several references the one whose length is closest counts for
+//!   brevity. 0 to 100.
+//! * **chrF** (Popović, 2015), as sacreBLEU: character n-grams up to 6 without white space, recall
+//!   counting twice as much as precision, averaged over the orders that occur. 0 to 100.
+//! * **NIST** (Doddington, 2002), as mteval-v13a: n-grams up to 5, a match weighs what it tells
+//!   beyond its first n-1 words, counted in all references; the length is compared with the mean of
+//!   the references'. 0 or more.
+//! * **METEOR** (Lavie and Agarwal, 2007) with exact and stem matches, no synonyms, no paraphrases:
+//!   stages, alignment and constants (α 0.9, β 3, γ 0.5) of nltk, stems of Snowball's English
+//!   stemmer (Porter 2), which the METEOR program has too. The best reference of each segment, the
+//!   mean of the segments. 0 to 1.
+//! * **ROUGE-L** (Lin, 2004), as coco-caption: longest common subsequence, β 1.2, the best
+//!   precision and the best recall over references, the mean of the segments. 0 to 1.
+//! * **CIDEr** (Vedantam et al., 2015), as coco-caption, which calls it so (it is the paper's
+//!   CIDEr-D): n-grams up to 4 weighed by their rarity among the segments' references, clipped, σ
+//!   6. 0 to 10.
 //!
-//! [`Corpus`] has words; how text becomes words is the caller's choice: [`words`] is the tokenization `13a` (that of
-//! mteval-v13a), [`split`] takes text that is tokenized already. Only METEOR disregards case. Sums have a fixed order.
+//! [`Corpus`] has words; how text becomes words is the caller's choice: [`words`] is the
+//! tokenization `13a` (that of mteval-v13a), [`split`] takes text that is tokenized already. Only
+//! METEOR disregards case. Sums have a fixed order.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -27,14 +32,19 @@ fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// What `13a` separates wherever it is: ASCII punctuation but the apostrophe, the comma, the hyphen and the full stop.
+/// What `13a` separates wherever it is: ASCII punctuation but the apostrophe, the comma, the hyphen
+/// and the full stop.
 fn is_punctuation(c: char) -> bool {
     matches!(c, ' '..='&' | '('..='+' | ':'..='@' | '/' | '['..='`' | '{'..='~')
 }
 
 /// The words of a segment in the sense of `13a`.
 pub fn words(segment: &str) -> Vec<String> {
-    let mut text = segment.trim_end_matches(is_space).replace("<skipped>", "").replace("-\n", "").replace('\n', " ");
+    let mut text = segment
+        .trim_end_matches(is_space)
+        .replace("<skipped>", "")
+        .replace("-\n", "")
+        .replace('\n', " ");
     for (entity, character) in [("&quot;", "\""), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")] {
         text = text.replace(entity, character);
     }
@@ -46,7 +56,8 @@ pub fn words(segment: &str) -> Vec<String> {
     }
     chars = out;
     let stop = |c: char| c == '.' || c == ',';
-    // A full stop or comma that does not follow a digit; then one that no digit follows; then a hyphen after a digit.
+    // A full stop or comma that does not follow a digit; then one that no digit follows; then a
+    // hyphen after a digit.
     chars = replaced(&chars, |a, b| (!a.is_ascii_digit() && stop(b)).then_some([a, ' ', b, ' ']));
     chars = replaced(&chars, |a, b| (stop(a) && !b.is_ascii_digit()).then_some([' ', a, ' ', b]));
     chars = replaced(&chars, |a, b| (a.is_ascii_digit() && b == '-').then_some([a, ' ', b, ' ']));
@@ -171,7 +182,8 @@ impl Corpus {
             let len = hypothesis.len();
             own += len;
             // Of two that are equally close it is the shorter.
-            wanted += references.iter().map(Vec::len).min_by_key(|&r| (r.abs_diff(len), r)).unwrap_or(0);
+            wanted +=
+                references.iter().map(Vec::len).min_by_key(|&r| (r.abs_diff(len), r)).unwrap_or(0);
             for n in 1..=4 {
                 matches[n - 1] += common(&ngrams(hypothesis, n), &most_ngrams(references, n));
                 totals[n - 1] += total(len, n);
@@ -209,7 +221,8 @@ impl Corpus {
             for gram in all().flat_map(|r| r.windows(n)) {
                 *counts.entry(gram).or_insert(0) += 1;
             }
-            let information = |gram: &[String]| match (before.get(&gram[..n - 1]), counts.get(gram)) {
+            let information = |gram: &[String]| match (before.get(&gram[..n - 1]), counts.get(gram))
+            {
                 (Some(&before), Some(&count)) => (before as f64 / count as f64).log2(),
                 _ => 0.0,
             };
@@ -226,8 +239,10 @@ impl Corpus {
             before = counts;
         }
         let own: usize = self.0.iter().map(|s| s.hypothesis.len()).sum();
-        let mean =
-            |s: &Segment| s.references.iter().map(Vec::len).sum::<usize>() as f64 / s.references.len().max(1) as f64;
+        let mean = |s: &Segment| {
+            s.references.iter().map(Vec::len).sum::<usize>() as f64
+                / s.references.len().max(1) as f64
+        };
         let ratio = own as f64 / self.0.iter().map(mean).sum::<f64>();
         if ratio >= 1.0 {
             return score;
@@ -244,7 +259,12 @@ impl Corpus {
             let both = |word: &String| {
                 let word = word.to_lowercase();
                 // The stemmer knows the straight apostrophe only.
-                [stemmer.stem(&word.replace(['\u{2018}', '\u{2019}', '\u{201b}'], "'")).into_owned(), word]
+                [
+                    stemmer
+                        .stem(&word.replace(['\u{2018}', '\u{2019}', '\u{201b}'], "'"))
+                        .into_owned(),
+                    word,
+                ]
             };
             text.iter().map(both).collect()
         };
@@ -264,7 +284,11 @@ impl Corpus {
                 recall = recall.max(common / reference.len().max(1) as f64);
             }
             let squared = 1.2 * 1.2;
-            if precision > 0.0 { (1.0 + squared) * precision * recall / (recall + squared * precision) } else { 0.0 }
+            if precision > 0.0 {
+                (1.0 + squared) * precision * recall / (recall + squared * precision)
+            } else {
+                0.0
+            }
         })
     }
 
@@ -287,11 +311,16 @@ impl Corpus {
                 let (own, own_norm) = weights(hypothesis, n, rarity);
                 for reference in references {
                     let (other, norm) = weights(reference, n, rarity);
-                    let both = own.iter().filter_map(|(gram, &w)| other.get(gram).map(|&o| w.min(o) * o)).sum::<f64>();
+                    let both = own
+                        .iter()
+                        .filter_map(|(gram, &w)| other.get(gram).map(|&o| w.min(o) * o))
+                        .sum::<f64>();
                     if own_norm > 0.0 && norm > 0.0 {
                         // Lengths are counted in pairs of words.
-                        let apart = total(hypothesis.len(), 2) as f64 - total(reference.len(), 2) as f64;
-                        sum += both / (own_norm * norm) * (-apart * apart / (2.0 * 6.0 * 6.0)).exp();
+                        let apart =
+                            total(hypothesis.len(), 2) as f64 - total(reference.len(), 2) as f64;
+                        sum +=
+                            both / (own_norm * norm) * (-apart * apart / (2.0 * 6.0 * 6.0)).exp();
                     }
                 }
             }
@@ -301,7 +330,11 @@ impl Corpus {
 }
 
 /// How much each n-gram weighs, and the norm of all.
-fn weights(words: &[String], n: usize, rarity: impl Fn(&[String]) -> f64) -> (BTreeMap<&[String], f64>, f64) {
+fn weights(
+    words: &[String],
+    n: usize,
+    rarity: impl Fn(&[String]) -> f64,
+) -> (BTreeMap<&[String], f64>, f64) {
     let weights: BTreeMap<_, _> =
         ngrams(words, n).into_iter().map(|(g, count)| (g, count as f64 * rarity(g))).collect();
     let norm = weights.values().map(|w| w * w).sum::<f64>().sqrt();
@@ -318,7 +351,9 @@ fn meteor(hypothesis: &[[String; 2]], reference: &[[String; 2]]) -> f64 {
         for (at, word) in reference.iter().enumerate().filter(|(at, _)| !taken[*at]) {
             free.entry(&word[stage]).or_default().push(at);
         }
-        for (word, partner) in hypothesis.iter().zip(&mut partner).rev().filter(|(_, partner)| partner.is_none()) {
+        for (word, partner) in
+            hypothesis.iter().zip(&mut partner).rev().filter(|(_, partner)| partner.is_none())
+        {
             *partner = free.get_mut(word[stage].as_str()).and_then(Vec::pop);
         }
         partner.iter().flatten().for_each(|&at: &usize| taken[at] = true);
@@ -328,9 +363,14 @@ fn meteor(hypothesis: &[[String; 2]], reference: &[[String; 2]]) -> f64 {
         return 0.0;
     }
     // A chunk goes on where both sides do.
-    let chunk_begins = |(i, at): (usize, usize)| i == 0 || at == 0 || partner[i - 1] != Some(at - 1);
-    let chunks =
-        partner.iter().enumerate().filter_map(|(i, p)| p.map(|at| (i, at))).filter(|&p| chunk_begins(p)).count();
+    let chunk_begins =
+        |(i, at): (usize, usize)| i == 0 || at == 0 || partner[i - 1] != Some(at - 1);
+    let chunks = partner
+        .iter()
+        .enumerate()
+        .filter_map(|(i, p)| p.map(|at| (i, at)))
+        .filter(|&p| chunk_begins(p))
+        .count();
     let (precision, recall) = (matches / hypothesis.len() as f64, matches / reference.len() as f64);
     let mean = precision * recall / (0.9 * precision + 0.1 * recall);
     (1.0 - 0.5 * (chunks as f64 / matches).powi(3)) * mean
@@ -353,7 +393,8 @@ fn longest_common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
 
 /// BLEU of hypotheses against one reference each, in the words of `13a`.
 pub fn bleu<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> f64 {
-    Corpus::new(pairs.into_iter().map(|(hypothesis, reference)| (hypothesis, [reference])), words).bleu()
+    Corpus::new(pairs.into_iter().map(|(hypothesis, reference)| (hypothesis, [reference])), words)
+        .bleu()
 }
 
 /// chrF of hypotheses against one reference each, 0 to 100.
@@ -367,7 +408,8 @@ pub fn chrf<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> f64 {
     }
     let mut orders = [Order::default(); 6];
     for (hypothesis, reference) in pairs {
-        let [h, r] = [hypothesis, reference].map(|s| s.chars().filter(|&c| !is_space(c)).collect::<Vec<_>>());
+        let [h, r] = [hypothesis, reference]
+            .map(|s| s.chars().filter(|&c| !is_space(c)).collect::<Vec<_>>());
         for (n, order) in (1..).zip(&mut orders) {
             // What is longer than its whole reference is not counted against the hypothesis.
             if r.len() >= n {

@@ -1,7 +1,8 @@
 //! Beam search: the continuations of one prompt, chosen token by token from whatever gives logits.
 //!
-//! A program runs its model on the rows of all prompts together and hands each prompt's logits to its [`Search`], which says
-//! what every row goes on with. With one beam the most likely token is taken every time.
+//! A program runs its model on the rows of all prompts together and hands each prompt's logits to
+//! its [`Search`], which says what every row goes on with. With one beam the most likely token is
+//! taken every time.
 
 use bdia_core::Real;
 
@@ -28,10 +29,12 @@ impl Length {
 /// When a search is over before the last token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// As soon as as many hypotheses have ended as there are beams. What has not ended counts only where nothing has.
+    /// As soon as as many hypotheses have ended as there are beams. What has not ended counts only
+    /// where nothing has.
     Full,
-    /// When as many have ended, and the best of those that go on is not better than the worst of them, at its present length:
-    /// `early_stopping=False` of transformers. At the last token all have ended.
+    /// When as many have ended, and the best of those that go on is not better than the worst of
+    /// them, at its present length: `early_stopping=False` of transformers. At the last token all
+    /// have ended.
     NoBetter,
 }
 
@@ -48,7 +51,8 @@ pub struct Settings {
     pub tokens: usize,
     /// The token that ends a hypothesis, if there is one. It is not part of the result.
     pub end: Option<i32>,
-    /// No `n` tokens of prompt and hypothesis occur twice in a row of this length; 0 for no such rule.
+    /// No `n` tokens of prompt and hypothesis occur twice in a row of this length; 0 for no such
+    /// rule.
     pub no_repeat: usize,
 }
 
@@ -75,7 +79,8 @@ pub struct Search {
 }
 
 impl Search {
-    /// A search that begins: all rows are the prompt's. `prompt` is looked at for repeated tokens only.
+    /// A search that begins: all rows are the prompt's. `prompt` is looked at for repeated tokens
+    /// only.
     pub fn new(settings: Settings, prompt: &[i32]) -> Self {
         let live = if settings.tokens == 0 { Vec::new() } else { vec![Hypothesis::default()] };
         let prompt = if settings.no_repeat > 0 { prompt.to_vec() } else { Vec::new() };
@@ -97,10 +102,16 @@ impl Search {
         self.live.iter().map(|h| h.tokens.as_slice())
     }
 
-    /// Takes one more token for every hypothesis. `logits` is `[beams, vocab]`; where the search begins only the first row is
-    /// read. Tokens in `never` are not chosen. Row `r` goes on with `tokens[r]` after what row `order[r]` was; rows that no
-    /// hypothesis has keep theirs.
-    pub fn advance<R: Real>(&mut self, logits: &[R], never: &[i32], order: &mut [usize], tokens: &mut [i32]) {
+    /// Takes one more token for every hypothesis. `logits` is `[beams, vocab]`; where the search
+    /// begins only the first row is read. Tokens in `never` are not chosen. Row `r` goes on with
+    /// `tokens[r]` after what row `order[r]` was; rows that no hypothesis has keep theirs.
+    pub fn advance<R: Real>(
+        &mut self,
+        logits: &[R],
+        never: &[i32],
+        order: &mut [usize],
+        tokens: &mut [i32],
+    ) {
         let beams = self.settings.beams;
         order.iter_mut().zip(0..).for_each(|(from, row)| *from = row);
         if self.finished() {
@@ -159,7 +170,8 @@ impl Search {
         self.done.truncate(self.settings.beams);
     }
 
-    /// Whether the best of those that go on would be among the ended ones, if it ended with what it has.
+    /// Whether the best of those that go on would be among the ended ones, if it ended with what it
+    /// has.
     fn improvable(&self) -> bool {
         let best = self.live.first().map(|h| self.settings.length.score(h.score, self.length));
         matches!((best, self.done.last()), (Some(best), Some(worst)) if best > worst.0)
@@ -202,10 +214,13 @@ impl Search {
     }
 }
 
-/// The tokens that would make the last `n` tokens of `prompt` and `tokens` a repetition of earlier ones; none for `n` = 0.
+/// The tokens that would make the last `n` tokens of `prompt` and `tokens` a repetition of earlier
+/// ones; none for `n` = 0.
 pub fn repeats(n: usize, prompt: &[i32], tokens: &[i32]) -> Vec<i32> {
     let all = [prompt, tokens].concat();
-    let Some(before) = n.checked_sub(1).filter(|&before| before <= all.len()) else { return Vec::new() };
+    let Some(before) = n.checked_sub(1).filter(|&before| before <= all.len()) else {
+        return Vec::new();
+    };
     let last = &all[all.len() - before..];
     all.windows(n).filter(|w| &w[..before] == last).map(|w| w[before]).collect()
 }
@@ -214,15 +229,23 @@ pub fn repeats(n: usize, prompt: &[i32], tokens: &[i32]) -> Vec<i32> {
 mod tests {
     use super::*;
 
-    const SETTINGS: Settings =
-        Settings { beams: 2, length: Length::Power(1.0), stop: Stop::NoBetter, tokens: 3, end: Some(0), no_repeat: 0 };
+    const SETTINGS: Settings = Settings {
+        beams: 2,
+        length: Length::Power(1.0),
+        stop: Stop::NoBetter,
+        tokens: 3,
+        end: Some(0),
+        no_repeat: 0,
+    };
 
-    /// Searches where the probabilities of the next token depend on the last one only; token 1 comes before the first.
+    /// Searches where the probabilities of the next token depend on the last one only; token 1
+    /// comes before the first.
     fn search(settings: Settings, table: &[&[f64]]) -> Vec<i32> {
         let mut search = Search::new(settings, &[]);
         let (mut tokens, mut order) = (vec![1; settings.beams], vec![0; settings.beams]);
         while !search.finished() {
-            let logits: Vec<f64> = tokens.iter().flat_map(|&t| table[t as usize].iter().map(|p| p.ln())).collect();
+            let logits: Vec<f64> =
+                tokens.iter().flat_map(|&t| table[t as usize].iter().map(|p| p.ln())).collect();
             search.advance(&logits, &[], &mut order, &mut tokens);
         }
         search.best()
@@ -235,10 +258,14 @@ mod tests {
     fn a_beam_finds_what_greed_passes() {
         let greedy = Settings { beams: 1, ..SETTINGS };
         assert_eq!(search(greedy, &TABLE), [1, 1, 1]);
-        // 0.3·0.98 in two tokens against 0.4·0.4·0.4 in three; and 0.3 in one, which is less by length.
+        // 0.3·0.98 in two tokens against 0.4·0.4·0.4 in three; and 0.3 in one, which is less by
+        // length.
         assert_eq!(search(SETTINGS, &TABLE), [2]);
         // Without a regard for length the end alone has more.
-        assert_eq!(search(Settings { beams: 3, length: Length::Power(0.0), ..SETTINGS }, &TABLE), [0_i32; 0]);
+        assert_eq!(
+            search(Settings { beams: 3, length: Length::Power(0.0), ..SETTINGS }, &TABLE),
+            [0_i32; 0]
+        );
     }
 
     #[test]
@@ -250,7 +277,10 @@ mod tests {
         }
         // A bad end at once, a good hypothesis without one.
         let table: [&[f64]; 3] = [&[1.0, 0.0, 0.0], &[0.1, 0.0, 0.9], &[0.0, 0.0, 1.0]];
-        assert_eq!(search(Settings { stop: Stop::Full, tokens: 2, ..SETTINGS }, &table), [0_i32; 0]);
+        assert_eq!(
+            search(Settings { stop: Stop::Full, tokens: 2, ..SETTINGS }, &table),
+            [0_i32; 0]
+        );
         assert_eq!(search(Settings { tokens: 2, ..SETTINGS }, &table), [2, 2]);
         assert_eq!(search(Settings { tokens: 0, ..SETTINGS }, &table), [0_i32; 0]);
     }

@@ -58,7 +58,8 @@ pub fn mean_std(values: &[f64]) -> (f64, f64) {
     (mean, if values.len() > 1 { (squares / (n - 1.0)).sqrt() } else { 0.0 })
 }
 
-/// Makes the directory of an experiment, after refusing flags of its runs that were given though it chooses them itself.
+/// Makes the directory of an experiment, after refusing flags of its runs that were given though it
+/// chooses them itself.
 ///
 /// # Errors
 /// [`Failure`] names the flag.
@@ -69,7 +70,9 @@ pub fn begin<A: Flags>(dir: &Path, base: &A, chosen: &[&str]) -> Result<(), Fail
     let every = ["mode", "quantize", "seed", "out", "resume", "json"];
     if let Some(flag) = every.iter().chain(chosen).find(|&&flag| given.contains(flag)) {
         let flag = flag.replace('_', "-");
-        return Err(Failure::Other(format!("experiments choose --{flag} of their runs themselves; leave it out")));
+        return Err(Failure::Other(format!(
+            "experiments choose --{flag} of their runs themselves; leave it out"
+        )));
     }
     Ok(std::fs::create_dir_all(dir).map_err(|e| FileError::io(dir, "create the directory", e))?)
 }
@@ -107,7 +110,10 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
         let path = out.join("result.json");
         if path.exists() {
             let finished: Finished<A, S> = serde_json::from_slice(&read_limited(&path, 1 << 22)?)
-                .map_err(|e| Failure::Run { path: path.clone(), what: format!("not the result of a run: {e}") })?;
+                .map_err(|e| Failure::Run {
+                path: path.clone(),
+                what: format!("not the result of a run: {e}"),
+            })?;
             return if same(&finished.args) { Ok(finished.summary) } else { Err(other(path)) };
         }
         report::note!("\n{} with seed {seed}", cell.name);
@@ -124,7 +130,8 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
             return Err(Failure::Other("stopped; the same command goes on from here".into()));
         };
         let finished = Finished { args, summary: summary.clone() };
-        let json = serde_json::to_vec_pretty(&finished).map_err(|e| Failure::Other(e.to_string()))?;
+        let json =
+            serde_json::to_vec_pretty(&finished).map_err(|e| Failure::Other(e.to_string()))?;
         write_bytes(&path, &json)?;
         Ok(summary)
     }
@@ -137,9 +144,9 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
         cells.iter().map(|c| (1..=self.seeds).map(|seed| self.result(c, seed)).collect()).collect()
     }
 
-    /// What `of` takes from short runs of every cell and seed, made after all others and in turn: a machine whose speed
-    /// changes, or that did something else during the long runs, treats all cells alike. `short` makes a cell's run
-    /// one of a few steps.
+    /// What `of` takes from short runs of every cell and seed, made after all others and in turn: a
+    /// machine whose speed changes, or that did something else during the long runs, treats all
+    /// cells alike. `short` makes a cell's run one of a few steps.
     ///
     /// # Errors
     /// As [`result`](Self::result).
@@ -165,7 +172,14 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
     ///
     /// # Errors
     /// [`Failure`]
-    pub fn draw(&self, name: &str, title: &str, x: &str, y: &str, series: &[Series<'_>]) -> Result<(), Failure> {
+    pub fn draw(
+        &self,
+        name: &str,
+        title: &str,
+        x: &str,
+        y: &str,
+        series: &[Series<'_>],
+    ) -> Result<(), Failure> {
         Ok(report::svg(&self.dir.join(format!("{name}.svg")), &Chart { title, x, y, series })?)
     }
 
@@ -218,8 +232,11 @@ impl Table {
         results: &[Vec<S>],
         row: impl Fn(&S) -> Vec<f64>,
     ) -> Self {
-        let rows =
-            cells.iter().zip(results).map(|(c, r)| (c.name.clone(), c.x, r.iter().map(&row).collect())).collect();
+        let rows = cells
+            .iter()
+            .zip(results)
+            .map(|(c, r)| (c.name.clone(), c.x, r.iter().map(&row).collect()))
+            .collect();
         Self { columns: columns.to_vec(), rows }
     }
 
@@ -275,7 +292,13 @@ impl Table {
     }
 
     /// One column over the axis, for the cells that `of` names.
-    pub fn series<'s>(&self, name: &'s str, column: usize, factor: f64, of: impl Fn(&str) -> bool) -> Series<'s> {
+    pub fn series<'s>(
+        &self,
+        name: &'s str,
+        column: usize,
+        factor: f64,
+        of: impl Fn(&str) -> bool,
+    ) -> Series<'s> {
         let mut series = Series { name, marks: true, ..Series::default() };
         let mut points: Vec<_> = (self.rows.iter().filter(|r| of(&r.0)))
             .map(|(_, x, values)| {

@@ -13,7 +13,13 @@ use serde_json::Value;
 pub fn run(program: &str, out: &Path, arguments: &str) -> Output {
     let to = if arguments.contains("experiment") { "--dir" } else { "--out" };
     let mut command = Command::new(program);
-    command.args(arguments.split_whitespace()).arg(to).arg(out).stdin(Stdio::null()).output().unwrap()
+    command
+        .args(arguments.split_whitespace())
+        .arg(to)
+        .arg(out)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
 }
 
 /// Standard output of a run that succeeds.
@@ -48,13 +54,14 @@ pub fn metrics(dir: &Path, clock: &str) -> Vec<Value> {
     text.lines().map(line).collect()
 }
 
-/// The launcher of `ranks` ranks, to which the program and its arguments are added: `BDIA_MPIRUN` with its flags, or Open
-/// MPI's, which may run as root and on few cores.
+/// The launcher of `ranks` ranks, to which the program and its arguments are added: `BDIA_MPIRUN`
+/// with its flags, or Open MPI's, which may run as root and on few cores.
 ///
 /// # Panics
 /// Where `BDIA_MPIRUN` is empty.
 pub fn mpirun(ranks: usize) -> Command {
-    let line = std::env::var("BDIA_MPIRUN").unwrap_or("mpirun --allow-run-as-root --oversubscribe".into());
+    let line =
+        std::env::var("BDIA_MPIRUN").unwrap_or("mpirun --allow-run-as-root --oversubscribe".into());
     let mut words = line.split_whitespace();
     let mut c = Command::new(words.next().unwrap());
     c.args(words).args(["-np", &ranks.to_string()]);

@@ -1,7 +1,9 @@
-//! Parameters as safetensors: `model.safetensors`, in one file or in shards, as Hugging Face has them.
+//! Parameters as safetensors: `model.safetensors`, in one file or in shards, as Hugging Face has
+//! them.
 //!
-//! A safetensors file is the length of its header (`u64`, little-endian), the header (JSON: name → dtype, shape, range of
-//! bytes), and the data. Headers come from outside and are trusted in nothing; data is read a piece at a time.
+//! A safetensors file is the length of its header (`u64`, little-endian), the header (JSON: name →
+//! dtype, shape, range of bytes), and the data. Headers come from outside and are trusted in
+//! nothing; data is read a piece at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -142,10 +144,14 @@ impl<'de> Deserialize<'de> for Entries {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
-                let (mut all, mut names, mut notes) = (Vec::new(), BTreeSet::new(), BTreeMap::new());
+                let (mut all, mut names, mut notes) =
+                    (Vec::new(), BTreeSet::new(), BTreeMap::new());
                 while let Some(name) = map.next_key::<String>()? {
                     if !names.insert(name.clone()) {
-                        return Err(A::Error::custom(format_args!("the name {} comes twice", short(&name))));
+                        return Err(A::Error::custom(format_args!(
+                            "the name {} comes twice",
+                            short(&name)
+                        )));
                     }
                     if name == "__metadata__" {
                         notes = map.next_value()?;
@@ -162,7 +168,11 @@ impl<'de> Deserialize<'de> for Entries {
 
 /// Names from outside may have any length.
 fn short(name: &str) -> String {
-    if name.chars().count() <= 100 { name.to_string() } else { name.chars().take(100).chain("…".chars()).collect() }
+    if name.chars().count() <= 100 {
+        name.to_string()
+    } else {
+        name.chars().take(100).chain("…".chars()).collect()
+    }
 }
 
 /// Bytes of an element, by the names of the safetensors format.
@@ -198,11 +208,13 @@ pub fn read_header(
                 "tensor {shown} lies at bytes {begin} to {end} of the data, which has {data}; the file is cut off or damaged"
             )));
         }
-        let unit = element_bytes(&dtype)
-            .ok_or_else(|| wrong(format!("tensor {shown} has the unknown dtype {}", short(&dtype))))?;
+        let unit = element_bytes(&dtype).ok_or_else(|| {
+            wrong(format!("tensor {shown} has the unknown dtype {}", short(&dtype)))
+        })?;
         let bytes = shape.iter().try_fold(unit, |n, &d| n.checked_mul(d));
         if bytes != Some(end - begin) {
-            let bytes = bytes.map_or("more bytes than can be counted".to_string(), |b| format!("{b} bytes"));
+            let bytes = bytes
+                .map_or("more bytes than can be counted".to_string(), |b| format!("{b} bytes"));
             let shape = short(&format!("{shape:?}"));
             return Err(wrong(format!(
                 "tensor {shown} of shape {shape} and dtype {dtype} has {bytes}, found {}",
@@ -210,7 +222,8 @@ pub fn read_header(
             )));
         }
         let sizes: Result<Vec<usize>, _> = shape.iter().map(|&d| usize::try_from(d)).collect();
-        let shape = sizes.map_err(|_| wrong(format!("tensor {shown} is too large for this machine")))?;
+        let shape =
+            sizes.map_err(|_| wrong(format!("tensor {shown} is too large for this machine")))?;
         ranges.push((begin, end, tensors.len()));
         tensors.push((name, Tensor { shape, dtype, offset: 8 + size + begin, file }));
     }
@@ -219,9 +232,12 @@ pub fn read_header(
     let mut at = 0;
     for (begin, end, i) in ranges {
         if begin != at {
-            let what = if begin < at { "overlaps another tensor" } else { "leaves a hole before it" };
+            let what =
+                if begin < at { "overlaps another tensor" } else { "leaves a hole before it" };
             let name = short(&tensors[i].0);
-            return Err(wrong(format!("tensor {name} begins at byte {begin} of the data, expected {at}: it {what}")));
+            return Err(wrong(format!(
+                "tensor {name} begins at byte {begin} of the data, expected {at}: it {what}"
+            )));
         }
         at = end;
     }
@@ -248,7 +264,9 @@ fn entries(path: &Path, reader: &mut impl Read, len: u64) -> Result<(Entries, u6
     let wrong = |what: String| WeightsError::Header { path: path.into(), what };
     let failed = |e: io::Error| FileError::io(path, "read its header", e);
     if len < 8 {
-        return Err(wrong(format!("{len} bytes, expected at least 8; the file is cut off or empty")));
+        return Err(wrong(format!(
+            "{len} bytes, expected at least 8; the file is cut off or empty"
+        )));
     }
     let mut size = [0_u8; 8];
     reader.read_exact(&mut size).map_err(failed)?;
@@ -263,7 +281,8 @@ fn entries(path: &Path, reader: &mut impl Read, len: u64) -> Result<(Entries, u6
     let mut header = Vec::new();
     reader.take(size).read_to_end(&mut header).map_err(failed)?;
     // JSON is UTF-8 also where its content is skipped, which the parser alone does not check.
-    let header = core::str::from_utf8(&header).map_err(|e| wrong(format!("the header is not UTF-8: {e}")))?;
+    let header = core::str::from_utf8(&header)
+        .map_err(|e| wrong(format!("the header is not UTF-8: {e}")))?;
     let entries = serde_json::from_str(header).map_err(|e| wrong(format!("the header: {e}")))?;
     Ok((entries, size))
 }
@@ -284,9 +303,15 @@ pub fn read_index(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, String>,
         serde_json::from_slice(bytes).map_err(|e| wrong(format!("not an index of shards: {e}")))?;
     for file in weight_map.values() {
         // A name from outside must not lead out of the directory.
-        let plain = !file.is_empty() && file != "." && file != ".." && !file.contains(['/', '\\', '\0', ':']);
+        let plain = !file.is_empty()
+            && file != "."
+            && file != ".."
+            && !file.contains(['/', '\\', '\0', ':']);
         if !plain {
-            return Err(wrong(format!("{:?} is not the name of a file in this directory", short(file))));
+            return Err(wrong(format!(
+                "{:?} is not the name of a file in this directory",
+                short(file)
+            )));
         }
     }
     if weight_map.is_empty() {
@@ -296,7 +321,8 @@ pub fn read_index(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, String>,
 }
 
 impl Weights {
-    /// Reads the headers of a model's files: `model.safetensors`, or the shards that the index beside it names.
+    /// Reads the headers of a model's files: `model.safetensors`, or the shards that the index
+    /// beside it names.
     ///
     /// # Errors
     /// [`WeightsError`]
@@ -316,7 +342,10 @@ impl Weights {
             .filter(|(name, file)| {
                 let plain = plain_name(name);
                 !is_buffer(plain)
-                    && weights.tensors.get(plain).is_none_or(|t| !weights.files[t.file].ends_with(file.as_str()))
+                    && weights
+                        .tensors
+                        .get(plain)
+                        .is_none_or(|t| !weights.files[t.file].ends_with(file.as_str()))
             })
             .map(|(name, file)| format!("{} is not in {file}", short(name)))
             .collect();
@@ -342,8 +371,10 @@ impl Weights {
             for (name, tensor) in read_header(path, &mut file, len, i)? {
                 let plain = plain_name(&name);
                 if !is_buffer(plain) && tensors.insert(plain.to_string(), tensor).is_some() {
-                    let what =
-                        format!("tensor {} comes twice (with and without transformer., or in two files)", short(plain));
+                    let what = format!(
+                        "tensor {} comes twice (with and without transformer., or in two files)",
+                        short(plain)
+                    );
                     return Err(WeightsError::Header { path: path.clone(), what });
                 }
             }
@@ -361,14 +392,20 @@ impl Weights {
         self.tensors.get(name)
     }
 
-    /// Whether these are the tensors of a model. A head that the model ties to the embedding may be there in addition.
+    /// Whether these are the tensors of a model. A head that the model ties to the embedding may be
+    /// there in addition.
     ///
     /// # Errors
-    /// [`WeightsError::Mismatch`] names everything that is missing, unexpected, or of another shape or type.
+    /// [`WeightsError::Mismatch`] names everything that is missing, unexpected, or of another shape
+    /// or type.
     pub fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<(), WeightsError> {
         let mut wrong = Vec::new();
         let names: BTreeSet<&str> = expected.iter().map(|e| e.0.as_str()).collect();
-        let missing: Vec<_> = names.iter().filter(|n| !self.tensors.contains_key(**n)).map(|n| n.to_string()).collect();
+        let missing: Vec<_> = names
+            .iter()
+            .filter(|n| !self.tensors.contains_key(**n))
+            .map(|n| n.to_string())
+            .collect();
         if !missing.is_empty() {
             wrong.push(format!("missing: {}", list(missing)));
         }
@@ -405,7 +442,9 @@ impl Weights {
         let unit = match tensor.dtype.as_str() {
             "F32" => 4,
             "F16" | "BF16" => 2,
-            other => return Err(WeightsError::Dtype { name: name.into(), dtype: other.into() }.into()),
+            other => {
+                return Err(WeightsError::Dtype { name: name.into(), dtype: other.into() }.into());
+            }
         };
         let path = &self.files[tensor.file];
         let failed = |e| WeightsError::from(FileError::io(path, "read its weights", e));
@@ -465,10 +504,12 @@ fn plain_name(name: &str) -> &str {
     name.strip_prefix("transformer.").unwrap_or(name)
 }
 
-/// The causal masks that old files hold beside the parameters: `h.N.attn.bias` and `h.N.attn.masked_bias`.
+/// The causal masks that old files hold beside the parameters: `h.N.attn.bias` and
+/// `h.N.attn.masked_bias`.
 fn is_buffer(name: &str) -> bool {
     let mut parts = name.split('.');
-    let block = parts.next() == Some("h") && parts.next().is_some_and(|n| n.parse::<usize>().is_ok());
+    let block =
+        parts.next() == Some("h") && parts.next().is_some_and(|n| n.parse::<usize>().is_ok());
     block
         && parts.next() == Some("attn")
         && matches!(parts.next(), Some("bias" | "masked_bias"))
@@ -506,15 +547,17 @@ impl Sink<'_> {
     /// [`WeightsError::File`]
     pub fn put(&mut self, values: &[f32]) -> Result<(), WeightsError> {
         for v in values {
-            self.out.write_all(&v.to_le_bytes()).map_err(|e| FileError::io(self.path, "write its weights", e))?;
+            self.out
+                .write_all(&v.to_le_bytes())
+                .map_err(|e| FileError::io(self.path, "write its weights", e))?;
         }
         self.count += values.len();
         Ok(())
     }
 }
 
-/// Writes a safetensors file in f32, atomically: `values` is called once for each tensor, in order, and puts its values
-/// into the sink.
+/// Writes a safetensors file in f32, atomically: `values` is called once for each tensor, in order,
+/// and puts its values into the sink.
 ///
 /// # Errors
 /// [`WeightsError`], and what `values` returns; an existing file is untouched then.
@@ -546,14 +589,23 @@ pub fn write_noted<E: From<WeightsError> + From<FileError>>(
             values(i, &mut sink)?;
             let expected = shape.iter().product();
             if sink.count != expected {
-                return Err(WeightsError::Count { name: name.clone(), expected, found: sink.count }.into());
+                return Err(WeightsError::Count {
+                    name: name.clone(),
+                    expected,
+                    found: sink.count,
+                }
+                .into());
             }
         }
         Ok(())
     })
 }
 
-fn header(path: &Path, tensors: &[(String, Vec<usize>)], notes: &[(&str, &str)]) -> Result<String, WeightsError> {
+fn header(
+    path: &Path,
+    tensors: &[(String, Vec<usize>)],
+    notes: &[(&str, &str)],
+) -> Result<String, WeightsError> {
     #[derive(Serialize)]
     struct Out<'a> {
         dtype: &'a str,
@@ -567,8 +619,9 @@ fn header(path: &Path, tensors: &[(String, Vec<usize>)], notes: &[(&str, &str)])
     let mut at = 0_u64;
     for (name, shape) in tensors {
         let bytes = shape.iter().try_fold(4_u64, |n, &d| n.checked_mul(d as u64));
-        let end =
-            bytes.and_then(|b| at.checked_add(b)).ok_or_else(|| wrong("the tensors have too many bytes to count"))?;
+        let end = bytes
+            .and_then(|b| at.checked_add(b))
+            .ok_or_else(|| wrong("the tensors have too many bytes to count"))?;
         let out = serde_json::to_value(Out { dtype: "F32", shape, data_offsets: [at, end] });
         if map.insert(name.clone(), out.map_err(|e| wrong(&e.to_string()))?).is_some() {
             return Err(wrong(&format!("tensor {name} would be written twice")));
@@ -617,9 +670,13 @@ mod tests {
                 for (full, view) in st.tensors() {
                     let ours = all(&w, plain_name(&full));
                     let theirs: Vec<f32> = match view.dtype() {
-                        safetensors::Dtype::F32 => {
-                            view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-                        }
+                        safetensors::Dtype::F32 => view
+                            .data()
+                            .as_chunks::<4>()
+                            .0
+                            .iter()
+                            .map(|b| f32::from_le_bytes(*b))
+                            .collect(),
                         safetensors::Dtype::F16 => view
                             .data()
                             .as_chunks::<2>()
@@ -646,8 +703,11 @@ mod tests {
     fn what_is_written_is_read_back_by_both() {
         let dir = TempDir::new();
         let path = dir.path().join(FILE);
-        let tensors =
-            vec![("wte.weight".to_string(), vec![100, 97]), ("ln_f.bias".into(), vec![3]), ("head".into(), vec![1, 2])];
+        let tensors = vec![
+            ("wte.weight".to_string(), vec![100, 97]),
+            ("ln_f.bias".into(), vec![3]),
+            ("head".into(), vec![1, 2]),
+        ];
         let value = |i: usize, j: usize| (i * 100_000 + j) as f32 * 0.5;
         write(&path, &tensors, |i, sink| {
             let n = tensors[i].1.iter().product::<usize>();
@@ -670,7 +730,10 @@ mod tests {
         assert_eq!(metadata.info("ln_f.bias").unwrap().shape, [3]);
         let noted = dir.path().join("noted");
         write_noted(&noted, &[], &[("base", "x")], |_, _| Ok::<(), WeightsError>(())).unwrap();
-        assert_eq!(notes(&noted).unwrap(), [("base", "x"), ("format", "pt")].map(|(k, v)| (k.into(), v.into())).into());
+        assert_eq!(
+            notes(&noted).unwrap(),
+            [("base", "x"), ("format", "pt")].map(|(k, v)| (k.into(), v.into())).into()
+        );
         // Too few values: an error, and the old file stays.
         let failed = write(&path, &tensors, |_, sink| sink.put(&[1.0]));
         assert!(matches!(failed, Err(WeightsError::Count { expected: 9700, found: 1, .. })));
@@ -683,7 +746,8 @@ mod tests {
     fn mismatches_are_named_together() {
         let dir = committed("hf_untied");
         let there = Weights::read_dir(&dir).unwrap();
-        let mut tensors: Vec<_> = there.tensors().map(|(n, t)| (n.to_string(), t.shape.clone())).collect();
+        let mut tensors: Vec<_> =
+            there.tensors().map(|(n, t)| (n.to_string(), t.shape.clone())).collect();
         tensors.retain(|(n, _)| n != "ln_f.bias" && n != "h.1.ln_1.weight");
         tensors.iter_mut().filter(|t| t.0 == "wte.weight").for_each(|t| t.1 = vec![62, 24]);
         tensors.push(("h.9.ln_1.weight".into(), vec![24]));
@@ -727,11 +791,20 @@ mod tests {
             (raw(&one("[0]"), 8), "the header"),
             (raw(&one("[0,4]"), 4), "has 8 bytes, found 4"),
             (raw(&one("[4,12]"), 12), "leaves a hole"),
-            (raw(&two("[0,8]", "[4,12]"), 12), "tensor b begins at byte 4 of the data, expected 8: it overlaps"),
+            (
+                raw(&two("[0,8]", "[4,12]"), 12),
+                "tensor b begins at byte 4 of the data, expected 8: it overlaps",
+            ),
             (raw(&two("[0,8]", "[0,8]"), 8), "overlaps"),
             (raw(&two("[0,8]", "[8,16]").replace("\"b\"", "\"a\""), 16), "the name a comes twice"),
-            (raw(&two("[0,8]", "[8,16]").replace("\"b\"", "\"transformer.a\""), 16), "tensor a comes twice"),
-            (raw(&one("[0,8]").replace("[2]", "[4294967296,4294967296,4]"), 8), "more bytes than can be counted"),
+            (
+                raw(&two("[0,8]", "[8,16]").replace("\"b\"", "\"transformer.a\""), 16),
+                "tensor a comes twice",
+            ),
+            (
+                raw(&one("[0,8]").replace("[2]", "[4294967296,4294967296,4]"), 8),
+                "more bytes than can be counted",
+            ),
             (raw(&one("[0,8]").replace("F32", "F31"), 8), "unknown dtype F31"),
         ] {
             dir.file(FILE, &bytes);
@@ -763,7 +836,13 @@ mod tests {
         assert!(w.check(&[("a".into(), vec![2])]).unwrap_err().to_string().contains("dtype I32"));
         assert!(matches!(w.read("a", &mut [0.0; 2]), Err(WeightsError::Dtype { .. })));
         // Masks of old files are passed over, whatever their type.
-        dir.file(FILE, &raw(r#"{"transformer.h.0.attn.bias":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#, 1));
+        dir.file(
+            FILE,
+            &raw(
+                r#"{"transformer.h.0.attn.bias":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#,
+                1,
+            ),
+        );
         assert_eq!(Weights::read_dir(dir.path()).unwrap().tensors().count(), 0);
     }
 
@@ -775,7 +854,9 @@ mod tests {
             let error = read_index(path, text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains("is not the name of a file"), "{error}");
         }
-        for text in ["", "{}", r#"{"weight_map":{}}"#, r#"{"weight_map":[1]}"#, r#"{"weight_map":{"a":1}}"#] {
+        for text in
+            ["", "{}", r#"{"weight_map":{}}"#, r#"{"weight_map":[1]}"#, r#"{"weight_map":{"a":1}}"#]
+        {
             assert!(read_index(path, text.as_bytes()).is_err());
         }
         let dir = TempDir::new();
@@ -783,7 +864,12 @@ mod tests {
         dir.file(INDEX, br#"{"weight_map":{"transformer.a":"s"}}"#);
         assert_eq!(all(&Weights::read_dir(dir.path()).unwrap(), "a"), [0.0; 2]);
         dir.file(INDEX, br#"{"weight_map":{"a":"s","transformer.b":"s"}}"#);
-        assert!(Weights::read_dir(dir.path()).unwrap_err().to_string().contains("transformer.b is not in s"));
+        assert!(
+            Weights::read_dir(dir.path())
+                .unwrap_err()
+                .to_string()
+                .contains("transformer.b is not in s")
+        );
         dir.file(INDEX, br#"{"weight_map":{"a":"s","b":"t"}}"#);
         assert!(matches!(Weights::read_dir(dir.path()), Err(WeightsError::File(_))));
     }

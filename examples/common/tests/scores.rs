@@ -14,7 +14,8 @@ fn corpora() -> Vec<Value> {
 
 fn corpus(of: &Value) -> Corpus {
     let segments = of["segments"].as_array().unwrap().iter().map(|s| {
-        let references: Vec<_> = s["references"].as_array().unwrap().iter().map(|r| r.as_str().unwrap()).collect();
+        let references: Vec<_> =
+            s["references"].as_array().unwrap().iter().map(|r| r.as_str().unwrap()).collect();
         (s["hypothesis"].as_str().unwrap(), references)
     });
     Corpus::new(segments, split)
@@ -26,9 +27,13 @@ fn scores_are_those_of_the_python_tools() {
     assert!(corpora.len() >= 20);
     for of in corpora {
         let s = corpus(&of).scores();
-        for (name, found) in
-            [("bleu", s.bleu), ("nist", s.nist), ("meteor", s.meteor), ("rouge_l", s.rouge_l), ("cider", s.cider)]
-        {
+        for (name, found) in [
+            ("bleu", s.bleu),
+            ("nist", s.nist),
+            ("meteor", s.meteor),
+            ("rouge_l", s.rouge_l),
+            ("cider", s.cider),
+        ] {
             let expected = of["scores"][name].as_f64().unwrap();
             // Both sum logarithms and ratios in f64, in different orders.
             assert!(

@@ -1,5 +1,5 @@
-//! What is done with arbitrary bytes, and what must then hold. Used by the fuzz targets, and by `tests/fuzz_seeds.rs`
-//! for the seeds and mutations of them.
+//! What is done with arbitrary bytes, and what must then hold. Used by the fuzz targets, and by
+//! `tests/fuzz_seeds.rs` for the seeds and mutations of them.
 #![allow(dead_code)]
 
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -42,19 +42,24 @@ fn with_file<T>(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> T) -> T {
     result
 }
 
-/// A safetensors file: what is accepted has the bytes that its shapes need, is accepted by the safetensors library, and
-/// can be read to the end.
+/// A safetensors file: what is accepted has the bytes that its shapes need, is accepted by the
+/// safetensors library, and can be read to the end.
 pub fn weights(data: &[u8]) {
     let path = Path::new("model.safetensors");
     // A size that the content does not have: the file changed, or is a device.
     let _ = weights::read_header(path, &mut &data[..], u64::MAX, 0);
     let _ = weights::read_header(path, &mut &data[..], data.len() as u64 / 2, 0);
-    let Ok(tensors) = weights::read_header(path, &mut &data[..], data.len() as u64, 0) else { return };
+    let Ok(tensors) = weights::read_header(path, &mut &data[..], data.len() as u64, 0) else {
+        return;
+    };
     let elements: usize = tensors.iter().map(|(_, t)| t.len()).sum();
     assert!(elements <= data.len());
     let library = safetensors::SafeTensors::deserialize(data);
     // Whitespace before the header is all that the library minds and JSON does not.
-    assert!(library.is_ok() || data[8] != b'{', "accepted here, refused by the library: {library:?}");
+    assert!(
+        library.is_ok() || data[8] != b'{',
+        "accepted here, refused by the library: {library:?}"
+    );
     with_file("weights.safetensors", data, |path| {
         // The same name with and without its prefix is refused.
         let Ok(weights) = Weights::read_files(vec![path.into()]) else { return };
@@ -78,7 +83,9 @@ pub fn weights(data: &[u8]) {
 
 /// The index of a sharded model: every file it names lies in its directory.
 pub fn index(data: &[u8]) {
-    let Ok(map) = weights::read_index(Path::new("model.safetensors.index.json"), data) else { return };
+    let Ok(map) = weights::read_index(Path::new("model.safetensors.index.json"), data) else {
+        return;
+    };
     assert!(!map.is_empty());
     for file in map.values() {
         let path = Path::new("/a").join(file);
@@ -91,17 +98,19 @@ pub fn index(data: &[u8]) {
 pub fn config(data: &[u8]) {
     let Ok(config) = Gpt2Config::from_json(data) else { return };
     config.check().expect("what was read is checked");
-    let again = Gpt2Config::from_json(config.to_json().as_bytes()).expect("what is written can be read");
+    let again =
+        Gpt2Config::from_json(config.to_json().as_bytes()).expect("what is written can be read");
     assert_eq!(again, config);
     let parameters = config.parameters().expect("the parameters can be counted");
     if config.n_layer <= 64 {
-        let sum: usize = config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let sum: usize =
+            config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         assert_eq!(sum, parameters);
     }
 }
 
-/// A checkpoint, as it is and with the checksum that its bytes should have: what is accepted has the size that its header
-/// says, and is not accepted with a bit flipped.
+/// A checkpoint, as it is and with the checksum that its bytes should have: what is accepted has
+/// the size that its header says, and is not accepted with a bit flipped.
 pub fn checkpoint(data: &[u8]) {
     accepted(data);
     if data.len() >= 8 {
@@ -124,7 +133,8 @@ pub fn accepted(bytes: &[u8]) -> bool {
     true
 }
 
-/// A token file: what is accepted has as many tokens as it says, and gives batches of tokens within the vocabulary.
+/// A token file: what is accepted has as many tokens as it says, and gives batches of tokens within
+/// the vocabulary.
 pub fn tokens(data: &[u8]) {
     let path = Path::new("tokens.bin");
     let head = &data[..data.len().min(1024)];
@@ -141,8 +151,8 @@ pub fn tokens(data: &[u8]) {
     });
 }
 
-/// Pairs, read as each kind of file: what is accepted has completions, can be written as a table and read again, and makes
-/// samples in which every target is the token after it.
+/// Pairs, read as each kind of file: what is accepted has completions, can be written as a table
+/// and read again, and makes samples in which every target is the token after it.
 pub fn pairs(data: &[u8]) {
     let columns = PairColumns { prompt: "q".into(), completion: "a".into() };
     for kind in ["csv", "tsv", "jsonl"] {
@@ -150,9 +160,13 @@ pub fn pairs(data: &[u8]) {
         let Ok(read) = pairs::parse(Path::new(&name), data.to_vec(), &columns) else { continue };
         assert!(!read.is_empty() && read.iter().all(|p| !p.completion.trim().is_empty()));
         let quoted = |s: &str| format!("\"{}\"", s.replace('"', "\"\""));
-        let rows: String = read.iter().map(|p| format!("{},{}\n", quoted(&p.prompt), quoted(&p.completion))).collect();
+        let rows: String = read
+            .iter()
+            .map(|p| format!("{},{}\n", quoted(&p.prompt), quoted(&p.completion)))
+            .collect();
         let table = format!("q,a\n{rows}");
-        let again = pairs::parse(Path::new("pairs.csv"), table.into_bytes(), &columns).expect("a table that we wrote");
+        let again = pairs::parse(Path::new("pairs.csv"), table.into_bytes(), &columns)
+            .expect("a table that we wrote");
         assert_eq!(again, read);
         with_file(&name, data, |path| {
             for loss_on in [LossOn::Completion, LossOn::All] {
@@ -179,7 +193,8 @@ pub fn pairs(data: &[u8]) {
     }
 }
 
-/// Text: tokens stand for the same text again, encoding in pieces changes no token, and a text file gives batches.
+/// Text: tokens stand for the same text again, encoding in pieces changes no token, and a text file
+/// gives batches.
 pub fn text(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let tokens = tokenizer().encode(&text);

@@ -1,11 +1,13 @@
 //! Adapters as files in PEFT's layout: `adapter_model.safetensors` and `adapter_config.json`.
 //!
-//! PEFT has one adapter for all of `c_attn`. Ours of queries and values, of rank `r` and factor `α/r` each, are such a one of
-//! rank `2r` and factor `2α/2r` whose `lora_B` is zero where it does not belong to them ([`bdia_core::layers::Lora`]).
-//! `lora_A.weight` is `[R, d]`, `lora_B.weight` `[3d, R]`.
+//! PEFT has one adapter for all of `c_attn`. Ours of queries and values, of rank `r` and factor
+//! `α/r` each, are such a one of rank `2r` and factor `2α/2r` whose `lora_B` is zero where it does
+//! not belong to them ([`bdia_core::layers::Lora`]). `lora_A.weight` is `[R, d]`, `lora_B.weight`
+//! `[3d, R]`.
 //!
-//! The file of the tensors notes a digest of the weights that the adapters were trained on, so that those of another model are
-//! refused. Adapters by PEFT have no such note; their shapes are all that can be checked.
+//! The file of the tensors notes a digest of the weights that the adapters were trained on, so that
+//! those of another model are refused. Adapters by PEFT have no such note; their shapes are all
+//! that can be checked.
 
 use std::path::{Path, PathBuf};
 
@@ -80,7 +82,9 @@ pub enum AdapterError {
         found: String,
     },
     /// A weight that 16 bits do not hold.
-    #[error("tensor {name}: {value} does not fit the 16 bits in which it is to be stored; use another --frozen-dtype")]
+    #[error(
+        "tensor {name}: {value} does not fit the 16 bits in which it is to be stored; use another --frozen-dtype"
+    )]
     Narrow {
         /// The tensor.
         name: String,
@@ -116,18 +120,26 @@ impl Adapter {
         let weights = Weights::read_files(vec![path.clone()]).map_err(wrong)?;
         let d = config.n_embd;
         let expected: Vec<_> = (0..config.n_layer)
-            .flat_map(|k| [(name(k, "lora_A"), vec![rank, d]), (name(k, "lora_B"), vec![3 * d, rank])])
+            .flat_map(|k| {
+                [(name(k, "lora_A"), vec![rank, d]), (name(k, "lora_B"), vec![3 * d, rank])]
+            })
             .collect();
         weights.check(&expected).map_err(wrong)?;
         let base = weights::notes(&path).map_err(wrong)?.remove(BASE);
         Ok(Self { dir: dir.into(), weights, rank, scale, base })
     }
 
-    /// Adds the adapters to the weights that they were trained on: `W += s·(B·A)ᵀ`, summed in `f64`.
+    /// Adds the adapters to the weights that they were trained on: `W += s·(B·A)ᵀ`, summed in
+    /// `f64`.
     ///
     /// # Errors
     /// [`AdapterError::OtherModel`] where `digest` is not that of these weights.
-    pub fn merge<B: Backend<Real = f32>>(&self, be: &mut B, model: &Gpt2, digest: &str) -> Result<(), Failure> {
+    pub fn merge<B: Backend<Real = f32>>(
+        &self,
+        be: &mut B,
+        model: &Gpt2,
+        digest: &str,
+    ) -> Result<(), Failure> {
         match &self.base {
             Some(base) if base != digest => {
                 let (path, expected, found) = (self.dir.clone(), base.clone(), digest.to_string());
@@ -146,7 +158,9 @@ impl Adapter {
                 let place = t.values.sub(i * 3 * d, 3 * d);
                 be.read_reals(place, &mut row)?;
                 for (j, x) in row.iter_mut().enumerate() {
-                    let sum = (0..r).map(|q| f64::from(a[q * d + i]) * f64::from(b[j * r + q])).sum::<f64>();
+                    let sum = (0..r)
+                        .map(|q| f64::from(a[q * d + i]) * f64::from(b[j * r + q]))
+                        .sum::<f64>();
                     *x = (f64::from(*x) + self.scale * sum) as f32;
                 }
                 be.write_reals(place, &row)?;
@@ -178,9 +192,13 @@ fn read_config(path: &Path) -> Result<(usize, f64), AdapterError> {
         Some(Value::String(one)) => one == "c_attn",
         _ => false,
     })?;
-    check("bias", "\"none\", the only value that is implemented", &|v| v.is_none_or(|v| v == "none"))?;
+    check("bias", "\"none\", the only value that is implemented", &|v| {
+        v.is_none_or(|v| v == "none")
+    })?;
     for field in ["use_rslora", "use_dora", "use_qalora", "use_bdlora", "lora_bias"] {
-        check(field, "false, the only value that is implemented", &|v| v.is_none_or(|v| v == &json!(false)))?;
+        check(field, "false, the only value that is implemented", &|v| {
+            v.is_none_or(|v| v == &json!(false))
+        })?;
     }
     let empty = |v: Option<&Value>| match v {
         None => true,
@@ -200,7 +218,8 @@ fn read_config(path: &Path) -> Result<(usize, f64), AdapterError> {
         check(field, "nothing, the only value that is implemented", &empty)?;
     }
     let rank = of("r").and_then(Value::as_u64).filter(|r| (1..=1 << 20).contains(r));
-    let rank = rank.ok_or_else(|| wrong("r", "a whole number from 1 to 1048576", shown(of("r"))))?;
+    let rank =
+        rank.ok_or_else(|| wrong("r", "a whole number from 1 to 1048576", shown(of("r"))))?;
     let alpha = of("lora_alpha").and_then(Value::as_f64).filter(|a| a.is_finite());
     let alpha = alpha.ok_or_else(|| wrong("lora_alpha", "a number", shown(of("lora_alpha"))))?;
     Ok((rank as usize, alpha / rank as f64))
@@ -210,7 +229,13 @@ fn read_config(path: &Path) -> Result<(usize, f64), AdapterError> {
 ///
 /// # Errors
 /// A file that cannot be written; an existing one is untouched then.
-pub fn save<B: Backend<Real = f32>>(dir: &Path, be: &B, model: &Gpt2, base: &str, digest: &str) -> Result<(), Failure> {
+pub fn save<B: Backend<Real = f32>>(
+    dir: &Path,
+    be: &B,
+    model: &Gpt2,
+    base: &str,
+    digest: &str,
+) -> Result<(), Failure> {
     let Some(lora) = &model.blocks.lora else { return Ok(()) };
     let (shape, d, layers) = (lora.shape(), model.setup().dims.width, model.setup().dims.layers);
     let (r, rows) = (shape.rank, 2 * shape.rank);
@@ -224,7 +249,8 @@ pub fn save<B: Backend<Real = f32>>(dir: &Path, be: &B, model: &Gpt2, base: &str
         if i % 2 == 0 {
             return Ok(sink.put(&own)?);
         }
-        // Rows of B are ours of queries in its first d columns, of values in its last d; PEFT has its transpose.
+        // Rows of B are ours of queries in its first d columns, of values in its last d; PEFT has
+        // its transpose.
         let mut line = vec![0.0; rows];
         for j in 0..3 * d {
             line.fill(0.0);

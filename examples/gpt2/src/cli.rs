@@ -21,7 +21,8 @@ use crate::pairs::PairColumns;
 pub enum Order {
     /// From random places.
     Shuffled,
-    /// One after the other; sample n of the run is tokens n·T … n·T+T, from the start again after the end.
+    /// One after the other; sample n of the run is tokens n·T … n·T+T, from the start again after
+    /// the end.
     Sequential,
 }
 
@@ -70,8 +71,8 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// The configuration of a fresh model. The positions of `mini` are the context; the other sizes have their own 1024,
-    /// or the context where that is longer.
+    /// The configuration of a fresh model. The positions of `mini` are the context; the other sizes
+    /// have their own 1024, or the context where that is longer.
     ///
     /// # Errors
     /// [`ConfigError`] where the dimensions do not fit together.
@@ -82,7 +83,8 @@ impl ModelArgs {
         c.n_head = self.heads.map_or(c.n_head, to);
         c.n_embd = self.width.map_or(c.n_embd, to);
         if let Some(context) = self.context.map(to) {
-            c.n_positions = if self.config == Size::Mini { context } else { c.n_positions.max(context) };
+            c.n_positions =
+                if self.config == Size::Mini { context } else { c.n_positions.max(context) };
         }
         if let Some(vocab) = self.vocab.map(to) {
             c.set_vocab(vocab);
@@ -96,7 +98,8 @@ impl ModelArgs {
 /// Flags of `train`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct TrainArgs {
-    /// Plain UTF-8 text, or a .bin file of tokens [default: the licence texts of SPDX, which are built in]
+    /// Plain UTF-8 text, or a .bin file of tokens [default: the licence texts of SPDX, which are
+    /// built in]
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     pub data: Option<PathBuf>,
     /// Which pieces of the text make up a batch
@@ -161,7 +164,8 @@ pub struct PairArgs {
 impl PairArgs {
     /// The columns of a task; `None` for text.
     pub fn columns(&self, task: TaskKind) -> Option<PairColumns> {
-        let or = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.into());
+        let or =
+            |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.into());
         match task {
             TaskKind::E2e => Some(PairColumns::e2e()),
             TaskKind::Pairs => Some(PairColumns {
@@ -178,11 +182,18 @@ impl PairArgs {
     }
 
     fn check(&self, task: TaskKind) -> Result<(), String> {
-        if task != TaskKind::Pairs && (self.prompt_column.is_some() || self.completion_column.is_some()) {
-            return Err("--prompt-column and --completion-column belong to --task pairs; leave them out".into());
+        if task != TaskKind::Pairs
+            && (self.prompt_column.is_some() || self.completion_column.is_some())
+        {
+            return Err(
+                "--prompt-column and --completion-column belong to --task pairs; leave them out"
+                    .into(),
+            );
         }
         if task == TaskKind::Text && self.loss_on.is_some() {
-            return Err("--loss-on belongs to tasks of pairs; in text every token is learned".into());
+            return Err(
+                "--loss-on belongs to tasks of pairs; in text every token is learned".into()
+            );
         }
         Ok(())
     }
@@ -232,7 +243,10 @@ impl MethodArgs {
     /// Adapters, where those are trained.
     pub fn adapters(&self) -> Option<Adapters> {
         (self.method == MethodKind::Lora).then(|| Adapters {
-            shape: LoraShape { rank: self.lora_rank.unwrap_or(4) as usize, alpha: self.lora_alpha.unwrap_or(32.0) },
+            shape: LoraShape {
+                rank: self.lora_rank.unwrap_or(4) as usize,
+                alpha: self.lora_alpha.unwrap_or(32.0),
+            },
             half: match self.frozen_dtype {
                 None | Some(FrozenKind::F32) => None,
                 Some(FrozenKind::Bf16) => Some(Half::Bf16),
@@ -242,7 +256,8 @@ impl MethodArgs {
     }
 
     fn check(&self) -> Result<(), String> {
-        let lora = self.lora_rank.is_some() || self.lora_alpha.is_some() || self.frozen_dtype.is_some();
+        let lora =
+            self.lora_rank.is_some() || self.lora_alpha.is_some() || self.frozen_dtype.is_some();
         if self.method == MethodKind::Full && lora {
             return Err(
                 "--lora-rank, --lora-alpha and --frozen-dtype belong to --method lora; add that or leave them out"
@@ -278,7 +293,8 @@ pub struct FinetuneArgs {
     /// The model to start from, by its name on Hugging Face, such as openai-community/gpt2-medium
     #[arg(long, value_name = "NAME", help_heading = "Model")]
     pub model: Option<String>,
-    /// Tokens of a sample [default: of pairs, the longest example; of text, the model's positions; at most those]
+    /// Tokens of a sample [default: of pairs, the longest example; of text, the model's positions;
+    /// at most those]
     #[arg(long, value_name = "N", value_parser = count(1 << 24), help_heading = "Model")]
     pub context: Option<u64>,
     /// What is trained.
@@ -297,7 +313,9 @@ pub struct FinetuneArgs {
 
 impl Flags for FinetuneArgs {
     fn run(&mut self) -> RunFlags<'_> {
-        self.run.flags(self.data.iter_mut().chain(&mut self.validation).chain(&mut self.weights).collect())
+        self.run.flags(
+            self.data.iter_mut().chain(&mut self.validation).chain(&mut self.weights).collect(),
+        )
     }
 
     fn forget(&mut self) {
@@ -457,7 +475,8 @@ pub struct GenerateArgs {
     /// Text to go on from [default: the start of a document]
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub prompt: String,
-    /// Texts to go on from, one in each line of a UTF-8 file; prints what follows each, line breaks as spaces
+    /// Texts to go on from, one in each line of a UTF-8 file; prints what follows each, line breaks
+    /// as spaces
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
     /// Prompts at a time, fewer where memory is short
@@ -466,10 +485,12 @@ pub struct GenerateArgs {
     /// Tokens to generate, unless the text ends before
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = count(1 << 20))]
     pub tokens: u64,
-    /// Search for the most likely text with this many hypotheses in place of drawing it; 1 takes the most likely token
+    /// Search for the most likely text with this many hypotheses in place of drawing it; 1 takes
+    /// the most likely token
     #[arg(long, value_name = "N", value_parser = count(1 << 10), conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
     pub beams: Option<u64>,
-    /// Exponent of the length by which log-probabilities are divided; more favours longer texts [default: 1]
+    /// Exponent of the length by which log-probabilities are divided; more favours longer texts
+    /// [default: 1]
     #[arg(long, value_name = "A", allow_negative_numbers = true, value_parser = finite, requires = "beams")]
     pub length_penalty: Option<f64>,
     /// No N tokens in a row occur twice, prompt included; 0 for no such rule
@@ -515,7 +536,8 @@ impl GenerateArgs {
     }
 }
 
-/// How texts are written that are scored: by beam search, with the settings of the E2E challenge's fine-tuned GPT-2.
+/// How texts are written that are scored: by beam search, with the settings of the E2E challenge's
+/// fine-tuned GPT-2.
 #[derive(Debug, Clone, Copy, PartialEq, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Decoding")]
 pub struct DecodingArgs {
@@ -711,7 +733,12 @@ pub struct Cli {
 ///
 /// Without a subcommand it trains, and the flags of `train` apply.
 #[derive(Debug, Parser)]
-#[command(name = "bdia-gpt2", version, args_conflicts_with_subcommands = true, allow_negative_numbers = true)]
+#[command(
+    name = "bdia-gpt2",
+    version,
+    args_conflicts_with_subcommands = true,
+    allow_negative_numbers = true
+)]
 struct Raw {
     #[command(subcommand)]
     command: Option<Command>,
@@ -728,7 +755,9 @@ fn finetune_defaults(command: clap::Command) -> clap::Command {
         ("steps", "1000"),
         ("out", "runs/finetune"),
     ];
-    defaults.into_iter().fold(command, |c, (flag, value)| c.mut_arg(flag, |a| a.default_value(value)))
+    defaults
+        .into_iter()
+        .fold(command, |c, (flag, value)| c.mut_arg(flag, |a| a.default_value(value)))
 }
 
 impl Cli {
@@ -739,12 +768,14 @@ impl Cli {
     pub fn try_parse_from(
         arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     ) -> Result<Self, clap::Error> {
-        // Every subcommand takes `-3` as a value, so that the value's own check can say what is wrong with it.
+        // Every subcommand takes `-3` as a value, so that the value's own check can say what is
+        // wrong with it.
         let mut command = Raw::command()
             .mut_subcommands(|s| s.allow_negative_numbers(true))
             .mut_subcommand("finetune", finetune_defaults)
             .mut_subcommand("experiment", |s| {
-                s.mut_subcommands(|s| s.allow_negative_numbers(true)).mut_subcommand("finetune", finetune_defaults)
+                s.mut_subcommands(|s| s.allow_negative_numbers(true))
+                    .mut_subcommand("finetune", finetune_defaults)
             });
         let matches = command.try_get_matches_from_mut(arguments)?;
         let raw = Raw::from_arg_matches(&matches)?;
@@ -759,12 +790,15 @@ impl Cli {
                 finetune.run.given = given(sub.unwrap_or(&matches));
                 finetune.check()
             }
-            Command::Plan(plan) => plan.method.check().and_then(|()| check_mode(&plan.mode, plan.verify)),
+            Command::Plan(plan) => {
+                plan.method.check().and_then(|()| check_mode(&plan.mode, plan.verify))
+            }
             Command::Eval(eval) => eval.pairs.check(eval.task),
             Command::Generate(generate) => generate.check(),
             Command::Score(score) => score.pairs.check(score.task),
             Command::Experiment { experiment } => {
-                let own = sub.and_then(|m| m.subcommand()).map_or_else(BTreeSet::new, |(_, m)| given(m));
+                let own =
+                    sub.and_then(|m| m.subcommand()).map_or_else(BTreeSet::new, |(_, m)| given(m));
                 match experiment {
                     Experiment::Finetune(study) => {
                         study.finetune.run.given = own;
@@ -819,11 +853,20 @@ mod tests {
             (t.run.steps, t.run.optim.weight_decay, t.run.optim.lr, t.run.optim.min_lr()),
             (10, 0.2, 1e-3, 1e-4)
         );
-        assert_eq!(t.run.given.iter().map(String::as_str).collect::<Vec<_>>(), ["steps", "verify", "weight_decay"]);
-        assert_eq!((t.run.mode.mode, t.run.mode.gamma, t.run.mode.frac_bits), (Mode::Bdia, 0.5, 14));
+        assert_eq!(
+            t.run.given.iter().map(String::as_str).collect::<Vec<_>>(),
+            ["steps", "verify", "weight_decay"]
+        );
+        assert_eq!(
+            (t.run.mode.mode, t.run.mode.gamma, t.run.mode.frac_bits),
+            (Mode::Bdia, 0.5, 14)
+        );
         assert!(train("").run.given.is_empty());
         assert!(matches!(read("plan --config gpt2-xl --memory 2GB").unwrap(), Command::Plan(_)));
-        assert!(matches!(read("eval --inference quantized --gamma -0.5").unwrap(), Command::Eval(_)));
+        assert!(matches!(
+            read("eval --inference quantized --gamma -0.5").unwrap(),
+            Command::Eval(_)
+        ));
         assert!(matches!(read("generate --prompt Hello --top-k 0").unwrap(), Command::Generate(_)));
     }
 
@@ -840,7 +883,9 @@ mod tests {
             for flag in flags.split_whitespace() {
                 assert!(help.contains(&format!("--{flag}")), "{request}: {flag}");
             }
-            for default in ["[default: 130]", "[default: 0.001]", "[default: bdia]", "[default: runs/gpt2]"] {
+            for default in
+                ["[default: 130]", "[default: 0.001]", "[default: bdia]", "[default: runs/gpt2]"]
+            {
                 assert!(help.contains(default), "{request}: {default}");
             }
         }
@@ -901,7 +946,10 @@ mod tests {
             ("finetune --data a --weights b --lora-alpha 0", "a number above 0"),
             ("finetune --data a --weights b --lora-rank 0", "from 1 to 65536"),
             ("finetune --data a --weights b --prompt-column x", "belong to --task pairs"),
-            ("finetune --data a --weights b --task text --loss-on all", "belongs to tasks of pairs"),
+            (
+                "finetune --data a --weights b --task text --loss-on all",
+                "belongs to tasks of pairs",
+            ),
             ("finetune --data a --weights b --epochs 1 --steps 1", "cannot be used with"),
             ("finetune --data a --weights b --epochs 0", "a number above 0"),
             ("finetune --data a --weights b --gamma 0.3", "--gamma: gamma is 0.3"),
@@ -927,15 +975,28 @@ mod tests {
     #[test]
     fn fine_tuning_has_defaults_of_its_own() {
         let f = finetune("--data a.csv --weights b --batch 2");
-        assert_eq!((f.task, f.method.method, f.method.adapters()), (TaskKind::E2e, MethodKind::Full, None));
+        assert_eq!(
+            (f.task, f.method.method, f.method.adapters()),
+            (TaskKind::E2e, MethodKind::Full, None)
+        );
         assert_eq!((f.run.optim.lr, f.run.optim.weight_decay, f.run.steps), (2e-4, 0.01, 1000));
-        assert_eq!((f.run.optim.schedule, f.run.out), (ScheduleKind::Linear, PathBuf::from("runs/finetune")));
-        assert_eq!(f.run.given.iter().map(String::as_str).collect::<Vec<_>>(), ["batch", "data", "weights"]);
+        assert_eq!(
+            (f.run.optim.schedule, f.run.out),
+            (ScheduleKind::Linear, PathBuf::from("runs/finetune"))
+        );
+        assert_eq!(
+            f.run.given.iter().map(String::as_str).collect::<Vec<_>>(),
+            ["batch", "data", "weights"]
+        );
         // Those of `train` stay.
         assert_eq!((train("").run.optim.lr, train("train").run.steps), (1e-3, 130));
-        let f = finetune("--data a --model x/y --method lora --frozen-dtype f16 --lr 1 --epochs 2.5");
+        let f =
+            finetune("--data a --model x/y --method lora --frozen-dtype f16 --lr 1 --epochs 2.5");
         let adapters = f.method.adapters().unwrap();
-        assert_eq!((adapters.shape.rank, adapters.shape.alpha, adapters.shape.scale()), (4, 32.0, 8.0));
+        assert_eq!(
+            (adapters.shape.rank, adapters.shape.alpha, adapters.shape.scale()),
+            (4, 32.0, 8.0)
+        );
         assert_eq!((adapters.half, f.run.optim.lr, f.epochs), (Some(Half::F16), 1.0, Some(2.5)));
         let columns = |flags: &str| {
             let f = finetune(&format!("--data a --weights b {flags}"));
@@ -948,18 +1009,32 @@ mod tests {
         assert_eq!(columns("--task text"), None);
         // A saved run goes on with what it was started with.
         let saved = finetune("--data a --weights b --method lora --lora-rank 2 --task pairs");
-        let saved: FinetuneArgs = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
+        let saved: FinetuneArgs =
+            serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
         let run = finetune("--resume runs/a --threads 1 --json").resumed(&saved).unwrap();
-        assert_eq!((run.method.lora_rank, run.task, run.run.json), (Some(2), TaskKind::Pairs, true));
-        let error = finetune("--resume runs/a --lora-rank 3").resumed(&saved).unwrap_err().to_string();
+        assert_eq!(
+            (run.method.lora_rank, run.task, run.run.json),
+            (Some(2), TaskKind::Pairs, true)
+        );
+        let error =
+            finetune("--resume runs/a --lora-rank 3").resumed(&saved).unwrap_err().to_string();
         assert!(error.contains("--lora-rank is 3, the run has 2"), "{error}");
-        assert!(matches!(read("plan --method lora --frozen-dtype bf16").unwrap(), Command::Plan(_)));
+        assert!(matches!(
+            read("plan --method lora --frozen-dtype bf16").unwrap(),
+            Command::Plan(_)
+        ));
     }
 
     #[test]
     fn dimensions() {
-        let c = train("--layers 3 --heads 2 --width 48 --context 32 --vocab 61 --dropout 0.1").model.gpt2(0.1).unwrap();
-        assert_eq!((c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size), (3, 2, 48, 32, 61));
+        let c = train("--layers 3 --heads 2 --width 48 --context 32 --vocab 61 --dropout 0.1")
+            .model
+            .gpt2(0.1)
+            .unwrap();
+        assert_eq!(
+            (c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size),
+            (3, 2, 48, 32, 61)
+        );
         assert_eq!((c.eos_token_id, c.resid_pdrop), (None, 0.1));
         let error = train("--heads 5 --width 48").model.gpt2(0.0).unwrap_err().to_string();
         assert!(error.contains("n_head"), "{error}");
@@ -971,11 +1046,20 @@ mod tests {
         let saved = train("--lr 0.002 --layers 3 --threads 1 --mode checkpoint --memory 1GB");
         let json = serde_json::to_string(&saved).unwrap();
         let saved: TrainArgs = serde_json::from_str(&json).unwrap();
-        let run = train("--resume runs/a --threads 2 --device 3 --lr 2e-3 --json").resumed(&saved).unwrap();
-        assert_eq!((run.run.optim.lr, run.model.layers, run.run.machine.threads), (0.002, Some(3), Some(2)));
+        let run = train("--resume runs/a --threads 2 --device 3 --lr 2e-3 --json")
+            .resumed(&saved)
+            .unwrap();
+        assert_eq!(
+            (run.run.optim.lr, run.model.layers, run.run.machine.threads),
+            (0.002, Some(3), Some(2))
+        );
         assert_eq!(run.run.machine.device, 3);
-        assert_eq!((run.run.mode.mode, run.run.out, run.run.json), (Mode::Checkpoint, PathBuf::from("runs/a"), true));
-        let error = train("--resume runs/a --lr 0.1 --mode bdia --heads 2").resumed(&saved).unwrap_err();
+        assert_eq!(
+            (run.run.mode.mode, run.run.out, run.run.json),
+            (Mode::Checkpoint, PathBuf::from("runs/a"), true)
+        );
+        let error =
+            train("--resume runs/a --lr 0.1 --mode bdia --heads 2").resumed(&saved).unwrap_err();
         assert_eq!(error.0.len(), 3);
         let error = error.to_string();
         assert!(error.contains("--lr is 0.1, the run has 0.002"), "{error}");

@@ -191,8 +191,8 @@ impl Gpt2Config {
         self.n_inner.unwrap_or(self.n_embd.saturating_mul(4))
     }
 
-    /// Every tensor of the model with its shape, in the order in which Hugging Face has them, without the prefix
-    /// `transformer.`. `Conv1D` weights are `[in, out]`.
+    /// Every tensor of the model with its shape, in the order in which Hugging Face has them,
+    /// without the prefix `transformer.`. `Conv1D` weights are `[in, out]`.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (d, f) = (self.n_embd, self.inner());
         let mut all = vec![
@@ -200,7 +200,8 @@ impl Gpt2Config {
             ("wpe.weight".into(), vec![self.n_positions, d]),
         ];
         for k in 0..self.n_layer {
-            let mut put = |name: &str, shape: &[usize]| all.push((format!("h.{k}.{name}"), shape.to_vec()));
+            let mut put =
+                |name: &str, shape: &[usize]| all.push((format!("h.{k}.{name}"), shape.to_vec()));
             put("ln_1.weight", &[d]);
             put("ln_1.bias", &[d]);
             put("attn.c_attn.weight", &[d, 3 * d]);
@@ -230,7 +231,8 @@ impl Gpt2Config {
         let mlp = d.checked_mul(f)?.checked_mul(2)?.checked_add(f)?.checked_add(d)?;
         let block = attention.checked_add(mlp)?.checked_add(d.checked_mul(4)?)?;
         let heads = if self.tie_word_embeddings { 1 } else { 2 };
-        let rows = self.vocab_size.checked_mul(heads)?.checked_add(self.n_positions)?.checked_add(2)?;
+        let rows =
+            self.vocab_size.checked_mul(heads)?.checked_add(self.n_positions)?.checked_add(2)?;
         block.checked_mul(self.n_layer)?.checked_add(rows.checked_mul(d)?)
     }
 
@@ -254,10 +256,17 @@ impl Gpt2Config {
         }
         if !self.n_embd.is_multiple_of(self.n_head) {
             let expected = format!("a divisor of n_embd, which is {}", self.n_embd);
-            return Err(ConfigError::Field { field: "n_head", expected, found: self.n_head.to_string() });
+            return Err(ConfigError::Field {
+                field: "n_head",
+                expected,
+                found: self.n_head.to_string(),
+            });
         }
         // Parameters, gradients and two moments in f32, and room for the rest.
-        let fits = self.parameters().and_then(|p| p.checked_mul(32)).is_some_and(|b| isize::try_from(b).is_ok());
+        let fits = self
+            .parameters()
+            .and_then(|p| p.checked_mul(32))
+            .is_some_and(|b| isize::try_from(b).is_ok());
         if fits {
             Ok(())
         } else {
@@ -278,28 +287,42 @@ impl Gpt2Config {
         let value: Value = serde_json::from_slice(bytes).map_err(ConfigError::Json)?;
         let Value::Object(map) = value else {
             let found = value.to_string().chars().take(60).collect();
-            return Err(ConfigError::Field { field: "config.json", expected: "a JSON object".into(), found });
+            return Err(ConfigError::Field {
+                field: "config.json",
+                expected: "a JSON object".into(),
+                found,
+            });
         };
-        let model = field(&map, "model_type", "\"gpt2\"", Some("gpt2".to_string()), |v| v.as_str().map(str::to_owned))?;
+        let model = field(&map, "model_type", "\"gpt2\"", Some("gpt2".to_string()), |v| {
+            v.as_str().map(str::to_owned)
+        })?;
         if model != "gpt2" {
             let found = model.chars().take(60).collect();
-            return Err(ConfigError::Field { field: "model_type", expected: "\"gpt2\"".into(), found });
+            return Err(ConfigError::Field {
+                field: "model_type",
+                expected: "\"gpt2\"".into(),
+                found,
+            });
         }
         // What would change the result and is not implemented must not be passed over.
-        for (name, only) in
-            [("scale_attn_weights", true), ("scale_attn_by_inverse_layer_idx", false), ("add_cross_attention", false)]
-        {
+        for (name, only) in [
+            ("scale_attn_weights", true),
+            ("scale_attn_by_inverse_layer_idx", false),
+            ("add_cross_attention", false),
+        ] {
             let expected = format!("{only}, the only value that is implemented");
             field(&map, name, &expected, Some(()), |v| (v.as_bool() == Some(only)).then_some(()))?;
         }
-        let size =
-            |name, most| field(&map, name, &format!("a whole number from 1 to {most}"), None, |v| count(v, most));
+        let size = |name, most| {
+            field(&map, name, &format!("a whole number from 1 to {most}"), None, |v| count(v, most))
+        };
         let part = |name| {
             let fits = |v: &Value| v.as_f64().filter(|p| (0.0..1.0).contains(p));
             field(&map, name, "a number from 0 to below 1", Some(0.1), fits)
         };
         let vocab_size = size("vocab_size", MOST)?;
-        // Ids outside the vocabulary are Hugging Face's defaults beside a small vocabulary: the model has no such token.
+        // Ids outside the vocabulary are Hugging Face's defaults beside a small vocabulary: the
+        // model has no such token.
         let token = |name| {
             field(&map, name, "a whole number or null", Some(None), |v| match v {
                 Value::Null => Some(None),
@@ -314,9 +337,11 @@ impl Gpt2Config {
             n_embd: size("n_embd", MOST)?,
             n_layer: size("n_layer", MOST_LAYERS)?,
             n_head: size("n_head", MOST)?,
-            n_inner: field(&map, "n_inner", "a whole number above 0, or null", Some(None), |v| match v {
-                Value::Null => Some(None),
-                v => count(v, MOST).map(Some),
+            n_inner: field(&map, "n_inner", "a whole number above 0, or null", Some(None), |v| {
+                match v {
+                    Value::Null => Some(None),
+                    v => count(v, MOST).map(Some),
+                }
             })?,
             activation_function: field(
                 &map,
@@ -329,22 +354,38 @@ impl Gpt2Config {
                     _ => None,
                 },
             )?,
-            layer_norm_epsilon: field(&map, "layer_norm_epsilon", "a number above 0 and below 1", Some(1e-5), |v| {
-                v.as_f64().filter(|e| *e > 0.0 && *e < 1.0)
-            })?,
+            layer_norm_epsilon: field(
+                &map,
+                "layer_norm_epsilon",
+                "a number above 0 and below 1",
+                Some(1e-5),
+                |v| v.as_f64().filter(|e| *e > 0.0 && *e < 1.0),
+            )?,
             resid_pdrop: part("resid_pdrop")?,
             embd_pdrop: part("embd_pdrop")?,
             attn_pdrop: part("attn_pdrop")?,
-            tie_word_embeddings: field(&map, "tie_word_embeddings", "true or false", Some(true), Value::as_bool)?,
+            tie_word_embeddings: field(
+                &map,
+                "tie_word_embeddings",
+                "true or false",
+                Some(true),
+                Value::as_bool,
+            )?,
             bos_token_id: token("bos_token_id")?,
             eos_token_id: token("eos_token_id")?,
-            bdia: field(&map, "bdia", "what this program writes there, or nothing", Some(None), |v| {
-                let bdia: Bdia = serde_json::from_value(v.clone()).ok()?;
-                let fits = (0.0..=1.0).contains(&bdia.gamma)
-                    && bdia.frac_bits <= bdia_core::Grid::MAX_FRAC_BITS
-                    && bdia.planes <= bdia_core::Gamma::MAX_PLANES;
-                fits.then_some(Some(bdia))
-            })?,
+            bdia: field(
+                &map,
+                "bdia",
+                "what this program writes there, or nothing",
+                Some(None),
+                |v| {
+                    let bdia: Bdia = serde_json::from_value(v.clone()).ok()?;
+                    let fits = (0.0..=1.0).contains(&bdia.gamma)
+                        && bdia.frac_bits <= bdia_core::Grid::MAX_FRAC_BITS
+                        && bdia.planes <= bdia_core::Gamma::MAX_PLANES;
+                    fits.then_some(Some(bdia))
+                },
+            )?,
         };
         config.check()?;
         Ok(config)
@@ -356,7 +397,8 @@ impl Gpt2Config {
     /// [`ConfigError`]
     pub fn read_dir(dir: &Path) -> Result<Self, ConfigError> {
         let path = dir.join("config.json");
-        Self::from_json(&read_limited(&path, LIMIT)?).map_err(|e| ConfigError::In { path, error: Box::new(e) })
+        Self::from_json(&read_limited(&path, LIMIT)?)
+            .map_err(|e| ConfigError::In { path, error: Box::new(e) })
     }
 
     /// The text of a `config.json` that transformers reads without a warning.
@@ -432,8 +474,13 @@ mod tests {
         c.set_dropout(0.1);
         c.n_inner = Some(100);
         c.activation_function = Activation::Gelu;
-        c.bdia =
-            Some(Bdia { gamma: 0.25, gamma_sign: GammaSign::Minus, frac_bits: 9, mode: Mode::BdiaFloat, planes: 2 });
+        c.bdia = Some(Bdia {
+            gamma: 0.25,
+            gamma_sign: GammaSign::Minus,
+            frac_bits: 9,
+            mode: Mode::BdiaFloat,
+            planes: 2,
+        });
         c.write_dir(dir.path()).unwrap();
         assert_eq!(Gpt2Config::read_dir(dir.path()).unwrap(), c);
     }
@@ -443,7 +490,9 @@ mod tests {
         let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
         let tied = Gpt2Config::read_dir(&data.join("hf_tied")).unwrap();
         assert_eq!((tied.n_layer, tied.n_head, tied.n_embd, tied.vocab_size), (3, 3, 24, 61));
-        assert!(tied.tie_word_embeddings && tied.n_inner.is_none() && tied.eos_token_id == Some(60));
+        assert!(
+            tied.tie_word_embeddings && tied.n_inner.is_none() && tied.eos_token_id == Some(60)
+        );
         assert!(!Gpt2Config::read_dir(&data.join("hf_untied")).unwrap().tie_word_embeddings);
     }
 
@@ -476,16 +525,25 @@ mod tests {
         let mut huge = good.clone();
         huge["n_embd"] = json!(1_u64 << 29);
         huge["n_layer"] = json!(64_000);
-        assert!(matches!(Gpt2Config::from_json(huge.to_string().as_bytes()), Err(ConfigError::TooLarge { .. })));
+        assert!(matches!(
+            Gpt2Config::from_json(huge.to_string().as_bytes()),
+            Err(ConfigError::TooLarge { .. })
+        ));
         let mut foreign = good;
         foreign["bos_token_id"] = json!(99_999);
-        assert_eq!(Gpt2Config::from_json(foreign.to_string().as_bytes()).unwrap().bos_token_id, None);
+        assert_eq!(
+            Gpt2Config::from_json(foreign.to_string().as_bytes()).unwrap().bos_token_id,
+            None
+        );
         for bytes in [&b""[..], b"[1]", b"{", b"\xff\xfe", b"{}", "[".repeat(100_000).as_bytes()] {
             assert!(Gpt2Config::from_json(bytes).is_err());
         }
         let dir = TempDir::new();
         assert!(Gpt2Config::read_dir(dir.path()).unwrap_err().to_string().contains("config.json"));
         dir.file("config.json", &vec![b' '; 2 << 20]);
-        assert!(matches!(Gpt2Config::read_dir(dir.path()), Err(ConfigError::File(FileError::TooLarge { .. }))));
+        assert!(matches!(
+            Gpt2Config::read_dir(dir.path()),
+            Err(ConfigError::File(FileError::TooLarge { .. }))
+        ));
     }
 }

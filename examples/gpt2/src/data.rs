@@ -1,8 +1,10 @@
-//! Tokens to train on: the built-in licence texts, plain text, or token files; and the batches made of them.
+//! Tokens to train on: the built-in licence texts, plain text, or token files; and the batches made
+//! of them.
 //!
-//! A token file is recognised by its name, `*.bin`. llm.c's begins with a header of 256 little-endian `i32` (magic
-//! 20240520, version 1, number of tokens); nanoGPT's has none. Both hold `u16` tokens, little-endian. Anything else is
-//! UTF-8 text, whose documents are separated by a line `<|endoftext|>`.
+//! A token file is recognised by its name, `*.bin`. llm.c's begins with a header of 256
+//! little-endian `i32` (magic 20240520, version 1, number of tokens); nanoGPT's has none. Both hold
+//! `u16` tokens, little-endian. Anything else is UTF-8 text, whose documents are separated by a
+//! line `<|endoftext|>`.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -85,7 +87,9 @@ pub enum DataError {
         context: usize,
     },
     /// Buffers of a batch that do not belong together.
-    #[error("a batch of {tokens} tokens and {targets} targets: expected the same whole number of samples of {context}")]
+    #[error(
+        "a batch of {tokens} tokens and {targets} targets: expected the same whole number of samples of {context}"
+    )]
     Shape {
         /// Tokens.
         tokens: usize,
@@ -156,7 +160,11 @@ impl Part {
     /// A piece of it, cut to what there is.
     pub fn slice(&self, start: u64, len: u64) -> Self {
         let start = start.min(self.len);
-        Self { store: self.store.clone(), start: self.start + start, len: len.min(self.len - start) }
+        Self {
+            store: self.store.clone(),
+            start: self.start + start,
+            len: len.min(self.len - start),
+        }
     }
 
     /// Copies the tokens from index `from` on, starting over at the end. Nothing is allocated.
@@ -165,7 +173,11 @@ impl Part {
     /// [`DataError`] if the file cannot be read any more, or there is no token at all.
     pub fn copy(&self, from: u64, out: &mut [i32]) -> Result<(), DataError> {
         if self.len == 0 {
-            return Err(DataError::Short { source_name: "data".into(), tokens: 0, context: out.len() });
+            return Err(DataError::Short {
+                source_name: "data".into(),
+                tokens: 0,
+                context: out.len(),
+            });
         }
         let (mut at, mut out) = (from % self.len, out);
         while !out.is_empty() {
@@ -187,7 +199,8 @@ impl Part {
             }
             Store::File { file, path, offset } => {
                 let failed = |e| FileError::io(path, "read its tokens", e);
-                // A poisoned lock only means that another thread stopped; the position is set anew here.
+                // A poisoned lock only means that another thread stopped; the position is set anew
+                // here.
                 let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
                 file.seek(SeekFrom::Start(offset + 2 * at)).map_err(failed)?;
                 let mut bytes = [0_u8; 4096];
@@ -203,11 +216,17 @@ impl Part {
         Ok(())
     }
 
-    /// One window: tokens `from … from + T`, and the same one further as targets, starting over at the end.
+    /// One window: tokens `from … from + T`, and the same one further as targets, starting over at
+    /// the end.
     ///
     /// # Errors
     /// [`DataError`]
-    pub fn window(&self, from: u64, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), DataError> {
+    pub fn window(
+        &self,
+        from: u64,
+        tokens: &mut [i32],
+        targets: &mut [i32],
+    ) -> Result<(), DataError> {
         self.copy(from, tokens)?;
         let n = tokens.len();
         if targets.len() != n || n == 0 {
@@ -217,7 +236,8 @@ impl Part {
         self.copy(from % self.len + n as u64, &mut targets[n - 1..])
     }
 
-    /// Starts of the windows of `T` tokens that follow each other without overlap; each has all its targets.
+    /// Starts of the windows of `T` tokens that follow each other without overlap; each has all its
+    /// targets.
     pub fn windows(&self, context: usize) -> impl ExactSizeIterator<Item = u64> + use<> {
         let context = context.max(1);
         let n = self.len.saturating_sub(1) / context as u64;
@@ -242,8 +262,8 @@ impl Part {
         }
     }
 
-    /// Fills a micro-batch: samples `first`, `first + 1`, … of optimizer step `step`, as many as the buffers hold. A sample
-    /// depends on seed, step and its index only.
+    /// Fills a micro-batch: samples `first`, `first + 1`, … of optimizer step `step`, as many as
+    /// the buffers hold. A sample depends on seed, step and its index only.
     ///
     /// # Errors
     /// [`DataError`]
@@ -259,7 +279,9 @@ impl Part {
         if context == 0 || tokens.len() != targets.len() || !tokens.len().is_multiple_of(context) {
             return Err(DataError::Shape { tokens: tokens.len(), targets: targets.len(), context });
         }
-        for (i, (x, y)) in tokens.chunks_exact_mut(context).zip(targets.chunks_exact_mut(context)).enumerate() {
+        for (i, (x, y)) in
+            tokens.chunks_exact_mut(context).zip(targets.chunks_exact_mut(context)).enumerate()
+        {
             self.window(self.sample_start(batches, step, first.wrapping_add(i as u32)), x, y)?;
         }
         Ok(())
@@ -302,7 +324,12 @@ impl Corpus {
     ///
     /// # Errors
     /// [`DataError`]
-    pub fn open(data: Option<&Path>, tokenizer: &Tokenizer, vocab: usize, context: usize) -> Result<Self, DataError> {
+    pub fn open(
+        data: Option<&Path>,
+        tokenizer: &Tokenizer,
+        vocab: usize,
+        context: usize,
+    ) -> Result<Self, DataError> {
         let corpus = match data {
             None => Self::licences(tokenizer),
             Some(path) if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("bin")) => {
@@ -311,7 +338,11 @@ impl Corpus {
             Some(path) => Self::text_file(path, tokenizer, context)?,
         };
         if corpus.train.len() <= context as u64 {
-            return Err(DataError::Short { source_name: corpus.name, tokens: corpus.train.len(), context });
+            return Err(DataError::Short {
+                source_name: corpus.name,
+                tokens: corpus.train.len(),
+                context,
+            });
         }
         corpus.train.check(&corpus.name, vocab)?;
         corpus.validation.check(&format!("{} (validation part)", corpus.name), vocab)?;
@@ -352,16 +383,23 @@ impl Corpus {
         Part::from_tokens(all)
     }
 
-    /// The licence texts that the crate `spdx` embeds. About a tenth of them, chosen by a hash of the name, are for
-    /// validation. A text that several licences share is taken once, so that none is in both parts.
+    /// The licence texts that the crate `spdx` embeds. About a tenth of them, chosen by a hash of
+    /// the name, are for validation. A text that several licences share is taken once, so that none
+    /// is in both parts.
     pub fn licences(tokenizer: &Tokenizer) -> Self {
         let mut seen = HashSet::new();
-        let texts: Vec<(&str, &str)> =
-            spdx::text::LICENSE_TEXTS.iter().copied().filter(|(_, text)| seen.insert(*text)).collect();
+        let texts: Vec<(&str, &str)> = spdx::text::LICENSE_TEXTS
+            .iter()
+            .copied()
+            .filter(|(_, text)| seen.insert(*text))
+            .collect();
         let bodies: Vec<&str> = texts.iter().map(|t| t.1).collect();
         let (mut train, mut validation) = (Vec::new(), Vec::new());
         for ((name, _), tokens) in texts.iter().zip(tokenizer.encode_all(&bodies)) {
-            document(if name_hash(name).is_multiple_of(10) { &mut validation } else { &mut train }, &tokens);
+            document(
+                if name_hash(name).is_multiple_of(10) { &mut validation } else { &mut train },
+                &tokens,
+            );
         }
         let name = "licence texts of SPDX".into();
         Self { train: Part::from_tokens(train), validation: Part::from_tokens(validation), name }
@@ -372,8 +410,8 @@ impl Corpus {
         if bytes.is_empty() {
             return Err(DataError::Empty(path.into()));
         }
-        let text =
-            core::str::from_utf8(&bytes).map_err(|e| DataError::NotText { path: path.into(), at: e.valid_up_to() })?;
+        let text = core::str::from_utf8(&bytes)
+            .map_err(|e| DataError::NotText { path: path.into(), at: e.valid_up_to() })?;
         let documents = documents(text);
         let encoded = tokenizer.encode_all(&documents);
         let name = path.display().to_string();
@@ -385,7 +423,11 @@ impl Corpus {
         for (i, tokens) in encoded.iter().enumerate() {
             document(if i % 10 == 9 { &mut validation } else { &mut train }, tokens);
         }
-        Ok(Self { train: Part::from_tokens(train), validation: Part::from_tokens(validation), name })
+        Ok(Self {
+            train: Part::from_tokens(train),
+            validation: Part::from_tokens(validation),
+            name,
+        })
     }
 
     fn token_file(path: &Path, context: usize) -> Result<Self, DataError> {
@@ -394,7 +436,8 @@ impl Corpus {
         // nanoGPT and llm.c write the two parts as two files, `…train….bin` and `…val….bin`.
         let file_name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         if let Some(at) = file_name.rfind("train") {
-            let sibling = path.with_file_name(format!("{}val{}", &file_name[..at], &file_name[at + 5..]));
+            let sibling =
+                path.with_file_name(format!("{}val{}", &file_name[..at], &file_name[at + 5..]));
             if sibling.is_file() {
                 let name = format!("{name} and {}", sibling.display());
                 return Ok(Self { train: all, validation: open_tokens(&sibling)?, name });
@@ -428,7 +471,8 @@ fn document(to: &mut Vec<u16>, tokens: &[u32]) {
 
 /// FNV-1a: the same on every machine and in every version.
 fn name_hash(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+    name.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }
 
 /// The documents of a text that are not empty.
@@ -446,7 +490,8 @@ fn documents(text: &str) -> Vec<&str> {
     all
 }
 
-/// The tokens' offset and number in a token file of `len` bytes that starts with `head` (its first kibibyte, or all).
+/// The tokens' offset and number in a token file of `len` bytes that starts with `head` (its first
+/// kibibyte, or all).
 ///
 /// # Errors
 /// [`DataError`]
@@ -455,14 +500,29 @@ pub fn token_layout(path: &Path, head: &[u8], len: u64) -> Result<(u64, u64), Da
         return Err(DataError::Empty(path.into()));
     }
     let entry = |i: usize| head.as_chunks::<4>().0.get(i).map(|b| u32::from_le_bytes(*b));
-    let wrong = |what, expected: String, found: String| DataError::Header { path: path.into(), what, expected, found };
+    let wrong = |what, expected: String, found: String| DataError::Header {
+        path: path.into(),
+        what,
+        expected,
+        found,
+    };
     let (offset, declared) = match entry(0) {
         Some(MAGIC_U32) => {
             let expected = format!("{MAGIC} (u16 tokens of GPT-2)");
-            return Err(wrong("magic number", expected, format!("{MAGIC_U32} (u32 tokens of Llama 3)")));
+            return Err(wrong(
+                "magic number",
+                expected,
+                format!("{MAGIC_U32} (u32 tokens of Llama 3)"),
+            ));
         }
         Some(MAGIC) => {
-            let cut = || wrong("size", format!("a header of {HEADER_BYTES} bytes"), format!("{len} bytes in all"));
+            let cut = || {
+                wrong(
+                    "size",
+                    format!("a header of {HEADER_BYTES} bytes"),
+                    format!("{len} bytes in all"),
+                )
+            };
             if len < HEADER_BYTES {
                 return Err(cut());
             }
@@ -480,7 +540,8 @@ pub fn token_layout(path: &Path, head: &[u8], len: u64) -> Result<(u64, u64), Da
     }
     match declared {
         Some(n) if n != bytes / 2 => {
-            let found = format!("{} in the file, which is cut off or has something appended", bytes / 2);
+            let found =
+                format!("{} in the file, which is cut off or has something appended", bytes / 2);
             Err(wrong("number of tokens", format!("{n}, as the header says"), found))
         }
         _ if bytes == 0 => Err(DataError::Empty(path.into())),
@@ -495,7 +556,8 @@ fn open_tokens(path: &Path) -> Result<Part, DataError> {
     let mut head = Vec::new();
     (&mut file).take(HEADER_BYTES).read_to_end(&mut head).map_err(failed)?;
     let (offset, tokens) = token_layout(path, &head, len)?;
-    let store = Store::File { file: Arc::new(Mutex::new(file)), path: Arc::new(path.into()), offset };
+    let store =
+        Store::File { file: Arc::new(Mutex::new(file)), path: Arc::new(path.into()), offset };
     Ok(Part { store, start: 0, len: tokens })
 }
 
@@ -509,7 +571,8 @@ mod tests {
     }
 
     fn with_header(magic: u32, version: u32, count: u32, tokens: &[u8]) -> Vec<u8> {
-        let mut head: Vec<u8> = [magic, version, count].into_iter().flat_map(u32::to_le_bytes).collect();
+        let mut head: Vec<u8> =
+            [magic, version, count].into_iter().flat_map(u32::to_le_bytes).collect();
         head.resize(1024, 0);
         head.extend(tokens);
         head
@@ -539,7 +602,10 @@ mod tests {
         let mut first = [0; 1];
         c.validation.copy(0, &mut first).unwrap();
         assert_eq!(first, [EOT as i32]);
-        assert!(matches!(Corpus::open(None, &t, 50_256, 128), Err(DataError::Token { token: EOT, position: 0, .. })));
+        assert!(matches!(
+            Corpus::open(None, &t, 50_256, 128),
+            Err(DataError::Token { token: EOT, position: 0, .. })
+        ));
     }
 
     #[test]
@@ -547,7 +613,8 @@ mod tests {
         let dir = TempDir::new();
         let tokens = bytes(0..1000);
         let plain = open(&dir.file("plain.bin", &tokens), 16).unwrap();
-        let header = open(&dir.file("header.bin", &with_header(MAGIC, 1, 1000, &tokens)), 16).unwrap();
+        let header =
+            open(&dir.file("header.bin", &with_header(MAGIC, 1, 1000, &tokens)), 16).unwrap();
         for c in [plain, header] {
             assert_eq!(all(&c.train), (0..900).collect::<Vec<_>>());
             assert_eq!(all(&c.validation), (900..1000).collect::<Vec<_>>());
@@ -570,7 +637,11 @@ mod tests {
             ("empty.bin", Vec::new(), "the file is empty"),
             ("odd.bin", odd, "21 bytes, expected an even number"),
             ("short.bin", bytes(0..16), "16 tokens to train on, expected at least 17"),
-            ("count.bin", with_header(MAGIC, 1, 11, &ten), "expected 11, as the header says, found 10"),
+            (
+                "count.bin",
+                with_header(MAGIC, 1, 11, &ten),
+                "expected 11, as the header says, found 10",
+            ),
             ("huge.bin", with_header(MAGIC, 1, u32::MAX, &ten), "expected 4294967295"),
             ("version.bin", with_header(MAGIC, 2, 10, &ten), "version: expected 1, found 2"),
             ("llama.bin", with_header(MAGIC_U32, 7, 10, &ten), "Llama 3"),
@@ -581,7 +652,12 @@ mod tests {
             let error = open(&dir.file(name, &content), 16).unwrap_err().to_string();
             assert!(error.contains(message), "{name}: {error}");
         }
-        assert!(open(&dir.path().join("missing.bin"), 16).unwrap_err().to_string().contains("missing.bin"));
+        assert!(
+            open(&dir.path().join("missing.bin"), 16)
+                .unwrap_err()
+                .to_string()
+                .contains("missing.bin")
+        );
         assert!(open(dir.path(), 16).is_err());
     }
 
@@ -611,7 +687,8 @@ mod tests {
         let tokens = [all(&c.train), all(&c.validation)].concat();
         assert_eq!(tokens.iter().filter(|&&t| t == EOT as i32).count(), 2);
 
-        let many: String = (0..20).map(|i| format!("document number {i}\n<|endoftext|>\n")).collect();
+        let many: String =
+            (0..20).map(|i| format!("document number {i}\n<|endoftext|>\n")).collect();
         let c = open(&dir.file("many.txt", many.as_bytes()), 16).unwrap();
         let val: Vec<u32> = all(&c.validation).iter().map(|&t| t as u32).collect();
         let expected = "<|endoftext|>document number 9\n<|endoftext|>document number 19\n";

@@ -1,11 +1,14 @@
-//! Text from a trained model: greedy, beam search and sampling, one token at a time, with a cache of keys and values.
+//! Text from a trained model: greedy, beam search and sampling, one token at a time, with a cache
+//! of keys and values.
 //!
-//! A prompt takes `beams` rows of a batch. It goes through the model alone and as a whole, in the shape that it has without a
-//! cache; its keys and values are kept in each of its rows. Then all rows take one token at a time, at places of their own,
-//! since prompts have different lengths. A prompt that is done makes room for the next one. Both passes are the stack's own
-//! inference, in float or on the grid, around blocks that know the cache.
+//! A prompt takes `beams` rows of a batch. It goes through the model alone and as a whole, in the
+//! shape that it has without a cache; its keys and values are kept in each of its rows. Then all
+//! rows take one token at a time, at places of their own, since prompts have different lengths. A
+//! prompt that is done makes room for the next one. Both passes are the stack's own inference, in
+//! float or on the grid, around blocks that know the cache.
 //!
-//! A text that is longer than the model's context goes on as one without a cache: its last tokens go through the model anew.
+//! A text that is longer than the model's context goes on as one without a cache: its last tokens
+//! go through the model anew.
 
 use core::ops::Range;
 
@@ -36,11 +39,21 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// The smallest that some prompts need: at most `together` of them at a time, `beams` hypotheses each, `tokens` more
-    /// tokens, in a context of at most `context`.
-    pub fn of(prompts: &[Vec<i32>], together: usize, beams: usize, tokens: usize, context: usize) -> Self {
+    /// The smallest that some prompts need: at most `together` of them at a time, `beams`
+    /// hypotheses each, `tokens` more tokens, in a context of at most `context`.
+    pub fn of(
+        prompts: &[Vec<i32>],
+        together: usize,
+        beams: usize,
+        tokens: usize,
+        context: usize,
+    ) -> Self {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0).saturating_add(tokens);
-        Self { prompts: together.clamp(1, prompts.len().max(1)), beams, context: longest.clamp(1, context.max(1)) }
+        Self {
+            prompts: together.clamp(1, prompts.len().max(1)),
+            beams,
+            context: longest.clamp(1, context.max(1)),
+        }
     }
 
     const fn rows(&self) -> usize {
@@ -51,7 +64,8 @@ impl Sizes {
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum How {
-    /// Drawn; with one beam. The numbers follow from the seed, the index of the prompt and the place in the text.
+    /// Drawn; with one beam. The numbers follow from the seed, the index of the prompt and the
+    /// place in the text.
     Sample(Sampler, u64),
     /// The most likely ones, with as many beams as [`Sizes`] says.
     Search(search::Length),
@@ -72,7 +86,8 @@ pub struct Decoding {
     pub inference: Inference,
 }
 
-/// The arenas behind a model's parameters, laid out for decoding. What a training step keeps there is overwritten.
+/// The arenas behind a model's parameters, laid out for decoding. What a training step keeps there
+/// is overwritten.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     setup: Setup,
@@ -129,7 +144,9 @@ impl Text<'_> {
     /// Prompt and what follows, in each row in use.
     fn rows(&self) -> Vec<Vec<i32>> {
         match &self.state {
-            State::Search(search) => search.rows().map(|tokens| [self.prompt, tokens].concat()).collect(),
+            State::Search(search) => {
+                search.rows().map(|tokens| [self.prompt, tokens].concat()).collect()
+            }
             State::Sample { tokens, .. } => vec![[self.prompt, tokens].concat()],
         }
     }
@@ -154,8 +171,12 @@ impl Text<'_> {
             State::Search(search) => {
                 // Where the search begins only the first row has logits.
                 let rows = search.rows().count();
-                if let Some(at) = logits[..rows * vocab].iter().position(|x| !x.wide().is_finite()) {
-                    return Err(SampleError::NotFinite { token: at % vocab, value: logits[at].wide() as f32 });
+                if let Some(at) = logits[..rows * vocab].iter().position(|x| !x.wide().is_finite())
+                {
+                    return Err(SampleError::NotFinite {
+                        token: at % vocab,
+                        value: logits[at].wide() as f32,
+                    });
                 }
                 search.advance(logits, &[], order, next);
             }
@@ -187,25 +208,36 @@ impl Text<'_> {
 }
 
 impl Decoder {
-    /// Lays the arenas of a model out for decoding, behind its parameters and what its optimizer has. The layout is the
-    /// whole plan of a program that only decodes; one that trains covers it ([`Layout::cover`]).
+    /// Lays the arenas of a model out for decoding, behind its parameters and what its optimizer
+    /// has. The layout is the whole plan of a program that only decodes; one that trains covers it
+    /// ([`Layout::cover`]).
     ///
     /// # Errors
     /// A typed error for sizes that do not fit together.
     pub fn layout<B: Backend>(model: &Gpt2, sizes: &Sizes) -> Result<(Self, Layout)> {
         let (s, d, mut base) = (*model.setup(), model.setup().dims, model.base.clone());
         let l = &mut base;
-        for (what, n) in [("prompts", sizes.prompts), ("beams", sizes.beams), ("context", sizes.context)] {
+        for (what, n) in
+            [("prompts", sizes.prompts), ("beams", sizes.beams), ("context", sizes.context)]
+        {
             if n == 0 {
                 return Err(Error::Setting { what, found: 0.0, possible: "1 or more" });
             }
         }
         if sizes.context > d.positions {
-            return Err(Error::Shape { what: "context (longest)", expected: d.positions, found: sizes.context });
+            return Err(Error::Shape {
+                what: "context (longest)",
+                expected: d.positions,
+                found: sizes.context,
+            });
         }
         let rows = product("hypotheses", &[sizes.prompts, sizes.beams])?;
         let cache = product("cache", &[rows, sizes.context, 2, d.width])?;
-        let spare = if sizes.beams > 1 { product("cache", &[sizes.beams, sizes.context, 2, d.width])? } else { 0 };
+        let spare = if sizes.beams > 1 {
+            product("cache", &[sizes.beams, sizes.context, 2, d.width])?
+        } else {
+            0
+        };
         let logits = product("logits", &[rows, d.vocab])?;
         let input = TokenEmbedding { dropout: 0.0, ..model.input };
         let mut decoder = Self {
@@ -230,7 +262,8 @@ impl Decoder {
         let mut needs = one.shape().needs::<B>(rows, s.threads);
         needs.fixed = needs.fixed.max(B::attention_scratch(&attention, rows, s.threads));
         let mut plan = decoder.base.clone();
-        decoder.rows = decoder.stack(rows, 1, needs, LmHead::scratch(d.width, 1, rows), &mut plan)?;
+        decoder.rows =
+            decoder.stack(rows, 1, needs, LmHead::scratch(d.width, 1, rows), &mut plan)?;
         plan.cover(&decoder.alone::<B>(sizes.context)?.1);
         Ok((decoder, plan.checked()?))
     }
@@ -250,7 +283,14 @@ impl Decoder {
         }
     }
 
-    fn stack(&self, samples: usize, tokens: usize, needs: Needs, ends: usize, layout: &mut Layout) -> Result<Stack> {
+    fn stack(
+        &self,
+        samples: usize,
+        tokens: usize,
+        needs: Needs,
+        ends: usize,
+        layout: &mut Layout,
+    ) -> Result<Stack> {
         let config = StackConfig {
             id: 0,
             batch: samples,
@@ -273,17 +313,24 @@ impl Decoder {
     fn alone<B: Backend>(&self, tokens: usize) -> Result<(Stack, Layout)> {
         let mut layout = self.base.clone();
         let needs = self.blocks.with_tokens(tokens).shape().needs::<B>(1, self.setup.threads);
-        let stack = self.stack(1, tokens, needs, LmHead::scratch(self.setup.dims.width, 1, 1), &mut layout)?;
+        let stack = self.stack(
+            1,
+            tokens,
+            needs,
+            LmHead::scratch(self.setup.dims.width, 1, 1),
+            &mut layout,
+        )?;
         Ok((stack, layout))
     }
 
-    /// What follows each prompt. Prompts are not empty; one that is longer than the context is seen from its end. `progress`
-    /// hears how many prompts are finished, and how many tokens of all have been taken. After Ctrl-C, where it is caught
-    /// ([`run::catch_interrupt`]), texts end where they are.
+    /// What follows each prompt. Prompts are not empty; one that is longer than the context is seen
+    /// from its end. `progress` hears how many prompts are finished, and how many tokens of all
+    /// have been taken. After Ctrl-C, where it is caught ([`run::catch_interrupt`]), texts end
+    /// where they are.
     ///
     /// # Errors
-    /// [`Failure::Core`] for tokens outside the vocabulary, values that are not finite, and more beams than there is room for;
-    /// [`SampleError`].
+    /// [`Failure::Core`] for tokens outside the vocabulary, values that are not finite, and more
+    /// beams than there is room for; [`SampleError`].
     pub fn decode<B: Backend>(
         &self,
         be: &mut B,
@@ -296,7 +343,9 @@ impl Decoder {
             return Err(Error::Shape { what: "tokens of a prompt", expected: 1, found: 0 }.into());
         }
         if matches!(d.how, How::Sample(..)) && beams != 1 {
-            return Err(Error::Shape { what: "beams of a sample", expected: 1, found: beams }.into());
+            return Err(
+                Error::Shape { what: "beams of a sample", expected: 1, found: beams }.into()
+            );
         }
         be.take_fault()?;
         let mut results = vec![Vec::new(); prompts.len()];
@@ -304,8 +353,11 @@ impl Decoder {
             return Ok(results);
         }
         let per = beams * vocab;
-        let mut waiting =
-            (prompts.iter().enumerate()).map(|(index, prompt)| Text { index, prompt, state: d.begin(beams, prompt) });
+        let mut waiting = (prompts.iter().enumerate()).map(|(index, prompt)| Text {
+            index,
+            prompt,
+            state: d.begin(beams, prompt),
+        });
         let mut texts: Vec<Option<Text<'_>>> = (0..self.sizes.prompts).map(|_| None).collect();
         let mut logits = vec![B::Real::of(0.0); self.sizes.prompts * per];
         let (mut order, mut next) = (vec![0; self.sizes.rows()], vec![0; self.sizes.rows()]);
@@ -322,7 +374,9 @@ impl Decoder {
             }
             if let Err(error) = self.advance(&mut texts, d, &logits, &mut order, &mut next) {
                 // What went wrong before the logits says more.
-                return Err(be.take_fault()?.map_or_else(|| error.into(), |fault| Error::from(fault).into()));
+                return Err(be
+                    .take_fault()?
+                    .map_or_else(|| error.into(), |fault| Error::from(fault).into()));
             }
             taken += texts.iter().flatten().count();
             let stop = run::interrupted();
@@ -342,7 +396,9 @@ impl Decoder {
                 self.one_token(be, &texts, &next, d.inference)?;
                 be.read_reals(self.head.logits, &mut logits)?;
             }
-            for (slot, text) in texts.iter().enumerate().filter_map(|(slot, text)| Some((slot, text.as_ref()?))) {
+            for (slot, text) in
+                texts.iter().enumerate().filter_map(|(slot, text)| Some((slot, text.as_ref()?)))
+            {
                 if text.length() > self.sizes.context {
                     for (row, all) in (slot * beams..).zip(text.rows()) {
                         let logits = &mut logits[row * vocab..(row + 1) * vocab];
@@ -357,8 +413,8 @@ impl Decoder {
         Ok(results)
     }
 
-    /// A text as a whole: keys and values go to the cache of some rows, the logits of what follows to `logits`. Of a text
-    /// that is longer than the context it is the end.
+    /// A text as a whole: keys and values go to the cache of some rows, the logits of what follows
+    /// to `logits`. Of a text that is longer than the context it is the end.
     fn prompt<B: Backend>(
         &self,
         be: &mut B,
@@ -372,14 +428,20 @@ impl Decoder {
         let tokens = self.tokens.sub(0, text.len());
         be.write_ints(tokens, text)?;
         let mut input = TokenEmbedding { tokens, per_sample: text.len(), ..self.input };
-        let mut blocks = Whole { decoder: self, blocks: self.blocks.with_tokens(text.len()), tokens: text.len(), rows };
+        let mut blocks = Whole {
+            decoder: self,
+            blocks: self.blocks.with_tokens(text.len()),
+            tokens: text.len(),
+            rows,
+        };
         let x = infer(be, &stack, &mut blocks, &mut input, 1, inference)?;
         let d = self.setup.dims.width;
         let found = self.head.logits(be, x.sub((text.len() - 1) * d, d), stack.scratch())?;
         be.read_reals(found, logits)
     }
 
-    /// One more token in every row, after those that are in the cache; the logits are on the backend.
+    /// One more token in every row, after those that are in the cache; the logits are on the
+    /// backend.
     fn one_token<B: Backend>(
         &self,
         be: &mut B,
@@ -387,15 +449,21 @@ impl Decoder {
         next: &[i32],
         inference: Inference,
     ) -> Result<()> {
-        // Rows without a text, and those of texts that have outgrown the context, compute something that nobody reads.
-        let place = |text: &Option<Text<'_>>| text.as_ref().map_or(1, Text::length).min(self.sizes.context) - 1;
-        let positions: Vec<_> =
-            texts.iter().flat_map(|text| core::iter::repeat_n(place(text), self.sizes.beams)).collect();
+        // Rows without a text, and those of texts that have outgrown the context, compute something
+        // that nobody reads.
+        let place = |text: &Option<Text<'_>>| {
+            text.as_ref().map_or(1, Text::length).min(self.sizes.context) - 1
+        };
+        let positions: Vec<_> = texts
+            .iter()
+            .flat_map(|text| core::iter::repeat_n(place(text), self.sizes.beams))
+            .collect();
         let lens: Vec<_> = positions.iter().map(|&p| p as i32 + 1).collect();
         be.write_ints(self.tokens.sub(0, next.len()), next)?;
         be.write_ints(self.lens, &lens)?;
         let mut input = Places { decoder: self, positions: &positions };
-        let mut blocks = Next { decoder: self, blocks: self.blocks.with_tokens(1), positions: &positions };
+        let mut blocks =
+            Next { decoder: self, blocks: self.blocks.with_tokens(1), positions: &positions };
         let x = infer(be, &self.rows, &mut blocks, &mut input, next.len(), inference)?;
         self.head.logits(be, x, self.rows.scratch())?;
         Ok(())
@@ -420,7 +488,9 @@ impl Decoder {
         let (beams, per) = (self.sizes.beams, self.sizes.beams * self.setup.dims.vocab);
         let places = logits.chunks(per).zip(order.chunks_mut(beams)).zip(next.chunks_mut(beams));
         let mut work: Vec<_> = (texts.iter_mut().zip(places))
-            .filter_map(|(text, ((logits, order), next))| Some(Share { text: text.as_mut()?, logits, order, next }))
+            .filter_map(|(text, ((logits, order), next))| {
+                Some(Share { text: text.as_mut()?, logits, order, next })
+            })
             .collect();
         let some = |work: &mut [Share<'_, '_, R>]| {
             work.iter_mut().try_for_each(|s| s.text.advance(d, s.logits, s.order, s.next))
@@ -430,20 +500,34 @@ impl Decoder {
             return some(&mut work);
         }
         std::thread::scope(|scope| {
-            let threads: Vec<_> = work.chunks_mut(share).map(|work| scope.spawn(move || some(work))).collect();
-            threads.into_iter().try_for_each(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            let threads: Vec<_> =
+                work.chunks_mut(share).map(|work| scope.spawn(move || some(work))).collect();
+            threads
+                .into_iter()
+                .try_for_each(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         })
     }
 
-    /// Row `r` of every cache becomes what row `order[r]` of its text was. The prompt is the same in all.
-    fn reorder<B: Backend>(&self, be: &mut B, texts: &[Option<Text<'_>>], order: &[usize]) -> Result<()> {
+    /// Row `r` of every cache becomes what row `order[r]` of its text was. The prompt is the same
+    /// in all.
+    fn reorder<B: Backend>(
+        &self,
+        be: &mut B,
+        texts: &[Option<Text<'_>>],
+        order: &[usize],
+    ) -> Result<()> {
         let (beams, width) = (self.sizes.beams, 2 * self.setup.dims.width);
         let per = self.sizes.context * width;
-        for (slot, text) in texts.iter().enumerate().filter_map(|(slot, text)| Some((slot, text.as_ref()?))) {
+        for (slot, text) in
+            texts.iter().enumerate().filter_map(|(slot, text)| Some((slot, text.as_ref()?)))
+        {
             let order = &order[slot * beams..(slot + 1) * beams];
             // The newest token has no keys yet.
             let (from, to) = (text.prompt.len(), text.length() - 1);
-            if from == to || to >= self.sizes.context || order.iter().zip(0..).all(|(&from, row)| from == row) {
+            if from == to
+                || to >= self.sizes.context
+                || order.iter().zip(0..).all(|(&from, row)| from == row)
+            {
                 continue;
             }
             let (at, used) = (from * width, (to - from) * width);
@@ -451,10 +535,16 @@ impl Decoder {
                 let cache = self.of_block(k).sub(slot * beams * per, beams * per);
                 let moved = || (0..).zip(order).filter(|&(row, &from)| row != from);
                 for (_, &from) in moved() {
-                    be.copy_reals(cache.sub(from * per + at, used), self.spare.sub(from * per + at, used))?;
+                    be.copy_reals(
+                        cache.sub(from * per + at, used),
+                        self.spare.sub(from * per + at, used),
+                    )?;
                 }
                 for (row, &from) in moved() {
-                    be.copy_reals(self.spare.sub(from * per + at, used), cache.sub(row * per + at, used))?;
+                    be.copy_reals(
+                        self.spare.sub(from * per + at, used),
+                        cache.sub(row * per + at, used),
+                    )?;
                 }
             }
         }
@@ -517,7 +607,10 @@ impl<B: Backend> Blocks<B> for Whole<'_> {
         let per = self.decoder.sizes.context * width;
         let first = cache.sub(self.rows.start * per, self.tokens * width);
         for t in 0..self.tokens {
-            be.copy_reals(found.of.sub(t * found.stride + found.at, width), first.sub(t * width, width))?;
+            be.copy_reals(
+                found.of.sub(t * found.stride + found.at, width),
+                first.sub(t * width, width),
+            )?;
         }
         for row in self.rows.clone().skip(1) {
             be.copy_reals(first, cache.sub(row * per, self.tokens * width))?;
@@ -581,4 +674,5 @@ impl<B: Backend> Input<B> for Places<'_> {
     }
 }
 
-const NO_TRAINING: Error = Error::Setting { what: "decoding", found: f64::NAN, possible: "inference" };
+const NO_TRAINING: Error =
+    Error::Setting { what: "decoding", found: f64::NAN, possible: "inference" };

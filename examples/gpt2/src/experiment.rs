@@ -8,7 +8,9 @@ use bdia_train::report;
 use bdia_train::study::{self, Cell, Study, Table};
 use serde::{Deserialize, Serialize};
 
-use crate::cli::{DecodingArgs, FinetuneArgs, FinetuneStudyArgs, FrozenKind, Inference, MethodKind, ScoreArgs};
+use crate::cli::{
+    DecodingArgs, FinetuneArgs, FinetuneStudyArgs, FrozenKind, Inference, MethodKind, ScoreArgs,
+};
 use crate::cli::{SmallDataArgs, TrainArgs};
 use crate::error::Failure;
 use crate::finetune;
@@ -17,11 +19,13 @@ use crate::score::{self, Found};
 use crate::train::{Summary, train};
 
 /// Columns of a run, with and without what is told of texts.
-const COLUMNS: [&str; 6] = ["val_loss", "best_val_loss", "train_loss", "activation_bytes", "plan_bytes", "peak_bytes"];
+const COLUMNS: [&str; 6] =
+    ["val_loss", "best_val_loss", "train_loss", "activation_bytes", "plan_bytes", "peak_bytes"];
 
 fn row(s: &Summary) -> Vec<f64> {
     let or = |x: Option<f64>| x.unwrap_or(f64::NAN);
-    let [activations, plan, peak] = [s.activation_bytes, s.plan_bytes, s.peak_bytes].map(|b| b as f64);
+    let [activations, plan, peak] =
+        [s.activation_bytes, s.plan_bytes, s.peak_bytes].map(|b| b as f64);
     vec![or(s.val_loss), or(s.best_val_loss), or(s.loss), activations, plan, peak]
 }
 
@@ -38,8 +42,8 @@ struct Scored {
     found: Found,
 }
 
-/// All parameters and adapters, in mode standard and bdia, and adapters beside parameters in 16 bits: validation loss, scores
-/// of texts, memory and time, for every seed.
+/// All parameters and adapters, in mode standard and bdia, and adapters beside parameters in 16
+/// bits: validation loss, scores of texts, memory and time, for every seed.
 ///
 /// # Errors
 /// [`Failure`]; what is finished stays, and the same command goes on.
@@ -49,7 +53,8 @@ pub fn finetune(args: &FinetuneStudyArgs) -> Result<(), Failure> {
     let base = &args.finetune;
     let study: Study<'_, FinetuneArgs, Summary> =
         Study { dir: &args.dir, seeds: args.seeds, base, train: finetune::finetune };
-    let lora = |a: &mut FinetuneArgs| (a.method.method, a.run.optim.lr) = (MethodKind::Lora, args.lora_lr);
+    let lora =
+        |a: &mut FinetuneArgs| (a.method.method, a.run.optim.lr) = (MethodKind::Lora, args.lora_lr);
     let cells = [
         study.cell("full-standard", 0.0, |a| a.run.mode.mode = Mode::Standard),
         study.cell("full-bdia", 1.0, |a| a.run.mode.mode = Mode::Bdia),
@@ -85,7 +90,13 @@ pub fn finetune(args: &FinetuneStudyArgs) -> Result<(), Failure> {
     table.push("us_per_token", study.speeds(&cells, short, us_per_token)?);
     table.csv(study.dir, "finetune")?;
     let loss = study.curves(&cells, |m: &Metric| m.val_loss)?;
-    study.draw("finetune", "Validation loss in fine-tuning", "optimizer step", "loss (nats a token)", &loss)?;
+    study.draw(
+        "finetune",
+        "Validation loss in fine-tuning",
+        "optimizer step",
+        "loss (nats a token)",
+        &loss,
+    )?;
     report::tell!("tables and pictures: {}/finetune*.csv, .svg", args.dir.display());
     Ok(())
 }
@@ -97,7 +108,8 @@ fn scores(
     cells: &[Cell<FinetuneArgs>],
 ) -> Result<Option<Vec<Vec<Found>>>, Failure> {
     let base = &args.finetune;
-    let Some(data) = base.validation.as_ref().filter(|_| base.pairs.columns(base.task).is_some()) else {
+    let Some(data) = base.validation.as_ref().filter(|_| base.pairs.columns(base.task).is_some())
+    else {
         return Ok(None);
     };
     let data = std::path::absolute(data).unwrap_or_else(|_| data.clone());
@@ -134,7 +146,8 @@ fn scores(
                 return Err(Failure::Other("stopped; the same command goes on from here".into()));
             };
             let scored = Scored { decoding: args.decoding, data: Some(data.clone()), found };
-            let json = serde_json::to_vec_pretty(&scored).map_err(|e| Failure::Other(e.to_string()))?;
+            let json =
+                serde_json::to_vec_pretty(&scored).map_err(|e| Failure::Other(e.to_string()))?;
             write_bytes(&path, &json)?;
             seeds.push(found);
         }
@@ -143,14 +156,15 @@ fn scores(
     Ok(Some(all))
 }
 
-/// The standard transformer, with more dropout, and BDIA, from scratch on little text: training and validation loss over
-/// steps, for every seed.
+/// The standard transformer, with more dropout, and BDIA, from scratch on little text: training and
+/// validation loss over steps, for every seed.
 ///
 /// # Errors
 /// [`Failure`]; what is finished stays, and the same command goes on.
 pub fn small_data(args: &SmallDataArgs) -> Result<(), Failure> {
     study::begin(&args.dir, &args.train, &["weights"])?;
-    let study: Study<'_, TrainArgs, Summary> = Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
+    let study: Study<'_, TrainArgs, Summary> =
+        Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
     let more = args.more_dropout;
     let cells = [
         study.cell("standard", 0.0, |a| a.run.mode.mode = Mode::Standard),
@@ -161,13 +175,21 @@ pub fn small_data(args: &SmallDataArgs) -> Result<(), Failure> {
     ];
     let results = study.results(&cells)?;
     let mut table = Table::of_runs(&COLUMNS, &cells, &results, row);
-    let short = |a: &mut TrainArgs| (a.run.steps, a.run.eval_interval, a.run.checkpoint_interval) = (6, 0, 0);
+    let short = |a: &mut TrainArgs| {
+        (a.run.steps, a.run.eval_interval, a.run.checkpoint_interval) = (6, 0, 0)
+    };
     table.push("us_per_token", study.speeds(&cells, short, us_per_token)?);
     table.csv(study.dir, "small-data")?;
     let loss = study.curves(&cells, |m: &Metric| m.val_loss)?;
     study.draw("small-data", "Validation loss", "optimizer step", "loss (nats a token)", &loss)?;
     let loss = study.curves(&cells, |m: &Metric| Some(m.loss))?;
-    study.draw("small-data-training", "Training loss", "optimizer step", "loss (nats a token)", &loss)?;
+    study.draw(
+        "small-data-training",
+        "Training loss",
+        "optimizer step",
+        "loss (nats a token)",
+        &loss,
+    )?;
     report::tell!("tables and pictures: {}/small-data*.csv, .svg", args.dir.display());
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! `finetune`: a pretrained model, a task, and all of it or adapters that are trained. The run is [`train`]'s.
+//! `finetune`: a pretrained model, a task, and all of it or adapters that are trained. The run is
+//! [`train`]'s.
 //!
 //! ```text
 //! method full    config.json, model.safetensors and tokenizer files, as `train` leaves them
@@ -57,7 +58,9 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Option<Summary>, Failure> {
         (_, _, Some(dir)) if full => dir.clone(),
         (Some(dir), ..) => dir.clone(),
         (None, Some(name), _) => hub::locate(name)?,
-        (None, None, _) => return Err(Failure::Other("expected --weights or --model, found neither".into())),
+        (None, None, _) => {
+            return Err(Failure::Other("expected --weights or --model, found neither".into()));
+        }
     };
     let mut config = Gpt2Config::read_dir(&weights)?;
     // Dropout is a choice of the training; the file's is what somebody else chose.
@@ -71,7 +74,11 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Option<Summary>, Failure> {
 }
 
 /// The data, the tokens of a sample, and the number of steps where passes were asked for.
-fn open(args: &mut FinetuneArgs, config: &Gpt2Config, tokenizer: &Tokenizer) -> Result<(Source, usize), Failure> {
+fn open(
+    args: &mut FinetuneArgs,
+    config: &Gpt2Config,
+    tokenizer: &Tokenizer,
+) -> Result<(Source, usize), Failure> {
     let Some(data) = args.data.clone() else {
         return Err(Failure::Other("expected --data, found nothing".into()));
     };
@@ -79,15 +86,20 @@ fn open(args: &mut FinetuneArgs, config: &Gpt2Config, tokenizer: &Tokenizer) -> 
     let (source, context, samples) = match args.pairs.columns(args.task) {
         Some(columns) => {
             let loss_on = args.pairs.loss_on();
-            let examples = |path: &Path| Examples::open(path, &columns, loss_on, tokenizer, config.vocab_size);
+            let examples =
+                |path: &Path| Examples::open(path, &columns, loss_on, tokenizer, config.vocab_size);
             let mut train = examples(&data)?;
             let mut validation = args.validation.as_deref().map(examples).transpose()?;
             let context = asked.unwrap_or_else(|| train.longest().min(config.n_positions));
             for examples in core::iter::once(&mut train).chain(&mut validation) {
                 examples.fit(context)?;
             }
-            for (name, examples) in [("training", Some(&train)), ("validation", validation.as_ref())] {
-                if let Some((cut, dropped)) = examples.map(Examples::truncated).filter(|&t| t != (0, 0)) {
+            for (name, examples) in
+                [("training", Some(&train)), ("validation", validation.as_ref())]
+            {
+                if let Some((cut, dropped)) =
+                    examples.map(Examples::truncated).filter(|&t| t != (0, 0))
+                {
                     report::note!(
                         "{name} data: {cut} example(s) cut to {context} tokens, {dropped} dropped, whose prompt has no room"
                     );
@@ -104,7 +116,9 @@ fn open(args: &mut FinetuneArgs, config: &Gpt2Config, tokenizer: &Tokenizer) -> 
                     let train = whole(&data)?;
                     if train.len() <= context as u64 {
                         let (source_name, tokens) = (data.display().to_string(), train.len());
-                        return Err(crate::data::DataError::Short { source_name, tokens, context }.into());
+                        return Err(
+                            crate::data::DataError::Short { source_name, tokens, context }.into()
+                        );
                     }
                     (train, whole(path)?)
                 }
@@ -143,7 +157,11 @@ impl Task for Pretrained {
         let name = self.args.data.as_deref().unwrap_or(Path::new("")).display();
         match &self.source {
             Source::Text { train, validation, .. } => {
-                format!("{} training and {} validation tokens of {name}", train.len(), validation.len())
+                format!(
+                    "{} training and {} validation tokens of {name}",
+                    train.len(),
+                    validation.len()
+                )
             }
             Source::Pairs { train, validation } => format!(
                 "{} training and {} validation examples of {name}, {} tokens of them to be learned, {:.2} passes",
@@ -167,7 +185,12 @@ impl Task for Pretrained {
         }
     }
 
-    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, model: &Gpt2, resumed: bool) -> Result<(), Failure> {
+    fn start<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        model: &Gpt2,
+        resumed: bool,
+    ) -> Result<(), Failure> {
         let lora = self.args.method.method == MethodKind::Lora;
         if resumed && !lora {
             return Ok(());
@@ -193,10 +216,18 @@ impl Task for Pretrained {
         run::save(out, &FinetuneArgs { base: self.base.clone(), ..self.args.clone() })
     }
 
-    fn fill(&mut self, step: u32, first: u32, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), Failure> {
+    fn fill(
+        &mut self,
+        step: u32,
+        first: u32,
+        tokens: &mut [i32],
+        targets: &mut [i32],
+    ) -> Result<(), Failure> {
         let run = &self.args.run;
         match &mut self.source {
-            Source::Text { train, batches, .. } => train.batch(batches, step, first, tokens, targets)?,
+            Source::Text { train, batches, .. } => {
+                train.batch(batches, step, first, tokens, targets)?
+            }
             Source::Pairs { train, .. } => {
                 let first = u64::from(step) * per_step(run) + u64::from(first);
                 train.batch(run.seed, first, self.context, tokens, targets)?;
@@ -211,17 +242,28 @@ impl Task for Pretrained {
         model: &mut Gpt2,
         tokens: usize,
     ) -> Result<Option<(f64, usize)>, Failure> {
-        let (samples, inference) = ((tokens / self.context).max(1), Inference::Float(Gamma::new(0.0, Sign::Plus)?));
+        let (samples, inference) =
+            ((tokens / self.context).max(1), Inference::Float(Gamma::new(0.0, Sign::Plus)?));
         match &self.source {
-            Source::Text { validation, .. } => train::evaluate(be, model, validation, samples, inference),
-            Source::Pairs { validation: Some(examples), .. } => evaluate(be, model, examples, samples, inference),
+            Source::Text { validation, .. } => {
+                train::evaluate(be, model, validation, samples, inference)
+            }
+            Source::Pairs { validation: Some(examples), .. } => {
+                evaluate(be, model, examples, samples, inference)
+            }
             Source::Pairs { validation: None, .. } => Ok(None),
         }
     }
 
-    fn finish<B: Backend<Real = f32>>(&self, be: &B, model: &Gpt2, out: &Path) -> Result<&'static str, Failure> {
+    fn finish<B: Backend<Real = f32>>(
+        &self,
+        be: &B,
+        model: &Gpt2,
+        out: &Path,
+    ) -> Result<&'static str, Failure> {
         if let Some(digest) = self.base.as_deref().filter(|_| model.setup().adapters.is_some()) {
-            let base = self.args.model.clone().unwrap_or_else(|| self.weights.display().to_string());
+            let base =
+                self.args.model.clone().unwrap_or_else(|| self.weights.display().to_string());
             adapter::save(out, be, model, &base, digest)?;
             return Ok("adapter_model.safetensors, adapter_config.json");
         }
@@ -233,7 +275,11 @@ impl Task for Pretrained {
         Ok("model.safetensors, config.json")
     }
 
-    fn sample<B: Backend<Real = f32>>(&self, be: &mut B, model: &mut Gpt2) -> Result<Option<String>, Failure> {
+    fn sample<B: Backend<Real = f32>>(
+        &self,
+        be: &mut B,
+        model: &mut Gpt2,
+    ) -> Result<Option<String>, Failure> {
         if self.config.vocab_size != VOCAB {
             return Ok(None);
         }
@@ -247,7 +293,8 @@ impl Task for Pretrained {
     }
 }
 
-/// Mean loss over the targets of at most `samples` examples, taken at equal distances, and the number of the targets.
+/// Mean loss over the targets of at most `samples` examples, taken at equal distances, and the
+/// number of the targets.
 ///
 /// # Errors
 /// [`Failure`]
@@ -272,7 +319,8 @@ pub fn evaluate<B: Backend<Real = f32>>(
             let example = ((first + i) as u128 * examples.len() as u128 / n as u128) as usize;
             examples.sample(example, &mut tokens[range.clone()], &mut targets[range]);
         }
-        let (loss, m) = model.evaluate(be, &tokens[..here * context], &targets[..here * context], inference)?;
+        let (loss, m) =
+            model.evaluate(be, &tokens[..here * context], &targets[..here * context], inference)?;
         sum += loss;
         count += m;
     }

@@ -1,4 +1,5 @@
-//! Models by their names on Hugging Face: from its cache on this machine, or downloaded into it (feature `hub`).
+//! Models by their names on Hugging Face: from its cache on this machine, or downloaded into it
+//! (feature `hub`).
 
 use std::path::PathBuf;
 

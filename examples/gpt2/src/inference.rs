@@ -26,7 +26,8 @@ use crate::sample::Sampler;
 use crate::tokenizer::{EOT, Tokenizer, VOCAB};
 use crate::{finetune, train, weights};
 
-/// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid can use.
+/// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid
+/// can use.
 fn lay_out(
     config: &Gpt2Config,
     machine: &MachineArgs,
@@ -106,7 +107,8 @@ pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
         fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
             let (args, out) = (self.args, self.args.out.as_path());
             load(&args.weights, Some(&args.adapter), &self.config, be, &self.model)?;
-            std::fs::create_dir_all(out).map_err(|e| FileError::io(out, "create the directory", e))?;
+            std::fs::create_dir_all(out)
+                .map_err(|e| FileError::io(out, "create the directory", e))?;
             self.config.write_dir(out)?;
             machine::save_weights(out, be, &self.model)?;
             if self.config.vocab_size == VOCAB {
@@ -129,8 +131,8 @@ pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
     machine::run(&machine, 1, &layout, Merge { args, config, model })
 }
 
-/// Loss and perplexity over sequential windows: of all of `--data`, or of the validation part of what the run was trained
-/// with.
+/// Loss and perplexity over sequential windows: of all of `--data`, or of the validation part of
+/// what the run was trained with.
 ///
 /// # Errors
 /// [`Failure`]
@@ -154,7 +156,9 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             let (model, all) = (&mut self.model, usize::MAX);
             let (found, tokens) = match &self.part {
                 Data::Text(part) => (train::evaluate(be, model, part, all, inference)?, part.len()),
-                Data::Pairs(pairs) => (finetune::evaluate(be, model, pairs, all, inference)?, pairs.targets()),
+                Data::Pairs(pairs) => {
+                    (finetune::evaluate(be, model, pairs, all, inference)?, pairs.targets())
+                }
             };
             let Some((loss, tokens)) = found else {
                 return Err(Failure::Other(format!(
@@ -163,9 +167,16 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
                     self.model.setup().context
                 )));
             };
-            report::tell!("loss {loss:.4}, perplexity {:.2}, over {tokens} tokens of {}", loss.exp(), self.name);
+            report::tell!(
+                "loss {loss:.4}, perplexity {:.2}, over {tokens} tokens of {}",
+                loss.exp(),
+                self.name
+            );
             if self.args.json {
-                report::tell!("{}", json!({"loss": loss, "perplexity": loss.exp(), "tokens": tokens}));
+                report::tell!(
+                    "{}",
+                    json!({"loss": loss, "perplexity": loss.exp(), "tokens": tokens})
+                );
             }
             Ok(())
         }
@@ -176,12 +187,20 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let tokenizer = Tokenizer::new();
     let (part, name, context, windows) = match (&args.data, args.pairs.columns(args.task)) {
         (Some(path), Some(columns)) => {
-            let mut pairs = Examples::open(path, &columns, args.pairs.loss_on(), &tokenizer, config.vocab_size)?;
+            let mut pairs = Examples::open(
+                path,
+                &columns,
+                args.pairs.loss_on(),
+                &tokenizer,
+                config.vocab_size,
+            )?;
             let context = asked.unwrap_or_else(|| pairs.longest().min(config.n_positions));
             pairs.fit(context)?;
             let (cut, dropped) = pairs.truncated();
             if cut + dropped > 0 {
-                report::note!("{cut} example(s) cut to {context} tokens, {dropped} dropped, whose prompt has no room");
+                report::note!(
+                    "{cut} example(s) cut to {context} tokens, {dropped} dropped, whose prompt has no room"
+                );
             }
             let windows = pairs.len();
             (Data::Pairs(pairs), path.display().to_string(), context, windows)
@@ -195,11 +214,17 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             let trained = run_of(&args.weights).and_then(|r| r.data);
             let corpus = Corpus::open(trained.as_deref(), &tokenizer, config.vocab_size, context)?;
             let windows = corpus.validation.windows(context).len().max(1);
-            (Data::Text(corpus.validation), format!("{} (validation part)", corpus.name), context, windows)
+            (
+                Data::Text(corpus.validation),
+                format!("{} (validation part)", corpus.name),
+                context,
+                windows,
+            )
         }
     };
     let batch = (args.batch as usize).min(windows);
-    let (model, layout) = lay_out(&config, &args.machine, context, batch, None, frac_bits(&config, args.frac_bits))?;
+    let (model, layout) =
+        lay_out(&config, &args.machine, context, batch, None, frac_bits(&config, args.frac_bits))?;
     let threads = machine::threads(&args.machine);
     machine::run(&args.machine, threads, &layout, Eval { args, config, model, part, name })
 }
@@ -208,13 +233,19 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
 fn prompts(args: &GenerateArgs) -> Result<Vec<String>, Failure> {
     let Some(path) = &args.prompts else { return Ok(vec![args.prompt.clone()]) };
     let wrong = |what: String| Failure::Other(format!("{}: {what}", path.display()));
-    let text = String::from_utf8(crate::files::read_limited(path, 1 << 30)?)
-        .map_err(|e| wrong(format!("not UTF-8 text from byte {} on", e.utf8_error().valid_up_to())))?;
+    let text = String::from_utf8(crate::files::read_limited(path, 1 << 30)?).map_err(|e| {
+        wrong(format!("not UTF-8 text from byte {} on", e.utf8_error().valid_up_to()))
+    })?;
     let lines: Vec<_> = text.trim_start_matches('\u{feff}').lines().map(str::to_owned).collect();
-    if lines.is_empty() { Err(wrong("empty, expected one prompt in each line".into())) } else { Ok(lines) }
+    if lines.is_empty() {
+        Err(wrong("empty, expected one prompt in each line".into()))
+    } else {
+        Ok(lines)
+    }
 }
 
-/// Lays a model out for decoding: fewer prompts at a time where the budget, or what the machine has, is less.
+/// Lays a model out for decoding: fewer prompts at a time where the budget, or what the machine
+/// has, is less.
 pub(crate) fn lay_out_decoder(
     config: &Gpt2Config,
     machine: &MachineArgs,
@@ -222,7 +253,8 @@ pub(crate) fn lay_out_decoder(
 ) -> Result<(Gpt2, Decoder, Layout), Failure> {
     let one = Some(Choice { chunk: 1, head_rows: 1 });
     let (model, own) = lay_out(config, machine, 1, 1, one, frac_bits(config, None))?;
-    let available = (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
+    let available =
+        (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
     let budget = machine.memory.or(available);
     loop {
         let (decoder, mut layout) = match machine.backend {
@@ -266,10 +298,11 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
             load(&args.weights, args.adapter.as_deref(), &self.config, be, &self.model)?;
             run::catch_interrupt();
             let bar = run::bar("prompt", self.prompts.len() as u64, 0);
-            let found = self.decoder.decode(be, &self.prompts, &self.decoding, |finished, tokens| {
-                bar.set_position(finished as u64);
-                bar.set_message(format!("{tokens} tokens"));
-            })?;
+            let found =
+                self.decoder.decode(be, &self.prompts, &self.decoding, |finished, tokens| {
+                    bar.set_position(finished as u64);
+                    bar.set_message(format!("{tokens} tokens"));
+                })?;
             bar.finish_and_clear();
             let tokenizer = Tokenizer::new();
             let mut all = Vec::new();
@@ -278,12 +311,15 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
                 let text = tokenizer.decode(&tokens);
                 match args.prompts {
                     None => report::tell!("{prompt}{text}"),
-                    Some(_) => report::tell!("{}", text.split_whitespace().collect::<Vec<_>>().join(" ")),
+                    Some(_) => {
+                        report::tell!("{}", text.split_whitespace().collect::<Vec<_>>().join(" "))
+                    }
                 }
                 all.push(json!({"prompt": prompt, "text": text, "tokens": tokens}));
             }
             if args.json {
-                let json = if args.prompts.is_some() { json!({"texts": all}) } else { all.swap_remove(0) };
+                let json =
+                    if args.prompts.is_some() { json!({"texts": all}) } else { all.swap_remove(0) };
                 report::tell!("{json}");
             }
             Ok(())
@@ -308,7 +344,8 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         how: match args.beams {
             Some(_) => How::Search(Length::Power(args.length_penalty.unwrap_or(1.0))),
             None => {
-                let (temperature, top_k, top_p) = (args.temperature, args.top_k as usize, args.top_p);
+                let (temperature, top_k, top_p) =
+                    (args.temperature, args.top_k as usize, args.top_p);
                 How::Sample(Sampler { temperature, top_k, top_p }, args.seed)
             }
         },
@@ -317,7 +354,8 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         no_repeat: args.no_repeat_ngram as usize,
         inference: inference(args.inference, args.gamma.unwrap_or(0.0))?,
     };
-    let context = trained_context(&args.weights).unwrap_or(config.n_positions).min(config.n_positions);
+    let context =
+        trained_context(&args.weights).unwrap_or(config.n_positions).min(config.n_positions);
     let beams = args.beams.unwrap_or(1) as usize;
     let sizes = Sizes::of(&prompts, args.batch as usize, beams, decoding.tokens, context);
     let (model, decoder, layout) = lay_out_decoder(&config, &args.machine, sizes)?;
@@ -351,7 +389,8 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         threads,
         library: machine::library(&args.machine, threads),
     };
-    let (choice, model, layout) = machine::lay_out_for(ranks, &setup, kind, args.machine.memory, None)?;
+    let (choice, model, layout) =
+        machine::lay_out_for(ranks, &setup, kind, args.machine.memory, None)?;
     report::tell!(
         "{} parameters, {layers} blocks, width {}, {} sample(s) of {context} tokens{}, {}",
         model.parameters(),
@@ -377,10 +416,12 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         if mode == setup.mode || columns.iter().any(|c: &(String, Layout)| c.0 == name(&mode)) {
             continue;
         }
-        let grid = if mode == stack::Mode::Bdia { Some(Grid::new(args.mode.frac_bits)?) } else { None };
+        let grid =
+            if mode == stack::Mode::Bdia { Some(Grid::new(args.mode.frac_bits)?) } else { None };
         let gamma = Gamma::new(0.5, Sign::Random)?;
         let other = Setup { mode, grid, gamma, verify: false, ..setup };
-        columns.push((name(&mode), machine::lay_out_for(ranks, &other, kind, None, Some(choice))?.2));
+        columns
+            .push((name(&mode), machine::lay_out_for(ranks, &other, kind, None, Some(choice))?.2));
     }
     report::tell!("{}", machine::memory_table(&columns, None).to_string().trim_end());
     report::tell!(

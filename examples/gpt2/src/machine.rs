@@ -106,8 +106,8 @@ pub fn load_weights<B: Backend<Real = f32>>(
     load_base(dir, config, be, model).map(drop)
 }
 
-/// The same, with a digest of what was read: the names and the values in f32, so that it does not depend on files, their type
-/// or how the model stores them.
+/// The same, with a digest of what was read: the names and the values in f32, so that it does not
+/// depend on files, their type or how the model stores them.
 ///
 /// # Errors
 /// As [`load_weights`], and a value that does not fit the 16 bits in which the model stores it.
@@ -139,7 +139,11 @@ pub fn load_base<B: Backend<Real = f32>>(
 ///
 /// # Errors
 /// A file that cannot be written; an existing one is untouched then.
-pub fn save_weights<B: Backend<Real = f32>>(dir: &Path, be: &B, model: &Gpt2) -> Result<(), Failure> {
+pub fn save_weights<B: Backend<Real = f32>>(
+    dir: &Path,
+    be: &B,
+    model: &Gpt2,
+) -> Result<(), Failure> {
     let named = model.tensors();
     let shapes: Vec<_> = named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
     let mut piece = vec![0.0; 1 << 14];

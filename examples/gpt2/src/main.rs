@@ -1,4 +1,5 @@
-//! GPT-2 trained with exact reversible backpropagation: see `bdia-gpt2 --help` and the repository's README.
+//! GPT-2 trained with exact reversible backpropagation: see `bdia-gpt2 --help` and the repository's
+//! README.
 
 use std::process::ExitCode;
 
@@ -18,8 +19,12 @@ fn main() -> ExitCode {
         Command::Eval(args) => inference::eval(&args),
         Command::Generate(args) => inference::generate(&args),
         Command::Score(args) => score::score(&args),
-        Command::Experiment { experiment: Experiment::Finetune(args) } => experiment::finetune(&args),
-        Command::Experiment { experiment: Experiment::SmallData(args) } => experiment::small_data(&args),
+        Command::Experiment { experiment: Experiment::Finetune(args) } => {
+            experiment::finetune(&args)
+        }
+        Command::Experiment { experiment: Experiment::SmallData(args) } => {
+            experiment::small_data(&args)
+        }
         Command::Plan(args) => inference::plan(&args),
     })
 }

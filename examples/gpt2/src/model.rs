@@ -1,10 +1,13 @@
-//! GPT-2 assembled from the layers and the stack of `bdia-core`: where every buffer is, and one optimizer step.
+//! GPT-2 assembled from the layers and the stack of `bdia-core`: where every buffer is, and one
+//! optimizer step.
 
 use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, Words, product};
 use bdia_core::backend::{Backend, Chunk, Gelu, Half, Mask};
 use bdia_core::error::{Error, Result, Site};
-use bdia_core::layers::{BlockShape, LmHead, LoraShape, Params, Tensor, TokenEmbedding, TransformerBlocks, Updater};
+use bdia_core::layers::{
+    BlockShape, LmHead, LoraShape, Params, Tensor, TokenEmbedding, TransformerBlocks, Updater,
+};
 use bdia_core::optim::{Rule, clip_scale};
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
@@ -41,7 +44,8 @@ pub struct Dims {
 pub struct Adapters {
     /// Rank and factor of the adapters of queries and values.
     pub shape: LoraShape,
-    /// Storage of the blocks' matrices, where it is 16 bits; embeddings, norms and biases always are reals.
+    /// Storage of the blocks' matrices, where it is 16 bits; embeddings, norms and biases always
+    /// are reals.
     pub half: Option<Half>,
 }
 
@@ -66,7 +70,8 @@ pub struct Setup {
     pub rule: Option<Rule>,
     /// Adapters, where those are trained.
     pub adapters: Option<Adapters>,
-    /// Update blocks as they are finished. Without it gradients add up over micro-batches and can be clipped.
+    /// Update blocks as they are finished. Without it gradients add up over micro-batches and can
+    /// be clipped.
     pub fused: bool,
     /// Keep originals and count differences.
     pub verify: bool,
@@ -111,7 +116,8 @@ const ENDS: usize = 5;
 #[derive(Debug, Clone)]
 pub struct Gpt2 {
     setup: Setup,
-    /// The layout of what stays: parameters, gradients, optimizer state. Decoding has a layout of its own behind it.
+    /// The layout of what stays: parameters, gradients, optimizer state. Decoding has a layout of
+    /// its own behind it.
     pub(crate) base: Layout,
     /// The reversible stack.
     pub stack: Stack,
@@ -164,13 +170,15 @@ impl Named {
         self.narrow.is_none_or(|(half, _)| half.value(rounded(half, x)).is_finite())
     }
 
-    /// Writes values from index `at` on, an even one, as the tensor is stored: rounded to nearest where that is in 16 bits
-    /// (see [`holds`](Self::holds)).
+    /// Writes values from index `at` on, an even one, as the tensor is stored: rounded to nearest
+    /// where that is in 16 bits (see [`holds`](Self::holds)).
     ///
     /// # Errors
     /// Those of the backend.
     pub fn put<B: Backend>(&self, be: &mut B, at: usize, values: &[B::Real]) -> Result<()> {
-        let Some((half, words)) = self.narrow else { return be.write_reals(self.values.sub(at, values.len()), values) };
+        let Some((half, words)) = self.narrow else {
+            return be.write_reals(self.values.sub(at, values.len()), values);
+        };
         let bits = |x: B::Real| rounded(half, x.wide() as f32);
         let mut piece = [0; 256];
         for (i, values) in values.chunks(2 * piece.len()).enumerate() {
@@ -212,11 +220,16 @@ impl Gpt2 {
     pub fn layout<B: Backend>(setup: &Setup, choice: Choice) -> Result<(Self, Layout)> {
         let (d, mut layout) = (&setup.dims, Layout::new(B::Real::BYTES));
         let l = &mut layout;
-        let positive = |what, n: usize| if n == 0 { Err(setting(what, 0.0, "1 or more")) } else { Ok(n) };
+        let positive =
+            |what, n: usize| if n == 0 { Err(setting(what, 0.0, "1 or more")) } else { Ok(n) };
         positive("vocabulary", d.vocab)?;
         positive("context", setup.context)?;
         if setup.context > d.positions {
-            return Err(Error::Shape { what: "context (longest)", expected: d.positions, found: setup.context });
+            return Err(Error::Shape {
+                what: "context (longest)",
+                expected: d.positions,
+                found: setup.context,
+            });
         }
         if !(0.0..1.0).contains(&d.dropout[0]) {
             return Err(setting("embedding dropout", d.dropout[0], "0 up to, not including, 1"));
@@ -242,7 +255,15 @@ impl Gpt2 {
         let count = if d.tied { ENDS - 1 } else { ENDS };
         let (blocks, ends) = match setup.adapters {
             Some(Adapters { shape: lora, half }) => (
-                TransformerBlocks::layout_frozen(shape, d.layers, half, lora, setup.rule, setup.fused, l)?,
+                TransformerBlocks::layout_frozen(
+                    shape,
+                    d.layers,
+                    half,
+                    lora,
+                    setup.rule,
+                    setup.fused,
+                    l,
+                )?,
                 Params::layout_frozen(l, 1, len)?,
             ),
             None => (
@@ -357,12 +378,15 @@ impl Gpt2 {
         list
     }
 
-    /// The tensors that are trained: all, or the adapters (`h.N.attn.c_attn.lora_A` and `lora_B`, `[2r, d]` both).
+    /// The tensors that are trained: all, or the adapters (`h.N.attn.c_attn.lora_A` and `lora_B`,
+    /// `[2r, d]` both).
     pub fn trained(&self) -> Vec<Named> {
         let Some(lora) = &self.blocks.lora else { return self.tensors() };
         (0..self.setup.dims.layers)
             .flat_map(|k| {
-                lora.tensors().iter().map(move |t| named(format!("h.{k}.attn.c_attn.{}", t.name), &lora.params, k, t))
+                lora.tensors().iter().map(move |t| {
+                    named(format!("h.{k}.attn.c_attn.{}", t.name), &lora.params, k, t)
+                })
             })
             .collect()
     }
@@ -379,8 +403,8 @@ impl Gpt2 {
         self.tensors().iter().map(Named::len).sum()
     }
 
-    /// Adapters as PEFT begins them: `A` uniform from -1/√d to 1/√d, `B` 0, so that the model is unchanged; optimizer
-    /// state 0.
+    /// Adapters as PEFT begins them: `A` uniform from -1/√d to 1/√d, `B` 0, so that the model is
+    /// unchanged; optimizer state 0.
     ///
     /// # Errors
     /// Those of writing.
@@ -392,21 +416,22 @@ impl Gpt2 {
             }
             let s = Stream::new(seed, i as u32, 0, 1, 0, Draw::Init);
             let uniform = |e: usize| f64::from(s.word(e as u32)) / f64::from(1_u32 << 31) - 1.0;
-            let start = |e: usize| if t.name.ends_with("lora_A") { bound * uniform(e) } else { 0.0 };
+            let start =
+                |e: usize| if t.name.ends_with("lora_A") { bound * uniform(e) } else { 0.0 };
             let values: Vec<_> = (0..t.values.len()).map(|e| B::Real::of(start(e))).collect();
             be.write_reals(t.values, &values)?;
         }
         Ok(())
     }
 
-    /// Lengths of the groups of gradients that are on their way between ranks at the same time: one block, or as much of the
-    /// embedding as is worth a message.
+    /// Lengths of the groups of gradients that are on their way between ranks at the same time: one
+    /// block, or as much of the embedding as is worth a message.
     pub fn exchanged(&self) -> [usize; 1] {
         [self.blocks.trained().0.group_len().max(self.ends.group_len().min(1 << 18))]
     }
 
-    /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0, norms 1; optimizer
-    /// state 0.
+    /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0,
+    /// norms 1; optimizer state 0.
     ///
     /// # Errors
     /// Those of writing.
@@ -423,14 +448,16 @@ impl Gpt2 {
                 continue;
             }
             let sigma = if t.name.ends_with("c_proj.weight") { projections } else { 0.02 };
-            // The tensor's index in the file is its place in the random stream; rows are samples of it, so threads share
-            // them out.
+            // The tensor's index in the file is its place in the random stream; rows are samples of
+            // it, so threads share them out.
             let (rows, cols, threads) = (t.shape[0], t.shape[1], self.setup.threads.max(1));
             let share = (1_usize << 14).div_ceil(cols.max(1)).next_multiple_of(2);
             let draw = |first: usize, values: &mut [B::Real]| {
                 for (row, line) in values.chunks_mut(cols).enumerate() {
                     let s = Stream::new(seed, i as u32, (first + row) as u32, 0, 0, Draw::Init);
-                    line.iter_mut().zip(0..).for_each(|(x, e)| *x = B::Real::of(sigma * s.normal(e)));
+                    line.iter_mut()
+                        .zip(0..)
+                        .for_each(|(x, e)| *x = B::Real::of(sigma * s.normal(e)));
                 }
             };
             for first in (0..rows).step_by(share * threads) {
@@ -451,33 +478,49 @@ impl Gpt2 {
         Ok(())
     }
 
-    /// One optimizer step. `fill` writes tokens and targets of micro-batch `i` (`[batch, context]` each) and may do so
-    /// twice for one batch; of several ranks, this one's part of it. The outcome is that of all ranks.
+    /// One optimizer step. `fill` writes tokens and targets of micro-batch `i` (`[batch, context]`
+    /// each) and may do so twice for one batch; of several ranks, this one's part of it. The
+    /// outcome is that of all ranks.
     ///
     /// # Errors
-    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What `fill` returns.
+    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What
+    /// `fill` returns.
     pub fn train<B: Backend, E: From<Error>>(
         &mut self,
         be: &mut B,
         step: &Step,
         mut fill: impl FnMut(usize, &mut [i32], &mut [i32]) -> core::result::Result<(), E>,
     ) -> core::result::Result<Outcome, E> {
-        let Some(rule) = self.setup.rule else { return Err(setting("optimizer", f64::NAN, "one, to train").into()) };
+        let Some(rule) = self.setup.rule else {
+            return Err(setting("optimizer", f64::NAN, "one, to train").into());
+        };
         self.prepare();
         // A fault that an abandoned step left behind is not this one's.
         be.clear_fault()?;
         let micro_batches = self.setup.accumulate;
         if self.setup.fused && (micro_batches != 1 || step.clip > 0.0) {
-            return Err(setting("accumulate or clip", f64::NAN, "full gradient buffers (fused = false)").into());
+            return Err(setting(
+                "accumulate or clip",
+                f64::NAN,
+                "full gradient buffers (fused = false)",
+            )
+            .into());
         }
         let fused = self.setup.fused;
-        let updater =
-            Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
+        let updater = Updater {
+            rule,
+            weight_decay: step.weight_decay,
+            lr: step.lr,
+            t: step.step + 1,
+            scale: 1.0,
+            fused,
+        };
         self.blocks.updater = updater;
         self.blocks.trained().0.zero_gradients(be)?;
         self.ends.zero_gradients(be)?;
 
-        // The loss is the mean over the unmasked targets of the whole step, so they are counted first.
+        // The loss is the mean over the unmasked targets of the whole step, so they are counted
+        // first.
         let mut unmasked = 0_usize;
         for i in 0..micro_batches {
             let [tokens, targets] = &mut self.staging;
@@ -518,10 +561,13 @@ impl Gpt2 {
         }
         self.ends.sum_over_ranks(be, piece)?;
         self.ends.measure(be, Site::Embedding, 0, self.trained_ends())?;
-        // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
-        // the step is done.
+        // What was measured cannot go wrong in the update, so the host waits once: for the norm
+        // that clipping needs, or when the step is done.
         let early = if fused { None } else { Some(self.result(be)?) };
-        let updater = Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)), ..updater };
+        let updater = Updater {
+            scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)),
+            ..updater
+        };
         if !fused {
             for k in 0..self.setup.dims.layers {
                 params.update(be, &updater, k, tensors)?;
@@ -530,7 +576,12 @@ impl Gpt2 {
         self.ends.update(be, &updater, 0, self.trained_ends())?;
         let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
         let mut outcome = Outcome { loss: 0.0, grad_norm, mismatches: 0, rebuild_error: 0.0 };
-        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
+        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[
+            loss,
+            mismatches,
+            error,
+            _,
+        ]| {
             outcome.loss += loss;
             outcome.mismatches += mismatches as u64;
             outcome.rebuild_error = outcome.rebuild_error.max(error);
@@ -560,7 +611,8 @@ impl Gpt2 {
         }
     }
 
-    /// Sum of losses and number of targets of some samples (at most a chunk, [`Stack::config`]) of `context` tokens.
+    /// Sum of losses and number of targets of some samples (at most a chunk, [`Stack::config`]) of
+    /// `context` tokens.
     ///
     /// # Errors
     /// [`Error::Fault`] for values that are not finite or tokens outside the vocabulary.
@@ -584,12 +636,20 @@ impl Gpt2 {
         Ok((sum(be, self.head.losses.sub(0, n))?, targets.iter().filter(|&&t| t >= 0).count()))
     }
 
-    fn run<B: Backend>(&mut self, be: &mut B, tokens: &[i32], samples: usize, inference: Inference) -> Result<Reals> {
+    fn run<B: Backend>(
+        &mut self,
+        be: &mut B,
+        tokens: &[i32],
+        samples: usize,
+        inference: Inference,
+    ) -> Result<Reals> {
         be.write_ints(self.tokens.sub(0, tokens.len()), tokens)?;
         let (blocks, input) = (&mut self.blocks, &mut self.input);
         match inference {
             Inference::Float(gamma) => self.stack.infer(be, blocks, input, samples, gamma),
-            Inference::Quantized(gamma) => self.stack.infer_quantized(be, blocks, input, samples, gamma),
+            Inference::Quantized(gamma) => {
+                self.stack.infer_quantized(be, blocks, input, samples, gamma)
+            }
         }
     }
 
@@ -605,7 +665,11 @@ impl Gpt2 {
         inference: Inference,
     ) -> Result<Vec<B::Real>> {
         if tokens.is_empty() || tokens.len() > self.setup.context || positions.end > tokens.len() {
-            return Err(Error::Shape { what: "tokens (at most)", expected: self.setup.context, found: tokens.len() });
+            return Err(Error::Shape {
+                what: "tokens (at most)",
+                expected: self.setup.context,
+                found: tokens.len(),
+            });
         }
         // Attention is causal: what follows the last token changes nothing before it.
         let mut padded = tokens.to_vec();

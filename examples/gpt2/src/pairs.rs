@@ -1,4 +1,5 @@
-//! Prompts and what is to be written after them: files of pairs, and batches in which only completions have targets.
+//! Prompts and what is to be written after them: files of pairs, and batches in which only
+//! completions have targets.
 //!
 //! | file | read as |
 //! |---|---|
@@ -6,10 +7,11 @@
 //! | `.tsv` | a header, tabs, no quotes |
 //! | `.jsonl` | one object with two strings a line |
 //!
-//! An example is `prompt \n completion <|endoftext|>`; prompt and completion become tokens separately, so that a model that is
-//! given `prompt \n` goes on from the tokens it was trained on. Samples have one length: short examples are padded at their end,
-//! where causal attention does not see the padding, and padding has no target. Several examples are not packed into one
-//! sample, because attention would see from one into the next.
+//! An example is `prompt \n completion <|endoftext|>`; prompt and completion become tokens
+//! separately, so that a model that is given `prompt \n` goes on from the tokens it was trained on.
+//! Samples have one length: short examples are padded at their end, where causal attention does not
+//! see the padding, and padding has no target. Several examples are not packed into one sample,
+//! because attention would see from one into the next.
 
 use std::path::{Path, PathBuf};
 
@@ -156,7 +158,11 @@ pub fn parse(path: &Path, bytes: Vec<u8>, columns: &PairColumns) -> Result<Vec<P
         "jsonl" => lines(path, &text, columns)?,
         _ => return Err(PairsError::Kind(path.into())),
     };
-    if pairs.is_empty() { Err(PairsError::None { path: path.into(), why: String::new() }) } else { Ok(pairs) }
+    if pairs.is_empty() {
+        Err(PairsError::None { path: path.into(), why: String::new() })
+    } else {
+        Ok(pairs)
+    }
 }
 
 fn text(path: &Path, bytes: Vec<u8>) -> Result<String, PairsError> {
@@ -185,13 +191,19 @@ fn pair(path: &Path, line: u64, prompt: &str, completion: &str) -> Result<Pair, 
     }
 }
 
-fn table(path: &Path, text: &str, columns: &PairColumns, delimiter: u8) -> Result<Vec<Pair>, PairsError> {
+fn table(
+    path: &Path,
+    text: &str,
+    columns: &PairColumns,
+    delimiter: u8,
+) -> Result<Vec<Pair>, PairsError> {
     let quotes = delimiter == b',';
     if quotes && let Some(line) = open_quote(text) {
         let what = "the quote that opens here is never closed".into();
         return Err(PairsError::Row { path: path.into(), line, what });
     }
-    let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).quoting(quotes).from_reader(text.as_bytes());
+    let mut reader =
+        csv::ReaderBuilder::new().delimiter(delimiter).quoting(quotes).from_reader(text.as_bytes());
     let failed = |e: csv::Error| {
         let line = e.position().map_or(1, csv::Position::line);
         let what = match e.kind() {
@@ -202,12 +214,17 @@ fn table(path: &Path, text: &str, columns: &PairColumns, delimiter: u8) -> Resul
         };
         PairsError::Row { path: path.into(), line, what }
     };
-    let header: Vec<String> = reader.headers().map_err(failed)?.iter().map(|h| h.trim().to_string()).collect();
+    let header: Vec<String> =
+        reader.headers().map_err(failed)?.iter().map(|h| h.trim().to_string()).collect();
     let place = |name: &String| {
         let mut places = header.iter().enumerate().filter(|(_, h)| *h == name).map(|(i, _)| i);
         match (places.next(), places.next()) {
             (Some(i), None) => Ok(i),
-            (None, _) => Err(PairsError::Column { path: path.into(), expected: name.clone(), found: header.clone() }),
+            (None, _) => Err(PairsError::Column {
+                path: path.into(),
+                expected: name.clone(),
+                found: header.clone(),
+            }),
             _ => Err(PairsError::Twice { path: path.into(), column: name.clone() }),
         }
     };
@@ -221,7 +238,8 @@ fn table(path: &Path, text: &str, columns: &PairColumns, delimiter: u8) -> Resul
     Ok(pairs)
 }
 
-/// The line of a quote that is not closed at the end: the library takes all that follows it as one field.
+/// The line of a quote that is not closed at the end: the library takes all that follows it as one
+/// field.
 fn open_quote(text: &str) -> Option<u64> {
     let (mut line, mut opened, mut quoted, mut in_field) = (1, 1, false, false);
     let mut bytes = text.bytes().peekable();
@@ -303,9 +321,11 @@ impl Examples {
         vocab: usize,
     ) -> Result<Self, PairsError> {
         let pairs = read(path, columns)?;
-        let prompts: Vec<String> = pairs.iter().map(|p| format!("{}{SEPARATOR}", p.prompt)).collect();
+        let prompts: Vec<String> =
+            pairs.iter().map(|p| format!("{}{SEPARATOR}", p.prompt)).collect();
         let prompts = tokenizer.encode_all(&prompts.iter().map(String::as_str).collect::<Vec<_>>());
-        let completions = tokenizer.encode_all(&pairs.iter().map(|p| p.completion.as_str()).collect::<Vec<_>>());
+        let completions =
+            tokenizer.encode_all(&pairs.iter().map(|p| p.completion.as_str()).collect::<Vec<_>>());
         let (mut tokens, mut examples) = (Vec::new(), Vec::with_capacity(pairs.len()));
         for (prompt, completion) in prompts.iter().zip(&completions) {
             let start = tokens.len();
@@ -326,7 +346,8 @@ impl Examples {
         self.examples.iter().map(|e| e.len - 1).max().unwrap_or(1)
     }
 
-    /// Cuts off what a sample of `context` tokens has no room for; examples that have no target left are dropped.
+    /// Cuts off what a sample of `context` tokens has no room for; examples that have no target
+    /// left are dropped.
     ///
     /// # Errors
     /// [`PairsError::None`] if no example is left.
@@ -342,7 +363,9 @@ impl Examples {
             }
         }
         if self.examples.is_empty() {
-            let why = format!(": every prompt is longer than a sample of {context} tokens; use a larger --context");
+            let why = format!(
+                ": every prompt is longer than a sample of {context} tokens; use a larger --context"
+            );
             return Err(PairsError::None { path: self.path.clone(), why });
         }
         self.order = (0..self.examples.len() as u32).collect();
@@ -371,7 +394,12 @@ impl Examples {
 
     /// All tokens, and how they are cut into examples: what a run's data is known by.
     pub fn content(&self) -> (&[u16], impl Iterator<Item = [u64; 2]>) {
-        (&self.tokens, self.examples.iter().map(|e| [e.start as u64, (e.len << 32 | self.first_target(e)) as u64]))
+        (
+            &self.tokens,
+            self.examples
+                .iter()
+                .map(|e| [e.start as u64, (e.len << 32 | self.first_target(e)) as u64]),
+        )
     }
 
     /// The first token of an example that is a target.
@@ -403,8 +431,9 @@ impl Examples {
         }
     }
 
-    /// Fills a micro-batch with the run's samples `first`, `first + 1`, …: every pass over the data is in an order of its
-    /// own, which depends on the seed and the pass only. Nothing is allocated.
+    /// Fills a micro-batch with the run's samples `first`, `first + 1`, …: every pass over the data
+    /// is in an order of its own, which depends on the seed and the pass only. Nothing is
+    /// allocated.
     ///
     /// # Errors
     /// [`DataError::Shape`] for buffers that are not whole samples.
@@ -420,7 +449,9 @@ impl Examples {
             return Err(DataError::Shape { tokens: tokens.len(), targets: targets.len(), context });
         }
         let n = self.examples.len() as u64;
-        for (i, (x, y)) in tokens.chunks_exact_mut(context).zip(targets.chunks_exact_mut(context)).enumerate() {
+        for (i, (x, y)) in
+            tokens.chunks_exact_mut(context).zip(targets.chunks_exact_mut(context)).enumerate()
+        {
             let at = first + i as u64;
             self.shuffle(seed, at / n);
             self.sample(self.order[(at % n) as usize] as usize, x, y);
@@ -453,23 +484,35 @@ mod tests {
     }
 
     fn pairs(name: &str, content: &[u8]) -> Result<Vec<(String, String)>, String> {
-        let read = parse(Path::new(name), content.to_vec(), &columns()).map_err(|e| e.to_string())?;
+        let read =
+            parse(Path::new(name), content.to_vec(), &columns()).map_err(|e| e.to_string())?;
         Ok(read.into_iter().map(|p| (p.prompt, p.completion)).collect())
     }
 
     #[test]
     fn tables_and_lines() {
-        let own = |all: &[(&str, &str)]| all.iter().map(|(q, a)| (q.to_string(), a.to_string())).collect::<Vec<_>>();
+        let own = |all: &[(&str, &str)]| {
+            all.iter().map(|(q, a)| (q.to_string(), a.to_string())).collect::<Vec<_>>()
+        };
         let csv = "q,a\r\n\"one, two\",\"first\r\nsecond\"\r\n\r\nthree,\"a \"\"quote\"\" \"\r\n";
         assert_eq!(
             pairs("x.csv", csv.as_bytes()).unwrap(),
             own(&[("one, two", "first\r\nsecond"), ("three", "a \"quote\"")])
         );
         // A byte order mark, other columns, another order, no line break at the end.
-        assert_eq!(pairs("x.CSV", "\u{feff}n,a,q\n1,yes,no".as_bytes()).unwrap(), own(&[("no", "yes")]));
-        assert_eq!(pairs("x.tsv", b"q\ta\nsay \"hi\ta, b\n").unwrap(), own(&[("say \"hi", "a, b")]));
+        assert_eq!(
+            pairs("x.CSV", "\u{feff}n,a,q\n1,yes,no".as_bytes()).unwrap(),
+            own(&[("no", "yes")])
+        );
+        assert_eq!(
+            pairs("x.tsv", b"q\ta\nsay \"hi\ta, b\n").unwrap(),
+            own(&[("say \"hi", "a, b")])
+        );
         let json = "{\"a\": \"x\\ny\", \"q\": \"\", \"n\": 3}\n\n{\"q\":\"p\",\"a\":\"\u{e9}\"}";
-        assert_eq!(pairs("x.jsonl", json.as_bytes()).unwrap(), own(&[("", "x\ny"), ("p", "\u{e9}")]));
+        assert_eq!(
+            pairs("x.jsonl", json.as_bytes()).unwrap(),
+            own(&[("", "x\ny"), ("p", "\u{e9}")])
+        );
     }
 
     #[test]
@@ -480,12 +523,20 @@ mod tests {
             ("x.csv", b"q,a,a\n1,2,3\n", "the column \"a\" comes twice"),
             ("x.csv", b"q,a\n1,2\n3\n", "line 3: 1 column(s), expected 2 as in the header"),
             ("x.csv", b"q,a\n1,2\n3,\" \"\n", "line 3: the completion is empty"),
-            ("x.csv", b"q,a\n1,2\n3,\"4\n5,6\n", "line 3: the quote that opens here is never closed"),
+            (
+                "x.csv",
+                b"q,a\n1,2\n3,\"4\n5,6\n",
+                "line 3: the quote that opens here is never closed",
+            ),
             ("x.csv", b"q,a\n", "no pairs"),
             ("x.csv", b"q,a\n1,2\n\xe9,4\n", "line 3: not valid UTF-8; convert"),
             ("x.csv", b"\xff\xfeq\0,\0a\0", "it begins like UTF-16"),
             ("x.tsv", b"q,a\n1,2\n", "no column \"q\"; the columns are \"q,a\""),
-            ("x.jsonl", b"{\"q\":\"1\",\"a\":\"2\"}\n{\"q\":\"1\"}", "line 2: no \"a\"; the names are \"q\""),
+            (
+                "x.jsonl",
+                b"{\"q\":\"1\",\"a\":\"2\"}\n{\"q\":\"1\"}",
+                "line 2: no \"a\"; the names are \"q\"",
+            ),
             ("x.jsonl", b"{\"q\":\"1\",\"a\":2}", "line 1: \"a\" is not a string"),
             ("x.jsonl", b"[]", "line 1: not a JSON object"),
             ("x.jsonl", b"{\"q\":\"1\",\"a\":\"\"}", "line 1: the completion is empty"),
@@ -538,7 +589,13 @@ mod tests {
         let (mut x, mut y) = ([9; 4], [9; 4]);
         e.sample(0, &mut x, &mut y);
         assert_eq!(y.iter().filter(|&&t| t >= 0).count(), 2);
-        assert!(examples(LossOn::Completion).fit(1).unwrap_err().to_string().contains("larger --context"));
+        assert!(
+            examples(LossOn::Completion)
+                .fit(1)
+                .unwrap_err()
+                .to_string()
+                .contains("larger --context")
+        );
         let mut all = examples(LossOn::All);
         all.fit(1).unwrap();
         assert_eq!((all.len(), all.truncated()), (3, (3, 0)));
@@ -553,7 +610,8 @@ mod tests {
             e.batch(seed, first, 8, &mut x, &mut y).unwrap();
             x
         };
-        let passes: Vec<Vec<_>> = (0..20).map(|p| (0..3).map(|i| at(&mut e, 1, 3 * p + i)).collect()).collect();
+        let passes: Vec<Vec<_>> =
+            (0..20).map(|p| (0..3).map(|i| at(&mut e, 1, 3 * p + i)).collect()).collect();
         for pass in &passes {
             let mut sorted = pass.clone();
             sorted.sort_unstable();
@@ -573,7 +631,8 @@ mod tests {
     fn vocabularies_that_are_too_small() {
         let dir = TempDir::new();
         let path = dir.file("x.csv", b"q,a\nhello,world\n");
-        let error = Examples::open(&path, &columns(), LossOn::All, &Tokenizer::new(), 100).unwrap_err();
+        let error =
+            Examples::open(&path, &columns(), LossOn::All, &Tokenizer::new(), 100).unwrap_err();
         assert!(matches!(error, PairsError::Token { vocab: 100, .. }), "{error}");
     }
 }

@@ -1,4 +1,5 @@
-//! What a run of this program leaves behind, over [`bdia_train::report`]: the line of `metrics.jsonl` and `loss.svg`.
+//! What a run of this program leaves behind, over [`bdia_train::report`]: the line of
+//! `metrics.jsonl` and `loss.svg`.
 
 use std::path::Path;
 
@@ -33,12 +34,25 @@ impl Record for Metric {
 ///
 /// # Errors
 /// [`ReportError`]
-pub fn loss_svg(path: &Path, train: &[(u64, f64)], validation: &[(u64, f64)]) -> Result<(), ReportError> {
+pub fn loss_svg(
+    path: &Path,
+    train: &[(u64, f64)],
+    validation: &[(u64, f64)],
+) -> Result<(), ReportError> {
     let points = |p: &[(u64, f64)]| p.iter().map(|&(x, y)| (x as f64, y)).collect();
     let train = Series { name: "training", points: points(train), ..Series::default() };
-    let validation = Series { name: "validation", points: points(validation), marks: true, ..Series::default() };
+    let validation =
+        Series { name: "validation", points: points(validation), marks: true, ..Series::default() };
     let title = "Training and validation loss";
-    svg(path, &Chart { title, x: "optimizer step", y: "loss (nats per token)", series: &[train, validation] })
+    svg(
+        path,
+        &Chart {
+            title,
+            x: "optimizer step",
+            y: "loss (nats per token)",
+            series: &[train, validation],
+        },
+    )
 }
 
 #[cfg(test)]
@@ -48,7 +62,14 @@ mod tests {
 
     fn metric(step: u64) -> Metric {
         let val_loss = step.is_multiple_of(2).then_some(3.5);
-        Metric { step, loss: 4.0 - step as f64 * 0.1, lr: 1e-3, grad_norm: None, tokens_per_s: 1234.5, val_loss }
+        Metric {
+            step,
+            loss: 4.0 - step as f64 * 0.1,
+            lr: 1e-3,
+            grad_norm: None,
+            tokens_per_s: 1234.5,
+            val_loss,
+        }
     }
 
     #[test]
@@ -72,7 +93,10 @@ mod tests {
         for step in 4..=6 {
             m.push(&metric(step)).unwrap();
         }
-        assert_eq!(Metrics::<Metric>::read(&path).unwrap(), (1..=6).map(metric).collect::<Vec<_>>());
+        assert_eq!(
+            Metrics::<Metric>::read(&path).unwrap(),
+            (1..=6).map(metric).collect::<Vec<_>>()
+        );
         assert_eq!(Metrics::<Metric>::read(&dir.path().join("none")).unwrap(), []);
         dir.file("metrics.jsonl", b"\xff\n[]\n{\"step\":1}\n");
         assert_eq!(Metrics::<Metric>::read(&path).unwrap(), []);
@@ -87,18 +111,25 @@ mod tests {
         let path = dir.path().join("loss.svg");
         let noise = bdia_core::rng::Stream::new(1, 0, 0, 0, 0, bdia_core::rng::Draw::Data);
         let curve = |s: f64| 3.0 + 7.8 * (-s / 60.0).exp();
-        let train: Vec<_> = (1..=300).map(|s| (s, curve(s as f64) + 0.1 * noise.normal(s as u32))).collect();
+        let train: Vec<_> =
+            (1..=300).map(|s| (s, curve(s as f64) + 0.1 * noise.normal(s as u32))).collect();
         let val: Vec<_> = (1..=6).map(|s| (s * 50, curve(s as f64 * 50.0) + 0.2)).collect();
         loss_svg(&path, &train, &val).unwrap();
         let svg = std::fs::read_to_string(&path).unwrap();
-        for part in ["<svg", "Training and validation loss", "optimizer step", "validation", "</svg>"] {
+        for part in
+            ["<svg", "Training and validation loss", "optimizer step", "validation", "</svg>"]
+        {
             assert!(svg.contains(part), "{part}");
         }
         if let Some(copy) = std::env::var_os("BDIA_KEEP_SVG") {
             std::fs::write(copy, &svg).unwrap();
         }
         // Whatever the losses are, there is a picture.
-        for (t, v) in [(&[][..], &[][..]), (&[(1, 2.0)], &[]), (&[(1, f64::NAN), (2, f64::INFINITY)], &[(2, 1.0)])] {
+        for (t, v) in [
+            (&[][..], &[][..]),
+            (&[(1, 2.0)], &[]),
+            (&[(1, f64::NAN), (2, f64::INFINITY)], &[(2, 1.0)]),
+        ] {
             loss_svg(&path, t, v).unwrap();
         }
         assert!(loss_svg(&dir.path().join("a/b.svg"), &train, &val).is_err());

@@ -2,7 +2,8 @@
 
 use bdia_core::rng::Stream;
 
-/// How a token is chosen. The filters apply in this order, as in Hugging Face: temperature, top-k, top-p.
+/// How a token is chosen. The filters apply in this order, as in Hugging Face: temperature, top-k,
+/// top-p.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampler {
     /// Logits are divided by it; 0 takes the most likely token.
@@ -20,7 +21,9 @@ pub enum SampleError {
     #[error("no logits: expected one for each token of the vocabulary")]
     Empty,
     /// A logit is NaN or infinite.
-    #[error("the logit of token {token} is {value}, expected a finite number; the model's weights are not usable")]
+    #[error(
+        "the logit of token {token} is {value}, expected a finite number; the model's weights are not usable"
+    )]
     NotFinite {
         /// The token.
         token: usize,
@@ -33,9 +36,10 @@ impl Sampler {
     /// Always the most likely token.
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0 };
 
-    /// Chooses a token. The random number is element `element` of `stream` (a [`Draw::Sample`](bdia_core::rng::Draw)
-    /// stream; the position in the text is the natural element). `order` is scratch, kept to save allocations. Among
-    /// equal logits the lower token comes first.
+    /// Chooses a token. The random number is element `element` of `stream` (a
+    /// [`Draw::Sample`](bdia_core::rng::Draw) stream; the position in the text is the natural
+    /// element). `order` is scratch, kept to save allocations. Among equal logits the lower token
+    /// comes first.
     ///
     /// # Errors
     /// [`SampleError`]
@@ -58,10 +62,13 @@ impl Sampler {
         if self.temperature <= 0.0 || self.top_k == 1 {
             return Ok(best as u32);
         }
-        let weight = |token: u32| ((f64::from(logits[token as usize]) - f64::from(top)) / self.temperature).exp();
+        let weight = |token: u32| {
+            ((f64::from(logits[token as usize]) - f64::from(top)) / self.temperature).exp()
+        };
         order.clear();
         order.extend(0..logits.len() as u32);
-        let falling = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let falling =
+            |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         if self.top_k > 0 && self.top_k < order.len() {
             order.select_nth_unstable_by(self.top_k - 1, falling);
             order.truncate(self.top_k);
@@ -107,7 +114,10 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
         assert_eq!(counts(Sampler::GREEDY, &[0.0, 2.0, 2.0, -1.0], 5), [0, 5, 0, 0]);
-        assert_eq!(counts(Sampler { temperature: 1.0, top_k: 1, top_p: 1.0 }, &[0.0, 2.0], 5), [0, 5]);
+        assert_eq!(
+            counts(Sampler { temperature: 1.0, top_k: 1, top_p: 1.0 }, &[0.0, 2.0], 5),
+            [0, 5]
+        );
     }
 
     #[test]
@@ -128,11 +138,18 @@ mod tests {
         let logits = [0.0, 1.0, 2.0, 1.0];
         let c = counts(Sampler { temperature: 1.0, top_k: 2, top_p: 1.0 }, &logits, 500);
         assert!(c[0] == 0 && c[3] == 0 && c[1] > 0 && c[2] > 0, "{c:?}");
-        // p = 0.07, 0.20, 0.53, 0.20: 0.6 is crossed by the second, which of two equals is the lower token.
+        // p = 0.07, 0.20, 0.53, 0.20: 0.6 is crossed by the second, which of two equals is the
+        // lower token.
         let c = counts(Sampler { temperature: 1.0, top_k: 0, top_p: 0.6 }, &logits, 500);
         assert!(c[0] == 0 && c[3] == 0 && c[1] > 0 && c[2] > 0, "{c:?}");
-        assert_eq!(counts(Sampler { temperature: 1.0, top_k: 0, top_p: 1e-9 }, &logits, 9), [0, 0, 9, 0]);
-        assert_eq!(counts(Sampler { temperature: 1e-300, top_k: 99, top_p: 1.0 }, &logits, 9), [0, 0, 9, 0]);
+        assert_eq!(
+            counts(Sampler { temperature: 1.0, top_k: 0, top_p: 1e-9 }, &logits, 9),
+            [0, 0, 9, 0]
+        );
+        assert_eq!(
+            counts(Sampler { temperature: 1e-300, top_k: 99, top_p: 1.0 }, &logits, 9),
+            [0, 0, 9, 0]
+        );
     }
 
     #[test]

@@ -1,7 +1,8 @@
-//! `score`: what a model writes after the prompts of a file, and how near it comes to the completions there.
+//! `score`: what a model writes after the prompts of a file, and how near it comes to the
+//! completions there.
 //!
-//! Prompts that are equal are one, with all of their completions as references, as in the E2E challenge. Texts are compared
-//! in lower case, cut into words as `13a` does ([`scores::words`]).
+//! Prompts that are equal are one, with all of their completions as references, as in the E2E
+//! challenge. Texts are compared in lower case, cut into words as `13a` does ([`scores::words`]).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -62,14 +63,22 @@ fn grouped(pairs: &[Pair]) -> Vec<(&str, Vec<&str>)> {
 fn some<T>(all: Vec<T>, most: Option<u64>) -> Vec<T> {
     let len = all.len();
     let n = most.map_or(len, |n| usize::try_from(n).unwrap_or(usize::MAX).min(len));
-    let mut wanted = (0..n).map(|i| (i as u128 * len as u128 / n.max(1) as u128) as usize).peekable();
-    all.into_iter().enumerate().filter(|(i, _)| wanted.next_if_eq(i).is_some()).map(|(_, x)| x).collect()
+    let mut wanted =
+        (0..n).map(|i| (i as u128 * len as u128 / n.max(1) as u128) as usize).peekable();
+    all.into_iter()
+        .enumerate()
+        .filter(|(i, _)| wanted.next_if_eq(i).is_some())
+        .map(|(_, x)| x)
+        .collect()
 }
 
 /// Scores of texts against the references of their prompts.
 fn compare(texts: &[String], groups: &[(&str, Vec<&str>)]) -> Found {
     let words = |text: &str| scores::words(&text.to_lowercase());
-    let segments = texts.iter().zip(groups).map(|(text, (_, references))| (text.as_str(), references.iter().copied()));
+    let segments = texts
+        .iter()
+        .zip(groups)
+        .map(|(text, (_, references))| (text.as_str(), references.iter().copied()));
     let Scores { bleu, nist, meteor, rouge_l, cider } = Corpus::new(segments, words).scores();
     let references = groups.iter().map(|(_, r)| r.len()).sum();
     Found { bleu, nist, meteor, rouge_l, cider, prompts: groups.len(), references }
@@ -81,7 +90,9 @@ fn compare(texts: &[String], groups: &[(&str, Vec<&str>)]) -> Found {
 /// [`Failure`]
 pub fn score(args: &ScoreArgs) -> Result<(), Failure> {
     let Some(found) = measure(args)? else {
-        return Err(Failure::Other("stopped before all texts were written: nothing to score".into()));
+        return Err(Failure::Other(
+            "stopped before all texts were written: nothing to score".into(),
+        ));
     };
     let Found { bleu, nist, meteor, rouge_l, cider, prompts, references } = found;
     report::tell!(
@@ -131,13 +142,16 @@ impl Work for Scoring<'_> {
     }
 }
 
-/// Decodes and scores; writes the texts where [`ScoreArgs::output`] says so. `None` where Ctrl-C stopped it.
+/// Decodes and scores; writes the texts where [`ScoreArgs::output`] says so. `None` where Ctrl-C
+/// stopped it.
 ///
 /// # Errors
 /// [`Failure`]
 pub fn measure(args: &ScoreArgs) -> Result<Option<Found>, Failure> {
     let Some(columns) = args.pairs.columns(args.task) else {
-        return Err(Failure::Other("--task text has no references; expected --task e2e or pairs".into()));
+        return Err(Failure::Other(
+            "--task text has no references; expected --task e2e or pairs".into(),
+        ));
     };
     let config = Gpt2Config::read_dir(&args.weights)?;
     if config.vocab_size != VOCAB {
@@ -153,9 +167,12 @@ pub fn measure(args: &ScoreArgs) -> Result<Option<Found>, Failure> {
     let groups = some(grouped(&pairs), args.decoding.prompts);
     let tokenizer = Tokenizer::new();
     let prompts: Vec<Vec<i32>> = (groups.iter())
-        .map(|(prompt, _)| pairs::prompt_tokens(&tokenizer, prompt).into_iter().map(|t| t as i32).collect())
+        .map(|(prompt, _)| {
+            pairs::prompt_tokens(&tokenizer, prompt).into_iter().map(|t| t as i32).collect()
+        })
         .collect();
-    let DecodingArgs { beams, length_penalty, no_repeat_ngram, tokens, prompts_at_once, .. } = args.decoding;
+    let DecodingArgs { beams, length_penalty, no_repeat_ngram, tokens, prompts_at_once, .. } =
+        args.decoding;
     let decoding = Decoding {
         how: How::Search(Length::Power(length_penalty)),
         tokens: tokens as usize,
@@ -163,12 +180,26 @@ pub fn measure(args: &ScoreArgs) -> Result<Option<Found>, Failure> {
         no_repeat: no_repeat_ngram as usize,
         inference: inference::inference(args.inference, args.gamma.unwrap_or(0.0))?,
     };
-    let sizes = Sizes::of(&prompts, prompts_at_once as usize, beams as usize, decoding.tokens, config.n_positions);
+    let sizes = Sizes::of(
+        &prompts,
+        prompts_at_once as usize,
+        beams as usize,
+        decoding.tokens,
+        config.n_positions,
+    );
     let (model, decoder, layout) = inference::lay_out_decoder(&config, &args.machine, sizes)?;
     let mut texts = None;
     let (weights, adapter) = (args.weights.as_path(), args.adapter.as_deref());
-    let work =
-        Scoring { weights, adapter, config: &config, model, decoder, prompts: &prompts, decoding, texts: &mut texts };
+    let work = Scoring {
+        weights,
+        adapter,
+        config: &config,
+        model,
+        decoder,
+        prompts: &prompts,
+        decoding,
+        texts: &mut texts,
+    };
     machine::run(&args.machine, machine::threads(&args.machine), &layout, work)?;
     let Some(texts) = texts else { return Ok(None) };
     if let Some(path) = &args.output {
@@ -206,8 +237,14 @@ mod tests {
     #[test]
     fn case_and_punctuation_do_not_hide_a_match() {
         let pairs = [pair("a", "The inn is cheap."), pair("b", "Eat at Zizzi , by the river .")];
-        let found = compare(&["the inn is cheap .".into(), "Eat at Zizzi, by the river.".into()], &grouped(&pairs));
-        assert!((found.bleu - 100.0).abs() < 1e-9 && (found.rouge_l - 1.0).abs() < 1e-9, "{found:?}");
+        let found = compare(
+            &["the inn is cheap .".into(), "Eat at Zizzi, by the river.".into()],
+            &grouped(&pairs),
+        );
+        assert!(
+            (found.bleu - 100.0).abs() < 1e-9 && (found.rouge_l - 1.0).abs() < 1e-9,
+            "{found:?}"
+        );
         assert_eq!((found.prompts, found.references), (2, 2));
         let other = compare(&["no".into(), "nothing".into()], &grouped(&pairs));
         assert_eq!((other.bleu, other.rouge_l, other.cider), (0.0, 0.0, 0.0));

@@ -43,16 +43,21 @@ impl Tokenizer {
         Self { bpe: r50k_base_singleton() }
     }
 
-    /// Encodes text on all threads of the current pool. `<|endoftext|>` in the text is text like any other.
+    /// Encodes text on all threads of the current pool. `<|endoftext|>` in the text is text like
+    /// any other.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         self.encode_all(&[text]).pop().unwrap_or_default()
     }
 
     /// Encodes many texts on all threads of the current pool.
     pub fn encode_all(&self, texts: &[&str]) -> Vec<Vec<u32>> {
-        let pieces: Vec<(usize, &str)> =
-            texts.iter().enumerate().flat_map(|(i, t)| pieces(t).into_iter().map(move |p| (i, p))).collect();
-        let encoded: Vec<Vec<u32>> = pieces.par_iter().map(|(_, piece)| self.bpe.encode_ordinary(piece)).collect();
+        let pieces: Vec<(usize, &str)> = texts
+            .iter()
+            .enumerate()
+            .flat_map(|(i, t)| pieces(t).into_iter().map(move |p| (i, p)))
+            .collect();
+        let encoded: Vec<Vec<u32>> =
+            pieces.par_iter().map(|(_, piece)| self.bpe.encode_ordinary(piece)).collect();
         let mut all = vec![Vec::new(); texts.len()];
         for ((i, _), tokens) in pieces.iter().zip(encoded) {
             all[*i].extend(tokens);
@@ -60,8 +65,8 @@ impl Tokenizer {
         all
     }
 
-    /// The text of tokens. A token may be part of a character: what is not UTF-8 in the end, and tokens outside the
-    /// vocabulary, become `�`.
+    /// The text of tokens. A token may be part of a character: what is not UTF-8 in the end, and
+    /// tokens outside the vocabulary, become `�`.
     pub fn decode(&self, tokens: &[u32]) -> String {
         String::from_utf8_lossy(&self.decode_bytes(tokens)).into_owned()
     }
@@ -89,13 +94,15 @@ impl Tokenizer {
         Value::Object(map).to_string()
     }
 
-    /// `merges.txt`: which two tokens make up each longer one, in the order in which they were learned.
+    /// `merges.txt`: which two tokens make up each longer one, in the order in which they were
+    /// learned.
     ///
     /// The token of rank `r` was made of the two parts that the merges before `r` leave of it.
     pub fn merges_txt(&self) -> String {
         let characters = byte_characters();
         let tokens: Vec<Vec<u8>> = (0..EOT).map(|t| self.decode_bytes(&[t])).collect();
-        let ranks: HashMap<&[u8], usize> = tokens.iter().enumerate().map(|(r, t)| (t.as_slice(), r)).collect();
+        let ranks: HashMap<&[u8], usize> =
+            tokens.iter().enumerate().map(|(r, t)| (t.as_slice(), r)).collect();
         let lines: Vec<String> = (tokens.par_iter().enumerate())
             .filter(|(_, token)| token.len() > 1)
             .map(|(rank, token)| {
@@ -116,8 +123,9 @@ impl Tokenizer {
         format!("#version: 0.2\n{}", lines.concat())
     }
 
-    /// Writes the files by which Hugging Face's `AutoTokenizer` knows the directory as GPT-2's: `vocab.json`,
-    /// `merges.txt`, `tokenizer_config.json`, `special_tokens_map.json`. `positions` is the longest context.
+    /// Writes the files by which Hugging Face's `AutoTokenizer` knows the directory as GPT-2's:
+    /// `vocab.json`, `merges.txt`, `tokenizer_config.json`, `special_tokens_map.json`. `positions`
+    /// is the longest context.
     ///
     /// # Errors
     /// [`FileError`]
@@ -138,11 +146,13 @@ impl Tokenizer {
     }
 }
 
-/// Cuts text where the encoding of the parts is the parts of the encoding: between two matches of the pre-tokenizer's
-/// pattern, where neither its look-ahead nor its `$` can see the difference. That is so
+/// Cuts text where the encoding of the parts is the parts of the encoding: between two matches of
+/// the pre-tokenizer's pattern, where neither its look-ahead nor its `$` can see the difference.
+/// That is so
 /// - before whitespace that follows something else: no match goes on from there into whitespace;
-/// - before the last character of a run of whitespace: what precedes it is one match, with the rest of the text or
-///   without. Long runs must be cut there, because the pattern's backtracking over them overflows.
+/// - before the last character of a run of whitespace: what precedes it is one match, with the rest
+///   of the text or without. Long runs must be cut there, because the pattern's backtracking over
+///   them overflows.
 fn pieces(text: &str) -> Vec<&str> {
     const LONG_RUN: usize = 1024;
     let mut all = Vec::with_capacity(text.len() / PIECE + 1);
@@ -168,7 +178,8 @@ fn pieces(text: &str) -> Vec<&str> {
     all
 }
 
-/// The ends of the parts that remain of `token` when only merges of ranks below `below` are applied, lowest first.
+/// The ends of the parts that remain of `token` when only merges of ranks below `below` are
+/// applied, lowest first.
 fn merge(token: &[u8], below: usize, ranks: &HashMap<&[u8], usize>) -> Vec<usize> {
     let mut ends: Vec<usize> = (1..=token.len()).collect();
     loop {
@@ -184,7 +195,8 @@ fn merge(token: &[u8], below: usize, ranks: &HashMap<&[u8], usize>) -> Vec<usize
     }
 }
 
-/// GPT-2's characters for bytes: the printable ones of Latin-1 for themselves, the rest from U+0100 on.
+/// GPT-2's characters for bytes: the printable ones of Latin-1 for themselves, the rest from U+0100
+/// on.
 pub fn byte_characters() -> [char; 256] {
     let mut next = 0x100_u32;
     core::array::from_fn(|byte| {
@@ -231,11 +243,16 @@ mod tests {
     #[test]
     fn pieces_change_no_token() {
         let t = Tokenizer::new();
-        let some =
-            ["don't", " a", "  b", "\n\nxyz", "42", " ,.!", "\t \n", "\u{a0}", "é", "\u{2003}", "日本", "'ll", "\r\n"];
+        let some = [
+            "don't", " a", "  b", "\n\nxyz", "42", " ,.!", "\t \n", "\u{a0}", "é", "\u{2003}",
+            "日本", "'ll", "\r\n",
+        ];
         let stream = bdia_core::rng::Stream::new(5, 0, 0, 0, 0, bdia_core::rng::Draw::Data);
-        let words = |n| (0..n).map(|i| some[stream.below(i, some.len() as u32) as usize]).collect::<String>();
-        let long = ["x", &" ".repeat(3000), "y", &"\n".repeat(1025), ".", &"\u{2003}".repeat(1024)].concat();
+        let words = |n| {
+            (0..n).map(|i| some[stream.below(i, some.len() as u32) as usize]).collect::<String>()
+        };
+        let long = ["x", &" ".repeat(3000), "y", &"\n".repeat(1025), ".", &"\u{2003}".repeat(1024)]
+            .concat();
         let text = [words(80_000), long.clone(), words(500), long].concat();
         assert!(pieces(&text).len() > 2);
         assert_eq!(pieces(&text).concat(), text);
@@ -247,9 +264,14 @@ mod tests {
     fn hostile_texts() {
         let t = Tokenizer::new();
         let n = 300_000;
-        for text in
-            [" ".repeat(n), "a".repeat(n), "\n".repeat(n) + "x", " \u{a0}".repeat(n / 2), "'".repeat(n), "\0".repeat(n)]
-        {
+        for text in [
+            " ".repeat(n),
+            "a".repeat(n),
+            "\n".repeat(n) + "x",
+            " \u{a0}".repeat(n / 2),
+            "'".repeat(n),
+            "\0".repeat(n),
+        ] {
             let tokens = t.encode(&text);
             assert_eq!(t.decode(&tokens), text);
         }
@@ -258,16 +280,20 @@ mod tests {
     #[test]
     fn hugging_face_files_equal_the_published_ones() {
         let data = std::env::var_os("BDIA_DATA")
-            .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data"), PathBuf::from)
+            .map_or_else(
+                || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data"),
+                PathBuf::from,
+            )
             .join("gpt2_bpe");
         let t = Tokenizer::new();
         let (vocab, merges) = (t.vocab_json(), t.merges_txt());
         assert_eq!(merges.lines().count(), 50_001);
         assert!(merges.starts_with("#version: 0.2\nĠ t\nĠ a\nh e\n"));
         assert!(merges.lines().skip(1).all(|l| l.split(' ').count() == 2));
-        let (Ok(published_vocab), Ok(published_merges)) =
-            (std::fs::read_to_string(data.join("encoder.json")), std::fs::read_to_string(data.join("vocab.bpe")))
-        else {
+        let (Ok(published_vocab), Ok(published_merges)) = (
+            std::fs::read_to_string(data.join("encoder.json")),
+            std::fs::read_to_string(data.join("vocab.bpe")),
+        ) else {
             println!(
                 "skipped: {} has no encoder.json and vocab.bpe; BDIA_DATA names the data directory",
                 data.display()

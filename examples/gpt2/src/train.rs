@@ -1,4 +1,5 @@
-//! `train`: from flags to a run directory. The loop is [`finetune`](crate::finetune)'s, too: what differs is a [`Task`].
+//! `train`: from flags to a run directory. The loop is [`finetune`](crate::finetune)'s, too: what
+//! differs is a [`Task`].
 //!
 //! ```text
 //! config.json, model.safetensors   the model, in Hugging Face's layout; tokenizer files beside it
@@ -41,7 +42,8 @@ pub const fn fused(clip: f64, accumulate: u64) -> bool {
     clip == 0.0 && accumulate == 1
 }
 
-/// What a run learns, from where it starts and what it leaves behind: all that its loop does not know.
+/// What a run learns, from where it starts and what it leaves behind: all that its loop does not
+/// know.
 pub trait Task {
     /// The subcommand, for what is said about resuming.
     const COMMAND: &'static str;
@@ -55,12 +57,17 @@ pub trait Task {
     /// Data that cannot be read.
     fn digest(&self) -> Result<u64, Failure>;
 
-    /// Writes the parameters that the run starts from. A run that goes on reads what is trained from its checkpoint
-    /// afterwards.
+    /// Writes the parameters that the run starts from. A run that goes on reads what is trained
+    /// from its checkpoint afterwards.
     ///
     /// # Errors
     /// Weights that cannot be used.
-    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, model: &Gpt2, resumed: bool) -> Result<(), Failure>;
+    fn start<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        model: &Gpt2,
+        resumed: bool,
+    ) -> Result<(), Failure>;
 
     /// Writes the flags of a run that begins, and what else belongs to it.
     ///
@@ -72,9 +79,16 @@ pub trait Task {
     ///
     /// # Errors
     /// Data that cannot be read any more.
-    fn fill(&mut self, step: u32, first: u32, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), Failure>;
+    fn fill(
+        &mut self,
+        step: u32,
+        first: u32,
+        tokens: &mut [i32],
+        targets: &mut [i32],
+    ) -> Result<(), Failure>;
 
-    /// Mean loss over about `tokens` tokens of the validation data and the number of its targets; `None` without any.
+    /// Mean loss over about `tokens` tokens of the validation data and the number of its targets;
+    /// `None` without any.
     ///
     /// # Errors
     /// Data that cannot be read, values that are not finite.
@@ -89,13 +103,22 @@ pub trait Task {
     ///
     /// # Errors
     /// Files that cannot be written.
-    fn finish<B: Backend<Real = f32>>(&self, be: &B, model: &Gpt2, out: &Path) -> Result<&'static str, Failure>;
+    fn finish<B: Backend<Real = f32>>(
+        &self,
+        be: &B,
+        model: &Gpt2,
+        out: &Path,
+    ) -> Result<&'static str, Failure>;
 
     /// A few lines that the model writes, where its tokens are text.
     ///
     /// # Errors
     /// Values that are not finite.
-    fn sample<B: Backend<Real = f32>>(&self, be: &mut B, model: &mut Gpt2) -> Result<Option<String>, Failure>;
+    fn sample<B: Backend<Real = f32>>(
+        &self,
+        be: &mut B,
+        model: &mut Gpt2,
+    ) -> Result<Option<String>, Failure>;
 }
 
 /// What a run ended with.
@@ -176,7 +199,15 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let batches = batches(&args.run, args.order, context);
     let dims = machine::dims(&config);
     let run = args.run.clone();
-    work(run, dims, context, None, FromText { args, config, corpus, tokenizer, batches }, from, joined)
+    work(
+        run,
+        dims,
+        context,
+        None,
+        FromText { args, config, corpus, tokenizer, batches },
+        from,
+        joined,
+    )
 }
 
 /// How a run's batches are made of a text.
@@ -225,24 +256,39 @@ pub fn work(
     let fixed = match &from {
         Some((path, h)) if h.ranks == count => {
             let choice = Choice { chunk: h.chunk, head_rows: h.head_rows };
-            let fits = (1..=setup.batch).contains(&h.chunk) && (1..=h.chunk * context).contains(&h.head_rows);
+            let fits = (1..=setup.batch).contains(&h.chunk)
+                && (1..=h.chunk * context).contains(&h.head_rows);
             if !fits {
-                let what = format!("chunks of {} samples and {} rows do not fit this run", h.chunk, h.head_rows);
+                let what = format!(
+                    "chunks of {} samples and {} rows do not fit this run",
+                    h.chunk, h.head_rows
+                );
                 return Err(Failure::Run { path: path.clone(), what });
             }
             Some(choice)
         }
         _ => None,
     };
-    let (choice, model, layout) = machine::lay_out_for(count, &setup, kind, args.machine.memory, fixed)?;
+    let (choice, model, layout) =
+        machine::lay_out_for(count, &setup, kind, args.machine.memory, fixed)?;
     if let Some(joined) = &mut joined {
         joined.reserve(&model.exchanged());
     }
     // The table is told by the first rank alone.
-    let others = if rank == 0 { other_plans(&setup, kind, choice, args.mode.mode)? } else { Vec::new() };
+    let others =
+        if rank == 0 { other_plans(&setup, kind, choice, args.mode.mode)? } else { Vec::new() };
     let place = args.machine.clone();
     let mut summary = None;
-    let run = Run { args, task, choice, layout: layout.clone(), model, others, from, summary: &mut summary };
+    let run = Run {
+        args,
+        task,
+        choice,
+        layout: layout.clone(),
+        model,
+        others,
+        from,
+        summary: &mut summary,
+    };
     machine::run_on(&place, threads, &layout, joined, run)?;
     Ok(summary)
 }
@@ -264,7 +310,9 @@ fn other_plans(
     ] {
         let same = matches!(
             (used, mode),
-            (Mode::Bdia, M::Bdia) | (Mode::Standard, M::Standard) | (Mode::Checkpoint, M::Checkpoint { .. })
+            (Mode::Bdia, M::Bdia)
+                | (Mode::Standard, M::Standard)
+                | (Mode::Checkpoint, M::Checkpoint { .. })
         );
         if same {
             continue;
@@ -289,7 +337,12 @@ impl Task for FromText {
         digest(&self.corpus.train)
     }
 
-    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, model: &Gpt2, resumed: bool) -> Result<(), Failure> {
+    fn start<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        model: &Gpt2,
+        resumed: bool,
+    ) -> Result<(), Failure> {
         match &self.args.weights {
             _ if resumed => Ok(()),
             Some(dir) => machine::load_weights(dir, &self.config, be, model),
@@ -302,7 +355,13 @@ impl Task for FromText {
         run::save(out, &self.args)
     }
 
-    fn fill(&mut self, step: u32, first: u32, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), Failure> {
+    fn fill(
+        &mut self,
+        step: u32,
+        first: u32,
+        tokens: &mut [i32],
+        targets: &mut [i32],
+    ) -> Result<(), Failure> {
         Ok(self.corpus.train.batch(&self.batches, step, first, tokens, targets)?)
     }
 
@@ -313,10 +372,21 @@ impl Task for FromText {
         tokens: usize,
     ) -> Result<Option<(f64, usize)>, Failure> {
         let windows = (tokens / self.batches.context).max(1);
-        evaluate(be, model, &self.corpus.validation, windows, Inference::Float(Gamma::new(0.0, Sign::Plus)?))
+        evaluate(
+            be,
+            model,
+            &self.corpus.validation,
+            windows,
+            Inference::Float(Gamma::new(0.0, Sign::Plus)?),
+        )
     }
 
-    fn finish<B: Backend<Real = f32>>(&self, be: &B, model: &Gpt2, out: &Path) -> Result<&'static str, Failure> {
+    fn finish<B: Backend<Real = f32>>(
+        &self,
+        be: &B,
+        model: &Gpt2,
+        out: &Path,
+    ) -> Result<&'static str, Failure> {
         self.config.write_dir(out)?;
         machine::save_weights(out, be, model)?;
         if self.config.vocab_size == crate::tokenizer::VOCAB {
@@ -325,7 +395,11 @@ impl Task for FromText {
         Ok("model.safetensors, config.json")
     }
 
-    fn sample<B: Backend<Real = f32>>(&self, be: &mut B, model: &mut Gpt2) -> Result<Option<String>, Failure> {
+    fn sample<B: Backend<Real = f32>>(
+        &self,
+        be: &mut B,
+        model: &mut Gpt2,
+    ) -> Result<Option<String>, Failure> {
         if self.config.vocab_size != crate::tokenizer::VOCAB {
             return Ok(None);
         }
@@ -344,7 +418,15 @@ pub fn continuation<B: Backend<Real = f32>>(
     prompt: &[i32],
 ) -> Result<String, Failure> {
     let sampler = Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 };
-    let tokens = generate(be, model, prompt, 60, &sampler, 1, Inference::Float(Gamma::new(0.0, Sign::Plus)?))?;
+    let tokens = generate(
+        be,
+        model,
+        prompt,
+        60,
+        &sampler,
+        1,
+        Inference::Float(Gamma::new(0.0, Sign::Plus)?),
+    )?;
     let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).filter(|&t| t != EOT).collect();
     Ok(tokenizer.decode(&tokens))
 }
@@ -355,7 +437,8 @@ impl<T: Task> Work for Run<'_, T> {
         // Files are the first rank's.
         let (first_rank, ranks) = (be.rank() == 0, be.ranks());
         if first_rank {
-            std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+            std::fs::create_dir_all(&out)
+                .map_err(|e| FileError::io(&out, "create the directory", e))?;
         }
         let identity = machine::identity(be);
         let digest = self.task.digest()?;
@@ -364,7 +447,10 @@ impl<T: Task> Work for Run<'_, T> {
         match &self.from {
             Some((path, header)) => {
                 if header.data != digest {
-                    return Err(Failure::Run { path: path.clone(), what: "the training data is not the same".into() });
+                    return Err(Failure::Run {
+                        path: path.clone(),
+                        what: "the training data is not the same".into(),
+                    });
                 }
                 if header.identity != identity {
                     report::note!(
@@ -407,7 +493,8 @@ impl<T: Task> Work for Run<'_, T> {
         let steps = self.args.steps as u32;
         let bar = run::progress(steps, first);
         let schedule = self.args.optim.schedule(steps);
-        let tokens_per_step = (self.args.batch * self.args.accumulate) as f64 * self.model.setup().context as f64;
+        let tokens_per_step =
+            (self.args.batch * self.args.accumulate) as f64 * self.model.setup().context as f64;
         let (mut seconds, mut mismatches, mut worst) = (0.0, 0_u64, 0.0_f64);
         // A finished run has no step left: what it ended with is still what there is to tell.
         let loss = before.last().map_or(f64::NAN, |m| m.loss);
@@ -431,9 +518,10 @@ impl<T: Task> Work for Run<'_, T> {
             let part = be.rank() as u32 * (batch / ranks as u32);
             let others = Counting::current().saturating_sub(own);
             Counting::reset_peak();
-            let outcome: Result<Outcome, Failure> = self
-                .model
-                .train(be, &plan, |i, tokens, targets| task.fill(step, i as u32 * batch + part, tokens, targets));
+            let outcome: Result<Outcome, Failure> =
+                self.model.train(be, &plan, |i, tokens, targets| {
+                    task.fill(step, i as u32 * batch + part, tokens, targets)
+                });
             last = match outcome {
                 Ok(outcome) => outcome,
                 Err(Failure::Core(error)) => {
@@ -457,9 +545,15 @@ impl<T: Task> Work for Run<'_, T> {
             };
             if let Some(loss) = val {
                 validation.push((done, loss));
-                bar.println(format!("step {done:>6}  loss {:.4}  validation loss {loss:.4}", last.loss));
+                bar.println(format!(
+                    "step {done:>6}  loss {:.4}  validation loss {loss:.4}",
+                    last.loss
+                ));
                 if !std::io::stderr().is_terminal() {
-                    report::note!("step {done:>6}  loss {:.4}  validation loss {loss:.4}", last.loss);
+                    report::note!(
+                        "step {done:>6}  loss {:.4}  validation loss {loss:.4}",
+                        last.loss
+                    );
                 }
             }
             curve.push((u64::from(done), last.loss));
@@ -482,7 +576,11 @@ impl<T: Task> Work for Run<'_, T> {
             let every = self.args.checkpoint_interval as u32;
             let save = done == steps || stop || (every > 0 && done % every == 0);
             if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
-                ranks::same(be, &saved).map_err(|error| Failure::Step { step, error, kept: run::kept(&out) })?;
+                ranks::same(be, &saved).map_err(|error| Failure::Step {
+                    step,
+                    error,
+                    kept: run::kept(&out),
+                })?;
             }
             if let Some(metrics) = metrics.as_ref().filter(|_| save) {
                 let header = Header {
@@ -527,8 +625,10 @@ impl<T: Task> Work for Run<'_, T> {
             loss: number(last.loss),
             val_loss: whole.map(|(loss, _)| loss),
             best_val_loss: validation.iter().map(|&(_, loss)| loss).reduce(f64::min),
-            verify_mismatches: (self.args.verify && self.args.mode.mode == Mode::Bdia).then_some(mismatches),
-            rebuild_error: (self.args.verify && self.args.mode.mode == Mode::BdiaFloat).then_some(worst),
+            verify_mismatches: (self.args.verify && self.args.mode.mode == Mode::Bdia)
+                .then_some(mismatches),
+            rebuild_error: (self.args.verify && self.args.mode.mode == Mode::BdiaFloat)
+                .then_some(worst),
             tokens_per_s: number(tokens_per_step * f64::from(steps - first) / seconds),
             trained_parameters: self.model.trained().iter().map(Named::len).sum(),
             plan_bytes: self.layout.total(),
@@ -576,7 +676,10 @@ impl<T: Task> Run<'_, T> {
             "{} parameters{}, {} blocks, width {}, context {}, batch {}{}, mode {}; {}",
             self.model.parameters(),
             if s.adapters.is_some() {
-                format!(", {} in adapters", self.model.trained().iter().map(Named::len).sum::<usize>())
+                format!(
+                    ", {} in adapters",
+                    self.model.trained().iter().map(Named::len).sum::<usize>()
+                )
             } else {
                 String::new()
             },
@@ -584,7 +687,11 @@ impl<T: Task> Run<'_, T> {
             s.dims.width,
             s.context,
             self.args.batch,
-            if self.args.accumulate > 1 { format!(" x {}", self.args.accumulate) } else { String::new() },
+            if self.args.accumulate > 1 {
+                format!(" x {}", self.args.accumulate)
+            } else {
+                String::new()
+            },
             self.mode_name(),
             self.task.describe(),
         );
@@ -615,7 +722,10 @@ impl<T: Task> Run<'_, T> {
         }
         let validation = match whole {
             Some((loss, tokens)) => {
-                format!(", validation loss {loss:.4} (perplexity {:.2}) over {tokens} tokens", loss.exp())
+                format!(
+                    ", validation loss {loss:.4} (perplexity {:.2}) over {tokens} tokens",
+                    loss.exp()
+                )
             }
             None => String::new(),
         };
@@ -626,8 +736,9 @@ impl<T: Task> Run<'_, T> {
         if self.args.verify && self.args.mode.mode == Mode::BdiaFloat {
             text += &format!("rebuilding without a grid: largest error {worst:.3e}\n");
         }
-        let plans: Vec<_> =
-            core::iter::once((self.mode_name(), self.layout.clone())).chain(self.others.clone()).collect();
+        let plans: Vec<_> = core::iter::once((self.mode_name(), self.layout.clone()))
+            .chain(self.others.clone())
+            .collect();
         text += &format!("\n{}", machine::memory_table(&plans, Some(peak as u64)));
         text += &format!(
             "peak of the whole process, with data and tokenizer: {}\n\nfiles in {}: {files}, metrics.jsonl, loss.svg, \
@@ -645,7 +756,8 @@ impl<T: Task> Run<'_, T> {
     }
 }
 
-/// Mean loss over the first `windows` windows of a part and the number of its targets; `None` if it has no window.
+/// Mean loss over the first `windows` windows of a part and the number of its targets; `None` if it
+/// has no window.
 ///
 /// # Errors
 /// [`Failure`]
@@ -660,13 +772,15 @@ pub fn evaluate<B: Backend<Real = f32>>(
     let (mut tokens, mut targets) = (vec![0; at_once * context], vec![0; at_once * context]);
     let (mut sum, mut count, mut filled) = (0.0, 0, 0);
     // Of several ranks each takes a part of the windows.
-    let mut starts = part.windows(context).take(windows).skip(be.rank()).step_by(be.ranks()).peekable();
+    let mut starts =
+        part.windows(context).take(windows).skip(be.rank()).step_by(be.ranks()).peekable();
     while let Some(from) = starts.next().filter(|_| !run::interrupted()) {
         let range = filled * context..(filled + 1) * context;
         part.window(from, &mut tokens[range.clone()], &mut targets[range.clone()])?;
         filled += 1;
         if filled == at_once || starts.peek().is_none() {
-            let (loss, n) = model.evaluate(be, &tokens[..range.end], &targets[..range.end], inference)?;
+            let (loss, n) =
+                model.evaluate(be, &tokens[..range.end], &targets[..range.end], inference)?;
             sum += loss;
             count += n;
             filled = 0;
@@ -680,7 +794,8 @@ pub fn evaluate<B: Backend<Real = f32>>(
     Ok((count > 0).then(|| (sum / count as f64, count)))
 }
 
-/// Continues `prompt` by `count` tokens, or up to the end of the document. The window slides where the context ends.
+/// Continues `prompt` by `count` tokens, or up to the end of the document. The window slides where
+/// the context ends.
 ///
 /// # Errors
 /// [`Failure`]

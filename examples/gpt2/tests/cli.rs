@@ -1,4 +1,5 @@
-//! The program's command line: what it refuses, and with which words; and what it leaves behind when all is well.
+//! The program's command line: what it refuses, and with which words; and what it leaves behind
+//! when all is well.
 #![allow(clippy::unwrap_used)]
 
 mod program;
@@ -41,7 +42,8 @@ fn unusable_data() {
     let before = content(&out);
     let tokens = std::fs::read(&data).unwrap();
     let header = |count: i32| {
-        let mut h = [20_240_520, 1, count].iter().flat_map(|v: &i32| v.to_le_bytes()).collect::<Vec<_>>();
+        let mut h =
+            [20_240_520, 1, count].iter().flat_map(|v: &i32| v.to_le_bytes()).collect::<Vec<_>>();
         h.resize(1024, 0);
         h.extend(&tokens);
         h
@@ -174,7 +176,9 @@ fn unusable_flags() {
         let mut c = train(&data, &out, &flags);
         if flags.contains("gpt2-xl") {
             c = program();
-            c.args(["train", "--config", "gpt2-xl", "--batch", "4096", "--mode", "standard", "--data"]);
+            c.args([
+                "train", "--config", "gpt2-xl", "--batch", "4096", "--mode", "standard", "--data",
+            ]);
             c.arg(dir.file("text.bin", &[0; 8192])).arg("--out").arg(&out);
             bad(&mut c, &["plan needs", "--memory"]);
             continue;
@@ -216,7 +220,10 @@ fn unusable_places() {
     bad(&mut train(&data, &file.join("below"), FLAGS), &["below", "cannot create the directory"]);
     assert_eq!(std::fs::read(&file).unwrap(), b"mine");
     if cfg!(target_os = "linux") {
-        bad(&mut train(&data, Path::new("/proc/bdia"), FLAGS), &["/proc/bdia", "cannot create the directory"]);
+        bad(
+            &mut train(&data, Path::new("/proc/bdia"), FLAGS),
+            &["/proc/bdia", "cannot create the directory"],
+        );
     }
     let out = dir.at("run");
     std::fs::create_dir_all(out.join("metrics.jsonl")).unwrap();
@@ -250,7 +257,8 @@ fn a_run_and_its_evaluation() {
     let dir = Dir::new();
     let data = dir.tokens();
     let out = dir.at("run");
-    let json = good(&mut train(&data, &out, "--steps 30 --checkpoint-interval 8 --verify --json")).json();
+    let json =
+        good(&mut train(&data, &out, "--steps 30 --checkpoint-interval 8 --verify --json")).json();
     numbers(&json, &["loss", "verify_mismatches", "tokens_per_s", "plan_bytes", "peak_bytes"]);
     if cfg!(target_os = "linux") {
         numbers(&json, &["peak_rss_bytes"]);
@@ -270,7 +278,13 @@ fn a_run_and_its_evaluation() {
     assert_eq!(files, expected);
     let before = content(&out);
     let mut losses = Vec::new();
-    for flags in ["", "--context 8", "--inference quantized", "--gamma 0.5", "--gamma -0.5 --inference quantized"] {
+    for flags in [
+        "",
+        "--context 8",
+        "--inference quantized",
+        "--gamma 0.5",
+        "--gamma -0.5 --inference quantized",
+    ] {
         let json = good(other("eval", &out, &format!("{flags} --json --data")).arg(&data)).json();
         numbers(&json, &["loss", "perplexity", "tokens"]);
         let loss = json["loss"].as_f64().unwrap();
@@ -278,7 +292,8 @@ fn a_run_and_its_evaluation() {
         assert!(loss < 4.5, "{flags}: {loss}");
         losses.push(loss);
     }
-    // Without --data it is the validation part that the run measured; with it, every window of the file.
+    // Without --data it is the validation part that the run measured; with it, every window of the
+    // file.
     let own = good(&mut other("eval", &out, "--json")).json();
     assert!((own["loss"].as_f64().unwrap() - json["val_loss"].as_f64().unwrap()).abs() < 1e-9);
     let all = good(other("eval", &out, "--json --data").arg(&data)).json();
@@ -294,7 +309,8 @@ fn orders_backends_and_budgets() {
     let dir = Dir::new();
     let data = dir.tokens();
     let loss = |name: &str, flags: &str| {
-        let json = good(&mut train(&data, &dir.at(name), &format!("{FLAGS} --json {flags}"))).json();
+        let json =
+            good(&mut train(&data, &dir.at(name), &format!("{FLAGS} --json {flags}"))).json();
         (json["loss"].as_f64().unwrap(), json)
     };
     let (plain, json) = loss("plain", "");
@@ -316,12 +332,18 @@ fn text_from_many_prompts() {
     let dir = Dir::new();
     let out = dir.at("run");
     let small = "--layers 2 --heads 2 --width 8 --context 12 --batch 2 --steps 2 --eval-interval 0";
-    let data = dir.file("text.txt", "The tavern by the river is cheap and serves fish.\n".repeat(40).as_bytes());
+    let data = dir.file(
+        "text.txt",
+        "The tavern by the river is cheap and serves fish.\n".repeat(40).as_bytes(),
+    );
     let mut c = program();
     good(c.arg("train").args(small.split(' ')).arg("--data").arg(&data).arg("--out").arg(&out));
-    let prompts = dir.file("prompts.txt", "The tavern\r\n\nA cheap place in the old town serves\n".as_bytes());
+    let prompts = dir
+        .file("prompts.txt", "The tavern\r\n\nA cheap place in the old town serves\n".as_bytes());
     let texts = |flags: &str| {
-        let said = good(other("generate", &out, &format!("--json --tokens 9 {flags} --prompts")).arg(&prompts));
+        let said = good(
+            other("generate", &out, &format!("--json --tokens 9 {flags} --prompts")).arg(&prompts),
+        );
         // A line for every prompt, and the object.
         assert_eq!(said.out.lines().count(), 4, "{}", said.out);
         let texts = said.json()["texts"].as_array().unwrap().clone();
@@ -358,7 +380,8 @@ fn text_from_many_prompts() {
     bad(&mut other("generate", &out, "--beams 3 --top-k 5"), &["--top-k", "cannot be used with"]);
 }
 
-/// A new run in the directory of another takes its place as a whole: nothing of the old one is gone on with.
+/// A new run in the directory of another takes its place as a whole: nothing of the old one is gone
+/// on with.
 #[test]
 fn a_new_run_replaces_an_old_one() {
     let dir = Dir::new();

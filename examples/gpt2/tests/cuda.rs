@@ -37,7 +37,12 @@ fn setup(mode: Mode) -> Setup {
     }
 }
 
-fn run<B: bdia_core::Backend>(be: &mut B, model: &mut Gpt2, steps: u32, step: Step) -> (Vec<Outcome>, Vec<B::Real>) {
+fn run<B: bdia_core::Backend>(
+    be: &mut B,
+    model: &mut Gpt2,
+    steps: u32,
+    step: Step,
+) -> (Vec<Outcome>, Vec<B::Real>) {
     let (context, batch) = (model.setup().context, model.setup().batch);
     model.initialize(be, 3).unwrap();
     if model.setup().adapters.is_some() {
@@ -63,9 +68,16 @@ fn run<B: bdia_core::Backend>(be: &mut B, model: &mut Gpt2, steps: u32, step: St
     (outcomes, all)
 }
 
-fn on_cuda(s: &Setup, chunk: usize, precision: Precision, steps: u32, step: Step) -> (Vec<Outcome>, Vec<u32>) {
+fn on_cuda(
+    s: &Setup,
+    chunk: usize,
+    precision: Precision,
+    steps: u32,
+    step: Step,
+) -> (Vec<Outcome>, Vec<u32>) {
     let (mut model, layout) = Gpt2::layout::<Cuda>(s, Choice { chunk, head_rows: 9 }).unwrap();
-    let mut be = Cuda::new(&layout, Options { device: 0, precision }).map_err(|e| e.to_string()).unwrap();
+    let mut be =
+        Cuda::new(&layout, Options { device: 0, precision }).map_err(|e| e.to_string()).unwrap();
     let (outcomes, values) = run(&mut be, &mut model, steps, step);
     (outcomes, values.into_iter().map(f32::to_bits).collect())
 }
@@ -73,9 +85,10 @@ fn on_cuda(s: &Setup, chunk: usize, precision: Precision, steps: u32, step: Step
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn exact_and_like_the_reference() {
-    for rule in
-        [Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 }, Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 }]
-    {
+    for rule in [
+        Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 },
+        Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 },
+    ] {
         let s = Setup { rule: Some(rule), ..setup(Mode::Bdia) };
         let (mut model, layout) = lay_out::<f64>(&s, 4, 36);
         let mut memory = Memory::<f64>::new(&layout);
@@ -84,10 +97,15 @@ fn exact_and_like_the_reference() {
             let (outcomes, bits) = on_cuda(&s, chunk, Precision::F32, 3, STEP);
             for (a, b) in outcomes.iter().zip(&exact) {
                 assert_eq!(a.mismatches, 0);
-                // f32 against f64 through a grid of 2^-14, whose roundings may fall to the other side.
+                // f32 against f64 through a grid of 2^-14, whose roundings may fall to the other
+                // side.
                 assert!((a.loss - b.loss).abs() < 2e-3, "chunk {chunk}: {} {}", a.loss, b.loss);
             }
-            assert_eq!(bits, on_cuda(&s, chunk, Precision::F32, 3, STEP).1, "a run repeats its bits");
+            assert_eq!(
+                bits,
+                on_cuda(&s, chunk, Precision::F32, 3, STEP).1,
+                "a run repeats its bits"
+            );
         }
     }
 }
@@ -112,7 +130,8 @@ fn adapters_are_trained() {
     }
 }
 
-/// A checkpoint segment computes what `standard` computes; full gradient buffers and fused updates are the same.
+/// A checkpoint segment computes what `standard` computes; full gradient buffers and fused updates
+/// are the same.
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn modes_agree_bit_for_bit() {
@@ -120,12 +139,20 @@ fn modes_agree_bit_for_bit() {
     let (standard, bits) = of(Mode::Standard, true);
     assert_eq!(bits, of(Mode::Checkpoint { every: 2 }, true).1);
     assert_eq!(bits, of(Mode::Standard, false).1);
-    let clipped =
-        on_cuda(&Setup { fused: false, ..setup(Mode::Standard) }, 2, Precision::F32, 2, Step { clip: 0.01, ..STEP });
-    assert!(standard[0].loss == clipped.0[0].loss && clipped.0[0].grad_norm > 0.01 && bits != clipped.1);
+    let clipped = on_cuda(
+        &Setup { fused: false, ..setup(Mode::Standard) },
+        2,
+        Precision::F32,
+        2,
+        Step { clip: 0.01, ..STEP },
+    );
+    assert!(
+        standard[0].loss == clipped.0[0].loss && clipped.0[0].grad_norm > 0.01 && bits != clipped.1
+    );
 }
 
-/// Products with short factors: the rest, and with it exactness, is as before, and the network learns.
+/// Products with short factors: the rest, and with it exactness, is as before, and the network
+/// learns.
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn short_factors_are_exact_too() {
@@ -135,7 +162,12 @@ fn short_factors_are_exact_too() {
     for precision in [Precision::Tf32, Precision::Bf16] {
         let (outcomes, short) = on_cuda(&s, 4, precision, 25, step);
         assert!(outcomes.iter().all(|o| o.mismatches == 0), "{precision:?}");
-        assert!((outcomes[0].loss - full[0].loss).abs() < 0.02, "{precision:?}: {} {}", outcomes[0].loss, full[0].loss);
+        assert!(
+            (outcomes[0].loss - full[0].loss).abs() < 0.02,
+            "{precision:?}: {} {}",
+            outcomes[0].loss,
+            full[0].loss
+        );
         assert!(outcomes[24].loss < 0.8 * outcomes[0].loss, "{precision:?}: {}", outcomes[24].loss);
         assert_ne!(bits, short, "{precision:?} is not f32");
         assert_eq!(short, on_cuda(&s, 4, precision, 25, step).1, "{precision:?} repeats its bits");
@@ -146,7 +178,8 @@ fn short_factors_are_exact_too() {
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn faults_leave_parameters_untouched() {
-    let (mut model, layout) = Gpt2::layout::<Cuda>(&setup(Mode::Bdia), Choice { chunk: 2, head_rows: 9 }).unwrap();
+    let (mut model, layout) =
+        Gpt2::layout::<Cuda>(&setup(Mode::Bdia), Choice { chunk: 2, head_rows: 9 }).unwrap();
     let mut be = Cuda::new(&layout, Options::default()).map_err(|e| e.to_string()).unwrap();
     let _ = run(&mut be, &mut model, 1, STEP);
     let named = model.tensors();
@@ -170,7 +203,8 @@ fn faults_leave_parameters_untouched() {
             Ok::<(), Error>(())
         });
         match outcome {
-            Err(Error::Fault(Fault::Range { site: Site::Block(2), sample: 0, .. })) if token == 4 => {}
+            Err(Error::Fault(Fault::Range { site: Site::Block(2), sample: 0, .. }))
+                if token == 4 => {}
             Err(Error::Fault(Fault::Token { sample: 1, value: 19, vocab: 19 })) if token == 19 => {}
             other => panic!("{value} {token}: {other:?}"),
         }
@@ -188,7 +222,11 @@ fn the_program_trains() {
     let said = good(&mut train(&data, &out, flags));
     let last = said.json();
     assert_eq!(last["verify_mismatches"], 0, "{last}");
-    let tight = good(&mut train(&data, &dir.at("other"), "--steps 2 --backend cuda --precision bf16 --dropout 0.1"));
+    let tight = good(&mut train(
+        &data,
+        &dir.at("other"),
+        "--steps 2 --backend cuda --precision bf16 --dropout 0.1",
+    ));
     assert!(tight.err.contains("cuda-bf16"), "{}", tight.err);
 }
 
@@ -196,7 +234,10 @@ fn the_program_trains() {
 #[test]
 fn a_missing_device_is_named() {
     let dir = Dir::new();
-    let said = program::bad(&mut train(&dir.tokens(), &dir.at("run"), "--steps 1 --backend cuda --device 1000"), &[]);
+    let said = program::bad(
+        &mut train(&dir.tokens(), &dir.at("run"), "--steps 1 --backend cuda --device 1000"),
+        &[],
+    );
     let missing = said.err.contains("is not on this machine: looked for lib");
     let absent = said.err.contains("device 1000 was asked for");
     assert!(missing || absent, "{}", said.err);
@@ -213,7 +254,8 @@ fn libraries(dir: &Dir, names: &[&str]) -> std::path::PathBuf {
     let chosen = dir.at("lib");
     std::fs::create_dir_all(&chosen).unwrap();
     for name in names {
-        let found = path.split(':').map(|p| std::path::Path::new(p).join(name)).find(|p| p.exists());
+        let found =
+            path.split(':').map(|p| std::path::Path::new(p).join(name)).find(|p| p.exists());
         std::os::unix::fs::symlink(found.unwrap(), chosen.join(name)).unwrap();
     }
     chosen
@@ -231,14 +273,21 @@ fn emulated_missing_libraries_are_named() {
         let dir = Dir::new();
         let lib = libraries(&dir, there);
         let mut command = train(&dir.tokens(), &dir.at("run"), "--steps 1 --backend cuda");
-        let said = program::bad(command.env("LD_LIBRARY_PATH", &lib).env_remove("BDIA_CUDA_CACHE"), &[]);
-        for part in [missing, "looked for lib", &format!("in LD_LIBRARY_PATH ({})", lib.display()), "--backend cpu"] {
+        let said =
+            program::bad(command.env("LD_LIBRARY_PATH", &lib).env_remove("BDIA_CUDA_CACHE"), &[]);
+        for part in [
+            missing,
+            "looked for lib",
+            &format!("in LD_LIBRARY_PATH ({})", lib.display()),
+            "--backend cpu",
+        ] {
             assert!(said.err.contains(part), "{part}: {}", said.err);
         }
     }
 }
 
-/// A device with little memory: the plan stands beside what is free; a device that is not there: how many are.
+/// A device with little memory: the plan stands beside what is free; a device that is not there:
+/// how many are.
 #[test]
 #[ignore = "needs the emulated device of .ci/cuda"]
 fn emulated_limits_are_told() {
@@ -246,7 +295,15 @@ fn emulated_limits_are_told() {
     let (data, out) = (dir.tokens(), dir.at("run"));
     let mut command = train(&data, &out, "--steps 1 --backend cuda");
     let said = program::bad(command.env("BDIA_EMULATED_MEMORY", "20000000"), &[]);
-    assert!(said.err.contains("the plan needs ") && said.err.contains("has 20000000 free of 20000000"), "{}", said.err);
+    assert!(
+        said.err.contains("the plan needs ") && said.err.contains("has 20000000 free of 20000000"),
+        "{}",
+        said.err
+    );
     let said = program::bad(&mut train(&data, &out, "--steps 1 --backend cuda --device 7"), &[]);
-    assert!(said.err.contains("device 7 was asked for, the driver finds 1: numbers 0 to 0"), "{}", said.err);
+    assert!(
+        said.err.contains("device 7 was asked for, the driver finds 1: numbers 0 to 0"),
+        "{}",
+        said.err
+    );
 }

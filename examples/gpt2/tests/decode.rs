@@ -1,5 +1,5 @@
-//! Decoding with a cache: the tokens of transformers' `generate` (`torch/gpt2_generate.py`), and those of the whole forward
-//! pass for every token.
+//! Decoding with a cache: the tokens of transformers' `generate` (`torch/gpt2_generate.py`), and
+//! those of the whole forward pass for every token.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -43,7 +43,8 @@ fn setup(context: usize, threads: usize) -> Setup {
 
 /// The model and its decoder over the same arenas.
 fn lay_out<B: Backend>(context: usize, threads: usize, sizes: &Sizes) -> (Gpt2, Decoder, Layout) {
-    let (model, mut layout) = Gpt2::layout::<B>(&setup(context, threads), Choice { chunk: 1, head_rows: 3 }).unwrap();
+    let (model, mut layout) =
+        Gpt2::layout::<B>(&setup(context, threads), Choice { chunk: 1, head_rows: 3 }).unwrap();
     let (decoder, own) = Decoder::layout::<B>(&model, sizes).unwrap();
     layout.cover(&own);
     (model, decoder, layout)
@@ -54,7 +55,11 @@ fn load<B: Backend>(be: &mut B, model: &Gpt2) {
     for t in model.tensors() {
         let mut values = vec![0.0; t.values.len()];
         weights.read(&t.name, &mut values).unwrap();
-        be.write_reals(t.values, &values.iter().map(|&x| B::Real::of(x.into())).collect::<Vec<_>>()).unwrap();
+        be.write_reals(
+            t.values,
+            &values.iter().map(|&x| B::Real::of(x.into())).collect::<Vec<_>>(),
+        )
+        .unwrap();
     }
 }
 
@@ -83,7 +88,8 @@ struct Case {
 
 /// Prompts, and all settings.
 fn fixture() -> (Vec<Vec<i32>>, Vec<Case>) {
-    let file: Value = serde_json::from_slice(&std::fs::read(data(MODEL).join("generate.json")).unwrap()).unwrap();
+    let file: Value =
+        serde_json::from_slice(&std::fs::read(data(MODEL).join("generate.json")).unwrap()).unwrap();
     let cases = file["cases"].as_array().unwrap().iter().map(|c| {
         let decoding = Decoding {
             how: How::Search(Length::Power(c["length_penalty"].as_f64().unwrap())),
@@ -92,12 +98,22 @@ fn fixture() -> (Vec<Vec<i32>>, Vec<Case>) {
             no_repeat: c["no_repeat"].as_u64().unwrap() as usize,
             inference: float(0.0),
         };
-        Case { beams: c["beams"].as_u64().unwrap() as usize, decoding, follow: tokens(&c["follow"]) }
+        Case {
+            beams: c["beams"].as_u64().unwrap() as usize,
+            decoding,
+            follow: tokens(&c["follow"]),
+        }
     });
     (tokens(&file["prompts"]), cases.collect())
 }
 
-fn check<B: Backend>(be: &mut B, decoder: &Decoder, prompts: &[Vec<i32>], d: &Decoding, expected: &[Vec<i32>]) {
+fn check<B: Backend>(
+    be: &mut B,
+    decoder: &Decoder,
+    prompts: &[Vec<i32>],
+    d: &Decoding,
+    expected: &[Vec<i32>],
+) {
     let found = decoder.decode(be, prompts, d, |_, _| ()).unwrap();
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
         assert_eq!(found, expected, "prompt {i}, {d:?}");
@@ -105,7 +121,8 @@ fn check<B: Backend>(be: &mut B, decoder: &Decoder, prompts: &[Vec<i32>], d: &De
     assert_eq!(found.len(), prompts.len());
 }
 
-/// Greedy and beam search, prompts of different lengths together or not, more of them than there is room for.
+/// Greedy and beam search, prompts of different lengths together or not, more of them than there is
+/// room for.
 #[test]
 fn tokens_are_those_of_transformers() {
     let (prompts, cases) = fixture();
@@ -127,8 +144,8 @@ fn tokens_are_those_of_transformers() {
     }
 }
 
-/// The most likely tokens and drawn ones, in every network, also beyond the context. Logits are not compared: attention over a
-/// cache adds in another order.
+/// The most likely tokens and drawn ones, in every network, also beyond the context. Logits are not
+/// compared: attention over a cache adds in another order.
 #[test]
 fn the_cache_changes_no_token() {
     const CONTEXT: usize = 24;
@@ -143,11 +160,25 @@ fn the_cache_changes_no_token() {
         for sampler in samplers {
             for prompt in prompts.iter().chain([&prompts.concat()]) {
                 // The end of GPT-2 is not in this vocabulary.
-                let expected = train::generate(&mut be, &mut model, prompt, 30, &sampler, 5, inference).unwrap();
+                let expected =
+                    train::generate(&mut be, &mut model, prompt, 30, &sampler, 5, inference)
+                        .unwrap();
                 let d = Decoding { how: How::Sample(sampler, 5), ..greedy(30, inference) };
-                check(&mut be, &decoder, core::slice::from_ref(prompt), &d, core::slice::from_ref(&expected));
+                check(
+                    &mut be,
+                    &decoder,
+                    core::slice::from_ref(prompt),
+                    &d,
+                    core::slice::from_ref(&expected),
+                );
                 if sampler == Sampler::GREEDY {
-                    check(&mut be, &decoder, core::slice::from_ref(prompt), &greedy(30, inference), &[expected]);
+                    check(
+                        &mut be,
+                        &decoder,
+                        core::slice::from_ref(prompt),
+                        &greedy(30, inference),
+                        &[expected],
+                    );
                 }
             }
         }
@@ -158,13 +189,15 @@ fn the_cache_changes_no_token() {
 #[test]
 fn prompts_do_not_meet() {
     let (prompts, _) = fixture();
-    for (beams, how) in
-        [(1, How::Sample(Sampler { temperature: 1.0, top_k: 20, top_p: 1.0 }, 3)), (3, How::Search(Length::Power(0.9)))]
-    {
+    for (beams, how) in [
+        (1, How::Sample(Sampler { temperature: 1.0, top_k: 20, top_p: 1.0 }, 3)),
+        (3, How::Search(Length::Power(0.9))),
+    ] {
         let d = Decoding { how, no_repeat: 3, end: Some(60), ..greedy(15, quantized(0.0)) };
         let all: Vec<_> = [6, 2]
             .map(|together| {
-                let (model, decoder, layout) = lay_out::<Cpu>(1, 2, &Sizes::of(&prompts, together, beams, 15, 16));
+                let (model, decoder, layout) =
+                    lay_out::<Cpu>(1, 2, &Sizes::of(&prompts, together, beams, 15, 16));
                 let mut be = Cpu::new(&layout, 2).unwrap();
                 load(&mut be, &model);
                 let mut heard = (0, 0);
@@ -183,7 +216,8 @@ fn prompts_do_not_meet() {
         for (prompt, text) in prompts.iter().zip(&all[0]) {
             let whole = [prompt.as_slice(), text].concat();
             for at in prompt.len()..whole.len() {
-                let repeated = (0..at.saturating_sub(2)).any(|i| whole[i..i + 3] == whole[at - 2..=at]);
+                let repeated =
+                    (0..at.saturating_sub(2)).any(|i| whole[i..i + 3] == whole[at - 2..=at]);
                 assert!(at < 2 || !repeated, "{whole:?}");
             }
         }
@@ -206,11 +240,22 @@ fn what_cannot_be_decoded() {
     assert!(refused(&[vec![1]], &drawn).contains("beams of a sample"));
     assert!(refused(&[vec![1]], &Decoding { inference: quantized(0.3), ..d }).contains("0.3"));
     assert!(decoder.decode(&mut be, &[], &d, |_, _| ()).unwrap().is_empty());
-    assert_eq!(decoder.decode(&mut be, &[vec![1]], &greedy(0, float(0.0)), |_, _| ()).unwrap(), [Vec::<i32>::new()]);
+    assert_eq!(
+        decoder.decode(&mut be, &[vec![1]], &greedy(0, float(0.0)), |_, _| ()).unwrap(),
+        [Vec::<i32>::new()]
+    );
     let bias = model.tensors().into_iter().find(|t| t.name == "ln_f.bias").unwrap();
     be.fill_reals(bias.values.sub(0, 1), f32::NAN).unwrap();
-    assert!(matches!(decoder.decode(&mut be, &[vec![1]], &d, |_, _| ()), Err(Failure::Program(_) | Failure::Core(_))));
-    for sizes in [Sizes { prompts: 0, ..sizes }, Sizes { beams: 0, ..sizes }, Sizes { context: 49, ..sizes }] {
-        assert!(matches!(Decoder::layout::<Cpu>(&model, &sizes), Err(Error::Setting { .. } | Error::Shape { .. })));
+    assert!(matches!(
+        decoder.decode(&mut be, &[vec![1]], &d, |_, _| ()),
+        Err(Failure::Program(_) | Failure::Core(_))
+    ));
+    for sizes in
+        [Sizes { prompts: 0, ..sizes }, Sizes { beams: 0, ..sizes }, Sizes { context: 49, ..sizes }]
+    {
+        assert!(matches!(
+            Decoder::layout::<Cpu>(&model, &sizes),
+            Err(Error::Setting { .. } | Error::Shape { .. })
+        ));
     }
 }

@@ -1,4 +1,5 @@
-//! Fine-tuning against transformers and PEFT (`tests/torch/finetune.py`), adapters as files, 16-bit storage, and the program.
+//! Fine-tuning against transformers and PEFT (`tests/torch/finetune.py`), adapters as files, 16-bit
+//! storage, and the program.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -37,7 +38,8 @@ fn batch(s: &State) -> (Vec<i32>, Vec<i32>) {
     (tokens, targets)
 }
 
-/// Tokens of a sample of the fixture that are not padding: at the others transformers computes something else.
+/// Tokens of a sample of the fixture that are not padding: at the others transformers computes
+/// something else.
 fn length(s: &State, i: usize) -> usize {
     let labels = &s.ints["labels"][i * 16..][..16];
     labels.iter().rposition(|&l| l >= 0).map_or(0, |last| last + 1).min(15)
@@ -73,7 +75,9 @@ fn load(model: &Gpt2, be: &mut Reference<'_, f64>) {
 
 /// The parts of PEFT's `[3d, 2r]` that ours has, as `[2r, d]`.
 fn parts(theirs: &[f64], r: usize, d: usize) -> Vec<f64> {
-    (0..2 * r).flat_map(|q| (0..d).map(move |j| theirs[(if q < r { j } else { 2 * d + j }) * 2 * r + q])).collect()
+    (0..2 * r)
+        .flat_map(|q| (0..d).map(move |j| theirs[(if q < r { j } else { 2 * d + j }) * 2 * r + q]))
+        .collect()
 }
 
 /// PEFT's adapter in our tensors.
@@ -106,7 +110,8 @@ fn fill<'a>(
     }
 }
 
-/// All parameters: the loss to the rounding of `f64`, gradients to that of the `f32` in which they are stored.
+/// All parameters: the loss to the rounding of `f64`, gradients to that of the `f32` in which they
+/// are stored.
 #[test]
 fn a_masked_step_is_that_of_transformers() {
     let s = state("finetune.safetensors");
@@ -118,7 +123,8 @@ fn a_masked_step_is_that_of_transformers() {
     let outcome = model.train(&mut be, &STEP, fill(&batch)).unwrap();
     assert!((outcome.loss - s.reals["full.loss"][0]).abs() < 1e-12, "{}", outcome.loss);
     for t in model.tensors() {
-        let d = difference(be.reals(t.gradient).unwrap(), &s.reals[&format!("full.grad.{}", t.name)]);
+        let d =
+            difference(be.reals(t.gradient).unwrap(), &s.reals[&format!("full.grad.{}", t.name)]);
         assert!(d < 1e-7, "{}: {d:e}", t.name);
     }
 }
@@ -128,7 +134,11 @@ fn a_masked_step_with_adapters_is_that_of_peft() {
     let s = state("finetune.safetensors");
     let batch = batch(&s);
     let adapters = Some(Adapters { shape: SHAPE, half: None });
-    for (mode, chunk) in [(Mode::Standard, 3), (Mode::Checkpoint { every: 2 }, 2), (Mode::Checkpoint { every: 1 }, 1)] {
+    for (mode, chunk) in [
+        (Mode::Standard, 3),
+        (Mode::Checkpoint { every: 2 }, 2),
+        (Mode::Checkpoint { every: 1 }, 1),
+    ] {
         let mut setup = setup(mode, adapters);
         let (mut model, layout) = lay_out::<f64>(&setup, chunk, 7);
         let mut memory = Memory::new(&layout);
@@ -145,10 +155,15 @@ fn a_masked_step_with_adapters_is_that_of_peft() {
             assert!(d < 1e-12, "{mode:?}: logits of sample {i}: {d:e}");
         }
         let outcome = model.train(&mut be, &STEP, fill(&batch)).unwrap();
-        assert!((outcome.loss - s.reals["lora.loss"][0]).abs() < 1e-12, "{mode:?}: {}", outcome.loss);
+        assert!(
+            (outcome.loss - s.reals["lora.loss"][0]).abs() < 1e-12,
+            "{mode:?}: {}",
+            outcome.loss
+        );
         for t in model.trained() {
             let theirs = &s.reals[&format!("lora.grad.{}", t.name)];
-            let theirs = if t.name.ends_with("lora_B") { parts(theirs, 4, 24) } else { theirs.clone() };
+            let theirs =
+                if t.name.ends_with("lora_B") { parts(theirs, 4, 24) } else { theirs.clone() };
             let d = difference(be.reals(t.gradient).unwrap(), &theirs);
             assert!(d < 1e-11, "{mode:?}, {}: {d:e}", t.name);
         }
@@ -168,7 +183,10 @@ fn a_masked_step_with_adapters_is_that_of_peft() {
                 let (lr, weight_decay) = (s.number("lr"), s.number("weight_decay"));
                 let step = Step { step: i as u32, lr, weight_decay, ..STEP };
                 let ours = model.train(&mut be, &step, fill(&batch)).unwrap().loss;
-                assert!((ours - theirs).abs() < 1e-10, "{mode:?}, fused {fused}: loss {i} is {ours}, theirs {theirs}");
+                assert!(
+                    (ours - theirs).abs() < 1e-10,
+                    "{mode:?}, fused {fused}: loss {i} is {ours}, theirs {theirs}"
+                );
             }
         }
     }
@@ -209,7 +227,12 @@ fn gradients_in_every_mode_follow_from_those_of_the_merged_weight() {
         }
         let ours = model.train(&mut be, &STEP, fill(&batch)).unwrap();
         let merged = whole.train(&mut on, &STEP, fill(&batch)).unwrap();
-        assert!((ours.loss - merged.loss).abs() < 1e-12, "{mode:?}: {} and {}", ours.loss, merged.loss);
+        assert!(
+            (ours.loss - merged.loss).abs() < 1e-12,
+            "{mode:?}: {} and {}",
+            ours.loss,
+            merged.loss
+        );
         let trained = model.trained();
         for (k, t) in weights.iter().enumerate() {
             let dw = on.reals(t.gradient).unwrap();
@@ -250,14 +273,16 @@ fn trained(dir: &str, setup: &Setup, chunk: usize) -> (Vec<u64>, Vec<u32>, u64) 
     model.initialize_adapters(&mut be, 1).unwrap();
     let (mut losses, mut mismatches) = (Vec::new(), 0);
     for i in 0..6 {
-        let outcome = model.train(&mut be, &Step { step: i, lr: 1e-2, ..STEP }, fill(&batch)).unwrap();
+        let outcome =
+            model.train(&mut be, &Step { step: i, lr: 1e-2, ..STEP }, fill(&batch)).unwrap();
         losses.push(outcome.loss.to_bits());
         mismatches += outcome.mismatches;
     }
     (losses, bits(&be, &model.trained()), mismatches)
 }
 
-/// Matrices in 16 bits are the same numbers as in 32, where 16 bits hold them: nothing differs, not even a bit.
+/// Matrices in 16 bits are the same numbers as in 32, where 16 bits hold them: nothing differs, not
+/// even a bit.
 #[test]
 fn storage_in_16_bits_changes_no_bit() {
     for (dir, half) in [("hf_bf16", Half::Bf16), ("hf_f16", Half::F16)] {
@@ -266,12 +291,21 @@ fn storage_in_16_bits_changes_no_bit() {
             let rule = Some(Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 });
             let of = |half, fused, threads| {
                 let verify = mode == Mode::Bdia;
-                trained(dir, &Setup { rule, fused, threads, verify, ..setup(mode, adapters(half)) }, 2)
+                trained(
+                    dir,
+                    &Setup { rule, fused, threads, verify, ..setup(mode, adapters(half)) },
+                    2,
+                )
             };
             let (losses, adapters, mismatches) = of(None, true, 1);
-            assert!(f64::from_bits(losses[5]) < f64::from_bits(losses[0]) - 0.1, "{dir}, {mode:?}: nothing is learned");
+            assert!(
+                f64::from_bits(losses[5]) < f64::from_bits(losses[0]) - 0.1,
+                "{dir}, {mode:?}: nothing is learned"
+            );
             assert_eq!(mismatches, 0, "{dir}, {mode:?}");
-            for other in [of(Some(half), true, 1), of(Some(half), true, 3), of(Some(half), false, 1)] {
+            for other in
+                [of(Some(half), true, 1), of(Some(half), true, 3), of(Some(half), false, 1)]
+            {
                 assert!(other == (losses.clone(), adapters.clone(), 0), "{dir}, {mode:?}");
             }
         }
@@ -284,7 +318,8 @@ fn other_weights_are_rounded() {
     let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     let weights = Weights::read_dir(&data("hf_tied")).unwrap();
     for half in [Half::Bf16, Half::F16] {
-        let (model, mut be) = on_cpu(&setup(Mode::Bdia, Some(Adapters { shape: SHAPE, half: Some(half) })), 1);
+        let (model, mut be) =
+            on_cpu(&setup(Mode::Bdia, Some(Adapters { shape: SHAPE, half: Some(half) })), 1);
         machine::load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
         let mut narrow = 0;
         for t in model.tensors() {
@@ -314,7 +349,8 @@ fn other_weights_are_rounded() {
 fn adapters_are_saved_as_peft_saves_them() {
     let dir = Dir::new();
     let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
-    let (model, mut be) = on_cpu(&setup(Mode::Bdia, Some(Adapters { shape: SHAPE, half: None })), 1);
+    let (model, mut be) =
+        on_cpu(&setup(Mode::Bdia, Some(Adapters { shape: SHAPE, half: None })), 1);
     let digest = machine::load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
     for (place, values) in load_adapter(&model) {
         be.write_reals(place, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()).unwrap();
@@ -323,14 +359,18 @@ fn adapters_are_saved_as_peft_saves_them() {
     let read = |path: PathBuf| {
         let bytes = std::fs::read(path).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let mut all: Vec<_> =
-            file.tensors().into_iter().map(|(n, t)| (n, t.shape().to_vec(), t.dtype(), t.data().to_vec())).collect();
+        let mut all: Vec<_> = file
+            .tensors()
+            .into_iter()
+            .map(|(n, t)| (n, t.shape().to_vec(), t.dtype(), t.data().to_vec()))
+            .collect();
         all.sort_by(|a, b| a.0.cmp(&b.0));
         all
     };
     // Zeros have a sign, and PEFT's file has some of the other one.
-    let plain =
-        |bytes: &[u8]| -> Vec<f32> { bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b) + 0.0).collect() };
+    let plain = |bytes: &[u8]| -> Vec<f32> {
+        bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b) + 0.0).collect()
+    };
     let (ours, theirs) = (read(dir.at(adapter::FILE)), read(data("peft_qv").join(adapter::FILE)));
     assert_eq!(ours.len(), theirs.len());
     for (a, b) in ours.iter().zip(&theirs) {
@@ -368,11 +408,14 @@ fn merged_adapters_compute_what_peft_does() {
     }
 }
 
-/// `check_ours.py` over adapters: PEFT loads what a run of the program leaves, and gives the same logits.
+/// `check_ours.py` over adapters: PEFT loads what a run of the program leaves, and gives the same
+/// logits.
 #[test]
 fn peft_reads_the_adapters_of_a_run() {
     let Some(python) = std::env::var_os("BDIA_PYTHON") else {
-        println!("skipped: BDIA_PYTHON names no Python with torch, transformers and PEFT (tests/torch/README.md)");
+        println!(
+            "skipped: BDIA_PYTHON names no Python with torch, transformers and PEFT (tests/torch/README.md)"
+        );
         return;
     };
     let dir = Dir::new();
@@ -387,14 +430,18 @@ fn peft_reads_the_adapters_of_a_run() {
     let logits = model.logits(&mut be, &tokens, 0..15, float).unwrap();
     let tokens: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
     let logits: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
-    let view = |dtype, shape, bytes| safetensors::tensor::TensorView::new(dtype, shape, bytes).unwrap();
+    let view =
+        |dtype, shape, bytes| safetensors::tensor::TensorView::new(dtype, shape, bytes).unwrap();
     let probe = [
         ("tokens", view(safetensors::Dtype::I32, vec![1, 15], &tokens)),
         ("logits", view(safetensors::Dtype::F32, vec![1, 15, 61], &logits)),
     ];
-    std::fs::write(out.join("probe.safetensors"), safetensors::serialize(probe, None).unwrap()).unwrap();
+    std::fs::write(out.join("probe.safetensors"), safetensors::serialize(probe, None).unwrap())
+        .unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/torch/check_ours.py");
-    let said = good(Command::new(python).arg("-B").arg(script).arg(&out).arg("--base").arg(data("hf_tied")));
+    let said = good(
+        Command::new(python).arg("-B").arg(script).arg(&out).arg("--base").arg(data("hf_tied")),
+    );
     println!("{}", said.out);
 }
 
@@ -418,7 +465,10 @@ fn plans_of_the_355m_model() {
     let of = |half| plan(Some(Adapters { shape: SHAPE, half }));
     let (full, lora, bf16) = (plan(None), of(None), of(Some(Half::Bf16)));
     println!("full {full}, adapters {lora}, with bf16 {bf16}");
-    assert!(full <= 4_700_000_000 && lora <= 1_800_000_000 && bf16 <= 1_100_000_000, "{full} {lora} {bf16}");
+    assert!(
+        full <= 4_700_000_000 && lora <= 1_800_000_000 && bf16 <= 1_100_000_000,
+        "{full} {lora} {bf16}"
+    );
 }
 
 #[test]
@@ -434,13 +484,28 @@ fn settings_that_do_not_fit() {
 }
 
 fn tokens_below(dir: &Dir, vocab: u16) -> PathBuf {
-    dir.file("tokens.bin", &(0..3000_u16).flat_map(|i| (i * 7 % 31 % vocab).to_le_bytes()).collect::<Vec<_>>())
+    dir.file(
+        "tokens.bin",
+        &(0..3000_u16).flat_map(|i| (i * 7 % 31 % vocab).to_le_bytes()).collect::<Vec<_>>(),
+    )
 }
 
 /// `finetune` on tokens, six steps.
 fn tune(tokens: &Path, weights: &Path, out: &Path) -> Command {
     let mut c = program();
-    c.args(["finetune", "--task", "text", "--steps", "6", "--batch", "2", "--context", "15", "--threads", "1"]);
+    c.args([
+        "finetune",
+        "--task",
+        "text",
+        "--steps",
+        "6",
+        "--batch",
+        "2",
+        "--context",
+        "15",
+        "--threads",
+        "1",
+    ]);
     c.args(["--eval-interval", "3", "--checkpoint-interval", "2", "--data"]).arg(tokens);
     c.arg("--weights").arg(weights).arg("--out").arg(out);
     c
@@ -457,7 +522,11 @@ fn runs_go_on_with_the_same_bits() {
         good(tune(&tokens, &base, &whole).args(["--method", method, "--lr", "1e-2"]));
         copy(&whole, &part);
         std::fs::remove_file(part.join("step-00000006.ckpt")).unwrap();
-        let files: &[&str] = if method == "full" { &["model.safetensors"] } else { &[adapter::FILE, adapter::CONFIG] };
+        let files: &[&str] = if method == "full" {
+            &["model.safetensors"]
+        } else {
+            &[adapter::FILE, adapter::CONFIG]
+        };
         files.iter().for_each(|f| std::fs::remove_file(part.join(f)).unwrap());
         if method == "full" {
             // Its weights are in the checkpoint.
@@ -466,9 +535,16 @@ fn runs_go_on_with_the_same_bits() {
         good(program().args(["finetune", "--resume"]).arg(&part));
         assert_eq!(metrics(&whole), metrics(&part), "{method}");
         for file in files.iter().copied().chain(["step-00000006.ckpt"]) {
-            assert_eq!(std::fs::read(whole.join(file)).unwrap(), std::fs::read(part.join(file)).unwrap(), "{file}");
+            assert_eq!(
+                std::fs::read(whole.join(file)).unwrap(),
+                std::fs::read(part.join(file)).unwrap(),
+                "{file}"
+            );
         }
-        bad(program().args(["finetune", "--lr", "3", "--resume"]).arg(&part), &["--lr is 3.0, the run has 0.01"]);
+        bad(
+            program().args(["finetune", "--lr", "3", "--resume"]).arg(&part),
+            &["--lr is 3.0, the run has 0.01"],
+        );
         // A run of the other subcommand is none of this one.
         bad(program().args(["train", "--resume"]).arg(&part), &["not the flags of a run"]);
     }
@@ -477,7 +553,13 @@ fn runs_go_on_with_the_same_bits() {
     let tied = data("hf_tied");
     let merge = || {
         let mut c = program();
-        c.arg("merge").arg("--weights").arg(&tied).arg("--adapter").arg(&lora).arg("--out").arg(&merged);
+        c.arg("merge")
+            .arg("--weights")
+            .arg(&tied)
+            .arg("--adapter")
+            .arg(&lora)
+            .arg("--out")
+            .arg(&merged);
         c
     };
     good(&mut merge());
@@ -499,7 +581,10 @@ fn runs_go_on_with_the_same_bits() {
     // Adapters of another model: by their digest, or by their shapes.
     let wrong = |weights: &Path, adapter: &Path, words: &[&str]| {
         let mut c = program();
-        c.args(["eval", "--context", "15", "--threads", "1", "--data"]).arg(&tokens).arg("--weights").arg(weights);
+        c.args(["eval", "--context", "15", "--threads", "1", "--data"])
+            .arg(&tokens)
+            .arg("--weights")
+            .arg(weights);
         bad(c.arg("--adapter").arg(adapter), words);
     };
     wrong(&merged, &lora, &["belong to another model", "xxh3:"]);
@@ -509,14 +594,20 @@ fn runs_go_on_with_the_same_bits() {
         "train --layers 2 --heads 2 --width 16 --context 16 --vocab 61 --steps 1 --batch 1 --threads 1".split(' '),
     );
     good(train.arg("--data").arg(&tokens).arg("--out").arg(&other));
-    wrong(&other, &lora, &["unexpected: base_model.model.transformer.h.2", "has shape [8, 24], expected [8, 16]"]);
+    wrong(
+        &other,
+        &lora,
+        &["unexpected: base_model.model.transformer.h.2", "has shape [8, 24], expected [8, 16]"],
+    );
 }
 
 #[test]
 fn adapters_that_are_none() {
     let dir = Dir::new();
     let tokens = tokens_below(&dir, 61);
-    let check = |name: &str, change: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>), words: &[&str]| {
+    let check = |name: &str,
+                 change: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>),
+                 words: &[&str]| {
         let at = dir.at(name);
         copy(&data("peft_qv"), &at);
         let path = at.join(adapter::CONFIG);
@@ -538,10 +629,26 @@ fn adapters_that_are_none() {
         &["target_modules", "c_proj"],
     );
     check("rank", &|m| drop(m.insert("r".into(), 0.into())), &["r: expected a whole number"]);
-    check("rank2", &|m| drop(m.insert("r".into(), 2.into())), &["has shape [8, 24], expected [2, 24]"]);
-    check("alpha", &|m| drop(m.remove("lora_alpha")), &["lora_alpha: expected a number, found nothing"]);
-    check("dora", &|m| drop(m.insert("use_dora".into(), true.into())), &["use_dora: expected false"]);
-    check("saved", &|m| drop(m.insert("modules_to_save".into(), vec!["wte"].into())), &["modules_to_save"]);
+    check(
+        "rank2",
+        &|m| drop(m.insert("r".into(), 2.into())),
+        &["has shape [8, 24], expected [2, 24]"],
+    );
+    check(
+        "alpha",
+        &|m| drop(m.remove("lora_alpha")),
+        &["lora_alpha: expected a number, found nothing"],
+    );
+    check(
+        "dora",
+        &|m| drop(m.insert("use_dora".into(), true.into())),
+        &["use_dora: expected false"],
+    );
+    check(
+        "saved",
+        &|m| drop(m.insert("modules_to_save".into(), vec!["wte"].into())),
+        &["modules_to_save"],
+    );
     check("bias", &|m| drop(m.insert("bias".into(), "all".into())), &["bias: expected \"none\""]);
     // Not even a file, and a value that is no number.
     let mut c = program();
@@ -554,7 +661,10 @@ fn adapters_that_are_none() {
     bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     std::fs::write(at.join(adapter::FILE), bytes).unwrap();
     let mut c = program();
-    c.args(["eval", "--context", "15", "--data"]).arg(&tokens).arg("--weights").arg(data("hf_tied"));
+    c.args(["eval", "--context", "15", "--data"])
+        .arg(&tokens)
+        .arg("--weights")
+        .arg(data("hf_tied"));
     bad(c.arg("--adapter").arg(&at), &["lora_B", "is NaN"]);
 }
 
@@ -573,10 +683,12 @@ fn weights_that_cannot_be_tuned() {
         copy(&data("hf_tied"), &at);
         let path = at.join("model.safetensors");
         let mut bytes = std::fs::read(&path).unwrap();
-        // The file ends with h.2.mlp.c_proj.weight, ln_f and the embeddings; it is enough to find a matrix of a block.
+        // The file ends with h.2.mlp.c_proj.weight, ln_f and the embeddings; it is enough to find a
+        // matrix of a block.
         let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let json: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
-        let start = json["transformer.h.1.mlp.c_fc.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
+        let start =
+            json["transformer.h.1.mlp.c_fc.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
         bytes[8 + header + start..][..4].copy_from_slice(&value.to_le_bytes());
         std::fs::write(path, bytes).unwrap();
         at
@@ -591,11 +703,20 @@ fn weights_that_cannot_be_tuned() {
     good(tune(&tokens, &data("hf_tied"), &dir.at("f16")).args(narrow));
     refused(&dir.at("no/such"), &[], &["config.json"]);
     refused(&data("hf_tied"), &["--lora-rank", "2"], &["belong to --method lora"]);
-    refused(&data("hf_tied"), &["--method", "lora", "--lora-rank", "100"], &["LoRA rank is 100", "the width"]);
+    refused(
+        &data("hf_tied"),
+        &["--method", "lora", "--lora-rank", "100"],
+        &["LoRA rank is 100", "the width"],
+    );
     refused(&data("hf_tied"), &["--loss-on", "all"], &["--loss-on belongs to tasks of pairs"]);
     refused(&data("hf_tied"), &["--prompt-column", "a"], &["belong to --task pairs"]);
     let mut c = program();
-    c.args(["finetune", "--data"]).arg(&tokens).arg("--weights").arg(data("hf_tied")).arg("--out").arg(&out);
+    c.args(["finetune", "--data"])
+        .arg(&tokens)
+        .arg("--weights")
+        .arg(data("hf_tied"))
+        .arg("--out")
+        .arg(&out);
     bad(&mut c, &["tokens.bin: expected a file whose name ends in .csv, .tsv or .jsonl"]);
     assert_eq!(content(&out), before);
     // The weights change under a run.
@@ -604,12 +725,23 @@ fn weights_that_cannot_be_tuned() {
     let second = dir.at("second");
     good(tune(&tokens, &moved, &second).args(["--method", "lora"]));
     copy(&change("moved-on", 0.5), &moved);
-    bad(program().args(["finetune", "--resume"]).arg(&second), &["the run began with weights with digest xxh3:"]);
+    bad(
+        program().args(["finetune", "--resume"]).arg(&second),
+        &["the run began with weights with digest xxh3:"],
+    );
     // By name, without a network or a build for it.
     let mut c = program();
-    c.args(["finetune", "--model", "openai-community/gpt2", "--data"]).arg(&tokens).env("HF_HOME", dir.at("cache"));
+    c.args(["finetune", "--model", "openai-community/gpt2", "--data"])
+        .arg(&tokens)
+        .env("HF_HOME", dir.at("cache"));
     c.env("HF_ENDPOINT", "http://127.0.0.1:1");
-    bad(&mut c, &["--weights", "config.json and model.safetensors of https://huggingface.co/openai-community/gpt2"]);
+    bad(
+        &mut c,
+        &[
+            "--weights",
+            "config.json and model.safetensors of https://huggingface.co/openai-community/gpt2",
+        ],
+    );
 }
 
 /// Pairs, with GPT-2's vocabulary: they are learned, in all methods, and counted.
@@ -619,21 +751,33 @@ fn pairs_are_learned() {
     let base = dir.at("base");
     let text = "The inn by the river serves tea. ".repeat(40);
     let mut c = program();
-    c.args("train --layers 2 --heads 2 --width 16 --context 32 --steps 2 --batch 2 --threads 2 --data".split(' '));
+    c.args(
+        "train --layers 2 --heads 2 --width 16 --context 32 --steps 2 --batch 2 --threads 2 --data"
+            .split(' '),
+    );
     good(c.arg(dir.file("text.txt", text.as_bytes())).arg("--out").arg(&base));
-    let rows: String =
-        (0..20).map(|i| format!("\"name[Inn {i}], food[tea]\",\"Inn {i}\r\nserves tea.\"\r\n")).collect();
+    let rows: String = (0..20)
+        .map(|i| format!("\"name[Inn {i}], food[tea]\",\"Inn {i}\r\nserves tea.\"\r\n"))
+        .collect();
     let csv = dir.file("e2e.csv", format!("mr,ref\r\n{rows}").as_bytes());
     let tune = |out: &Path, flags: &str| {
         let mut c = program();
-        c.args("finetune --batch 4 --threads 2 --json --data".split(' ')).arg(&csv).arg("--validation").arg(&csv);
+        c.args("finetune --batch 4 --threads 2 --json --data".split(' '))
+            .arg(&csv)
+            .arg("--validation")
+            .arg(&csv);
         c.arg("--weights").arg(&base).arg("--out").arg(out).args(flags.split_whitespace());
         c
     };
     let mut losses = Vec::new();
-    for (name, flags) in [("full", "--lr 1e-2"), ("lora", "--method lora --lr 1e-1 --frozen-dtype bf16")] {
+    for (name, flags) in
+        [("full", "--lr 1e-2"), ("lora", "--method lora --lr 1e-1 --frozen-dtype bf16")]
+    {
         let said = good(&mut tune(&dir.at(name), &format!("{flags} --epochs 4")));
-        assert!(said.err.contains("20 training and 20 validation examples") && said.err.contains("4.00 passes"));
+        assert!(
+            said.err.contains("20 training and 20 validation examples")
+                && said.err.contains("4.00 passes")
+        );
         let json = said.json();
         assert_eq!(json["steps"], 20);
         assert!(said.out.contains("perplexity"), "{}", said.out);
@@ -646,10 +790,17 @@ fn pairs_are_learned() {
         };
         let evaluated = good(&mut c).json()["loss"].as_f64().unwrap();
         // The frozen weights were rounded to bf16 in one of them.
-        assert!((evaluated - losses[losses.len() - 1]).abs() < 2e-2, "{name}: {evaluated} {losses:?}");
+        assert!(
+            (evaluated - losses[losses.len() - 1]).abs() < 2e-2,
+            "{name}: {evaluated} {losses:?}"
+        );
     }
     let start = good(
-        program().args("eval --task e2e --threads 2 --json --data".split(' ')).arg(&csv).arg("--weights").arg(&base),
+        program()
+            .args("eval --task e2e --threads 2 --json --data".split(' '))
+            .arg(&csv)
+            .arg("--weights")
+            .arg(&base),
     );
     let start = start.json()["loss"].as_f64().unwrap();
     assert!(losses[0] < start - 1.0 && losses[1] < start - 0.1, "{start} {losses:?}");
@@ -657,14 +808,20 @@ fn pairs_are_learned() {
     let said = good(&mut tune(&dir.at("short"), "--steps 1 --context 16"));
     assert!(said.err.contains("20 example(s) cut to 16 tokens, 0 dropped"), "{}", said.err);
     bad(&mut tune(&dir.at("none"), "--context 4"), &["every prompt is longer"]);
-    bad(&mut tune(&dir.at("none"), "--task pairs"), &["no column \"prompt\"; the columns are \"mr\", \"ref\""]);
+    bad(
+        &mut tune(&dir.at("none"), "--task pairs"),
+        &["no column \"prompt\"; the columns are \"mr\", \"ref\""],
+    );
     bad(&mut tune(&dir.at("none"), "--epochs 4 --steps 3"), &["cannot be used with"]);
     good(&mut tune(
         &dir.at("pairs"),
         "--task pairs --prompt-column ref --completion-column mr --loss-on all --steps 1",
     ));
     let latin = dir.file("latin.csv", b"mr,ref\nname[Caf\xe9],tea\n");
-    bad(program().args(["finetune", "--data"]).arg(&latin).arg("--weights").arg(&base), &["line 2", "not valid UTF-8"]);
+    bad(
+        program().args(["finetune", "--data"]).arg(&latin).arg("--weights").arg(&base),
+        &["line 2", "not valid UTF-8"],
+    );
     let empty = dir.file("empty.csv", b"mr,ref\nname[a],b\nname[c],\n");
     bad(
         program().args(["finetune", "--data"]).arg(&empty).arg("--weights").arg(&base),

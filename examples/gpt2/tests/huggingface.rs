@@ -1,5 +1,6 @@
-//! Models in Hugging Face's layout: logits, loss and gradients against those of transformers (`tests/torch`), in f32 on
-//! the CPU backend; our files read back by us and by transformers; and a trained model that others published.
+//! Models in Hugging Face's layout: logits, loss and gradients against those of transformers
+//! (`tests/torch`), in f32 on the CPU backend; our files read back by us and by transformers; and a
+//! trained model that others published.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -96,7 +97,8 @@ fn logits_are_those_of_transformers() {
             );
             let mut be = Cpu::new(&layout, 1).unwrap();
             machine::load_weights(&data(name), &config, &mut be, &model).unwrap();
-            let d = difference(&logits(&mut be, &mut model, &s.ints["tokens"], 16), &s.reals["logits"]);
+            let d =
+                difference(&logits(&mut be, &mut model, &s.ints["tokens"], 16), &s.reals["logits"]);
             println!("{name}, {mode:?}: logits differ by {d:.1e} of the largest");
             assert!(d < 1e-4, "{name}, {mode:?}: logits differ by {d:e}");
         }
@@ -108,8 +110,11 @@ fn loss_and_gradients_are_those_of_transformers() {
     for name in ["hf_tied", "hf_untied"] {
         let config = Gpt2Config::read_dir(&data(name)).unwrap();
         let s = state(&format!("{name}/state.safetensors"));
-        let setup =
-            Setup { rule: Some(Rule::Sgd { momentum: 0.0 }), fused: false, ..setup(&config, 2, 16, Mode::Standard) };
+        let setup = Setup {
+            rule: Some(Rule::Sgd { momentum: 0.0 }),
+            fused: false,
+            ..setup(&config, 2, 16, Mode::Standard)
+        };
         let (mut model, layout) = lay_out(&setup, Choice { chunk: 2, head_rows: 32 });
         let mut be = Cpu::new(&layout, 1).unwrap();
         machine::load_weights(&data(name), &config, &mut be, &model).unwrap();
@@ -130,9 +135,14 @@ fn loss_and_gradients_are_those_of_transformers() {
             let mut ours = vec![0.0_f32; t.gradient.len()];
             be.read_reals(t.gradient, &mut ours).unwrap();
             let ours: Vec<f64> = ours.iter().map(|&x| x.into()).collect();
-            let full = if t.name == "lm_head.weight" { t.name.clone() } else { format!("transformer.{}", t.name) };
+            let full = if t.name == "lm_head.weight" {
+                t.name.clone()
+            } else {
+                format!("transformer.{}", t.name)
+            };
             let theirs = &s.reals[&format!("grad.{full}")];
-            // The key part of c_attn.bias is 0 in exact arithmetic, and is measured by the whole tensor.
+            // The key part of c_attn.bias is 0 in exact arithmetic, and is measured by the whole
+            // tensor.
             let d = difference(&ours, theirs);
             assert!(d < 1e-4, "{name}: gradient of {} differs by {d:e}", t.name);
             if d > most.0 {
@@ -140,7 +150,10 @@ fn loss_and_gradients_are_those_of_transformers() {
             }
         }
         assert_eq!(s.reals.keys().filter(|k| k.starts_with("grad.")).count(), tensors.len());
-        println!("{name}: gradients differ by at most {:.1e} of a tensor's largest ({})", most.0, most.1);
+        println!(
+            "{name}: gradients differ by at most {:.1e} of a tensor's largest ({})",
+            most.0, most.1
+        );
     }
 }
 
@@ -148,7 +161,8 @@ fn loss_and_gradients_are_those_of_transformers() {
 fn tensors_that_do_not_fit_are_all_named() {
     let untied = Weights::read_dir(&data("hf_untied")).unwrap();
     let config = Gpt2Config::read_dir(&data("hf_untied")).unwrap();
-    // Another width: every tensor has another shape. Another depth: those of the last block are missing, or too many.
+    // Another width: every tensor has another shape. Another depth: those of the last block are
+    // missing, or too many.
     let wider = Gpt2Config { n_embd: 48, ..config.clone() };
     let error = untied.check(&wider.tensors()).unwrap_err().to_string();
     for (name, shape) in wider.tensors() {
@@ -156,26 +170,37 @@ fn tensors_that_do_not_fit_are_all_named() {
         let message = format!("{name} has shape {found:?}, expected {shape:?}");
         assert!(found != &shape && error.contains(&message), "{message}: {error}");
     }
-    let block: Vec<String> = config.tensors().into_iter().map(|t| t.0).filter(|n| n.starts_with("h.2.")).collect();
-    let deeper = untied.check(&Gpt2Config { n_layer: 4, ..config.clone() }.tensors()).unwrap_err().to_string();
-    let shallower = untied.check(&Gpt2Config { n_layer: 2, ..config }.tensors()).unwrap_err().to_string();
+    let block: Vec<String> =
+        config.tensors().into_iter().map(|t| t.0).filter(|n| n.starts_with("h.2.")).collect();
+    let deeper = untied
+        .check(&Gpt2Config { n_layer: 4, ..config.clone() }.tensors())
+        .unwrap_err()
+        .to_string();
+    let shallower =
+        untied.check(&Gpt2Config { n_layer: 2, ..config }.tensors()).unwrap_err().to_string();
     assert!(deeper.contains("missing: h.3.") && shallower.contains("unexpected: h.2."));
     for name in block {
-        assert!(deeper.contains(&name.replace("h.2.", "h.3.")) && shallower.contains(&name), "{name}");
+        assert!(
+            deeper.contains(&name.replace("h.2.", "h.3.")) && shallower.contains(&name),
+            "{name}"
+        );
     }
     // An untied model from the file of a tied one.
     let tied = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     let untied = Gpt2Config { tie_word_embeddings: false, ..tied };
-    let (model, layout) = lay_out(&setup(&untied, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
+    let (model, layout) =
+        lay_out(&setup(&untied, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
     let mut be = Cpu::new(&layout, 1).unwrap();
-    let error = machine::load_weights(&data("hf_tied"), &untied, &mut be, &model).unwrap_err().to_string();
+    let error =
+        machine::load_weights(&data("hf_tied"), &untied, &mut be, &model).unwrap_err().to_string();
     assert!(error.contains("missing: lm_head.weight"), "{error}");
 }
 
 /// Loads a committed model and writes it as a run does.
 fn save_again(name: &str, dir: &Path) -> Vec<f32> {
     let config = Gpt2Config::read_dir(&data(name)).unwrap();
-    let (model, layout) = lay_out(&setup(&config, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
+    let (model, layout) =
+        lay_out(&setup(&config, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
     let mut be = Cpu::new(&layout, 1).unwrap();
     machine::load_weights(&data(name), &config, &mut be, &model).unwrap();
     machine::save_weights(dir, &be, &model).unwrap();
@@ -200,7 +225,8 @@ fn what_we_save_is_read_back_the_same() {
         let saved = save_again(name, &dir.0);
         let config = Gpt2Config::read_dir(&dir.0).unwrap();
         assert_eq!(config, Gpt2Config::read_dir(&data(name)).unwrap());
-        let (model, layout) = lay_out(&setup(&config, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
+        let (model, layout) =
+            lay_out(&setup(&config, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
         let mut be = Cpu::new(&layout, 1).unwrap();
         machine::load_weights(&dir.0, &config, &mut be, &model).unwrap();
         let again = read(&be, &model);
@@ -211,20 +237,25 @@ fn what_we_save_is_read_back_the_same() {
 /// Runs `check_ours.py` over a directory with a model: `false` where no Python for it was named.
 fn transformers_agree(dir: &Path, context: usize) -> bool {
     let Some(python) = std::env::var_os("BDIA_PYTHON") else {
-        println!("skipped: BDIA_PYTHON names no Python with torch and transformers (tests/torch/README.md)");
+        println!(
+            "skipped: BDIA_PYTHON names no Python with torch and transformers (tests/torch/README.md)"
+        );
         return false;
     };
     let config = Gpt2Config::read_dir(dir).unwrap();
-    let (mut model, layout) = lay_out(&setup(&config, 1, context, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
+    let (mut model, layout) =
+        lay_out(&setup(&config, 1, context, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
     let mut be = Cpu::new(&layout, 1).unwrap();
     machine::load_weights(dir, &config, &mut be, &model).unwrap();
     let random = Stream::new(1, 0, 0, 0, 0, Draw::Data);
-    let tokens: Vec<i32> = (0..2 * context as u32).map(|i| random.below(i, config.vocab_size as u32) as i32).collect();
+    let tokens: Vec<i32> =
+        (0..2 * context as u32).map(|i| random.below(i, config.vocab_size as u32) as i32).collect();
     let ours = logits(&mut be, &mut model, &tokens, context);
 
     let tokens = tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<_>>();
     let ours = ours.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect::<Vec<_>>();
-    let view = |dtype, shape, bytes| safetensors::tensor::TensorView::new(dtype, shape, bytes).unwrap();
+    let view =
+        |dtype, shape, bytes| safetensors::tensor::TensorView::new(dtype, shape, bytes).unwrap();
     let probe = [
         ("tokens", view(safetensors::Dtype::I32, vec![2, context], &tokens)),
         ("logits", view(safetensors::Dtype::F32, vec![2, context, config.vocab_size], &ours)),
@@ -234,7 +265,8 @@ fn transformers_agree(dir: &Path, context: usize) -> bool {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/torch/check_ours.py");
     let output = Command::new(python).arg("-B").arg(script).arg(dir).output().unwrap();
     std::fs::remove_file(path).unwrap();
-    let text = [output.stdout, output.stderr].map(|b| String::from_utf8_lossy(&b).into_owned()).concat();
+    let text =
+        [output.stdout, output.stderr].map(|b| String::from_utf8_lossy(&b).into_owned()).concat();
     println!("{}: {text}", dir.display());
     assert!(output.status.success(), "{}: {text}", dir.display());
     true
@@ -255,13 +287,27 @@ fn transformers_reads_what_we_save() {
 #[test]
 fn transformers_reads_the_directory_of_a_run() {
     if std::env::var_os("BDIA_PYTHON").is_none() {
-        println!("skipped: BDIA_PYTHON names no Python with torch and transformers (tests/torch/README.md)");
+        println!(
+            "skipped: BDIA_PYTHON names no Python with torch and transformers (tests/torch/README.md)"
+        );
         return;
     }
     let dir = TempDir::new();
     let out = dir.0.join("run");
     let program = Command::new(env!("CARGO_BIN_EXE_bdia-gpt2"))
-        .args(["--steps", "2", "--batch", "1", "--context", "32", "--eval-interval", "0", "--threads", "1", "--out"])
+        .args([
+            "--steps",
+            "2",
+            "--batch",
+            "1",
+            "--context",
+            "32",
+            "--eval-interval",
+            "0",
+            "--threads",
+            "1",
+            "--out",
+        ])
         .arg(&out)
         .output()
         .unwrap();
@@ -298,19 +344,31 @@ fn tensors(path: &Path) -> HashMap<String, Vec<f32>> {
         let bytes = base64(t["data"].as_str()?);
         Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
     };
-    json.as_object().unwrap().iter().filter_map(|(name, t)| Some((name.clone(), values(t)?))).collect()
+    json.as_object()
+        .unwrap()
+        .iter()
+        .filter_map(|(name, t)| Some((name.clone(), values(t)?)))
+        .collect()
 }
 
-/// A trained model that nobody here made: minGPT's `gpt-nano`, which sorts six letters, from the data of
-/// bbycroft/llm-viz. It multiplies weights `[out, in]`, where Hugging Face's GPT-2 has `[in, out]`; its `model.safetensors`
-/// lacks the biases `attn.c_attn.bias`, which are in the JSON file beside it.
+/// A trained model that nobody here made: minGPT's `gpt-nano`, which sorts six letters, from the
+/// data of bbycroft/llm-viz. It multiplies weights `[out, in]`, where Hugging Face's GPT-2 has
+/// `[in, out]`; its `model.safetensors` lacks the biases `attn.c_attn.bias`, which are in the JSON
+/// file beside it.
 #[test]
 fn a_published_model_gives_its_stored_logits() {
     let folder = std::env::var_os("BDIA_DATA")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data"), PathBuf::from)
+        .map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data"),
+            PathBuf::from,
+        )
         .join("gpt_nano_sort");
     if !folder.join(weights::FILE).is_file() {
-        println!("skipped: {} has no {}; BDIA_DATA names the data directory", folder.display(), weights::FILE);
+        println!(
+            "skipped: {} has no {}; BDIA_DATA names the data directory",
+            folder.display(),
+            weights::FILE
+        );
         return;
     }
     let theirs = Weights::read_dir(&folder).unwrap();
@@ -323,10 +381,16 @@ fn a_published_model_gives_its_stored_logits() {
     // As it is, it does not fit, and the message names every tensor by which that is visible.
     let error = theirs.check(&config.tensors()).unwrap_err();
     let WeightsError::Mismatch(parts) = &error else { panic!("{error}") };
-    assert_eq!(parts[0], "missing: h.0.attn.c_attn.bias, h.1.attn.c_attn.bias, h.2.attn.c_attn.bias");
+    assert_eq!(
+        parts[0],
+        "missing: h.0.attn.c_attn.bias, h.1.attn.c_attn.bias, h.2.attn.c_attn.bias"
+    );
     // Three in each of three blocks; attn.c_proj is square.
     assert_eq!(parts.len(), 1 + 9, "{error}");
-    assert!(error.to_string().contains("h.1.mlp.c_fc.weight has shape [192, 48], expected [48, 192]"), "{error}");
+    assert!(
+        error.to_string().contains("h.1.mlp.c_fc.weight has shape [192, 48], expected [48, 192]"),
+        "{error}"
+    );
 
     let dir = TempDir::new();
     let shapes = config.tensors();
@@ -346,12 +410,14 @@ fn a_published_model_gives_its_stored_logits() {
     .unwrap();
     config.write_dir(&dir.0).unwrap();
 
-    // The partial results belong to three sequences of eleven letters: six to sort, and the sorted ones but the last.
+    // The partial results belong to three sequences of eleven letters: six to sort, and the sorted
+    // ones but the last.
     let partials = tensors(&folder.join("gpt-nano-sort-t0-partials.json"));
     let tokens: Vec<i32> = partials["idx"].iter().map(|&x| x as i32).collect();
     assert_eq!(tokens[..11], [0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 0]);
     let stored: Vec<f64> = partials["lm_head"].iter().map(|&x| x.into()).collect();
-    let most = |ours: &[f64]| ours.iter().zip(&stored).fold(0.0_f64, |a, (x, y)| a.max((x - y).abs()));
+    let most =
+        |ours: &[f64]| ours.iter().zip(&stored).fold(0.0_f64, |a, (x, y)| a.max((x - y).abs()));
 
     let config = Gpt2Config::read_dir(&dir.0).unwrap();
     let setup = setup(&config, 1, 11, Mode::Standard);

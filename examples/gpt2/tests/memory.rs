@@ -1,5 +1,5 @@
-//! The plan is the measured peak, and a step allocates nothing of its own. One test, because the allocator counts the
-//! whole process.
+//! The plan is the measured peak, and a step allocates nothing of its own. One test, because the
+//! allocator counts the whole process.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -47,8 +47,9 @@ fn fill(_: usize, tokens: &mut [i32], targets: &mut [i32]) -> Result<(), Error> 
     Ok(())
 }
 
-/// Waits until other threads are done with their memory: the harness's, which begins to wait for this one, and those of a
-/// backend that is gone, which free what they have when they end. On a busy machine neither happens at once.
+/// Waits until other threads are done with their memory: the harness's, which begins to wait for
+/// this one, and those of a backend that is gone, which free what they have when they end. On a
+/// busy machine neither happens at once.
 fn settle() {
     loop {
         let before = (Counting::current(), Counting::count());
@@ -62,28 +63,43 @@ fn settle() {
 #[test]
 fn plan_and_peak() {
     settle();
-    let modes =
-        [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 2 }, Mode::Checkpoint { every: 1 }, Mode::BdiaFloat];
+    let modes = [
+        Mode::Bdia,
+        Mode::Standard,
+        Mode::Checkpoint { every: 2 },
+        Mode::Checkpoint { every: 1 },
+        Mode::BdiaFloat,
+    ];
     for mode in modes {
         for (layers, chunk) in [(1, 1), (2, 2), (5, 3), (12, 2)] {
             for fused in [true, false] {
-                // The reference backend has no threads and no library below it: everything is the plan's, to the byte.
+                // The reference backend has no threads and no library below it: everything is the
+                // plan's, to the byte.
                 let s = Setup { library: 0, threads: 1, ..setup(mode, layers, fused, small()) };
                 let choice = Choice { chunk, head_rows: 7 };
-                let (mut model, layout) = Gpt2::layout::<bdia_core::Reference<'_, f32>>(&s, choice).unwrap();
+                let (mut model, layout) =
+                    Gpt2::layout::<bdia_core::Reference<'_, f32>>(&s, choice).unwrap();
                 let before = Counting::current();
                 let mut memory = Memory::<f32>::new(&layout);
                 let mut be = memory.backend(&layout);
                 model.initialize(&mut be, 1).unwrap();
                 model.prepare();
-                assert_eq!(Counting::current() - before, layout.total(), "{mode:?} {layers} {chunk} {fused}");
+                assert_eq!(
+                    Counting::current() - before,
+                    layout.total(),
+                    "{mode:?} {layers} {chunk} {fused}"
+                );
                 Counting::reset_peak();
                 let count = Counting::count();
                 for i in 0..3 {
                     model.train(&mut be, &step(i), fill).unwrap();
                 }
                 assert_eq!(Counting::count(), count, "no allocation within a step: {mode:?}");
-                assert_eq!(Counting::peak() - before, layout.total(), "{mode:?} {layers} {chunk} {fused}");
+                assert_eq!(
+                    Counting::peak() - before,
+                    layout.total(),
+                    "{mode:?} {layers} {chunk} {fused}"
+                );
             }
         }
     }
@@ -94,7 +110,8 @@ fn plan_and_peak() {
         for (mode, fused) in modes.into_iter().zip([true, false, true, false, true]) {
             let s = Setup { library: 0, threads: 1, adapters, ..setup(mode, 5, fused, small()) };
             let choice = Choice { chunk: 2, head_rows: 7 };
-            let (mut model, layout) = Gpt2::layout::<bdia_core::Reference<'_, f32>>(&s, choice).unwrap();
+            let (mut model, layout) =
+                Gpt2::layout::<bdia_core::Reference<'_, f32>>(&s, choice).unwrap();
             let before = Counting::current();
             let mut memory = Memory::<f32>::new(&layout);
             let mut be = memory.backend(&layout);
@@ -117,7 +134,10 @@ fn plan_and_peak() {
             let named = model.tensors();
             // Every tensor may be padded by up to 62 bytes.
             let least: usize = named.iter().map(bytes).sum();
-            assert!((least..=least + 62 * named.len()).contains(&frozen), "{half:?}: {frozen}, at least {least}");
+            assert!(
+                (least..=least + 62 * named.len()).contains(&frozen),
+                "{half:?}: {frozen}, at least {least}"
+            );
         }
     }
 
@@ -125,7 +145,8 @@ fn plan_and_peak() {
     let wide = Dims { vocab: 300, width: 96, heads: 4, inner: 384, ..small() };
     for mode in modes {
         let s = setup(mode, 4, true, wide);
-        let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice { chunk: 2, head_rows: 16 }).unwrap();
+        let (mut model, layout) =
+            Gpt2::layout::<Cpu>(&s, Choice { chunk: 2, head_rows: 16 }).unwrap();
         settle();
         let before = Counting::current();
         let mut be = Cpu::new(&layout, 2).unwrap();
@@ -137,17 +158,30 @@ fn plan_and_peak() {
         }
         let own = layout.total() - layout.bytes(Category::Library);
         let peak = Counting::peak() - before;
-        // Threads and the tables of the pool are the operating system's and rayon's: some tens of kilobytes.
-        assert!((own..=layout.total() + 100_000).contains(&peak), "{mode:?}: peak {peak}, plan {}", layout.total());
+        // Threads and the tables of the pool are the operating system's and rayon's: some tens of
+        // kilobytes.
+        assert!(
+            (own..=layout.total() + 100_000).contains(&peak),
+            "{mode:?}: peak {peak}, plan {}",
+            layout.total()
+        );
         let _ = model.evaluate(&mut be, &[1; 16], &[2; 16], Inference::Float(s.gamma)).unwrap();
     }
 
-    // Depth costs side bits: everything else is equal at 6 and 48 blocks, apart from what belongs to parameters.
+    // Depth costs side bits: everything else is equal at 6 and 48 blocks, apart from what belongs
+    // to parameters.
     let plan = |layers| -> Layout {
-        Gpt2::layout::<Cpu>(&setup(Mode::Bdia, layers, true, small()), Choice { chunk: 1, head_rows: 8 }).unwrap().1
+        Gpt2::layout::<Cpu>(
+            &setup(Mode::Bdia, layers, true, small()),
+            Choice { chunk: 1, head_rows: 8 },
+        )
+        .unwrap()
+        .1
     };
     let (a, b) = (plan(6), plan(48));
-    for c in [Category::Activations, Category::ActivationGradients, Category::Workspace, Category::Head] {
+    for c in
+        [Category::Activations, Category::ActivationGradients, Category::Workspace, Category::Head]
+    {
         assert_eq!(a.bytes(c), b.bytes(c), "{c}");
     }
 }

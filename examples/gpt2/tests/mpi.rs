@@ -1,5 +1,6 @@
-//! The program under `mpirun`: 1, 2 and 4 ranks agree, a run goes on with another number of ranks, a rank that dies or
-//! hangs ends the others, and ranks that were started differently are refused. Needs feature `mpi` and an MPI.
+//! The program under `mpirun`: 1, 2 and 4 ranks agree, a run goes on with another number of ranks,
+//! a rank that dies or hangs ends the others, and ranks that were started differently are refused.
+//! Needs feature `mpi` and an MPI.
 #![cfg(all(feature = "mpi", target_os = "linux"))]
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +14,8 @@ use std::time::Instant;
 use bdia_train::testing::{close, mpirun};
 use program::{Dir, Said, checkpoints, copy, good, metrics, run, spawn};
 
-const SMALL: &str = "--vocab 64 --layers 3 --heads 2 --width 16 --context 16 --batch 8 --dropout 0.1 --threads 1";
+const SMALL: &str =
+    "--vocab 64 --layers 3 --heads 2 --width 16 --context 16 --batch 8 --dropout 0.1 --threads 1";
 /// Seconds in which everything here is over.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -26,20 +28,27 @@ fn train(ranks: usize, data: &Path, out: &Path, flags: &str) -> Command {
 
 fn resume(ranks: usize, dir: &Path, flags: &str) -> Command {
     let mut c = mpirun(ranks);
-    c.arg(env!("CARGO_BIN_EXE_bdia-gpt2")).args(["train", "--resume"]).arg(dir).args(flags.split_whitespace());
+    c.arg(env!("CARGO_BIN_EXE_bdia-gpt2"))
+        .args(["train", "--resume"])
+        .arg(dir)
+        .args(flags.split_whitespace());
     c
 }
 
 fn equal(a: &Path, b: &Path, step: u32) {
     for name in [format!("step-{step:08}.ckpt"), "model.safetensors".into()] {
-        assert!(std::fs::read(a.join(&name)).unwrap() == std::fs::read(b.join(&name)).unwrap(), "{name} differs");
+        assert!(
+            std::fs::read(a.join(&name)).unwrap() == std::fs::read(b.join(&name)).unwrap(),
+            "{name} differs"
+        );
     }
     assert_eq!(metrics(a), metrics(b));
 }
 
 /// The process of a rank, among the children of `mpirun`.
 fn process(mpirun: &Child, rank: usize) -> Option<libc::pid_t> {
-    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", mpirun.id())).ok()?;
+    let children =
+        std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", mpirun.id())).ok()?;
     let wanted = [format!("OMPI_COMM_WORLD_RANK={rank}"), format!("PMI_RANK={rank}")];
     let of = |pid: &str| {
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -49,11 +58,23 @@ fn process(mpirun: &Child, rank: usize) -> Option<libc::pid_t> {
 }
 
 /// Sends a signal to a rank as soon as `steps` steps are done, and waits for the end.
-fn strike(mut child: Child, out: &Path, rank: usize, signal: i32, steps: usize) -> (Said, Duration) {
+fn strike(
+    mut child: Child,
+    out: &Path,
+    rank: usize,
+    signal: i32,
+    steps: usize,
+) -> (Said, Duration) {
     let start = Instant::now();
-    let lines = || std::fs::read(out.join("metrics.jsonl")).map_or(0, |b| b.iter().filter(|&&b| b == b'\n').count());
+    let lines = || {
+        std::fs::read(out.join("metrics.jsonl"))
+            .map_or(0, |b| b.iter().filter(|&&b| b == b'\n').count())
+    };
     while lines() < steps {
-        assert!(child.try_wait().unwrap().is_none() && start.elapsed() < PATIENCE, "the run does not get so far");
+        assert!(
+            child.try_wait().unwrap().is_none() && start.elapsed() < PATIENCE,
+            "the run does not get so far"
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
     let pid = process(&child, rank).unwrap();
@@ -131,7 +152,8 @@ fn a_killed_rank_ends_the_job() {
     }
 }
 
-/// A rank that hangs is named after the time limit, which ends the job; the run goes on from its checkpoint.
+/// A rank that hangs is named after the time limit, which ends the job; the run goes on from its
+/// checkpoint.
 #[test]
 fn a_rank_that_hangs_is_named() {
     let dir = Dir::new();
@@ -158,8 +180,16 @@ fn ranks_that_do_something_else_are_refused() {
     c.args([":", "-np", "1", env!("CARGO_BIN_EXE_bdia-gpt2"), "train", "--data"]).arg(&data);
     c.args(SMALL.split(' ')).args(["--steps", "5", "--lr", "0.02", "--out"]).arg(&out);
     let said = run(&mut c);
-    assert!(said.code == Some(1) && said.err.contains("rank 1: it does something else"), "{}", said.err);
+    assert!(
+        said.code == Some(1) && said.err.contains("rank 1: it does something else"),
+        "{}",
+        said.err
+    );
     assert!(checkpoints(&out).is_empty());
     let said = run(&mut train(3, &data, &out, "--steps 5"));
-    assert!(said.code == Some(1) && said.err.contains("--batch 8 cannot be split evenly over 3 ranks"), "{}", said.err);
+    assert!(
+        said.code == Some(1) && said.err.contains("--batch 8 cannot be split evenly over 3 ranks"),
+        "{}",
+        said.err
+    );
 }

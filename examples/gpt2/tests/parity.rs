@@ -1,5 +1,5 @@
-//! Loss, every gradient, activations and ten training losses against the state files of independent PyTorch programs
-//! (`tests/torch`), in f64 on both sides.
+//! Loss, every gradient, activations and ten training losses against the state files of independent
+//! PyTorch programs (`tests/torch`), in f64 on both sides.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -21,20 +21,25 @@ fn rule(name: &str, s: &State) -> (Rule, f64, f64) {
     let n = |key: &str| s.number(&format!("{name}.{key}"));
     match name {
         "sgd" => (Rule::Sgd { momentum: n("momentum") }, n("lr"), 0.0),
-        "adamw" => (Rule::AdamW { beta1: n("beta1"), beta2: n("beta2"), eps: n("eps") }, n("lr"), n("weight_decay")),
+        "adamw" => (
+            Rule::AdamW { beta1: n("beta1"), beta2: n("beta2"), eps: n("eps") },
+            n("lr"),
+            n("weight_decay"),
+        ),
         _ => (Rule::SetAdam { beta1: n("beta1"), beta2: n("beta2"), eps: n("eps") }, n("lr"), 0.0),
     }
 }
 
-/// Largest difference over all elements, relative to the largest magnitude of the tensor (and 1e-3, below which a
-/// gradient of these models is noise).
+/// Largest difference over all elements, relative to the largest magnitude of the tensor (and 1e-3,
+/// below which a gradient of these models is noise).
 fn difference(ours: &[f64], theirs: &[f64]) -> f64 {
     assert_eq!(ours.len(), theirs.len());
     let scale = theirs.iter().fold(1e-3_f64, |a, x| a.max(x.abs()));
     ours.iter().zip(theirs).fold(0.0_f64, |a, (x, y)| a.max((x - y).abs())) / scale
 }
 
-/// Two f64 programs that sum some hundred terms in different orders agree to about 1e-13; the rest is margin.
+/// Two f64 programs that sum some hundred terms in different orders agree to about 1e-13; the rest
+/// is margin.
 const TOLERANCE: f64 = 1e-10;
 
 fn check(file: &str, mode: Mode, gamma: f64, sign: Sign, chunk: usize, head_rows: usize) {
@@ -85,7 +90,11 @@ fn check(file: &str, mode: Mode, gamma: f64, sign: Sign, chunk: usize, head_rows
     if mode == Mode::Bdia {
         // After the backward pass X_0 and X_1 are the rebuilt ones.
         for k in [0, 1] {
-            assert_eq!(be.ints(model.stack.activation(k)).unwrap(), s.ints[&format!("X.{k}")], "{file}: X_{k}");
+            assert_eq!(
+                be.ints(model.stack.activation(k)).unwrap(),
+                s.ints[&format!("X.{k}")],
+                "{file}: X_{k}"
+            );
         }
     }
 
@@ -106,7 +115,10 @@ fn check(file: &str, mode: Mode, gamma: f64, sign: Sign, chunk: usize, head_rows
             for (i, theirs) in s.reals[&format!("losses.{name}")].iter().enumerate() {
                 let step = Step { step: i as u32, lr, weight_decay, ..step };
                 let ours = model.train(&mut be, &step, fill).unwrap().loss;
-                assert!((ours - theirs).abs() < 1e-8, "{file}, {name}: loss {i} is {ours}, theirs {theirs}");
+                assert!(
+                    (ours - theirs).abs() < 1e-8,
+                    "{file}, {name}: loss {i} is {ours}, theirs {theirs}"
+                );
             }
         }
     }
@@ -141,7 +153,8 @@ fn bdia_two_planes() {
     check("bdia_m2_f64.safetensors", Mode::Bdia, 0.25, Sign::Plus, 2, 7);
 }
 
-/// Without a grid the same γ gives nearly the same gradients: the grid is all that separates the two modes.
+/// Without a grid the same γ gives nearly the same gradients: the grid is all that separates the
+/// two modes.
 #[test]
 fn bdia_float_is_close() {
     let s = state("bdia_plus_f64.safetensors");
@@ -170,5 +183,9 @@ fn bdia_float_is_close() {
         assert!(d < 1e-2, "gradient of {} differs by {d:e}", t.name);
     }
     // Rebuilding in f64 multiplies rounding by about 2 a block; it is small, and it is not zero.
-    assert!(outcome.rebuild_error > 0.0 && outcome.rebuild_error < 1e-12, "{:e}", outcome.rebuild_error);
+    assert!(
+        outcome.rebuild_error > 0.0 && outcome.rebuild_error < 1e-12,
+        "{:e}",
+        outcome.rebuild_error
+    );
 }

@@ -1,4 +1,5 @@
-//! Training on the CPU with factors as bf16: exact, the same bits for any number of threads, and learning.
+//! Training on the CPU with factors as bf16: exact, the same bits for any number of threads, and
+//! learning.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -59,11 +60,18 @@ fn run(products: Products, threads: usize) -> (Vec<Outcome>, Vec<u32>) {
 #[test]
 fn short_factors_are_exact_too() {
     let (full, full_bits) = run(Products::best(Precision::F32), 1);
-    for products in Products::ALL.into_iter().filter(|p| p.is_available() && p.precision() == Precision::Bf16) {
+    for products in
+        Products::ALL.into_iter().filter(|p| p.is_available() && p.precision() == Precision::Bf16)
+    {
         let (outcomes, bits) = run(products, 1);
         assert!(outcomes.iter().all(|o| o.mismatches == 0), "{products:?}");
         // Logits of about 1 from factors with 8 bits.
-        assert!((outcomes[0].loss - full[0].loss).abs() < 0.02, "{products:?}: {} {}", outcomes[0].loss, full[0].loss);
+        assert!(
+            (outcomes[0].loss - full[0].loss).abs() < 0.02,
+            "{products:?}: {} {}",
+            outcomes[0].loss,
+            full[0].loss
+        );
         let last = outcomes.last().unwrap().loss;
         assert!(last < 0.8 * outcomes[0].loss, "{products:?}: {last}");
         assert!(bits != full_bits, "{products:?} is not f32");

@@ -1,4 +1,5 @@
-//! Several ranks, as threads of this process: the same losses as one, the same bits on all, and what stops all of them.
+//! Several ranks, as threads of this process: the same losses as one, the same bits on all, and
+//! what stops all of them.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -48,13 +49,18 @@ fn sample(i: usize, x: &mut [i32], y: &mut [i32]) {
 type Be<'a> = Replica<'a, Cpu>;
 
 /// Runs `work` on every rank, with a model of its own; what they return, in the order of ranks.
-fn on<T: Send>(ranks: usize, setup: &Setup, work: impl Fn(&mut Be<'_>, &mut Gpt2) -> T + Sync) -> Vec<T> {
+fn on<T: Send>(
+    ranks: usize,
+    setup: &Setup,
+    work: impl Fn(&mut Be<'_>, &mut Gpt2) -> T + Sync,
+) -> Vec<T> {
     let setup = Setup { batch: setup.batch / ranks, ..*setup };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (Local::group(ranks, Duration::from_secs(30)).into_iter())
             .map(|link| {
                 scope.spawn(|| {
-                    let (mut model, layout) = Gpt2::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 9 }).unwrap();
+                    let (mut model, layout) =
+                        Gpt2::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 9 }).unwrap();
                     let mut be = Cpu::new(&layout, 1).unwrap();
                     let mut ranks = Ranks::start(move || Ok(link)).unwrap();
                     ranks.reserve(&model.exchanged());
@@ -68,7 +74,12 @@ fn on<T: Send>(ranks: usize, setup: &Setup, work: impl Fn(&mut Be<'_>, &mut Gpt2
     })
 }
 
-fn step(be: &mut Be<'_>, model: &mut Gpt2, step: &Step, wrong: Option<usize>) -> Result<Outcome, Error> {
+fn step(
+    be: &mut Be<'_>,
+    model: &mut Gpt2,
+    step: &Step,
+    wrong: Option<usize>,
+) -> Result<Outcome, Error> {
     let (context, batch) = (model.setup().context, model.setup().batch);
     let (rank, ranks) = (be.rank(), be.ranks());
     model.train(be, step, |micro, x, y| {
@@ -96,7 +107,9 @@ fn parameters(be: &Be<'_>, model: &Gpt2) -> Vec<u32> {
 fn train(ranks: usize, setup: &Setup, plan: &Step) -> (Vec<Outcome>, Vec<u32>) {
     let ends = on(ranks, setup, |be, model| {
         model.initialize(be, 3).unwrap();
-        let outcomes: Vec<_> = (0..STEPS).map(|i| step(be, model, &Step { step: i, ..*plan }, None).unwrap()).collect();
+        let outcomes: Vec<_> = (0..STEPS)
+            .map(|i| step(be, model, &Step { step: i, ..*plan }, None).unwrap())
+            .collect();
         (outcomes, parameters(be, model))
     });
     for end in &ends {
@@ -105,8 +118,9 @@ fn train(ranks: usize, setup: &Setup, plan: &Step) -> (Vec<Outcome>, Vec<u32>) {
     ends.into_iter().next().unwrap()
 }
 
-/// 1, 2 and 4 ranks: the same loss up to the rounding of the gradients' sum, in every mode, with dropout and random signs;
-/// the first loss, before any gradient, up to that of a sum of numbers in f64.
+/// 1, 2 and 4 ranks: the same loss up to the rounding of the gradients' sum, in every mode, with
+/// dropout and random signs; the first loss, before any gradient, up to that of a sum of numbers in
+/// f64.
 #[test]
 fn losses_do_not_depend_on_the_number_of_ranks() {
     let clipped = Step { clip: 0.5, ..STEP };
@@ -122,11 +136,23 @@ fn losses_do_not_depend_on_the_number_of_ranks() {
         for ranks in [2, 4] {
             let (several, end) = train(ranks, &setup, &plan);
             let first = (several[0].loss - one[0].loss).abs();
-            assert!(first <= 1e-14 * one[0].loss, "{mode:?}, {ranks} ranks: the first loss differs by {first:e}");
+            assert!(
+                first <= 1e-14 * one[0].loss,
+                "{mode:?}, {ranks} ranks: the first loss differs by {first:e}"
+            );
             for (a, b) in one.iter().zip(&several) {
-                // A gradient's sum is rounded to 2^-24 of itself; four steps of AdamW make at most a thousand times that.
-                assert!((a.loss - b.loss).abs() <= 1e-5 * a.loss, "{mode:?}, {ranks} ranks: {} {}", a.loss, b.loss);
-                assert!((a.grad_norm - b.grad_norm).abs() <= 1e-4 * a.grad_norm, "{mode:?}: {a:?} {b:?}");
+                // A gradient's sum is rounded to 2^-24 of itself; four steps of AdamW make at most
+                // a thousand times that.
+                assert!(
+                    (a.loss - b.loss).abs() <= 1e-5 * a.loss,
+                    "{mode:?}, {ranks} ranks: {} {}",
+                    a.loss,
+                    b.loss
+                );
+                assert!(
+                    (a.grad_norm - b.grad_norm).abs() <= 1e-4 * a.grad_norm,
+                    "{mode:?}: {a:?} {b:?}"
+                );
                 assert_eq!((a.mismatches, b.mismatches), (0, 0));
             }
             assert_eq!(start.len(), end.len());
@@ -134,7 +160,8 @@ fn losses_do_not_depend_on_the_number_of_ranks() {
     }
 }
 
-/// A token that does not exist, in one rank's part: all stop with that rank's fault, and nothing is updated on any.
+/// A token that does not exist, in one rank's part: all stop with that rank's fault, and nothing is
+/// updated on any.
 #[test]
 fn a_fault_of_one_rank_stops_all_before_an_update() {
     for (ranks, wrong) in [(2, 3), (2, 0), (4, 2)] {
@@ -184,7 +211,8 @@ fn a_replica_that_differs_is_named() {
 fn a_gradient_that_is_too_large_stops_all() {
     let ends = on(2, &setup(Mode::Standard, true), |be, model| {
         model.initialize(be, 3).unwrap();
-        // Activations of 1e30 and weights of 1e-30: what is computed stays as it is, the weights' gradient does not.
+        // Activations of 1e30 and weights of 1e-30: what is computed stays as it is, the weights'
+        // gradient does not.
         if be.rank() == 1 {
             for (name, factor) in [("h.1.ln_2.weight", 1e30), ("h.1.mlp.c_fc.weight", 1e-30)] {
                 let values = model.tensors().iter().find(|t| t.name == name).unwrap().values;

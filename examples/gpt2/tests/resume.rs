@@ -19,13 +19,15 @@ struct Moments(u64);
 
 impl Moments {
     fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % n
     }
 }
 
 fn lines(dir: &Path) -> usize {
-    std::fs::read(dir.join("metrics.jsonl")).map_or(0, |b| b.iter().filter(|&&b| b == b'\n').count())
+    std::fs::read(dir.join("metrics.jsonl"))
+        .map_or(0, |b| b.iter().filter(|&&b| b == b'\n').count())
 }
 
 /// Waits for something that the run does, or for its end.
@@ -37,8 +39,8 @@ fn wait_for(child: &mut std::process::Child, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Trains with `kills` kills at random moments, each time going on where possible, and then to the end; gives the number
-/// of processes that a kill ended.
+/// Trains with `kills` kills at random moments, each time going on where possible, and then to the
+/// end; gives the number of processes that a kill ended.
 fn train_killed(data: &Path, out: &Path, flags: &str, kills: u32, seed: u64) -> u32 {
     let mut moments = Moments(seed);
     let mut killed = 0;
@@ -67,7 +69,8 @@ fn train_killed(data: &Path, out: &Path, flags: &str, kills: u32, seed: u64) -> 
                 1 | 2 => {
                     let after = lines(out) + moments.below(5) as usize;
                     wait_for(&mut child, || {
-                        lines(out) >= after && content_names(out).iter().any(|n| n.ends_with(".ckpt.tmp"))
+                        lines(out) >= after
+                            && content_names(out).iter().any(|n| n.ends_with(".ckpt.tmp"))
                     });
                 }
                 // After some steps.
@@ -92,7 +95,12 @@ fn train_killed(data: &Path, out: &Path, flags: &str, kills: u32, seed: u64) -> 
 }
 
 fn content_names(dir: &Path) -> Vec<String> {
-    std::fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok()).collect()
+    std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.file_name().into_string().ok())
+        .collect()
 }
 
 fn checkpointed(dir: &Path) -> usize {
@@ -191,7 +199,10 @@ fn contradicting_flags_are_named_and_nothing_changes() {
     let out = dir.at("run");
     good(&mut train(&data, &out, FLAGS));
     let before = content(&out);
-    let said = bad(&mut resume(&out, "--lr 0.5 --steps 100 --batch 4"), &["--lr is 0.5", "--steps is 100", "has 60"]);
+    let said = bad(
+        &mut resume(&out, "--lr 0.5 --steps 100 --batch 4"),
+        &["--lr is 0.5", "--steps is 100", "has 60"],
+    );
     assert!(!said.err.contains("--batch"));
     let other = dir.file("other.bin", &[1; 4000]);
     bad(resume(&out, "").arg("--data").arg(&other), &["--data", "other.bin"]);
@@ -231,7 +242,10 @@ fn interrupted_by_ctrl_c() {
     let done = checkpointed(&out);
     assert!((3..250).contains(&done));
     assert_eq!(lines(&out), done);
-    let sentence = format!("stopped after step {done} of 250; to go on:  bdia-gpt2 train --resume {}", out.display());
+    let sentence = format!(
+        "stopped after step {done} of 250; to go on:  bdia-gpt2 train --resume {}",
+        out.display()
+    );
     assert!(said.out.contains(&sentence), "{}", said.out);
     good(&mut resume(&out, ""));
     same(&whole, &out, 250);
@@ -318,7 +332,11 @@ fn other_headers() {
     // Another build: it goes on, and here the bits are the same still.
     std::fs::write(&path, with_header(&bytes, |h| h["identity"] = "another build".into())).unwrap();
     let said = good(&mut resume(&out, ""));
-    assert!(said.err.contains("warning: the run was computed by \"another build\""), "{}", said.err);
+    assert!(
+        said.err.contains("warning: the run was computed by \"another build\""),
+        "{}",
+        said.err
+    );
     same(&whole, &out, 60);
 
     // Headers that no run has written.

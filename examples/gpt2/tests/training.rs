@@ -1,5 +1,5 @@
-//! Training as a whole: the choice of chunks, threads and micro-batches, dropout, faults, and that modes agree where they
-//! must.
+//! Training as a whole: the choice of chunks, threads and micro-batches, dropout, faults, and that
+//! modes agree where they must.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -66,7 +66,13 @@ fn run<B: Backend>(
     Ok((outcomes, all))
 }
 
-fn on_cpu(setup: &Setup, choice: Choice, threads: usize, steps: u32, step: Step) -> (Vec<Outcome>, Vec<f32>) {
+fn on_cpu(
+    setup: &Setup,
+    choice: Choice,
+    threads: usize,
+    steps: u32,
+    step: Step,
+) -> (Vec<Outcome>, Vec<f32>) {
     let (mut model, layout) = Gpt2::layout::<Cpu>(&Setup { threads, ..*setup }, choice).unwrap();
     let mut be = Cpu::new(&layout, threads).unwrap();
     run(&mut be, &mut model, steps, step).unwrap()
@@ -94,7 +100,8 @@ fn threads_change_no_bit() {
     }
 }
 
-/// Rebuilding is exact with dropout, on both backends, for every chunk size, and chunks move gradients by rounding only.
+/// Rebuilding is exact with dropout, on both backends, for every chunk size, and chunks move
+/// gradients by rounding only.
 #[test]
 fn chunks_and_backends() {
     let dims = Dims { dropout: [0.2; 3], ..small() };
@@ -107,7 +114,8 @@ fn chunks_and_backends() {
         let mut memory = Memory::<f64>::new(&layout);
         let (outcomes, values) = run(&mut memory.backend(&layout), &mut model, 3, STEP).unwrap();
         assert!(outcomes.iter().all(|o| o.mismatches == 0));
-        // Only sums of gradients are ordered otherwise: 1e-15 of each, and Adam divides by small roots.
+        // Only sums of gradients are ordered otherwise: 1e-15 of each, and Adam divides by small
+        // roots.
         for (a, b) in values.iter().zip(&reference) {
             assert!((a - b).abs() < 1e-7, "chunk {chunk}: {a} {b}");
         }
@@ -137,7 +145,8 @@ fn accumulation_is_the_same_step() {
             assert!((a.loss - b.loss).abs() < 1e-9 && (a.grad_norm - b.grad_norm).abs() < 1e-7);
         }
     }
-    // Full gradient buffers and fused updates are the same bits: the order of every sum is the same.
+    // Full gradient buffers and fused updates are the same bits: the order of every sum is the
+    // same.
     let whole = Setup { batch: 4, accumulate: 1, ..s };
     let (a, b) = (
         on_cpu(&whole, Choice { chunk: 2, head_rows: 9 }, 2, 3, STEP).1,
@@ -193,11 +202,25 @@ fn checkpointing_changes_no_bit() {
     for grid in [None, grid()] {
         let of = |mode| {
             let s = Setup { dims, grid, ..setup(mode) };
-            bits(&on_cpu(&Setup { verify: false, ..s }, Choice { chunk: 2, head_rows: 9 }, 2, 3, STEP).1)
+            bits(
+                &on_cpu(
+                    &Setup { verify: false, ..s },
+                    Choice { chunk: 2, head_rows: 9 },
+                    2,
+                    3,
+                    STEP,
+                )
+                .1,
+            )
         };
         let standard = of(Mode::Standard);
         for every in 1..=4 {
-            assert_eq!(standard, of(Mode::Checkpoint { every }), "every {every}, grid {}", grid.is_some());
+            assert_eq!(
+                standard,
+                of(Mode::Checkpoint { every }),
+                "every {every}, grid {}",
+                grid.is_some()
+            );
         }
     }
 }
@@ -211,7 +234,9 @@ fn faults_leave_parameters_untouched() {
     let (_, before) = run(&mut be, &mut model, 2, STEP).unwrap();
     let named = model.tensors();
     let find = |name: &str| named.iter().find(|t| t.name == name).unwrap().values;
-    let snapshot = |be: &Cpu| -> Vec<u32> { named.iter().flat_map(|t| bits(be.reals(t.values).unwrap())).collect() };
+    let snapshot = |be: &Cpu| -> Vec<u32> {
+        named.iter().flat_map(|t| bits(be.reals(t.values).unwrap())).collect()
+    };
 
     let mut attempt = |be: &mut Cpu, token: i32| {
         model.train(be, &Step { step: 5, ..STEP }, |_, x, y| {
@@ -226,7 +251,9 @@ fn faults_leave_parameters_untouched() {
 
     let bias = find("h.2.mlp.c_proj.bias").sub(0, 1);
     let good = be.reals(bias).unwrap()[0];
-    for (value, what) in [(f32::NAN, "not a number"), (1e9, "out of range"), (f32::INFINITY, "infinite")] {
+    for (value, what) in
+        [(f32::NAN, "not a number"), (1e9, "out of range"), (f32::INFINITY, "infinite")]
+    {
         be.reals_mut(bias).unwrap()[0] = value;
         let spoiled = snapshot(&be);
         match attempt(&mut be, 4) {
@@ -240,7 +267,9 @@ fn faults_leave_parameters_untouched() {
     be.reals_mut(bias).unwrap()[0] = good;
 
     match attempt(&mut be, 19) {
-        Err(Error::Fault(Fault::Token { sample, value, vocab })) => assert_eq!((sample, value, vocab), (1, 19, 19)),
+        Err(Error::Fault(Fault::Token { sample, value, vocab })) => {
+            assert_eq!((sample, value, vocab), (1, 19, 19))
+        }
         other => panic!("{other:?}"),
     }
     assert_eq!(clean, snapshot(&be));
@@ -259,7 +288,8 @@ fn faults_leave_parameters_untouched() {
     assert_ne!(clean, snapshot(&be));
 }
 
-/// Inference is the standard transformer; the grid moves it by rounding; a constant γ is another network.
+/// Inference is the standard transformer; the grid moves it by rounding; a constant γ is another
+/// network.
 #[test]
 fn inference() {
     let s = setup(Mode::Bdia);
@@ -277,7 +307,8 @@ fn inference() {
     assert_eq!(n, 18);
     let (quantized, _) = loss(Inference::Quantized(gamma(0.0)));
     assert!((float - quantized).abs() < 1e-2 && float != quantized, "{float} {quantized}");
-    let (plus, minus) = (loss(Inference::Float(gamma(0.5))).0, loss(Inference::Float(gamma(-0.5))).0);
+    let (plus, minus) =
+        (loss(Inference::Float(gamma(0.5))).0, loss(Inference::Float(gamma(-0.5))).0);
     assert!(plus != float && minus != float && plus.is_finite() && minus.is_finite());
     let on_grid = loss(Inference::Quantized(gamma(0.5))).0;
     assert!((plus - on_grid).abs() < 1e-2, "{plus} {on_grid}");
@@ -299,16 +330,24 @@ fn inference() {
 #[test]
 fn refusals() {
     let choice = Choice { chunk: 1, head_rows: 1 };
-    let lay = |s: &Setup| Gpt2::layout::<Cpu>(s, choice).and_then(|(_, l)| l.checked()).unwrap_err().to_string();
+    let lay = |s: &Setup| {
+        Gpt2::layout::<Cpu>(s, choice).and_then(|(_, l)| l.checked()).unwrap_err().to_string()
+    };
     let s = setup(Mode::Bdia);
     assert!(lay(&Setup { context: 11, ..s }).contains("expected 10, found 11"));
-    assert!(lay(&Setup { dims: Dims { heads: 5, ..small() }, ..s }).contains("divisor of the width"));
+    assert!(
+        lay(&Setup { dims: Dims { heads: 5, ..small() }, ..s }).contains("divisor of the width")
+    );
     assert!(lay(&Setup { dims: Dims { layers: 0, ..small() }, ..s }).contains("blocks is 0"));
-    assert!(lay(&Setup { dims: Dims { vocab: usize::MAX / 4, ..small() }, ..s }).contains("address space"));
+    assert!(
+        lay(&Setup { dims: Dims { vocab: usize::MAX / 4, ..small() }, ..s })
+            .contains("address space")
+    );
     assert!(lay(&Setup { batch: usize::MAX / 8, ..s }).contains("address space"));
     assert!(lay(&Setup { gamma: Gamma::new(0.3, Sign::Plus).unwrap(), ..s }).contains("0.5, 0.25"));
     let (mut model, layout) =
-        Gpt2::layout::<Cpu>(&Setup { accumulate: 2, ..s }, Choice { chunk: 2, head_rows: 9 }).unwrap();
+        Gpt2::layout::<Cpu>(&Setup { accumulate: 2, ..s }, Choice { chunk: 2, head_rows: 9 })
+            .unwrap();
     let mut be = Cpu::new(&layout, 1).unwrap();
     let error = run(&mut be, &mut model, 1, STEP).unwrap_err();
     assert!(error.to_string().contains("full gradient buffers"));

@@ -49,7 +49,8 @@ impl Weights {
         let found = self.0.len() / 2;
         let end = at.saturating_add(dst.len());
         let values = self.0.get(at.saturating_mul(2)..end.saturating_mul(2));
-        let values = values.ok_or(Error::Shape { what: "pretrained weights", expected: end, found })?;
+        let values =
+            values.ok_or(Error::Shape { what: "pretrained weights", expected: end, found })?;
         for (to, from) in be.reals_mut(dst)?.iter_mut().zip(values.as_chunks::<2>().0) {
             *to = f16::from_le_bytes(*from).to_f32();
         }

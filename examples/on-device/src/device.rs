@@ -1,5 +1,6 @@
-//! The microcontroller. Three things belong to the board: `memory.x`, the console (here semihosting, which an emulator or
-//! a debugger serves), and the counter of instructions (here the system timer under the emulator's clock).
+//! The microcontroller. Three things belong to the board: `memory.x`, the console (here
+//! semihosting, which an emulator or a debugger serves), and the counter of instructions (here the
+//! system timer under the emulator's clock).
 
 use core::fmt;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -12,7 +13,8 @@ use cortex_m_semihosting::{debug, hio};
 
 /// Times that the 24-bit timer has run down.
 static WRAPS: AtomicU32 = AtomicU32::new(0);
-/// Instructions in a tick: the emulated board's clock is 25 MHz, and its time one nanosecond an instruction.
+/// Instructions in a tick: the emulated board's clock is 25 MHz, and its time one nanosecond an
+/// instruction.
 const INSTRUCTIONS_PER_TICK: u64 = 40;
 const RELOAD: u32 = 0x00FF_FFFF;
 
@@ -59,7 +61,10 @@ impl Platform for Board {
             let before = WRAPS.load(Ordering::Relaxed);
             let ticks = RELOAD - SYST::get_current();
             if before == WRAPS.load(Ordering::Relaxed) {
-                return Some((u64::from(before) * u64::from(RELOAD + 1) + u64::from(ticks)) * INSTRUCTIONS_PER_TICK);
+                return Some(
+                    (u64::from(before) * u64::from(RELOAD + 1) + u64::from(ticks))
+                        * INSTRUCTIONS_PER_TICK,
+                );
             }
         }
     }
@@ -68,18 +73,22 @@ impl Platform for Board {
         let top = address(&raw const symbols::_stack_start);
         let bottom = address(&raw const symbols::_stack_end);
         let mut untouched = bottom;
-        // The start-up code has painted the stack.
-        // SAFETY: the addresses lie in the stack's region, which is readable memory; volatile, since the stack is in use.
-        while untouched < top && unsafe { (untouched as *const u32).read_volatile() } == cortex_m_rt::STACK_PAINT_VALUE
+        // The start-up code has painted the stack. SAFETY: the addresses lie in the stack's region,
+        // which is readable memory; volatile, since the stack is in use.
+        while untouched < top
+            && unsafe { (untouched as *const u32).read_volatile() }
+                == cortex_m_rt::STACK_PAINT_VALUE
         {
             untouched += 4;
         }
         let data = address(&raw const symbols::__edata) - address(&raw const symbols::__sdata);
         Some(Used {
-            statics: data + address(&raw const symbols::__ebss) - address(&raw const symbols::__sbss),
+            statics: data + address(&raw const symbols::__ebss)
+                - address(&raw const symbols::__sbss),
             stack: top - untouched,
             stack_limit: top - bottom,
-            flash: address(&raw const symbols::__sidata) + data - address(&raw const symbols::_flash_start),
+            flash: address(&raw const symbols::__sidata) + data
+                - address(&raw const symbols::_flash_start),
         })
     }
 }
@@ -88,7 +97,8 @@ impl Platform for Board {
 fn command_line(buffer: &mut [u8; 128]) -> &str {
     const GET_CMDLINE: usize = 0x15;
     let mut block = [buffer.as_mut_ptr() as usize, buffer.len()];
-    // SAFETY: the block holds the address and the length of a buffer that lives on; the host writes at most so much.
+    // SAFETY: the block holds the address and the length of a buffer that lives on; the host writes
+    // at most so much.
     let failed = unsafe { cortex_m_semihosting::syscall(GET_CMDLINE, &mut block) };
     let line = if failed == 0 { buffer.get(..block[1]) } else { None };
     line.and_then(|line| core::str::from_utf8(line).ok()).unwrap_or_default()
@@ -107,7 +117,9 @@ fn main() -> ! {
             board.timer.enable_counter();
             let mut buffer = [0; 128];
             let words = command_line(&mut buffer).split_ascii_whitespace().skip(1);
-            match Request::parse(words).and_then(|request| program(request, ARENA_MEMORY, &mut board, |_, _| ())) {
+            match Request::parse(words)
+                .and_then(|request| program(request, ARENA_MEMORY, &mut board, |_, _| ()))
+            {
                 Ok(()) => debug::EXIT_SUCCESS,
                 Err(stop) => {
                     let _ = fmt::Write::write_fmt(&mut board, format_args!("{stop}\n"));

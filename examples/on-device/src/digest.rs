@@ -2,7 +2,9 @@
 
 /// Folds words into a digest, in order (FNV-1a over words).
 pub fn fold(digest: u64, words: impl Iterator<Item = u32>) -> u64 {
-    words.fold(digest ^ 0xCBF2_9CE4_8422_2325, |d, w| (d ^ u64::from(w)).wrapping_mul(0x0000_0100_0000_01B3))
+    words.fold(digest ^ 0xCBF2_9CE4_8422_2325, |d, w| {
+        (d ^ u64::from(w)).wrapping_mul(0x0000_0100_0000_01B3)
+    })
 }
 
 /// Digests over all steps of a job.

@@ -32,8 +32,13 @@ impl Platform for Host {
 }
 
 const PRETRAIN: Samples = Samples(include_bytes!(concat!(env!("OUT_DIR"), "/pretrain")));
-const PRETRAINING: Job =
-    Job { rule: Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }, lr: 4e-3, epochs: 12, weights: None, ..FULL };
+const PRETRAINING: Job = Job {
+    rule: Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
+    lr: 4e-3,
+    epochs: 12,
+    weights: None,
+    ..FULL
+};
 /// The two networks that are pretrained, and their files.
 const NETWORKS: [(Job, &str); 2] = [
     (PRETRAINING, "weights/width-24.f16"),
@@ -84,8 +89,10 @@ fn pretrain_all(check: bool) -> Result<(), String> {
 /// Runs all jobs and draws their curves into a file.
 fn plot(path: &str) -> Result<(), String> {
     let (mut memory, mut curves) = (Box::new(Arena::new()), Vec::new());
-    program(Request::default(), &mut memory, &mut Host, |name, outcome| curves.push((name, outcome)))
-        .map_err(|stop| stop.to_string())?;
+    program(Request::default(), &mut memory, &mut Host, |name, outcome| {
+        curves.push((name, outcome))
+    })
+    .map_err(|stop| stop.to_string())?;
     let svg = crate::plot::svg(&curves).map_err(|e| e.to_string())?;
     std::fs::write(path, svg).map_err(|e| format!("{path}: {e}"))
 }

@@ -44,11 +44,19 @@ pub const FULL: Job = Job {
 };
 
 /// All blocks of a smaller network, with AdamW.
-pub const ADAM: Job =
-    Job { name: "adamw", width: 16, inner: 32, rule: ADAM_W, lr: 1e-2, weights: Some(WIDTH_16), ..FULL };
+pub const ADAM: Job = Job {
+    name: "adamw",
+    width: 16,
+    inner: 32,
+    rule: ADAM_W,
+    lr: 1e-2,
+    weights: Some(WIDTH_16),
+    ..FULL
+};
 
 /// Biases, norms, positions and head.
-pub const VECTORS: Job = Job { name: "bias", trained: Trained::Vectors, rule: ADAM_W, lr: 2e-2, ..FULL };
+pub const VECTORS: Job =
+    Job { name: "bias", trained: Trained::Vectors, rule: ADAM_W, lr: 2e-2, ..FULL };
 
 /// The head only.
 pub const HEAD: Job = Job { name: "head", trained: Trained::Head, rule: ADAM_W, lr: 2e-2, ..FULL };
@@ -56,7 +64,8 @@ pub const HEAD: Job = Job { name: "head", trained: Trained::Head, rule: ADAM_W, 
 /// What the device does.
 pub const JOBS: [Job; 4] = [FULL, ADAM, VECTORS, HEAD];
 
-/// What does not fit: the same training without the reversible update, whole or one sample at a time.
+/// What does not fit: the same training without the reversible update, whole or one sample at a
+/// time.
 pub const REFUSED: [Job; 4] = [
     Job { name: "standard", mode: Mode::Standard, ..FULL },
     Job { name: "checkpoint", mode: Mode::Checkpoint { every: 1 }, ..FULL },
@@ -84,8 +93,9 @@ pub const fn arena(jobs: &[Job]) -> usize {
 pub const ARENA: usize = arena(&JOBS);
 const _: () = assert!(4 * ARENA <= BUDGET, "the jobs must fit the device");
 
-/// One static block of memory for jobs that run one after another: each plan cuts its three arenas from it.
-/// (`bdia_core::reference::Memory` has a fixed length for each of the three, which is all that a single job needs.)
+/// One static block of memory for jobs that run one after another: each plan cuts its three arenas
+/// from it. (`bdia_core::reference::Memory` has a fixed length for each of the three, which is all
+/// that a single job needs.)
 #[derive(Debug)]
 pub struct Arena<const N: usize>([u32; N]);
 

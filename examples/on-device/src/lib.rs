@@ -1,4 +1,5 @@
-//! Fine-tuning a vision transformer on a microcontroller, with `bdia-core` and nothing that allocates.
+//! Fine-tuning a vision transformer on a microcontroller, with `bdia-core` and nothing that
+//! allocates.
 //!
 //! | module | |
 //! |---|---|

@@ -1,5 +1,5 @@
-//! A small vision transformer over [`bdia_core`]'s layers, and its plan: every buffer has its place before the program
-//! runs, since [`Model::plan`] is `const`.
+//! A small vision transformer over [`bdia_core`]'s layers, and its plan: every buffer has its place
+//! before the program runs, since [`Model::plan`] is `const`.
 //!
 //! ```text
 //! image 8×8 → 16 patches of 2×2 → x_0 = [0; patches·W] + positions      (row 0 of the positions is the class token)
@@ -9,7 +9,9 @@
 use bdia_core::arena::{Category, Layout, Reals};
 use bdia_core::backend::{Chunk, CrossEntropy, Gelu, Mask, NnOps, Order, Product, Storage};
 use bdia_core::error::{Error, Result, Site};
-use bdia_core::layers::{BLOCK_TENSORS, BlockShape, Params, Tensor, TransformerBlocks, linear, linear_vjp, place};
+use bdia_core::layers::{
+    BLOCK_TENSORS, BlockShape, Params, Tensor, TransformerBlocks, linear, linear_vjp, place,
+};
 use bdia_core::optim::Rule;
 use bdia_core::stack::{Blocks, Call, Config, Head, Input, Mode, Stack, Tail};
 use bdia_core::update::{Gamma, Grid, Sign};
@@ -47,7 +49,8 @@ pub type Be<'a> = Reference<'a, f32>;
 pub enum Trained {
     /// Everything, in all blocks; the weights are copied to RAM.
     All,
-    /// Biases, norms, positions and the head. Frozen matrices stay in flash; RAM holds those of one block at a time.
+    /// Biases, norms, positions and the head. Frozen matrices stay in flash; RAM holds those of one
+    /// block at a time.
     Vectors,
     /// The head. No backward pass through the blocks, whose weights stay in flash.
     Head,
@@ -68,8 +71,8 @@ pub struct Job {
     pub trained: Trained,
     /// How the stack is trained.
     pub mode: Mode,
-    /// Samples that go through the network at a time; fewer than [`BATCH`]: gradients are accumulated, which takes a
-    /// gradient buffer for every block.
+    /// Samples that go through the network at a time; fewer than [`BATCH`]: gradients are
+    /// accumulated, which takes a gradient buffer for every block.
     pub micro_batch: usize,
     /// The optimizer.
     pub rule: Rule,
@@ -117,7 +120,12 @@ pub struct Part<const N: usize> {
 }
 
 impl<const N: usize> Part<N> {
-    const fn plan(mut tensors: [Tensor; N], groups: usize, rule: Option<Rule>, layout: &mut Layout) -> Result<Self> {
+    const fn plan(
+        mut tensors: [Tensor; N],
+        groups: usize,
+        rule: Option<Rule>,
+        layout: &mut Layout,
+    ) -> Result<Self> {
         let len = place(&mut tensors);
         match Params::layout(layout, groups, len, N, rule, true) {
             Ok(params) => Ok(Self { params, tensors }),
@@ -159,7 +167,8 @@ impl Patches {
     /// The image of sample `i` of the chunk as rows of patches `[16, 4]`, from −1 to 1.
     fn patches(&self, be: &mut Be<'_>, chunk: &Chunk, i: usize, scratch: Reals) -> Result<Reals> {
         let at = chunk.first.saturating_add(i);
-        let sample = self.batch.get(at).ok_or(Error::Shape { what: "batch", expected: BATCH, found: at })?;
+        let sample =
+            self.batch.get(at).ok_or(Error::Shape { what: "batch", expected: BATCH, found: at })?;
         let (image, _) = self.samples.get(*sample)?;
         let mut rows = [0.0; PIXELS];
         for (n, value) in rows.iter_mut().enumerate() {
@@ -181,7 +190,14 @@ impl Patches {
 }
 
 impl<'a> Input<Be<'a>> for Patches {
-    fn forward(&mut self, be: &mut Be<'a>, chunk: &Chunk, _: bool, x: Reals, scratch: Reals) -> Result<()> {
+    fn forward(
+        &mut self,
+        be: &mut Be<'a>,
+        chunk: &Chunk,
+        _: bool,
+        x: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
         let (rows, cols, inner) = (PATCHES, self.width, PATCH * PATCH);
         let p = Product { rows, cols, inner, a: Order::Plain, b: Order::Plain, accumulate: false };
         for i in 0..chunk.samples {
@@ -203,7 +219,10 @@ impl<'a> Input<Be<'a>> for Patches {
                 linear_vjp(be, PATCHES, self.weight.weight(0), grads, patches, rest, Reals::EMPTY)?;
             }
             if !self.positions.params.gradients.is_empty() {
-                be.add(self.positions.gradient(0), gx.sub(i * TOKENS * self.width, TOKENS * self.width))?;
+                be.add(
+                    self.positions.gradient(0),
+                    gx.sub(i * TOKENS * self.width, TOKENS * self.width),
+                )?;
             }
         }
         Ok(())
@@ -230,8 +249,14 @@ impl ClassHead {
         2 * width + 2 + CLASSES
     }
 
-    /// Logits of the class token `x[d]`: their place, the normalized token's, and that of the statistics.
-    pub fn logits(&self, be: &mut Be<'_>, x: Reals, scratch: Reals) -> Result<(Reals, Reals, Reals)> {
+    /// Logits of the class token `x[d]`: their place, the normalized token's, and that of the
+    /// statistics.
+    pub fn logits(
+        &self,
+        be: &mut Be<'_>,
+        x: Reals,
+        scratch: Reals,
+    ) -> Result<(Reals, Reals, Reals)> {
         let (y, stats) = (scratch.sub(0, self.width), scratch.sub(2 * self.width, 2));
         let logits = scratch.sub(2 * self.width + 2, CLASSES);
         be.layer_norm(Self::EPS, self.part.value(0), self.part.value(1), x, y, stats)?;
@@ -242,13 +267,26 @@ impl ClassHead {
     /// Sets the loss of sample `chunk.first + i`; its logits become their gradient.
     pub fn loss(&self, be: &mut Be<'_>, chunk: &Chunk, i: usize, logits: Reals) -> Result<()> {
         let at = chunk.first.saturating_add(i);
-        let ce = CrossEntropy { vocab: CLASSES, tokens: 1, row: i, scale: 1.0 / BATCH as f64, smoothing: 0.0 };
+        let ce = CrossEntropy {
+            vocab: CLASSES,
+            tokens: 1,
+            row: i,
+            scale: 1.0 / BATCH as f64,
+            smoothing: 0.0,
+        };
         be.cross_entropy(chunk, &ce, logits, self.targets.sub(at, 1), self.losses.sub(at, 1))
     }
 }
 
 impl<'a> Head<Be<'a>> for ClassHead {
-    fn forward_backward(&mut self, be: &mut Be<'a>, chunk: &Chunk, x: Reals, gx: Reals, scratch: Reals) -> Result<()> {
+    fn forward_backward(
+        &mut self,
+        be: &mut Be<'a>,
+        chunk: &Chunk,
+        x: Reals,
+        gx: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
         be.fill_reals(gx, 0.0)?;
         let dy = scratch.sub(self.width, self.width);
         for i in 0..chunk.samples {
@@ -323,7 +361,9 @@ impl Trunk {
 
     /// Brings block `k` to RAM, if it is not there.
     fn page(&mut self, be: &mut Be<'_>, k: usize) -> Result<()> {
-        let Some((weights, mut at)) = self.flash.filter(|_| self.loaded != Some(k)) else { return Ok(()) };
+        let Some((weights, mut at)) = self.flash.filter(|_| self.loaded != Some(k)) else {
+            return Ok(());
+        };
         at += k * self.flash_len();
         for t in self.blocks.tensors() {
             let to = t.of(self.blocks.params.group(0));
@@ -366,7 +406,13 @@ impl<'a> Blocks<Be<'a>> for Trunk {
     fn done(&mut self, be: &mut Be<'a>, k: usize) -> Result<()> {
         if let Some(part) = &self.vectors {
             self.loaded = None;
-            return part.params.finished(be, &self.blocks.updater, Site::Block(k), k, &part.tensors);
+            return part.params.finished(
+                be,
+                &self.blocks.updater,
+                Site::Block(k),
+                k,
+                &part.tensors,
+            );
         }
         self.blocks.done(be, k)
     }
@@ -428,7 +474,8 @@ impl Model {
             losses: l.reals(Category::Head, BATCH),
         };
         let (at_input, at_head) = (Patches::SCRATCH, ClassHead::scratch(d));
-        // Where only the head is trained, nothing but one sample's inference goes through the stack.
+        // Where only the head is trained, nothing but one sample's inference goes through the
+        // stack.
         let batch = if matches!(job.trained, Trained::Head) { CHUNK } else { job.micro_batch };
         let reversible = matches!(job.mode, Mode::Bdia);
         let config = Config {
@@ -450,7 +497,8 @@ impl Model {
         Ok(Self { layout: ok!(layout.checked()), stack, trunk, patches, head })
     }
 
-    /// Every tensor that is in RAM, in the order that they have in flash; `fill` gets its handle and its place there.
+    /// Every tensor that is in RAM, in the order that they have in flash; `fill` gets its handle
+    /// and its place there.
     ///
     /// # Errors
     /// Those of `fill`.

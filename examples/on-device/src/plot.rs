@@ -12,7 +12,12 @@ const HEIGHT: f64 = 260.0;
 
 /// Test accuracy after each epoch, one line a job.
 pub fn svg(curves: &[(&str, Outcome)]) -> Result<String, std::fmt::Error> {
-    let last = curves.iter().map(|(_, outcome)| outcome.epochs.len().saturating_sub(1)).max().unwrap_or(0).max(1);
+    let last = curves
+        .iter()
+        .map(|(_, outcome)| outcome.epochs.len().saturating_sub(1))
+        .max()
+        .unwrap_or(0)
+        .max(1);
     let x = |epoch: usize| LEFT + WIDTH * epoch as f64 / last as f64;
     let y = |accuracy: f64| TOP + HEIGHT * (1.0 - accuracy);
     let mut s = String::new();

@@ -187,7 +187,11 @@ pub fn run<P: Platform>(
         epoch += 1;
         write!(p, "epoch {epoch:>2}: training loss {loss:.4}")?;
         if let (Some(start), Some(end)) = (start, end) {
-            write!(p, ", {} thousand instructions a step", end.saturating_sub(start) / u64::from(count) / 1000)?;
+            write!(
+                p,
+                ", {} thousand instructions a step",
+                end.saturating_sub(start) / u64::from(count) / 1000
+            )?;
         }
         if steps.is_none() {
             let test = session.evaluate(be, TEST)?;
@@ -209,7 +213,8 @@ pub fn run<P: Platform>(
 /// The whole program; `done` gets what became of each job.
 ///
 /// # Errors
-/// Those of [`run`], for a job that was asked for by name; without a name, the plans that do not fit are shown.
+/// Those of [`run`], for a job that was asked for by name; without a name, the plans that do not
+/// fit are shown.
 pub fn program<P: Platform>(
     request: Request<'_>,
     memory: &mut Arena<ARENA>,
@@ -234,21 +239,46 @@ pub fn program<P: Platform>(
     for job in JOBS.iter().filter(|job| request.job.is_none_or(|name| name == job.name)) {
         let model = plan(job, BUDGET)?;
         let total = model.layout.total();
-        writeln!(p, "\n{}: width {}, MLP {}, {:?}, {:?}", job.name, job.width, job.inner, job.trained, job.rule)?;
+        writeln!(
+            p,
+            "\n{}: width {}, MLP {}, {:?}, {:?}",
+            job.name, job.width, job.inner, job.trained, job.rule
+        )?;
         let mut be = memory.backend(&model.layout)?;
         done(job.name, run(job, &mut be, model, request.steps, p)?);
         if let Some(used) = p.memory() {
-            writeln!(p, "plan {} bytes; stack so far {} of {} bytes", total, used.stack, used.stack_limit)?;
+            writeln!(
+                p,
+                "plan {} bytes; stack so far {} of {} bytes",
+                total, used.stack, used.stack_limit
+            )?;
         }
     }
     if let Some(used) = p.memory() {
         let arenas = size_of::<Arena<ARENA>>();
         writeln!(p, "\nmeasured, in bytes")?;
         writeln!(p, "arenas: the largest plan                   {arenas:>8}")?;
-        writeln!(p, "other static variables                     {:>8}", used.statics.saturating_sub(arenas))?;
-        writeln!(p, "stack, deepest                             {:>8} of {}", used.stack, used.stack_limit)?;
-        writeln!(p, "RAM, high-water mark                       {:>8} of {RAM}", used.statics + used.stack)?;
-        writeln!(p, "flash                                      {:>8} of {}", used.flash, 1024 * 1024)?;
+        writeln!(
+            p,
+            "other static variables                     {:>8}",
+            used.statics.saturating_sub(arenas)
+        )?;
+        writeln!(
+            p,
+            "stack, deepest                             {:>8} of {}",
+            used.stack, used.stack_limit
+        )?;
+        writeln!(
+            p,
+            "RAM, high-water mark                       {:>8} of {RAM}",
+            used.statics + used.stack
+        )?;
+        writeln!(
+            p,
+            "flash                                      {:>8} of {}",
+            used.flash,
+            1024 * 1024
+        )?;
     }
     Ok(())
 }

@@ -71,7 +71,11 @@ impl<'j> Session<'j> {
     /// [`Error::Shape`] for weights of another network or fewer samples than a batch.
     pub fn new(job: &'j Job, model: Model, be: &mut Be<'_>, tune: Samples) -> Result<Self> {
         if tune.len() < BATCH {
-            return Err(Error::Shape { what: "samples to train with", expected: BATCH, found: tune.len() });
+            return Err(Error::Shape {
+                what: "samples to train with",
+                expected: BATCH,
+                found: tune.len(),
+            });
         }
         let mut end = 0;
         model.load(|tensor, values, at| {
@@ -82,9 +86,11 @@ impl<'j> Session<'j> {
             }
         })?;
         match job.weights {
-            Some(weights) if weights.0.len() != 2 * end => {
-                Err(Error::Shape { what: "pretrained weights", expected: end, found: weights.0.len() / 2 })
-            }
+            Some(weights) if weights.0.len() != 2 * end => Err(Error::Shape {
+                what: "pretrained weights",
+                expected: end,
+                found: weights.0.len() / 2,
+            }),
             _ => Ok(Self { job, model, tune, step: 0, digests: Digests::default() }),
         }
     }
@@ -104,11 +110,13 @@ impl<'j> Session<'j> {
         (self.tune.len() / BATCH) as u32
     }
 
-    /// The sample at place `i` of an epoch: a permutation that needs no memory, `i ↦ a·i + b mod n`.
+    /// The sample at place `i` of an epoch: a permutation that needs no memory, `i ↦ a·i + b mod
+    /// n`.
     fn sample(&self, epoch: u32, i: usize) -> usize {
         let n = self.tune.len();
         let stream = Stream::new(SEED, epoch, 0, 0, 0, Draw::Data);
-        let (mut a, b) = (1 + stream.below(0, n as u32 - 1) as usize, stream.below(1, n as u32) as usize);
+        let (mut a, b) =
+            (1 + stream.below(0, n as u32 - 1) as usize, stream.below(1, n as u32) as usize);
         while gcd(a, n) != 1 {
             a += 1;
         }
@@ -131,9 +139,20 @@ impl<'j> Session<'j> {
         be.write_ints(self.model.head.targets, &targets)?;
 
         let steps = self.steps() * self.job.epochs;
-        let schedule = Schedule { lr: self.job.lr, min_lr: 0.0, warmup: steps / 20, steps, decay: Decay::Linear };
+        let schedule = Schedule {
+            lr: self.job.lr,
+            min_lr: 0.0,
+            warmup: steps / 20,
+            steps,
+            decay: Decay::Linear,
+        };
         let updater = &mut self.model.trunk.blocks.updater;
-        *updater = Updater { rule: self.job.rule, lr: schedule.at(self.step), t: self.step + 1, ..*updater };
+        *updater = Updater {
+            rule: self.job.rule,
+            lr: schedule.at(self.step),
+            t: self.step + 1,
+            ..*updater
+        };
         updater.fused = true;
         let updater = *updater;
 
@@ -155,7 +174,8 @@ impl<'j> Session<'j> {
         Ok(losses.iter().map(|&l| f64::from(l)).sum::<f64>() / BATCH as f64)
     }
 
-    /// Forward and backward pass through the reversible stack; its stages are those of `Stack::train`.
+    /// Forward and backward pass through the reversible stack; its stages are those of
+    /// `Stack::train`.
     fn all_blocks(&mut self, be: &mut Be<'_>) -> Result<()> {
         let Model { stack, trunk, patches, head, .. } = &mut self.model;
         let pass = Pass { seed: SEED, step: self.step, global: 0 };
@@ -184,7 +204,8 @@ impl<'j> Session<'j> {
         Ok(())
     }
 
-    /// `x_K` of sample `i` of the batch, by the standard transformer that the network is at inference.
+    /// `x_K` of sample `i` of the batch, by the standard transformer that the network is at
+    /// inference.
     fn infer(&mut self, be: &mut Be<'_>, i: usize) -> Result<(Reals, Chunk)> {
         let Model { stack, trunk, patches, .. } = &mut self.model;
         let batch = patches.batch;
@@ -243,7 +264,8 @@ impl<'j> Session<'j> {
     pub fn digests(&self, be: &Be<'_>) -> Result<Digests> {
         let mut digests = self.digests;
         self.model.load(|_, values, _| {
-            digests.parameters = fold(digests.parameters, be.reals(values)?.iter().map(|p| p.to_bits()));
+            digests.parameters =
+                fold(digests.parameters, be.reals(values)?.iter().map(|p| p.to_bits()));
             Ok(())
         })?;
         Ok(digests)

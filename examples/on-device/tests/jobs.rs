@@ -6,7 +6,9 @@ use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
 use bdia_core::{Error, Fault};
 use bdia_on_device::data::{Samples, Weights};
-use bdia_on_device::jobs::{ADAM, ARENA, Arena, BUDGET, FULL, HEAD, JOBS, RAM, REFUSED, TEST, TUNE, VECTORS, arena};
+use bdia_on_device::jobs::{
+    ADAM, ARENA, Arena, BUDGET, FULL, HEAD, JOBS, RAM, REFUSED, TEST, TUNE, VECTORS, arena,
+};
 use bdia_on_device::model::{Be, Job, Model};
 use bdia_on_device::train::{Session, plan};
 
@@ -32,8 +34,13 @@ fn set(session: &Session<'_>, be: &mut Be<'_>, tensors: &Tensors) {
     session.model().load(write).unwrap();
 }
 
-/// The loss of the first batch at `start` (or at the job's own weights), and parameters before and after its step.
-fn first_step<const N: usize>(job: &Job, memory: &mut Arena<N>, start: Option<&Tensors>) -> (f64, Tensors, Tensors) {
+/// The loss of the first batch at `start` (or at the job's own weights), and parameters before and
+/// after its step.
+fn first_step<const N: usize>(
+    job: &Job,
+    memory: &mut Arena<N>,
+    start: Option<&Tensors>,
+) -> (f64, Tensors, Tensors) {
     let model = Model::plan(job).unwrap();
     let mut be = memory.backend(&model.layout).unwrap();
     let mut session = Session::new(job, model, &mut be, TUNE).unwrap();
@@ -45,16 +52,21 @@ fn first_step<const N: usize>(job: &Job, memory: &mut Arena<N>, start: Option<&T
     (loss, before, tensors(&session, &be))
 }
 
-/// With stochastic gradient descent at the constant rate 1, a step is the gradient. Along the gradient of each tensor
-/// the loss changes as that says: patch embedding, positions, blocks, norm and head.
+/// With stochastic gradient descent at the constant rate 1, a step is the gradient. Along the
+/// gradient of each tensor the loss changes as that says: patch embedding, positions, blocks, norm
+/// and head.
 #[test]
 fn gradients_against_finite_differences() {
     const PLAIN: Job = Job { mode: Mode::Standard, lr: 1.0, epochs: 0, weights: None, ..FULL };
     let mut memory = Box::new(Arena::<{ arena(&[PLAIN]) }>::new());
     let (_, start, after) = first_step(&PLAIN, &mut memory, None);
     for i in 0..start.len() {
-        let gradient: Vec<f64> =
-            start[i].1.iter().zip(&after[i].1).map(|(&b, &a)| f64::from(b) - f64::from(a)).collect();
+        let gradient: Vec<f64> = start[i]
+            .1
+            .iter()
+            .zip(&after[i].1)
+            .map(|(&b, &a)| f64::from(b) - f64::from(a))
+            .collect();
         let norm = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
         let mut loss_at = |distance: f64| {
             let mut moved = start.clone();
@@ -64,13 +76,14 @@ fn gradients_against_finite_differences() {
             first_step(&PLAIN, &mut memory, Some(&moved)).0
         };
         let slope = (loss_at(0.02) - loss_at(-0.02)) / 0.04;
-        // The losses carry f32 noise of about 1e-6, and the difference an error of third order in 0.02.
+        // The losses carry f32 noise of about 1e-6, and the difference an error of third order in
+        // 0.02.
         assert!((slope - norm).abs() < 2e-4 + 0.01 * norm, "tensor {i}: {slope} against {norm}");
     }
 }
 
-/// Training only the vectors moves them, bit for bit, as training everything does in the first step: frozen matrices
-/// come from flash one block at a time, and are the same.
+/// Training only the vectors moves them, bit for bit, as training everything does in the first
+/// step: frozen matrices come from flash one block at a time, and are the same.
 #[test]
 fn frozen_matrices_change_nothing_else() {
     const SGD: Job = Job { rule: FULL.rule, lr: FULL.lr, epochs: FULL.epochs, ..VECTORS };
@@ -124,7 +137,10 @@ fn what_goes_wrong_is_an_error() {
     // Too high a learning rate.
     for job in [FULL, Job { rule: Rule::Sgd { momentum: 0.0 }, ..VECTORS }] {
         let error = start(&Job { lr: 1e30, ..job }, TUNE).unwrap_err();
-        assert!(matches!(error, Error::Fault(Fault::Range { .. } | Fault::Loss { .. } | Fault::Gradient { .. })));
+        assert!(matches!(
+            error,
+            Error::Fault(Fault::Range { .. } | Fault::Loss { .. } | Fault::Gradient { .. })
+        ));
     }
     // Samples that are nonsense: pixels and labels of 255.
     let nonsense = Samples(&[255; 65 * 16]);
@@ -134,7 +150,10 @@ fn what_goes_wrong_is_an_error() {
     for job in [Job { weights: ADAM.weights, ..FULL }, Job { weights: FULL.weights, ..ADAM }] {
         assert!(matches!(start(&job, TUNE), Err(Error::Shape { what: "pretrained weights", .. })));
     }
-    assert!(matches!(start(&Job { weights: Some(Weights(&[0; 10])), ..VECTORS }, TUNE), Err(Error::Shape { .. })));
+    assert!(matches!(
+        start(&Job { weights: Some(Weights(&[0; 10])), ..VECTORS }, TUNE),
+        Err(Error::Shape { .. })
+    ));
 }
 
 /// Every job learns the new sensor.

@@ -7,7 +7,8 @@ use std::sync::Mutex;
 use bdia_core::arena::Words;
 use bdia_core::stack::{Blocks, Call, Config, Input, Mode, Needs, Pass as Place, Stack, Tail};
 use bdia_core::{
-    Category, Chunk, Error, Fault, Gamma, Grid, Ints, Layout, Reals, Reference, Sign, Site, Storage, UpdateOps,
+    Category, Chunk, Error, Fault, Gamma, Grid, Ints, Layout, Reals, Reference, Sign, Site,
+    Storage, UpdateOps,
 };
 use bdia_cpu::Cpu;
 use pyo3::prelude::*;
@@ -25,7 +26,9 @@ fn raise(py: Python<'_>, class: &str, args: impl for<'py> pyo3::call::PyCallArgs
 pub(crate) fn refused(py: Python<'_>, e: Error) -> PyErr {
     match e {
         Error::Fault(fault) => broken(py, fault),
-        Error::Device("not enough memory") => pyo3::exceptions::PyMemoryError::new_err(e.to_string()),
+        Error::Device("not enough memory") => {
+            pyo3::exceptions::PyMemoryError::new_err(e.to_string())
+        }
         _ => raise(py, "SettingError", (e.to_string(),)),
     }
 }
@@ -51,9 +54,11 @@ pub(crate) fn sign(py: Python<'_>, sign: &str) -> PyResult<Sign> {
         "random" => Ok(Sign::Random),
         "plus" => Ok(Sign::Plus),
         "minus" => Ok(Sign::Minus),
-        other => {
-            Err(raise(py, "SettingError", (format!("sign is {other:?}; possible: \"random\", \"plus\", \"minus\""),)))
-        }
+        other => Err(raise(
+            py,
+            "SettingError",
+            (format!("sign is {other:?}; possible: \"random\", \"plus\", \"minus\""),),
+        )),
     }
 }
 
@@ -74,8 +79,8 @@ impl Exposed for Reference<'_, f64> {
     }
 }
 
-/// Memory and operations: `f32` on the CPU backend; `f64`, for checking, on the reference backend. In `f64` an address
-/// is good until the next operation only, so Python copies what it keeps.
+/// Memory and operations: `f32` on the CPU backend; `f64`, for checking, on the reference backend.
+/// In `f64` an address is good until the next operation only, so Python copies what it keeps.
 enum Engine {
     Single(Cpu),
     Double { layout: Layout, ints: Vec<i32>, reals: Vec<f64>, words: Vec<u32> },
@@ -98,7 +103,8 @@ macro_rules! with {
 
 impl Engine {
     fn single(layout: &Layout, threads: usize) -> Result<Self, bdia_cpu::CpuError> {
-        // Threads are started once for every number of them, and again in a process that was forked off.
+        // Threads are started once for every number of them, and again in a process that was forked
+        // off.
         static TEAMS: Mutex<Option<HashMap<(u32, usize), Cpu>>> = Mutex::new(None);
         let mut teams = TEAMS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let teams = teams.get_or_insert_default();
@@ -163,7 +169,12 @@ impl<'py> Hooks<'_, 'py> {
         Ok(Region::new(self.pass.clone().unbind(), be.address(r)?, r.len() * self.real_bytes))
     }
 
-    fn call(&mut self, name: &str, block: usize, args: impl pyo3::call::PyCallArgs<'py>) -> bdia_core::Result<()> {
+    fn call(
+        &mut self,
+        name: &str,
+        block: usize,
+        args: impl pyo3::call::PyCallArgs<'py>,
+    ) -> bdia_core::Result<()> {
         self.object.call_method1(name, args).map(|_| ()).map_err(|e| {
             self.exception.get_or_insert(e);
             Error::Foreign(Site::Block(block))
@@ -172,7 +183,14 @@ impl<'py> Hooks<'_, 'py> {
 }
 
 impl<B: Exposed> Input<B> for Hooks<'_, '_> {
-    fn forward(&mut self, be: &mut B, c: &Chunk, _: bool, x: Reals, _: Reals) -> bdia_core::Result<()> {
+    fn forward(
+        &mut self,
+        be: &mut B,
+        c: &Chunk,
+        _: bool,
+        x: Reals,
+        _: Reals,
+    ) -> bdia_core::Result<()> {
         let x = self.region(be, x)?;
         self.call("input", 0, (c.first, c.samples, x))
     }
@@ -185,7 +203,11 @@ impl<B: Exposed> Input<B> for Hooks<'_, '_> {
 impl<B: Exposed> Blocks<B> for Hooks<'_, '_> {
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> bdia_core::Result<()> {
         let (x, h) = (self.region(be, call.x)?, self.region(be, h)?);
-        self.call("residual", call.block, (call.block, call.chunk.first, call.chunk.samples, x, h, call.keep))
+        self.call(
+            "residual",
+            call.block,
+            (call.block, call.chunk.first, call.chunk.samples, x, h, call.keep),
+        )
     }
 
     fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> bdia_core::Result<()> {
@@ -226,11 +248,17 @@ fn backward<B: Exposed>(
 
 impl Pass {
     /// Runs one way through the stack.
-    fn run(slf: &Bound<'_, Self>, object: &Bound<'_, PyAny>, seed: u64, back: bool) -> PyResult<()> {
+    fn run(
+        slf: &Bound<'_, Self>,
+        object: &Bound<'_, PyAny>,
+        seed: u64,
+        back: bool,
+    ) -> PyResult<()> {
         let (py, mut this) = (slf.py(), slf.try_borrow_mut()?);
         let this = &mut *this;
         this.state = State::Spent;
-        let mut hooks = Hooks { object, pass: slf, real_bytes: this.engine.real_bytes(), exception: None };
+        let mut hooks =
+            Hooks { object, pass: slf, real_bytes: this.engine.real_bytes(), exception: None };
         let place = Place { seed, step: 0, global: 0 };
         let way = |stack: &mut Stack, engine: &mut Engine, hooks: &mut Hooks<'_, '_>| with!(engine, be => if back { backward(stack, be, hooks, &place) } else { forward(stack, be, hooks, &place) });
         let result = way(&mut this.stack, &mut this.engine, &mut hooks);
@@ -282,11 +310,18 @@ impl Pass {
         };
         let stack = Stack::layout(config, &mut layout).map_err(refuse)?;
         let layout = layout.checked().map_err(refuse)?;
-        let engine = if double { Engine::double(&layout) } else { Engine::single(&layout, threads) };
-        Ok(Self { stack, engine: engine.map_err(|e| refused(py, e.into()))?, layout, state: State::Fresh })
+        let engine =
+            if double { Engine::double(&layout) } else { Engine::single(&layout, threads) };
+        Ok(Self {
+            stack,
+            engine: engine.map_err(|e| refused(py, e.into()))?,
+            layout,
+            state: State::Fresh,
+        })
     }
 
-    /// Calls `object.input(first, samples, x)` and `object.residual(block, first, samples, x, h, keep)`.
+    /// Calls `object.input(first, samples, x)` and `object.residual(block, first, samples, x, h,
+    /// keep)`.
     fn forward(slf: &Bound<'_, Self>, object: &Bound<'_, PyAny>, seed: u64) -> PyResult<()> {
         let state = slf.try_borrow()?.state;
         if state != State::Fresh {
@@ -295,11 +330,16 @@ impl Pass {
         Self::run(slf, object, seed, false)
     }
 
-    /// Calls `residual` with `keep`, `object.vjp(block, first, samples, gh, gx)` and `object.done(block)`.
+    /// Calls `residual` with `keep`, `object.vjp(block, first, samples, gh, gx)` and
+    /// `object.done(block)`.
     fn backward(slf: &Bound<'_, Self>, object: &Bound<'_, PyAny>) -> PyResult<()> {
         let state = slf.try_borrow()?.state;
         let State::Forward(seed) = state else {
-            return Err(raise(slf.py(), "Error", ("a pass goes backward once, after it went forward",)));
+            return Err(raise(
+                slf.py(),
+                "Error",
+                ("a pass goes backward once, after it went forward",),
+            ));
         };
         Self::run(slf, object, seed, true)
     }
@@ -310,9 +350,10 @@ impl Pass {
         let place = this.stack.activation(k);
         let address = match &mut this.engine {
             Engine::Single(cpu) => cpu.ints_pointer(place),
-            Engine::Double { ints, .. } => {
-                ints.get_mut(place.range()).map(<[i32]>::as_mut_ptr).ok_or(Error::Handle("activation"))
-            }
+            Engine::Double { ints, .. } => ints
+                .get_mut(place.range())
+                .map(<[i32]>::as_mut_ptr)
+                .ok_or(Error::Handle("activation")),
         };
         let address = address.map_err(|e| refused(slf.py(), e))?;
         Ok(Region::new(slf.clone().unbind(), address.cast(), place.len() * 4))
@@ -322,7 +363,8 @@ impl Pass {
     fn gradient(slf: &Bound<'_, Self>, k: usize) -> PyResult<Region> {
         let mut this = slf.try_borrow_mut()?;
         let (place, bytes) = (this.stack.gradient(k), this.engine.real_bytes());
-        let address = with!(&mut this.engine, be => be.address(place)).map_err(|e| refused(slf.py(), e))?;
+        let address =
+            with!(&mut this.engine, be => be.address(place)).map_err(|e| refused(slf.py(), e))?;
         Ok(Region::new(slf.clone().unbind(), address, place.len() * bytes))
     }
 
@@ -330,7 +372,8 @@ impl Pass {
     fn side_bits(&mut self, py: Python<'_>) -> PyResult<Vec<u32>> {
         let place: Words = self.stack.side_bits();
         let mut words = vec![0; place.len()];
-        with!(&mut self.engine, be => be.read_words(place, &mut words)).map_err(|e| refused(py, e))?;
+        with!(&mut self.engine, be => be.read_words(place, &mut words))
+            .map_err(|e| refused(py, e))?;
         Ok(words)
     }
 

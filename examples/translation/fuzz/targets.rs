@@ -1,5 +1,5 @@
-//! What is done with arbitrary bytes, and what must then hold. Used by the fuzz targets, and by `tests/fuzz_seeds.rs`
-//! for the seeds and mutations of them.
+//! What is done with arbitrary bytes, and what must then hold. Used by the fuzz targets, and by
+//! `tests/fuzz_seeds.rs` for the seeds and mutations of them.
 #![allow(dead_code)]
 
 use std::path::Path;
@@ -9,12 +9,15 @@ use bdia_translate::data::{Pair, aligned, one_file};
 
 fn check(pairs: &[Pair]) {
     for text in pairs.iter().flat_map(|p| [&p.source, &p.target]) {
-        assert!(!text.is_empty() && text.trim() == text && !text.contains(['\n', '\r']), "{text:?}");
+        assert!(
+            !text.is_empty() && text.trim() == text && !text.contains(['\n', '\r']),
+            "{text:?}"
+        );
     }
 }
 
-/// A table, lines with tabs, and two aligned files (the halves of what is there), each plain or packed. Accepted: every
-/// sentence is one line that is not empty.
+/// A table, lines with tabs, and two aligned files (the halves of what is there), each plain or
+/// packed. Accepted: every sentence is one line that is not empty.
 pub fn pairs(data: &[u8]) {
     for name in ["pairs.csv", "pairs.tsv"] {
         if let Ok(pairs) = one_file(Path::new(name), data.to_vec()) {

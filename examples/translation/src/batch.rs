@@ -32,8 +32,8 @@ pub struct Batch {
 }
 
 impl Batches {
-    /// Puts sentences into buckets. A batch has at most `tokens` positions on each side, padding counted, and at least one
-    /// sample; none is longer than `longest`.
+    /// Puts sentences into buckets. A batch has at most `tokens` positions on each side, padding
+    /// counted, and at least one sample; none is longer than `longest`.
     pub fn new(pairs: &[Tokens], tokens: usize, longest: usize) -> Self {
         let mut buckets: Vec<Bucket> = Vec::new();
         let lengths = |p: &Tokens| p.positions().next_multiple_of(STEP).min(longest);
@@ -41,7 +41,11 @@ impl Batches {
         used.sort_unstable();
         used.dedup();
         for longest in used {
-            buckets.push(Bucket { longest, samples: (tokens / longest).max(1), members: Vec::new() });
+            buckets.push(Bucket {
+                longest,
+                samples: (tokens / longest).max(1),
+                members: Vec::new(),
+            });
         }
         for (i, p) in pairs.iter().enumerate() {
             if let Ok(at) = buckets.binary_search_by_key(&lengths(p), |b| b.longest) {
@@ -56,8 +60,8 @@ impl Batches {
         self.0.iter().map(|b| b.members.len().div_ceil(b.samples)).sum()
     }
 
-    /// The largest batch of every bucket, with `chunk` samples at a time of the longest sentences that there may be, and as
-    /// many positions of others.
+    /// The largest batch of every bucket, with `chunk` samples at a time of the longest sentences
+    /// that there may be, and as many positions of others.
     pub fn shapes(&self, chunk: usize, longest: usize) -> impl Iterator<Item = Shape> {
         self.0.iter().map(move |b| Shape {
             samples: b.samples.min(b.members.len()),
@@ -69,7 +73,8 @@ impl Batches {
 
     /// All batches in a fixed order, as for evaluation.
     pub fn in_order(&self) -> Vec<Batch> {
-        let cut = |b: &Bucket, members: &[u32]| Batch { longest: b.longest, members: members.to_vec() };
+        let cut =
+            |b: &Bucket, members: &[u32]| Batch { longest: b.longest, members: members.to_vec() };
         self.0.iter().flat_map(|b| b.members.chunks(b.samples).map(move |m| cut(b, m))).collect()
     }
 
@@ -80,15 +85,19 @@ impl Batches {
         for (n, bucket) in self.0.iter().enumerate() {
             let mut members = bucket.members.clone();
             shuffle(&mut members, &stream(n as u32));
-            batches
-                .extend(members.chunks(bucket.samples).map(|m| Batch { longest: bucket.longest, members: m.to_vec() }));
+            batches.extend(
+                members
+                    .chunks(bucket.samples)
+                    .map(|m| Batch { longest: bucket.longest, members: m.to_vec() }),
+            );
         }
         shuffle(&mut batches, &stream(u32::MAX));
         batches
     }
 }
 
-/// Samples at a time inside a block for sentences of `positions`, where there are `chunk` of `longest`.
+/// Samples at a time inside a block for sentences of `positions`, where there are `chunk` of
+/// `longest`.
 pub fn chunk_of(chunk: usize, longest: usize, positions: usize) -> usize {
     (chunk.saturating_mul(longest) / positions.max(1)).max(1)
 }
@@ -105,8 +114,9 @@ mod tests {
 
     #[test]
     fn every_sentence_is_in_one_batch_of_its_length() {
-        let pairs: Vec<_> =
-            (0..500).map(|i| Tokens { source: vec![3; i * 7 % 40], target: vec![3; i * 5 % 30] }).collect();
+        let pairs: Vec<_> = (0..500)
+            .map(|i| Tokens { source: vec![3; i * 7 % 40], target: vec![3; i * 5 % 30] })
+            .collect();
         let batches = Batches::new(&pairs, 128, 41);
         let mut orders = Vec::new();
         for epoch in 0..3 {

@@ -34,7 +34,8 @@ pub enum Embeddings {
 /// Flags of `train`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct TrainArgs {
-    /// Pairs: a CSV of two columns with header, a TSV, or two files of aligned lines; plain or .gz [default: number words]
+    /// Pairs: a CSV of two columns with header, a TSV, or two files of aligned lines; plain or .gz
+    /// [default: number words]
     #[arg(long, value_name = "FILE", num_args = 1..=2, help_heading = "Data")]
     pub data: Vec<PathBuf>,
     /// Pairs to hold out, in files as for --data [default: a part of --data, by source sentence]
@@ -43,7 +44,8 @@ pub struct TrainArgs {
     /// Learn from so many pairs only [default: all of --data, 20000 number words]
     #[arg(long, value_name = "N", value_parser = count(1 << 32), help_heading = "Data")]
     pub pairs: Option<u64>,
-    /// Hold out so many source sentences, of --held-out use so many [default: 1000, or a twentieth; all of --held-out]
+    /// Hold out so many source sentences, of --held-out use so many [default: 1000, or a twentieth;
+    /// all of --held-out]
     #[arg(long, value_name = "N", value_parser = count(1 << 32), help_heading = "Data")]
     pub held: Option<u64>,
     /// Entries of a vocabulary, at most
@@ -154,7 +156,12 @@ impl Flags for TrainArgs {
             mode: &mut self.mode,
             machine: &mut self.machine,
             given: &mut self.given,
-            inputs: self.data.iter_mut().chain(&mut self.held_out).chain(&mut self.weights).collect(),
+            inputs: self
+                .data
+                .iter_mut()
+                .chain(&mut self.held_out)
+                .chain(&mut self.weights)
+                .collect(),
         }
     }
 }
@@ -175,7 +182,9 @@ impl TrainArgs {
         }
         if self.batch_tokens < self.longest {
             let (batch, longest) = (self.batch_tokens, self.longest);
-            return Err(format!("--batch-tokens is {batch}, expected at least --longest, which is {longest}"));
+            return Err(format!(
+                "--batch-tokens is {batch}, expected at least --longest, which is {longest}"
+            ));
         }
         Ok(())
     }
@@ -275,7 +284,12 @@ pub struct Cli {
 ///
 /// Without a subcommand it trains, and the flags of `train` apply.
 #[derive(Debug, Parser)]
-#[command(name = "bdia-translate", version, args_conflicts_with_subcommands = true, allow_negative_numbers = true)]
+#[command(
+    name = "bdia-translate",
+    version,
+    args_conflicts_with_subcommands = true,
+    allow_negative_numbers = true
+)]
 struct Raw {
     #[command(subcommand)]
     command: Option<Command>,
@@ -286,7 +300,9 @@ struct Raw {
 /// The defaults that differ from those of text.
 fn defaults(command: clap::Command) -> clap::Command {
     let mut command = command;
-    for (flag, value) in [("lr", "0.002"), ("weight_decay", "0.01"), ("warmup", "200"), ("beta2", "0.98")] {
+    for (flag, value) in
+        [("lr", "0.002"), ("weight_decay", "0.01"), ("warmup", "200"), ("beta2", "0.98")]
+    {
         command = command.mut_arg(flag, |a| a.default_value(value));
     }
     command
@@ -346,12 +362,19 @@ mod tests {
     fn defaults_are_those_of_translation() {
         for arguments in ["", "train"] {
             let Command::Train(t) = read(arguments).unwrap() else { panic!("{arguments}") };
-            assert_eq!((t.optim.optimizer, t.optim.beta2, t.smoothing), (Optimizer::Adamw, 0.98, 0.1));
+            assert_eq!(
+                (t.optim.optimizer, t.optim.beta2, t.smoothing),
+                (Optimizer::Adamw, 0.98, 0.1)
+            );
             assert!(t.given.is_empty() && t.data.is_empty() && t.mode.mode == Mode::Bdia);
         }
-        let Command::Experiment(e) = read("experiment --epochs 2 --seeds 1").unwrap() else { panic!() };
+        let Command::Experiment(e) = read("experiment --epochs 2 --seeds 1").unwrap() else {
+            panic!()
+        };
         assert_eq!((e.train.epochs, e.seeds, e.train.optim.warmup), (2, 1, 200));
-        let Command::Train(t) = read("--data a.en a.fr --schedule noam --optimizer set-adam").unwrap() else {
+        let Command::Train(t) =
+            read("--data a.en a.fr --schedule noam --optimizer set-adam").unwrap()
+        else {
             panic!()
         };
         assert_eq!((t.data.len(), t.optim.schedule), (2, ScheduleKind::Noam));
@@ -365,7 +388,10 @@ mod tests {
             t.comparable()
         };
         let a = of("--data Cargo.toml src/cli.rs --threads 1 --out a --verify");
-        assert_eq!(a, of("--data src/../Cargo.toml ./src/cli.rs --device 2 --json --checkpoint-interval 9"));
+        assert_eq!(
+            a,
+            of("--data src/../Cargo.toml ./src/cli.rs --device 2 --json --checkpoint-interval 9")
+        );
         assert_ne!(a, of("--data Cargo.toml src/lib.rs"));
         assert_ne!(a, of("--data Cargo.toml src/cli.rs --lr 0.5"));
     }

@@ -47,7 +47,8 @@ pub struct TranslationConfig {
     pub bdia: Bdia,
 }
 
-/// Most blocks, heads, positions and so on: what fits the random numbers' counter, and more than anybody has.
+/// Most blocks, heads, positions and so on: what fits the random numbers' counter, and more than
+/// anybody has.
 const MOST: usize = 65_000;
 /// Most entries of a vocabulary.
 const MOST_ENTRIES: usize = 1 << 24;
@@ -83,11 +84,16 @@ impl TranslationConfig {
     /// [`Failure`] for bytes that are no such file's.
     pub fn from_json(path: &Path, bytes: &[u8]) -> Result<Self, Failure> {
         let wrong = |what: String| Failure::Run { path: path.into(), what };
-        let c: Self = serde_json::from_slice(bytes)
-            .map_err(|e| wrong(format!("not the config.json of a translation model of this program: {e}")))?;
+        let c: Self = serde_json::from_slice(bytes).map_err(|e| {
+            wrong(format!("not the config.json of a translation model of this program: {e}"))
+        })?;
         let sizes = [c.positions, c.width, c.encoder_layers, c.decoder_layers, c.heads, c.mlp];
-        if sizes.iter().any(|&n| n == 0 || n > MOST) || c.vocab.iter().any(|&n| n == 0 || n > MOST_ENTRIES) {
-            return Err(wrong(format!("a dimension is 0, above {MOST}, or a vocabulary above {MOST_ENTRIES}")));
+        if sizes.iter().any(|&n| n == 0 || n > MOST)
+            || c.vocab.iter().any(|&n| n == 0 || n > MOST_ENTRIES)
+        {
+            return Err(wrong(format!(
+                "a dimension is 0, above {MOST}, or a vocabulary above {MOST_ENTRIES}"
+            )));
         }
         if c.positions < 2 || !c.width.is_multiple_of(c.heads) || c.bdia.frac_bits > 24 {
             return Err(wrong(format!(
@@ -96,7 +102,10 @@ impl TranslationConfig {
             )));
         }
         if !(0.0..1.0).contains(&c.dropout) {
-            return Err(wrong(format!("dropout is {}, expected 0 up to, not including, 1", c.dropout)));
+            return Err(wrong(format!(
+                "dropout is {}, expected 0 up to, not including, 1",
+                c.dropout
+            )));
         }
         Ok(c)
     }

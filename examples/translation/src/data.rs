@@ -1,4 +1,5 @@
-//! Pairs of sentences: files of the user, or the number words that are built in; the split by source sentence.
+//! Pairs of sentences: files of the user, or the number words that are built in; the split by
+//! source sentence.
 //!
 //! | files | read as |
 //! |---|---|
@@ -7,8 +8,9 @@
 //! | one of that kind whose first line is numbered | lines `number TAB source TAB number TAB target` (Tatoeba's pairs) |
 //! | two | aligned lines: the n-th of one is the translation of the n-th of the other |
 //!
-//! Each may be packed with gzip, which its first bytes tell. Text is UTF-8. White space at both ends of a sentence and a byte
-//! order mark are removed; a pair that lacks a side is an error that names its line.
+//! Each may be packed with gzip, which its first bytes tell. Text is UTF-8. White space at both
+//! ends of a sentence and a byte order mark are removed; a pair that lacks a side is an error that
+//! names its line.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -147,7 +149,10 @@ fn unpacked(path: &Path, packed: Vec<u8>) -> Result<Vec<u8>, DataError> {
 fn text(path: &Path, bytes: Vec<u8>) -> Result<String, DataError> {
     let mut text = String::from_utf8(unpacked(path, bytes)?).map_err(|e| {
         let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
-        DataError::Encoding { path: path.into(), line: 1 + good.iter().filter(|&&b| b == b'\n').count() }
+        DataError::Encoding {
+            path: path.into(),
+            line: 1 + good.iter().filter(|&&b| b == b'\n').count(),
+        }
     })?;
     if text.starts_with('\u{feff}') {
         text.drain(..'\u{feff}'.len_utf8());
@@ -164,8 +169,9 @@ fn pair(path: [&Path; 2], line: usize, source: &str, target: &str) -> Result<Pai
         }
     }
     // Translations are printed line by line.
-    let one_line =
-        |s: &str| s.split(['\n', '\r']).map(str::trim).filter(|s| !s.is_empty()).collect::<Vec<_>>().join(" ");
+    let one_line = |s: &str| {
+        s.split(['\n', '\r']).map(str::trim).filter(|s| !s.is_empty()).collect::<Vec<_>>().join(" ")
+    };
     Ok(Pair { source: one_line(source), target: one_line(target) })
 }
 
@@ -175,7 +181,9 @@ fn pair(path: [&Path; 2], line: usize, source: &str, target: &str) -> Result<Pai
 /// [`DataError`] names file and line.
 pub fn read(files: &[PathBuf]) -> Result<Vec<Pair>, DataError> {
     match files {
-        [source, target] => aligned([source, target], [read_limited(source, LIMIT)?, read_limited(target, LIMIT)?]),
+        [source, target] => {
+            aligned([source, target], [read_limited(source, LIMIT)?, read_limited(target, LIMIT)?])
+        }
         [one] => one_file(one, read_limited(one, LIMIT)?),
         _ => Ok(Vec::new()),
     }
@@ -188,14 +196,19 @@ pub fn read(files: &[PathBuf]) -> Result<Vec<Pair>, DataError> {
 pub fn one_file(path: &Path, bytes: Vec<u8>) -> Result<Vec<Pair>, DataError> {
     let name = path.to_string_lossy().to_lowercase();
     let text = text(path, bytes)?;
-    if name.strip_suffix(".gz").unwrap_or(&name).ends_with(".csv") { table(path, &text) } else { tabs(path, &text) }
+    if name.strip_suffix(".gz").unwrap_or(&name).ends_with(".csv") {
+        table(path, &text)
+    } else {
+        tabs(path, &text)
+    }
 }
 
 fn table(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
     check_rows(path, text)?;
     let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(text.as_bytes());
     let expected = "2: a table of two columns with a header";
-    let columns = |line: usize, found: usize| DataError::Columns { path: path.into(), line, found, expected };
+    let columns =
+        |line: usize, found: usize| DataError::Columns { path: path.into(), line, found, expected };
     let failed = |e: csv::Error| {
         let line = e.position().map_or(0, csv::Position::line);
         DataError::Csv { path: path.into(), line, what: e.to_string() }
@@ -225,7 +238,9 @@ fn check_rows(path: &Path, text: &str) -> Result<(), DataError> {
             b'"' if quoted && bytes.peek() == Some(&b'"') => drop(bytes.next()),
             b'"' if quoted => quoted = false,
             b'"' if !in_field => (quoted, opened) = (true, line),
-            b'\n' if !quoted && !in_row => return Err(DataError::Empty { path: path.into(), line, side: "source" }),
+            b'\n' if !quoted && !in_row => {
+                return Err(DataError::Empty { path: path.into(), line, side: "source" });
+            }
             _ => {}
         }
         // A quote means something only where a field begins.
@@ -243,7 +258,8 @@ fn check_rows(path: &Path, text: &str) -> Result<(), DataError> {
 fn tabs(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
     let columns = |line: &str| line.split('\t').map(str::to_owned).collect::<Vec<_>>();
     let id = |text: &String| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    let numbered = text.lines().next().map(columns).is_some_and(|c| c.len() >= 4 && id(&c[0]) && id(&c[2]));
+    let numbered =
+        text.lines().next().map(columns).is_some_and(|c| c.len() >= 4 && id(&c[0]) && id(&c[2]));
     let (source, target, expected) = if numbered {
         (1, 3, "4: a number, source, a number, target")
     } else {
@@ -256,7 +272,12 @@ fn tabs(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
                 (Some(source), Some(target)) if !numbered || (id(&c[0]) && id(&c[2])) => {
                     pair([path; 2], i + 1, source, target)
                 }
-                _ => Err(DataError::Columns { path: path.into(), line: i + 1, found: c.len(), expected }),
+                _ => Err(DataError::Columns {
+                    path: path.into(),
+                    line: i + 1,
+                    found: c.len(),
+                    expected,
+                }),
             }
         })
         .collect()
@@ -316,19 +337,27 @@ pub const NUMBER_PAIRS: usize = 20_000;
 pub const HELD: usize = 1000;
 
 impl Dataset {
-    /// Reads or makes the pairs and splits them: by a hash of the source sentence, so that the same sentences are held out
-    /// however many are used, and all translations of a sentence are on the same side.
+    /// Reads or makes the pairs and splits them: by a hash of the source sentence, so that the same
+    /// sentences are held out however many are used, and all translations of a sentence are on the
+    /// same side.
     ///
     /// # Errors
     /// [`DataError`]
     pub fn open(source: &Source<'_>) -> Result<Self, DataError> {
         if source.files.is_empty() {
-            return Self::numbers(source.pairs.unwrap_or(NUMBER_PAIRS), source.held.unwrap_or(HELD));
+            return Self::numbers(
+                source.pairs.unwrap_or(NUMBER_PAIRS),
+                source.held.unwrap_or(HELD),
+            );
         }
         let names: Vec<_> = source.files.iter().map(|f| f.display().to_string()).collect();
         let (name, all) = (names.join(", "), read(source.files)?);
-        let few =
-            |what: &'static str, found: usize, expected| DataError::Few { name: name.clone(), found, what, expected };
+        let few = |what: &'static str, found: usize, expected| DataError::Few {
+            name: name.clone(),
+            found,
+            what,
+            expected,
+        };
         if all.len() < 2 {
             return Err(few("pair(s)", all.len(), 2));
         }
@@ -347,18 +376,25 @@ impl Dataset {
         } else {
             train = all;
             held = read(source.held_files)?;
-            let known: std::collections::HashSet<&str> = held.iter().map(|p| p.source.as_str()).collect();
+            let known: std::collections::HashSet<&str> =
+                held.iter().map(|p| p.source.as_str()).collect();
             train.retain(|p| !known.contains(p.source.as_str()));
             if let Some(n) = source.held {
-                let kept: std::collections::HashSet<String> =
-                    references(&held).iter().take(n).map(|(source, _)| (*source).to_string()).collect();
+                let kept: std::collections::HashSet<String> = references(&held)
+                    .iter()
+                    .take(n)
+                    .map(|(source, _)| (*source).to_string())
+                    .collect();
                 held.retain(|p| kept.contains(&p.source));
             }
         }
         if let Some(n) = source.pairs {
             // Those with the smallest hashes: a file may be sorted by length.
-            let mut keyed: Vec<_> =
-                train.iter().enumerate().map(|(i, p)| (xxh3_64(p.source.as_bytes()).rotate_left(32), i)).collect();
+            let mut keyed: Vec<_> = train
+                .iter()
+                .enumerate()
+                .map(|(i, p)| (xxh3_64(p.source.as_bytes()).rotate_left(32), i))
+                .collect();
             keyed.sort_unstable();
             let mut picked: Vec<_> = keyed.into_iter().take(n).map(|(_, i)| i).collect();
             picked.sort_unstable();
@@ -373,7 +409,9 @@ impl Dataset {
     fn numbers(pairs: usize, held: usize) -> Result<Self, DataError> {
         let name = "number words".to_string();
         let what = ["number(s) to learn from", "number(s) to hold out"];
-        for ((expected, found), what) in [pairs, held].into_iter().zip(numbers::available()).zip(what) {
+        for ((expected, found), what) in
+            [pairs, held].into_iter().zip(numbers::available()).zip(what)
+        {
             if expected > found {
                 return Err(DataError::Few { name, found, what, expected });
             }

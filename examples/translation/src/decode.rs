@@ -1,12 +1,15 @@
 //! Translating: greedy and beam search, one token at a time, with a cache of keys and values.
 //!
-//! Memory and keys and values of cross-attention are computed once a sentence; a block keeps keys and values of the tokens so
-//! far, so that a token costs the same wherever it is. The hypotheses of a sentence are rows one after the other.
+//! Memory and keys and values of cross-attention are computed once a sentence; a block keeps keys
+//! and values of the tokens so far, so that a token costs the same wherever it is. The hypotheses
+//! of a sentence are rows one after the other.
 
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::{Backend, Chunk};
 use bdia_core::error::{Error, Result, Site};
-use bdia_core::layers::{Cached, DecoderBlocks, EncoderOutput, LmHead, TokenEmbedding, TransformerBlocks};
+use bdia_core::layers::{
+    Cached, DecoderBlocks, EncoderOutput, LmHead, TokenEmbedding, TransformerBlocks,
+};
 use bdia_core::stack::{Call, Config as StackConfig, Context, Mode, Stack, Tail};
 use bdia_core::{Gamma, Grid, Real, Sign, Words};
 use bdia_train::search::{self, Length, Stop};
@@ -19,7 +22,8 @@ use crate::vocab::{BEGIN, END, PAD};
 pub struct Search {
     /// Hypotheses of a sentence; 1 takes the most probable token every time.
     pub beams: usize,
-    /// Exponent `α` of the length: hypotheses are compared by `log p / ((5 + length) / 6)^α` (Wu et al., 2016, equation 14).
+    /// Exponent `α` of the length: hypotheses are compared by `log p / ((5 + length) / 6)^α` (Wu et
+    /// al., 2016, equation 14).
     pub alpha: f64,
     /// Arithmetic of the residual stream.
     pub inference: Inference,
@@ -113,7 +117,9 @@ impl Translator {
             .max(LmHead::scratch(d.width, 1, rows));
         let logits = l.reals(Category::Head, product("logits", &[rows, d.vocab[1]])?);
         let ints = l.ints(Category::Workspace, product("activations", &[rows, d.width])?);
-        let mut take = |what, sizes: &[usize]| Ok::<_, Error>(l.reals(Category::Workspace, product(what, sizes)?));
+        let mut take = |what, sizes: &[usize]| {
+            Ok::<_, Error>(l.reals(Category::Workspace, product(what, sizes)?))
+        };
         let value = take("memory", &[n, source, d.width])?;
         let stats = take("statistics", &[n, source, 2])?;
         let decoder = Decoder {
@@ -139,10 +145,12 @@ impl Translator {
         Ok((decoder, layout))
     }
 
-    /// Translates sentences, at most `sizes.sentences` of them, none longer than `sizes.longest` with its end.
+    /// Translates sentences, at most `sizes.sentences` of them, none longer than `sizes.longest`
+    /// with its end.
     ///
     /// # Errors
-    /// [`Error::Shape`] for too many or too long ones; [`Error::Fault`] for values that are not finite.
+    /// [`Error::Shape`] for too many or too long ones; [`Error::Fault`] for values that are not
+    /// finite.
     pub fn translate<B: Backend>(
         &self,
         be: &mut B,
@@ -155,9 +163,10 @@ impl Translator {
         }
         be.clear_fault()?;
         let longest = sources.iter().map(|s| s.len() + 1).max().unwrap_or(1);
-        for (what, most, found) in
-            [("sentences", sizes.sentences, sources.len()), ("positions of a sentence", sizes.longest, longest)]
-        {
+        for (what, most, found) in [
+            ("sentences", sizes.sentences, sources.len()),
+            ("positions of a sentence", sizes.longest, longest),
+        ] {
             if found > most {
                 return Err(Error::Shape { what, expected: most, found });
             }
@@ -247,7 +256,16 @@ impl Translator {
         inference: Inference,
     ) -> Result<()> {
         let (rows, width) = (tokens.len(), self.setup.dims.width);
-        let at = |site| Chunk { seed: 0, step: 0, stack: 1, site, first: 0, samples: rows, global: 0, frame: 0 };
+        let at = |site| Chunk {
+            seed: 0,
+            step: 0,
+            stack: 1,
+            site,
+            first: 0,
+            samples: rows,
+            global: 0,
+            frame: 0,
+        };
         be.write_ints(d.target.tokens, tokens)?;
         let places = vec![position; rows];
         be.write_ints(d.lens, &vec![position as i32 + 1; rows])?;
@@ -271,7 +289,8 @@ impl Translator {
                 keep: false,
             };
             let keys = d.cache.len() / (self.setup.dims.layers[1] * rows * 2 * width);
-            let cached = Cached { of: self.of_block(d.cache, k), keys, positions: &places, lens: d.lens };
+            let cached =
+                Cached { of: self.of_block(d.cache, k), keys, positions: &places, lens: d.lens };
             d.blocks.next(be, &call, &cached, (self.of_block(d.cross, k), beams), d.h)?;
             match inference {
                 Inference::Float => be.add(d.x, d.h)?,

@@ -1,5 +1,6 @@
-//! `experiment`: the paper's comparison on translation, with BLEU. The files are those of [`bdia_train::study`], and one
-//! picture more: `regularizers-bleu.svg` beside `regularizers.svg`, which has the losses.
+//! `experiment`: the paper's comparison on translation, with BLEU. The files are those of
+//! [`bdia_train::study`], and one picture more: `regularizers-bleu.svg` beside `regularizers.svg`,
+//! which has the losses.
 
 use bdia_train::Failure;
 use bdia_train::cli::Mode;
@@ -9,21 +10,27 @@ use bdia_train::study::{self, Study, Table};
 use crate::cli::{ExperimentArgs, TrainArgs};
 use crate::train::{Metric, Summary, train};
 
-/// The standard transformer, with more dropout, on the grid without γ, and BDIA: loss and BLEU over epochs, for every seed.
+/// The standard transformer, with more dropout, on the grid without γ, and BDIA: loss and BLEU over
+/// epochs, for every seed.
 ///
 /// # Errors
 /// [`Failure`]; what is finished stays, and the same command goes on.
 pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
     study::begin(&args.dir, &args.train, &[])?;
-    let study: Study<'_, TrainArgs, Summary> = Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
+    let study: Study<'_, TrainArgs, Summary> =
+        Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
     let more = args.more_dropout;
     let mut cells = vec![
         study.cell("standard", 0.0, |a| a.mode.mode = Mode::Standard),
-        study.cell(format!("standard-dropout-{more}"), 1.0, |a| (a.mode.mode, a.dropout) = (Mode::Standard, more)),
+        study.cell(format!("standard-dropout-{more}"), 1.0, |a| {
+            (a.mode.mode, a.dropout) = (Mode::Standard, more)
+        }),
         study.cell("bdia", 2.0, |a| a.mode.mode = Mode::Bdia),
     ];
     if args.grid {
-        cells.push(study.cell("standard-grid", 3.0, |a| (a.mode.mode, a.mode.quantize) = (Mode::Standard, true)));
+        cells.push(study.cell("standard-grid", 3.0, |a| {
+            (a.mode.mode, a.mode.quantize) = (Mode::Standard, true)
+        }));
     }
     let results = study.results(&cells)?;
     let columns = [
@@ -63,7 +70,13 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
     table.push("us_per_token", speeds);
     table.csv(study.dir, "regularizers")?;
     let loss = study.curves(&cells, |m: &Metric| m.val_loss)?;
-    study.draw("regularizers", "Held-out loss in training", "optimizer step", "loss (nats a token)", &loss)?;
+    study.draw(
+        "regularizers",
+        "Held-out loss in training",
+        "optimizer step",
+        "loss (nats a token)",
+        &loss,
+    )?;
     let bleu = study.curves(&cells, |m: &Metric| m.bleu)?;
     study.draw("regularizers-bleu", "BLEU in training", "optimizer step", "BLEU, greedy", &bleu)?;
     report::tell!("tables and pictures: {}/regularizers*.csv, .svg", args.dir.display());

@@ -1,4 +1,5 @@
-//! Translation with exact reversible training: see `bdia-translate --help` and the README beside this.
+//! Translation with exact reversible training: see `bdia-translate --help` and the README beside
+//! this.
 
 use std::process::ExitCode;
 

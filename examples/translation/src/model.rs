@@ -1,8 +1,9 @@
-//! The encoder-decoder transformer (Vaswani et al., 2017; pre-norm, learned positions) assembled from the layers and the
-//! stack of `bdia-core`: where every buffer is, and one optimizer step.
+//! The encoder-decoder transformer (Vaswani et al., 2017; pre-norm, learned positions) assembled
+//! from the layers and the stack of `bdia-core`: where every buffer is, and one optimizer step.
 //!
 //! # One step, traced
-//! `n` samples; `S` source and `T` target positions, both with the mark of the end; width `d`; `K` and `L` blocks.
+//! `n` samples; `S` source and `T` target positions, both with the mark of the end; width `d`; `K`
+//! and `L` blocks.
 //!
 //! ```text
 //! encoder.embed, forward   X_0 … X_K on the grid, K−1 planes of side bits; X_K and X_{K−1} are kept
@@ -22,15 +23,17 @@
 //! | memory and its gradient | `2·n·S·d` reals |
 //! | `G` pair and workspace of one chunk | once: the decoder is over when the encoder's backward pass begins |
 //!
-//! Nothing grows with the number of blocks but side bits and checksums. Batches have other `n`, `S` and `T` from step to step:
-//! a [`Part`] lays the same arenas out for one [`Shape`], behind the parameters, and the plan covers the largest of them.
-//! Translating ([`crate::decode`]) uses the same memory.
+//! Nothing grows with the number of blocks but side bits and checksums. Batches have other `n`, `S`
+//! and `T` from step to step: a [`Part`] lays the same arenas out for one [`Shape`], behind the
+//! parameters, and the plan covers the largest of them. Translating ([`crate::decode`]) uses the
+//! same memory.
 
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::{Backend, Chunk, Gelu, Mask};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BlockShape, DecoderBlocks, EncoderOutput, LmHead, Params, Tensor, TokenEmbedding, TransformerBlocks, Updater, place,
+    BlockShape, DecoderBlocks, EncoderOutput, LmHead, Params, Tensor, TokenEmbedding,
+    TransformerBlocks, Updater, place,
 };
 use bdia_core::optim::{Rule, clip_scale};
 use bdia_core::rng::{Draw, Stream};
@@ -59,7 +62,8 @@ pub struct Dims {
     pub inner: usize,
     /// `ε` of the norms.
     pub eps: f64,
-    /// Dropout: of the embeddings, of attention probabilities, of the branches' outputs, inside the MLPs.
+    /// Dropout: of the embeddings, of attention probabilities, of the branches' outputs, inside the
+    /// MLPs.
     pub dropout: [f64; 4],
 }
 
@@ -174,8 +178,8 @@ pub struct Piece {
     pub transposed: Option<[usize; 2]>,
 }
 
-/// A parameter tensor by its name in files: those of `torch.nn.Transformer(norm_first=True, activation="gelu")` for blocks and
-/// norms. Its pieces lie there one after the other.
+/// A parameter tensor by its name in files: those of `torch.nn.Transformer(norm_first=True,
+/// activation="gelu")` for blocks and norms. Its pieces lie there one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Named {
     /// The name.
@@ -217,7 +221,8 @@ pub struct Translator {
 }
 
 impl Translator {
-    /// Lays a model out, with memory for batches of these shapes and for what `more` lays out besides them.
+    /// Lays a model out, with memory for batches of these shapes and for what `more` lays out
+    /// besides them.
     ///
     /// # Errors
     /// A typed error for dimensions or settings that do not fit together.
@@ -232,10 +237,18 @@ impl Translator {
             return Err(setting("longest sentence", d.longest as f64, "2 positions or more"));
         }
         if d.shared && d.vocab[0] != d.vocab[1] {
-            return Err(setting("vocabulary", d.vocab[1] as f64, "one for both languages, to share a table"));
+            return Err(setting(
+                "vocabulary",
+                d.vocab[1] as f64,
+                "one for both languages, to share a table",
+            ));
         }
         if d.vocab.iter().any(|&v| v <= END as usize) {
-            return Err(setting("vocabulary", d.vocab[0].min(d.vocab[1]) as f64, "4 entries or more"));
+            return Err(setting(
+                "vocabulary",
+                d.vocab[0].min(d.vocab[1]) as f64,
+                "4 entries or more",
+            ));
         }
         if !(0.0..1.0).contains(&d.dropout[0]) {
             return Err(setting("embedding dropout", d.dropout[0], "0 up to, not including, 1"));
@@ -256,16 +269,35 @@ impl Translator {
         };
         shape(Mask::Full).check()?;
         product("parameters", &[d.vocab[0].max(d.vocab[1]).max(d.longest), d.width])?;
-        let encoder = TransformerBlocks::layout(shape(Mask::Full), d.layers[0], setup.rule, setup.fused, l)?;
-        let decoder = DecoderBlocks::layout(shape(Mask::Causal), d.longest, d.layers[1], setup.rule, setup.fused, l)?;
+        let encoder =
+            TransformerBlocks::layout(shape(Mask::Full), d.layers[0], setup.rule, setup.fused, l)?;
+        let decoder = DecoderBlocks::layout(
+            shape(Mask::Causal),
+            d.longest,
+            d.layers[1],
+            setup.rule,
+            setup.fused,
+            l,
+        )?;
         let (end_tensors, len) = end_tensors(d);
         let ends = Params::layout(l, 1, len, ENDS, setup.rule, true)?;
         // The staging buffer on the host: the tokens of a batch.
-        let longest = shapes.iter().map(|s| s.samples.saturating_mul(s.source.max(s.target))).max().unwrap_or(0);
+        let longest = shapes
+            .iter()
+            .map(|s| s.samples.saturating_mul(s.source.max(s.target)))
+            .max()
+            .unwrap_or(0);
         l.outside(Category::Head, product("tokens", &[longest, size_of::<i32>()])?);
         l.outside(Category::Library, setup.library);
-        let model =
-            Self { setup: *setup, base: layout, encoder, decoder, ends, end_tensors, staging: Vec::with_capacity(0) };
+        let model = Self {
+            setup: *setup,
+            base: layout,
+            encoder,
+            decoder,
+            ends,
+            end_tensors,
+            staging: Vec::with_capacity(0),
+        };
         let mut all = more(&model)?;
         for shape in shapes {
             all.push(model.part::<B>(shape)?.1.checked()?);
@@ -320,12 +352,18 @@ impl Translator {
             )?,
         ];
         let workspace = Workspace::layout(&configs, l)?;
-        let mut stacks = [Stack::layout_in(configs[0], &workspace, l)?, Stack::layout_in(configs[1], &workspace, l)?];
+        let mut stacks = [
+            Stack::layout_in(configs[0], &workspace, l)?,
+            Stack::layout_in(configs[1], &workspace, l)?,
+        ];
         let lens = [0; 2].map(|_| l.ints(Category::Head, shape.samples));
-        (encoder.key_lens, decoder.own.key_lens, decoder.context_lens) = (lens[0], lens[1], lens[0]);
+        (encoder.key_lens, decoder.own.key_lens, decoder.context_lens) =
+            (lens[0], lens[1], lens[0]);
         let inputs = [self.embedding(0, shape, l), self.embedding(1, shape, l)];
         let rows = product("memory", &[shape.samples, shape.source])?;
-        let mut memory = |per: usize| Ok::<_, Error>(l.reals(Category::Activations, product("memory", &[rows, per])?));
+        let mut memory = |per: usize| {
+            Ok::<_, Error>(l.reals(Category::Activations, product("memory", &[rows, per])?))
+        };
         let context = Context { value: memory(d.width)?, grad: memory(d.width)? };
         let output = EncoderOutput { stats: memory(2)?, ..self.output(context) };
         stacks[1].context = Some(context);
@@ -336,7 +374,10 @@ impl Translator {
             losses: l.reals(Category::Head, targets),
             logits: l.reals(
                 Category::Head,
-                product("logits", &[s.head_rows.clamp(1, (chunk * shape.target).max(1)), d.vocab[1]])?,
+                product(
+                    "logits",
+                    &[s.head_rows.clamp(1, (chunk * shape.target).max(1)), d.vocab[1]],
+                )?,
             ),
             smoothing: s.smoothing,
             ..self.head()
@@ -408,9 +449,15 @@ impl Translator {
     /// All parameter tensors, in the order of the file.
     pub fn tensors(&self) -> Vec<Named> {
         let mut list: Vec<Named> = Vec::new();
-        let mut push = |prefix: &str, params: &Params, group: usize, tensors: &[Tensor], name_of: fn(&str) -> &str| {
+        let mut push = |prefix: &str,
+                        params: &Params,
+                        group: usize,
+                        tensors: &[Tensor],
+                        name_of: fn(&str) -> &str| {
             for t in tensors.iter().filter(|t| !t.is_empty()) {
-                let linear = t.matrix && !t.name.ends_with("positions") && !t.name.ends_with("embedding.weight");
+                let linear = t.matrix
+                    && !t.name.ends_with("positions")
+                    && !t.name.ends_with("embedding.weight");
                 let (rows, cols) = if linear { (t.cols, t.rows) } else { (t.rows, t.cols) };
                 let piece = Piece {
                     values: t.of(params.group(group)),
@@ -435,7 +482,13 @@ impl Translator {
         let same: fn(&str) -> &str = |name| name;
         push("", &self.ends, 0, &self.end_tensors[..4], same);
         for k in 0..self.setup.dims.layers[0] {
-            push(&format!("encoder.layers.{k}."), &self.encoder.params, k, self.encoder.tensors(), encoder_name);
+            push(
+                &format!("encoder.layers.{k}."),
+                &self.encoder.params,
+                k,
+                self.encoder.tensors(),
+                encoder_name,
+            );
         }
         push("", &self.ends, 0, &self.end_tensors[4..6], same);
         let own = self.decoder.own.tensors();
@@ -463,16 +516,17 @@ impl Translator {
         self.tensors().iter().flat_map(|t| &t.pieces).map(|p| p.values.len()).sum()
     }
 
-    /// Lengths of the groups of gradients that are on their way between ranks at the same time: the two of a decoder's block,
-    /// the first also for an encoder's, and for as much of the rest as is worth a message.
+    /// Lengths of the groups of gradients that are on their way between ranks at the same time: the
+    /// two of a decoder's block, the first also for an encoder's, and for as much of the rest as is
+    /// worth a message.
     pub fn exchanged(&self) -> [usize; 2] {
         let [own, cross] = [self.decoder.own.params.group_len(), self.decoder.cross.group_len()];
         let rest = self.ends.group_len().min(1 << 18);
         [own.max(self.encoder.params.group_len()).max(rest), cross]
     }
 
-    /// Linear layers: uniform in ±√(6 / (inputs + outputs)) (Glorot), each of q, k, v and so on for itself; tables and
-    /// positions: normal, σ = `d^-½`; biases 0, norms 1; optimizer state 0.
+    /// Linear layers: uniform in ±√(6 / (inputs + outputs)) (Glorot), each of q, k, v and so on for
+    /// itself; tables and positions: normal, σ = `d^-½`; biases 0, norms 1; optimizer state 0.
     ///
     /// # Errors
     /// Those of writing.
@@ -489,12 +543,19 @@ impl Translator {
             match p.transposed {
                 Some([rows, cols]) => {
                     // q, k and v are three layers side by side.
-                    let outputs = if cols.is_multiple_of(width) && t.name.contains("attn") { width } else { cols };
+                    let outputs = if cols.is_multiple_of(width) && t.name.contains("attn") {
+                        width
+                    } else {
+                        cols
+                    };
                     let bound = (6.0 / (rows + outputs) as f64).sqrt();
                     for row in 0..rows {
                         let s = stream(row);
                         row_of.clear();
-                        row_of.extend((0..cols as u32).map(|e| B::Real::of(bound * (2.0 * s.uniform(e) - 1.0))));
+                        row_of.extend(
+                            (0..cols as u32)
+                                .map(|e| B::Real::of(bound * (2.0 * s.uniform(e) - 1.0))),
+                        );
                         be.write_reals(p.values.sub(row * cols, cols), &row_of)?;
                     }
                 }
@@ -507,13 +568,17 @@ impl Translator {
                         be.write_reals(p.values.sub(row * width, width), &row_of)?;
                     }
                 }
-                None => be.fill_reals(p.values, B::Real::of(f64::from(u8::from(t.name.ends_with("weight")))))?,
+                None => be.fill_reals(
+                    p.values,
+                    B::Real::of(f64::from(u8::from(t.name.ends_with("weight")))),
+                )?,
             }
         }
         Ok(())
     }
 
-    /// Makes the staging buffer for batches of these shapes, so that a step allocates nothing that grows.
+    /// Makes the staging buffer for batches of these shapes, so that a step allocates nothing that
+    /// grows.
     pub fn prepare(&mut self, shapes: &[Shape]) {
         let most = shapes.iter().map(|s| s.samples * s.source.max(s.target)).max().unwrap_or(0);
         self.staging.reserve_exact(most);
@@ -521,15 +586,26 @@ impl Translator {
 
     /// The shape of a batch, with `chunk` samples at a time inside a block.
     pub fn shape_of(batch: &[&Tokens], chunk: usize) -> Shape {
-        let longest = |side: fn(&Tokens) -> usize| batch.iter().map(|t| side(t) + 1).max().unwrap_or(1);
-        Shape { samples: batch.len(), source: longest(|t| t.source.len()), target: longest(|t| t.target.len()), chunk }
+        let longest =
+            |side: fn(&Tokens) -> usize| batch.iter().map(|t| side(t) + 1).max().unwrap_or(1);
+        Shape {
+            samples: batch.len(),
+            source: longest(|t| t.source.len()),
+            target: longest(|t| t.target.len()),
+            chunk,
+        }
     }
 
-    /// Writes a batch: sources and their ends; targets behind a mark of the beginning, and before one of the end.
+    /// Writes a batch: sources and their ends; targets behind a mark of the beginning, and before
+    /// one of the end.
     fn put<B: Backend>(&mut self, be: &mut B, part: &Part, batch: &[&Tokens]) -> Result<usize> {
         let Shape { source, target, .. } = part.shape;
         let staging = &mut self.staging;
-        let mut write = |be: &mut B, to: Ints, width: usize, fill: i32, row: &dyn Fn(&Tokens, &mut Vec<i32>)| {
+        let mut write = |be: &mut B,
+                         to: Ints,
+                         width: usize,
+                         fill: i32,
+                         row: &dyn Fn(&Tokens, &mut Vec<i32>)| {
             staging.clear();
             for (i, t) in batch.iter().enumerate() {
                 row(t, staging);
@@ -554,12 +630,18 @@ impl Translator {
         Ok(batch.iter().map(|t| t.target.len() + 1).sum())
     }
 
-    /// One optimizer step on a batch, with `chunk` samples at a time inside a block. Of several ranks each computes its part
-    /// of the batch; the outcome is that of all.
+    /// One optimizer step on a batch, with `chunk` samples at a time inside a block. Of several
+    /// ranks each computes its part of the batch; the outcome is that of all.
     ///
     /// # Errors
     /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says.
-    pub fn train<B: Backend>(&mut self, be: &mut B, step: &Step, batch: &[&Tokens], chunk: usize) -> Result<Outcome> {
+    pub fn train<B: Backend>(
+        &mut self,
+        be: &mut B,
+        step: &Step,
+        batch: &[&Tokens],
+        chunk: usize,
+    ) -> Result<Outcome> {
         let (rank, ranks, n) = (be.rank(), be.ranks(), batch.len());
         let first = rank * n / ranks;
         let own = &batch[first..(rank + 1) * n / ranks];
@@ -587,7 +669,8 @@ impl Translator {
         self.train_samples(be, part, step, batch, (0, true))
     }
 
-    /// A step on this rank's samples: the index of the first in the whole batch, and whether they count.
+    /// A step on this rank's samples: the index of the first in the whole batch, and whether they
+    /// count.
     fn train_samples<B: Backend>(
         &mut self,
         be: &mut B,
@@ -596,17 +679,27 @@ impl Translator {
         batch: &[&Tokens],
         (first, counts): (usize, bool),
     ) -> Result<Outcome> {
-        let Some(rule) = self.setup.rule else { return Err(setting("optimizer", f64::NAN, "one, to train")) };
+        let Some(rule) = self.setup.rule else {
+            return Err(setting("optimizer", f64::NAN, "one, to train"));
+        };
         let fused = self.setup.fused;
         if fused && step.clip > 0.0 {
             return Err(setting("clip", step.clip, "0, or full gradient buffers (fused = false)"));
         }
         // A fault that an abandoned step left behind is not this one's.
         be.clear_fault()?;
-        let updater =
-            Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
+        let updater = Updater {
+            rule,
+            weight_decay: step.weight_decay,
+            lr: step.lr,
+            t: step.step + 1,
+            scale: 1.0,
+            fused,
+        };
         (part.encoder.updater, part.decoder.own.updater) = (updater, updater);
-        for params in [&self.encoder.params, &self.decoder.own.params, &self.decoder.cross, &self.ends] {
+        for params in
+            [&self.encoder.params, &self.decoder.own.params, &self.decoder.cross, &self.ends]
+        {
             params.zero_gradients(be)?;
         }
         let mut own = [self.put(be, part, batch)? as f64, 0.0, 0.0, 0.0];
@@ -637,8 +730,19 @@ impl Translator {
         let mismatches = encoder.mismatches(be)? + decoder.mismatches(be)?;
         let rebuild_error = encoder.rebuild_error().max(decoder.rebuild_error());
         let (loss, grad_norm) = self.update(be, part.head.losses, &updater, step.clip)?;
-        let mut outcome = Outcome { loss: 0.0, tokens: tokens as usize, grad_norm, mismatches: 0, rebuild_error: 0.0 };
-        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
+        let mut outcome = Outcome {
+            loss: 0.0,
+            tokens: tokens as usize,
+            grad_norm,
+            mismatches: 0,
+            rebuild_error: 0.0,
+        };
+        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[
+            loss,
+            mismatches,
+            error,
+            _,
+        ]| {
             outcome.loss += loss;
             outcome.mismatches += mismatches as u64;
             outcome.rebuild_error = outcome.rebuild_error.max(error);
@@ -647,25 +751,37 @@ impl Translator {
         Ok(outcome)
     }
 
-    /// Updates what the stacks left: the ends, and with full gradient buffers everything. The sum of the losses and the norm of
-    /// the gradients.
-    fn update<B: Backend>(&self, be: &mut B, losses: Reals, updater: &Updater, clip: f64) -> Result<(f64, f64)> {
+    /// Updates what the stacks left: the ends, and with full gradient buffers everything. The sum
+    /// of the losses and the norm of the gradients.
+    fn update<B: Backend>(
+        &self,
+        be: &mut B,
+        losses: Reals,
+        updater: &Updater,
+        clip: f64,
+    ) -> Result<(f64, f64)> {
         let groups: [(&Params, usize, &[Tensor]); 3] = [
             (&self.encoder.params, self.setup.dims.layers[0], self.encoder.tensors()),
             (&self.decoder.own.params, self.setup.dims.layers[1], self.decoder.own.tensors()),
             (&self.decoder.cross, self.setup.dims.layers[1], self.decoder.tensors()),
         ];
-        let all = || groups.into_iter().filter(|_| !updater.fused).flat_map(|(p, n, t)| (0..n).map(move |k| (p, k, t)));
+        let all = || {
+            groups
+                .into_iter()
+                .filter(|_| !updater.fused)
+                .flat_map(|(p, n, t)| (0..n).map(move |k| (p, k, t)))
+        };
         let [piece, _] = self.exchanged();
         self.ends.sum_over_ranks(be, piece)?;
         for (params, k, tensors) in all() {
             params.measure(be, Site::Block(k), k, tensors)?;
         }
         self.ends.measure(be, Site::Embedding, 0, &self.end_tensors)?;
-        // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
-        // the step is done.
+        // What was measured cannot go wrong in the update, so the host waits once: for the norm
+        // that clipping needs, or when the step is done.
         let early = if updater.fused { None } else { Some(self.result(be, losses)?) };
-        let updater = Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, clip)), ..*updater };
+        let updater =
+            Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, clip)), ..*updater };
         for (params, k, tensors) in all() {
             params.update(be, &updater, k, tensors)?;
         }
@@ -679,17 +795,21 @@ impl Translator {
             return Err(fault.into());
         }
         let mut squares = 0.0;
-        for params in [&self.encoder.params, &self.decoder.own.params, &self.decoder.cross, &self.ends] {
+        for params in
+            [&self.encoder.params, &self.decoder.own.params, &self.decoder.cross, &self.ends]
+        {
             squares += sum(be, params.norms)?;
         }
         Ok((sum(be, losses)?, squares.sqrt()))
     }
 
-    /// The sum of the losses of a batch, without smoothing, and the number of tokens that it is of. `each` sees the result of
-    /// every chunk: its first sample, and the head's input `[samples, T, d]`.
+    /// The sum of the losses of a batch, without smoothing, and the number of tokens that it is of.
+    /// `each` sees the result of every chunk: its first sample, and the head's input `[samples, T,
+    /// d]`.
     ///
     /// # Errors
-    /// [`Error::Fault`] for values that are not finite or tokens that do not exist; what `each` returns.
+    /// [`Error::Fault`] for values that are not finite or tokens that do not exist; what `each`
+    /// returns.
     pub fn evaluate<B: Backend>(
         &mut self,
         be: &mut B,
@@ -708,10 +828,24 @@ impl Translator {
             let [encoder, decoder] = &part.stacks;
             let x = infer(be, encoder, &mut part.encoder, &mut part.inputs[0], samples, inference)?;
             let context = part.output.context.value.sub(0, x.len());
-            part.output.normalize(be, x, context, part.output.stats.sub(0, 2 * x.len() / self.setup.dims.width))?;
+            part.output.normalize(
+                be,
+                x,
+                context,
+                part.output.stats.sub(0, 2 * x.len() / self.setup.dims.width),
+            )?;
             let x = infer(be, decoder, &mut part.decoder, &mut part.inputs[1], samples, inference)?;
             each(be, &part, first, x)?;
-            let chunk = Chunk { seed: 0, step: 0, stack: 1, site: Site::Head, first: 0, samples, global: 0, frame: 0 };
+            let chunk = Chunk {
+                seed: 0,
+                step: 0,
+                stack: 1,
+                site: Site::Head,
+                first: 0,
+                samples,
+                global: 0,
+                frame: 0,
+            };
             part.head.loss(be, &chunk, x, decoder.scratch())?;
             loss += sum(be, part.head.losses.sub(0, samples * part.shape.target))?;
         }

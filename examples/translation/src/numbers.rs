@@ -1,11 +1,13 @@
-//! Number words in English and French, 0 to 999,999: a task with one right answer, made by an exact grammar.
+//! Number words in English and French, 0 to 999,999: a task with one right answer, made by an exact
+//! grammar.
 //!
-//! English is written without "and" and with hyphens between tens and units ("three hundred forty-two"). French is in the
-//! orthography before 1990, with hyphens below one hundred only, and not around "et":
+//! English is written without "and" and with hyphens between tens and units ("three hundred
+//! forty-two"). French is in the orthography before 1990, with hyphens below one hundred only, and
+//! not around "et":
 //!
 //! * "vingt et un", "soixante et onze", but "quatre-vingt-un", "quatre-vingt-onze";
-//! * "quatre-vingts" and "deux cents" have their s where nothing follows, not before "mille", which is a numeral:
-//!   "quatre-vingt mille", "deux cent mille";
+//! * "quatre-vingts" and "deux cents" have their s where nothing follows, not before "mille", which
+//!   is a numeral: "quatre-vingt mille", "deux cent mille";
 //! * "mille" has neither a plural nor an "un" before it; "cent" has no "un" either.
 
 use bdia_core::rng::{Draw, Stream};
@@ -38,14 +40,23 @@ const ENGLISH: [&str; 20] = [
     "eighteen",
     "nineteen",
 ];
-const ENGLISH_TENS: [&str; 8] = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
+const ENGLISH_TENS: [&str; 8] =
+    ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
 const FRENCH: [&str; 20] = [
-    "zéro", "un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix", "onze", "douze", "treize",
-    "quatorze", "quinze", "seize", "dix-sept", "dix-huit", "dix-neuf",
+    "zéro", "un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix", "onze",
+    "douze", "treize", "quatorze", "quinze", "seize", "dix-sept", "dix-huit", "dix-neuf",
 ];
 /// Seventy and ninety count on from sixty and eighty.
-const FRENCH_TENS: [&str; 8] =
-    ["vingt", "trente", "quarante", "cinquante", "soixante", "soixante", "quatre-vingt", "quatre-vingt"];
+const FRENCH_TENS: [&str; 8] = [
+    "vingt",
+    "trente",
+    "quarante",
+    "cinquante",
+    "soixante",
+    "soixante",
+    "quatre-vingt",
+    "quatre-vingt",
+];
 
 /// The English words of a number below [`NUMBERS`].
 pub fn english(n: u32) -> String {
@@ -57,12 +68,16 @@ pub fn english(n: u32) -> String {
     let below_thousand = |n: u32| match (n / 100, n % 100) {
         (0, rest) => below_hundred(rest),
         (hundreds, 0) => format!("{} hundred", ENGLISH[hundreds as usize]),
-        (hundreds, rest) => format!("{} hundred {}", ENGLISH[hundreds as usize], below_hundred(rest)),
+        (hundreds, rest) => {
+            format!("{} hundred {}", ENGLISH[hundreds as usize], below_hundred(rest))
+        }
     };
     match (n / 1000 % 1000, n % 1000) {
         (0, rest) => below_thousand(rest),
         (thousands, 0) => format!("{} thousand", below_thousand(thousands)),
-        (thousands, rest) => format!("{} thousand {}", below_thousand(thousands), below_thousand(rest)),
+        (thousands, rest) => {
+            format!("{} thousand {}", below_thousand(thousands), below_thousand(rest))
+        }
     }
 }
 
@@ -74,7 +89,11 @@ pub fn french(n: u32) -> String {
         (1, rest) => format!("mille {}", french_below_thousand(rest, true)),
         (thousands, 0) => format!("{} mille", french_below_thousand(thousands, false)),
         (thousands, rest) => {
-            format!("{} mille {}", french_below_thousand(thousands, false), french_below_thousand(rest, true))
+            format!(
+                "{} mille {}",
+                french_below_thousand(thousands, false),
+                french_below_thousand(rest, true)
+            )
         }
     }
 }
@@ -109,8 +128,8 @@ fn french_below_hundred(n: u32, last: bool) -> String {
     }
 }
 
-/// Whether a number is one of those that are held out: an eighth, in no order. It depends on the number alone, so that no
-/// run learns from what another one is tested with.
+/// Whether a number is one of those that are held out: an eighth, in no order. It depends on the
+/// number alone, so that no run learns from what another one is tested with.
 fn held_out(n: u32) -> bool {
     xxh3_64(&n.to_le_bytes()).is_multiple_of(8)
 }
@@ -121,9 +140,9 @@ pub fn available() -> [usize; 2] {
     [NUMBERS as usize - held, held]
 }
 
-/// Pairs of different numbers to learn from, and pairs that are held out, as many as asked for (or as [`available`] says), in an
-/// order of a fixed seed: more pairs begin with the same ones. Half of them are drawn evenly, half evenly in the logarithm, so
-/// that short numbers are there too.
+/// Pairs of different numbers to learn from, and pairs that are held out, as many as asked for (or
+/// as [`available`] says), in an order of a fixed seed: more pairs begin with the same ones. Half
+/// of them are drawn evenly, half evenly in the logarithm, so that short numbers are there too.
 pub fn pairs(counts: [usize; 2]) -> [Vec<Pair>; 2] {
     let stream = Stream::new(0x6e75_6d62, 0, 0, 0, 0, Draw::Data);
     let mut seen = vec![false; NUMBERS as usize];
@@ -191,7 +210,10 @@ mod tests {
                 "neuf cent quatre-vingt-dix-neuf mille neuf cent quatre-vingt-dix-neuf",
             ),
         ] {
-            assert_eq!((english(n).as_str(), french(n).as_str()), (expected_english, expected_french));
+            assert_eq!(
+                (english(n).as_str(), french(n).as_str()),
+                (expected_english, expected_french)
+            );
         }
     }
 
@@ -207,7 +229,8 @@ mod tests {
     #[test]
     fn drawn_pairs_are_different_and_repeat() {
         let [all, held] = pairs([3000, 500]);
-        let different: std::collections::HashSet<_> = all.iter().chain(&held).map(|p| &p.source).collect();
+        let different: std::collections::HashSet<_> =
+            all.iter().chain(&held).map(|p| &p.source).collect();
         assert_eq!((all.len(), held.len(), different.len()), (3000, 500, 3500));
         assert_eq!([all.clone(), held.clone()], pairs([3000, 500]));
         // Other counts begin with the same ones.

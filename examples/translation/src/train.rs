@@ -35,7 +35,8 @@ use crate::data::Dataset;
 use crate::decode::{Search, Sizes};
 use crate::model::{Inference, Setup, Shape, Step, Tokens, Translator};
 use crate::translate::{
-    Encoded, Sentence, TOGETHER, dataset, digest, load_weights, loss, save_weights, score, translations,
+    Encoded, Sentence, TOGETHER, dataset, digest, load_weights, loss, save_weights, score,
+    translations,
 };
 use crate::vocab::{Vocabularies, Vocabulary};
 
@@ -135,7 +136,10 @@ impl Prepared {
     fn tell_too_long(&self) {
         let too_long = self.train.too_long + self.held.too_long;
         if too_long > 0 {
-            report::note!("{too_long} pairs of more than {} tokens are left out", self.config.positions);
+            report::note!(
+                "{too_long} pairs of more than {} tokens are left out",
+                self.config.positions
+            );
         }
     }
 }
@@ -151,7 +155,10 @@ fn prepare(args: &TrainArgs, vocabulary: Option<&Path>, ranks: usize) -> Result<
             let targets = || data.train.iter().map(|p| p.target.as_str());
             let size = args.vocab as usize;
             if shared {
-                Vocabularies { source: Vocabulary::train(sources().chain(targets()), size)?, separate: None }
+                Vocabularies {
+                    source: Vocabulary::train(sources().chain(targets()), size)?,
+                    separate: None,
+                }
             } else {
                 let separate = Some(Vocabulary::train(targets(), size)?);
                 Vocabularies { source: Vocabulary::train(sources(), size)?, separate }
@@ -236,8 +243,8 @@ struct Laid {
     layout: Layout,
 }
 
-/// Lays a model out within a budget, or with the choice of a saved run. Evaluations translate as many sentences at a time as
-/// fit into the memory that training takes.
+/// Lays a model out within a budget, or with the choice of a saved run. Evaluations translate as
+/// many sentences at a time as fit into the memory that training takes.
 fn lay_out(
     setup: &Setup,
     p: &Prepared,
@@ -249,13 +256,17 @@ fn lay_out(
     let samples = all.iter().map(|s| s.samples).max().unwrap_or(1);
     let sizes_of = |sentences| Sizes { sentences, beams, longest: setup.dims.longest };
     let make = |choice: Choice| {
-        // The choice counts samples of the longest sentences that are there; batches count those that there may be.
+        // The choice counts samples of the longest sentences that are there; batches count those
+        // that there may be.
         let chunk = (choice.chunk.saturating_mul(most) / setup.dims.longest).max(1);
         let setup = Setup { head_rows: choice.head_rows, ..*setup };
         let shapes = shapes(p, chunk).0;
         let sizes;
-        let fits = |training: &Layout, sentences: usize, one: &dyn Fn(&Sizes) -> bdia_core::Result<Layout>| {
-            let halves = core::iter::successors(Some(sentences), |n| (*n > 1).then(|| n.div_ceil(2)));
+        let fits = |training: &Layout,
+                    sentences: usize,
+                    one: &dyn Fn(&Sizes) -> bdia_core::Result<Layout>| {
+            let halves =
+                core::iter::successors(Some(sentences), |n| (*n > 1).then(|| n.div_ceil(2)));
             for n in halves {
                 if n == 1 || one(&sizes_of(n))?.total() <= training.total() {
                     return Ok::<_, bdia_core::Error>(sizes_of(n));
@@ -265,19 +276,24 @@ fn lay_out(
         };
         let (model, layout) = match kind {
             BackendKind::Reference => {
-                let (model, training) = Translator::layout::<Reference<'_, f32>>(&setup, &shapes, |_| Ok(Vec::new()))?;
+                let (model, training) =
+                    Translator::layout::<Reference<'_, f32>>(&setup, &shapes, |_| Ok(Vec::new()))?;
                 let one = |s: &Sizes| model.decoding_layout::<Reference<'_, f32>>(s);
                 sizes = fits(&training, TOGETHER, &one)?;
-                Translator::layout::<Reference<'_, f32>>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
+                Translator::layout::<Reference<'_, f32>>(&setup, &shapes, |_| {
+                    Ok(vec![one(&sizes)?])
+                })
             }
             BackendKind::Cuda => {
-                let (model, training) = Translator::layout::<Cuda>(&setup, &shapes, |_| Ok(Vec::new()))?;
+                let (model, training) =
+                    Translator::layout::<Cuda>(&setup, &shapes, |_| Ok(Vec::new()))?;
                 let one = |s: &Sizes| model.decoding_layout::<Cuda>(s);
                 sizes = fits(&training, TOGETHER, &one)?;
                 Translator::layout::<Cuda>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
             }
             BackendKind::Cpu => {
-                let (model, training) = Translator::layout::<Cpu>(&setup, &shapes, |_| Ok(Vec::new()))?;
+                let (model, training) =
+                    Translator::layout::<Cpu>(&setup, &shapes, |_| Ok(Vec::new()))?;
                 let one = |s: &Sizes| model.decoding_layout::<Cpu>(s);
                 sizes = fits(&training, TOGETHER, &one)?;
                 Translator::layout::<Cpu>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
@@ -318,7 +334,8 @@ fn other_plans(
             continue;
         }
         let grid = if mode == M::Bdia { Some(Grid::new(14)?) } else { None };
-        let other = Setup { mode, grid, gamma: Gamma::new(0.5, Sign::Random)?, verify: false, ..*setup };
+        let other =
+            Setup { mode, grid, gamma: Gamma::new(0.5, Sign::Random)?, verify: false, ..*setup };
         plans.push((name, lay_out(&other, p, (kind, 1), None, Some(choice))?.layout));
     }
     Ok(plans)
@@ -352,7 +369,10 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let fixed = match &from {
         Some((path, h)) => {
             if h.step > steps || h.chunk == 0 || h.head_rows == 0 {
-                let what = format!("step {} and chunks of {} sentences do not fit this run", h.step, h.chunk);
+                let what = format!(
+                    "step {} and chunks of {} sentences do not fit this run",
+                    h.step, h.chunk
+                );
                 return Err(Failure::Run { path: path.clone(), what });
             }
             (h.ranks == count).then_some(Choice { chunk: h.chunk, head_rows: h.head_rows })
@@ -365,7 +385,8 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
         joined.reserve(&laid.model.exchanged());
     }
     // The table is told by the first rank alone.
-    let others = if rank == 0 { other_plans(&setup, &prepared, kind, laid.choice)? } else { Vec::new() };
+    let others =
+        if rank == 0 { other_plans(&setup, &prepared, kind, laid.choice)? } else { Vec::new() };
     let mut summary = None;
     let layout = laid.layout.clone();
     let place = args.machine.clone();
@@ -388,7 +409,8 @@ impl Work for Run<'_> {
         // Files are the first rank's.
         let (first_rank, ranks) = (be.rank() == 0, be.ranks());
         if first_rank {
-            std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+            std::fs::create_dir_all(&out)
+                .map_err(|e| FileError::io(&out, "create the directory", e))?;
         }
         let identity = machine::identity(be, concat!("bdia-translate ", env!("CARGO_PKG_VERSION")));
         let digest = self.prepared.digest()?;
@@ -470,7 +492,8 @@ impl Work for Run<'_> {
                 clip: self.args.optim.clip,
             };
             let batch = &order[within as usize];
-            let pairs: Vec<&Tokens> = batch.members.iter().map(|&i| &self.prepared.train.tokens[i as usize]).collect();
+            let pairs: Vec<&Tokens> =
+                batch.members.iter().map(|&i| &self.prepared.train.tokens[i as usize]).collect();
             let chunk = chunk_of(self.laid.choice.chunk, longest, batch.longest);
             let others = Counting::current().saturating_sub(own);
             Counting::reset_peak();
@@ -512,11 +535,19 @@ impl Work for Run<'_> {
                         save_weights(&out.join("best.safetensors"), be, &self.laid.model)?;
                     }
                 }
-                let mut text = format!("epoch {epochs:>4}  loss {:.4}  held out: loss {loss:.4}", outcome.loss);
+                let mut text = format!(
+                    "epoch {epochs:>4}  loss {:.4}  held out: loss {loss:.4}",
+                    outcome.loss
+                );
                 if !some.is_empty() {
                     let s = score(&some, &self.translate(be, &some, 1)?);
                     (metric.bleu, metric.exact) = (Some(s.bleu), Some(s.exact));
-                    let _ = write!(text, ", BLEU {:.2}, exactly right {:.1} %", s.bleu, 100.0 * s.exact);
+                    let _ = write!(
+                        text,
+                        ", BLEU {:.2}, exactly right {:.1} %",
+                        s.bleu,
+                        100.0 * s.exact
+                    );
                 }
                 if std::io::stderr().is_terminal() {
                     bar.println(text);
@@ -528,15 +559,25 @@ impl Work for Run<'_> {
             if let Some(metrics) = &mut metrics {
                 metrics.push(&metric)?;
             }
-            let shown = validation.last().map_or(String::new(), |(_, v)| format!("held out {v:.3} "));
-            bar.set_message(format!("loss {:.3} {shown}{:.0} tokens/s", outcome.loss, tokens as f64 / seconds));
+            let shown =
+                validation.last().map_or(String::new(), |(_, v)| format!("held out {v:.3} "));
+            bar.set_message(format!(
+                "loss {:.3} {shown}{:.0} tokens/s",
+                outcome.loss,
+                tokens as f64 / seconds
+            ));
             bar.inc(1);
 
             let stop = ranks::any(be, run::interrupted())?;
             let every = self.args.checkpoint_interval as u32;
-            let save = done == steps || stop || (epoch_done && every > 0 && epochs.is_multiple_of(every));
+            let save =
+                done == steps || stop || (epoch_done && every > 0 && epochs.is_multiple_of(every));
             if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
-                ranks::same(be, &saved).map_err(|error| Failure::Step { step, error, kept: run::kept(&out) })?;
+                ranks::same(be, &saved).map_err(|error| Failure::Step {
+                    step,
+                    error,
+                    kept: run::kept(&out),
+                })?;
             }
             if let Some(metrics) = metrics.as_ref().filter(|_| save) {
                 let header = Header {
@@ -573,7 +614,11 @@ impl Work for Run<'_> {
         let all = self.prepared.held.sentences(usize::MAX);
         let found = self.translate(be, &all, self.args.beams as usize)?;
         write_lines(&out, "source", all.iter().map(|s| s.source.as_str()))?;
-        write_lines(&out, "reference", all.iter().filter_map(|s| s.references.first()).map(String::as_str))?;
+        write_lines(
+            &out,
+            "reference",
+            all.iter().filter_map(|s| s.references.first()).map(String::as_str),
+        )?;
         write_lines(&out, "translation", found.iter().map(String::as_str))?;
         let scores = score(&all, &found);
         let last: Vec<f64> = curve.iter().rev().take(per_epoch as usize).map(|m| m.loss).collect();
@@ -587,8 +632,10 @@ impl Work for Run<'_> {
             exact: scores.exact,
             sentences: all.len(),
             loss: last.iter().sum::<f64>() / last.len().max(1) as f64,
-            verify_mismatches: (self.args.verify && self.args.mode.mode == Mode::Bdia).then_some(mismatches),
-            rebuild_error: (self.args.verify && self.args.mode.mode == Mode::BdiaFloat).then_some(worst),
+            verify_mismatches: (self.args.verify && self.args.mode.mode == Mode::Bdia)
+                .then_some(mismatches),
+            rebuild_error: (self.args.verify && self.args.mode.mode == Mode::BdiaFloat)
+                .then_some(worst),
             tokens_per_s: if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
             pairs: self.prepared.train.tokens.len(),
             too_long: self.prepared.train.too_long + self.prepared.held.too_long,
@@ -609,7 +656,11 @@ impl Work for Run<'_> {
     }
 }
 
-fn write_lines<'a>(out: &Path, what: &str, lines: impl Iterator<Item = &'a str>) -> Result<(), Failure> {
+fn write_lines<'a>(
+    out: &Path,
+    what: &str,
+    lines: impl Iterator<Item = &'a str>,
+) -> Result<(), Failure> {
     let mut text = String::new();
     for line in lines {
         text += line;
@@ -621,30 +672,62 @@ fn write_lines<'a>(out: &Path, what: &str, lines: impl Iterator<Item = &'a str>)
 /// `loss.svg` and `bleu.svg`, over epochs.
 fn draw(out: &Path, curve: &[Metric], per_epoch: u32) -> Result<(), Failure> {
     let epoch = |m: &Metric| m.step as f64 / f64::from(per_epoch);
-    let points = |f: &dyn Fn(&Metric) -> Option<f64>| curve.iter().filter_map(|m| Some((epoch(m), f(m)?))).collect();
-    let train = Series { name: "training, smoothed", points: points(&|m| Some(m.loss)), ..Series::default() };
-    let held = Series { name: "held out", points: points(&|m| m.val_loss), marks: true, ..Series::default() };
-    let chart = Chart { title: "Training and held-out loss", x: "epoch", y: "loss (nats)", series: &[train, held] };
+    let points = |f: &dyn Fn(&Metric) -> Option<f64>| {
+        curve.iter().filter_map(|m| Some((epoch(m), f(m)?))).collect()
+    };
+    let train = Series {
+        name: "training, smoothed",
+        points: points(&|m| Some(m.loss)),
+        ..Series::default()
+    };
+    let held = Series {
+        name: "held out",
+        points: points(&|m| m.val_loss),
+        marks: true,
+        ..Series::default()
+    };
+    let chart = Chart {
+        title: "Training and held-out loss",
+        x: "epoch",
+        y: "loss (nats)",
+        series: &[train, held],
+    };
     report::svg(&out.join("loss.svg"), &chart)?;
-    let bleu = Series { name: "BLEU", points: points(&|m| m.bleu), marks: true, ..Series::default() };
+    let bleu =
+        Series { name: "BLEU", points: points(&|m| m.bleu), marks: true, ..Series::default() };
     let right = points(&|m| m.exact.map(|e| 100.0 * e));
-    let right = Series { name: "exactly right (%)", points: right, marks: true, ..Series::default() };
-    let chart = Chart { title: "Held-out translations", x: "epoch", y: "0 to 100", series: &[bleu, right] };
+    let right =
+        Series { name: "exactly right (%)", points: right, marks: true, ..Series::default() };
+    let chart =
+        Chart { title: "Held-out translations", x: "epoch", y: "0 to 100", series: &[bleu, right] };
     Ok(report::svg(&out.join("bleu.svg"), &chart)?)
 }
 
 impl Run<'_> {
     fn held_loss<B: Backend>(&mut self, be: &mut B) -> Result<f64, Failure> {
-        let (p, at_once) = (&self.prepared, (self.laid.choice.chunk, self.prepared.config.positions));
+        let (p, at_once) =
+            (&self.prepared, (self.laid.choice.chunk, self.prepared.config.positions));
         let (tokens, batches) = (&p.held.tokens, &p.held_batches);
         Ok(loss(be, &mut self.laid.model, tokens, batches, at_once, Inference::Float)?.0)
     }
 
-    fn translate<B: Backend>(&self, be: &mut B, of: &[Sentence], beams: usize) -> Result<Vec<String>, Failure> {
+    fn translate<B: Backend>(
+        &self,
+        be: &mut B,
+        of: &[Sentence],
+        beams: usize,
+    ) -> Result<Vec<String>, Failure> {
         let sources: Vec<_> = of.iter().map(|s| s.tokens.as_slice()).collect();
         let search = Search { beams, alpha: 0.6, inference: Inference::Float };
         let sizes = Sizes { beams, ..self.laid.sizes };
-        translations(be, &self.laid.model, self.prepared.vocabularies.target(), &sources, &sizes, &search)
+        translations(
+            be,
+            &self.laid.model,
+            self.prepared.vocabularies.target(),
+            &sources,
+            &sizes,
+            &search,
+        )
     }
 
     fn announce(&self, first: u32, steps: u32, identity: &str) {
@@ -655,7 +738,11 @@ impl Run<'_> {
             c.encoder_layers,
             c.decoder_layers,
             c.width,
-            if c.shared { c.vocab[0].to_string() } else { format!("{} and {}", c.vocab[0], c.vocab[1]) },
+            if c.shared {
+                c.vocab[0].to_string()
+            } else {
+                format!("{} and {}", c.vocab[0], c.vocab[1])
+            },
             name_of(&self.args.mode.mode),
             p.train.tokens.len(),
             p.held.tokens.len(),
@@ -678,7 +765,11 @@ impl Run<'_> {
     fn tell(&self, s: &Summary, all: &[Sentence], found: &[String]) {
         let mut text = String::new();
         for (sentence, translation) in all.iter().zip(found).take(3) {
-            let right = if sentence.references.contains(translation) { "right" } else { "not a known translation" };
+            let right = if sentence.references.contains(translation) {
+                "right"
+            } else {
+                "not a known translation"
+            };
             // Writing to a string does not fail.
             let _ = writeln!(text, "  {}\n    {translation}  ({right})", sentence.source);
         }
@@ -698,9 +789,10 @@ impl Run<'_> {
         if let Some(e) = s.rebuild_error {
             let _ = writeln!(text, "rebuilding without a grid: largest error {e:.3e}");
         }
-        let plans: Vec<_> = core::iter::once((name_of(&self.args.mode.mode), self.laid.layout.clone()))
-            .chain(self.others.clone())
-            .collect();
+        let plans: Vec<_> =
+            core::iter::once((name_of(&self.args.mode.mode), self.laid.layout.clone()))
+                .chain(self.others.clone())
+                .collect();
         let _ = writeln!(text, "\n{}", machine::memory_table(&plans, Some(s.peak_bytes as u64)));
         let _ = writeln!(
             text,
@@ -725,7 +817,9 @@ impl Run<'_> {
 /// [`Failure`]
 pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
     if args.resume.is_some() {
-        return Err(Failure::Other("plan lays out a new run; leave --resume out and give the run's flags".into()));
+        return Err(Failure::Other(
+            "plan lays out a new run; leave --resume out and give the run's flags".into(),
+        ));
     }
     let prepared = prepare(args, args.weights.as_deref(), 1)?;
     let setup = setup(args, &prepared.config)?;

@@ -37,7 +37,11 @@ impl Encoded {
     ///
     /// # Errors
     /// What the vocabulary reports.
-    pub fn new(pairs: &[Pair], vocabularies: &Vocabularies, longest: usize) -> Result<Self, Failure> {
+    pub fn new(
+        pairs: &[Pair],
+        vocabularies: &Vocabularies,
+        longest: usize,
+    ) -> Result<Self, Failure> {
         let mut out = Self::default();
         for p in pairs {
             let tokens = Tokens {
@@ -102,11 +106,17 @@ pub fn score(sentences: &[Sentence], translations: &[String]) -> Scores {
     let first = |s: &'_ Sentence| s.references.first().cloned().unwrap_or_default();
     let firsts: Vec<_> = sentences.iter().map(first).collect();
     let pairs = || translations.iter().map(String::as_str).zip(firsts.iter().map(String::as_str));
-    let exact = sentences.iter().zip(translations).filter(|(s, t)| s.references.contains(t)).count();
-    Scores { bleu: bleu(pairs()), chrf: chrf(pairs()), exact: exact as f64 / sentences.len().max(1) as f64 }
+    let exact =
+        sentences.iter().zip(translations).filter(|(s, t)| s.references.contains(t)).count();
+    Scores {
+        bleu: bleu(pairs()),
+        chrf: chrf(pairs()),
+        exact: exact as f64 / sentences.len().max(1) as f64,
+    }
 }
 
-/// Mean loss of the target's tokens, and their number. `chunk` samples of `longest` positions at a time.
+/// Mean loss of the target's tokens, and their number. `chunk` samples of `longest` positions at a
+/// time.
 ///
 /// # Errors
 /// [`Failure`]
@@ -129,7 +139,8 @@ pub fn loss<B: Backend>(
     Ok((sum / count.max(1) as f64, count))
 }
 
-/// Translations of sentences, in their order; those of about the same length are translated together.
+/// Translations of sentences, in their order; those of about the same length are translated
+/// together.
 ///
 /// # Errors
 /// [`Failure`]
@@ -157,7 +168,11 @@ pub fn translations<B: Backend>(
 ///
 /// # Errors
 /// Files that cannot be read, and every tensor that is missing, unexpected or of another shape.
-pub fn load_weights<B: Backend<Real = f32>>(path: &Path, be: &mut B, model: &Translator) -> Result<(), Failure> {
+pub fn load_weights<B: Backend<Real = f32>>(
+    path: &Path,
+    be: &mut B,
+    model: &Translator,
+) -> Result<(), Failure> {
     let weights = Weights::read_files(vec![path.to_path_buf()])?;
     let named = model.tensors();
     weights.check(&named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect::<Vec<_>>())?;
@@ -171,7 +186,8 @@ pub fn load_weights<B: Backend<Real = f32>>(path: &Path, be: &mut B, model: &Tra
             match p.transposed {
                 None => be.write_reals(p.values, piece)?,
                 Some([rows, cols]) => {
-                    let ours: Vec<f32> = (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect();
+                    let ours: Vec<f32> =
+                        (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect();
                     be.write_reals(p.values, &ours)?;
                 }
             }
@@ -184,7 +200,11 @@ pub fn load_weights<B: Backend<Real = f32>>(path: &Path, be: &mut B, model: &Tra
 ///
 /// # Errors
 /// A file that cannot be written; an existing one is untouched then.
-pub fn save_weights<B: Backend<Real = f32>>(path: &Path, be: &B, model: &Translator) -> Result<(), Failure> {
+pub fn save_weights<B: Backend<Real = f32>>(
+    path: &Path,
+    be: &B,
+    model: &Translator,
+) -> Result<(), Failure> {
     let named = model.tensors();
     let shapes: Vec<_> = named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
     weights::write::<Failure>(path, &shapes, |i, sink| {
@@ -248,25 +268,32 @@ impl Trained {
         Ok(Self { config, vocabularies, setup, search, sizes })
     }
 
-    /// Lays the model out for translating, and for losses of these batches: fewer sentences at a time where the budget, or what
-    /// the machine has, is less.
-    fn lay_out(&mut self, args: &SearchArgs, batches: Option<&Batches>) -> Result<(Translator, Layout), Failure> {
+    /// Lays the model out for translating, and for losses of these batches: fewer sentences at a
+    /// time where the budget, or what the machine has, is less.
+    fn lay_out(
+        &mut self,
+        args: &SearchArgs,
+        batches: Option<&Batches>,
+    ) -> Result<(Translator, Layout), Failure> {
         let kind = args.machine.backend;
         let available = (kind != BackendKind::Cuda).then(machine::available_memory).flatten();
         let budget = args.machine.memory.or(available);
         loop {
-            let shapes: Vec<_> = batches.iter().flat_map(|b| b.shapes(1, self.config.positions)).collect();
+            let shapes: Vec<_> =
+                batches.iter().flat_map(|b| b.shapes(1, self.config.positions)).collect();
             let (setup, sizes) = (&self.setup, &self.sizes);
             let made = match kind {
-                BackendKind::Reference => Translator::layout::<Reference<'_, f32>>(setup, &shapes, |m| {
-                    Ok(vec![m.decoding_layout::<Reference<'_, f32>>(sizes)?])
+                BackendKind::Reference => {
+                    Translator::layout::<Reference<'_, f32>>(setup, &shapes, |m| {
+                        Ok(vec![m.decoding_layout::<Reference<'_, f32>>(sizes)?])
+                    })
+                }
+                BackendKind::Cpu => Translator::layout::<Cpu>(setup, &shapes, |m| {
+                    Ok(vec![m.decoding_layout::<Cpu>(sizes)?])
                 }),
-                BackendKind::Cpu => {
-                    Translator::layout::<Cpu>(setup, &shapes, |m| Ok(vec![m.decoding_layout::<Cpu>(sizes)?]))
-                }
-                BackendKind::Cuda => {
-                    Translator::layout::<Cuda>(setup, &shapes, |m| Ok(vec![m.decoding_layout::<Cuda>(sizes)?]))
-                }
+                BackendKind::Cuda => Translator::layout::<Cuda>(setup, &shapes, |m| {
+                    Ok(vec![m.decoding_layout::<Cuda>(sizes)?])
+                }),
             }?;
             match budget {
                 Some(budget) if made.1.total() as u64 > budget && self.sizes.sentences > 1 => {
@@ -286,7 +313,8 @@ impl Trained {
     }
 }
 
-/// What a checkpoint notes of the data: a number that changes with the pairs and with the vocabulary.
+/// What a checkpoint notes of the data: a number that changes with the pairs and with the
+/// vocabulary.
 ///
 /// # Errors
 /// What the vocabulary reports.
@@ -311,11 +339,18 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             let Trained { vocabularies, search, sizes, config, .. } = &self.trained;
             load_weights(&Trained::file(&self.args.search), be, &self.model)?;
             let at_once = (1, config.positions);
-            let (loss, tokens) =
-                loss(be, &mut self.model, &self.encoded.tokens, &self.batches, at_once, search.inference)?;
+            let (loss, tokens) = loss(
+                be,
+                &mut self.model,
+                &self.encoded.tokens,
+                &self.batches,
+                at_once,
+                search.inference,
+            )?;
             let sentences = self.encoded.sentences(usize::MAX);
             let sources: Vec<_> = sentences.iter().map(|s| s.tokens.as_slice()).collect();
-            let found = translations(be, &self.model, vocabularies.target(), &sources, sizes, search)?;
+            let found =
+                translations(be, &self.model, vocabularies.target(), &sources, sizes, search)?;
             if let Some(path) = &self.args.output {
                 write_bytes(path, (found.join("\n") + "\n").as_bytes())?;
             }
@@ -345,7 +380,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         if let Ok((path, header, _)) = checkpoint::newest(dir)
             && header.data != digest(&data, &trained.vocabularies)?
         {
-            let what = "the pairs or the vocabulary have changed since; --data names pairs to evaluate";
+            let what =
+                "the pairs or the vocabulary have changed since; --data names pairs to evaluate";
             return Err(Failure::Run { path, what: what.into() });
         }
         data.held
@@ -358,9 +394,13 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         report::note!("{} pairs of more than {longest} tokens are left out", encoded.too_long);
     }
     if encoded.tokens.is_empty() {
-        return Err(Failure::Other(format!("{} pairs, and none that the model could translate", pairs.len())));
+        return Err(Failure::Other(format!(
+            "{} pairs, and none that the model could translate",
+            pairs.len()
+        )));
     }
-    let batches = Batches::new(&encoded.tokens, 1024.max(trained.config.positions), trained.config.positions);
+    let batches =
+        Batches::new(&encoded.tokens, 1024.max(trained.config.positions), trained.config.positions);
     let (model, layout) = trained.lay_out(&args.search, Some(&batches))?;
     let machine = &args.search.machine;
     let threads = trained.setup.threads;
@@ -381,7 +421,8 @@ pub fn dataset(args: &TrainArgs) -> Result<Dataset, Failure> {
     Ok(Dataset::open(&source)?)
 }
 
-/// `translate`: every line of standard input, to standard output. Lines that wait are translated together.
+/// `translate`: every line of standard input, to standard output. Lines that wait are translated
+/// together.
 ///
 /// # Errors
 /// [`Failure`]; what came before is printed.
@@ -427,21 +468,32 @@ pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
     }
     impl Lines<'_> {
         /// The next line's tokens, none where it is empty; nothing at the end.
-        fn line(&self, input: &mut impl BufRead, number: &mut usize) -> Result<Option<Vec<i32>>, Failure> {
+        fn line(
+            &self,
+            input: &mut impl BufRead,
+            number: &mut usize,
+        ) -> Result<Option<Vec<i32>>, Failure> {
             let mut bytes = Vec::new();
             let read = input.read_until(b'\n', &mut bytes);
             if read.map_err(|e| Failure::Other(format!("standard input: {e}")))? == 0 {
                 return Ok(None);
             }
             *number += 1;
-            let wrong = |what: String| Failure::Other(format!("standard input, line {number}: {what}"));
-            let text =
-                String::from_utf8(bytes).map_err(|_| wrong("not valid UTF-8; nothing after it is read".into()))?;
-            let tokens = self.trained.vocabularies.source.encode(text.trim_start_matches('\u{feff}').trim())?;
+            let wrong =
+                |what: String| Failure::Other(format!("standard input, line {number}: {what}"));
+            let text = String::from_utf8(bytes)
+                .map_err(|_| wrong("not valid UTF-8; nothing after it is read".into()))?;
+            let tokens = self
+                .trained
+                .vocabularies
+                .source
+                .encode(text.trim_start_matches('\u{feff}').trim())?;
             let longest = self.trained.sizes.longest;
             if tokens.len() >= longest {
                 let found = tokens.len();
-                return Err(wrong(format!("{found} tokens, expected less than {longest}; split the sentence")));
+                return Err(wrong(format!(
+                    "{found} tokens, expected less than {longest}; split the sentence"
+                )));
             }
             Ok(Some(tokens))
         }
@@ -449,8 +501,11 @@ pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
         /// The translations of some lines; empty ones stay empty.
         fn some<B: Backend>(&self, be: &mut B, lines: &[Vec<i32>]) -> Result<String, Failure> {
             let Trained { vocabularies, sizes, search, .. } = &self.trained;
-            let sources: Vec<_> = lines.iter().map(Vec::as_slice).filter(|l| !l.is_empty()).collect();
-            let mut found = translations(be, &self.model, vocabularies.target(), &sources, sizes, search)?.into_iter();
+            let sources: Vec<_> =
+                lines.iter().map(Vec::as_slice).filter(|l| !l.is_empty()).collect();
+            let mut found =
+                translations(be, &self.model, vocabularies.target(), &sources, sizes, search)?
+                    .into_iter();
             let mut out = String::new();
             for line in lines {
                 if !line.is_empty() {

@@ -1,8 +1,8 @@
-//! Subwords: a byte-level BPE vocabulary (Sennrich et al., 2016) trained on the pairs, in the format of Hugging Face's
-//! `tokenizers`.
+//! Subwords: a byte-level BPE vocabulary (Sennrich et al., 2016) trained on the pairs, in the
+//! format of Hugging Face's `tokenizers`.
 //!
-//! Byte level: every text has tokens, whatever its characters, and tokens give the text back. Entries 0 to 2 are padding,
-//! begin and end of a sentence.
+//! Byte level: every text has tokens, whatever its characters, and tokens give the text back.
+//! Entries 0 to 2 are padding, begin and end of a sentence.
 
 use std::path::{Path, PathBuf};
 
@@ -36,7 +36,10 @@ impl Vocabulary {
     ///
     /// # Errors
     /// What the library reports.
-    pub fn train<'a>(texts: impl Iterator<Item = &'a str> + Send, size: usize) -> Result<Self, Failure> {
+    pub fn train<'a>(
+        texts: impl Iterator<Item = &'a str> + Send,
+        size: usize,
+    ) -> Result<Self, Failure> {
         let mut tokenizer = Tokenizer::new(BPE::default());
         // A space before the first word, so that words are the same anywhere.
         let level = ByteLevel::new(true, true, true);
@@ -54,7 +57,8 @@ impl Vocabulary {
     }
 
     fn checked(mut tokenizer: Tokenizer) -> Result<Self, String> {
-        // What looks like a special entry in a text is text; a sentence is neither cut nor filled up.
+        // What looks like a special entry in a text is text; a sentence is neither cut nor filled
+        // up.
         tokenizer.set_encode_special_tokens(true);
         tokenizer.with_truncation(None).map_err(|e| e.to_string())?.with_padding(None);
         for (id, token) in SPECIAL.iter().enumerate() {
@@ -63,7 +67,9 @@ impl Vocabulary {
                 return Err(format!("entry {id} is expected to be {token}, which is {found:?}"));
             }
         }
-        let ModelWrapper::BPE(bpe) = tokenizer.get_model() else { return Err("expected a BPE model".into()) };
+        let ModelWrapper::BPE(bpe) = tokenizer.get_model() else {
+            return Err("expected a BPE model".into());
+        };
         if bpe.dropout.is_some() {
             return Err("the model drops merges at random; expected one without dropout".into());
         }
@@ -74,7 +80,10 @@ impl Vocabulary {
         }
         let entries = tokenizer.get_vocab(true);
         if let Some((token, id)) = entries.iter().find(|(_, id)| **id as usize >= entries.len()) {
-            return Err(format!("entry {token:?} has number {id}, but there are {} entries", entries.len()));
+            return Err(format!(
+                "entry {token:?} has number {id}, but there are {} entries",
+                entries.len()
+            ));
         }
         Ok(Self(tokenizer))
     }
@@ -86,7 +95,8 @@ impl Vocabulary {
     pub fn read(path: &Path) -> Result<Self, Failure> {
         let bytes = read_limited(path, 1 << 28)?;
         let wrong = |what: String| Failure::Run { path: path.into(), what };
-        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| wrong(format!("not a tokenizer: {e}")))?;
+        let tokenizer =
+            Tokenizer::from_bytes(bytes).map_err(|e| wrong(format!("not a tokenizer: {e}")))?;
         Self::checked(tokenizer).map_err(wrong)
     }
 
@@ -178,7 +188,9 @@ impl Vocabularies {
     pub fn digest(&self) -> Result<u64, Failure> {
         let mut hash = Xxh3::new();
         for v in core::iter::once(&self.source).chain(&self.separate) {
-            hash.update(v.0.to_string(false).map_err(|e| failed("cannot be written", &e))?.as_bytes());
+            hash.update(
+                v.0.to_string(false).map_err(|e| failed("cannot be written", &e))?.as_bytes(),
+            );
         }
         Ok(hash.digest())
     }
@@ -200,15 +212,26 @@ mod tests {
 
     #[test]
     fn training_repeats_and_text_comes_back() {
-        let texts =
-            ["vingt et un", "quatre-vingts", "deux cent un", "œuvre naïve", "twenty-one", "vingt-deux"].repeat(9);
+        let texts = [
+            "vingt et un",
+            "quatre-vingts",
+            "deux cent un",
+            "œuvre naïve",
+            "twenty-one",
+            "vingt-deux",
+        ]
+        .repeat(9);
         let a = Vocabulary::train(texts.iter().copied(), 400).unwrap();
         let b = Vocabulary::train(texts.iter().copied(), 400).unwrap();
         assert_eq!(a.0.to_string(false).unwrap(), b.0.to_string(false).unwrap());
         assert!(a.len() > 259 && a.len() <= 400);
-        for text in ["vingt et un", "quatre-vingts", "never seen — 字 🌍!", "a  b", "x </s> y"] {
+        for text in ["vingt et un", "quatre-vingts", "never seen — 字 🌍!", "a  b", "x </s> y"]
+        {
             let tokens = a.encode(text).unwrap();
-            assert!(tokens.iter().all(|&t| t > END && (t as usize) < a.len()), "{text}: {tokens:?}");
+            assert!(
+                tokens.iter().all(|&t| t > END && (t as usize) < a.len()),
+                "{text}: {tokens:?}"
+            );
             assert_eq!(a.decode(&tokens).unwrap(), text);
         }
         assert!(a.encode("vingt et un").unwrap().len() <= 4);

@@ -32,19 +32,29 @@ fn packed(bytes: &[u8]) -> Vec<u8> {
 fn tables_of_two_columns() {
     let dir = TempDir::new();
     let good = "\u{feff}English,French\nHi.,Salut !\n\"Well, no.\",\"Eh bien, \"\"non\"\".\"\n\"two\nlines\",deux\r\n";
-    let expected = pairs(&[("Hi.", "Salut !"), ("Well, no.", "Eh bien, \"non\"."), ("two lines", "deux")]);
+    let expected =
+        pairs(&[("Hi.", "Salut !"), ("Well, no.", "Eh bien, \"non\"."), ("two lines", "deux")]);
     assert_eq!(read(&[dir.file("a.csv", good.as_bytes())]).unwrap(), expected);
     assert_eq!(read(&[dir.file("a.csv.gz", &packed(good.as_bytes()))]).unwrap(), expected);
 
-    refused(&[dir.file("b.csv", b"English\nHi.\n")], &["b.csv", "line 1", "1 column(s)", "two columns with a header"]);
+    refused(
+        &[dir.file("b.csv", b"English\nHi.\n")],
+        &["b.csv", "line 1", "1 column(s)", "two columns with a header"],
+    );
     refused(&[dir.file("b.csv", b"E,F\na,b\nc\nd,e\n")], &["b.csv", "line 3", "1 column(s)"]);
     refused(&[dir.file("b.csv", b"E,F\na,b,c\n")], &["b.csv", "line 2", "3 column(s)"]);
-    let e = refused(&[dir.file("b.csv", b"E,F\na,b\nc,\n")], &["b.csv", "line 3", "target sentence is empty"]);
+    let e = refused(
+        &[dir.file("b.csv", b"E,F\na,b\nc,\n")],
+        &["b.csv", "line 3", "target sentence is empty"],
+    );
     assert!(matches!(e, DataError::Empty { line: 3, side: "target", .. }));
     // What the library would pass over.
     refused(&[dir.file("b.csv", b"E,F\na,b\n\nd,e\n")], &["line 3", "empty"]);
     refused(&[dir.file("b.csv", b"E,F\r\na,b\r\n\r\n")], &["line 3", "empty"]);
-    let e = refused(&[dir.file("b.csv", b"E,F\na,b\nc,\"d\ne,f\ng,h\n")], &["b.csv", "line 3", "never closed"]);
+    let e = refused(
+        &[dir.file("b.csv", b"E,F\na,b\nc,\"d\ne,f\ng,h\n")],
+        &["b.csv", "line 3", "never closed"],
+    );
     assert!(matches!(e, DataError::Csv { line: 3, .. }));
     let quotes = dir.file("q.csv", b"E,F\na \"b\",c\n\"\"\"d\"\"\",\"e\n\nf\"\n");
     assert_eq!(read(&[quotes]).unwrap(), pairs(&[("a \"b\"", "c"), ("\"d\"", "e f")]));
@@ -73,22 +83,35 @@ fn lines_with_tabs() {
 fn aligned_lines() {
     let dir = TempDir::new();
     let (en, fr) = (dir.file("a.en", b"one\ntwo\nthree\n"), dir.file("a.fr", b"un\ndeux\ntrois"));
-    assert_eq!(read(&[en.clone(), fr]).unwrap(), pairs(&[("one", "un"), ("two", "deux"), ("three", "trois")]));
+    assert_eq!(
+        read(&[en.clone(), fr]).unwrap(),
+        pairs(&[("one", "un"), ("two", "deux"), ("three", "trois")])
+    );
     let gz = dir.file("b.fr.gz", &packed(b"un\ndeux\ntrois\n"));
     assert_eq!(read(&[en.clone(), gz]).unwrap().len(), 3);
     let short = dir.file("c.fr", b"un\ndeux\n");
     let e = refused(&[en.clone(), short.clone()], &["c.fr", "line 3", "a.en goes on"]);
     assert!(matches!(e, DataError::Aligned { line: 3, .. }));
     refused(&[short, en.clone()], &["c.fr", "line 3", "a.en goes on"]);
-    refused(&[en.clone(), dir.file("d.fr", b"un\n\ntrois\n")], &["d.fr", "line 2", "target sentence is empty"]);
-    refused(&[dir.file("d.en", b"one\n  \nthree\n"), dir.file("e.fr", b"un\ndeux\ntrois\n")], &["d.en", "line 2"]);
+    refused(
+        &[en.clone(), dir.file("d.fr", b"un\n\ntrois\n")],
+        &["d.fr", "line 2", "target sentence is empty"],
+    );
+    refused(
+        &[dir.file("d.en", b"one\n  \nthree\n"), dir.file("e.fr", b"un\ndeux\ntrois\n")],
+        &["d.en", "line 2"],
+    );
     let mut damaged = packed(b"un\ndeux\ntrois\n");
     damaged.truncate(12);
     refused(&[en.clone(), dir.file("f.fr.gz", &damaged)], &["f.fr.gz", "gzip"]);
     refused(&[en, dir.path().join("absent")], &["absent"]);
 }
 
-fn open(files: &[PathBuf], pairs: Option<usize>, held: Option<usize>) -> Result<Dataset, DataError> {
+fn open(
+    files: &[PathBuf],
+    pairs: Option<usize>,
+    held: Option<usize>,
+) -> Result<Dataset, DataError> {
     Dataset::open(&Source { files, held_files: &[], pairs, held })
 }
 
@@ -107,20 +130,32 @@ fn no_source_sentence_is_on_both_sides() {
     // However many are used, the same are held out.
     let some = open(&files, Some(50), Some(10)).unwrap();
     assert_eq!((some.train.len(), &some.held), (50, &d.held));
-    assert!(some.digest() != d.digest() && d.digest() == open(&files, None, Some(10)).unwrap().digest());
+    assert!(
+        some.digest() != d.digest() && d.digest() == open(&files, None, Some(10)).unwrap().digest()
+    );
     // A twentieth, where nothing is said.
     assert_eq!(references(&open(&files, None, None).unwrap().held).len(), 5);
     let e = open(&files, None, Some(100)).unwrap_err().to_string();
     assert!(e.contains("100 different source sentence(s), expected 101"), "{e}");
-    assert!(open(&[dir.file("b.tsv", b"")], None, None).unwrap_err().to_string().contains("0 pair(s)"));
+    assert!(
+        open(&[dir.file("b.tsv", b"")], None, None).unwrap_err().to_string().contains("0 pair(s)")
+    );
 
     // Held-out files of their own: what they have is not learned from.
     let held_files = [dir.file("h.tsv", b"sentence 7\tautre\nnew\tnouveau\n")];
-    let d = Dataset::open(&Source { files: &files, held_files: &held_files, pairs: None, held: None }).unwrap();
+    let d =
+        Dataset::open(&Source { files: &files, held_files: &held_files, pairs: None, held: None })
+            .unwrap();
     assert_eq!((d.train.len(), d.held.len()), (297, 2));
     // So many source sentences of them, with all their translations.
     let held_files = [dir.file("i.tsv", b"new\tnouveau\nother\tautre\nnew\tneuf\n")];
-    let d = Dataset::open(&Source { files: &files, held_files: &held_files, pairs: None, held: Some(1) }).unwrap();
+    let d = Dataset::open(&Source {
+        files: &files,
+        held_files: &held_files,
+        pairs: None,
+        held: Some(1),
+    })
+    .unwrap();
     assert_eq!(d.held, pairs(&[("new", "nouveau"), ("new", "neuf")]));
 }
 

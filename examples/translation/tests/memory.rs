@@ -1,5 +1,5 @@
-//! The plan is the measured peak, and a step allocates nothing of its own. One test, because the allocator counts the
-//! whole process.
+//! The plan is the measured peak, and a step allocates nothing of its own. One test, because the
+//! allocator counts the whole process.
 #![allow(clippy::unwrap_used)]
 
 use bdia_core::optim::Rule;
@@ -50,8 +50,13 @@ fn pairs() -> Vec<Tokens> {
 fn plan_and_peak() {
     let pairs = pairs();
     let batches = Batches::new(&pairs, 60, 20);
-    let modes =
-        [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 2 }, Mode::Checkpoint { every: 1 }, Mode::BdiaFloat];
+    let modes = [
+        Mode::Bdia,
+        Mode::Standard,
+        Mode::Checkpoint { every: 2 },
+        Mode::Checkpoint { every: 1 },
+        Mode::BdiaFloat,
+    ];
     let step = |step| Step { step, seed: 1, lr: 1e-3, weight_decay: 0.1, clip: 0.0 };
     let order: Vec<(Vec<&Tokens>, usize)> = (batches.epoch(1, 0).into_iter())
         .map(|b| (b.members.iter().map(|&i| &pairs[i as usize]).collect(), b.longest))
@@ -69,24 +74,36 @@ fn plan_and_peak() {
             let mut be = Reference::new(&layout, &mut i, &mut r, &mut w).unwrap();
             model.initialize(&mut be, 1).unwrap();
             model.prepare(&shapes);
-            assert_eq!(Counting::current() - before, layout.total(), "{mode:?} {layers:?} {chunk} {fused}");
+            assert_eq!(
+                Counting::current() - before,
+                layout.total(),
+                "{mode:?} {layers:?} {chunk} {fused}"
+            );
             Counting::reset_peak();
             let count = Counting::count();
             for (n, (batch, longest)) in order.iter().enumerate() {
-                model.train(&mut be, &step(n as u32), batch, chunk_of(chunk, 20, *longest)).unwrap();
+                model
+                    .train(&mut be, &step(n as u32), batch, chunk_of(chunk, 20, *longest))
+                    .unwrap();
             }
             assert_eq!(Counting::count(), count, "no allocation within a step: {mode:?}");
-            assert_eq!(Counting::peak() - before, layout.total(), "{mode:?} {layers:?} {chunk} {fused}");
+            assert_eq!(
+                Counting::peak() - before,
+                layout.total(),
+                "{mode:?} {layers:?} {chunk} {fused}"
+            );
         }
     }
 
-    // The CPU backend: arenas as planned, and what its libraries take within their bound; translating takes no more.
+    // The CPU backend: arenas as planned, and what its libraries take within their bound;
+    // translating takes no more.
     for mode in modes {
         let s = Setup { library: Cpu::library_bytes(2), ..setup(mode, [3, 3], true, 64) };
         let shapes: Vec<Shape> = batches.shapes(2, 20).collect();
         let sizes = Sizes { sentences: 2, beams: 2, longest: 20 };
         let (mut model, layout) =
-            Translator::layout::<Cpu>(&s, &shapes, |m| Ok(vec![m.decoding_layout::<Cpu>(&sizes)?])).unwrap();
+            Translator::layout::<Cpu>(&s, &shapes, |m| Ok(vec![m.decoding_layout::<Cpu>(&sizes)?]))
+                .unwrap();
         let before = Counting::current();
         let mut be = Cpu::new(&layout, 2).unwrap();
         model.initialize(&mut be, 1).unwrap();
@@ -100,17 +117,27 @@ fn plan_and_peak() {
         assert_eq!(model.translate(&mut be, &some, &sizes, &search).unwrap().len(), 2);
         let own = layout.total() - layout.bytes(Category::Library);
         let peak = Counting::peak() - before;
-        // Threads and the tables of the pool are the operating system's and rayon's: some tens of kilobytes.
-        assert!((own..=layout.total() + 100_000).contains(&peak), "{mode:?}: peak {peak}, plan {}", layout.total());
+        // Threads and the tables of the pool are the operating system's and rayon's: some tens of
+        // kilobytes.
+        assert!(
+            (own..=layout.total() + 100_000).contains(&peak),
+            "{mode:?}: peak {peak}, plan {}",
+            layout.total()
+        );
     }
 
-    // Depth costs side bits: everything else is equal at 6 + 6 and 48 + 48 blocks, apart from what belongs to parameters.
+    // Depth costs side bits: everything else is equal at 6 + 6 and 48 + 48 blocks, apart from what
+    // belongs to parameters.
     let plan = |n| -> Layout {
         let shapes: Vec<Shape> = batches.shapes(1, 20).collect();
-        Translator::layout::<Cpu>(&setup(Mode::Bdia, [n, n], true, 8), &shapes, |_| Ok(Vec::new())).unwrap().1
+        Translator::layout::<Cpu>(&setup(Mode::Bdia, [n, n], true, 8), &shapes, |_| Ok(Vec::new()))
+            .unwrap()
+            .1
     };
     let (a, b) = (plan(6), plan(48));
-    for c in [Category::Activations, Category::ActivationGradients, Category::Workspace, Category::Head] {
+    for c in
+        [Category::Activations, Category::ActivationGradients, Category::Workspace, Category::Head]
+    {
         assert_eq!(a.bytes(c), b.bytes(c), "{c}");
     }
     assert!(b.bytes(Category::SideBits) > a.bytes(Category::SideBits));

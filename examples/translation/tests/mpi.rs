@@ -1,4 +1,5 @@
-//! The program under `mpirun`: 1, 2 and 4 ranks agree, and a run goes on with another number. Needs feature `mpi` and an MPI.
+//! The program under `mpirun`: 1, 2 and 4 ranks agree, and a run goes on with another number. Needs
+//! feature `mpi` and an MPI.
 #![cfg(feature = "mpi")]
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +14,12 @@ const SMALL: &str = "--pairs 200 --held 40 --vocab 300 --layers 2 --decoder-laye
 
 fn good(ranks: usize, out: &Path, arguments: &str) -> String {
     let mut c = mpirun(ranks);
-    let o = c.arg(env!("CARGO_BIN_EXE_bdia-translate")).args(arguments.split_whitespace()).arg(out).output().unwrap();
+    let o = c
+        .arg(env!("CARGO_BIN_EXE_bdia-translate"))
+        .args(arguments.split_whitespace())
+        .arg(out)
+        .output()
+        .unwrap();
     assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
     String::from_utf8(o.stdout).unwrap()
 }
@@ -21,13 +27,17 @@ fn good(ranks: usize, out: &Path, arguments: &str) -> String {
 #[test]
 fn ranks_agree_and_a_run_goes_on_with_others() {
     let dir = TempDir::new();
-    for (name, extra) in
-        [("fused", ""), ("clipped", "--clip 0.5"), ("separate", "--embeddings separate --mode standard")]
-    {
+    for (name, extra) in [
+        ("fused", ""),
+        ("clipped", "--clip 0.5"),
+        ("separate", "--embeddings separate --mode standard"),
+    ] {
         let at = |ranks: usize| dir.path().join(format!("{name}{ranks}"));
         let of = |ranks: usize| {
             let verify = if extra.contains("standard") { "" } else { "--verify" };
-            let flags = format!("train {SMALL} --epochs 2 --checkpoint-interval 1 {extra} {verify} --json --out");
+            let flags = format!(
+                "train {SMALL} --epochs 2 --checkpoint-interval 1 {extra} {verify} --json --out"
+            );
             let said = good(ranks, &at(ranks), &flags);
             assert!(json(&said)["verify_mismatches"].as_u64().is_none_or(|n| n == 0), "{said}");
             metrics(&at(ranks), "tokens_per_s")

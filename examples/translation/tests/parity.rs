@@ -1,4 +1,5 @@
-//! Logits, loss and every gradient against PyTorch's own `torch.nn.Transformer` (`torch/translation_f64.py`), in f64.
+//! Logits, loss and every gradient against PyTorch's own `torch.nn.Transformer`
+//! (`torch/translation_f64.py`), in f64.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
@@ -19,15 +20,22 @@ struct State {
 }
 
 fn state(name: &str) -> State {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(format!("{name}_f64.safetensors"));
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/data")
+        .join(format!("{name}_f64.safetensors"));
     let bytes = std::fs::read(path).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
     let reals = (SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter())
-        .map(|(name, t)| (name, t.data().chunks(8).map(|c| f64::from_le_bytes(c.try_into().unwrap())).collect()))
+        .map(|(name, t)| {
+            (name, t.data().chunks(8).map(|c| f64::from_le_bytes(c.try_into().unwrap())).collect())
+        })
         .collect();
     let meta = header.metadata().clone().unwrap();
     let rows = |key: &str| -> Vec<Vec<i32>> {
-        meta[key].split(';').map(|row| row.split(' ').map(|t| t.parse().unwrap()).collect()).collect()
+        meta[key]
+            .split(';')
+            .map(|row| row.split(' ').map(|t| t.parse().unwrap()).collect())
+            .collect()
     };
     let pairs = rows("sources").into_iter().zip(rows("targets"));
     let pairs = pairs.map(|(source, target)| Tokens { source, target }).collect();
@@ -56,7 +64,8 @@ impl State {
             mode,
             grid: (mode == Mode::Bdia).then(|| Grid::new(20).unwrap()),
             gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-            // The learning rate is 0, so that the parameters stay; gradients are kept in full buffers.
+            // The learning rate is 0, so that the parameters stay; gradients are kept in full
+            // buffers.
             rule: Some(Rule::Sgd { momentum: 0.0 }),
             fused: false,
             verify: true,
@@ -93,7 +102,9 @@ fn ours<'a>(pieces: &'a [Piece], file: &'a [f64]) -> impl Iterator<Item = (&'a P
         rest = after;
         match p.transposed {
             None => (p, piece.to_vec()),
-            Some([rows, cols]) => (p, (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect()),
+            Some([rows, cols]) => {
+                (p, (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect())
+            }
         }
     })
 }
@@ -103,7 +114,8 @@ fn write<B: Backend>(be: &mut B, model: &Translator, s: &State) {
         let file = &s.reals[&format!("param.{}", t.name)];
         assert_eq!(t.shape.iter().product::<usize>(), file.len(), "{}", t.name);
         for (p, values) in ours(&t.pieces, file) {
-            be.write_reals(p.values, &values.iter().map(|&x| B::Real::of(x)).collect::<Vec<_>>()).unwrap();
+            be.write_reals(p.values, &values.iter().map(|&x| B::Real::of(x)).collect::<Vec<_>>())
+                .unwrap();
             for state in p.state {
                 be.fill_reals(state, B::Real::of(0.0)).unwrap();
             }
@@ -125,9 +137,12 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
             let s = state(name);
             let batch = s.batch();
             let shape = Translator::shape_of(&batch, chunk);
-            let (mut model, layout) =
-                Translator::layout::<Reference<'_, f64>>(&s.setup(Mode::Standard), &[shape], |_| Ok(Vec::new()))
-                    .unwrap();
+            let (mut model, layout) = Translator::layout::<Reference<'_, f64>>(
+                &s.setup(Mode::Standard),
+                &[shape],
+                |_| Ok(Vec::new()),
+            )
+            .unwrap();
             let mut memory = Memory::<f64>::new(&layout);
             let mut be = memory.backend(&layout);
             let expected = s.reals.keys().filter(|n| n.starts_with("param.")).count();
@@ -144,10 +159,16 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
                         if position > batch[sample].target.len() {
                             continue;
                         }
-                        let logits = part.head.logits(be, x.sub(row * width, width), part.scratch())?;
+                        let logits =
+                            part.head.logits(be, x.sub(row * width, width), part.scratch())?;
                         let at = (sample * shape.target + position) * vocab;
-                        for (i, (&a, &b)) in be.reals(logits)?.iter().zip(&s.reals["logits"][at..]).enumerate() {
-                            assert!(close(a, b), "{name}: sample {sample}, position {position}, logit {i}: {a} {b}");
+                        for (i, (&a, &b)) in
+                            be.reals(logits)?.iter().zip(&s.reals["logits"][at..]).enumerate()
+                        {
+                            assert!(
+                                close(a, b),
+                                "{name}: sample {sample}, position {position}, logit {i}: {a} {b}"
+                            );
                             seen += 1;
                         }
                     }
@@ -157,7 +178,12 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
             assert_eq!(seen, vocab * batch.iter().map(|t| t.target.len() + 1).sum::<usize>());
 
             let outcome = model.train(&mut be, &STEP, &batch, chunk).unwrap();
-            assert!(close(outcome.loss, s.reals["loss"][0]), "{name}: {} {}", outcome.loss, s.reals["loss"][0]);
+            assert!(
+                close(outcome.loss, s.reals["loss"][0]),
+                "{name}: {} {}",
+                outcome.loss,
+                s.reals["loss"][0]
+            );
             for t in model.tensors() {
                 for (p, expected) in ours(&t.pieces, &s.reals[&format!("grad.{}", t.name)]) {
                     let found = be.reals(p.gradient).unwrap();
@@ -170,7 +196,8 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
     }
 }
 
-/// On the grid the same gradients come out up to its fineness, and every rebuilt activation of both stacks is exact.
+/// On the grid the same gradients come out up to its fineness, and every rebuilt activation of both
+/// stacks is exact.
 #[test]
 fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
     let s = state("shared");
@@ -179,14 +206,16 @@ fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
     for mode in [Mode::Bdia, Mode::BdiaFloat] {
         let shape = Translator::shape_of(&batch, 3);
         let (mut model, layout) =
-            Translator::layout::<Reference<'_, f64>>(&s.setup(mode), &[shape], |_| Ok(Vec::new())).unwrap();
+            Translator::layout::<Reference<'_, f64>>(&s.setup(mode), &[shape], |_| Ok(Vec::new()))
+                .unwrap();
         let mut memory = Memory::<f64>::new(&layout);
         let mut be = memory.backend(&layout);
         write(&mut be, &model, &s);
         let outcome = model.train(&mut be, &STEP, &batch, 3).unwrap();
         assert_eq!(outcome.mismatches, 0);
         let pieces: Vec<_> = model.tensors().into_iter().flat_map(|t| t.pieces).collect();
-        let grads: Vec<f64> = pieces.iter().flat_map(|p| be.reals(p.gradient).unwrap().to_vec()).collect();
+        let grads: Vec<f64> =
+            pieces.iter().flat_map(|p| be.reals(p.gradient).unwrap().to_vec()).collect();
         all.push((outcome.loss, grads));
     }
     // Rounding to 2^-20 at every block, with slopes of order one.
@@ -194,17 +223,19 @@ fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
     assert!(all[0].1.iter().zip(&all[1].1).all(|(x, y)| (x - y).abs() < 1e-4 * (1.0 + y.abs())));
 }
 
-/// The search with a cache finds what a search without one finds: every prefix through the whole decoder, again and again.
+/// The search with a cache finds what a search without one finds: every prefix through the whole
+/// decoder, again and again.
 #[test]
 fn the_cache_changes_no_translation() {
     let s = state("separate");
     let sizes = Sizes { sentences: 4, beams: 3, longest: s.size("longest") };
     let one = |t: &Tokens| Translator::shape_of(&[t], 1);
     let shapes = [one(&Tokens { source: vec![3; 6], target: vec![3; 6] })];
-    let (mut model, layout) = Translator::layout::<Reference<'_, f64>>(&s.setup(Mode::Standard), &shapes, |m| {
-        Ok(vec![m.decoding_layout::<Reference<'_, f64>>(&sizes)?])
-    })
-    .unwrap();
+    let (mut model, layout) =
+        Translator::layout::<Reference<'_, f64>>(&s.setup(Mode::Standard), &shapes, |m| {
+            Ok(vec![m.decoding_layout::<Reference<'_, f64>>(&sizes)?])
+        })
+        .unwrap();
     let mut memory = Memory::<f64>::new(&layout);
     let mut be = memory.backend(&layout);
     write(&mut be, &model, &s);
@@ -258,7 +289,8 @@ fn the_cache_changes_no_translation() {
                     break;
                 }
             }
-            let value = |h: &(Vec<i32>, f64)| h.1 / ((5.0 + h.0.len() as f64 + 1.0) / 6.0).powf(0.6);
+            let value =
+                |h: &(Vec<i32>, f64)| h.1 / ((5.0 + h.0.len() as f64 + 1.0) / 6.0).powf(0.6);
             let from = if done.is_empty() { live } else { done };
             let best = from.iter().max_by(|a, b| value(a).total_cmp(&value(b))).unwrap();
             expected.push(best.0.clone());
@@ -267,7 +299,9 @@ fn the_cache_changes_no_translation() {
     let mut found = Vec::new();
     for beams in [1, 3] {
         let search = Search { beams, alpha: 0.6, inference: Inference::Float };
-        found.extend(model.translate(&mut be, &sources, &Sizes { beams, ..sizes }, &search).unwrap());
+        found.extend(
+            model.translate(&mut be, &sources, &Sizes { beams, ..sizes }, &search).unwrap(),
+        );
     }
     assert_eq!(found, expected);
     // Too many, too long.

@@ -1,4 +1,5 @@
-//! Runs of the program itself: training, exact resuming, evaluation, translation, the experiment in small.
+//! Runs of the program itself: training, exact resuming, evaluation, translation, the experiment in
+//! small.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader, Write};
@@ -51,7 +52,10 @@ fn training_is_exact_and_resumes_exactly() {
     let flags = format!("train {SMALL} --epochs 4 --checkpoint-interval 1");
     let whole = json(&good(&a, &format!("{flags} --verify --json")));
     assert_eq!(whole["verify_mismatches"], 0);
-    assert!(whole["peak_bytes"].as_u64() <= whole["plan_bytes"].as_u64().map(|p| p + (1 << 16)), "{whole}");
+    assert!(
+        whole["peak_bytes"].as_u64() <= whole["plan_bytes"].as_u64().map(|p| p + (1 << 16)),
+        "{whole}"
+    );
     for file in [
         "config.json",
         "model.safetensors",
@@ -75,8 +79,14 @@ fn training_is_exact_and_resumes_exactly() {
     assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
     let told = String::from_utf8_lossy(&o.stderr).into_owned();
     assert!(told.contains(&format!("goes on after step {}", steps / 4 * 3)), "{told}");
-    for file in ["model.safetensors", "best.safetensors", "tokenizer.json", "held-out.translation.txt"] {
-        assert_eq!(std::fs::read(a.join(file)).unwrap(), std::fs::read(b.join(file)).unwrap(), "{file}");
+    for file in
+        ["model.safetensors", "best.safetensors", "tokenizer.json", "held-out.translation.txt"]
+    {
+        assert_eq!(
+            std::fs::read(a.join(file)).unwrap(),
+            std::fs::read(b.join(file)).unwrap(),
+            "{file}"
+        );
     }
     assert_eq!(metrics(&a, "tokens_per_s"), metrics(&b, "tokens_per_s"));
 
@@ -107,7 +117,8 @@ fn training_is_exact_and_resumes_exactly() {
     for what in ["bleu", "chrf", "exact"] {
         assert_eq!(float[what], whole[what], "{what}");
     }
-    let near = |a: &Value, b: &Value, by: f64| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < by;
+    let near =
+        |a: &Value, b: &Value, by: f64| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < by;
     // Chunks of another size, and rounding to 2^-14.
     assert!(near(&float["loss"], &whole["val_loss"], 1e-5));
     assert!(near(&evaluated("--inference quantized")["loss"], &whole["val_loss"], 1e-2));
@@ -127,12 +138,15 @@ fn training_is_exact_and_resumes_exactly() {
     let long = "one ".repeat(200);
     let (out, err, ok) = translated(&a, "", format!("one\n{long}\n").as_bytes());
     assert!(
-        !ok && out.lines().count() == 1 && err.contains("line 2") && err.contains("expected less than 48"),
+        !ok && out.lines().count() == 1
+            && err.contains("line 2")
+            && err.contains("expected less than 48"),
         "{err}"
     );
 }
 
-/// Every mode and option trains; storing and recomputing give the same bits, and so do more threads.
+/// Every mode and option trains; storing and recomputing give the same bits, and so do more
+/// threads.
 #[test]
 fn baselines() {
     let dir = TempDir::new();
@@ -170,7 +184,10 @@ fn baselines() {
     assert!((v["val_loss"].as_f64().unwrap() - f64::from_bits(losses[5])).abs() < 1e-3, "{v}");
     assert_eq!([losses[0]; 2], [losses[2], losses[3]]);
     let one = SMALL.replace("--threads 2", "--threads 1");
-    let v = json(&good(&dir.path().join("one"), &format!("train {one} --epochs 1 --mode standard --json")));
+    let v = json(&good(
+        &dir.path().join("one"),
+        &format!("train {one} --epochs 1 --mode standard --json"),
+    ));
     assert_eq!(v["val_loss"].as_f64().unwrap().to_bits(), losses[0]);
     assert!(dir.path().join("6/tokenizer.target.json").is_file());
     // From a run's weights and vocabulary: it begins where that ended.
@@ -191,7 +208,9 @@ fn the_experiment_in_small() {
     let dir = TempDir::new();
     let flags = format!("{SMALL} --epochs 2 --seeds 2 --grid");
     good(dir.path(), &format!("experiment {flags}"));
-    for file in ["regularizers.csv", "regularizers-runs.csv", "regularizers.svg", "regularizers-bleu.svg"] {
+    for file in
+        ["regularizers.csv", "regularizers-runs.csv", "regularizers.svg", "regularizers-bleu.svg"]
+    {
         assert!(dir.path().join(file).is_file(), "{file}");
     }
     let csv = std::fs::read_to_string(dir.path().join("regularizers-runs.csv")).unwrap();
@@ -216,7 +235,8 @@ fn answers_before_the_end(dir: &Path) {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let (mut to, mut from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+    let (mut to, mut from) =
+        (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
     for _ in 0..2 {
         to.write_all(b"twenty-one\n").unwrap();
         let mut answer = String::new();
@@ -230,18 +250,27 @@ fn answers_before_the_end(dir: &Path) {
 #[test]
 fn files_of_the_user_are_learned_from() {
     let dir = TempDir::new();
-    let rows: String = (0..120).map(|i| format!("\"I have {i} cats, {}.\",J'ai {i} chats.\n", i % 7)).collect();
+    let rows: String =
+        (0..120).map(|i| format!("\"I have {i} cats, {}.\",J'ai {i} chats.\n", i % 7)).collect();
     let file = dir.file("pairs.csv", format!("English,French\n{rows}").as_bytes());
     let long = "word ".repeat(80);
-    let held = dir.file("held.tsv", format!("I have 1 dog.\tJ'ai 1 chien.\n{long}\tmot\n").as_bytes());
+    let held =
+        dir.file("held.tsv", format!("I have 1 dog.\tJ'ai 1 chien.\n{long}\tmot\n").as_bytes());
     let small = SMALL.replace("--pairs 200 --held 40", "");
-    let flags = format!("train {small} --epochs 1 --data {} --held-out {} --json", file.display(), held.display());
+    let flags = format!(
+        "train {small} --epochs 1 --data {} --held-out {} --json",
+        file.display(),
+        held.display()
+    );
     let o = run(&dir.path().join("run"), &flags);
     let told = String::from_utf8_lossy(&o.stderr).into_owned();
     assert!(o.status.success(), "{told}");
     assert!(told.contains("1 pairs of more than 48 tokens are left out"), "{told}");
     let v = json(&String::from_utf8(o.stdout).unwrap());
-    assert_eq!((v["pairs"].as_u64(), v["sentences"].as_u64(), v["too_long"].as_u64()), (Some(120), Some(1), Some(1)));
+    assert_eq!(
+        (v["pairs"].as_u64(), v["sentences"].as_u64(), v["too_long"].as_u64()),
+        (Some(120), Some(1), Some(1))
+    );
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! What is done with arbitrary bytes, and what must then hold. Used by the fuzz targets, and by `tests/fuzz_seeds.rs`
-//! for the seeds and mutations of them.
+//! What is done with arbitrary bytes, and what must then hold. Used by the fuzz targets, and by
+//! `tests/fuzz_seeds.rs` for the seeds and mutations of them.
 #![allow(dead_code)]
 
 use std::path::Path;
@@ -16,11 +16,13 @@ pub fn idx(data: &[u8]) {
     }
 }
 
-/// A file of CIFAR's records, with one label byte and with two. Accepted: all bytes are images or labels.
+/// A file of CIFAR's records, with one label byte and with two. Accepted: all bytes are images or
+/// labels.
 pub fn cifar(data: &[u8]) {
     for (labels, classes) in [(1, 10), (2, 100)] {
         let mut images = Images { shape: [3, 32, 32], ..Images::default() };
-        if cifar_records(Path::new("data_batch_1.bin"), data, labels, classes, &mut images).is_ok() {
+        if cifar_records(Path::new("data_batch_1.bin"), data, labels, classes, &mut images).is_ok()
+        {
             assert_eq!(images.pixels.len() + labels * images.labels.len(), data.len());
             assert!(images.labels.iter().all(|&l| l < classes));
         }

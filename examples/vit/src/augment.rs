@@ -1,15 +1,18 @@
-//! What training changes of images: crop, flip, mixture. All of it follows from seed, step and the sample's place.
+//! What training changes of images: crop, flip, mixture. All of it follows from seed, step and the
+//! sample's place.
 
 use bdia_core::rng::{Draw, Stream};
 
 /// How images are changed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Augment {
-    /// Pixels that are added on every side, with value 0, before a window of the old size is cut out.
+    /// Pixels that are added on every side, with value 0, before a window of the old size is cut
+    /// out.
     pub padding: u32,
     /// Whether every second image is mirrored.
     pub flip: bool,
-    /// Mixup: `α` of the Beta distribution that the share of the first image is drawn from; 0 for none.
+    /// Mixup: `α` of the Beta distribution that the share of the first image is drawn from; 0 for
+    /// none.
     pub mixup: f64,
 }
 
@@ -30,7 +33,8 @@ impl Augment {
         Change { shift, flip: self.flip && s.word(2) & 1 == 1 }
     }
 
-    /// The share of the first image in all mixtures of a step: from `Beta(α, α)` by Jöhnk's method; 1 without mixup.
+    /// The share of the first image in all mixtures of a step: from `Beta(α, α)` by Jöhnk's method;
+    /// 1 without mixup.
     pub fn share(&self, seed: u64, step: u32) -> f64 {
         if self.mixup <= 0.0 {
             return 1.0;
@@ -54,7 +58,8 @@ pub fn apply(change: Change, [channels, h, w]: [usize; 3], image: &[f64], out: &
                 let across = if change.flip { w - 1 - col } else { col };
                 let y = row.checked_add_signed(change.shift[0] as isize).filter(|&y| y < h);
                 let x = across.checked_add_signed(change.shift[1] as isize).filter(|&x| x < w);
-                out[(c * h + row) * w + col] = y.zip(x).map_or(0.0, |(y, x)| image[(c * h + y) * w + x]);
+                out[(c * h + row) * w + col] =
+                    y.zip(x).map_or(0.0, |(y, x)| image[(c * h + y) * w + x]);
             }
         }
     }

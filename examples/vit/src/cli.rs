@@ -44,7 +44,8 @@ pub enum AugmentKind {
 /// Flags of `train`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct TrainArgs {
-    /// Directory of CIFAR-10 or CIFAR-100 (binary), IDX files (MNIST), or class folders [default: the UCI digits, which are built in]
+    /// Directory of CIFAR-10 or CIFAR-100 (binary), IDX files (MNIST), or class folders [default:
+    /// the UCI digits, which are built in]
     #[arg(long, value_name = "DIR", help_heading = "Data")]
     pub data: Option<PathBuf>,
     /// Train on so many images only, as many of each class
@@ -56,7 +57,8 @@ pub struct TrainArgs {
     /// Rows and columns that pictures of class folders are scaled to
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = count(4096), help_heading = "Data")]
     pub image_size: u64,
-    /// What training changes of images [default: none below 16 rows, else crop-flip for colour images, crop for others]
+    /// What training changes of images [default: none below 16 rows, else crop-flip for colour
+    /// images, crop for others]
     #[arg(long, help_heading = "Data")]
     pub augment: Option<AugmentKind>,
     /// Pixels of padding before a window is cut [default: 4, or 1 below 16 rows]
@@ -271,7 +273,12 @@ pub struct Cli {
 ///
 /// Without a subcommand it trains, and the flags of `train` apply.
 #[derive(Debug, Parser)]
-#[command(name = "bdia-vit", version, args_conflicts_with_subcommands = true, allow_negative_numbers = true)]
+#[command(
+    name = "bdia-vit",
+    version,
+    args_conflicts_with_subcommands = true,
+    allow_negative_numbers = true
+)]
 struct Raw {
     #[command(subcommand)]
     command: Option<Command>,
@@ -282,7 +289,9 @@ struct Raw {
 /// The defaults that differ from those of text: the paper's optimizer, no weight decay.
 fn defaults(command: clap::Command) -> clap::Command {
     let mut command = command;
-    for (flag, value) in [("optimizer", "set-adam"), ("lr", "0.002"), ("weight_decay", "0"), ("warmup", "50")] {
+    for (flag, value) in
+        [("optimizer", "set-adam"), ("lr", "0.002"), ("weight_decay", "0"), ("warmup", "50")]
+    {
         command = command.mut_arg(flag, |a| a.default_value(value));
     }
     command
@@ -342,10 +351,15 @@ mod tests {
     fn defaults_are_those_of_vision() {
         for arguments in ["", "train"] {
             let Command::Train(t) = read(arguments).unwrap() else { panic!("{arguments}") };
-            assert_eq!((t.optim.optimizer, t.optim.weight_decay, t.optim.eps()), (Optimizer::SetAdam, 0.0, 1e-18));
+            assert_eq!(
+                (t.optim.optimizer, t.optim.weight_decay, t.optim.eps()),
+                (Optimizer::SetAdam, 0.0, 1e-18)
+            );
             assert!(t.given.is_empty() && t.mode.mode == Mode::Bdia);
         }
-        let Command::Experiment(e) = read("experiment gamma --epochs 2 --seeds 1").unwrap() else { panic!() };
+        let Command::Experiment(e) = read("experiment gamma --epochs 2 --seeds 1").unwrap() else {
+            panic!()
+        };
         assert_eq!((e.name, e.train.epochs, e.train.optim.lr), (Experiment::Gamma, 2, 2e-3));
     }
 

@@ -56,7 +56,8 @@ pub struct VitConfig {
     pub bdia: Bdia,
 }
 
-/// Most blocks, heads, classes and so on: what fits the random numbers' counter, and more than anybody has.
+/// Most blocks, heads, classes and so on: what fits the random numbers' counter, and more than
+/// anybody has.
 const MOST: usize = 65_000;
 
 impl VitConfig {
@@ -92,19 +93,32 @@ impl VitConfig {
     /// [`Failure::Run`]
     pub fn from_json(path: &Path, text: &[u8]) -> Result<Self, Failure> {
         let wrong = |what: String| Failure::Run { path: path.into(), what };
-        let config: Self = serde_json::from_slice(text)
-            .map_err(|e| wrong(format!("not the config.json of a vision transformer of this program: {e}")))?;
-        let sizes = [config.patch, config.width, config.layers, config.heads, config.mlp, config.classes.len()];
+        let config: Self = serde_json::from_slice(text).map_err(|e| {
+            wrong(format!("not the config.json of a vision transformer of this program: {e}"))
+        })?;
+        let sizes = [
+            config.patch,
+            config.width,
+            config.layers,
+            config.heads,
+            config.mlp,
+            config.classes.len(),
+        ];
         if config.image.iter().chain(&sizes).any(|&n| n == 0 || n > MOST) {
             return Err(wrong(format!("a dimension is 0 or above {MOST}")));
         }
         let channels = config.image[0];
         let good = |v: &[f64]| v.len() == channels && v.iter().all(|x| x.is_finite());
         if !good(&config.mean) || !good(&config.std) || config.std.iter().any(|s| *s <= 0.0) {
-            return Err(wrong(format!("mean and std: expected {channels} finite numbers each, std above 0")));
+            return Err(wrong(format!(
+                "mean and std: expected {channels} finite numbers each, std above 0"
+            )));
         }
         if !(0.0..1.0).contains(&config.dropout) {
-            return Err(wrong(format!("dropout is {}, expected 0 up to, not including, 1", config.dropout)));
+            return Err(wrong(format!(
+                "dropout is {}, expected 0 up to, not including, 1",
+                config.dropout
+            )));
         }
         Ok(config)
     }

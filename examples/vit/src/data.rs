@@ -62,7 +62,8 @@ impl Images {
         out
     }
 
-    /// The first `n` images of an order in which classes take turns, so that a part has as much of each.
+    /// The first `n` images of an order in which classes take turns, so that a part has as much of
+    /// each.
     #[must_use]
     pub fn subset(&self, n: usize) -> Self {
         let mut turn = vec![0_usize; 1 << 16];
@@ -80,7 +81,8 @@ impl Images {
     /// Splits a fifth of each class off, by a fixed seed: (the rest, the fifth).
     fn split(&self) -> (Self, Self) {
         let s = Stream::new(0, 0, 0, 0, 0, Draw::Data);
-        let mut order: Vec<_> = (0..self.len()).map(|i| (self.labels[i], s.word(i as u32), i)).collect();
+        let mut order: Vec<_> =
+            (0..self.len()).map(|i| (self.labels[i], s.word(i as u32), i)).collect();
         order.sort_unstable();
         let (mut rest, mut fifth) = (Vec::new(), Vec::new());
         for class in order.chunk_by(|a, b| a.0 == b.0) {
@@ -190,7 +192,9 @@ impl Dataset {
     /// [`DataError::Format`] if the library has other data than it had.
     pub fn digits() -> Result<Self, DataError> {
         let all = smartcore::dataset::digits::load_dataset();
-        let wrong = || format(Path::new("smartcore's digits"), "not 1,797 images of 64 values from 0 to 16");
+        let wrong = || {
+            format(Path::new("smartcore's digits"), "not 1,797 images of 64 values from 0 to 16")
+        };
         let mut images = Images { shape: [1, 8, 8], ..Images::default() };
         if all.data.len() != 64 * all.target.len() || all.target.len() != 1797 {
             return Err(wrong());
@@ -199,13 +203,20 @@ impl Dataset {
             if !(0.0..10.0).contains(&label) || pixels.iter().any(|p| !(0.0..=16.0).contains(p)) {
                 return Err(wrong());
             }
-            images.push(&pixels.iter().map(|&p| (p * 15.0) as u8).collect::<Vec<_>>(), label as u16);
+            images
+                .push(&pixels.iter().map(|&p| (p * 15.0) as u8).collect::<Vec<_>>(), label as u16);
         }
         let (train, test) = images.split();
-        Ok(Self { name: "the UCI digits".into(), train, test, classes: (0..10).map(|c| c.to_string()).collect() })
+        Ok(Self {
+            name: "the UCI digits".into(),
+            train,
+            test,
+            classes: (0..10).map(|c| c.to_string()).collect(),
+        })
     }
 
-    /// Reads a directory, whatever of the kinds above it holds. Pictures are scaled to `side` rows and columns.
+    /// Reads a directory, whatever of the kinds above it holds. Pictures are scaled to `side` rows
+    /// and columns.
     ///
     /// # Errors
     /// [`DataError`]
@@ -218,22 +229,43 @@ impl Dataset {
         names.sort();
         let has = |n: &str| names.iter().any(|name| name == n);
         let mut data = if has("test_batch.bin") {
-            let batches = names.iter().filter(|n| n.starts_with("data_batch_") && n.ends_with(".bin"));
+            let batches =
+                names.iter().filter(|n| n.starts_with("data_batch_") && n.ends_with(".bin"));
             let train = cifar(&batches.map(|n| dir.join(n)).collect::<Vec<_>>(), 1, 10)?;
             let test = cifar(&[dir.join("test_batch.bin")], 1, 10)?;
-            Self { name: "CIFAR-10".into(), train, test, classes: class_names(&dir.join("batches.meta.txt"), 10) }
+            Self {
+                name: "CIFAR-10".into(),
+                train,
+                test,
+                classes: class_names(&dir.join("batches.meta.txt"), 10),
+            }
         } else if has("train.bin") && has("test.bin") {
             let train = cifar(&[dir.join("train.bin")], 2, 100)?;
             let test = cifar(&[dir.join("test.bin")], 2, 100)?;
-            Self { name: "CIFAR-100".into(), train, test, classes: class_names(&dir.join("fine_label_names.txt"), 100) }
-        } else if let Some(file) = names.iter().find(|n| n.starts_with("train-images") && n.contains("idx3")) {
+            Self {
+                name: "CIFAR-100".into(),
+                train,
+                test,
+                classes: class_names(&dir.join("fine_label_names.txt"), 100),
+            }
+        } else if let Some(file) =
+            names.iter().find(|n| n.starts_with("train-images") && n.contains("idx3"))
+        {
             let gz = if file.ends_with(".gz") { ".gz" } else { "" };
             let part = |p: &str| {
-                idx(&dir.join(format!("{p}-images-idx3-ubyte{gz}")), &dir.join(format!("{p}-labels-idx1-ubyte{gz}")))
+                idx(
+                    &dir.join(format!("{p}-images-idx3-ubyte{gz}")),
+                    &dir.join(format!("{p}-labels-idx1-ubyte{gz}")),
+                )
             };
             let (train, test) = (part("train")?, part("t10k")?);
             let most = train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0);
-            Self { name: "IDX".into(), train, test, classes: (0..=most).map(|c| c.to_string()).collect() }
+            Self {
+                name: "IDX".into(),
+                train,
+                test,
+                classes: (0..=most).map(|c| c.to_string()).collect(),
+            }
         } else {
             folders(dir, side)?
         };
@@ -245,7 +277,10 @@ impl Dataset {
         }
         if data.train.shape != data.test.shape {
             let (a, b) = (data.train.shape, data.test.shape);
-            return Err(format(dir, format!("training images are {a:?}, held-out ones {b:?}; expected one size")));
+            return Err(format(
+                dir,
+                format!("training images are {a:?}, held-out ones {b:?}; expected one size"),
+            ));
         }
         Ok(data)
     }
@@ -262,8 +297,12 @@ impl Dataset {
 }
 
 fn class_names(path: &Path, count: usize) -> Vec<String> {
-    let text = read_limited(path, 1 << 16).ok().and_then(|b| String::from_utf8(b).ok()).unwrap_or_default();
-    let names: Vec<String> = text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect();
+    let text = read_limited(path, 1 << 16)
+        .ok()
+        .and_then(|b| String::from_utf8(b).ok())
+        .unwrap_or_default();
+    let names: Vec<String> =
+        text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect();
     if names.len() == count { names } else { (0..count).map(|c| c.to_string()).collect() }
 }
 
@@ -275,8 +314,8 @@ fn cifar(paths: &[PathBuf], labels: usize, classes: u16) -> Result<Images, DataE
     Ok(images)
 }
 
-/// Appends the records of one of CIFAR's binary files: `labels` bytes, of which the last counts, and 3·32·32 pixels,
-/// channel by channel. The path is for errors.
+/// Appends the records of one of CIFAR's binary files: `labels` bytes, of which the last counts,
+/// and 3·32·32 pixels, channel by channel. The path is for errors.
 ///
 /// # Errors
 /// [`DataError::Size`], [`DataError::Label`]
@@ -308,11 +347,17 @@ fn idx_file(path: &Path, magic: u32, dims: usize) -> Result<(Vec<usize>, Vec<u8>
     idx_values(path, file, magic, dims)
 }
 
-/// Sizes and values of an IDX file, unpacked where its name ends in `.gz`; its header says how long the rest must be.
+/// Sizes and values of an IDX file, unpacked where its name ends in `.gz`; its header says how long
+/// the rest must be.
 ///
 /// # Errors
 /// [`DataError::Format`]
-pub fn idx_values(path: &Path, file: impl Read, magic: u32, dims: usize) -> Result<(Vec<usize>, Vec<u8>), DataError> {
+pub fn idx_values(
+    path: &Path,
+    file: impl Read,
+    magic: u32,
+    dims: usize,
+) -> Result<(Vec<usize>, Vec<u8>), DataError> {
     let (mut plain, mut packed);
     let reader: &mut dyn Read = if path.extension().is_some_and(|e| e == "gz") {
         packed = flate2::read::GzDecoder::new(file);
@@ -324,23 +369,32 @@ pub fn idx_values(path: &Path, file: impl Read, magic: u32, dims: usize) -> Resu
     let mut header = vec![0; 4 + 4 * dims];
     let cut = |e: std::io::Error| format(path, format!("it ends too early or is damaged: {e}"));
     reader.read_exact(&mut header).map_err(cut)?;
-    let words: Vec<u32> = header.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
+    let words: Vec<u32> =
+        header.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
     if words[0] != magic {
         return Err(format(
             path,
-            format!("it begins with {:#010x}, expected {magic:#010x} (unsigned bytes of IDX)", words[0]),
+            format!(
+                "it begins with {:#010x}, expected {magic:#010x} (unsigned bytes of IDX)",
+                words[0]
+            ),
         ));
     }
     let sizes: Vec<usize> = words[1..].iter().map(|&w| w as usize).collect();
     let len = sizes.iter().try_fold(1_u64, |n, &s| n.checked_mul(s as u64)).filter(|&n| n <= LIMIT);
-    let Some(len) = len else { return Err(format(path, format!("it claims {sizes:?} values, more than {LIMIT}"))) };
+    let Some(len) = len else {
+        return Err(format(path, format!("it claims {sizes:?} values, more than {LIMIT}")));
+    };
     // The claim is not trusted with memory: what is there is read, up to it and one more.
     let mut bytes = Vec::new();
     let mut rest: Take<_> = reader.take(len + 1);
     rest.read_to_end(&mut bytes).map_err(cut)?;
     if bytes.len() as u64 != len {
         let more = if bytes.len() as u64 > len { "more" } else { "only" };
-        return Err(format(path, format!("its header promises {len} values, found {more}: {}", bytes.len())));
+        return Err(format(
+            path,
+            format!("its header promises {len} values, found {more}: {}", bytes.len()),
+        ));
     }
     Ok((sizes, bytes))
 }
@@ -354,7 +408,11 @@ fn idx(images: &Path, labels: &Path) -> Result<Images, DataError> {
     if sizes[1] == 0 || sizes[2] == 0 {
         return Err(format(images, format!("images of {} × {} pixels", sizes[1], sizes[2])));
     }
-    Ok(Images { shape: [1, sizes[1], sizes[2]], pixels, labels: label.into_iter().map(u16::from).collect() })
+    Ok(Images {
+        shape: [1, sizes[1], sizes[2]],
+        pixels,
+        labels: label.into_iter().map(u16::from).collect(),
+    })
 }
 
 /// The entries of a directory in the order of their names.
@@ -363,7 +421,10 @@ fn entries(dir: &Path, folders: bool) -> Result<Vec<PathBuf>, DataError> {
         .map_err(|e| FileError::io(dir, "read the directory", e))?
         .flatten()
         .map(|e| e.path())
-        .filter(|p| p.is_dir() == folders && !p.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.')))
+        .filter(|p| {
+            p.is_dir() == folders
+                && !p.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'))
+        })
         .collect();
     all.sort();
     Ok(all)
@@ -394,7 +455,10 @@ fn folders(dir: &Path, side: usize) -> Result<Dataset, DataError> {
             let folder = dir.join(class);
             let files = entries(&folder, false)?;
             if files.is_empty() {
-                return Err(format(&folder, "the folder of a class is empty, expected PNG or JPEG files"));
+                return Err(format(
+                    &folder,
+                    "the folder of a class is empty, expected PNG or JPEG files",
+                ));
             }
             for file in files {
                 images.push(&picture(&file, side)?, label as u16);
@@ -407,7 +471,10 @@ fn folders(dir: &Path, side: usize) -> Result<Dataset, DataError> {
         Some(dir) => {
             for folder in entries(&dir, true)? {
                 if !classes.contains(&name_of(&folder)) {
-                    return Err(format(&folder, "there is no such class among the training folders"));
+                    return Err(format(
+                        &folder,
+                        "there is no such class among the training folders",
+                    ));
                 }
             }
             (all, read(&dir)?)
@@ -427,8 +494,9 @@ fn picture(path: &Path, side: usize) -> Result<Vec<u8>, DataError> {
 /// [`DataError::Format`], for one that claims to be huge too.
 pub fn decode(path: &Path, bytes: &[u8], side: usize) -> Result<Vec<u8>, DataError> {
     let wrong = |e: &dyn core::fmt::Display| format(path, format!("not a usable PNG or JPEG: {e}"));
-    let mut reader =
-        image::ImageReader::new(std::io::Cursor::new(bytes)).with_guessed_format().map_err(|e| wrong(&e))?;
+    let mut reader = image::ImageReader::new(std::io::Cursor::new(bytes))
+        .with_guessed_format()
+        .map_err(|e| wrong(&e))?;
     let mut limits = image::Limits::default();
     (limits.max_image_width, limits.max_image_height) = (Some(IMAGE_SIDE), Some(IMAGE_SIDE));
     limits.max_alloc = Some(IMAGE_BYTES);

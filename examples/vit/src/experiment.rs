@@ -23,8 +23,15 @@ fn bdia(study: &Study<'_>) -> Cell {
 
 /// What a run tells in every experiment.
 fn of_runs(cells: &[Cell], results: &[Vec<Summary>]) -> Table {
-    let columns =
-        ["accuracy", "best_accuracy", "val_loss", "train_loss", "activation_bytes", "plan_bytes", "peak_bytes"];
+    let columns = [
+        "accuracy",
+        "best_accuracy",
+        "val_loss",
+        "train_loss",
+        "activation_bytes",
+        "plan_bytes",
+        "peak_bytes",
+    ];
     Table::of_runs(&columns, cells, results, |s| {
         vec![
             s.accuracy,
@@ -93,10 +100,13 @@ fn gamma(study: &Study<'_>) -> Result<(), Failure> {
     let mut cells = Vec::new();
     for g in [0.0, 0.25, 0.5, 0.6] {
         cells.push(study.cell(format!("float-{g}"), g, |a| {
-            (a.mode.mode, a.mode.gamma, a.mode.gamma_sign) = (Mode::BdiaFloat, g, GammaSign::Random);
+            (a.mode.mode, a.mode.gamma, a.mode.gamma_sign) =
+                (Mode::BdiaFloat, g, GammaSign::Random);
         }));
     }
-    cells.push(study.cell("vit-grid", 0.0, |a| (a.mode.mode, a.mode.quantize) = (Mode::Standard, true)));
+    cells.push(
+        study.cell("vit-grid", 0.0, |a| (a.mode.mode, a.mode.quantize) = (Mode::Standard, true)),
+    );
     cells.push(study.cell("bdia-m2", 0.25, |a| a.mode.gamma = 0.25));
     cells.push(bdia(study));
     let results = study.results(&cells)?;
@@ -106,10 +116,17 @@ fn gamma(study: &Study<'_>) -> Result<(), Failure> {
         table.series("without a grid", 0, 100.0, |n| n.starts_with("float")),
         table.series("on the grid", 0, 100.0, |n| !n.starts_with("float")),
     ];
-    study.draw("gamma", "Magnitude of gamma in training", "|gamma|", "held-out accuracy (%)", &series)
+    study.draw(
+        "gamma",
+        "Magnitude of gamma in training",
+        "|gamma|",
+        "held-out accuracy (%)",
+        &series,
+    )
 }
 
-/// A constant γ at inference of networks trained without and with BDIA (the paper's figure on robustness).
+/// A constant γ at inference of networks trained without and with BDIA (the paper's figure on
+/// robustness).
 fn robustness(study: &Study<'_>) -> Result<(), Failure> {
     let gammas: Vec<f64> = (-5..=5).map(|i| f64::from(i) / 10.0).collect();
     let inferences = gammas
@@ -132,12 +149,21 @@ fn robustness(study: &Study<'_>) -> Result<(), Failure> {
     }
     table.csv(study.dir, "robustness")?;
     let series = cells.each_ref().map(|c| table.series(&c.name, 0, 100.0, |n| n == c.name));
-    study.draw("robustness", "A constant gamma at inference", "gamma", "held-out accuracy (%)", &series)
+    study.draw(
+        "robustness",
+        "A constant gamma at inference",
+        "gamma",
+        "held-out accuracy (%)",
+        &series,
+    )
 }
 
 /// What is lost by rebuilding, in the first steps of networks of every depth.
 fn reconstruction(study: &Study<'_>) -> Result<(), Failure> {
-    let mut table = Table { columns: vec!["largest_error", "log10_largest_error", "differing"], rows: Vec::new() };
+    let mut table = Table {
+        columns: vec!["largest_error", "log10_largest_error", "differing"],
+        rows: Vec::new(),
+    };
     let images = study.base.batch * 4;
     for layers in [2_u64, 4, 8, 16, 24] {
         let change = |a: &mut TrainArgs| {
@@ -157,7 +183,8 @@ fn reconstruction(study: &Study<'_>) -> Result<(), Failure> {
         ];
         for (cell, results) in cells.iter().zip(study.results(&cells)?) {
             let rows = results.iter().map(|s| {
-                let (error, differing) = (s.rebuild_error.unwrap_or(0.0), s.verify_mismatches.unwrap_or(0) as f64);
+                let (error, differing) =
+                    (s.rebuild_error.unwrap_or(0.0), s.verify_mismatches.unwrap_or(0) as f64);
                 vec![error, error.max(1e-12).log10(), differing]
             });
             table.rows.push((cell.name.clone(), cell.x, rows.collect()));
@@ -177,20 +204,29 @@ fn reconstruction(study: &Study<'_>) -> Result<(), Failure> {
 /// How fine the grid has to be, and how much room it leaves.
 fn precision(study: &Study<'_>) -> Result<(), Failure> {
     let all: Vec<u32> = (5..=18).collect();
-    let cells: Vec<_> =
-        all.iter().map(|&l| study.cell(format!("grid-{l}"), f64::from(l), |a| a.mode.frac_bits = l)).collect();
+    let cells: Vec<_> = all
+        .iter()
+        .map(|&l| study.cell(format!("grid-{l}"), f64::from(l), |a| a.mode.frac_bits = l))
+        .collect();
     let results = study.results(&cells)?;
     let mut table = of_runs(&cells, &results);
     table.columns.extend(["largest_activation", "margin_bits"]);
     for ((_, l, rows), cell) in table.rows.iter_mut().zip(&cells) {
         for (row, seed) in rows.iter_mut().zip(1..) {
-            let largest = train::largest_activation(&study.run_dir(&cell.name, seed), &study.base.machine)?;
+            let largest =
+                train::largest_activation(&study.run_dir(&cell.name, seed), &study.base.machine)?;
             row.extend([largest, 30.0 - *l - largest.log2()]);
         }
     }
     table.csv(study.dir, "precision")?;
     let series = [table.series("bdia", 0, 100.0, |_| true)];
-    study.draw("precision", "Fineness of the grid", "l (the grid is 2^-l)", "held-out accuracy (%)", &series)
+    study.draw(
+        "precision",
+        "Fineness of the grid",
+        "l (the grid is 2^-l)",
+        "held-out accuracy (%)",
+        &series,
+    )
 }
 
 /// The same weights in float and on grids.
@@ -199,13 +235,15 @@ fn inference(study: &Study<'_>) -> Result<(), Failure> {
     let grids = [5, 6, 7, 8, 9, 10, 12, 14];
     let cells = [standard(study), bdia(study)];
     study.results(&cells)?;
-    let mut table = Table { columns: vec!["accuracy", "val_loss", "accuracy_change"], rows: Vec::new() };
+    let mut table =
+        Table { columns: vec!["accuracy", "val_loss", "accuracy_change"], rows: Vec::new() };
     for cell in &cells {
         let mut rows = vec![Vec::new(); grids.len() + 1];
         for seed in 1..=study.seeds {
             let dir = study.run_dir(&cell.name, seed);
             let one = |inference, l| {
-                let all = train::evaluation(&dir, None, false, &[inference], &study.base.machine, l)?;
+                let all =
+                    train::evaluation(&dir, None, false, &[inference], &study.base.machine, l)?;
                 all.into_iter().next().ok_or_else(|| Failure::Other("no evaluation".into()))
             };
             let float = one(Inference::Float(zero), None)?;
@@ -216,7 +254,12 @@ fn inference(study: &Study<'_>) -> Result<(), Failure> {
             }
         }
         let mut rows = rows.into_iter();
-        table.rows.extend(grids.iter().zip(&mut rows).map(|(&l, r)| (format!("{}-grid", cell.name), f64::from(l), r)));
+        table.rows.extend(
+            grids
+                .iter()
+                .zip(&mut rows)
+                .map(|(&l, r)| (format!("{}-grid", cell.name), f64::from(l), r)),
+        );
         table.rows.extend(rows.map(|r| (format!("{}-float", cell.name), 24.0, r)));
     }
     table.csv(study.dir, "inference")?;
@@ -246,5 +289,11 @@ fn regularizers(study: &Study<'_>) -> Result<(), Failure> {
     let results = study.results(&cells)?;
     of_runs(&cells, &results).csv(study.dir, "regularizers")?;
     let y = "held-out accuracy (%)";
-    study.draw("regularizers", "BDIA beside other regularizers", "optimizer step", y, &curves(study, &cells)?)
+    study.draw(
+        "regularizers",
+        "BDIA beside other regularizers",
+        "optimizer step",
+        y,
+        &curves(study, &cells)?,
+    )
 }

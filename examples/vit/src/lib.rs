@@ -1,8 +1,9 @@
-//! Vision transformers trained with exact reversible backpropagation: the parts of the program `bdia-vit`.
+//! Vision transformers trained with exact reversible backpropagation: the parts of the program
+//! `bdia-vit`.
 //!
-//! In the order in which data flows: [`cli`] → [`data`] and [`augment`] (images and how training changes them) →
-//! [`config`] (architecture) → [`model`] (one optimizer step, over the reversible stack or [`revvit`]) → [`train`] (the
-//! run) → [`experiment`] (many runs, and what they show).
+//! In the order in which data flows: [`cli`] → [`data`] and [`augment`] (images and how training
+//! changes them) → [`config`] (architecture) → [`model`] (one optimizer step, over the reversible
+//! stack or [`revvit`]) → [`train`] (the run) → [`experiment`] (many runs, and what they show).
 
 pub mod augment;
 pub mod cli;

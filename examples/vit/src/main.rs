@@ -1,4 +1,5 @@
-//! Vision transformers trained with exact reversible backpropagation: see `bdia-vit --help` and the README beside this.
+//! Vision transformers trained with exact reversible backpropagation: see `bdia-vit --help` and the
+//! README beside this.
 
 use std::process::ExitCode;
 

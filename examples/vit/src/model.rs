@@ -1,11 +1,12 @@
-//! A vision transformer assembled from the layers and the stack of `bdia-core`: where every buffer is, and one optimizer
-//! step.
+//! A vision transformer assembled from the layers and the stack of `bdia-core`: where every buffer
+//! is, and one optimizer step.
 
 use bdia_core::arena::{Category, Layout, Reals, product};
 use bdia_core::backend::{Backend, Chunk, Gelu, Mask, Order, Product};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BlockShape, ClassHead, Mixup, Params, PatchEmbedding, Patches, Tensor, TransformerBlocks, Updater, place,
+    BlockShape, ClassHead, Mixup, Params, PatchEmbedding, Patches, Tensor, TransformerBlocks,
+    Updater, place,
 };
 use bdia_core::optim::{Rule, clip_scale};
 use bdia_core::rng::{Draw, Stream};
@@ -32,9 +33,11 @@ pub struct Dims {
     pub inner: usize,
     /// `ε` of the norms.
     pub eps: f64,
-    /// Locality self-attention: the diagonal is masked, the temperature learned, q, k and v have no bias.
+    /// Locality self-attention: the diagonal is masked, the temperature learned, q, k and v have no
+    /// bias.
     pub locality: bool,
-    /// Dropout: of the embedding, of attention probabilities, of the branches' outputs, inside the MLP.
+    /// Dropout: of the embedding, of attention probabilities, of the branches' outputs, inside the
+    /// MLP.
     pub dropout: [f64; 4],
     /// The two-stream reversible network in place of the ordinary one.
     pub two_streams: bool,
@@ -61,8 +64,8 @@ pub struct Setup {
     pub fused: bool,
     /// Keep originals and count differences.
     pub verify: bool,
-    /// Stochastic depth (Huang et al., 2016): probability of dropping the last block's residual; those below it have less,
-    /// in proportion.
+    /// Stochastic depth (Huang et al., 2016): probability of dropping the last block's residual;
+    /// those below it have less, in proportion.
     pub drop_path: f64,
     /// Label smoothing.
     pub smoothing: f64,
@@ -184,7 +187,9 @@ impl Vit {
         if d.classes == 0 {
             return Err(setting("classes", 0.0, "1 or more"));
         }
-        for (what, p) in [("embedding dropout", d.dropout[0]), ("stochastic depth", setup.drop_path)] {
+        for (what, p) in
+            [("embedding dropout", d.dropout[0]), ("stochastic depth", setup.drop_path)]
+        {
             if !(0.0..1.0).contains(&p) {
                 return Err(setting(what, p, "0 up to, not including, 1"));
             }
@@ -214,8 +219,10 @@ impl Vit {
         let blocks = TransformerBlocks::layout(shape, d.layers, setup.rule, setup.fused, l)?;
         let (end_tensors, len) = end_tensors(d);
         let ends = Params::layout(l, 1, len, ENDS, setup.rule, true)?;
-        let patches = l.reals(Category::Head, product("patches of a batch", &[setup.batch, count, values])?);
-        let mut of_samples = || (l.ints(Category::Head, setup.batch), l.reals(Category::Head, setup.batch));
+        let patches =
+            l.reals(Category::Head, product("patches of a batch", &[setup.batch, count, values])?);
+        let mut of_samples =
+            || (l.ints(Category::Head, setup.batch), l.reals(Category::Head, setup.batch));
         let (labels, losses) = of_samples();
         let mixup = setup.mixup.then(|| {
             let (labels, losses) = of_samples();
@@ -252,7 +259,8 @@ impl Vit {
         };
 
         let (params, grads) = (ends.group(0), ends.gradient(0));
-        let [norm, norm_bias, weight, bias, class, positions, ln, ln_bias, head, head_bias] = end_tensors;
+        let [norm, norm_bias, weight, bias, class, positions, ln, ln_bias, head, head_bias] =
+            end_tensors;
         let input = PatchEmbedding {
             width: d.width,
             count,
@@ -285,8 +293,20 @@ impl Vit {
             mixup: None,
         };
         let (pixels, staging, labels) = (Vec::new(), Vec::new(), [Vec::new(), Vec::new()]);
-        let model =
-            Self { setup: *setup, trunk, blocks, input, head, ends, end_tensors, kept, mixup, pixels, staging, labels };
+        let model = Self {
+            setup: *setup,
+            trunk,
+            blocks,
+            input,
+            head,
+            ends,
+            end_tensors,
+            kept,
+            mixup,
+            pixels,
+            staging,
+            labels,
+        };
         Ok((model, layout))
     }
 
@@ -351,14 +371,14 @@ impl Vit {
         self.tensors().iter().map(|t| t.values.len()).sum()
     }
 
-    /// Lengths of the groups of gradients that are on their way between ranks at the same time: one block, or as much of the
-    /// rest as is worth a message.
+    /// Lengths of the groups of gradients that are on their way between ranks at the same time: one
+    /// block, or as much of the rest as is worth a message.
     pub fn exchanged(&self) -> [usize; 1] {
         [self.blocks.params.group_len().max(self.ends.group_len().min(1 << 18))]
     }
 
-    /// Linear layers: uniform in ±1/√(inputs), as PyTorch does; class token and positions: normal, σ = 0.02; temperatures:
-    /// `log(head_dim^-½)`; biases 0, norms 1; optimizer state 0.
+    /// Linear layers: uniform in ±1/√(inputs), as PyTorch does; class token and positions: normal,
+    /// σ = 0.02; temperatures: `log(head_dim^-½)`; biases 0, norms 1; optimizer state 0.
     ///
     /// # Errors
     /// Those of writing.
@@ -376,12 +396,17 @@ impl Vit {
                     let bound = 1.0 / (rows as f64).sqrt();
                     for row in 0..rows {
                         let s = stream(row);
-                        piece.extend((0..cols as u32).map(|e| B::Real::of(bound * (2.0 * s.uniform(e) - 1.0))));
+                        piece.extend(
+                            (0..cols as u32)
+                                .map(|e| B::Real::of(bound * (2.0 * s.uniform(e) - 1.0))),
+                        );
                     }
                 }
                 (None, "cls_token" | "pos_embed") => {
                     for at in 0..t.values.len() {
-                        piece.push(B::Real::of(0.02 * stream(at / d.width).normal((at % d.width) as u32)));
+                        piece.push(B::Real::of(
+                            0.02 * stream(at / d.width).normal((at % d.width) as u32),
+                        ));
                     }
                 }
                 (None, name) if name.ends_with("temperature") => {
@@ -397,26 +422,38 @@ impl Vit {
         Ok(())
     }
 
-    /// One optimizer step. `image` writes the pixels `[C, height, width]` of a sample and returns its label, and its second
-    /// label where batches are mixed; of several ranks, the samples of this one. The outcome is that of all ranks.
+    /// One optimizer step. `image` writes the pixels `[C, height, width]` of a sample and returns
+    /// its label, and its second label where batches are mixed; of several ranks, the samples of
+    /// this one. The outcome is that of all ranks.
     ///
     /// # Errors
-    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What `image` returns.
+    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What
+    /// `image` returns.
     pub fn train<B: Backend, E: From<Error>>(
         &mut self,
         be: &mut B,
         step: &Step,
         image: impl FnMut(usize, &mut [f64]) -> core::result::Result<[i32; 2], E>,
     ) -> core::result::Result<Outcome, E> {
-        let Some(rule) = self.setup.rule else { return Err(setting("optimizer", f64::NAN, "one, to train").into()) };
+        let Some(rule) = self.setup.rule else {
+            return Err(setting("optimizer", f64::NAN, "one, to train").into());
+        };
         let fused = self.setup.fused;
         if fused && step.clip > 0.0 {
-            return Err(setting("clip", step.clip, "0, or full gradient buffers (fused = false)").into());
+            return Err(
+                setting("clip", step.clip, "0, or full gradient buffers (fused = false)").into()
+            );
         }
         // A fault that an abandoned step left behind is not this one's.
         be.clear_fault()?;
-        let updater =
-            Updater { rule, weight_decay: step.weight_decay, lr: step.lr, t: step.step + 1, scale: 1.0, fused };
+        let updater = Updater {
+            rule,
+            weight_decay: step.weight_decay,
+            lr: step.lr,
+            t: step.step + 1,
+            scale: 1.0,
+            fused,
+        };
         self.blocks.updater = updater;
         self.blocks.params.zero_gradients(be)?;
         self.ends.zero_gradients(be)?;
@@ -436,7 +473,8 @@ impl Vit {
                     stack.rebuild_error()
                 }
                 Trunk::One(stack) if self.setup.drop_path > 0.0 => {
-                    let mut blocks = DropPath::new(be, &mut self.blocks, self.kept, self.setup.drop_path)?;
+                    let mut blocks =
+                        DropPath::new(be, &mut self.blocks, self.kept, self.setup.drop_path)?;
                     stack.train(be, &mut blocks, &mut self.input, &mut self.head, &pass)?;
                     stack.rebuild_error()
                 }
@@ -459,10 +497,13 @@ impl Vit {
         }
         self.ends.sum_over_ranks(be, piece)?;
         self.ends.measure(be, Site::Embedding, 0, &self.end_tensors)?;
-        // What was measured cannot go wrong in the update, so the host waits once: for the norm that clipping needs, or when
-        // the step is done.
+        // What was measured cannot go wrong in the update, so the host waits once: for the norm
+        // that clipping needs, or when the step is done.
         let early = if fused { None } else { Some(self.result(be)?) };
-        let updater = Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)), ..updater };
+        let updater = Updater {
+            scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)),
+            ..updater
+        };
         if !fused {
             for k in 0..layers {
                 self.blocks.params.update(be, &updater, k, self.blocks.tensors())?;
@@ -471,7 +512,12 @@ impl Vit {
         self.ends.update(be, &updater, 0, &self.end_tensors)?;
         let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
         let mut outcome = Outcome { loss: 0.0, grad_norm, mismatches: 0, rebuild_error: 0.0 };
-        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[loss, mismatches, error, _]| {
+        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[
+            loss,
+            mismatches,
+            error,
+            _,
+        ]| {
             outcome.loss += loss;
             outcome.mismatches += mismatches as u64;
             outcome.rebuild_error = outcome.rebuild_error.max(error);
@@ -532,7 +578,8 @@ impl Vit {
         Ok(())
     }
 
-    /// Largest magnitude among activations and residuals of some images, with γ = ±0.5 in turn: what the grid must hold.
+    /// Largest magnitude among activations and residuals of some images, with γ = ±0.5 in turn:
+    /// what the grid must hold.
     ///
     /// # Errors
     /// Those of the backend; what `image` returns.
@@ -543,7 +590,9 @@ impl Vit {
         image: impl FnMut(usize, &mut [f64]) -> core::result::Result<[i32; 2], E>,
     ) -> core::result::Result<f64, E> {
         self.put(be, samples, image)?;
-        let Trunk::One(stack) = &self.trunk else { return Err(setting("network", f64::NAN, "vit").into()) };
+        let Trunk::One(stack) = &self.trunk else {
+            return Err(setting("network", f64::NAN, "vit").into());
+        };
         let mut probe = Probe { blocks: &mut self.blocks, largest: 0.0 };
         for sign in [Sign::Plus, Sign::Minus] {
             stack.infer(be, &mut probe, &mut self.input, samples, Gamma::new(0.5, sign)?)?;
@@ -551,10 +600,12 @@ impl Vit {
         Ok(probe.largest)
     }
 
-    /// Logits of some images (at most a [chunk](Self::chunk)), `[samples, classes]`, and the sum of their losses.
+    /// Logits of some images (at most a [chunk](Self::chunk)), `[samples, classes]`, and the sum of
+    /// their losses.
     ///
     /// # Errors
-    /// [`Error::Fault`] for values that are not finite or labels that do not exist; what `image` returns.
+    /// [`Error::Fault`] for values that are not finite or labels that do not exist; what `image`
+    /// returns.
     pub fn evaluate<B: Backend, E: From<Error>>(
         &mut self,
         be: &mut B,
@@ -573,7 +624,16 @@ impl Vit {
                 stack.infer_quantized(be, &mut self.blocks, &mut self.input, samples, gamma)?
             }
         };
-        let chunk = Chunk { seed: 0, step: 0, stack: 0, site: Site::Head, first: 0, samples, global: 0, frame: 0 };
+        let chunk = Chunk {
+            seed: 0,
+            step: 0,
+            stack: 0,
+            site: Site::Head,
+            first: 0,
+            samples,
+            global: 0,
+            frame: 0,
+        };
         let logits = self.head.logits(be, &chunk, x, self.scratch())?;
         let mut out = vec![B::Real::of(0.0); logits.len()];
         be.read_reals(logits, &mut out)?;
@@ -607,8 +667,8 @@ impl<B: Backend> Blocks<B> for Probe<'_> {
     }
 }
 
-/// Residuals that are dropped for whole samples, with probability `rate·k/(K-1)`, and multiplied by the inverse of the
-/// probability of being kept otherwise: stochastic depth.
+/// Residuals that are dropped for whole samples, with probability `rate·k/(K-1)`, and multiplied by
+/// the inverse of the probability of being kept otherwise: stochastic depth.
 struct DropPath<'a> {
     blocks: &'a mut TransformerBlocks,
     kept: Reals,
@@ -616,7 +676,12 @@ struct DropPath<'a> {
 }
 
 impl<'a> DropPath<'a> {
-    fn new<B: Backend>(be: &mut B, blocks: &'a mut TransformerBlocks, kept: Reals, rate: f64) -> Result<Self> {
+    fn new<B: Backend>(
+        be: &mut B,
+        blocks: &'a mut TransformerBlocks,
+        kept: Reals,
+        rate: f64,
+    ) -> Result<Self> {
         let all = Self { blocks, kept, rate };
         for k in 0..kept.len() {
             be.write_reals(kept.sub(k, 1), &[B::Real::of(1.0 / (1.0 - all.rate(k)))])?;

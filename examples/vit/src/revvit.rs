@@ -1,5 +1,5 @@
-//! The two-stream reversible network that BDIA is compared with (Mangalam et al., "Reversible Vision Transformers", 2022),
-//! over the same attention and MLP branches as the ordinary stack.
+//! The two-stream reversible network that BDIA is compared with (Mangalam et al., "Reversible
+//! Vision Transformers", 2022), over the same attention and MLP branches as the ordinary stack.
 //!
 //! ```text
 //! y1 = x1 + f(x2)      y2 = x2 + g(y1)          both streams start as the embedding; the head reads y1 + y2
@@ -14,8 +14,8 @@ use bdia_core::layers::TransformerBlocks;
 use bdia_core::stack::{Blocks, Call, Config, Head, Input, Pass};
 use bdia_core::{Fault, Real, Site};
 
-/// The two streams laid out in the arenas of a backend. Of the configuration it uses the sizes; mode, grid and γ are not
-/// its own.
+/// The two streams laid out in the arenas of a backend. Of the configuration it uses the sizes;
+/// mode, grid and γ are not its own.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RevStack {
     config: Config,
@@ -43,11 +43,13 @@ impl RevStack {
     pub fn layout(config: Config, l: &mut Layout) -> Result<Self> {
         let whole = product("activations", &[config.batch, config.per_sample])?;
         let part = product("activations of a chunk", &[config.chunk, config.per_sample])?;
-        let scratch = product("scratch", &[config.chunk, config.needs.scratch])?.saturating_add(config.needs.fixed);
+        let scratch = product("scratch", &[config.chunk, config.needs.scratch])?
+            .saturating_add(config.needs.fixed);
         Ok(Self {
             x: [0; 2].map(|_| l.reals(Category::Activations, whole)),
             g: [0; 2].map(|_| l.reals(Category::ActivationGradients, whole)),
-            frame: l.reals(Category::Workspace, product("frame", &[config.chunk, config.needs.frame])?),
+            frame: l
+                .reals(Category::Workspace, product("frame", &[config.chunk, config.needs.frame])?),
             h: l.reals(Category::Workspace, part),
             top: l.reals(Category::Workspace, part),
             scratch: l.reals(Category::Workspace, scratch.max(config.ends_scratch)),
@@ -68,7 +70,8 @@ impl RevStack {
         self.scratch
     }
 
-    /// Largest difference between the embedding and what the backward pass rebuilt of it, in the last step (`verify`).
+    /// Largest difference between the embedding and what the backward pass rebuilt of it, in the
+    /// last step (`verify`).
     pub const fn rebuild_error(&self) -> f64 {
         self.rebuild_error
     }
@@ -102,12 +105,28 @@ impl RevStack {
     /// A call of block `k`; the branches take their input as an argument.
     fn call(&self, chunk: Chunk, k: usize, train: bool, keep: bool) -> Call {
         let x = Reals::EMPTY;
-        Call { chunk, block: k, x, frame: self.frame, scratch: self.scratch, context: None, train, keep }
+        Call {
+            chunk,
+            block: k,
+            x,
+            frame: self.frame,
+            scratch: self.scratch,
+            context: None,
+            train,
+            keep,
+        }
     }
 
     /// `x -= y`, as a product with -1.
     fn subtract<B: Backend>(&self, be: &mut B, x: Reals, y: Reals) -> Result<()> {
-        let p = Product { rows: 1, cols: x.len(), inner: 1, a: Order::Plain, b: Order::Plain, accumulate: true };
+        let p = Product {
+            rows: 1,
+            cols: x.len(),
+            inner: 1,
+            a: Order::Plain,
+            b: Order::Plain,
+            accumulate: true,
+        };
         be.matmul(&p, self.minus_one, y, None, x)
     }
 
@@ -163,7 +182,8 @@ impl RevStack {
         for k in (0..self.config.blocks).rev() {
             for (first, n) in self.chunks() {
                 let chunk = self.chunk(pass, Site::Block(k), first, n);
-                let ([x1, x2], [g1, g2]) = (self.x.map(|x| self.of(x, &chunk)), self.g.map(|g| self.of(g, &chunk)));
+                let ([x1, x2], [g1, g2]) =
+                    (self.x.map(|x| self.of(x, &chunk)), self.g.map(|g| self.of(g, &chunk)));
                 let (call, h) = (self.call(chunk, k, true, true), self.part(self.h, &chunk));
                 blocks.mlp_branch(be, &call, x1, h)?;
                 self.subtract(be, x2, h)?;
@@ -184,7 +204,11 @@ impl RevStack {
                 for x in [x1, x2] {
                     let error = largest_difference(be, x, original)?;
                     if !error.is_finite() {
-                        be.raise(Fault::Range { site: Site::Embedding, sample: first, value: error });
+                        be.raise(Fault::Range {
+                            site: Site::Embedding,
+                            sample: first,
+                            value: error,
+                        });
                     }
                     self.rebuild_error = self.rebuild_error.max(error);
                 }

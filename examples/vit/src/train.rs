@@ -29,7 +29,9 @@ use bdia_train::{Failure, ranks, run};
 use serde::{Deserialize, Serialize};
 
 use crate::augment::{Augment, apply};
-use crate::cli::{self, AugmentKind, BackendKind, EvalArgs, Mode, Network, Size, TrainArgs, name_of};
+use crate::cli::{
+    self, AugmentKind, BackendKind, EvalArgs, Mode, Network, Size, TrainArgs, name_of,
+};
 use crate::config::{Bdia, VitConfig};
 use crate::data::{Dataset, Images};
 use crate::model::{Inference, Outcome, Setup, Step, Vit};
@@ -214,12 +216,20 @@ fn lay_out_for(
     let budget = budget.map(|b| usize::try_from(b).unwrap_or(usize::MAX));
     Ok(match fixed {
         Some(chunk) => fit(None, core::iter::once(Choice { chunk, head_rows: 1 }), make)?,
-        None => fit(budget, machine::rows(kind).choices(setup.batch, setup.dims.patches.count() + 1), make)?,
+        None => fit(
+            budget,
+            machine::rows(kind).choices(setup.batch, setup.dims.patches.count() + 1),
+            make,
+        )?,
     })
 }
 
 /// The plans of the modes that are not used, for the table: with this run's chunks.
-fn other_plans(setup: &Setup, kind: BackendKind, chunk: usize) -> Result<Vec<(String, Layout)>, Failure> {
+fn other_plans(
+    setup: &Setup,
+    kind: BackendKind,
+    chunk: usize,
+) -> Result<Vec<(String, Layout)>, Failure> {
     use stack::Mode as M;
     let mut plans = Vec::new();
     let every = machine::checkpoint_every(None, setup.dims.layers);
@@ -229,7 +239,8 @@ fn other_plans(setup: &Setup, kind: BackendKind, chunk: usize) -> Result<Vec<(St
         (format!("checkpoint {every}"), M::Checkpoint { every }, false),
         ("revvit".into(), M::Standard, true),
     ] {
-        let used = if setup.dims.two_streams { two_streams } else { !two_streams && mode == setup.mode };
+        let used =
+            if setup.dims.two_streams { two_streams } else { !two_streams && mode == setup.mode };
         if used {
             continue;
         }
@@ -278,7 +289,8 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
         Some((path, h)) => {
             let same = h.ranks == count;
             if h.step > steps || (same && !(1..=setup.batch).contains(&h.chunk)) {
-                let what = format!("step {} and chunks of {} images do not fit this run", h.step, h.chunk);
+                let what =
+                    format!("step {} and chunks of {} images do not fit this run", h.step, h.chunk);
                 return Err(Failure::Run { path: path.clone(), what });
             }
             same.then_some(h.chunk)
@@ -293,8 +305,18 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     // The table is told by the first rank alone.
     let others = if rank == 0 { other_plans(&setup, kind, choice.chunk)? } else { Vec::new() };
     let (mut summary, place) = (None, args.machine.clone());
-    let work =
-        Run { args, config, data, augment, choice, layout: layout.clone(), model, others, from, summary: &mut summary };
+    let work = Run {
+        args,
+        config,
+        data,
+        augment,
+        choice,
+        layout: layout.clone(),
+        model,
+        others,
+        from,
+        summary: &mut summary,
+    };
     machine::run_on(&place, setup.threads, &layout, joined, work)?;
     Ok(summary)
 }
@@ -303,10 +325,16 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
 fn steps_per_epoch(args: &TrainArgs, data: &Dataset) -> Result<u32, Failure> {
     let n = data.train.len() / args.batch as usize;
     if n == 0 {
-        let what = format!("{} training images, expected at least a batch of {}", data.train.len(), args.batch);
+        let what = format!(
+            "{} training images, expected at least a batch of {}",
+            data.train.len(),
+            args.batch
+        );
         return Err(Failure::Other(format!("{}: {what}; use a smaller --batch", data.name)));
     }
-    u32::try_from(n).map_err(|_| Failure::Other(format!("{}: more images than steps can be counted", data.name)))
+    u32::try_from(n).map_err(|_| {
+        Failure::Other(format!("{}: more images than steps can be counted", data.name))
+    })
 }
 
 fn steps(args: &TrainArgs, data: &Dataset) -> Result<u32, Failure> {
@@ -387,15 +415,21 @@ pub fn evaluate<B: Backend>(
 ///
 /// # Errors
 /// Files that cannot be read, and every tensor that is missing, unexpected or of another shape.
-pub fn load_weights<B: Backend<Real = f32>>(path: &Path, be: &mut B, model: &Vit) -> Result<(), Failure> {
+pub fn load_weights<B: Backend<Real = f32>>(
+    path: &Path,
+    be: &mut B,
+    model: &Vit,
+) -> Result<(), Failure> {
     let weights = Weights::read_files(vec![path.to_path_buf()])?;
     let named = model.tensors();
     let p = model.setup().dims.patches;
     let expected: Vec<_> = (named.iter())
         .map(|t| {
             // DeiT's files hold the patches' matrix as the kernel of a convolution.
-            let conv = t.name == "patch_embed.proj.weight" && weights.get(&t.name).is_some_and(|w| w.shape.len() == 4);
-            let shape = if conv { vec![t.shape[0], p.channels, p.patch, p.patch] } else { t.shape.clone() };
+            let conv = t.name == "patch_embed.proj.weight"
+                && weights.get(&t.name).is_some_and(|w| w.shape.len() == 4);
+            let shape =
+                if conv { vec![t.shape[0], p.channels, p.patch, p.patch] } else { t.shape.clone() };
             (t.name.clone(), shape)
         })
         .collect();
@@ -408,7 +442,11 @@ pub fn load_weights<B: Backend<Real = f32>>(path: &Path, be: &mut B, model: &Vit
             let mut ours = vec![0.0; file.len()];
             for row in 0..rows {
                 // Row of a patch's values: (y, x, channel) here, (channel, y, x) in a kernel.
-                let from = if kernel { row % p.channels * p.patch * p.patch + row / p.channels } else { row };
+                let from = if kernel {
+                    row % p.channels * p.patch * p.patch + row / p.channels
+                } else {
+                    row
+                };
                 for col in 0..cols {
                     ours[row * cols + col] = file[col * rows + from];
                 }
@@ -424,7 +462,11 @@ pub fn load_weights<B: Backend<Real = f32>>(path: &Path, be: &mut B, model: &Vit
 ///
 /// # Errors
 /// A file that cannot be written; an existing one is untouched then.
-pub fn save_weights<B: Backend<Real = f32>>(path: &Path, be: &B, model: &Vit) -> Result<(), Failure> {
+pub fn save_weights<B: Backend<Real = f32>>(
+    path: &Path,
+    be: &B,
+    model: &Vit,
+) -> Result<(), Failure> {
     let named = model.tensors();
     let shapes: Vec<_> = named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
     weights::write::<Failure>(path, &shapes, |i, sink| {
@@ -448,7 +490,8 @@ impl Work for Run<'_> {
         // Files are the first rank's.
         let (first_rank, ranks) = (be.rank() == 0, be.ranks());
         if first_rank {
-            std::fs::create_dir_all(&out).map_err(|e| FileError::io(&out, "create the directory", e))?;
+            std::fs::create_dir_all(&out)
+                .map_err(|e| FileError::io(&out, "create the directory", e))?;
         }
         let identity = identity(be);
         let digest = self.data.digest();
@@ -456,7 +499,10 @@ impl Work for Run<'_> {
         match &self.from {
             Some((path, header)) => {
                 if header.data != digest {
-                    return Err(Failure::Run { path: path.clone(), what: "the images are not the same".into() });
+                    return Err(Failure::Run {
+                        path: path.clone(),
+                        what: "the images are not the same".into(),
+                    });
                 }
                 if header.identity != identity {
                     report::note!(
@@ -580,7 +626,13 @@ impl Work for Run<'_> {
                 accuracy: None,
             };
             if done == steps || (epoch_done && every > 0 && epochs % every == 0) {
-                let e = evaluate(be, &mut self.model, &self.config, &self.data.test, Inference::standard()?)?;
+                let e = evaluate(
+                    be,
+                    &mut self.model,
+                    &self.config,
+                    &self.data.test,
+                    Inference::standard()?,
+                )?;
                 (metric.val_loss, metric.accuracy) = (Some(e.loss), Some(e.accuracy));
                 validation.push((done, e.accuracy));
                 if e.accuracy > best {
@@ -605,7 +657,8 @@ impl Work for Run<'_> {
             if let Some(metrics) = &mut metrics {
                 metrics.push(&metric)?;
             }
-            let shown = validation.last().map_or(String::new(), |(_, v)| format!("{} ", percent(*v)));
+            let shown =
+                validation.last().map_or(String::new(), |(_, v)| format!("{} ", percent(*v)));
             let speed = (batch * (done - first) as usize) as f64 / seconds;
             bar.set_message(format!("loss {:.3} {shown}{speed:.0} img/s", outcome.loss));
             bar.inc(1);
@@ -614,7 +667,11 @@ impl Work for Run<'_> {
             let every = self.args.checkpoint_interval as u32;
             let save = done == steps || stop || (epoch_done && every > 0 && epochs % every == 0);
             if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
-                ranks::same(be, &saved).map_err(|error| Failure::Step { step, error, kept: run::kept(&out) })?;
+                ranks::same(be, &saved).map_err(|error| Failure::Step {
+                    step,
+                    error,
+                    kept: run::kept(&out),
+                })?;
             }
             if let Some(metrics) = metrics.as_ref().filter(|_| save) {
                 let header = Header {
@@ -647,7 +704,8 @@ impl Work for Run<'_> {
         self.config.write_dir(&out)?;
         save_weights(&out.join(weights::FILE), be, &self.model)?;
         draw(&out, &curve, per_epoch)?;
-        let whole = evaluate(be, &mut self.model, &self.config, &self.data.test, Inference::standard()?)?;
+        let whole =
+            evaluate(be, &mut self.model, &self.config, &self.data.test, Inference::standard()?)?;
         let last: Vec<f64> = curve.iter().rev().take(per_epoch as usize).map(|m| m.loss).collect();
         let float = self.args.mode.mode == Mode::BdiaFloat || self.config.two_streams;
         let exact = self.args.mode.mode == Mode::Bdia && !self.config.two_streams;
@@ -660,7 +718,11 @@ impl Work for Run<'_> {
             loss: last.iter().sum::<f64>() / last.len().max(1) as f64,
             verify_mismatches: (self.args.verify && exact).then_some(mismatches),
             rebuild_error: (self.args.verify && float).then_some(worst),
-            images_per_s: if seconds > 0.0 { (batch * (steps - first) as usize) as f64 / seconds } else { 0.0 },
+            images_per_s: if seconds > 0.0 {
+                (batch * (steps - first) as usize) as f64 / seconds
+            } else {
+                0.0
+            },
             parameters: self.model.parameters(),
             plan_bytes: self.layout.total(),
             activation_bytes: bytes(C::Activations)
@@ -681,14 +743,27 @@ impl Work for Run<'_> {
 /// `loss.svg` and `accuracy.svg`, over epochs.
 fn draw(out: &Path, curve: &[Metric], per_epoch: u32) -> Result<(), Failure> {
     let epoch = |m: &Metric| m.step as f64 / f64::from(per_epoch);
-    let points = |f: &dyn Fn(&Metric) -> Option<f64>| curve.iter().filter_map(|m| Some((epoch(m), f(m)?))).collect();
+    let points = |f: &dyn Fn(&Metric) -> Option<f64>| {
+        curve.iter().filter_map(|m| Some((epoch(m), f(m)?))).collect()
+    };
     let train = Series { name: "training", points: points(&|m| Some(m.loss)), ..Series::default() };
-    let held = Series { name: "held out", points: points(&|m| m.val_loss), marks: true, ..Series::default() };
-    let chart = Chart { title: "Training and held-out loss", x: "epoch", y: "loss (nats)", series: &[train, held] };
+    let held = Series {
+        name: "held out",
+        points: points(&|m| m.val_loss),
+        marks: true,
+        ..Series::default()
+    };
+    let chart = Chart {
+        title: "Training and held-out loss",
+        x: "epoch",
+        y: "loss (nats)",
+        series: &[train, held],
+    };
     report::svg(&out.join("loss.svg"), &chart)?;
     let points = points(&|m| m.accuracy.map(|a| 100.0 * a));
     let accuracy = Series { name: "held out", points, marks: true, ..Series::default() };
-    let chart = Chart { title: "Held-out accuracy", x: "epoch", y: "accuracy (%)", series: &[accuracy] };
+    let chart =
+        Chart { title: "Held-out accuracy", x: "epoch", y: "accuracy (%)", series: &[accuracy] };
     Ok(report::svg(&out.join("accuracy.svg"), &chart)?)
 }
 
@@ -738,8 +813,9 @@ impl Run<'_> {
         if let Some(e) = s.rebuild_error {
             let _ = writeln!(text, "rebuilding without a grid: largest error {e:.3e}");
         }
-        let plans: Vec<_> =
-            core::iter::once((mode_name(&self.args), self.layout.clone())).chain(self.others.clone()).collect();
+        let plans: Vec<_> = core::iter::once((mode_name(&self.args), self.layout.clone()))
+            .chain(self.others.clone())
+            .collect();
         let _ = writeln!(text, "\n{}", machine::memory_table(&plans, Some(s.peak_bytes as u64)));
         let _ = writeln!(
             text,
@@ -874,7 +950,8 @@ pub fn evaluation(
     Ok(out)
 }
 
-/// Largest magnitude that activations and residuals of the first held-out images of a run reach ([`Vit::largest`]).
+/// Largest magnitude that activations and residuals of the first held-out images of a run reach
+/// ([`Vit::largest`]).
 ///
 /// # Errors
 /// [`Failure`]
@@ -911,7 +988,14 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         cli::Inference::Float => Inference::Float(gamma),
         cli::Inference::Quantized => Inference::Quantized(gamma),
     };
-    let all = evaluation(&args.weights, args.data.as_deref(), args.best, &[inference], &args.machine, None)?;
+    let all = evaluation(
+        &args.weights,
+        args.data.as_deref(),
+        args.best,
+        &[inference],
+        &args.machine,
+        None,
+    )?;
     let config = VitConfig::read_dir(&args.weights)?;
     for e in all {
         if config.classes.len() <= 20 {
@@ -939,7 +1023,8 @@ pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
     report::tell!("{} parameters; chunks of {} image(s)\n", model.parameters(), choice.chunk);
     report::tell!("{}", machine::memory_table(&plans, None));
     if args.json {
-        let json = serde_json::json!({"parameters": model.parameters(), "plan_bytes": layout.total()});
+        let json =
+            serde_json::json!({"parameters": model.parameters(), "plan_bytes": layout.total()});
         report::tell!("{json}");
     }
     Ok(())

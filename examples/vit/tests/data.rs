@@ -19,7 +19,10 @@ fn refused(dir: &Path, parts: &[&str]) -> DataError {
 #[test]
 fn the_digits_are_split_by_class() {
     let d = Dataset::digits().unwrap();
-    assert_eq!((d.train.len() + d.test.len(), d.train.shape, d.classes.len()), (1797, [1, 8, 8], 10));
+    assert_eq!(
+        (d.train.len() + d.test.len(), d.train.shape, d.classes.len()),
+        (1797, [1, 8, 8], 10)
+    );
     for class in 0..10 {
         let count = |l: &[u16]| l.iter().filter(|&&x| x == class).count();
         let (held, all) = (count(&d.test.labels), count(&d.test.labels) + count(&d.train.labels));
@@ -41,7 +44,10 @@ fn cifar_files() {
     dir.file("data_batch_2.bin", &cifar(&[4], 3073));
     dir.file("test_batch.bin", &cifar(&[0, 7], 3073));
     let d = Dataset::open(dir.path(), 8).unwrap();
-    assert_eq!((d.train.labels.as_slice(), d.test.labels.as_slice()), (&[1, 2, 9, 4][..], &[0, 7][..]));
+    assert_eq!(
+        (d.train.labels.as_slice(), d.test.labels.as_slice()),
+        (&[1, 2, 9, 4][..], &[0, 7][..])
+    );
     assert_eq!((d.train.shape, d.train.image(3)[0], d.classes.len()), ([3, 32, 32], 4, 10));
     dir.file("test_batch.bin", &cifar(&[0, 10], 3073));
     let e = refused(dir.path(), &["test_batch.bin", "record 1", "label 10", "0 to 9"]);

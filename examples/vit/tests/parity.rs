@@ -1,5 +1,6 @@
-//! Logits, loss and every gradient against an independent PyTorch implementation (`torch/vit_f64.py`), in f64; the
-//! parameter count of the paper's network; the inverse of the two-stream one.
+//! Logits, loss and every gradient against an independent PyTorch implementation
+//! (`torch/vit_f64.py`), in f64; the parameter count of the paper's network; the inverse of the
+//! two-stream one.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
@@ -21,16 +22,24 @@ struct State {
 }
 
 fn state(name: &str) -> State {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(format!("{name}_f64.safetensors"));
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/data")
+        .join(format!("{name}_f64.safetensors"));
     let bytes = std::fs::read(path).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
     let (mut reals, mut labels) = (HashMap::new(), Vec::new());
     for (name, t) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
         match t.dtype() {
             Dtype::F64 => {
-                reals.insert(name, t.data().chunks(8).map(|c| f64::from_le_bytes(c.try_into().unwrap())).collect());
+                reals.insert(
+                    name,
+                    t.data().chunks(8).map(|c| f64::from_le_bytes(c.try_into().unwrap())).collect(),
+                );
             }
-            _ => labels = t.data().chunks(4).map(|c| i32::from_le_bytes(c.try_into().unwrap())).collect(),
+            _ => {
+                labels =
+                    t.data().chunks(4).map(|c| i32::from_le_bytes(c.try_into().unwrap())).collect()
+            }
         }
     }
     State { reals, labels, meta: header.metadata().clone().unwrap() }
@@ -68,7 +77,8 @@ impl State {
             mode: Mode::Standard,
             grid: None,
             gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-            // The learning rate is 0, so that the parameters stay; gradients are kept in full buffers.
+            // The learning rate is 0, so that the parameters stay; gradients are kept in full
+            // buffers.
             rule: Some(Rule::Sgd { momentum: 0.0 }),
             fused: false,
             verify: true,
@@ -102,7 +112,10 @@ fn ours(t: &Named, file: &[f64]) -> Vec<f64> {
 
 fn write<B: Backend>(be: &mut B, model: &Vit, s: &State) {
     for t in model.tensors() {
-        let values: Vec<_> = ours(&t, &s.reals[&format!("param.{}", t.name)]).iter().map(|&x| B::Real::of(x)).collect();
+        let values: Vec<_> = ours(&t, &s.reals[&format!("param.{}", t.name)])
+            .iter()
+            .map(|&x| B::Real::of(x))
+            .collect();
         be.write_reals(t.values, &values).unwrap();
         for state in t.state {
             be.fill_reals(state, B::Real::of(0.0)).unwrap();
@@ -135,13 +148,21 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
         for (first, n) in [(0, 3), (3, 1)] {
             let mut at = image(&s);
             let standard = Inference::standard().unwrap();
-            let (logits, _) = model.evaluate(&mut be, n, standard, |i, out| at(first + i, out)).unwrap();
-            for (i, (&a, &b)) in logits.iter().zip(&s.reals["logits"][first * classes..]).enumerate() {
+            let (logits, _) =
+                model.evaluate(&mut be, n, standard, |i, out| at(first + i, out)).unwrap();
+            for (i, (&a, &b)) in
+                logits.iter().zip(&s.reals["logits"][first * classes..]).enumerate()
+            {
                 assert!(close(a, b), "{name} logit {i}: {a} {b}");
             }
         }
         let outcome = model.train(&mut be, &STEP, image(&s)).unwrap();
-        assert!(close(outcome.loss, s.reals["loss"][0]), "{name}: {} {}", outcome.loss, s.reals["loss"][0]);
+        assert!(
+            close(outcome.loss, s.reals["loss"][0]),
+            "{name}: {} {}",
+            outcome.loss,
+            s.reals["loss"][0]
+        );
         for t in model.tensors() {
             let expected = ours(&t, &s.reals[&format!("grad.{}", t.name)]);
             let found = be.reals(t.gradient).unwrap();
@@ -151,12 +172,17 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
         }
         if name == "revvit" {
             // Three blocks of order one in f64, up and down again.
-            assert!(outcome.rebuild_error > 0.0 && outcome.rebuild_error < 1e-13, "{}", outcome.rebuild_error);
+            assert!(
+                outcome.rebuild_error > 0.0 && outcome.rebuild_error < 1e-13,
+                "{}",
+                outcome.rebuild_error
+            );
         }
     }
 }
 
-/// On the grid the same gradients come out up to its fineness, and every rebuilt activation is exact.
+/// On the grid the same gradients come out up to its fineness, and every rebuilt activation is
+/// exact.
 #[test]
 fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
     let s = state("small");
@@ -170,7 +196,8 @@ fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
         write(&mut be, &model, &s);
         let outcome = model.train(&mut be, &STEP, image(&s)).unwrap();
         assert_eq!(outcome.mismatches, 0);
-        let all: Vec<f64> = model.tensors().iter().flat_map(|t| be.reals(t.gradient).unwrap().to_vec()).collect();
+        let all: Vec<f64> =
+            model.tensors().iter().flat_map(|t| be.reals(t.gradient).unwrap().to_vec()).collect();
         losses.push((outcome.loss, all));
     }
     let (a, b) = (&losses[0], &losses[1]);
@@ -189,12 +216,17 @@ fn a_convolutions_kernel_is_read_as_patches() {
     let named = model.tensors();
     let (mut shapes, mut files) = (Vec::new(), Vec::new());
     for t in &named {
-        let file: Vec<f32> = s.reals[&format!("param.{}", t.name)].iter().map(|&x| x as f32).collect();
+        let file: Vec<f32> =
+            s.reals[&format!("param.{}", t.name)].iter().map(|&x| x as f32).collect();
         if t.name == "patch_embed.proj.weight" {
             let d = t.shape[0];
-            let at = |o: usize, c_: usize, y: usize, x: usize| file[o * c * p * p + (y * p + x) * c + c_];
+            let at = |o: usize, c_: usize, y: usize, x: usize| {
+                file[o * c * p * p + (y * p + x) * c + c_]
+            };
             let mut kernel = Vec::new();
-            for (o, c_, y, x) in (0..d * c * p * p).map(|i| (i / (c * p * p), i / (p * p) % c, i / p % p, i % p)) {
+            for (o, c_, y, x) in
+                (0..d * c * p * p).map(|i| (i / (c * p * p), i / (p * p) % c, i / p % p, i % p))
+            {
                 kernel.push(at(o, c_, y, x));
             }
             shapes.push((t.name.clone(), vec![d, c, p, p]));
@@ -206,7 +238,8 @@ fn a_convolutions_kernel_is_read_as_patches() {
     }
     let dir = bdia_train::files::testing::TempDir::new();
     let path = dir.path().join("model.safetensors");
-    bdia_train::weights::write::<Failure>(&path, &shapes, |i, sink| Ok(sink.put(&files[i])?)).unwrap();
+    bdia_train::weights::write::<Failure>(&path, &shapes, |i, sink| Ok(sink.put(&files[i])?))
+        .unwrap();
     let mut memory = Memory::<f32>::new(&layout);
     let mut be = memory.backend(&layout);
     bdia_vit::train::load_weights(&path, &mut be, &model).unwrap();
@@ -214,7 +247,11 @@ fn a_convolutions_kernel_is_read_as_patches() {
         let expected = ours(t, &s.reals[&format!("param.{}", t.name)]);
         let mut found = vec![0.0_f32; t.values.len()];
         be.read_reals(t.values, &mut found).unwrap();
-        assert!(found.iter().zip(&expected).all(|(a, &b)| a.to_bits() == (b as f32).to_bits()), "{}", t.name);
+        assert!(
+            found.iter().zip(&expected).all(|(a, &b)| a.to_bits() == (b as f32).to_bits()),
+            "{}",
+            t.name
+        );
     }
 }
 
@@ -222,16 +259,26 @@ fn a_convolutions_kernel_is_read_as_patches() {
 fn the_papers_network_has_its_number_of_parameters() {
     let patches = Patches { channels: 3, height: 32, width: 32, patch: 4, shifted: true };
     let s = state("small");
-    let dims = Dims { patches, classes: 10, width: 512, layers: 6, heads: 8, inner: 512, ..s.setup().dims };
+    let dims = Dims {
+        patches,
+        classes: 10,
+        width: 512,
+        layers: 6,
+        heads: 8,
+        inner: 512,
+        ..s.setup().dims
+    };
     let (model, _) = Vit::layout::<Reference<'_, f32>>(&Setup { dims, ..s.setup() }).unwrap();
     assert_eq!(model.parameters(), 9_622_512);
 }
 
-/// Stochastic depth: dropped for whole samples, replayed by recomputation, and nothing at inference.
+/// Stochastic depth: dropped for whole samples, replayed by recomputation, and nothing at
+/// inference.
 #[test]
 fn stochastic_depth_is_replayed() {
     let s = state("small");
-    let setup = Setup { mode: Mode::Bdia, grid: Some(Grid::new(14).unwrap()), drop_path: 0.7, ..s.setup() };
+    let setup =
+        Setup { mode: Mode::Bdia, grid: Some(Grid::new(14).unwrap()), drop_path: 0.7, ..s.setup() };
     let (mut model, layout) = Vit::layout::<Reference<'_, f32>>(&setup).unwrap();
     let mut memory = Memory::<f32>::new(&layout);
     let mut be = memory.backend(&layout);

@@ -9,8 +9,7 @@ use bdia_train::testing::{self, json, metrics};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_bdia-vit");
 
-const SMALL: &str =
-    "--train-subset 80 --test-subset 40 --layers 3 --width 16 --heads 2 --mlp 16 --batch 16 --threads 2";
+const SMALL: &str = "--train-subset 80 --test-subset 40 --layers 3 --width 16 --heads 2 --mlp 16 --batch 16 --threads 2";
 
 fn run(out: &Path, arguments: &str) -> Output {
     testing::run(PROGRAM, out, arguments)
@@ -24,31 +23,52 @@ fn good(out: &Path, arguments: &str) -> String {
 fn training_is_exact_and_resumes_exactly() {
     let dir = TempDir::new();
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
-    let flags = format!("train {SMALL} --epochs 4 --checkpoint-interval 1 --mixup 0.2 --smoothing 0.1 --drop-path 0.1");
+    let flags = format!(
+        "train {SMALL} --epochs 4 --checkpoint-interval 1 --mixup 0.2 --smoothing 0.1 --drop-path 0.1"
+    );
     let whole = json(&good(&a, &format!("{flags} --verify --json")));
     assert_eq!(whole["verify_mismatches"], 0);
     assert!(
         whole["accuracy"].as_f64().is_some()
             && whole["peak_bytes"].as_u64() <= whole["plan_bytes"].as_u64().map(|p| p + (1 << 20))
     );
-    for file in ["config.json", "model.safetensors", "best.safetensors", "run.json", "loss.svg", "accuracy.svg"] {
+    for file in [
+        "config.json",
+        "model.safetensors",
+        "best.safetensors",
+        "run.json",
+        "loss.svg",
+        "accuracy.svg",
+    ] {
         assert!(a.join(file).is_file(), "{file}");
     }
     // The last epoch again, from the checkpoint before it.
     good(&b, &flags);
     std::fs::remove_file(b.join("step-00000020.ckpt")).unwrap();
     std::fs::remove_file(b.join("model.safetensors")).unwrap();
-    let o = Command::new(env!("CARGO_BIN_EXE_bdia-vit")).args(["train", "--resume"]).arg(&b).output().unwrap();
+    let o = Command::new(env!("CARGO_BIN_EXE_bdia-vit"))
+        .args(["train", "--resume"])
+        .arg(&b)
+        .output()
+        .unwrap();
     assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
     assert!(String::from_utf8_lossy(&o.stderr).contains("goes on after step 15"));
     for file in ["model.safetensors", "best.safetensors"] {
-        assert_eq!(std::fs::read(a.join(file)).unwrap(), std::fs::read(b.join(file)).unwrap(), "{file}");
+        assert_eq!(
+            std::fs::read(a.join(file)).unwrap(),
+            std::fs::read(b.join(file)).unwrap(),
+            "{file}"
+        );
     }
     assert_eq!(metrics(&a, "images_per_s"), metrics(&b, "images_per_s"));
 
     // Other settings are refused, by name.
-    let o =
-        Command::new(env!("CARGO_BIN_EXE_bdia-vit")).args(["--resume"]).arg(&b).args(["--lr", "0.5"]).output().unwrap();
+    let o = Command::new(env!("CARGO_BIN_EXE_bdia-vit"))
+        .args(["--resume"])
+        .arg(&b)
+        .args(["--lr", "0.5"])
+        .output()
+        .unwrap();
     assert_eq!(o.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&o.stderr).contains("--lr is 0.5, the run has 0.002"));
 
@@ -67,15 +87,17 @@ fn training_is_exact_and_resumes_exactly() {
     }
 }
 
-/// Killed at many moments, while checkpoints are written too, a run ends with the bits of one that was left alone.
+/// Killed at many moments, while checkpoints are written too, a run ends with the bits of one that
+/// was left alone.
 #[test]
 fn killed_runs_end_the_same() {
     let dir = TempDir::new();
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
     let flags = format!("train {SMALL} --epochs 30 --checkpoint-interval 1 --mixup 0.2");
     good(&a, &flags);
-    let lines =
-        |dir: &Path| std::fs::read(dir.join("metrics.jsonl")).map_or(0, |t| t.split(|&c| c == b'\n').count() - 1);
+    let lines = |dir: &Path| {
+        std::fs::read(dir.join("metrics.jsonl")).map_or(0, |t| t.split(|&c| c == b'\n').count() - 1)
+    };
     let names = |dir: &Path| -> Vec<String> {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
         let mut names: Vec<_> = entries.filter_map(|e| e.file_name().into_string().ok()).collect();
@@ -90,11 +112,17 @@ fn killed_runs_end_the_same() {
         } else {
             command.args(flags.split_whitespace()).arg("--out").arg(&b);
         }
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         if kills < 8 {
             // After some more steps, or with a checkpoint half written.
             let (after, half) = (lines(&b) + 3 + (i as usize * 7) % 11, i % 2 == 0);
-            let done = || lines(&b) >= after && (!half || names(&b).iter().any(|n| n.ends_with(".tmp")));
+            let done =
+                || lines(&b) >= after && (!half || names(&b).iter().any(|n| n.ends_with(".tmp")));
             while child.try_wait().unwrap().is_none() && !done() {
                 std::thread::sleep(core::time::Duration::from_micros(200));
             }
@@ -110,7 +138,11 @@ fn killed_runs_end_the_same() {
     assert!(kills >= 4, "killed only {kills} times");
     assert_eq!(names(&a), names(&b));
     for file in names(&a).iter().filter(|n| n.ends_with("safetensors") || n.ends_with("ckpt")) {
-        assert_eq!(std::fs::read(a.join(file)).unwrap(), std::fs::read(b.join(file)).unwrap(), "{file}");
+        assert_eq!(
+            std::fs::read(a.join(file)).unwrap(),
+            std::fs::read(b.join(file)).unwrap(),
+            "{file}"
+        );
     }
     assert_eq!(metrics(&a, "images_per_s"), metrics(&b, "images_per_s"));
 }
@@ -146,7 +178,10 @@ fn baselines() {
     assert_eq!(accuracies[0], accuracies[2]);
     let one = json(&good(
         &dir.path().join("one"),
-        &format!("train {} --epochs 2 --mode standard --json", SMALL.replace("--threads 2", "--threads 1")),
+        &format!(
+            "train {} --epochs 2 --mode standard --json",
+            SMALL.replace("--threads 2", "--threads 1")
+        ),
     ));
     assert_eq!(one["val_loss"].as_f64().unwrap().to_bits(), accuracies[0]);
 }
@@ -155,7 +190,15 @@ fn baselines() {
 fn experiments_in_small() {
     let dir = TempDir::new();
     let flags = format!("{SMALL} --epochs 1 --seeds 1");
-    for name in ["accuracy", "gamma", "robustness", "reconstruction", "precision", "inference", "regularizers"] {
+    for name in [
+        "accuracy",
+        "gamma",
+        "robustness",
+        "reconstruction",
+        "precision",
+        "inference",
+        "regularizers",
+    ] {
         good(dir.path(), &format!("experiment {name} {flags}"));
         for end in [".csv", "-runs.csv", ".svg"] {
             assert!(dir.path().join(format!("{name}{end}")).is_file(), "{name}{end}");

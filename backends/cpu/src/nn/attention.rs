@@ -1,4 +1,5 @@
-//! Attention in tiles of queries: per head, 64 rows of scores at a time exist, in the scratch of one thread.
+//! Attention in tiles of queries: per head, 64 rows of scores at a time exist, in the scratch of
+//! one thread.
 
 use bdia_core::backend::{Attention, Columns, Mask};
 use bdia_core::rng::Draw;
@@ -59,10 +60,14 @@ fn score_scale(cpu: &Cpu, a: &Attention) -> Result<f32> {
 
 /// First dropout element of a query's row of weights; wraps as the generator's counter does.
 fn first_element(a: &Attention, head: usize, query: usize) -> u32 {
-    (head as u32).wrapping_mul(a.queries as u32).wrapping_add(query as u32).wrapping_mul(a.keys as u32)
+    (head as u32)
+        .wrapping_mul(a.queries as u32)
+        .wrapping_add(query as u32)
+        .wrapping_mul(a.keys as u32)
 }
 
-/// Number of keys among which are those that query `q` of a sample with `present` keys sees: the first ones.
+/// Number of keys among which are those that query `q` of a sample with `present` keys sees: the
+/// first ones.
 fn visible(a: &Attention, q: usize, present: usize) -> usize {
     match a.mask {
         Mask::Full | Mask::Others => present,
@@ -98,18 +103,25 @@ pub(super) fn forward(
         return Ok(());
     }
     let hd = a.head_dim;
-    let (q, k, v) = (Heads::new(q, a.queries, hd), Heads::new(k, a.keys, hd), Heads::new(v, a.keys, hd));
+    let (q, k, v) =
+        (Heads::new(q, a.queries, hd), Heads::new(k, a.keys, hd), Heads::new(v, a.keys, hd));
     let (stride, slot_len) = (row_stride(a), slot_len(a));
     let tiles = a.queries.div_ceil(TILE);
     cpu.make_packing()?;
     let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
-    let (reals, packing, products) = (Shared::new(&mut cpu.reals), Shared::new(&mut cpu.packing), cpu.products);
+    let (reals, packing, products) =
+        (Shared::new(&mut cpu.reals), Shared::new(&mut cpu.packing), cpu.products);
     cpu.team.each(chunk.samples * a.heads * tiles, |slot, piece| {
-        let (i, head, row) = (piece / tiles / a.heads, piece / tiles % a.heads, piece % tiles * TILE);
+        let (i, head, row) =
+            (piece / tiles / a.heads, piece / tiles % a.heads, piece % tiles * TILE);
         let rows = TILE.min(a.queries - row);
         // No query of the tile sees a key beyond these.
         let keys = visible(a, row + rows - 1, present(a, lens, i));
-        let view = |at: usize, row, col| View { start: reals.pointer().wrapping_add(at).cast_const(), row, col };
+        let view = |at: usize, row, col| View {
+            start: reals.pointer().wrapping_add(at).cast_const(),
+            row,
+            col,
+        };
         // SAFETY: the slot is this thread's while the piece runs; `lse` is cut by piece.
         let (scores, lse, memory) = unsafe {
             let at = lse.start() + (i * a.heads + head) * a.queries + row;
@@ -156,12 +168,16 @@ pub(super) fn forward(
             map(weights, |p| p * inverse);
             if !dropout.is_none() {
                 dropout.each(&stream, first_element(a, head, row + r), seen, |at, factors| {
-                    weights[at..at + factors.len()].iter_mut().zip(factors).for_each(|(p, f)| *p *= f);
+                    weights[at..at + factors.len()]
+                        .iter_mut()
+                        .zip(factors)
+                        .for_each(|(p, f)| *p *= f);
                 });
             }
         }
         // O = P·V
-        let o = reals.pointer().wrapping_add(out.start() + (i * a.queries + row) * width + head * hd);
+        let o =
+            reals.pointer().wrapping_add(out.start() + (i * a.queries + row) * width + head * hd);
         // SAFETY: as above; these rows and columns of `out` belong to this piece.
         unsafe {
             product(
@@ -192,7 +208,14 @@ pub(super) fn backward(
 ) -> Result<()> {
     let needed = self::scratch(a, cpu.team.threads);
     let scratch = scratch.sub(0, needed);
-    cpu.arenas().attention_vjp(chunk, a, [q, k, v], [out, lse, dout], [dq, dk, dv], (scratch, needed))?;
+    cpu.arenas().attention_vjp(
+        chunk,
+        a,
+        [q, k, v],
+        [out, lse, dout],
+        [dq, dk, dv],
+        (scratch, needed),
+    )?;
     let (dropout, scale) = (Dropout::new(a.dropout), score_scale(cpu, a)?);
     let width = a.heads * a.head_dim;
     if width == 0 || chunk.samples * (a.queries + a.keys) == 0 {
@@ -205,7 +228,8 @@ pub(super) fn backward(
     let (stride, slot_len) = (row_stride(a), slot_len(a));
     cpu.make_packing()?;
     let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
-    let (reals, packing, products) = (Shared::new(&mut cpu.reals), Shared::new(&mut cpu.packing), cpu.products);
+    let (reals, packing, products) =
+        (Shared::new(&mut cpu.reals), Shared::new(&mut cpu.packing), cpu.products);
     // One piece is a whole head, so that no sum of dk and dv crosses pieces.
     cpu.team.each(chunk.samples * a.heads, |slot, piece| {
         let (i, head) = (piece / a.heads, piece % a.heads);
@@ -228,8 +252,8 @@ pub(super) fn backward(
             let d_out = view(dout.start() + o_at, width, 1);
             let p_tile = pointer(scratch.start() + slot * slot_len);
             let ds_tile = p_tile.wrapping_add(stride * rows);
-            // S = Q·Kᵀ, dP = dO·Vᵀ
-            // SAFETY: the operands were checked, and the slot is this thread's while the piece runs.
+            // S = Q·Kᵀ, dP = dO·Vᵀ SAFETY: the operands were checked, and the slot is this thread's
+            // while the piece runs.
             unsafe {
                 product(
                     products,
@@ -256,7 +280,8 @@ pub(super) fn backward(
                 let seen = visible(a, row + r, keys);
                 // SAFETY: lines of the slot, and inputs that nothing writes.
                 let (p, ds, o, d, lse) = unsafe {
-                    let from = |at: usize| core::slice::from_raw_parts(pointer(at).cast_const(), hd);
+                    let from =
+                        |at: usize| core::slice::from_raw_parts(pointer(at).cast_const(), hd);
                     let at = o_at + r * width;
                     (
                         core::slice::from_raw_parts_mut(p_tile.add(r * stride), keys),
@@ -279,7 +304,14 @@ pub(super) fn backward(
                 } else {
                     dropout.each(&stream, first_element(a, head, row + r), seen, |at, factors| {
                         let part = at..at + factors.len();
-                        weights(&mut p[part.clone()], &mut ds[part], Some(factors), scale, lse, delta);
+                        weights(
+                            &mut p[part.clone()],
+                            &mut ds[part],
+                            Some(factors),
+                            scale,
+                            lse,
+                            delta,
+                        );
                     });
                 }
                 if let Some(hole) = hole.filter(|&hole| hole < seen) {
@@ -323,7 +355,8 @@ pub(super) fn backward(
         }
     });
     for at in a.temperature_grad.range() {
-        // s_k = e^τ·(q·k_k): dτ = Σ ds_k·s_k = Σ q·(Σ_k e^τ·ds_k·k_k) = Σ q·dq, in the order of the rows.
+        // s_k = e^τ·(q·k_k): dτ = Σ ds_k·s_k = Σ q·(Σ_k e^τ·ds_k·k_k) = Σ q·dq, in the order of the
+        // rows.
         let mut sum = 0.0;
         for i in 0..chunk.samples {
             for row in 0..a.queries {
@@ -336,10 +369,17 @@ pub(super) fn backward(
     Ok(())
 }
 
-/// In: scores `p` and gradients `ds` of the dropped weights. Out: the dropped weights, and the gradients of the scaled
-/// products `q·k`.
+/// In: scores `p` and gradients `ds` of the dropped weights. Out: the dropped weights, and the
+/// gradients of the scaled products `q·k`.
 #[inline]
-fn weights(p: &mut [f32], ds: &mut [f32], factors: Option<&[f32]>, scale: f32, lse: f32, delta: f32) {
+fn weights(
+    p: &mut [f32],
+    ds: &mut [f32],
+    factors: Option<&[f32]>,
+    scale: f32,
+    lse: f32,
+    delta: f32,
+) {
     let one = f32x8::ONE;
     let step = |s: f32x8, d: f32x8, f: f32x8| {
         let p = exp(s.mul_add(f32x8::splat(scale), f32x8::splat(-lse)));
@@ -348,7 +388,8 @@ fn weights(p: &mut [f32], ds: &mut [f32], factors: Option<&[f32]>, scale: f32, l
     let ((ps, p_tail), (dss, ds_tail)) = (p.as_chunks_mut::<LANES>(), ds.as_chunks_mut::<LANES>());
     let (fs, f_tail) = factors.unwrap_or(&[]).as_chunks::<LANES>();
     for (n, (p, d)) in ps.iter_mut().zip(dss).enumerate() {
-        let (np, nd) = step(f32x8::new(*p), f32x8::new(*d), fs.get(n).map_or(one, |f| f32x8::new(*f)));
+        let (np, nd) =
+            step(f32x8::new(*p), f32x8::new(*d), fs.get(n).map_or(one, |f| f32x8::new(*f)));
         (*p, *d) = (np.to_array(), nd.to_array());
     }
     let n = p_tail.len();

@@ -34,11 +34,14 @@ impl Dropout {
             // 0 is all bits off, so the factor's bits are masked.
             *register = cast(kept & !word.simd_lt(threshold));
         }
-        // Lane `i` of the eight registers: the four elements of counter `i`, and those of counter `8 + i`.
+        // Lane `i` of the eight registers: the four elements of counter `i`, and those of counter
+        // `8 + i`.
         let counters = f32x8::transpose(registers);
         let mut out = [0.0; AT_ONCE];
         let (first, second) = out.split_at_mut(AT_ONCE / 2);
-        for ((x, y), both) in first.chunks_exact_mut(4).zip(second.chunks_exact_mut(4)).zip(counters) {
+        for ((x, y), both) in
+            first.chunks_exact_mut(4).zip(second.chunks_exact_mut(4)).zip(counters)
+        {
             let (low, high) = both.as_array().split_at(4);
             x.copy_from_slice(low);
             y.copy_from_slice(high);
@@ -46,8 +49,15 @@ impl Dropout {
         out
     }
 
-    /// Runs `f(values, factors)` over a slice whose first value is `element` of the stream, in pieces of at most [`AT_ONCE`].
-    pub(crate) fn each(self, stream: &Stream, element: u32, len: usize, mut f: impl FnMut(usize, &[f32])) {
+    /// Runs `f(values, factors)` over a slice whose first value is `element` of the stream, in
+    /// pieces of at most [`AT_ONCE`].
+    pub(crate) fn each(
+        self,
+        stream: &Stream,
+        element: u32,
+        len: usize,
+        mut f: impl FnMut(usize, &[f32]),
+    ) {
         let skip = (element % 4) as usize;
         let (mut done, mut quad, mut from) = (0, element / 4, skip);
         while done < len {

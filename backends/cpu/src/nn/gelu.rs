@@ -29,7 +29,8 @@ pub(super) fn derivative(kind: Gelu, x: f32x8) -> f32x8 {
             // With the sigmoid σ = 1/(1 + e): σ + x·σ·(1−σ)·2u', and 1 − σ = e·σ.
             let e = exp(minus_2u(c).fast_min(s(87.0)));
             let sigmoid = f32x8::ONE / (f32x8::ONE + e);
-            let slope = (c * c).mul_add(s(2.0 * ROOT_2_OVER_PI * 3.0 * 0.044_715), s(2.0 * ROOT_2_OVER_PI));
+            let slope =
+                (c * c).mul_add(s(2.0 * ROOT_2_OVER_PI * 3.0 * 0.044_715), s(2.0 * ROOT_2_OVER_PI));
             (c * sigmoid * (e * sigmoid)).mul_add(slope, sigmoid)
         }
         Gelu::Exact => {

@@ -1,7 +1,8 @@
-//! Matrix products: which kernel computes them, in which precision, and `gemm` in tiles that the shape alone decides.
+//! Matrix products: which kernel computes them, in which precision, and `gemm` in tiles that the
+//! shape alone decides.
 //!
-//! Products go through [`super::packed`], which packs nothing twice; without fused multiply-add `gemm` serves, which
-//! chooses at run time what a build cannot.
+//! Products go through [`super::packed`], which packs nothing twice; without fused multiply-add
+//! `gemm` serves, which chooses at run time what a build cannot.
 
 use bdia_core::backend::Order;
 use gemm::Parallelism;
@@ -14,12 +15,13 @@ use crate::memory::Shared;
 const ROWS: usize = 512;
 /// Most columns of a tile of `C`.
 const COLS: usize = 384;
-/// Most inner terms that are summed before they are added to `C`. `gemm` never cuts so few of them again, so neither the
-/// order of sums nor the packing buffers depend on the sizes of the caches.
+/// Most inner terms that are summed before they are added to `C`. `gemm` never cuts so few of them
+/// again, so neither the order of sums nor the packing buffers depend on the sizes of the caches.
 const INNER: usize = 512;
 
-/// A bound on what `gemm` allocates in one thread. Read from `gemm-common` 0.19: both packed operands of a tile, with
-/// the columns rounded up to a micro-kernel (or 128 of them, where the L3 cache is unknown), and its slab of L2 size.
+/// A bound on what `gemm` allocates in one thread. Read from `gemm-common` 0.19: both packed
+/// operands of a tile, with the columns rounded up to a micro-kernel (or 128 of them, where the L3
+/// cache is unknown), and its slab of L2 size.
 pub(crate) fn thread_bytes() -> usize {
     const MICRO_ROWS: usize = 96;
     const MICRO_COLS: usize = 8;
@@ -62,10 +64,12 @@ pub(super) fn cut(len: usize, most: usize, step: usize) -> usize {
     len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(step).max(step)
 }
 
-/// `C = A·B`, or `C += A·B`, in this thread. The rows of `c` are `stride` apart; `memory` is [`own_scratch`].
+/// `C = A·B`, or `C += A·B`, in this thread. The rows of `c` are `stride` apart; `memory` is
+/// [`own_scratch`].
 ///
 /// # Safety
-/// The operands lie in readable memory, one step of each is 1, and `c` lies in memory that nothing else accesses.
+/// The operands lie in readable memory, one step of each is 1, and `c` lies in memory that nothing
+/// else accesses.
 pub(crate) unsafe fn product(
     products: Products,
     shape: [usize; 3],
@@ -104,7 +108,14 @@ pub(crate) unsafe fn product(
 ///
 /// # Safety
 /// As for `product`.
-unsafe fn by_gemm([rows, cols, inner]: [usize; 3], a: View, b: View, c: *mut f32, stride: usize, accumulate: bool) {
+unsafe fn by_gemm(
+    [rows, cols, inner]: [usize; 3],
+    a: View,
+    b: View,
+    c: *mut f32,
+    stride: usize,
+    accumulate: bool,
+) {
     let (deep, tall, broad) = (cut(inner, INNER, 8), cut(rows, ROWS, 8), cut(cols, COLS, 48));
     for col in (0..cols).step_by(broad) {
         let n = broad.min(cols - col);
@@ -159,15 +170,17 @@ pub enum Precision {
     Bf16,
 }
 
-/// How the products of layers are computed: each gives the same bits for any number of threads, and other bits than the
-/// next one.
+/// How the products of layers are computed: each gives the same bits for any number of threads, and
+/// other bits than the next one.
 ///
-/// The kinds for bf16 multiply the same rounded factors exactly, and differ in sums: those of AMX and AVX512-BF16 add two
-/// terms at a time in an order of their own, and take and leave 0 for what is below the range of normal numbers.
+/// The kinds for bf16 multiply the same rounded factors exactly, and differ in sums: those of AMX
+/// and AVX512-BF16 add two terms at a time in an order of their own, and take and leave 0 for what
+/// is below the range of normal numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Products {
-    /// By the `gemm` crate, which chooses its kernels at run time: for a build without fused multiply-add.
+    /// By the `gemm` crate, which chooses its kernels at run time: for a build without fused
+    /// multiply-add.
     Gemm,
     /// Packed operands and the lanes that the program was compiled for.
     Lanes,
@@ -185,14 +198,23 @@ pub enum Products {
 
 impl Products {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Gemm, Self::Lanes, Self::Avx512, Self::Amx, Self::Avx512Bf16, Self::RoundedAvx512, Self::RoundedLanes];
+    pub const ALL: [Self; 7] = [
+        Self::Gemm,
+        Self::Lanes,
+        Self::Avx512,
+        Self::Amx,
+        Self::Avx512Bf16,
+        Self::RoundedAvx512,
+        Self::RoundedLanes,
+    ];
 
     /// The precision of the factors.
     pub const fn precision(self) -> Precision {
         match self {
             Self::Gemm | Self::Lanes | Self::Avx512 => Precision::F32,
-            Self::Amx | Self::Avx512Bf16 | Self::RoundedAvx512 | Self::RoundedLanes => Precision::Bf16,
+            Self::Amx | Self::Avx512Bf16 | Self::RoundedAvx512 | Self::RoundedLanes => {
+                Precision::Bf16
+            }
         }
     }
 
@@ -221,9 +243,14 @@ impl Products {
                 &[Self::Avx512, Self::Lanes]
             }
             Precision::F32 => &[Self::Avx512, Self::Gemm],
-            // Intel's processors compute `vdpbf16ps` at half the rate of FMA, which has half its terms.
-            Precision::Bf16 if crate::processor::is_intel() => &[Self::Amx, Self::RoundedAvx512, Self::RoundedLanes],
-            Precision::Bf16 => &[Self::Amx, Self::Avx512Bf16, Self::RoundedAvx512, Self::RoundedLanes],
+            // Intel's processors compute `vdpbf16ps` at half the rate of FMA, which has half its
+            // terms.
+            Precision::Bf16 if crate::processor::is_intel() => {
+                &[Self::Amx, Self::RoundedAvx512, Self::RoundedLanes]
+            }
+            Precision::Bf16 => {
+                &[Self::Amx, Self::Avx512Bf16, Self::RoundedAvx512, Self::RoundedLanes]
+            }
         };
         order.iter().copied().find(|p| p.is_available()).unwrap_or(Self::Lanes)
     }
@@ -303,8 +330,8 @@ fn tiles(
     c: &mut [f32],
     accumulate: bool,
 ) {
-    // Smaller tiles where there are few, so that every thread has some; not so small that packing them costs more than
-    // it gains.
+    // Smaller tiles where there are few, so that every thread has some; not so small that packing
+    // them costs more than it gains.
     let (mut most_rows, mut most_cols) = (ROWS, COLS);
     let count = |r: usize, c: usize| rows.div_ceil(r) * cols.div_ceil(c);
     while count(most_rows, most_cols) < 32 && (most_rows > 256 || most_cols > 192) {
@@ -334,6 +361,15 @@ fn tiles(
         }
         let start = c.pointer().wrapping_add(row * cols + col);
         // SAFETY: the caller's slices have these shapes, and tiles of `C` are disjoint.
-        unsafe { by_gemm([m, n, inner], a.at(row, 0), b.at(0, col), start, cols, accumulate || bias.is_some()) }
+        unsafe {
+            by_gemm(
+                [m, n, inner],
+                a.at(row, 0),
+                b.at(0, col),
+                start,
+                cols,
+                accumulate || bias.is_some(),
+            )
+        }
     });
 }

@@ -20,7 +20,8 @@ use crate::{BLOCK, Cpu, Team};
 
 /// Columns that one piece of a sum over rows takes: four cache lines.
 const COLUMNS: usize = 64;
-/// Rows that are summed before their sum is added to the total: rounding grows with the root of each.
+/// Rows that are summed before their sum is added to the total: rounding grows with the root of
+/// each.
 const ROWS: usize = 64;
 
 /// Rows of one piece of row-wise work.
@@ -56,8 +57,8 @@ fn widen(team: &Team, words: &[u32], y: &mut [f32], value: impl Fn(u32) -> f32 +
     });
 }
 
-/// `totals[n][c] += Σ_r f(r, values of row r from column `from` on)[n][c]`, `COLUMNS` columns at a time, the rows in
-/// order. `f` adds a row to the partial sums.
+/// `totals[n][c] += Σ_r f(r, values of row r from column `from` on)[n][c]`, `COLUMNS` columns at a
+/// time, the rows in order. `f` adds a row to the partial sums.
 fn column_sums<const N: usize>(
     team: &Team,
     rows: usize,
@@ -94,17 +95,35 @@ impl Cpu {
 }
 
 impl NnOps for Cpu {
-    fn matmul(&mut self, p: &Product, a: Reals, b: Reals, bias: Option<Reals>, c: Reals) -> Result<()> {
+    fn matmul(
+        &mut self,
+        p: &Product,
+        a: Reals,
+        b: Reals,
+        bias: Option<Reals>,
+        c: Reals,
+    ) -> Result<()> {
         self.arenas().matmul(p, a, b, bias, c)?;
         self.make_packing()?;
-        let [a, b, offset, c] = split(&mut self.reals, [a, b, bias.unwrap_or(Reals::EMPTY), c], "matmul")?;
+        let [a, b, offset, c] =
+            split(&mut self.reals, [a, b, bias.unwrap_or(Reals::EMPTY), c], "matmul")?;
         if c.is_empty() {
             return Ok(());
         }
         let offset: Option<&[f32]> = bias.map(|_| &*offset);
         let (a, b) = (View::dense(a, p.a, p.rows, p.inner), View::dense(b, p.b, p.inner, p.cols));
         let shape = [p.rows, p.cols, p.inner];
-        matmul::matmul(&self.team, self.products, shape, a, b, offset, c, p.accumulate, &mut self.packing);
+        matmul::matmul(
+            &self.team,
+            self.products,
+            shape,
+            a,
+            b,
+            offset,
+            c,
+            p.accumulate,
+            &mut self.packing,
+        );
         Ok(())
     }
 
@@ -144,7 +163,8 @@ impl NnOps for Cpu {
     fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> Result<()> {
         let rows = self.arenas().add_columns(width, from, to)?;
         let [x, y] = split(&mut self.reals, [from.of, to.of], "add_columns")?;
-        let (x, y, factor, each) = (&*x, Shared::new(y), f32x8::splat(scale as f32), rows_per_piece(width));
+        let (x, y, factor, each) =
+            (&*x, Shared::new(y), f32x8::splat(scale as f32), rows_per_piece(width));
         self.team.each(rows.div_ceil(each), |_, piece| {
             for r in piece * each..rows.min((piece + 1) * each) {
                 // SAFETY: rows are disjoint.
@@ -155,10 +175,19 @@ impl NnOps for Cpu {
         Ok(())
     }
 
-    fn layer_norm(&mut self, eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals) -> Result<()> {
+    fn layer_norm(
+        &mut self,
+        eps: f64,
+        weight: Reals,
+        bias: Reals,
+        x: Reals,
+        y: Reals,
+        stats: Reals,
+    ) -> Result<()> {
         let width = weight.len();
         let rows = self.arenas().layer_norm(weight, bias, x, y, stats)?;
-        let [weight, bias, x, y, stats] = split(&mut self.reals, [weight, bias, x, y, stats], "layer_norm")?;
+        let [weight, bias, x, y, stats] =
+            split(&mut self.reals, [weight, bias, x, y, stats], "layer_norm")?;
         let (weight, bias, x) = (&*weight, &*bias, &*x);
         let (y, stats, each) = (Shared::new(y), Shared::new(stats), rows_per_piece(width));
         self.team.each(rows.div_ceil(each), |_, piece| {
@@ -209,7 +238,8 @@ impl NnOps for Cpu {
         // dweight += Σ dy·x̂, dbias += Σ dy, with x̂ = (x − mean)·rstd
         column_sums(&self.team, rows, [dweight, dbias], |r, from, [w, b], n| {
             let at = r * width + from;
-            let (x, dy, mean, rstd) = (&x[at..at + n], &dy[at..at + n], stats[2 * r], stats[2 * r + 1]);
+            let (x, dy, mean, rstd) =
+                (&x[at..at + n], &dy[at..at + n], stats[2 * r], stats[2 * r + 1]);
             let (w, b) = (&mut w[..n], &mut b[..n]);
             for c in 0..n {
                 w[c] += dy[c] * ((x[c] - mean) * rstd);
@@ -223,8 +253,12 @@ impl NnOps for Cpu {
         self.arenas().pair("gelu", x, y)?;
         let [x, y] = split(&mut self.reals, [x, y], "gelu")?;
         match kind {
-            Gelu::Tanh => blocks2(&self.team, y, x, |y, x| map2(y, x, |_, x| gelu::value(Gelu::Tanh, x))),
-            Gelu::Exact => blocks2(&self.team, y, x, |y, x| map2(y, x, |_, x| gelu::value(Gelu::Exact, x))),
+            Gelu::Tanh => {
+                blocks2(&self.team, y, x, |y, x| map2(y, x, |_, x| gelu::value(Gelu::Tanh, x)))
+            }
+            Gelu::Exact => {
+                blocks2(&self.team, y, x, |y, x| map2(y, x, |_, x| gelu::value(Gelu::Exact, x)))
+            }
         }
         Ok(())
     }
@@ -233,8 +267,12 @@ impl NnOps for Cpu {
         self.arenas().pair("gelu_vjp", x, d)?;
         let [x, d] = split(&mut self.reals, [x, d], "gelu_vjp")?;
         match kind {
-            Gelu::Tanh => blocks2(&self.team, d, x, |d, x| map2(d, x, |d, x| d * gelu::derivative(Gelu::Tanh, x))),
-            Gelu::Exact => blocks2(&self.team, d, x, |d, x| map2(d, x, |d, x| d * gelu::derivative(Gelu::Exact, x))),
+            Gelu::Tanh => blocks2(&self.team, d, x, |d, x| {
+                map2(d, x, |d, x| d * gelu::derivative(Gelu::Tanh, x))
+            }),
+            Gelu::Exact => blocks2(&self.team, d, x, |d, x| {
+                map2(d, x, |d, x| d * gelu::derivative(Gelu::Exact, x))
+            }),
         }
         Ok(())
     }
@@ -277,7 +315,8 @@ impl NnOps for Cpu {
     }
 
     fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> Result<()> {
-        let (pieces, dropout) = (Pieces::new(chunk, self.arenas().dropout(chunk, p, x)?), Dropout::new(p));
+        let (pieces, dropout) =
+            (Pieces::new(chunk, self.arenas().dropout(chunk, p, x)?), Dropout::new(p));
         let [x] = split(&mut self.reals, [x], "dropout")?;
         if dropout.is_none() {
             return Ok(());
@@ -306,13 +345,15 @@ impl NnOps for Cpu {
         width: usize,
         x: Reals,
     ) -> Result<()> {
-        let (length, vocab) = self.arenas().embed("embed", chunk, tokens, [x, table, positions], width)?;
+        let (length, vocab) =
+            self.arenas().embed("embed", chunk, tokens, [x, table, positions], width)?;
         let tokens = get(&self.ints, tokens, "embed: tokens")?;
         let [table, positions, x] = split(&mut self.reals, [table, positions, x], "embed")?;
         if width == 0 {
             return Ok(());
         }
-        let (table, positions, x, each) = (&*table, &*positions, Shared::new(x), rows_per_piece(width));
+        let (table, positions, x, each) =
+            (&*table, &*positions, Shared::new(x), rows_per_piece(width));
         let bad = self.team.reduce(
             tokens.len().div_ceil(each),
             usize::MAX,
@@ -347,9 +388,11 @@ impl NnOps for Cpu {
         dtable: Reals,
         dpositions: Reals,
     ) -> Result<()> {
-        let (length, vocab) = self.arenas().embed("embed_vjp", chunk, tokens, [dx, dtable, dpositions], width)?;
+        let (length, vocab) =
+            self.arenas().embed("embed_vjp", chunk, tokens, [dx, dtable, dpositions], width)?;
         let tokens = get(&self.ints, tokens, "embed_vjp: tokens")?;
-        let [dtable, dpositions, dx] = split(&mut self.reals, [dtable, dpositions, dx], "embed_vjp")?;
+        let [dtable, dpositions, dx] =
+            split(&mut self.reals, [dtable, dpositions, dx], "embed_vjp")?;
         let (dx, dtable, dpositions) = (&*dx, Shared::new(dtable), Shared::new(dpositions));
         // A piece takes some columns of all tokens, so that each sum is in the order of the tokens.
         self.team.each(width.div_ceil(COLUMNS), |_, b| {
@@ -392,7 +435,9 @@ impl NnOps for Cpu {
                 let mut bad = usize::MAX;
                 for row in piece * each..rows.min((piece + 1) * each) {
                     // SAFETY: rows are disjoint.
-                    let (x, loss) = unsafe { (shared.0.part(row * vocab, vocab), &mut shared.1.part(row, 1)[0]) };
+                    let (x, loss) = unsafe {
+                        (shared.0.part(row * vocab, vocab), &mut shared.1.part(row, 1)[0])
+                    };
                     match known(targets[row], vocab) {
                         Some(target) => {
                             *loss = cross_entropy_row(x, target, targets_of, scale);
@@ -414,7 +459,9 @@ impl NnOps for Cpu {
             usize::min,
         );
         if bad != usize::MAX {
-            let sample = chunk.first.wrapping_add(ce.row.wrapping_add(bad).checked_div(ce.tokens).unwrap_or_default());
+            let sample = chunk
+                .first
+                .wrapping_add(ce.row.wrapping_add(bad).checked_div(ce.tokens).unwrap_or_default());
             // SAFETY: all pieces are done.
             let loss = unsafe { shared.1.part(bad, 1)[0] };
             self.fault.get_or_insert(match known(targets[bad], vocab) {
@@ -442,7 +489,8 @@ fn vjp_row(weight: &[f32], x: &[f32], dy: &[f32], dx: &mut [f32], mean: f32x8, r
         sum_gx += fold_sum2(g, x, |g, x| g * ((x - mean) * rstd));
     }
     let (mean_g, mean_gx) = (f32x8::splat(sum_g / width), f32x8::splat(sum_gx / width));
-    for (((x, dy), weight), dx) in x.chunks(PART).zip(dy.chunks(PART)).zip(weight.chunks(PART)).zip(dx.chunks_mut(PART))
+    for (((x, dy), weight), dx) in
+        x.chunks(PART).zip(dy.chunks(PART)).zip(weight.chunks(PART)).zip(dx.chunks_mut(PART))
     {
         let g = &mut buffer[..x.len()];
         g.copy_from_slice(dy);
@@ -451,8 +499,8 @@ fn vjp_row(weight: &[f32], x: &[f32], dy: &[f32], dx: &mut [f32], mean: f32x8, r
     }
 }
 
-/// The loss of one row, which becomes its gradient; the target distribution is `smooth` everywhere, and `hard` more at
-/// the target.
+/// The loss of one row, which becomes its gradient; the target distribution is `smooth` everywhere,
+/// and `hard` more at the target.
 #[inline]
 fn cross_entropy_row(x: &mut [f32], target: usize, [smooth, hard]: [f32; 2], scale: f32) -> f32 {
     // loss = ln Σ exp(x − max) − Σ t·(x − max),  dx = (exp(x − max)/Σ − t)·scale

@@ -1,10 +1,13 @@
-//! The same operation on the reference backend and on the CPU with 1, 2 and 3 threads, over the same memory.
+//! The same operation on the reference backend and on the CPU with 1, 2 and 3 threads, over the
+//! same memory.
 
 #![allow(dead_code, reason = "each test program uses a part")]
 #![allow(clippy::unwrap_used, reason = "only tests are built of this")]
 
 use bdia_core::rng::{Draw, Stream};
-use bdia_core::{Backend, Category, Chunk, Error, Fault, Ints, Layout, Reals, Reference, Result, Site, Words};
+use bdia_core::{
+    Backend, Category, Chunk, Error, Fault, Ints, Layout, Reals, Reference, Result, Site, Words,
+};
 use bdia_cpu::{Cpu, Precision, Products};
 
 /// The three arenas.
@@ -51,7 +54,8 @@ impl World {
     pub fn reference(&self, op: Op) -> After {
         let mut world = self.clone();
         let layout = Layout::new(4);
-        let mut b = Reference::new(&layout, &mut world.ints, &mut world.reals, &mut world.words).unwrap();
+        let mut b =
+            Reference::new(&layout, &mut world.ints, &mut world.reals, &mut world.words).unwrap();
         let result = op(&mut b);
         let fault = bdia_core::Storage::take_fault(&mut b).unwrap();
         After { world, fault, result }
@@ -64,8 +68,11 @@ impl World {
     pub fn cpu_with(&self, products: Products, threads: usize, op: Op) -> After {
         use bdia_core::Storage;
         let mut cpu = Cpu::with_products(&self.layout(), threads, products).unwrap();
-        let (i, r, w) =
-            (Ints::new(0, self.ints.len()), Reals::new(0, self.reals.len()), Words::new(0, self.words.len()));
+        let (i, r, w) = (
+            Ints::new(0, self.ints.len()),
+            Reals::new(0, self.reals.len()),
+            Words::new(0, self.words.len()),
+        );
         cpu.write_ints(i, &self.ints).unwrap();
         cpu.write_reals(r, &self.reals).unwrap();
         cpu.write_words(w, &self.words).unwrap();
@@ -86,7 +93,10 @@ impl World {
     pub fn threads_agree_with(&self, products: Products, what: &str, op: Op) -> After {
         let one = self.cpu_with(products, 1, op);
         for threads in [2, 3] {
-            one.same_bits(&self.cpu_with(products, threads, op), &format!("{what}, {threads} threads"));
+            one.same_bits(
+                &self.cpu_with(products, threads, op),
+                &format!("{what}, {threads} threads"),
+            );
         }
         one
     }
@@ -98,14 +108,21 @@ impl World {
         one
     }
 
-    /// The operation gives the values of the reference backend, up to `tolerance` times the largest magnitude that
-    /// the reference leaves among the values that changed.
+    /// The operation gives the values of the reference backend, up to `tolerance` times the largest
+    /// magnitude that the reference leaves among the values that changed.
     pub fn close(&self, what: &str, tolerance: f32, op: Op) -> After {
         self.close_to(&self.reference(op), Products::best(Precision::F32), what, tolerance, op)
     }
 
     /// As `close`, with what the reference left, and for one kind of products.
-    pub fn close_to(&self, reference: &After, products: Products, what: &str, tolerance: f32, op: Op) -> After {
+    pub fn close_to(
+        &self,
+        reference: &After,
+        products: Products,
+        what: &str,
+        tolerance: f32,
+        op: Op,
+    ) -> After {
         let one = self.threads_agree_with(products, what, op);
         assert_eq!(one.result, reference.result, "{what}");
         assert_same_fault(&one.fault, &reference.fault, what);
@@ -133,11 +150,15 @@ impl After {
     pub fn same_bits(&self, other: &Self, what: &str) {
         assert_eq!(self.result, other.result, "{what}");
         assert_same_fault(&self.fault, &other.fault, what);
-        if let Some(i) = (0..self.world.ints.len()).find(|&i| self.world.ints[i] != other.world.ints[i]) {
+        if let Some(i) =
+            (0..self.world.ints.len()).find(|&i| self.world.ints[i] != other.world.ints[i])
+        {
             panic!("{what}: integer {i} is {}, not {}", self.world.ints[i], other.world.ints[i]);
         }
         let differ = |a: f32, b: f32| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan());
-        if let Some(i) = (0..self.world.reals.len()).find(|&i| differ(self.world.reals[i], other.world.reals[i])) {
+        if let Some(i) =
+            (0..self.world.reals.len()).find(|&i| differ(self.world.reals[i], other.world.reals[i]))
+        {
             panic!("{what}: real {i} is {:e}, not {:e}", self.world.reals[i], other.world.reals[i]);
         }
         assert_eq!(self.world.words, other.world.words, "{what}");
@@ -145,7 +166,16 @@ impl After {
 }
 
 pub fn chunk(samples: usize) -> Chunk {
-    Chunk { seed: 11, step: 3, stack: 0, site: Site::Block(2), first: 5, samples, global: 100, frame: 0 }
+    Chunk {
+        seed: 11,
+        step: 3,
+        stack: 0,
+        site: Site::Block(2),
+        first: 5,
+        samples,
+        global: 100,
+        frame: 0,
+    }
 }
 
 /// Whether an operation was refused for its handles.

@@ -1,4 +1,5 @@
-//! Trains a small transformer with exact reversible backpropagation: no std, no allocator, all memory static.
+//! Trains a small transformer with exact reversible backpropagation: no std, no allocator, all
+//! memory static.
 #![no_std]
 #![no_main]
 
@@ -49,7 +50,14 @@ struct Distance {
 }
 
 impl<'a> Head<Be<'a>> for Distance {
-    fn forward_backward(&mut self, be: &mut Be<'a>, c: &Chunk, x: Reals, gx: Reals, _: Reals) -> Result<()> {
+    fn forward_backward(
+        &mut self,
+        be: &mut Be<'a>,
+        c: &Chunk,
+        x: Reals,
+        gx: Reals,
+        _: Reals,
+    ) -> Result<()> {
         let scale = 1.0 / (BATCH * PER) as f32;
         for i in 0..x.len() {
             let d = be.reals(x.sub(i, 1))?[0] - noise(2, c.first * PER + i);
@@ -112,7 +120,13 @@ fn train(memory: &mut Memory<f32, 4096, 32768, 512>) -> Result<(f32, f32)> {
         blocks.updater.lr = 0.01;
         blocks.updater.t = step + 1;
         let mut head = Distance { loss: 0.0 };
-        stack.train(&mut be, &mut blocks, &mut Inputs, &mut head, &Pass { seed: 3, step, global: 0 })?;
+        stack.train(
+            &mut be,
+            &mut blocks,
+            &mut Inputs,
+            &mut head,
+            &Pass { seed: 3, step, global: 0 },
+        )?;
         if let Some(fault) = be.take_fault()? {
             return Err(fault.into());
         }
@@ -138,10 +152,16 @@ extern "C" fn main() -> i32 {
     let memory = unsafe { &mut *&raw mut MEMORY };
     let mut line = heapless::String::<200>::new();
     let (code, written) = match train(memory) {
-        Ok((first, last)) if last < 0.7 * first => {
-            (0, writeln!(line, "no_std: {STEPS} exact steps, loss {first:.4} to {last:.4}, 0 differing elements"))
+        Ok((first, last)) if last < 0.7 * first => (
+            0,
+            writeln!(
+                line,
+                "no_std: {STEPS} exact steps, loss {first:.4} to {last:.4}, 0 differing elements"
+            ),
+        ),
+        Ok((first, last)) => {
+            (1, writeln!(line, "no_std: the loss went from {first} to {last} only"))
         }
-        Ok((first, last)) => (1, writeln!(line, "no_std: the loss went from {first} to {last} only")),
         Err(e) => (1, writeln!(line, "no_std: {e}")),
     };
     // SAFETY: the pointer and the length are those of `line`.

@@ -31,13 +31,22 @@ pub fn state(name: &str) -> State {
         let d = t.data();
         match t.dtype() {
             Dtype::F64 => {
-                reals.insert(name, d.chunks(8).map(|c| f64::from_le_bytes(c.try_into().unwrap())).collect());
+                reals.insert(
+                    name,
+                    d.chunks(8).map(|c| f64::from_le_bytes(c.try_into().unwrap())).collect(),
+                );
             }
             Dtype::F32 => {
-                reals.insert(name, d.chunks(4).map(|c| f32::from_le_bytes(c.try_into().unwrap()).into()).collect());
+                reals.insert(
+                    name,
+                    d.chunks(4).map(|c| f32::from_le_bytes(c.try_into().unwrap()).into()).collect(),
+                );
             }
             Dtype::I32 => {
-                ints.insert(name, d.chunks(4).map(|c| i32::from_le_bytes(c.try_into().unwrap())).collect());
+                ints.insert(
+                    name,
+                    d.chunks(4).map(|c| i32::from_le_bytes(c.try_into().unwrap())).collect(),
+                );
             }
             other => panic!("unexpected dtype {other:?} in a state file"),
         }

@@ -15,7 +15,8 @@ impl Dir {
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("bdia-gpt2-program-{}-{n}", std::process::id()));
+        let dir =
+            std::env::temp_dir().join(format!("bdia-gpt2-program-{}-{n}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         Self(dir)
     }
@@ -47,8 +48,7 @@ impl Drop for Dir {
     }
 }
 
-pub const SMALL: &str =
-    "--vocab 64 --layers 3 --heads 2 --width 16 --context 16 --batch 4 --eval-interval 20 --threads 2";
+pub const SMALL: &str = "--vocab 64 --layers 3 --heads 2 --width 16 --context 16 --batch 4 --eval-interval 20 --threads 2";
 
 pub fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_bdia-gpt2"))
@@ -57,7 +57,13 @@ pub fn program() -> Command {
 /// `train` of the small model on the tokens; `flags` are separated by spaces.
 pub fn train(data: &Path, out: &Path, flags: &str) -> Command {
     let mut c = program();
-    c.arg("train").arg("--data").arg(data).args(SMALL.split(' ')).args(flags.split_whitespace()).arg("--out").arg(out);
+    c.arg("train")
+        .arg("--data")
+        .arg(data)
+        .args(SMALL.split(' '))
+        .args(flags.split_whitespace())
+        .arg("--out")
+        .arg(out);
     c
 }
 

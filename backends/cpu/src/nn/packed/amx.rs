@@ -1,7 +1,9 @@
 //! The micro-kernel of AMX: 32 × 32 in four tile registers of sums, over panels of bf16.
 
 use core::arch::asm;
-use core::arch::x86_64::{_mm512_load_ps, _mm512_mask_storeu_ps, _mm512_setzero_ps, _mm512_store_ps};
+use core::arch::x86_64::{
+    _mm512_load_ps, _mm512_mask_storeu_ps, _mm512_setzero_ps, _mm512_store_ps,
+};
 
 use super::bf16::{SIDE, TERMS, WIDE, first, pack, start};
 use super::{Kernel, Left, Place};
@@ -45,14 +47,16 @@ impl Kernel for Amx {
     }
 }
 
-/// Whether the processor has tiles and products of bf16, and the operating system gives this process their state.
+/// Whether the processor has tiles and products of bf16, and the operating system gives this
+/// process their state.
 pub(in crate::nn) fn is_available() -> bool {
     #[cfg(target_os = "linux")]
     {
         use core::arch::x86_64::{__cpuid_count, __get_cpuid_max};
         use std::sync::OnceLock;
 
-        /// `ARCH_REQ_XCOMP_PERM` of `asm/prctl.h`, and the number of the tiles' data among the states of a thread.
+        /// `ARCH_REQ_XCOMP_PERM` of `asm/prctl.h`, and the number of the tiles' data among the
+        /// states of a thread.
         const REQUEST: libc::c_int = 0x1023;
         const TILE_DATA: libc::c_ulong = 18;
         static GRANTED: OnceLock<bool> = OnceLock::new();
@@ -60,7 +64,8 @@ pub(in crate::nn) fn is_available() -> bool {
             let edx = if __get_cpuid_max(0).0 >= 7 { __cpuid_count(7, 0).edx } else { 0 };
             // AMX-BF16 and AMX-TILE.
             (edx >> 22 & 1 == 1 && edx >> 24 & 1 == 1)
-                // SAFETY: it asks for more state in this process's threads, and touches no memory of ours.
+                // SAFETY: it asks for more state in this process's threads, and touches no memory
+                // of ours.
                 && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) } == 0
         })
     }
@@ -145,8 +150,9 @@ unsafe fn sums(a: &[f32], b: &[f32], c: *mut f32, stride: usize, fresh: bool, pl
     // Two lines ahead are asked for with every block.
     let ahead = place.ahead.len.div_ceil(2).min(blocks);
     let rows = 4 * stride;
-    // SAFETY: both panels have `blocks` blocks of 2 KiB: 32 rows of 64 bytes, and 16 lines of 128. All instructions that
-    // change tile registers are here, between the configuration and its release.
+    // SAFETY: both panels have `blocks` blocks of 2 KiB: 32 rows of 64 bytes, and 16 lines of 128.
+    // All instructions that change tile registers are here, between the configuration and its
+    // release.
     unsafe {
         asm!(
             "test {fresh}, {fresh}",

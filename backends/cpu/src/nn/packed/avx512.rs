@@ -1,8 +1,9 @@
-//! The micro-kernel for AVX-512: 8 × 48, 24 registers of sums, 3 of `B`, and `A` straight from memory.
+//! The micro-kernel for AVX-512: 8 × 48, 24 registers of sums, 3 of `B`, and `A` straight from
+//! memory.
 
 use core::arch::x86_64::{
-    __m512, __mmask16, _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
-    _mm512_set1_ps, _mm512_setzero_ps,
+    __m512, __mmask16, _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
 };
 
 use super::{Kernel, Left, Place, pack, prefetch};
@@ -69,7 +70,8 @@ unsafe fn registers<const N: usize>(a: &[f32], b: &[f32], c: Place) {
     let mut add = |a: &[f32; MR], b: &[f32; NR]| {
         prefetch(a.as_ptr().wrapping_add(AHEAD * MR));
         // SAFETY: `N` registers lie within the `NR` values of a line.
-        let b: [__m512; N] = core::array::from_fn(|i| unsafe { _mm512_loadu_ps(b.as_ptr().add(i * WIDE)) });
+        let b: [__m512; N] =
+            core::array::from_fn(|i| unsafe { _mm512_loadu_ps(b.as_ptr().add(i * WIDE)) });
         for (sums, &a) in sums.iter_mut().zip(a) {
             for (sum, &b) in sums.iter_mut().zip(&b) {
                 *sum = _mm512_fmadd_ps(_mm512_set1_ps(a), b, *sum);
@@ -97,11 +99,13 @@ unsafe fn in_place<const N: usize>(start: *const f32, stride: usize, b: &[f32], 
     c.prefetch(0);
     let (b, _) = b.as_chunks::<NR>();
     // The last row stands for those that are not there.
-    let rows: [*const f32; MR] = core::array::from_fn(|r| start.wrapping_add(r.min(c.size[0] - 1) * stride));
+    let rows: [*const f32; MR] =
+        core::array::from_fn(|r| start.wrapping_add(r.min(c.size[0] - 1) * stride));
     let mut sums = [[_mm512_setzero_ps(); N]; MR];
     let mut add = |k: usize, b: &[f32; NR]| {
         // SAFETY: `N` registers lie within the `NR` values of a line.
-        let b: [__m512; N] = core::array::from_fn(|i| unsafe { _mm512_loadu_ps(b.as_ptr().add(i * WIDE)) });
+        let b: [__m512; N] =
+            core::array::from_fn(|i| unsafe { _mm512_loadu_ps(b.as_ptr().add(i * WIDE)) });
         for (sums, row) in sums.iter_mut().zip(rows) {
             // SAFETY: rows have as many terms as the panel.
             let a = _mm512_set1_ps(unsafe { *row.add(k) });
@@ -139,7 +143,8 @@ unsafe fn store<const N: usize>(sums: &[[__m512; N]; MR], c: Place) {
     for (r, sums) in sums.iter().enumerate() {
         if r < c.size[0] {
             for (i, &sum) in sums.iter().enumerate() {
-                // SAFETY: the mask ends with the tile, which is within `C`, and nothing else accesses it.
+                // SAFETY: the mask ends with the tile, which is within `C`, and nothing else
+                // accesses it.
                 unsafe {
                     let at = c.start.add(r * c.stride + i * WIDE);
                     let mut value = sum;

@@ -1,14 +1,16 @@
 //! Operands as bf16, two terms in a word: their packing, and the micro-kernel of AVX512-BF16.
 //!
-//! A panel of 32 rows of `A` is `[terms / 32][row][16 words]`, one of 32 columns of `B` is `[terms / 32][16 words][column]`:
-//! what AMX wants as tiles, and what every other kernel can read as well. Values are rounded to the nearest bf16, ties to
-//! even, while they are packed; NaN stays NaN, and what is too small for a normal number becomes 0.
+//! A panel of 32 rows of `A` is `[terms / 32][row][16 words]`, one of 32 columns of `B` is `[terms
+//! / 32][16 words][column]`: what AMX wants as tiles, and what every other kernel can read as well.
+//! Values are rounded to the nearest bf16, ties to even, while they are packed; NaN stays NaN, and
+//! what is too small for a normal number becomes 0.
 
 use core::arch::x86_64::{
-    __m512, __m512bh, __m512i, __mmask16, _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_si512,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512, __m512bh, __m512i, __mmask16, _mm512_add_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+    _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16,
+    _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4,
+    _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+    _mm512_unpacklo_epi64,
 };
 
 use super::{Kernel, Left, Place, prefetch};
@@ -23,7 +25,8 @@ pub(super) const TERMS: usize = 2 * WIDE;
 /// How many terms ahead values are asked for while they are packed.
 const AHEAD: usize = 4 * TERMS;
 
-/// The micro-kernel of AVX512-BF16: 8 × 32 at a time, 16 registers of sums. Only where the processor has it.
+/// The micro-kernel of AVX512-BF16: 8 × 32 at a time, 16 registers of sums. Only where the
+/// processor has it.
 pub(in crate::nn) struct Avx512Bf16;
 
 impl Kernel for Avx512Bf16 {
@@ -34,7 +37,8 @@ impl Kernel for Avx512Bf16 {
     const BLOCK: [usize; 2] = [96, 192];
 
     unsafe fn pack_rows(from: View, len: usize, terms: usize, out: &mut [f32]) {
-        // SAFETY: whoever chose this kernel has seen what it needs; the rest is the caller's promise.
+        // SAFETY: whoever chose this kernel has seen what it needs; the rest is the caller's
+        // promise.
         unsafe { pack::<true>(from.start, [from.row, from.col], len, terms, out) }
     }
 
@@ -53,10 +57,12 @@ impl Kernel for Avx512Bf16 {
 /// A block of a panel: 32 rows (or columns) of `TERMS` terms.
 const BLOCK: usize = SIDE * WIDE;
 
-/// Copies `len` rows (or columns, without `ROWS`), `step` apart, of `terms` terms, `inner` apart, into panels.
+/// Copies `len` rows (or columns, without `ROWS`), `step` apart, of `terms` terms, `inner` apart,
+/// into panels.
 ///
 /// # Safety
-/// AVX-512F, BW and BF16; the matrix has these values, and nothing writes them meanwhile; one of the steps is 1.
+/// AVX-512F, BW and BF16; the matrix has these values, and nothing writes them meanwhile; one of
+/// the steps is 1.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(super) unsafe fn pack<const ROWS: bool>(
     start: *const f32,
@@ -76,7 +82,11 @@ pub(super) unsafe fn pack<const ROWS: bool>(
                 let from = start.wrapping_add(first * step + k * inner);
                 // SAFETY: the caller's promise; what is not present is masked.
                 let lines = unsafe {
-                    if inner == 1 { of_rows(from, step, rows, present) } else { of_terms(from, inner, rows, present) }
+                    if inner == 1 {
+                        of_rows(from, step, rows, present)
+                    } else {
+                        of_terms(from, inner, rows, present)
+                    }
                 };
                 // Now a line is a row's words, or a word of all rows.
                 let lines = if (inner == 1) == ROWS { lines } else { transpose(lines) };
@@ -109,8 +119,9 @@ unsafe fn of_rows(from: *const f32, step: usize, rows: usize, terms: usize) -> [
         prefetch(at.wrapping_add(AHEAD + WIDE));
         let (low, high) = if i < rows { (low, high) } else { (0, 0) };
         // SAFETY: only what is there is loaded.
-        let (low, high) =
-            unsafe { (_mm512_maskz_loadu_ps(low, at), _mm512_maskz_loadu_ps(high, at.wrapping_add(WIDE))) };
+        let (low, high) = unsafe {
+            (_mm512_maskz_loadu_ps(low, at), _mm512_maskz_loadu_ps(high, at.wrapping_add(WIDE)))
+        };
         bits(_mm512_cvtne2ps_pbh(high, low))
     })
 }
@@ -164,7 +175,8 @@ fn transpose(x: [__m512i; WIDE]) -> [__m512i; WIDE] {
         t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
     }
-    // Now pairs of rows in every 128 bits; then fours, in the order of columns 0 to 3 of each 128 bits.
+    // Now pairs of rows in every 128 bits; then fours, in the order of columns 0 to 3 of each 128
+    // bits.
     let mut u = [_mm512_setzero_si512(); WIDE];
     for i in (0..WIDE).step_by(4) {
         u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
@@ -175,8 +187,14 @@ fn transpose(x: [__m512i; WIDE]) -> [__m512i; WIDE] {
     // `u[4·g + c]` has rows 4g … 4g+3 of columns c, c+4, c+8, c+12.
     let mut out = x;
     for c in 0..4 {
-        let (a, b) = (_mm512_shuffle_i32x4(u[c], u[4 + c], 0x88), _mm512_shuffle_i32x4(u[c], u[4 + c], 0xDD));
-        let (d, e) = (_mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x88), _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xDD));
+        let (a, b) = (
+            _mm512_shuffle_i32x4(u[c], u[4 + c], 0x88),
+            _mm512_shuffle_i32x4(u[c], u[4 + c], 0xDD),
+        );
+        let (d, e) = (
+            _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x88),
+            _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xDD),
+        );
         out[c] = _mm512_shuffle_i32x4(a, d, 0x88);
         out[8 + c] = _mm512_shuffle_i32x4(a, d, 0xDD);
         out[4 + c] = _mm512_shuffle_i32x4(b, e, 0x88);
@@ -202,7 +220,8 @@ unsafe fn tile(a: &[f32], b: &[f32], c: Place) {
         for (a, b) in a.iter().zip(b) {
             for k in 0..WIDE {
                 // SAFETY: 16 words twice of a line of `B`.
-                let b = [0, WIDE].map(|i| unsafe { _mm512_loadu_si512(b.as_ptr().add(k * SIDE + i).cast()) });
+                let b = [0, WIDE]
+                    .map(|i| unsafe { _mm512_loadu_si512(b.as_ptr().add(k * SIDE + i).cast()) });
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let pair = halves(_mm512_set1_epi32(a[(from + r) * WIDE + k].to_bits() as i32));
                     for (sum, b) in sums.iter_mut().zip(b) {
@@ -232,14 +251,23 @@ unsafe fn tile(a: &[f32], b: &[f32], c: Place) {
 /// AVX-512F; the mask ends with `C` and with the bias.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn start(c: &Place, mask: __mmask16, at: *const f32, part: usize, mut sum: __m512) -> __m512 {
+pub(super) unsafe fn start(
+    c: &Place,
+    mask: __mmask16,
+    at: *const f32,
+    part: usize,
+    mut sum: __m512,
+) -> __m512 {
     // SAFETY: the caller's promise.
     unsafe {
         if c.add {
             sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sum);
         }
         if let Some(bias) = c.bias {
-            sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, bias.as_ptr().wrapping_add(part * WIDE)));
+            sum = _mm512_add_ps(
+                sum,
+                _mm512_maskz_loadu_ps(mask, bias.as_ptr().wrapping_add(part * WIDE)),
+            );
         }
     }
     sum

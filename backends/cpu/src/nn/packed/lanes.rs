@@ -45,7 +45,8 @@ impl Kernel for Lanes {
         if cols == NR {
             for (r, sums) in sums.iter().enumerate().take(rows) {
                 // SAFETY: the tile is within `C`, and nothing else accesses it.
-                let line = unsafe { core::slice::from_raw_parts_mut(c.start.add(r * c.stride), NR) };
+                let line =
+                    unsafe { core::slice::from_raw_parts_mut(c.start.add(r * c.stride), NR) };
                 let (parts, _) = line.as_chunks_mut::<LANES>();
                 for (half, (part, &sum)) in parts.iter_mut().zip(sums).enumerate() {
                     let mut value = if c.add { f32x8::new(*part) + sum } else { sum };

@@ -1,8 +1,10 @@
-//! Matrix products over packed panels: each operand is copied once into the order in which the micro-kernel reads it.
+//! Matrix products over packed panels: each operand is copied once into the order in which the
+//! micro-kernel reads it.
 //!
-//! The shorter side of `C` is packed for all threads, then pieces of the longer side are packed and multiplied by one
-//! thread each. So nothing is packed twice, and pieces may be narrow. An element of `C` is a sum over [`Kernel::DEPTH`]
-//! inner terms at a time, in their order, whichever piece it lies in: the bits are the same for any number of threads.
+//! The shorter side of `C` is packed for all threads, then pieces of the longer side are packed and
+//! multiplied by one thread each. So nothing is packed twice, and pieces may be narrow. An element
+//! of `C` is a sum over [`Kernel::DEPTH`] inner terms at a time, in their order, whichever piece it
+//! lies in: the bits are the same for any number of threads.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod amx;
@@ -32,7 +34,8 @@ pub(super) const OWN: usize = 384 * 512;
 const PANELS: usize = 8;
 /// Values of a cache line.
 const CACHE_LINE: usize = 16;
-/// How many terms ahead values are asked for while they are packed, where terms are far apart, and side by side.
+/// How many terms ahead values are asked for while they are packed, where terms are far apart, and
+/// side by side.
 const NEAR: usize = 16;
 const FAR: usize = 64;
 
@@ -45,14 +48,16 @@ pub(crate) fn scratch(threads: usize) -> usize {
 pub(super) trait Kernel {
     /// Rows and columns of a tile of `C`, which are those of a panel of `A` and of `B`.
     const TILE: [usize; 2];
-    /// Inner terms of a row that are stored together, and the values of four bytes that they take; panels are filled up
-    /// with zeros to whole ones.
+    /// Inner terms of a row that are stored together, and the values of four bytes that they take;
+    /// panels are filled up with zeros to whole ones.
     const UNIT: [usize; 2] = [1, 1];
     /// Most inner terms of a panel.
     const DEPTH: usize;
-    /// Most rows or columns of a piece, whole tiles. The number of threads decides how many it has, which changes no bits.
+    /// Most rows or columns of a piece, whole tiles. The number of threads decides how many it has,
+    /// which changes no bits.
     const PIECE: usize;
-    /// Rows and columns (whole tiles) that are multiplied panel by panel before the next, so that the L2 cache holds them.
+    /// Rows and columns (whole tiles) that are multiplied panel by panel before the next, so that
+    /// the L2 cache holds them.
     const BLOCK: [usize; 2];
 
     /// Makes a thread ready for tiles.
@@ -67,7 +72,8 @@ pub(super) trait Kernel {
     /// The processor has what the kernel needs.
     unsafe fn end() {}
 
-    /// Copies `len` rows of `A`, `terms` inner terms each, into panels, the last one filled up with zeros.
+    /// Copies `len` rows of `A`, `terms` inner terms each, into panels, the last one filled up with
+    /// zeros.
     ///
     /// # Safety
     /// The matrix has these values, and nothing writes them meanwhile.
@@ -79,14 +85,16 @@ pub(super) trait Kernel {
     /// As for `pack_rows`.
     unsafe fn pack_cols(from: View, len: usize, terms: usize, out: &mut [f32]);
 
-    /// Whether [`tile`](Self::tile) reads rows of `A` whose terms lie side by side where they are, so that they need no panel.
+    /// Whether [`tile`](Self::tile) reads rows of `A` whose terms lie side by side where they are,
+    /// so that they need no panel.
     const IN_PLACE: bool = false;
 
     /// One tile of `C` over one panel of each operand, or rows of `A` in place.
     ///
     /// # Safety
-    /// The processor has what the kernel needs; the place is within `C`, and nothing else accesses it. Rows in place are there,
-    /// as many as the tile has and with as many terms as the panel of `B`; only where the kernel is made for it.
+    /// The processor has what the kernel needs; the place is within `C`, and nothing else accesses
+    /// it. Rows in place are there, as many as the tile has and with as many terms as the panel of
+    /// `B`; only where the kernel is made for it.
     unsafe fn tile(a: Left<'_>, b: &[f32], c: Place);
 }
 
@@ -141,7 +149,8 @@ pub(super) struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// `C` is needed when the sums are there, and neither cache has it: this tile, or the one so many rows below.
+    /// `C` is needed when the sums are there, and neither cache has it: this tile, or the one so
+    /// many rows below.
     #[inline(always)]
     fn prefetch(&self, below: usize) {
         let [rows, cols] = self.size;
@@ -178,7 +187,8 @@ pub(super) struct Lines {
 impl Ahead {
     /// `len` rows of `terms` values, from `start` on.
     fn new(start: *const f32, [step, inner]: [usize; 2], len: usize, terms: usize) -> Self {
-        let (stride, len, values) = if inner == 1 { (step, len, terms) } else { (inner, terms, len) };
+        let (stride, len, values) =
+            if inner == 1 { (step, len, terms) } else { (inner, terms, len) };
         Self { start, stride, len, lines: values.div_ceil(CACHE_LINE), done: 0 }
     }
 
@@ -187,7 +197,11 @@ impl Ahead {
         let (line, at) = (self.done / self.len.max(1), self.done % self.len.max(1));
         let len = if line < self.lines { most.min(self.len - at) } else { 0 };
         self.done += len;
-        Lines { start: self.start.wrapping_add(at * self.stride + line * CACHE_LINE), stride: self.stride, len }
+        Lines {
+            start: self.start.wrapping_add(at * self.stride + line * CACHE_LINE),
+            stride: self.stride,
+            len,
+        }
     }
 }
 
@@ -203,8 +217,8 @@ fn prefetch<T>(at: *const T) {
     let _ = at;
 }
 
-/// Copies rows (or columns) `0 .. len` of a matrix, `depth` inner terms each, into panels of `W`: `out[panel][term][W]`.
-/// The last panel is filled up with zeros.
+/// Copies rows (or columns) `0 .. len` of a matrix, `depth` inner terms each, into panels of `W`:
+/// `out[panel][term][W]`. The last panel is filled up with zeros.
 ///
 /// # Safety
 /// The matrix has these values, and nothing writes them meanwhile.
@@ -220,7 +234,8 @@ unsafe fn pack<const W: usize>(
     for (p, panel) in panels.chunks_mut(depth.max(1)).enumerate() {
         let from = start.wrapping_add(p * W * step);
         let width = W.min(len.saturating_sub(p * W));
-        // Where row `i` of this panel has term `k`, or the next panel the term that comes after the last.
+        // Where row `i` of this panel has term `k`, or the next panel the term that comes after the
+        // last.
         let ahead = |k: usize, i: usize| match k.checked_sub(depth) {
             Some(k) => from.wrapping_add((W + i) * step + k * inner),
             None => from.wrapping_add(i * step + k * inner),
@@ -252,11 +267,15 @@ unsafe fn pack<const W: usize>(
                 for first in (0..W).step_by(LANES) {
                     let n = LANES.min(W - first);
                     // SAFETY: as above.
-                    let row = |i: usize| f32x8::new(unsafe { *from.add((first + i) * step + k).cast() });
-                    let block = f32x8::transpose(core::array::from_fn(|i| if i < n { row(i) } else { f32x8::ZERO }));
+                    let row =
+                        |i: usize| f32x8::new(unsafe { *from.add((first + i) * step + k).cast() });
+                    let block = f32x8::transpose(core::array::from_fn(|i| {
+                        if i < n { row(i) } else { f32x8::ZERO }
+                    }));
                     for (t, values) in block.iter().enumerate() {
                         let to = &mut flat[(k + t) * W + first..];
-                        // What lies behind a line that is narrower than a register is written by a later store.
+                        // What lies behind a line that is narrower than a register is written by a
+                        // later store.
                         match to.first_chunk_mut() {
                             Some(to) => *to = values.to_array(),
                             None => to[..n].copy_from_slice(&values.to_array()[..n]),
@@ -286,8 +305,9 @@ struct Target<'a> {
     bias: Option<&'a [f32]>,
 }
 
-/// The rectangle of `C` from row `at[0]` and column `at[1]` on, over one panel of each operand; `a` and `b` begin with
-/// the panels of that row and that column, a row or column of which has `depth` values.
+/// The rectangle of `C` from row `at[0]` and column `at[1]` on, over one panel of each operand; `a`
+/// and `b` begin with the panels of that row and that column, a row or column of which has `depth`
+/// values.
 ///
 /// # Safety
 /// The processor has what the kernel needs, and nothing else accesses the rectangle.
@@ -334,12 +354,12 @@ fn in_place<K: Kernel>(a: View, row: usize, term: usize) -> Option<Left<'static>
 /// Rows and columns of `C` that [`small`] packs at a time.
 const PART: usize = 192;
 
-/// `C (+)= A·B` in this thread, for products of which there are many; the rows of `c` are `stride` apart, and `memory` is
-/// one thread's.
+/// `C (+)= A·B` in this thread, for products of which there are many; the rows of `c` are `stride`
+/// apart, and `memory` is one thread's.
 ///
 /// # Safety
-/// The processor has what the kernel needs. The operands lie in readable memory, one step of each is 1, and `c` lies in
-/// memory that nothing else accesses.
+/// The processor has what the kernel needs. The operands lie in readable memory, one step of each
+/// is 1, and `c` lies in memory that nothing else accesses.
 pub(super) unsafe fn small<K: Kernel>(
     [rows, cols, inner]: [usize; 3],
     a: View,
@@ -351,7 +371,11 @@ pub(super) unsafe fn small<K: Kernel>(
 ) {
     const {
         let [mr, nr] = K::TILE;
-        assert!(PART.is_multiple_of(mr) && PART.is_multiple_of(nr) && 2 * PART * values::<K>(K::DEPTH) <= OWN);
+        assert!(
+            PART.is_multiple_of(mr)
+                && PART.is_multiple_of(nr)
+                && 2 * PART * values::<K>(K::DEPTH) <= OWN
+        );
     }
     let (left, right) = memory.split_at_mut(OWN / 2);
     let [mr, nr] = K::TILE;
@@ -376,9 +400,23 @@ pub(super) unsafe fn small<K: Kernel>(
                     };
                     let right = &mut right[..broad.next_multiple_of(nr) * depth];
                     K::pack_cols(b.at(k, col), broad, n, right);
-                    let target = Target { start: c, stride, rows, cols, add: accumulate || k > 0, bias: None };
+                    let target = Target {
+                        start: c,
+                        stride,
+                        rows,
+                        cols,
+                        add: accumulate || k > 0,
+                        bias: None,
+                    };
                     let mut ahead = Ahead::new(a.start, [1, 1], 0, 0);
-                    rectangle::<K>((left, right), depth, target, [row, col], [tall, broad], &mut ahead);
+                    rectangle::<K>(
+                        (left, right),
+                        depth,
+                        target,
+                        [row, col],
+                        [tall, broad],
+                        &mut ahead,
+                    );
                 }
             }
         }
@@ -387,7 +425,8 @@ pub(super) unsafe fn small<K: Kernel>(
     if inner == 0 && !accumulate {
         for row in 0..rows {
             // SAFETY: a row of `c`.
-            unsafe { core::slice::from_raw_parts_mut(c.wrapping_add(row * stride), cols) }.fill(0.0);
+            unsafe { core::slice::from_raw_parts_mut(c.wrapping_add(row * stride), cols) }
+                .fill(0.0);
         }
     }
 }
@@ -452,15 +491,25 @@ pub(super) unsafe fn product<K: Kernel>(
             // Where step `s` is: from `k` on, `n` inner terms.
             let step = |s: usize| (s * terms, terms.min(inner - s * terms));
             // Rows that are read in place are not packed.
-            let groups = if !by_rows && in_place::<K>(a, 0, 0).is_some() { 0 } else { panels.div_ceil(PANELS) };
+            let groups = if !by_rows && in_place::<K>(a, 0, 0).is_some() {
+                0
+            } else {
+                panels.div_ceil(PANELS)
+            };
             team.each(now * groups, |_, i| {
                 let (s, panel) = (i / groups, i % groups * PANELS);
                 let (k, n) = step(first + s);
                 let (at, width) = (panel * short_unit, PANELS.min(panels - panel) * short_unit);
                 // SAFETY: panels are disjoint.
-                let out = unsafe { shared.part(s * depth * padded + at * values::<K>(n), width * values::<K>(n)) };
+                let out = unsafe {
+                    shared.part(s * depth * padded + at * values::<K>(n), width * values::<K>(n))
+                };
                 let len = width.min(len - at);
-                if by_rows { pack_cols(from + at, len, k, n, out) } else { pack_rows(from + at, len, k, n, out) }
+                if by_rows {
+                    pack_cols(from + at, len, k, n, out)
+                } else {
+                    pack_rows(from + at, len, k, n, out)
+                }
             });
             team.each(long.div_ceil(piece), |slot, i| {
                 let at = i * piece;
@@ -470,9 +519,11 @@ pub(super) unsafe fn product<K: Kernel>(
                 for s in 0..now {
                     let (k, n) = step(first + s);
                     let values = values::<K>(n);
-                    // SAFETY: the slot is this thread's while the piece runs; what is shared is only read now.
+                    // SAFETY: the slot is this thread's while the piece runs; what is shared is
+                    // only read now.
                     let (own, all) = unsafe {
-                        let own = slots.part(slot * OWN, width.next_multiple_of(long_unit) * values);
+                        let own =
+                            slots.part(slot * OWN, width.next_multiple_of(long_unit) * values);
                         (own, shared.view(s * depth * padded, padded * values))
                     };
                     let left = in_place::<K>(a, if by_rows { at } else { from }, k);
@@ -485,8 +536,11 @@ pub(super) unsafe fn product<K: Kernel>(
                     let (add, bias) = (accumulate || !start, bias.filter(|_| start));
                     let target = Target { start: c.pointer(), stride: cols, rows, cols, add, bias };
                     // The next step, or what is most likely this thread's next piece.
-                    let (next, (k, n)) =
-                        if s + 1 < now { (at, step(first + s + 1)) } else { (at + width, step(first)) };
+                    let (next, (k, n)) = if s + 1 < now {
+                        (at, step(first + s + 1))
+                    } else {
+                        (at + width, step(first))
+                    };
                     let broad = piece.min(long - next);
                     let mut ahead = if by_rows {
                         Ahead::new(a.at(next, k).start, [a.row, a.col], broad, n)
@@ -497,10 +551,24 @@ pub(super) unsafe fn product<K: Kernel>(
                     unsafe {
                         if by_rows {
                             let left = left.unwrap_or(Left::Panel(own));
-                            rectangle::<K>((left, all), values, target, [at, from], [width, len], &mut ahead);
+                            rectangle::<K>(
+                                (left, all),
+                                values,
+                                target,
+                                [at, from],
+                                [width, len],
+                                &mut ahead,
+                            );
                         } else {
                             let left = left.unwrap_or(Left::Panel(all));
-                            rectangle::<K>((left, own), values, target, [from, at], [len, width], &mut ahead);
+                            rectangle::<K>(
+                                (left, own),
+                                values,
+                                target,
+                                [from, at],
+                                [len, width],
+                                &mut ahead,
+                            );
                         }
                     }
                 }

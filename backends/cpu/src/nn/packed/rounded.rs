@@ -1,11 +1,13 @@
-//! bf16 where no instruction multiplies it, or FMA is as fast: the kernels of f32 over rounded operands.
+//! bf16 where no instruction multiplies it, or FMA is as fast: the kernels of f32 over rounded
+//! operands.
 
 use core::marker::PhantomData;
 
 use super::{Kernel, Left, Place};
 use crate::nn::matmul::View;
 
-/// A kernel whose operands are rounded to the nearest bf16, ties to even, when they are packed. NaN stays NaN.
+/// A kernel whose operands are rounded to the nearest bf16, ties to even, when they are packed. NaN
+/// stays NaN.
 pub(in crate::nn) struct Rounded<K>(PhantomData<K>);
 
 impl<K: Kernel> Kernel for Rounded<K> {
@@ -61,7 +63,10 @@ mod tests {
         for i in 0..=u32::MAX >> 8 {
             let x = f32::from_bits(i.wrapping_mul(0x9E37_79B1));
             let (ours, theirs) = (round(x), half::bf16::from_f32(x).to_f32());
-            assert!(ours == theirs || (ours.is_nan() && theirs.is_nan()), "{x:e}: {ours:e}, {theirs:e}");
+            assert!(
+                ours == theirs || (ours.is_nan() && theirs.is_nan()),
+                "{x:e}: {ours:e}, {theirs:e}"
+            );
         }
     }
 }
