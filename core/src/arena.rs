@@ -9,6 +9,32 @@ use core::fmt;
 
 use crate::error::{Error, Result};
 
+/// Which layout handed a handle out: a backend refuses those of another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LayoutId(u32);
+
+impl LayoutId {
+    /// Of no layout in particular: hand-made handles, and layouts made by [`Layout::constant`].
+    pub const ANY: Self = Self(0);
+
+    /// Whether a handle of this layout may be used where `other` is laid out.
+    pub const fn fits(self, other: Self) -> bool {
+        self.0 == 0 || other.0 == 0 || self.0 == other.0
+    }
+
+    /// A number that no layout of this program has had (until 2^32 have been made).
+    fn next() -> Self {
+        #[cfg(target_has_atomic = "32")]
+        {
+            use core::sync::atomic::{AtomicU32, Ordering};
+            static LAST: AtomicU32 = AtomicU32::new(0);
+            Self(LAST.fetch_add(1, Ordering::Relaxed).wrapping_add(1))
+        }
+        #[cfg(not(target_has_atomic = "32"))]
+        Self::ANY
+    }
+}
+
 macro_rules! handle {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -16,15 +42,22 @@ macro_rules! handle {
         pub struct $name {
             start: usize,
             len: usize,
+            layout: LayoutId,
         }
 
         impl $name {
             /// No values.
-            pub const EMPTY: Self = Self { start: 0, len: 0 };
+            pub const EMPTY: Self = Self::new(0, 0);
 
-            /// A handle to `len` values from `start`; the backend checks it when it is used.
+            /// A handle to `len` values from `start` in any layout's arena; the backend checks
+            /// that they are inside when it is used.
             pub const fn new(start: usize, len: usize) -> Self {
-                Self { start, len }
+                Self { start, len, layout: LayoutId::ANY }
+            }
+
+            /// The layout that handed it out.
+            pub const fn layout(self) -> LayoutId {
+                self.layout
             }
 
             /// Index of the first value in its arena.
@@ -52,7 +85,11 @@ macro_rules! handle {
             pub const fn sub(self, offset: usize, len: usize) -> Self {
                 let offset = if offset > self.len { self.len } else { offset };
                 let rest = self.len - offset;
-                Self { start: self.start.saturating_add(offset), len: if len > rest { rest } else { len } }
+                Self {
+                    start: self.start.saturating_add(offset),
+                    len: if len > rest { rest } else { len },
+                    layout: self.layout,
+                }
             }
         }
     };
@@ -139,8 +176,11 @@ impl fmt::Display for Category {
 }
 
 /// A plan under construction: lengths of the three arenas and bytes by category.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Layout {
+    id: LayoutId,
+    /// Values that have a gradient.
+    trained: usize,
     ints: usize,
     reals: usize,
     words: usize,
@@ -149,13 +189,32 @@ pub struct Layout {
     overflow: bool,
 }
 
+/// Two layouts are equal where the same was laid out, whoever asked.
+impl PartialEq for Layout {
+    fn eq(&self, other: &Self) -> bool {
+        self.arenas() == other.arenas()
+            && (self.real_bytes, self.bytes, self.overflow)
+                == (other.real_bytes, other.bytes, other.overflow)
+    }
+}
+
+impl Eq for Layout {}
+
 impl Layout {
     /// Handles start at multiples of this many values: 64 bytes of `f32`, a cache line.
     pub const ALIGN: usize = 16;
 
-    /// An empty layout for reals of `real_bytes` bytes ([`Real::BYTES`](crate::Real::BYTES)).
-    pub const fn new(real_bytes: usize) -> Self {
+    /// An empty layout for reals of `real_bytes` bytes ([`Real::BYTES`](crate::Real::BYTES)). Its
+    /// handles, and those of its clones, are refused by a backend that was made for another layout.
+    pub fn new(real_bytes: usize) -> Self {
+        Self { id: LayoutId::next(), ..Self::constant(real_bytes) }
+    }
+
+    /// The same for plans that the compiler computes. Such layouts are not told apart.
+    pub const fn constant(real_bytes: usize) -> Self {
         Self {
+            id: LayoutId::ANY,
+            trained: 0,
             ints: 0,
             reals: 0,
             words: 0,
@@ -163,6 +222,21 @@ impl Layout {
             bytes: [0; Category::ALL.len()],
             overflow: false,
         }
+    }
+
+    /// What its handles carry.
+    pub const fn id(&self) -> LayoutId {
+        self.id
+    }
+
+    /// Values that have a gradient: every step has to update all of them.
+    pub const fn trained(&self) -> usize {
+        self.trained
+    }
+
+    pub(crate) const fn count_trained(&mut self, values: usize) {
+        // Sizes that overflow are refused where the values themselves are laid out.
+        self.trained = self.trained.wrapping_add(values);
     }
 
     const fn claim(
@@ -201,21 +275,21 @@ impl Layout {
     pub const fn ints(&mut self, category: Category, len: usize) -> Ints {
         let (start, end) = self.claim(category, self.ints, len, size_of::<i32>());
         self.ints = end;
-        Ints::new(start, len)
+        Ints { start, len, layout: self.id }
     }
 
     /// `len` reals.
     pub const fn reals(&mut self, category: Category, len: usize) -> Reals {
         let (start, end) = self.claim(category, self.reals, len, self.real_bytes);
         self.reals = end;
-        Reals::new(start, len)
+        Reals { start, len, layout: self.id }
     }
 
     /// `len` words.
     pub const fn words(&mut self, category: Category, len: usize) -> Words {
         let (start, end) = self.claim(category, self.words, len, size_of::<u32>());
         self.words = end;
-        Words::new(start, len)
+        Words { start, len, layout: self.id }
     }
 
     /// Makes room for another layout over the same arenas, of something that is used at another

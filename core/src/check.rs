@@ -8,7 +8,7 @@
 
 use core::ops::Range;
 
-use crate::arena::{Ints, Layout, Reals, Words, product};
+use crate::arena::{Ints, Layout, LayoutId, Reals, Words, product};
 use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Mask, Product};
 use crate::error::{Error, Result};
 use crate::optim::Update;
@@ -73,18 +73,13 @@ pub fn dropout_rate(p: f64) -> Result<()> {
     if (0.0..1.0).contains(&p) {
         Ok(())
     } else {
-        Err(Error::Setting { what: "dropout", found: p, possible: "0 up to, not including, 1" })
+        Err(Error::setting("dropout", p, "0 up to, not including, 1"))
     }
 }
 
 /// A sum has two words, or none where it is not wanted.
 fn sum_words(sum: Words) -> Result<()> {
     if sum.is_empty() { Ok(()) } else { same("words of a sum", 2, sum.len()) }
-}
-
-fn place(what: &'static str, start: usize, len: usize, arena: usize) -> Result<Range<usize>> {
-    let end = start.checked_add(len).filter(|&end| end <= arena).ok_or(Error::Handle(what))?;
-    Ok(if len == 0 { 0..0 } else { start..end })
 }
 
 /// Lengths of the three arenas of a backend.
@@ -96,6 +91,8 @@ pub struct Arenas {
     pub reals: usize,
     /// Words.
     pub words: usize,
+    /// The layout that they are for.
+    pub layout: LayoutId,
 }
 
 /// The errors of all functions are those of [`same`].
@@ -104,22 +101,36 @@ impl Arenas {
     /// Those of a layout.
     pub const fn of(layout: &Layout) -> Self {
         let (ints, reals, words) = layout.arenas();
-        Self { ints, reals, words }
+        Self { ints, reals, words, layout: layout.id() }
+    }
+
+    fn place(
+        &self,
+        what: &'static str,
+        place: Range<usize>,
+        layout: LayoutId,
+        arena: usize,
+    ) -> Result<Range<usize>> {
+        if place.is_empty() {
+            return if place.start <= arena { Ok(0..0) } else { Err(Error::Handle(what)) };
+        }
+        let inside = place.end <= arena && layout.fits(self.layout);
+        if inside { Ok(place) } else { Err(Error::Handle(what)) }
     }
 
     /// The place of a handle. An empty one is moved to the start, where it overlaps nothing.
     pub fn ints(&self, what: &'static str, h: Ints) -> Result<Range<usize>> {
-        place(what, h.start(), h.len(), self.ints)
+        self.place(what, h.range(), h.layout(), self.ints)
     }
 
     /// As [`ints`](Self::ints).
     pub fn reals(&self, what: &'static str, h: Reals) -> Result<Range<usize>> {
-        place(what, h.start(), h.len(), self.reals)
+        self.place(what, h.range(), h.layout(), self.reals)
     }
 
     /// As [`ints`](Self::ints).
     pub fn words(&self, what: &'static str, h: Words) -> Result<Range<usize>> {
-        place(what, h.start(), h.len(), self.words)
+        self.place(what, h.range(), h.layout(), self.words)
     }
 
     /// Places of reals none of which may overlap.
@@ -180,7 +191,7 @@ impl Arenas {
         (side, optional): (Words, bool),
         sum: Words,
     ) -> Result<(usize, u32)> {
-        let (per, m) = (per_sample(chunk, x.len())?, gamma.planes()?);
+        let (per, m) = (per_sample(chunk, x.len())?, gamma.planes());
         sum_words(sum)?;
         same(what, x.len(), cur.len())?;
         same(what, x.len(), h.len())?;
@@ -497,11 +508,7 @@ impl Arenas {
         )?;
         same("cross_entropy: losses", rows, losses.len())?;
         if !(0.0..=1.0).contains(&ce.smoothing) {
-            return Err(Error::Setting {
-                what: "label smoothing",
-                found: ce.smoothing,
-                possible: "0 to 1",
-            });
+            return Err(Error::setting("label smoothing", ce.smoothing, "0 to 1"));
         }
         self.ints("cross_entropy: targets", targets)?;
         self.apart("cross_entropy", [logits, losses])
@@ -518,16 +525,12 @@ impl Arenas {
     pub fn update(&self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
         u.rule.check()?;
         if u.t == 0 {
-            return Err(Error::Setting {
-                what: "number of the update",
-                found: 0.0,
-                possible: "1 and up",
-            });
+            return Err(Error::setting("number of the update", 0.0, "1 and up"));
         }
         for (what, found) in [("lr", u.lr), ("weight decay", u.decay), ("gradient scale", u.scale)]
         {
             if !found.is_finite() {
-                return Err(Error::Setting { what, found, possible: "a finite number" });
+                return Err(Error::setting(what, found, "a finite number"));
             }
         }
         let states = u.rule.states();

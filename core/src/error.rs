@@ -25,7 +25,8 @@ pub(crate) use ok;
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Error {
-    /// A handle reaches outside its arena, or two handles of one operation overlap.
+    /// A handle reaches outside its arena or belongs to another layout, or two handles of one
+    /// operation overlap.
     Handle(&'static str),
     /// Two sizes that must agree do not.
     Shape {
@@ -40,8 +41,8 @@ pub enum Error {
     Setting {
         /// Its name.
         what: &'static str,
-        /// The value that came.
-        found: f64,
+        /// What came.
+        found: Found,
         /// What is possible.
         possible: &'static str,
     },
@@ -69,6 +70,70 @@ pub enum Error {
         /// Why.
         why: Halt,
     },
+}
+
+/// What was found in the place of a setting.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Found {
+    /// A number.
+    Number(f64),
+    /// Something else, in words.
+    Words(&'static str),
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(x) => x.fmt(f),
+            Self::Words(words) => f.write_str(words),
+        }
+    }
+}
+
+/// What an [`Error`] is about: what an adapter of another language or framework chooses its own
+/// error by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A handle, a size or a setting that does not fit: a mistake of the caller.
+    Argument,
+    /// Not enough memory, or more than can be addressed.
+    Memory,
+    /// The numbers of a step went wrong.
+    Numbers,
+    /// A checksum differs: memory was changed, or a block does not repeat itself.
+    Mismatch,
+    /// The device below a backend failed.
+    Device,
+    /// A block, an input or a head of another framework failed.
+    Foreign,
+    /// Another machine stopped this one.
+    Rank,
+}
+
+impl Error {
+    /// A setting that is a number.
+    pub const fn setting(what: &'static str, found: f64, possible: &'static str) -> Self {
+        Self::Setting { what, found: Found::Number(found), possible }
+    }
+
+    /// A setting that is something else, in words that go on after "is".
+    pub const fn unfit(what: &'static str, found: &'static str, possible: &'static str) -> Self {
+        Self::Setting { what, found: Found::Words(found), possible }
+    }
+
+    /// What the error is about.
+    pub const fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Handle(_) | Self::Shape { .. } | Self::Setting { .. } => ErrorKind::Argument,
+            Self::TooLarge(_) | Self::Budget { .. } => ErrorKind::Memory,
+            Self::Fault(Fault::Checksum { .. }) => ErrorKind::Mismatch,
+            Self::Fault(_) => ErrorKind::Numbers,
+            Self::Device(_) => ErrorKind::Device,
+            Self::Foreign(_) => ErrorKind::Foreign,
+            Self::Rank { .. } => ErrorKind::Rank,
+        }
+    }
 }
 
 /// Why one of several machines ([`Exchange`](crate::backend::Exchange)) stopped all of them.

@@ -67,7 +67,7 @@ const fn within(
     below: f64,
     possible: &'static str,
 ) -> Result<()> {
-    if x >= low && x < below { Ok(()) } else { Err(Error::Setting { what, found: x, possible }) }
+    if x >= low && x < below { Ok(()) } else { Err(Error::setting(what, x, possible)) }
 }
 
 /// One update of one tensor.

@@ -18,7 +18,7 @@
 //! use bdia_core::update::{Gamma, Grid, Sign};
 //!
 //! // l = 2 (a grid of quarters), γ = +1/2. X_{k-1} = 7 is odd, so s = 1 and (7 + 1) / 2 = 4.
-//! let (grid, gamma) = (Grid::new(2)?, Gamma::new(0.5, Sign::Plus)?);
+//! let (grid, gamma) = (Grid::new(2)?, Gamma::new(1, Sign::Plus)?);
 //! let (x_cur, h) = (1.25_f32, 0.5_f32);                    // Q(0.5·1.25 + 1.5·0.5) = Q(1.375) = 6 (5.5, ties to even)
 //! let q = grid.quantize(gamma.mix(1, x_cur, h)).unwrap();
 //! assert_eq!(q, 6);
@@ -28,7 +28,7 @@
 //! # Ok::<(), bdia_core::Error>(())
 //! ```
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ok};
 use crate::real::Real;
 use crate::rng::{Draw, Stream};
 
@@ -53,11 +53,7 @@ impl Grid {
     /// [`Error::Setting`] for more than [`Grid::MAX_FRAC_BITS`].
     pub const fn new(frac_bits: u32) -> Result<Self> {
         if frac_bits > Self::MAX_FRAC_BITS {
-            return Err(Error::Setting {
-                what: "frac_bits",
-                found: frac_bits as f64,
-                possible: "0 to 24",
-            });
+            return Err(Error::setting("frac_bits", frac_bits as f64, "0 to 24"));
         }
         Ok(Self { frac_bits })
     }
@@ -105,12 +101,11 @@ pub enum Sign {
     Minus,
 }
 
-/// γ: its magnitude and where its sign comes from.
-///
-/// On the grid the magnitude is `2^-m`; in float any magnitude up to 1 will do.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// γ on the grid: `σ·2^-m`, whose step has an exact inverse. No other γ is one of these; that of a
+/// network without a grid is a [`FloatGamma`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gamma {
-    magnitude: f64,
+    planes: u32,
     sign: Sign,
 }
 
@@ -118,7 +113,107 @@ impl Gamma {
     /// Most bit planes that are stored per block.
     pub const MAX_PLANES: u32 = 8;
 
-    /// γ of a magnitude between 0 and 1. A negative value means that magnitude with the sign
+    /// `|γ| = 2^-m` with `m = planes` bits a value and block.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for no plane or more than [`MAX_PLANES`](Self::MAX_PLANES).
+    pub const fn new(planes: u32, sign: Sign) -> Result<Self> {
+        if planes >= 1 && planes <= Self::MAX_PLANES {
+            Ok(Self { planes, sign })
+        } else {
+            Err(Error::setting("bit planes of gamma", planes as f64, "1 to 8"))
+        }
+    }
+
+    /// The γ whose magnitude is `value`: 0.5, 0.25 … 2^-8. A negative value turns a fixed sign.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a magnitude that is not one of `2^-1 … 2^-8`.
+    pub const fn from_value(value: f64, sign: Sign) -> Result<Self> {
+        let gamma = ok!(FloatGamma::new(value, sign));
+        let mut planes = 1;
+        while planes <= Self::MAX_PLANES {
+            if gamma.magnitude * (1_u32 << planes) as f64 == 1.0 {
+                return Self::new(planes, gamma.sign);
+            }
+            planes += 1;
+        }
+        Err(Error::setting(
+            "gamma",
+            value,
+            "0.5, 0.25, 0.125 … 2^-8 on the grid; any up to 1 in mode bdia-float",
+        ))
+    }
+
+    /// `m`: bits that are stored for every value and block.
+    pub const fn planes(self) -> u32 {
+        self.planes
+    }
+
+    /// Where the sign comes from.
+    pub const fn sign(self) -> Sign {
+        self.sign
+    }
+
+    /// The same number without its promise.
+    pub const fn float(self) -> FloatGamma {
+        FloatGamma { magnitude: 1.0 / (1_u32 << self.planes) as f64, sign: self.sign }
+    }
+
+    /// As [`FloatGamma::sigma`].
+    #[inline]
+    pub fn sigma(self, seed: u64, step: u32, sample: u32, stack: u8, block: u16) -> i32 {
+        self.float().sigma(seed, step, sample, stack, block)
+    }
+
+    /// As [`FloatGamma::value`].
+    #[inline]
+    pub fn value<R: Real>(self, sigma: i32) -> R {
+        self.float().value(sigma)
+    }
+
+    /// As [`FloatGamma::mix`].
+    #[inline]
+    pub fn mix<R: Real>(self, sigma: i32, x: R, h: R) -> R {
+        self.float().mix(sigma, x, h)
+    }
+
+    /// The step of one element: `X_{k+1}` and the side information of `X_{k-1}` (its low `m` bits).
+    ///
+    /// `index` is the element's index within its sample, `t·d + c`. With `|x_prev|` and `|q|`
+    /// within [`LIMIT`] nothing overflows; the caller tests the result against [`LIMIT`].
+    #[inline]
+    pub fn step(self, sigma: i32, x_prev: i32, q: i32, index: usize) -> (i32, u32) {
+        let r = x_prev as u32 & ((1 << self.planes) - 1);
+        (advance(self.planes, sigma, x_prev, q, r, index), r)
+    }
+
+    /// The inverse of [`step`](Self::step): `X_{k-1}` from `X_{k+1}`, the same `q` and the side
+    /// information. Exact over all of `i32` (it wraps where the step wrapped).
+    #[inline]
+    pub fn inverse(self, sigma: i32, x_next: i32, q: i32, side: u32, index: usize) -> i32 {
+        retreat(self.planes, sigma, x_next, q, side, index)
+    }
+}
+
+/// γ without a grid: any magnitude from 0 to 1. Such a step has no exact inverse.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FloatGamma {
+    magnitude: f64,
+    sign: Sign,
+}
+
+impl From<Gamma> for FloatGamma {
+    fn from(gamma: Gamma) -> Self {
+        gamma.float()
+    }
+}
+
+impl FloatGamma {
+    /// `x_{k+1} = x_k + h_k(x_k)`: the standard transformer.
+    pub const ZERO: Self = Self { magnitude: 0.0, sign: Sign::Plus };
+
+    /// γ of a magnitude between 0 and 1. A negative value means that magnitude with a fixed sign
     /// turned.
     ///
     /// # Errors
@@ -133,7 +228,7 @@ impl Gamma {
             };
             Ok(Self { magnitude, sign })
         } else {
-            Err(Error::Setting { what: "gamma", found: value, possible: "-1 to 1" })
+            Err(Error::setting("gamma", value, "-1 to 1"))
         }
     }
 
@@ -147,26 +242,6 @@ impl Gamma {
         self.sign
     }
 
-    /// `m` of `|γ| = 2^-m`.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] for a magnitude that is not one of `2^-1 … 2^-8`: only those have an
-    /// exact inverse.
-    pub const fn planes(self) -> Result<u32> {
-        let mut m = 1;
-        while m <= Self::MAX_PLANES {
-            if self.magnitude * (1_u32 << m) as f64 == 1.0 {
-                return Ok(m);
-            }
-            m += 1;
-        }
-        Err(Error::Setting {
-            what: "gamma",
-            found: self.magnitude,
-            possible: "0.5, 0.25, 0.125 … 2^-8 (m bits a value) for exact training; any up to 1 in mode bdia-float",
-        })
-    }
-
     /// The sign `σ` of one sample and block: +1 or −1.
     #[inline]
     pub fn sigma(self, seed: u64, step: u32, sample: u32, stack: u8, block: u16) -> i32 {
@@ -174,8 +249,8 @@ impl Gamma {
             Sign::Plus => 1,
             Sign::Minus => -1,
             Sign::Random => {
-                1 - 2
-                    * (Stream::new(seed, step, sample, stack, block, Draw::Sign).word(0) & 1) as i32
+                let stream = Stream::new(seed, step, sample, stack, block, Draw::Sign);
+                1 - 2 * (stream.word(0) & 1) as i32
             }
         }
     }
@@ -192,24 +267,31 @@ impl Gamma {
         let gamma = self.value::<R>(sigma);
         (R::one() - gamma) * x + (R::one() + gamma) * h
     }
+}
 
-    /// The step of one element: `X_{k+1}` and the side information of `X_{k-1}` (its low `m` bits).
-    ///
-    /// `index` is the element's index within its sample, `t·d + c`. With `|x_prev|` and `|q|`
-    /// within [`LIMIT`] nothing overflows; the caller tests the result against [`LIMIT`]. Only for
-    /// γ that has [`planes`](Self::planes).
-    #[inline]
-    pub fn step(self, sigma: i32, x_prev: i32, q: i32, index: usize) -> (i32, u32) {
-        let m = self.planes().unwrap_or(1);
-        let r = x_prev as u32 & ((1 << m) - 1);
-        (advance(m, sigma, x_prev, q, r, index), r)
+/// Which γ the steps of a run have. Signs are replayed from their place; the magnitude belongs to
+/// the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Policy {
+    gamma: Gamma,
+}
+
+impl Policy {
+    /// The paper's: one γ for every step and block.
+    pub const fn fixed(gamma: Gamma) -> Self {
+        Self { gamma }
     }
 
-    /// The inverse of [`step`](Self::step): `X_{k-1}` from `X_{k+1}`, the same `q` and the side
-    /// information. Exact over all of `i32` (it wraps where the step wrapped).
+    /// γ of block `k` in optimizer step `step`.
     #[inline]
-    pub fn inverse(self, sigma: i32, x_next: i32, q: i32, side: u32, index: usize) -> i32 {
-        retreat(self.planes().unwrap_or(1), sigma, x_next, q, side, index)
+    pub const fn at(&self, step: u32, k: usize) -> Gamma {
+        let _ = (step, k);
+        self.gamma
+    }
+
+    /// Most bits that any step stores of a value and block: what is planned.
+    pub const fn planes(&self) -> u32 {
+        self.gamma.planes
     }
 }
 
@@ -274,8 +356,8 @@ mod tests {
     #[test]
     fn inverse_is_exact() {
         for m in 1..=8_u32 {
-            let gamma = Gamma::new(1.0 / f64::from(1 << m), Sign::Random).unwrap();
-            assert_eq!(gamma.planes(), Ok(m));
+            let gamma = Gamma::new(m, Sign::Random).unwrap();
+            assert_eq!(Gamma::from_value(1.0 / f64::from(1 << m), Sign::Random), Ok(gamma));
             for n in 0..20_000_u32 {
                 let w = philox(u64::from(m), [n, 0, 0, 0]);
                 let (mut x, mut q) = (w[0] as i32, w[1] as i32);
@@ -341,11 +423,13 @@ mod tests {
 
     #[test]
     fn gamma_outside_its_range_is_refused() {
-        assert!(Gamma::new(f64::NAN, Sign::Plus).is_err());
-        assert!(Gamma::new(1.5, Sign::Plus).is_err());
-        assert!(Gamma::new(0.3, Sign::Plus).unwrap().planes().is_err());
-        assert!(Gamma::new(0.0, Sign::Plus).unwrap().planes().is_err());
-        assert_eq!(Gamma::new(-0.5, Sign::Plus).unwrap().sign(), Sign::Minus);
+        assert!(FloatGamma::new(f64::NAN, Sign::Plus).is_err());
+        assert!(FloatGamma::new(1.5, Sign::Plus).is_err());
+        for value in [0.3, 0.0, 1.0, 0.001_953_125, f64::NAN] {
+            assert!(Gamma::from_value(value, Sign::Plus).is_err(), "{value}");
+        }
+        assert!(Gamma::new(0, Sign::Plus).is_err() && Gamma::new(9, Sign::Plus).is_err());
+        assert_eq!(Gamma::from_value(-0.5, Sign::Plus), Gamma::new(1, Sign::Minus));
     }
 
     /// G of the combined step equals finite differences of `γ·a + (1-γ)·x + (1+γ)·h` (linear, so

@@ -71,16 +71,12 @@ impl BlockShape {
         let mut i = 0;
         while i < sizes.len() {
             if sizes[i].1 == 0 {
-                return Err(Error::Setting { what: sizes[i].0, found: 0.0, possible: "1 or more" });
+                return Err(Error::setting(sizes[i].0, 0.0, "1 or more"));
             }
             i += 1;
         }
         if !self.width.is_multiple_of(self.heads) {
-            return Err(Error::Setting {
-                what: "heads",
-                found: self.heads as f64,
-                possible: "a divisor of the width",
-            });
+            return Err(Error::setting("heads", self.heads as f64, "a divisor of the width"));
         }
         let dropouts = [
             ("attention dropout", self.attention_dropout),
@@ -91,11 +87,7 @@ impl BlockShape {
         while i < dropouts.len() {
             let (what, p) = dropouts[i];
             if !(p >= 0.0 && p < 1.0) {
-                return Err(Error::Setting {
-                    what,
-                    found: p,
-                    possible: "0 up to, not including, 1",
-                });
+                return Err(Error::setting(what, p, "0 up to, not including, 1"));
             }
             i += 1;
         }
@@ -313,11 +305,7 @@ impl TransformerBlocks {
     ) -> Result<Self> {
         ok!(shape.check());
         if shape.temperature {
-            return Err(Error::Setting {
-                what: "temperature",
-                found: 1.0,
-                possible: "none in frozen blocks",
-            });
+            return Err(Error::setting("temperature", 1.0, "none in frozen blocks"));
         }
         let (mut tensors, mut len) = shape.tensors();
         let mut narrow = None;

@@ -83,11 +83,7 @@ impl DecoderBlocks {
         layout: &mut Layout,
     ) -> Result<Self> {
         if keys == 0 {
-            return Err(Error::Setting {
-                what: "positions of the context",
-                found: 0.0,
-                possible: "1 or more",
-            });
+            return Err(Error::setting("positions of the context", 0.0, "1 or more"));
         }
         let own = ok!(TransformerBlocks::layout(shape, blocks, rule, fused, layout));
         let (tensors, len) = Self::cross_tensors(&shape);
@@ -365,11 +361,7 @@ impl DecoderBlocks {
 }
 
 fn context(call: &Call) -> Result<Context> {
-    call.context.ok_or(Error::Setting {
-        what: "context",
-        found: f64::NAN,
-        possible: "one, for a decoder",
-    })
+    call.context.ok_or(Error::unfit("context", "missing", "one, for a decoder"))
 }
 
 impl<B: Backend> Blocks<B> for DecoderBlocks {

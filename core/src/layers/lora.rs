@@ -36,14 +36,10 @@ impl LoraShape {
     const fn check(&self, width: usize) -> Result<()> {
         if self.rank == 0 || self.rank > width {
             let possible = "1 up to the width";
-            return Err(Error::Setting { what: "LoRA rank", found: self.rank as f64, possible });
+            return Err(Error::setting("LoRA rank", self.rank as f64, possible));
         }
         if !(self.alpha > 0.0 && self.alpha < f64::INFINITY) {
-            return Err(Error::Setting {
-                what: "LoRA alpha",
-                found: self.alpha,
-                possible: "a finite number above 0",
-            });
+            return Err(Error::setting("LoRA alpha", self.alpha, "a finite number above 0"));
         }
         Ok(())
     }

@@ -47,16 +47,12 @@ impl Patches {
             ("patch", self.patch),
         ] {
             if n == 0 {
-                return Err(Error::Setting { what, found: 0.0, possible: "1 or more" });
+                return Err(Error::setting(what, 0.0, "1 or more"));
             }
         }
         for (what, n) in [("image height", self.height), ("image width", self.width)] {
             if !n.is_multiple_of(self.patch) {
-                return Err(Error::Setting {
-                    what,
-                    found: n as f64,
-                    possible: "a multiple of the patch",
-                });
+                return Err(Error::setting(what, n as f64, "a multiple of the patch"));
             }
         }
         product("image", &[self.channels, self.height, self.width, SHIFTS.len()]).map(|_| ())

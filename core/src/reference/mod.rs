@@ -10,7 +10,7 @@ mod update;
 
 pub use memory::Memory;
 
-use crate::arena::{Ints, Layout, Reals, Words};
+use crate::arena::{Ints, Layout, LayoutId, Reals, Words};
 use crate::backend::{Identity, Storage};
 use crate::check::{Arenas, same};
 use crate::error::{Error, Fault, Result};
@@ -22,6 +22,7 @@ pub struct Reference<'a, R> {
     ints: &'a mut [i32],
     reals: &'a mut [R],
     words: &'a mut [u32],
+    layout: LayoutId,
     fault: Option<Fault>,
 }
 
@@ -47,11 +48,16 @@ impl<'a, R: Real> Reference<'a, R> {
                 return Err(Error::Shape { what, expected, found });
             }
         }
-        Ok(Self { ints, reals, words, fault: None })
+        Ok(Self { ints, reals, words, layout: layout.id(), fault: None })
     }
 
     fn arenas(&self) -> Arenas {
-        Arenas { ints: self.ints.len(), reals: self.reals.len(), words: self.words.len() }
+        Arenas {
+            ints: self.ints.len(),
+            reals: self.reals.len(),
+            words: self.words.len(),
+            layout: self.layout,
+        }
     }
 
     /// The integers of a handle.
@@ -59,7 +65,7 @@ impl<'a, R: Real> Reference<'a, R> {
     /// # Errors
     /// [`Error::Handle`] outside the arena.
     pub fn ints(&self, h: Ints) -> Result<&[i32]> {
-        self.ints.get(h.range()).ok_or(Error::Handle("ints"))
+        self.ints.get(self.arenas().ints("ints", h)?).ok_or(Error::Handle("ints"))
     }
 
     /// The reals of a handle.
@@ -67,7 +73,7 @@ impl<'a, R: Real> Reference<'a, R> {
     /// # Errors
     /// [`Error::Handle`] outside the arena.
     pub fn reals(&self, h: Reals) -> Result<&[R]> {
-        self.reals.get(h.range()).ok_or(Error::Handle("reals"))
+        self.reals.get(self.arenas().reals("reals", h)?).ok_or(Error::Handle("reals"))
     }
 
     /// The reals of a handle, to be changed.
@@ -75,7 +81,8 @@ impl<'a, R: Real> Reference<'a, R> {
     /// # Errors
     /// [`Error::Handle`] outside the arena.
     pub fn reals_mut(&mut self, h: Reals) -> Result<&mut [R]> {
-        self.reals.get_mut(h.range()).ok_or(Error::Handle("reals"))
+        let place = self.arenas().reals("reals", h)?;
+        self.reals.get_mut(place).ok_or(Error::Handle("reals"))
     }
 
     /// The words of a handle.
@@ -83,7 +90,7 @@ impl<'a, R: Real> Reference<'a, R> {
     /// # Errors
     /// [`Error::Handle`] outside the arena.
     pub fn words(&self, h: Words) -> Result<&[u32]> {
-        self.words.get(h.range()).ok_or(Error::Handle("words"))
+        self.words.get(self.arenas().words("words", h)?).ok_or(Error::Handle("words"))
     }
 }
 
@@ -113,36 +120,41 @@ impl<R: Real> Storage for Reference<'_, R> {
     }
 
     fn read_reals(&self, src: Reals, dst: &mut [R]) -> Result<()> {
-        copy("read_reals", self.reals.get(src.range()), Some(dst))
+        copy("read_reals", self.reals.get(self.arenas().reals("read_reals", src)?), Some(dst))
     }
 
     fn write_reals(&mut self, dst: Reals, src: &[R]) -> Result<()> {
-        copy("write_reals", Some(src), self.reals.get_mut(dst.range()))
+        let place = self.arenas().reals("write_reals", dst)?;
+        copy("write_reals", Some(src), self.reals.get_mut(place))
     }
 
     fn read_ints(&self, src: Ints, dst: &mut [i32]) -> Result<()> {
-        copy("read_ints", self.ints.get(src.range()), Some(dst))
+        copy("read_ints", self.ints.get(self.arenas().ints("read_ints", src)?), Some(dst))
     }
 
     fn write_ints(&mut self, dst: Ints, src: &[i32]) -> Result<()> {
-        copy("write_ints", Some(src), self.ints.get_mut(dst.range()))
+        let place = self.arenas().ints("write_ints", dst)?;
+        copy("write_ints", Some(src), self.ints.get_mut(place))
     }
 
     fn read_words(&self, src: Words, dst: &mut [u32]) -> Result<()> {
-        copy("read_words", self.words.get(src.range()), Some(dst))
+        copy("read_words", self.words.get(self.arenas().words("read_words", src)?), Some(dst))
     }
 
     fn write_words(&mut self, dst: Words, src: &[u32]) -> Result<()> {
-        copy("write_words", Some(src), self.words.get_mut(dst.range()))
+        let place = self.arenas().words("write_words", dst)?;
+        copy("write_words", Some(src), self.words.get_mut(place))
     }
 
     fn fill_reals(&mut self, dst: Reals, value: R) -> Result<()> {
-        self.reals.get_mut(dst.range()).ok_or(Error::Handle("fill_reals"))?.fill(value);
+        let place = self.arenas().reals("fill_reals", dst)?;
+        self.reals.get_mut(place).ok_or(Error::Handle("fill_reals"))?.fill(value);
         Ok(())
     }
 
     fn fill_words(&mut self, dst: Words, value: u32) -> Result<()> {
-        self.words.get_mut(dst.range()).ok_or(Error::Handle("fill_words"))?.fill(value);
+        let place = self.arenas().words("fill_words", dst)?;
+        self.words.get_mut(place).ok_or(Error::Handle("fill_words"))?.fill(value);
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use crate::arena::{Ints, Reals, Words};
 use crate::backend::{Chunk, UpdateOps};
 use crate::error::{Error, Fault, Result};
 use crate::real::Real;
-use crate::update::{Gamma, Grid, LIMIT, advance, checksum, combine, retreat};
+use crate::update::{FloatGamma, Gamma, Grid, LIMIT, advance, checksum, combine, retreat};
 
 /// Adds to a 64-bit number kept in two words; nothing where there are none.
 fn accumulate(words: &mut [u32], add: u64) -> Result<()> {
@@ -205,7 +205,14 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
         accumulate(sum, total)
     }
 
-    fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn blend(
+        &mut self,
+        chunk: &Chunk,
+        gamma: FloatGamma,
+        x: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         let per = self.arenas().blend("blend", chunk, x, cur, h)?;
         let [x, cur, h] = split(self.reals, [x.range(), cur.range(), h.range()], "blend")?;
         let mut bad = First(None);
@@ -227,7 +234,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     fn unblend(
         &mut self,
         chunk: &Chunk,
-        gamma: Gamma,
+        gamma: FloatGamma,
         x: Reals,
         cur: Reals,
         h: Reals,
@@ -246,7 +253,7 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     fn combine(
         &mut self,
         chunk: &Chunk,
-        gamma: Gamma,
+        gamma: FloatGamma,
         next: Reals,
         cur: Reals,
         h: Reals,
