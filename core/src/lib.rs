@@ -42,7 +42,7 @@
 //! ```
 //! use bdia_core::update::{Gamma, Grid, Sign};
 //!
-//! let (grid, gamma) = (Grid::new(14)?, Gamma::new(0.5, Sign::Random)?);
+//! let (grid, gamma) = (Grid::new(14)?, Gamma::new(1, Sign::Random)?);
 //! let h = |x: f32| 0.1 * x + 0.25;                                  // some block
 //! let mut x = [grid.quantize(1.0_f32).unwrap(), grid.quantize(1.35_f32).unwrap()]; // X_0 and X_1
 //! let (start, mut bits) = (x, Vec::new());
@@ -100,6 +100,7 @@ pub mod error;
 #[doc = include_str!("guide.md")]
 pub mod guide {}
 pub mod layers;
+pub mod network;
 pub mod optim;
 pub mod plan;
 pub mod real;
@@ -110,9 +111,9 @@ pub mod stack;
 pub mod testing;
 pub mod update;
 
-pub use arena::{Category, Ints, Layout, Reals, Words};
-pub use backend::{Backend, Chunk, Exchange, NnOps, OptimOps, Storage, UpdateOps};
-pub use error::{Error, Fault, Halt, Result, Site};
+pub use arena::{Category, Ints, Layout, LayoutId, Reals, Words};
+pub use backend::{Backend, Chunk, Exchange, NnOps, OptimOps, Storage, UpdateOps, Wrapper};
+pub use error::{Error, ErrorKind, Fault, Found, Halt, Result, Site};
 pub use real::Real;
 pub use reference::Reference;
-pub use update::{Gamma, Grid, Sign};
+pub use update::{FloatGamma, Gamma, Grid, Policy, Sign};

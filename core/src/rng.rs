@@ -57,6 +57,10 @@ pub enum Draw {
     StochasticDepth = 9,
     /// How training data is changed: crops, flips, mixtures.
     Augmentation = 10,
+    /// Dropout of probabilities in cross-attention.
+    CrossAttentionDropout = 11,
+    /// Dropout of the cross-attention branch's output.
+    CrossAttentionResidualDropout = 12,
 }
 
 /// The place of a random number, up to the element: key and the first three counter words.

@@ -202,8 +202,10 @@ pub struct Attention {
     /// are there. A query that sees no key gives 0.
     pub key_lens: Ints,
     /// Probability of dropping an attention weight; element `(head·queries + q)·keys + k` of
-    /// [`Draw::AttentionDropout`].
+    /// [`draw`](Self::draw).
     pub dropout: f64,
+    /// Which numbers decide what is dropped.
+    pub draw: Draw,
     /// `τ`, one value: scores are `e^τ·q·k`. Empty: they are `q·k/√head_dim`.
     pub temperature: Reals,
     /// Gradient of `τ`, to which [`NnOps::attention_vjp`] *adds* `Σ dq·q`. As long as

@@ -1,6 +1,6 @@
 //! The head of a vision transformer: `loss = cross_entropy(norm(x_K[class token])·W + b, label)`.
 
-use super::{Tensor, linear, linear_vjp};
+use super::{Init, Matrix, Parameter, Tensor, linear, linear_vjp};
 use crate::arena::{Ints, Reals};
 use crate::backend::{Backend, Chunk, CrossEntropy};
 use crate::error::Result;
@@ -16,18 +16,12 @@ pub struct ClassHead {
     pub per_sample: usize,
     /// `ε` of the norm.
     pub eps: f64,
-    /// Weight of the norm, `[d]`, in the groups `params` and `grads`.
-    pub norm: Tensor,
-    /// Its bias, `[d]`.
-    pub norm_bias: Tensor,
+    /// Weight and bias of the norm, `[d]` each.
+    pub norm: [Parameter; 2],
     /// `[d, classes]`.
-    pub weight: Tensor,
+    pub weight: Parameter,
     /// `[classes]`.
-    pub bias: Tensor,
-    /// The group of these four.
-    pub params: Reals,
-    /// Their gradients.
-    pub grads: Reals,
+    pub bias: Parameter,
     /// `[B]`; negative: masked.
     pub labels: Ints,
     /// `[B]`: the loss of every sample with its label.
@@ -69,6 +63,24 @@ struct Parts {
 }
 
 impl ClassHead {
+    /// The norm's tensors, weight and bias.
+    pub const fn tensors(width: usize, classes: usize) -> [Tensor; 4] {
+        [
+            Tensor::vector("norm.weight", width, Init::Ones),
+            Tensor::vector("norm.bias", width, Init::Zeros),
+            Tensor::matrix("head.weight", width, classes, Init::InverseRoot),
+            Tensor::vector("head.bias", classes, Init::Zeros),
+        ]
+    }
+
+    const fn classes(&self) -> usize {
+        self.bias.value.len()
+    }
+
+    const fn matrix(&self) -> Matrix {
+        Matrix { values: self.weight.value, inputs: self.width, outputs: self.classes() }
+    }
+
     /// Reals of scratch for chunks of `samples` samples.
     pub const fn scratch(width: usize, classes: usize, samples: usize) -> usize {
         let per =
@@ -77,7 +89,7 @@ impl ClassHead {
     }
 
     fn forward<B: Backend>(&self, be: &mut B, n: usize, x: Reals, scratch: Reals) -> Result<Parts> {
-        let (d, p, classes) = (self.width, self.params, self.weight.cols);
+        let (d, classes, [norm, bias]) = (self.width, self.classes(), self.norm);
         let mut at = 0;
         let mut take = |len: usize| {
             at += len;
@@ -94,15 +106,9 @@ impl ClassHead {
         for i in 0..n {
             be.copy_reals(x.sub(i * self.per_sample * d, d), parts.class.sub(i * d, d))?;
         }
-        be.layer_norm(
-            self.eps,
-            self.norm.of(p),
-            self.norm_bias.of(p),
-            parts.class,
-            parts.y,
-            parts.stats,
-        )?;
-        linear(be, n, (p, self.weight), self.bias.of(p), parts.y, parts.logits)?;
+        let (x, y) = (parts.class, parts.y);
+        be.layer_norm(self.eps, norm.value, bias.value, x, y, parts.stats)?;
+        linear(be, n, self.matrix(), self.bias.value, y, parts.logits)?;
         Ok(parts)
     }
 
@@ -138,7 +144,7 @@ impl ClassHead {
         smoothing: f64,
         scale: f64,
     ) -> Result<()> {
-        let ce = CrossEntropy { vocab: self.weight.cols, tokens: 1, row: 0, scale, smoothing };
+        let ce = CrossEntropy { vocab: self.classes(), tokens: 1, row: 0, scale, smoothing };
         let (first, n) = (chunk.first, chunk.samples);
         be.cross_entropy(chunk, &ce, logits, labels.sub(first, n), losses.sub(first, n))
     }
@@ -153,7 +159,7 @@ impl<B: Backend> Head<B> for ClassHead {
         gx: Reals,
         scratch: Reals,
     ) -> Result<()> {
-        let (d, n, g) = (self.width, chunk.samples, self.grads);
+        let (d, n) = (self.width, chunk.samples);
         let parts = self.forward(be, n, x, scratch)?;
         let share = self.mixup.map_or(1.0, |m| m.share);
         if let Some(m) = self.mixup {
@@ -174,20 +180,13 @@ impl<B: Backend> Head<B> for ClassHead {
         if self.mixup.is_some() {
             be.add(parts.logits, parts.other)?;
         }
-        let grads = (self.weight.of(g), self.bias.of(g));
-        linear_vjp(be, n, (self.params, self.weight), grads, parts.y, parts.logits, parts.dy)?;
+        let grads = (self.weight.grad, self.bias.grad);
+        linear_vjp(be, n, self.matrix(), grads, parts.y, parts.logits, parts.dy)?;
         // Only the class token has a gradient; `y` is read no more and takes it.
         be.fill_reals(parts.y, B::Real::of(0.0))?;
-        let (norm, stats) = (self.norm.of(self.params), parts.stats);
-        be.layer_norm_vjp(
-            norm,
-            parts.class,
-            stats,
-            parts.dy,
-            parts.y,
-            self.norm.of(g),
-            self.norm_bias.of(g),
-        )?;
+        let ([norm, bias], (x, gx_class)) = (self.norm, (parts.class, parts.y));
+        let grads = [norm.grad, bias.grad];
+        be.layer_norm_vjp(norm.value, x, parts.stats, parts.dy, gx_class, grads[0], grads[1])?;
         be.fill_reals(gx, B::Real::of(0.0))?;
         for i in 0..n {
             be.copy_reals(parts.y.sub(i * d, d), gx.sub(i * self.per_sample * d, d))?;

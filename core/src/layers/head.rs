@@ -1,6 +1,7 @@
 //! Final norm, logits and loss: `loss = cross_entropy(ln_f(x_K)·Wᵀ, targets)`, a few rows of logits
 //! at a time.
 
+use super::{Init, Parameter, Tensor};
 use crate::arena::{Ints, Reals};
 use crate::backend::{Backend, Chunk, CrossEntropy, Order, Product};
 use crate::error::Result;
@@ -19,15 +20,10 @@ pub struct LmHead {
     pub vocab: usize,
     /// `ε` of the norm.
     pub eps: f64,
-    /// `ln_f.weight`, `[d]`.
-    pub norm: Reals,
-    /// `ln_f.bias`, `[d]`.
-    pub norm_bias: Reals,
-    /// `[vocab, d]`.
-    pub weight: Reals,
-    /// Gradients of the three; that of `weight`, or all of them, may be empty: then they are left
-    /// out.
-    pub grads: [Reals; 3],
+    /// Weight and bias of the norm, `[d]` each.
+    pub norm: [Parameter; 2],
+    /// `[vocab, d]`. Its gradient, or all, may be empty: then they are left out.
+    pub weight: Parameter,
     /// `[B, T]`; negative: masked.
     pub targets: Ints,
     /// `[B, T]`: the loss of every token.
@@ -41,6 +37,16 @@ pub struct LmHead {
 }
 
 impl LmHead {
+    /// The norm's tensors, and the matrix of the logits, which a model with tied embeddings does
+    /// not have.
+    pub const fn tensors(vocab: usize, width: usize, tied: bool) -> [Tensor; 3] {
+        [
+            Tensor::vector("ln_f.weight", width, Init::Ones),
+            Tensor::vector("ln_f.bias", width, Init::Zeros),
+            Tensor::matrix("lm_head.weight", vocab, width, Init::Normal(0.02)).when(!tied),
+        ]
+    }
+
     /// Reals of scratch for chunks of `samples` samples.
     pub const fn scratch(width: usize, per_sample: usize, samples: usize) -> usize {
         samples.saturating_mul(per_sample).saturating_mul(width.saturating_mul(2).saturating_add(2))
@@ -61,7 +67,8 @@ impl LmHead {
         let y = scratch.sub(0, x.len());
         let dy = scratch.sub(x.len(), x.len());
         let stats = scratch.sub(2 * x.len(), 2 * x.len().checked_div(self.width).unwrap_or(0));
-        be.layer_norm(self.eps, self.norm, self.norm_bias, x, y, stats)?;
+        let [weight, bias] = self.norm;
+        be.layer_norm(self.eps, weight.value, bias.value, x, y, stats)?;
         Ok((y, dy, stats))
     }
 
@@ -75,7 +82,7 @@ impl LmHead {
             b: Order::Transposed,
             accumulate: false,
         };
-        be.matmul(&p, y, self.weight, None, logits)?;
+        be.matmul(&p, y, self.weight.value, None, logits)?;
         Ok(logits)
     }
 
@@ -139,7 +146,7 @@ impl<B: Backend> Head<B> for LmHead {
         scratch: Reals,
     ) -> Result<()> {
         let (y, dy, stats) = self.normalize(be, x, scratch)?;
-        let [dnorm, dnorm_bias, dweight] = self.grads;
+        let ([norm, bias], dweight) = (self.norm, self.weight.grad);
         let (all, step, d) = (chunk.samples * self.per_sample, self.rows_at_once(), self.width);
         for row in (0..all).step_by(step) {
             let rows = step.min(all - row);
@@ -166,9 +173,9 @@ impl<B: Backend> Head<B> for LmHead {
                 b: Order::Plain,
                 accumulate: false,
             };
-            be.matmul(&p, logits, self.weight, None, dy)?;
+            be.matmul(&p, logits, self.weight.value, None, dy)?;
         }
         be.fill_reals(gx, B::Real::of(0.0))?;
-        be.layer_norm_vjp(self.norm, x, stats, dy, gx, dnorm, dnorm_bias)
+        be.layer_norm_vjp(norm.value, x, stats, dy, gx, norm.grad, bias.grad)
     }
 }

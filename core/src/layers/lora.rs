@@ -11,11 +11,11 @@
 //! Only the parts of `B` that are not zero are parameters, `[2r, d]`; the whole of it is laid out
 //! when it is used.
 
-use super::{Params, Tensor, place};
-use crate::arena::{Layout, Reals, product};
+use super::block::At;
+use super::{Init, Tensor};
+use crate::arena::{Reals, product};
 use crate::backend::{Columns, NnOps, Order, Product};
 use crate::error::{Error, Result, ok};
-use crate::optim::Rule;
 use crate::real::Real;
 
 /// Rank and factor of the adapters.
@@ -45,54 +45,35 @@ impl LoraShape {
     }
 }
 
-/// Tensors of a block's adapters.
-pub const LORA_TENSORS: usize = 2;
-
-/// The adapters of `K` blocks.
+/// The adapters of a block's `c_attn`.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Lora {
+pub(super) struct Lora {
     shape: LoraShape,
     width: usize,
-    tensors: [Tensor; LORA_TENSORS],
-    /// Parameters, one group a block.
-    pub params: Params,
 }
 
 impl Lora {
-    /// Lays out the adapters of `blocks` blocks of width `width`, with their gradients and
-    /// optimizer state.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] for a rank that does not fit or a factor that is none;
-    /// [`Error::TooLarge`].
-    pub const fn layout(
-        shape: LoraShape,
-        width: usize,
-        blocks: usize,
-        rule: Option<Rule>,
-        fused: bool,
-        layout: &mut Layout,
-    ) -> Result<Self> {
+    /// `A` and the parameters of `B`.
+    pub(super) const TENSORS: usize = 2;
+
+    pub(super) const fn new(shape: LoraShape, width: usize) -> Result<Self> {
         ok!(shape.check(width));
         ok!(product("adapters", &[shape.rank, 12, width]));
-        let (rows, cols, matrix) = (2 * shape.rank, width, true);
-        let mut tensors = [
-            Tensor { name: "lora_A", rows, cols, matrix, offset: 0 },
-            Tensor { name: "lora_B", rows, cols, matrix, offset: 0 },
-        ];
-        let len = place(&mut tensors);
-        let params = ok!(Params::layout(layout, blocks, len, LORA_TENSORS, rule, fused));
-        Ok(Self { shape, width, tensors, params })
+        Ok(Self { shape, width })
     }
 
     /// Rank and factor.
-    pub const fn shape(&self) -> &LoraShape {
+    pub(super) const fn shape(&self) -> &LoraShape {
         &self.shape
     }
 
-    /// `A` and the parameters of `B`, both `[2r, d]`.
-    pub const fn tensors(&self) -> &[Tensor; LORA_TENSORS] {
-        &self.tensors
+    /// `A` and the parameters of `B`, both `[2r, d]`. `B` begins as 0, so that the network is
+    /// unchanged.
+    pub(super) const fn tensors(&self) -> [Tensor; Self::TENSORS] {
+        [
+            Tensor::matrix("attn.c_attn.lora_A", self.rows(), self.width, Init::Adapter),
+            Tensor::matrix("attn.c_attn.lora_B", self.rows(), self.width, Init::Zeros),
+        ]
     }
 
     /// `2r`.
@@ -118,54 +99,42 @@ impl Lora {
     }
 
     /// `s·B` with its zeros, into `whole`.
-    fn lay<B: NnOps>(&self, be: &mut B, block: usize, whole: Reals) -> Result<()> {
+    fn lay<B: NnOps>(&self, be: &mut B, b: Reals, whole: Reals) -> Result<()> {
         be.fill_reals(whole, B::Real::of(0.0))?;
-        for (part, place) in self.parts(self.tensors[1].of(self.params.group(block)), whole) {
+        for (part, place) in self.parts(b, whole) {
             be.add_columns(self.width, self.shape.scale(), part, place)?;
         }
         Ok(())
     }
 
     /// `u = x·Aᵀ` and `qkv += u·(s·B)`, for `rows` rows of `x`. `u[rows, 2r]` is kept for
-    /// [`backward`](Self::backward); `scratch` holds [`whole`](Self::whole) values.
+    /// [`vjp`](Self::vjp); the scratch of the call holds [`whole`](Self::whole) values.
     pub(super) fn forward<B: NnOps>(
         &self,
         be: &mut B,
-        (block, rows): (usize, usize),
+        at: &At<'_>,
+        [a, b]: [&Tensor; Self::TENSORS],
+        rows: usize,
         x: Reals,
         u: Reals,
         qkv: Reals,
-        scratch: Reals,
     ) -> Result<()> {
-        let (r, d, whole) = (self.rows(), self.width, scratch.sub(0, self.whole()));
-        let a = self.tensors[0].of(self.params.group(block));
-        let p = Product {
-            rows,
-            cols: r,
-            inner: d,
-            a: Order::Plain,
-            b: Order::Transposed,
-            accumulate: false,
-        };
-        be.matmul(&p, x, a, None, u)?;
-        self.lay(be, block, whole)?;
-        let p = Product {
-            rows,
-            cols: 3 * d,
-            inner: r,
-            a: Order::Plain,
-            b: Order::Plain,
-            accumulate: true,
-        };
+        let (r, d, whole) = (self.rows(), self.width, at.scratch.sub(0, self.whole()));
+        let p = product_of(rows, r, d, (Order::Plain, Order::Transposed), false);
+        be.matmul(&p, x, at.value(a), None, u)?;
+        self.lay(be, at.value(b), whole)?;
+        let p = product_of(rows, 3 * d, r, (Order::Plain, Order::Plain), true);
         be.matmul(&p, u, whole, None, qkv)
     }
 
     /// The gradients of `A` and `B`, and the adapters' part of `dx`, which is *added*. `scratch`
     /// holds twice [`whole`](Self::whole) and `rows·2r` values.
-    pub(super) fn backward<B: NnOps>(
+    pub(super) fn vjp<B: NnOps>(
         &self,
         be: &mut B,
-        (block, rows): (usize, usize),
+        at: &At<'_>,
+        [a, b]: [&Tensor; Self::TENSORS],
+        rows: usize,
         x: Reals,
         u: Reals,
         dqkv: Reals,
@@ -173,46 +142,31 @@ impl Lora {
         scratch: Reals,
     ) -> Result<()> {
         let (r, d, n) = (self.rows(), self.width, self.whole());
-        let (whole, dwhole, du) =
-            (scratch.sub(0, n), scratch.sub(n, n), scratch.sub(2 * n, rows * r));
-        let (a, gradients) =
-            (self.tensors[0].of(self.params.group(block)), self.params.gradient(block));
-        let [da, db] = [0, 1].map(|i| self.tensors[i].of(gradients));
+        let (whole, dwhole) = (scratch.sub(0, n), scratch.sub(n, n));
+        let du = scratch.sub(2 * n, rows * r);
         // d(s·B) = uᵀ·dqkv; only what is a parameter is taken of it.
-        let p = Product {
-            rows: r,
-            cols: 3 * d,
-            inner: rows,
-            a: Order::Transposed,
-            b: Order::Plain,
-            accumulate: false,
-        };
+        let p = product_of(r, 3 * d, rows, (Order::Transposed, Order::Plain), false);
         be.matmul(&p, u, dqkv, None, dwhole)?;
-        for (part, place) in self.parts(db, dwhole) {
+        for (part, place) in self.parts(at.slope(b), dwhole) {
             be.add_columns(d, self.shape.scale(), place, part)?;
         }
         // du = dqkv·(s·B)ᵀ, dA += duᵀ·x, dx += du·A
-        self.lay(be, block, whole)?;
-        let p = Product {
-            rows,
-            cols: r,
-            inner: 3 * d,
-            a: Order::Plain,
-            b: Order::Transposed,
-            accumulate: false,
-        };
+        self.lay(be, at.value(b), whole)?;
+        let p = product_of(rows, r, 3 * d, (Order::Plain, Order::Transposed), false);
         be.matmul(&p, dqkv, whole, None, du)?;
-        let p = Product {
-            rows: r,
-            cols: d,
-            inner: rows,
-            a: Order::Transposed,
-            b: Order::Plain,
-            accumulate: true,
-        };
-        be.matmul(&p, du, x, None, da)?;
-        let p =
-            Product { rows, cols: d, inner: r, a: Order::Plain, b: Order::Plain, accumulate: true };
-        be.matmul(&p, du, a, None, dx)
+        let p = product_of(r, d, rows, (Order::Transposed, Order::Plain), true);
+        be.matmul(&p, du, x, None, at.slope(a))?;
+        let p = product_of(rows, d, r, (Order::Plain, Order::Plain), true);
+        be.matmul(&p, du, at.value(a), None, dx)
     }
+}
+
+const fn product_of(
+    rows: usize,
+    cols: usize,
+    inner: usize,
+    (a, b): (Order, Order),
+    accumulate: bool,
+) -> Product {
+    Product { rows, cols, inner, a, b, accumulate }
 }

@@ -6,7 +6,7 @@
 //! normalized; without it a patch is the image's alone, and there is no norm (Dosovitskiy et al.,
 //! 2021).
 
-use super::{Tensor, linear, linear_vjp};
+use super::{Init, Matrix, Parameter, Tensor, linear, linear_vjp};
 use crate::arena::{Reals, product};
 use crate::backend::{Backend, Chunk};
 use crate::error::{Error, Result};
@@ -115,26 +115,43 @@ pub struct PatchEmbedding {
     /// `ε` of the norm.
     pub eps: f64,
     /// Weight and bias of the norm of a patch, `[values]`; empty where there is none.
-    pub norm: [Reals; 2],
-    /// Gradients of the norm.
-    pub dnorm: [Reals; 2],
-    /// The linear layer's matrix, `[values, d]`, in the group `params` and in the group `grads`.
-    pub weight: Tensor,
+    pub norm: [Parameter; 2],
+    /// The linear layer's matrix, `[values, d]`.
+    pub weight: Parameter,
     /// Its bias, `[d]`.
-    pub bias: Tensor,
+    pub bias: Parameter,
     /// The class token, `[d]`.
-    pub class: Tensor,
+    pub class: Parameter,
     /// Positions, `[T, d]`.
-    pub positions: Tensor,
-    /// The group of these four.
-    pub params: Reals,
-    /// Their gradients.
-    pub grads: Reals,
+    pub positions: Parameter,
     /// Dropout of the sum.
     pub dropout: f64,
 }
 
 impl PatchEmbedding {
+    /// Norm of a patch (two), linear layer (two), class token, positions.
+    pub fn tensors(patches: &Patches, width: usize) -> [Tensor; 6] {
+        let (values, norm, tokens) = (patches.values(), patches.shifted, patches.count() + 1);
+        let token = Init::Normal(0.02);
+        [
+            Tensor::vector("patch_embed.norm.weight", values, Init::Ones).when(norm),
+            Tensor::vector("patch_embed.norm.bias", values, Init::Zeros).when(norm),
+            Tensor::matrix("patch_embed.proj.weight", values, width, Init::InverseRoot),
+            Tensor::vector("patch_embed.proj.bias", width, Init::Zeros),
+            Tensor::vector("cls_token", width, token),
+            Tensor::matrix("pos_embed", tokens, width, token),
+        ]
+    }
+
+    /// Values of a patch.
+    fn values(&self) -> usize {
+        self.weight.value.len().checked_div(self.width).unwrap_or(0)
+    }
+
+    fn matrix(&self) -> Matrix {
+        Matrix { values: self.weight.value, inputs: self.values(), outputs: self.width }
+    }
+
     /// Reals of scratch for chunks of `samples` samples.
     pub const fn scratch(values: usize, count: usize, width: usize, samples: usize) -> usize {
         // Normalized patches, their gradients, gradients of the patches that nobody wants;
@@ -147,7 +164,7 @@ impl PatchEmbedding {
     /// The chunk's patches, and what is embedded of them: normalized patches in the scratch, or the
     /// patches.
     fn embedded<B: Backend>(&self, be: &mut B, chunk: &Chunk, scratch: Reals) -> Result<Parts> {
-        let (values, rows) = (self.weight.rows, chunk.samples * self.count);
+        let (values, rows) = (self.values(), chunk.samples * self.count);
         let raw = self.patches.sub(chunk.first * self.count * values, rows * values);
         let mut at = 0;
         let mut take = |len: usize| {
@@ -164,10 +181,10 @@ impl PatchEmbedding {
             draw: take(rows * values),
         };
         let [weight, bias] = self.norm;
-        if weight.is_empty() {
+        if weight.value.is_empty() {
             return Ok(Parts { normal: raw, ..parts });
         }
-        be.layer_norm(self.eps, weight, bias, raw, normal, parts.stats)?;
+        be.layer_norm(self.eps, weight.value, bias.value, raw, normal, parts.stats)?;
         Ok(parts)
     }
 }
@@ -193,17 +210,17 @@ impl<B: Backend> Input<B> for PatchEmbedding {
         x: Reals,
         scratch: Reals,
     ) -> Result<()> {
-        let (d, rows, p) = (self.width, chunk.samples * self.count, self.params);
+        let (d, rows) = (self.width, chunk.samples * self.count);
         let parts = self.embedded(be, chunk, scratch)?;
-        linear(be, rows, (p, self.weight), self.bias.of(p), parts.normal, parts.e)?;
+        linear(be, rows, self.matrix(), self.bias.value, parts.normal, parts.e)?;
         for i in 0..chunk.samples {
             let x = x.sub(i * (self.count + 1) * d, (self.count + 1) * d);
-            be.copy_reals(self.class.of(p), x.sub(0, d))?;
+            be.copy_reals(self.class.value, x.sub(0, d))?;
             be.copy_reals(
                 parts.e.sub(i * self.count * d, self.count * d),
                 x.sub(d, self.count * d),
             )?;
-            be.add(x, self.positions.of(p))?;
+            be.add(x, self.positions.value)?;
         }
         if train && self.dropout > 0.0 {
             be.dropout(chunk, Draw::EmbeddingDropout, self.dropout, x)?;
@@ -212,30 +229,30 @@ impl<B: Backend> Input<B> for PatchEmbedding {
     }
 
     fn vjp(&mut self, be: &mut B, chunk: &Chunk, gx: Reals, scratch: Reals) -> Result<()> {
-        let (d, rows, g) = (self.width, chunk.samples * self.count, self.grads);
+        let (d, rows) = (self.width, chunk.samples * self.count);
         if self.dropout > 0.0 {
             be.dropout(chunk, Draw::EmbeddingDropout, self.dropout, gx)?;
         }
         let parts = self.embedded(be, chunk, scratch)?;
         for i in 0..chunk.samples {
             let gx = gx.sub(i * (self.count + 1) * d, (self.count + 1) * d);
-            be.add(self.positions.of(g), gx)?;
-            be.add(self.class.of(g), gx.sub(0, d))?;
+            be.add(self.positions.grad, gx)?;
+            be.add(self.class.grad, gx.sub(0, d))?;
             be.copy_reals(
                 gx.sub(d, self.count * d),
                 parts.e.sub(i * self.count * d, self.count * d),
             )?;
         }
-        let (weight, grads) = ((self.params, self.weight), (self.weight.of(g), self.bias.of(g)));
-        linear_vjp(be, rows, weight, grads, parts.normal, parts.e, parts.dnormal)?;
-        let [norm, _] = self.norm;
-        if norm.is_empty() {
+        let grads = (self.weight.grad, self.bias.grad);
+        linear_vjp(be, rows, self.matrix(), grads, parts.normal, parts.e, parts.dnormal)?;
+        let [norm, bias] = self.norm;
+        if norm.value.is_empty() {
             return Ok(());
         }
         // Images are not trained: their gradient is a by-product.
         be.fill_reals(parts.draw, B::Real::of(0.0))?;
-        let [dweight, dbias] = self.dnorm;
-        be.layer_norm_vjp(norm, parts.raw, parts.stats, parts.dnormal, parts.draw, dweight, dbias)
+        let (grads, x) = ([norm.grad, bias.grad], parts.raw);
+        be.layer_norm_vjp(norm.value, x, parts.stats, parts.dnormal, parts.draw, grads[0], grads[1])
     }
 }
 

@@ -381,7 +381,7 @@ impl<R: Real> NnOps for Reference<'_, R> {
 
         for i in 0..chunk.samples {
             let present = self.present(a, i);
-            let mut factors = Factors::new(chunk.stream(i, Draw::AttentionDropout), dropout);
+            let mut factors = Factors::new(chunk.stream(i, a.draw), dropout);
             for head in 0..a.heads {
                 let (qs, ks) = (head_of(a, q, i, a.queries, head), head_of(a, k, i, a.keys, head));
                 let vs = head_of(a, v, i, a.keys, head);
@@ -468,7 +468,7 @@ impl<R: Real> NnOps for Reference<'_, R> {
 
         for i in 0..chunk.samples {
             let present = self.present(a, i);
-            let mut factors = Factors::new(chunk.stream(i, Draw::AttentionDropout), dropout);
+            let mut factors = Factors::new(chunk.stream(i, a.draw), dropout);
             for head in 0..a.heads {
                 let (qs, dqs) =
                     (head_of(a, q, i, a.queries, head), head_of(a, dq, i, a.queries, head));

@@ -1,0 +1,650 @@
+//! Parameters: tensors, where their values live, and what an optimizer does with them.
+
+use crate::arena::{Category, Layout, Reals, Words, product};
+use crate::backend::{Exchange, Half, NnOps, OptimOps};
+use crate::error::{Error, Result, Site, ok};
+use crate::optim::{Rule, Update};
+use crate::real::Real;
+use crate::rng::{Draw, Stream};
+
+/// Initial values of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    /// 0.
+    Zeros,
+    /// 1.
+    Ones,
+    /// Normal with this deviation.
+    Normal(f64),
+    /// Uniform in `±1/√inputs`, as PyTorch's linear layers begin.
+    InverseRoot,
+    /// Uniform in `±√(6/(inputs + outputs))` (Glorot and Bengio, 2010). Layers that lie side by
+    /// side in one matrix have `outputs` each.
+    Glorot {
+        /// Columns of one layer.
+        outputs: usize,
+    },
+    /// `log(head_dim^-½)`: the factor of ordinary attention, where it is learned as `e^τ`.
+    Temperature {
+        /// Width of a head.
+        head_dim: usize,
+    },
+    /// Uniform in `±1/√columns`, from numbers that no other tensor has: the `A` of an adapter.
+    Adapter,
+}
+
+/// How the matrices of a network begin.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scheme {
+    /// GPT-2's: normal with σ = 0.02; the projections back into the residual stream have their own.
+    Gpt2 {
+        /// σ of projections: `0.02/√(2K)`.
+        projections: f64,
+    },
+    /// [`Init::InverseRoot`]
+    InverseRoot,
+    /// [`Init::Glorot`]
+    Glorot,
+}
+
+impl Scheme {
+    /// Of a matrix whose layers have `outputs` columns each.
+    pub const fn matrix(self, outputs: usize) -> Init {
+        match self {
+            Self::Gpt2 { .. } => Init::Normal(0.02),
+            Self::InverseRoot => Init::InverseRoot,
+            Self::Glorot => Init::Glorot { outputs },
+        }
+    }
+
+    /// Of the matrix that ends a residual branch.
+    pub const fn projection(self, outputs: usize) -> Init {
+        match self {
+            Self::Gpt2 { projections } => Init::Normal(projections),
+            _ => self.matrix(outputs),
+        }
+    }
+}
+
+/// Where the values of a tensor are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Home {
+    /// Among the values that have a gradient.
+    Trained,
+    /// Among those that stay as they are.
+    Frozen,
+    /// Among those that stay as they are, in 16 bits each.
+    Narrow,
+}
+
+/// A parameter tensor of a group: of a block, or of what is outside the blocks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tensor {
+    /// Its name within the group.
+    pub name: &'static str,
+    /// Rows, or 1 for a vector. 0: the group does not have it.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Whether it is a matrix: only those decay.
+    pub matrix: bool,
+    /// Its values at the start.
+    pub init: Init,
+    /// Where they are.
+    pub home: Home,
+    /// Index of the first one there.
+    pub offset: usize,
+}
+
+impl Tensor {
+    /// A vector.
+    pub const fn vector(name: &'static str, cols: usize, init: Init) -> Self {
+        Self { name, rows: 1, cols, matrix: false, init, home: Home::Trained, offset: 0 }
+    }
+
+    /// A matrix `[rows, cols]`.
+    pub const fn matrix(name: &'static str, rows: usize, cols: usize, init: Init) -> Self {
+        Self { name, rows, cols, matrix: true, init, home: Home::Trained, offset: 0 }
+    }
+
+    /// The tensor, or none.
+    #[must_use]
+    pub const fn when(mut self, there: bool) -> Self {
+        if !there {
+            self.rows = 0;
+        }
+        self
+    }
+
+    /// Whether the group does not have this tensor.
+    pub const fn is_empty(&self) -> bool {
+        self.rows == 0 || self.cols == 0
+    }
+
+    /// Number of values.
+    pub const fn len(&self) -> usize {
+        self.rows.wrapping_mul(self.cols)
+    }
+
+    /// The tensor's values in its group's.
+    pub const fn of(&self, group: Reals) -> Reals {
+        group.sub(self.offset, self.len())
+    }
+
+    /// Draws row `row` of the initial values; `index` is the tensor's number in its network.
+    pub fn draw<R: Real>(&self, seed: u64, index: u32, row: usize, out: &mut [R]) {
+        let stream = Stream::new(seed, index, row as u32, 0, 0, Draw::Init);
+        let uniform = |bound: f64, out: &mut [R]| {
+            for (x, e) in out.iter_mut().zip(0..) {
+                *x = R::of(bound * (2.0 * stream.uniform(e) - 1.0));
+            }
+        };
+        match self.init {
+            Init::Zeros => out.fill(R::of(0.0)),
+            Init::Ones => out.fill(R::of(1.0)),
+            Init::Normal(sigma) => {
+                for (x, e) in out.iter_mut().zip(0..) {
+                    *x = R::of(sigma * stream.normal(e));
+                }
+            }
+            Init::InverseRoot => uniform(1.0 / libm::sqrt(self.rows as f64), out),
+            Init::Glorot { outputs } => {
+                uniform(libm::sqrt(6.0 / (self.rows + outputs) as f64), out);
+            }
+            Init::Temperature { head_dim } => out.fill(R::of(-0.5 * libm::log(head_dim as f64))),
+            Init::Adapter => {
+                let (bound, first) = (1.0 / libm::sqrt(self.cols as f64), row * self.cols);
+                let stream = Stream::new(seed, index, 0, 1, 0, Draw::Init);
+                for (x, e) in out.iter_mut().zip(first as u32..) {
+                    *x = R::of(bound * (2.0 * stream.uniform(e) - 1.0));
+                }
+            }
+        }
+    }
+}
+
+/// The tensors of a group, one after another.
+pub trait Tensors {
+    /// Calls `f` with each; those that the group does not have are among them.
+    ///
+    /// # Errors
+    /// The first of `f`.
+    fn each(&self, f: &mut dyn FnMut(&Tensor) -> Result<()>) -> Result<()>;
+}
+
+impl Tensors for [Tensor] {
+    fn each(&self, f: &mut dyn FnMut(&Tensor) -> Result<()>) -> Result<()> {
+        self.iter().try_for_each(f)
+    }
+}
+
+impl<const N: usize> Tensors for [Tensor; N] {
+    fn each(&self, f: &mut dyn FnMut(&Tensor) -> Result<()>) -> Result<()> {
+        self.iter().try_for_each(f)
+    }
+}
+
+/// What stays as it is of a network that is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Freeze {
+    /// Nothing: everything is trained.
+    Nothing,
+    /// The matrices; vectors are trained.
+    Matrices,
+    /// Everything but adapters; matrices in 16 bits where a storage is given.
+    All(Option<Half>),
+}
+
+/// How much room the tensors of a group take, by home.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Room {
+    trained: usize,
+    /// Tensors that are trained, empty ones too.
+    slots: usize,
+    frozen: usize,
+    narrow: usize,
+    /// Values of the largest tensor in 16 bits.
+    largest: usize,
+}
+
+impl Room {
+    /// None.
+    pub const NONE: Self = Self { trained: 0, slots: 0, frozen: 0, narrow: 0, largest: 0 };
+
+    /// Gives tensors their homes and their places there, each aligned, behind those before.
+    #[must_use]
+    pub const fn place(mut self, tensors: &mut [Tensor], freeze: Freeze) -> Self {
+        // Sizes that overflow are caught where the network's dimensions are checked.
+        let mut i = 0;
+        while i < tensors.len() {
+            let t = &mut tensors[i];
+            t.home = match freeze {
+                Freeze::Nothing => Home::Trained,
+                Freeze::Matrices if !t.matrix => Home::Trained,
+                Freeze::All(Some(_)) if t.matrix => Home::Narrow,
+                Freeze::Matrices | Freeze::All(_) => Home::Frozen,
+            };
+            let (at, align) = match t.home {
+                Home::Trained => {
+                    self.slots += 1;
+                    (&mut self.trained, Layout::ALIGN)
+                }
+                Home::Frozen => (&mut self.frozen, Layout::ALIGN),
+                Home::Narrow => {
+                    if t.len() > self.largest {
+                        self.largest = t.len();
+                    }
+                    (&mut self.narrow, 2 * Layout::ALIGN)
+                }
+            };
+            t.offset = *at;
+            *at = at.wrapping_add(t.len().div_ceil(align).wrapping_mul(align));
+            i += 1;
+        }
+        self
+    }
+}
+
+/// The optimizer of a step: what it does when a group of parameters is finished.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Updater {
+    /// Decoupled weight decay of matrices.
+    pub weight_decay: f64,
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Number of this update, from 1.
+    pub t: u32,
+    /// Factor of the gradients (clipping).
+    pub scale: f64,
+}
+
+/// How gradients are kept.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Gradients {
+    /// Not at all: inference.
+    None,
+    /// Those of one group at a time: each is updated by the rule as soon as it is finished.
+    Fused(Rule),
+    /// Those of all groups, until the step is complete: for clipping and for micro-batches.
+    Full(Rule),
+}
+
+impl Gradients {
+    /// The optimizer's rule.
+    pub const fn rule(&self) -> Option<Rule> {
+        match self {
+            Self::None => None,
+            Self::Fused(rule) | Self::Full(rule) => Some(*rule),
+        }
+    }
+
+    /// Whether groups are updated as they are finished.
+    pub const fn fused(&self) -> bool {
+        matches!(self, Self::Fused(_))
+    }
+}
+
+/// Frozen matrices in 16 bits; each is widened into one place when it is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Narrow {
+    half: Half,
+    /// Words of a group.
+    group: usize,
+    /// Group after group.
+    values: Words,
+    /// Room for the largest tensor.
+    wide: Reals,
+}
+
+/// A matrix that can be multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Matrix {
+    /// `[inputs, outputs]`.
+    pub values: Reals,
+    /// Rows.
+    pub inputs: usize,
+    /// Columns.
+    pub outputs: usize,
+}
+
+/// The values of a tensor and their gradient, which is empty where it is frozen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parameter {
+    /// The values.
+    pub value: Reals,
+    /// The gradient.
+    pub grad: Reals,
+}
+
+/// Parameters of some equal groups (the blocks), with gradients and optimizer state.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Params {
+    groups: usize,
+    room: Room,
+    kept: Gradients,
+    /// Trained values, group after group.
+    values: Reals,
+    /// Their gradients: of all groups, or of the one being worked on.
+    gradients: Reals,
+    m: Reals,
+    v: Reals,
+    /// Sums of squares of the gradients, one for each trained tensor.
+    norms: Reals,
+    /// Values that stay as they are: of all groups, or of the one that is in memory.
+    frozen: Reals,
+    narrow: Option<Narrow>,
+}
+
+impl Params {
+    /// Lays out `groups` groups of tensors that take `room`. `half` is the storage of those in 16
+    /// bits.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for constants of a rule that are out of range, [`Error::TooLarge`].
+    pub const fn layout(
+        groups: usize,
+        room: Room,
+        freeze: Freeze,
+        gradients: Gradients,
+        layout: &mut Layout,
+    ) -> Result<Self> {
+        Self::layout_paged(groups, groups, room, freeze, gradients, layout)
+    }
+
+    /// The same where the frozen values of only `resident` groups are in memory: all, or one, which
+    /// the user of the parameters brings in.
+    ///
+    /// # Errors
+    /// As [`layout`](Self::layout).
+    pub const fn layout_paged(
+        groups: usize,
+        resident: usize,
+        room: Room,
+        freeze: Freeze,
+        gradients: Gradients,
+        layout: &mut Layout,
+    ) -> Result<Self> {
+        let l = layout;
+        let narrow = match freeze {
+            Freeze::All(Some(half)) => {
+                let group = room.narrow / 2;
+                let words = ok!(product("frozen matrices", &[groups, group]));
+                let values = l.words(Category::Frozen, words);
+                Some(Narrow {
+                    half,
+                    group,
+                    values,
+                    wide: l.reals(Category::Workspace, room.largest),
+                })
+            }
+            _ => None,
+        };
+        let frozen = ok!(product("frozen parameters", &[resident, room.frozen]));
+        let all = ok!(product("parameters", &[groups, room.trained]));
+        let (states, kept) = match gradients {
+            Gradients::None => (0, 0),
+            Gradients::Fused(rule) => (rule.states(), room.trained),
+            Gradients::Full(rule) => (rule.states(), all),
+        };
+        if let Some(rule) = gradients.rule() {
+            ok!(rule.check());
+            l.count_trained(all);
+        }
+        let norms = if gradients.rule().is_some() {
+            ok!(product("norms", &[groups, room.slots]))
+        } else {
+            0
+        };
+        Ok(Self {
+            groups,
+            room,
+            kept: gradients,
+            frozen: l.reals(Category::Frozen, frozen),
+            narrow,
+            values: l.reals(Category::Parameters, all),
+            gradients: l.reals(Category::Gradients, kept),
+            m: l.reals(Category::Optimizer, if states > 0 { all } else { 0 }),
+            v: l.reals(Category::Optimizer, if states > 1 { all } else { 0 }),
+            norms: l.reals(Category::Gradients, norms),
+        })
+    }
+
+    /// Number of groups.
+    pub const fn groups(&self) -> usize {
+        self.groups
+    }
+
+    /// Whether groups are updated as they are finished.
+    pub const fn fused(&self) -> bool {
+        self.kept.fused()
+    }
+
+    /// Values that are trained, of all groups.
+    pub const fn trained(&self) -> usize {
+        if self.gradients.is_empty() { 0 } else { self.values.len() }
+    }
+
+    /// Trained values of one group.
+    pub const fn group_len(&self) -> usize {
+        self.room.trained
+    }
+
+    /// Values of a tensor of group `k`; none for one in 16 bits ([`words`](Self::words)).
+    pub const fn value(&self, k: usize, t: &Tensor) -> Reals {
+        match t.home {
+            Home::Trained => t.of(self.values.sub(k * self.room.trained, self.room.trained)),
+            Home::Frozen => t.of(one_of(self.frozen, k, self.room.frozen)),
+            Home::Narrow => Reals::EMPTY,
+        }
+    }
+
+    /// A tensor of group `k` with its gradient.
+    pub const fn parameter(&self, k: usize, t: &Tensor) -> Parameter {
+        Parameter { value: self.value(k, t), grad: self.gradient(k, t) }
+    }
+
+    /// A tensor in 16 bits: its words, `ceil(n/2)` for `n` values, and how they are stored.
+    pub const fn words(&self, k: usize, t: &Tensor) -> Option<(Half, Words)> {
+        match &self.narrow {
+            Some(narrow) if matches!(t.home, Home::Narrow) => {
+                let at = k * narrow.group + t.offset / 2;
+                Some((narrow.half, narrow.values.sub(at, t.len().div_ceil(2))))
+            }
+            _ => None,
+        }
+    }
+
+    /// Gradient of a tensor of group `k`; with [`Gradients::Fused`] the buffer of all groups; none
+    /// for what is frozen.
+    pub const fn gradient(&self, k: usize, t: &Tensor) -> Reals {
+        match t.home {
+            Home::Trained => t.of(self.gradient_of(k)),
+            Home::Frozen | Home::Narrow => Reals::EMPTY,
+        }
+    }
+
+    /// Optimizer state of a tensor of group `k`: the two moments, empty where the rule has none.
+    pub fn state(&self, k: usize, t: &Tensor) -> [Reals; 2] {
+        let len = self.room.trained;
+        [self.m, self.v].map(|all| {
+            if all.is_empty() || t.home != Home::Trained {
+                Reals::EMPTY
+            } else {
+                t.of(all.sub(k * len, len))
+            }
+        })
+    }
+
+    /// A matrix of group `k`. One that is stored in 16 bits is there until the next one is asked
+    /// for.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn matrix<B: NnOps>(&self, be: &mut B, k: usize, t: &Tensor) -> Result<Matrix> {
+        let values = match (&self.narrow, self.words(k, t)) {
+            (Some(narrow), Some((half, words))) => {
+                let wide = narrow.wide.sub(0, t.len());
+                be.widen(half, words, wide)?;
+                wide
+            }
+            _ => self.value(k, t),
+        };
+        Ok(Matrix { values, inputs: t.rows, outputs: t.cols })
+    }
+
+    const fn gradient_of(&self, k: usize) -> Reals {
+        one_of(self.gradients, k, self.room.trained)
+    }
+
+    /// Sets gradients to zero: those of all groups.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn zero_gradients<B: OptimOps>(&self, be: &mut B) -> Result<()> {
+        be.fill_reals(self.gradients, B::Real::of(0.0))
+    }
+
+    /// The sums of squares of the gradients, once they are [measured](Self::measure).
+    pub const fn norms(&self) -> Reals {
+        self.norms
+    }
+
+    /// Sums of squares of group `k`'s gradients; a value that is not finite raises a fault.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn measure<B: OptimOps>(
+        &self,
+        be: &mut B,
+        site: Site,
+        k: usize,
+        tensors: &(impl Tensors + ?Sized),
+    ) -> Result<()> {
+        let mut slot = k * self.room.slots;
+        tensors.each(&mut |t| {
+            if t.home != Home::Trained {
+                return Ok(());
+            }
+            slot += 1;
+            be.sum_squares(site, self.gradient(k, t), self.norms.sub(slot - 1, 1))
+        })
+    }
+
+    /// Updates group `k`.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn update<B: OptimOps>(
+        &self,
+        be: &mut B,
+        u: &Updater,
+        k: usize,
+        tensors: &(impl Tensors + ?Sized),
+    ) -> Result<()> {
+        let Some(rule) = self.kept.rule() else { return Ok(()) };
+        tensors.each(&mut |t| {
+            if t.home != Home::Trained {
+                return Ok(());
+            }
+            let decay = if t.matrix { u.weight_decay } else { 0.0 };
+            let update = Update { rule, t: u.t, lr: u.lr, decay, scale: u.scale };
+            let [m, v] = self.state(k, t);
+            be.update(&update, self.value(k, t), self.gradient(k, t), m, v)
+        })
+    }
+
+    /// Group `k` is finished: with fused updates it is measured, updated, and its gradient buffer
+    /// cleared.
+    ///
+    /// Of several ranks ([`Exchange`]) its gradient is sent on its way, to be added up while the
+    /// next group is worked on, and the sum of the one that was finished before, `k + 1`, takes its
+    /// own gradient's place. With fused updates that is the same buffer, whose values have just
+    /// been taken, and group `k + 1` is updated from it. [`settle`](Self::settle) does so for group
+    /// 0.
+    ///
+    /// # Errors
+    /// Those of the backend; [`Error::Setting`] with fused updates and no optimizer for them.
+    pub fn finished<B: OptimOps + Exchange>(
+        &self,
+        be: &mut B,
+        u: Option<&Updater>,
+        site: Site,
+        k: usize,
+        tensors: &(impl Tensors + ?Sized),
+    ) -> Result<()> {
+        if self.gradients.is_empty() || (be.ranks() == 1 && !self.fused()) {
+            return Ok(());
+        }
+        if be.ranks() == 1 {
+            return self.apply(be, u, site, k, tensors);
+        }
+        let last = k + 1 >= self.groups;
+        let before = if last { Reals::EMPTY } else { self.gradient_of(k + 1) };
+        be.exchange(self.gradient_of(k), before)?;
+        if !self.fused() {
+            return Ok(());
+        }
+        if last {
+            return be.fill_reals(self.gradient_of(k), B::Real::of(0.0));
+        }
+        let site = if matches!(site, Site::Block(_)) { Site::Block(k + 1) } else { site };
+        self.apply(be, u, site, k + 1, tensors)
+    }
+
+    /// All groups are finished: of several ranks, the sum of group 0 comes back, and with fused
+    /// updates it is updated.
+    ///
+    /// # Errors
+    /// As [`finished`](Self::finished).
+    pub fn settle<B: OptimOps + Exchange>(
+        &self,
+        be: &mut B,
+        u: Option<&Updater>,
+        site: Site,
+        tensors: &(impl Tensors + ?Sized),
+    ) -> Result<()> {
+        if self.gradients.is_empty() || be.ranks() == 1 {
+            return Ok(());
+        }
+        be.exchange(Reals::EMPTY, self.gradient_of(0))?;
+        if self.fused() { self.apply(be, u, site, 0, tensors) } else { Ok(()) }
+    }
+
+    fn apply<B: OptimOps>(
+        &self,
+        be: &mut B,
+        u: Option<&Updater>,
+        site: Site,
+        k: usize,
+        tensors: &(impl Tensors + ?Sized),
+    ) -> Result<()> {
+        let u = u.ok_or(Error::unfit("optimizer of the step", "missing", "one, to update"))?;
+        self.measure(be, site, k, tensors)?;
+        self.update(be, u, k, tensors)?;
+        be.fill_reals(self.gradient_of(k), B::Real::of(0.0))
+    }
+
+    /// Adds the gradients of all groups up over the ranks, `piece` values at a time, before they
+    /// are measured: for groups outside of blocks, which are not [`finished`](Self::finished) one
+    /// after the other.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn sum_over_ranks<B: Exchange>(&self, be: &mut B, piece: usize) -> Result<()> {
+        if be.ranks() == 1 || self.gradients.is_empty() {
+            return Ok(());
+        }
+        let mut before = Reals::EMPTY;
+        for at in (0..self.gradients.len()).step_by(piece.max(1)) {
+            let own = self.gradients.sub(at, piece);
+            be.exchange(own, before)?;
+            before = own;
+        }
+        be.exchange(Reals::EMPTY, before)
+    }
+}
+
+/// Group `k` of `len` values: of all groups, or the only one that is there.
+const fn one_of(all: Reals, k: usize, len: usize) -> Reals {
+    if all.len() == len { all } else { all.sub(k * len, len) }
+}
