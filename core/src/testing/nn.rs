@@ -220,6 +220,7 @@ impl Case {
             mask,
             key_lens,
             dropout,
+            draw: Draw::AttentionDropout,
             temperature,
             temperature_grad,
         }
@@ -441,7 +442,7 @@ fn embedding<B: NnOps>(
                     Operand::sum("dtable", table, n * length),
                     Operand::sum("dpositions", positions, n)
                 ],
-                |on| { on.embed_vjp(&chunk, tokens, x, width, table, positions) }
+                |on| on.embed_vjp(&chunk, tokens, x, width, table, positions)
             );
         }
     }

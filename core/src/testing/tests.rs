@@ -4,12 +4,11 @@ use std::{string::ToString, vec, vec::Vec};
 
 use super::*;
 use crate::backend::{
-    Attention, CrossEntropy, Exchange, Gelu, Half, Identity, Mask, NnOps, OptimOps, Product,
-    UpdateOps,
+    Attention, CrossEntropy, Exchange, Gelu, Mask, NnOps, OptimOps, Product, UpdateOps, Wrapper,
 };
 use crate::optim::Update;
 use crate::rng::Draw;
-use crate::update::{Gamma, Grid};
+use crate::update::{FloatGamma, Gamma, Grid};
 
 fn reference<R: Real>(layout: &Layout) -> Reference<'static, R> {
     let (i, r, w) = layout.arenas();
@@ -69,38 +68,16 @@ impl Broken {
     }
 }
 
-/// Operations that the broken backend leaves as they are.
-macro_rules! delegate {
-    (reads: $($name:ident($($arg:ident: $t:ty),*);)*) => {
-        $(fn $name(&self, $($arg: $t),*) -> OpResult<()> { self.inner.$name($($arg),*) })*
-    };
-    ($($name:ident($($arg:ident: $t:ty),*);)*) => {
-        $(fn $name(&mut self, $($arg: $t),*) -> OpResult<()> { self.inner.$name($($arg),*) })*
-    };
-}
+/// What is not here goes to the reference.
+impl Wrapper for Broken {
+    type Inner = Reference<'static, f32>;
 
-impl Storage for Broken {
-    type Real = f32;
-
-    fn identity(&self) -> Identity {
-        self.inner.identity()
+    fn inner(&self) -> &Self::Inner {
+        &self.inner
     }
 
-    delegate! {
-        reads:
-        read_reals(src: Reals, dst: &mut [f32]);
-        read_ints(src: Ints, dst: &mut [i32]);
-        read_words(src: Words, dst: &mut [u32]);
-    }
-
-    delegate! {
-        write_reals(dst: Reals, src: &[f32]);
-        write_ints(dst: Ints, src: &[i32]);
-        write_words(dst: Words, src: &[u32]);
-        fill_reals(dst: Reals, value: f32);
-        fill_words(dst: Words, value: u32);
-        copy_reals(src: Reals, dst: Reals);
-        copy_ints(src: Ints, dst: Ints);
+    fn inner_mut(&mut self) -> &mut Self::Inner {
+        &mut self.inner
     }
 
     fn raise(&mut self, fault: Fault) {
@@ -116,18 +93,6 @@ impl Storage for Broken {
             self.inner.raise(fault);
         }
         Ok(fault)
-    }
-}
-
-impl UpdateOps for Broken {
-    delegate! {
-        dequantize(grid: Grid, x: Ints, y: Reals);
-        add_quantized(chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words);
-        subtract_quantized(chunk: &Chunk, grid: Grid, x: Ints, h: Reals, sum: Words);
-        inverse(chunk: &Chunk, grid: Grid, gamma: Gamma, x: Ints, cur: Reals, h: Reals, side: Words, sum: Words);
-        unblend(chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals);
-        compare(a: Words, b: Words, activation: usize, block: usize);
-        count_differences(a: Ints, b: Ints, count: Words);
     }
 
     fn quantize(
@@ -188,7 +153,7 @@ impl UpdateOps for Broken {
     fn blend(
         &mut self,
         chunk: &Chunk,
-        gamma: Gamma,
+        gamma: FloatGamma,
         x: Reals,
         cur: Reals,
         h: Reals,
@@ -204,7 +169,7 @@ impl UpdateOps for Broken {
     fn combine(
         &mut self,
         chunk: &Chunk,
-        gamma: Gamma,
+        gamma: FloatGamma,
         next: Reals,
         cur: Reals,
         h: Reals,
@@ -213,15 +178,6 @@ impl UpdateOps for Broken {
             self.inner.fill_reals(cur, 0.0)?;
         }
         self.inner.combine(chunk, gamma, next, cur, h)
-    }
-}
-
-impl NnOps for Broken {
-    delegate! {
-        layer_norm(eps: f64, weight: Reals, bias: Reals, x: Reals, y: Reals, stats: Reals);
-        gelu_vjp(kind: Gelu, x: Reals, d: Reals);
-        widen(half: Half, x: Words, y: Reals);
-        embed_vjp(chunk: &Chunk, tokens: Ints, dx: Reals, width: usize, dtable: Reals, dpositions: Reals);
     }
 
     fn matmul(
@@ -339,10 +295,6 @@ impl NnOps for Broken {
         Ok(())
     }
 
-    fn attention_scratch(a: &Attention, samples: usize, threads: usize) -> usize {
-        Reference::<f32>::attention_scratch(a, samples, threads)
-    }
-
     fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> OpResult<()> {
         let global = if self.bug == Bug::DropoutByChunk { 0 } else { chunk.global };
         self.inner.dropout(&Chunk { global, ..*chunk }, draw, p, x)
@@ -382,11 +334,7 @@ impl NnOps for Broken {
             if self.bug == Bug::NoSmoothing && ce.smoothing < 1.0 { 0.0 } else { ce.smoothing };
         self.inner.cross_entropy(chunk, &CrossEntropy { smoothing, ..*ce }, logits, targets, losses)
     }
-}
 
-impl Exchange for Broken {}
-
-impl OptimOps for Broken {
     fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> OpResult<()> {
         self.inner.sum_squares(site, g, out)?;
         if self.bug == Bug::SquaresInHalf {
@@ -410,6 +358,8 @@ impl OptimOps for Broken {
         Ok(())
     }
 }
+
+impl Exchange for Broken {}
 
 #[test]
 fn mistakes_are_found() {
