@@ -937,6 +937,7 @@ mod tests {
                     let key_lens = lens.map_or(Ints::EMPTY, |lens| m.ints(&lens));
                     let [temperature, temperature_grad] = [0; 2].map(|_| m.reals(usize::from(tau)));
                     let a = Attention {
+                        draw: Draw::AttentionDropout,
                         heads,
                         head_dim,
                         queries,
@@ -993,6 +994,7 @@ mod tests {
             m.reals[i] = 0.0;
         }
         let a = Attention {
+            draw: Draw::AttentionDropout,
             heads: 1,
             head_dim: 1,
             queries: 2,
@@ -1025,6 +1027,7 @@ mod tests {
         let tau = m.reals(1);
         m.reals[tau.start()] = 0.5;
         let a = Attention {
+            draw: Draw::AttentionDropout,
             heads: 1,
             head_dim: 1,
             queries: 2,

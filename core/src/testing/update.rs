@@ -331,8 +331,13 @@ fn range_faults<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
                 if !bad.is_finite() {
                     bench.op = "blend";
                     let x = bench.reals(n * per);
-                    both!(bench, [Operand::sum("x", x, 0)], |on| on
-                        .blend(&chunk, gamma, x, cur, y));
+                    both!(bench, [Operand::sum("x", x, 0)], |on| on.blend(
+                        &chunk,
+                        gamma.float(),
+                        x,
+                        cur,
+                        y
+                    ));
                 }
             }
         }
@@ -495,25 +500,31 @@ fn refusals<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
         no
     ));
     bench.op = "blend";
-    refused!(bench, "x outside", |on| on.blend(&ok, gamma, far, a, b));
-    refused!(bench, "h outside", |on| on.blend(&ok, gamma, a, b, far));
-    refused!(bench, "x is h", |on| on.blend(&ok, gamma, a, b, a));
-    refused!(bench, "lengths", |on| on.blend(&ok, gamma, a, b, c.sub(0, 4)));
-    refused!(bench, "samples that do not divide the length", |on| on.blend(&odd, gamma, a, b, c));
+    refused!(bench, "x outside", |on| on.blend(&ok, gamma.float(), far, a, b));
+    refused!(bench, "h outside", |on| on.blend(&ok, gamma.float(), a, b, far));
+    refused!(bench, "x is h", |on| on.blend(&ok, gamma.float(), a, b, a));
+    refused!(bench, "lengths", |on| on.blend(&ok, gamma.float(), a, b, c.sub(0, 4)));
+    refused!(bench, "samples that do not divide the length", |on| on.blend(
+        &odd,
+        gamma.float(),
+        a,
+        b,
+        c
+    ));
     bench.op = "unblend";
-    refused!(bench, "x is cur", |on| on.unblend(&ok, gamma, a, a, b));
-    refused!(bench, "lengths", |on| on.unblend(&ok, gamma, a, b.sub(0, 2), c));
+    refused!(bench, "x is cur", |on| on.unblend(&ok, gamma.float(), a, a, b));
+    refused!(bench, "lengths", |on| on.unblend(&ok, gamma.float(), a, b.sub(0, 2), c));
     bench.op = "combine";
-    refused!(bench, "next is cur", |on| on.combine(&ok, gamma, a, a, b));
+    refused!(bench, "next is cur", |on| on.combine(&ok, gamma.float(), a, a, b));
     refused!(bench, "cur overlaps h", |on| on.combine(
         &ok,
-        gamma,
+        gamma.float(),
         a.sub(0, 40),
         b.sub(0, 40),
         b.sub(20, 40)
     ));
-    refused!(bench, "h outside", |on| on.combine(&ok, gamma, a, b, far));
-    refused!(bench, "lengths", |on| on.combine(&ok, gamma, a, b, c.sub(0, 2)));
+    refused!(bench, "h outside", |on| on.combine(&ok, gamma.float(), a, b, far));
+    refused!(bench, "lengths", |on| on.combine(&ok, gamma.float(), a, b, c.sub(0, 2)));
     bench.op = "compare";
     refused!(bench, "outside", |on| on.compare(sum, Words::new(OUTSIDE, 2), 0, 0));
     bench.op = "count_differences";
@@ -574,7 +585,7 @@ fn large<B: UpdateOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     bench.check_sum(sum, &chunk, per, int)?;
 
     bench.op = "combine";
-    let outcome = bench.backend.combine(&chunk, gamma, next, cur, h);
+    let outcome = bench.backend.combine(&chunk, gamma.float(), next, cur, h);
     bench.done(outcome)?;
     let combined = |i: usize| {
         let g = gamma.value::<B::Real>(chunk.sigma(gamma, i / per));
