@@ -6,13 +6,13 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use bdia_gpt2::checkpoint;
-use bdia_gpt2::cli::LossOn;
-use bdia_gpt2::config::Gpt2Config;
-use bdia_gpt2::data::{Corpus, token_layout};
-use bdia_gpt2::pairs::{self, Examples, PairColumns};
-use bdia_gpt2::tokenizer::{EOT, Tokenizer, VOCAB};
-use bdia_gpt2::weights::{self, Weights, WeightsError};
+use bdia_lm::checkpoint;
+use bdia_lm::cli::LossOn;
+use bdia_lm::data::{Corpus, token_layout};
+use bdia_lm::pairs::{self, Examples, PairColumns};
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::weights::{self, Weights, WeightsError};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// A model's data may be large, a fuzzer's inputs are not.

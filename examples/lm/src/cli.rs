@@ -6,45 +6,16 @@ use std::path::PathBuf;
 
 use bdia_core::backend::Half;
 use bdia_core::layers::LoraShape;
-pub use bdia_train::cli::*;
+use bdia_models::config::ConfigError;
+use bdia_models::gpt2::Gpt2Config;
+use bdia_models::gpt2::model::Adapters;
+use bdia_train::cli::*;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConfigError, Gpt2Config};
-use crate::model::Adapters;
-use crate::pairs::PairColumns;
-
-/// Which pieces of the training text make up a batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Order {
-    /// From random places.
-    Shuffled,
-    /// One after the other; sample n of the run is tokens n·T … n·T+T, from the start again after
-    /// the end.
-    Sequential,
-}
-
-/// The named sizes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-pub enum Size {
-    /// 6 layers, 4 heads, width 128, context 128: trains in minutes on two cores.
-    #[value(name = "mini")]
-    Mini,
-    /// 12 layers, 12 heads, width 768 (124M parameters).
-    #[value(name = "gpt2")]
-    Gpt2,
-    /// 24 layers, 16 heads, width 1024 (355M).
-    #[value(name = "gpt2-medium")]
-    Medium,
-    /// 36 layers, 20 heads, width 1280 (774M).
-    #[value(name = "gpt2-large")]
-    Large,
-    /// 48 layers, 25 heads, width 1600 (1.5B).
-    #[value(name = "gpt2-xl")]
-    Xl,
-}
+use crate::data::Order;
+use crate::pairs::{LossOn, PairColumns};
 
 /// The architecture: a named size, and single dimensions in place of its own.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
@@ -52,7 +23,7 @@ pub enum Size {
 pub struct ModelArgs {
     /// Size of the model
     #[arg(long, value_name = "SIZE", default_value = "mini")]
-    pub config: Size,
+    pub config: Gpt2Size,
     /// Blocks, in place of the size's
     #[arg(long, value_name = "N", value_parser = count(65_000))]
     pub layers: Option<u64>,
@@ -77,14 +48,14 @@ impl ModelArgs {
     /// # Errors
     /// [`ConfigError`] where the dimensions do not fit together.
     pub fn gpt2(&self, dropout: f64) -> Result<Gpt2Config, ConfigError> {
-        let mut c = Gpt2Config::preset(self.config);
+        let mut c = Gpt2Config::preset(self.config.into());
         let to = |v: u64| usize::try_from(v).unwrap_or(usize::MAX);
         c.n_layer = self.layers.map_or(c.n_layer, to);
         c.n_head = self.heads.map_or(c.n_head, to);
         c.n_embd = self.width.map_or(c.n_embd, to);
         if let Some(context) = self.context.map(to) {
             c.n_positions =
-                if self.config == Size::Mini { context } else { c.n_positions.max(context) };
+                if self.config == Gpt2Size::Mini { context } else { c.n_positions.max(context) };
         }
         if let Some(vocab) = self.vocab.map(to) {
             c.set_vocab(vocab);
@@ -134,16 +105,6 @@ pub enum TaskKind {
     Pairs,
     /// Plain UTF-8 text, or a .bin file of tokens.
     Text,
-}
-
-/// Which tokens of a pair are learned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LossOn {
-    /// Those of the completion, and the end of the text.
-    Completion,
-    /// Those of the prompt as well.
-    All,
 }
 
 /// How pairs are read.
@@ -734,7 +695,7 @@ pub struct Cli {
 /// Without a subcommand it trains, and the flags of `train` apply.
 #[derive(Debug, Parser)]
 #[command(
-    name = "bdia-gpt2",
+    name = "bdia-lm",
     version,
     args_conflicts_with_subcommands = true,
     allow_negative_numbers = true
@@ -827,7 +788,7 @@ mod tests {
     use super::*;
 
     fn read(arguments: &str) -> Result<Command, String> {
-        Cli::try_parse_from(core::iter::once("bdia-gpt2").chain(arguments.split_whitespace()))
+        Cli::try_parse_from(core::iter::once("bdia-lm").chain(arguments.split_whitespace()))
             .map(|c| c.command)
             .map_err(|e| e.to_string())
     }
@@ -873,7 +834,7 @@ mod tests {
     #[test]
     fn help_shows_everything_with_defaults() {
         for request in ["--help", "train --help"] {
-            let help = Cli::try_parse_from(format!("bdia-gpt2 {request}").split(' ')).unwrap_err();
+            let help = Cli::try_parse_from(format!("bdia-lm {request}").split(' ')).unwrap_err();
             assert!(!help.use_stderr());
             let help = help.to_string();
             let flags = "data weights config layers heads width context vocab mode checkpoint-every quantize gamma \
@@ -889,7 +850,7 @@ mod tests {
                 assert!(help.contains(default), "{request}: {default}");
             }
         }
-        let help = Cli::try_parse_from(["bdia-gpt2", "-h"]).unwrap_err().to_string();
+        let help = Cli::try_parse_from(["bdia-lm", "-h"]).unwrap_err().to_string();
         assert!(["finetune", "merge", "eval", "generate", "plan"].iter().all(|c| help.contains(c)));
     }
 

@@ -14,9 +14,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bdia_core::rng::{Draw, Stream};
 
-use crate::cli::Order;
-use crate::files::{FileError, read_limited};
-use crate::tokenizer::{EOT, EOT_TEXT, Tokenizer};
+use bdia_models::files::{FileError, read_limited};
+use bdia_models::tokenizer::{EOT, EOT_TEXT, Tokenizer};
+use bdia_train::Failure;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 /// Why there is nothing to train on.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +100,23 @@ pub enum DataError {
         /// Tokens of a sample.
         context: usize,
     },
+}
+
+impl From<DataError> for Failure {
+    fn from(error: DataError) -> Self {
+        Self::Program(Box::new(error))
+    }
+}
+
+/// Which pieces of the training text make up a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// From random places.
+    Shuffled,
+    /// One after the other; sample n of the run is tokens n·T … n·T+T, from the start again after
+    /// the end.
+    Sequential,
 }
 
 /// Text files are tokenized in memory; larger ones should be made into token files once.
@@ -564,7 +583,7 @@ fn open_tokens(path: &Path) -> Result<Part, DataError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::testing::TempDir;
+    use bdia_models::files::testing::TempDir;
 
     fn bytes(tokens: impl IntoIterator<Item = u16>) -> Vec<u8> {
         tokens.into_iter().flat_map(u16::to_le_bytes).collect()

@@ -2,21 +2,21 @@
 
 use std::path::PathBuf;
 
-use bdia_train::cli::Mode;
-use bdia_train::files::{read_limited, write_bytes};
+use bdia_models::files::{read_limited, write_bytes};
+use bdia_train::cli::{Inference, Mode};
 use bdia_train::report;
 use bdia_train::study::{self, Cell, Study, Table};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{
-    DecodingArgs, FinetuneArgs, FinetuneStudyArgs, FrozenKind, Inference, MethodKind, ScoreArgs,
+    DecodingArgs, FinetuneArgs, FinetuneStudyArgs, FrozenKind, MethodKind, ScoreArgs,
 };
 use crate::cli::{SmallDataArgs, TrainArgs};
-use crate::error::Failure;
 use crate::finetune;
-use crate::report::Metric;
+use crate::metric::Metric;
 use crate::score::{self, Found};
 use crate::train::{Summary, train};
+use bdia_train::Failure;
 
 /// Columns of a run, with and without what is told of texts.
 const COLUMNS: [&str; 6] =

@@ -13,18 +13,19 @@ use bdia_core::{Gamma, Sign};
 use bdia_train::{ranks, run};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::adapter::{self, AdapterError};
-use crate::cli::{FinetuneArgs, MethodKind, Order, RunArgs};
-use crate::config::Gpt2Config;
-use crate::data::{Batches, Corpus, Part};
-use crate::error::Failure;
+use crate::cli::{FinetuneArgs, MethodKind, RunArgs};
+use crate::data::{Batches, Corpus, DataError, Order, Part};
 use crate::hub;
-use crate::machine;
-use crate::model::{Gpt2, Inference};
 use crate::pairs::Examples;
-use crate::report;
-use crate::tokenizer::{EOT, Tokenizer, VOCAB};
 use crate::train::{self, Summary, Task};
+use bdia_models::gpt2::adapter;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::files::{load_base, save_weights};
+use bdia_models::gpt2::model::{Gpt2, Inference};
+use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::weights::WeightsError;
+use bdia_train::Failure;
+use bdia_train::report;
 
 /// What is learned.
 enum Source {
@@ -65,10 +66,10 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Option<Summary>, Failure> {
     let mut config = Gpt2Config::read_dir(&weights)?;
     // Dropout is a choice of the training; the file's is what somebody else chose.
     config.set_dropout(args.run.dropout);
-    config.bdia = Some(machine::record(&args.run.mode)?);
+    config.bdia = Some(args.run.mode.training()?);
     let tokenizer = Tokenizer::new();
     let (source, context) = open(&mut args, &config, &tokenizer)?;
-    let (dims, run, adapters) = (machine::dims(&config), args.run.clone(), args.method.adapters());
+    let (dims, run, adapters) = (config.dims(), args.run.clone(), args.method.adapters());
     let task = Pretrained { args, weights, config, context, source, tokenizer, base: None };
     train::work(run, dims, context, adapters, task, from, joined)
 }
@@ -116,9 +117,7 @@ fn open(
                     let train = whole(&data)?;
                     if train.len() <= context as u64 {
                         let (source_name, tokens) = (data.display().to_string(), train.len());
-                        return Err(
-                            crate::data::DataError::Short { source_name, tokens, context }.into()
-                        );
+                        return Err(DataError::Short { source_name, tokens, context }.into());
                     }
                     (train, whole(path)?)
                 }
@@ -195,9 +194,18 @@ impl Task for Pretrained {
         if resumed && !lora {
             return Ok(());
         }
-        let found = machine::load_base(&self.weights, &self.config, be, model)?;
+        let found =
+            load_base(&self.weights, &self.config, be, model).map_err(|error| match error {
+                WeightsError::Narrow { .. } => {
+                    Failure::Other(format!("{error}; use another --frozen-dtype"))
+                }
+                other => other.into(),
+            })?;
         if let Some(expected) = self.args.base.clone().filter(|e| *e != found) {
-            return Err(AdapterError::Changed { expected, found }.into());
+            return Err(Failure::Other(format!(
+                "the run began with weights with digest {expected}, these have {found}: its adapters do not belong to \
+                 them; put the weights back, or start a new run with --out"
+            )));
         }
         self.base = Some(found);
         if lora {
@@ -268,7 +276,7 @@ impl Task for Pretrained {
             return Ok("adapter_model.safetensors, adapter_config.json");
         }
         self.config.write_dir(out)?;
-        machine::save_weights(out, be, model)?;
+        save_weights(out, be, model)?;
         if self.config.vocab_size == VOCAB {
             self.tokenizer.write_hf_files(out, self.config.n_positions)?;
         }

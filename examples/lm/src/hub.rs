@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use bdia_train::Failure;
+
 /// A model that is not there.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
@@ -33,6 +35,12 @@ pub enum HubError {
     },
 }
 
+impl From<HubError> for Failure {
+    fn from(error: HubError) -> Self {
+        Self::Program(Box::new(error))
+    }
+}
+
 /// The directory that has a model's `config.json` and `model.safetensors`.
 ///
 /// # Errors
@@ -53,7 +61,7 @@ pub fn locate(model: &str) -> Result<PathBuf, HubError> {
 
     let cache = Cache::from_env();
     let mut dir = PathBuf::new();
-    for file in ["config.json", crate::weights::FILE] {
+    for file in ["config.json", bdia_models::weights::FILE] {
         let absent = |why: String| {
             let cache = cache.path().clone();
             HubError::Absent { model: model.into(), file, cache, why }

@@ -1,30 +1,32 @@
 //! `eval`, `generate` and `plan`: everything that does not train.
 
+use core::ops::ControlFlow;
 use std::path::Path;
 
 use bdia_core::backend::Backend;
 use bdia_core::plan::Choice;
-use bdia_core::{Category, Error, Gamma, Grid, Layout, Reference, Sign, stack};
-use bdia_cpu::Cpu;
-use bdia_cuda::Cuda;
-use bdia_train::search::Length;
+use bdia_core::{Category, Error, Gamma, Grid, Layout, Sign, stack};
+use bdia_models::search::Length;
 use bdia_train::{ranks, run};
 use serde_json::json;
 
-use crate::adapter::Adapter;
-use crate::cli::{self, BackendKind, EvalArgs, GenerateArgs, MachineArgs, MergeArgs, PlanArgs};
-use crate::config::Gpt2Config;
+use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PlanArgs, TrainArgs};
 use crate::data::{Corpus, Part};
-use crate::decode::{Decoder, Decoding, How, Sizes};
-use crate::error::Failure;
-use crate::files::FileError;
-use crate::machine::{self, Work};
-use crate::model::{Gpt2, Inference, Setup};
 use crate::pairs::Examples;
-use crate::report;
-use crate::sample::Sampler;
-use crate::tokenizer::{EOT, Tokenizer, VOCAB};
-use crate::{finetune, train, weights};
+use crate::{finetune, train};
+use bdia_models::files::{FileError, read_limited};
+use bdia_models::gpt2::adapter::Adapter;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
+use bdia_models::gpt2::files::{load_base, save_weights};
+use bdia_models::gpt2::model::{Gpt2, Inference, Setup};
+use bdia_models::sample::Sampler;
+use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::weights;
+use bdia_train::Failure;
+use bdia_train::cli::{self, BackendKind, MachineArgs};
+use bdia_train::machine::{self, Work, for_kind};
+use bdia_train::report;
 
 /// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid
 /// can use.
@@ -38,7 +40,7 @@ fn lay_out(
 ) -> Result<(Gpt2, Layout), Failure> {
     let threads = machine::threads(machine);
     let setup = Setup {
-        dims: machine::dims(config),
+        dims: config.dims(),
         batch,
         accumulate: 1,
         context,
@@ -52,7 +54,7 @@ fn lay_out(
         threads,
         library: machine::library(machine, threads),
     };
-    let (_, model, layout) = machine::lay_out(&setup, machine.backend, machine.memory, choice)?;
+    let (_, model, layout) = machine::lay_out(&setup, machine.backend, 1, machine.memory, choice)?;
     Ok((model, layout))
 }
 
@@ -69,8 +71,8 @@ fn frac_bits(config: &Gpt2Config, asked: Option<u32>) -> u32 {
 }
 
 /// How a model was trained, if the directory is that of a run.
-fn run_of(dir: &Path) -> Option<cli::TrainArgs> {
-    let bytes = crate::files::read_limited(&dir.join("run.json"), 1 << 20).ok()?;
+fn run_of(dir: &Path) -> Option<TrainArgs> {
+    let bytes = read_limited(&dir.join("run.json"), 1 << 20).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
 
@@ -89,8 +91,8 @@ pub(crate) fn load<B: Backend<Real = f32>>(
 ) -> Result<(), Failure> {
     // Whether they fit is known before the weights are read.
     let adapter = adapter.map(|dir| Adapter::open(dir, config)).transpose()?;
-    let digest = machine::load_base(dir, config, be, model)?;
-    adapter.map_or(Ok(()), |a| a.merge(be, model, &digest))
+    let digest = load_base(dir, config, be, model)?;
+    Ok(adapter.map_or(Ok(()), |a| a.merge(be, model, &digest))?)
 }
 
 /// A model and its adapters as one model.
@@ -110,7 +112,7 @@ pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
             std::fs::create_dir_all(out)
                 .map_err(|e| FileError::io(out, "create the directory", e))?;
             self.config.write_dir(out)?;
-            machine::save_weights(out, be, &self.model)?;
+            save_weights(out, be, &self.model)?;
             if self.config.vocab_size == VOCAB {
                 Tokenizer::new().write_hf_files(out, self.config.n_positions)?;
             }
@@ -233,7 +235,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
 fn prompts(args: &GenerateArgs) -> Result<Vec<String>, Failure> {
     let Some(path) = &args.prompts else { return Ok(vec![args.prompt.clone()]) };
     let wrong = |what: String| Failure::Other(format!("{}: {what}", path.display()));
-    let text = String::from_utf8(crate::files::read_limited(path, 1 << 30)?).map_err(|e| {
+    let text = String::from_utf8(read_limited(path, 1 << 30)?).map_err(|e| {
         wrong(format!("not UTF-8 text from byte {} on", e.utf8_error().valid_up_to()))
     })?;
     let lines: Vec<_> = text.trim_start_matches('\u{feff}').lines().map(str::to_owned).collect();
@@ -257,11 +259,8 @@ pub(crate) fn lay_out_decoder(
         (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
     let budget = machine.memory.or(available);
     loop {
-        let (decoder, mut layout) = match machine.backend {
-            BackendKind::Reference => Decoder::layout::<Reference<'_, f32>>(&model, &sizes),
-            BackendKind::Cpu => Decoder::layout::<Cpu>(&model, &sizes),
-            BackendKind::Cuda => Decoder::layout::<Cuda>(&model, &sizes),
-        }?;
+        let (decoder, mut layout) =
+            for_kind!(machine.backend, B => Decoder::layout::<B>(&model, &sizes))?;
         match budget {
             Some(budget) if layout.total() as u64 > budget && sizes.prompts > 1 => {
                 sizes.prompts = sizes.prompts.div_ceil(2);
@@ -276,6 +275,24 @@ pub(crate) fn lay_out_decoder(
             }
         }
     }
+}
+
+/// What follows each prompt, with a bar that shows how far it is; Ctrl-C ends all texts.
+pub(crate) fn decode<B: Backend<Real = f32>>(
+    be: &mut B,
+    decoder: &Decoder,
+    prompts: &[Vec<i32>],
+    decoding: &Decoding,
+) -> Result<Vec<Vec<i32>>, Failure> {
+    run::catch_interrupt();
+    let bar = run::bar("prompt", prompts.len() as u64, 0);
+    let found = decoder.decode(be, prompts, decoding, |finished, tokens| {
+        bar.set_position(finished as u64);
+        bar.set_message(format!("{tokens} tokens"));
+        if run::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    bar.finish_and_clear();
+    Ok(found)
 }
 
 /// Text from a model.
@@ -296,14 +313,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
             let args = self.args;
             load(&args.weights, args.adapter.as_deref(), &self.config, be, &self.model)?;
-            run::catch_interrupt();
-            let bar = run::bar("prompt", self.prompts.len() as u64, 0);
-            let found =
-                self.decoder.decode(be, &self.prompts, &self.decoding, |finished, tokens| {
-                    bar.set_position(finished as u64);
-                    bar.set_message(format!("{tokens} tokens"));
-                })?;
-            bar.finish_and_clear();
+            let found = decode(be, &self.decoder, &self.prompts, &self.decoding)?;
             let tokenizer = Tokenizer::new();
             let mut all = Vec::new();
             for (prompt, tokens) in self.texts.iter().zip(found) {
@@ -375,7 +385,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
     let kind = args.machine.backend;
     let (layers, ranks) = (config.n_layer, args.ranks as usize);
     let setup = Setup {
-        dims: machine::dims(&config),
+        dims: config.dims(),
         batch: ranks::part(args.batch as usize, ranks)?,
         accumulate: args.accumulate as usize,
         context,
@@ -390,7 +400,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         library: machine::library(&args.machine, threads),
     };
     let (choice, model, layout) =
-        machine::lay_out_for(ranks, &setup, kind, args.machine.memory, None)?;
+        machine::lay_out::<Gpt2>(&setup, kind, ranks, args.machine.memory, None)?;
     report::tell!(
         "{} parameters, {layers} blocks, width {}, {} sample(s) of {context} tokens{}, {}",
         model.parameters(),
@@ -420,8 +430,8 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
             if mode == stack::Mode::Bdia { Some(Grid::new(args.mode.frac_bits)?) } else { None };
         let gamma = Gamma::new(0.5, Sign::Random)?;
         let other = Setup { mode, grid, gamma, verify: false, ..setup };
-        columns
-            .push((name(&mode), machine::lay_out_for(ranks, &other, kind, None, Some(choice))?.2));
+        let (_, _, layout) = machine::lay_out::<Gpt2>(&other, kind, ranks, None, Some(choice))?;
+        columns.push((name(&mode), layout));
     }
     report::tell!("{}", machine::memory_table(&columns, None).to_string().trim_end());
     report::tell!(

@@ -1,11 +1,11 @@
-//! GPT-2 trained with exact reversible backpropagation: see `bdia-gpt2 --help` and the repository's
+//! GPT-2 trained with exact reversible backpropagation: see `bdia-lm --help` and the repository's
 //! README.
 
 use std::process::ExitCode;
 
-use bdia_gpt2::alloc::Counting;
-use bdia_gpt2::cli::{Cli, Command, Experiment};
-use bdia_gpt2::{experiment, finetune, inference, score, train};
+use bdia_lm::cli::{Cli, Command, Experiment};
+use bdia_lm::{experiment, finetune, inference, score, train};
+use bdia_train::alloc::Counting;
 use bdia_train::run::program;
 
 #[global_allocator]

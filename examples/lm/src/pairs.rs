@@ -17,10 +17,22 @@ use std::path::{Path, PathBuf};
 
 use bdia_core::rng::{Draw, Stream};
 
-use crate::cli::LossOn;
 use crate::data::DataError;
-use crate::files::{FileError, read_limited};
-use crate::tokenizer::{EOT, Tokenizer};
+use bdia_models::files::{FileError, read_limited};
+use bdia_models::tokenizer::{EOT, Tokenizer};
+use bdia_train::Failure;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// Which tokens of a pair are learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LossOn {
+    /// Those of the completion, and the end of the text.
+    Completion,
+    /// Those of the prompt as well.
+    All,
+}
 
 /// What stands between a prompt and its completion.
 pub const SEPARATOR: &str = "\n";
@@ -101,6 +113,12 @@ pub enum PairsError {
         /// Tokens that the model has.
         vocab: usize,
     },
+}
+
+impl From<PairsError> for Failure {
+    fn from(error: PairsError) -> Self {
+        Self::Program(Box::new(error))
+    }
 }
 
 /// Names in a message; from outside, so there may be many and long ones.
@@ -477,7 +495,7 @@ impl Examples {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::testing::TempDir;
+    use bdia_models::files::testing::TempDir;
 
     fn columns() -> PairColumns {
         PairColumns { prompt: "q".into(), completion: "a".into() }

@@ -8,24 +8,24 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Backend;
+use bdia_models::search::Length;
 use bdia_train::run;
 use bdia_train::scores::{self, Corpus, Scores};
-use bdia_train::search::Length;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::adapter::Adapter;
 use crate::cli::{DecodingArgs, ScoreArgs};
-use crate::config::Gpt2Config;
-use crate::decode::{Decoder, Decoding, How, Sizes};
-use crate::error::Failure;
-use crate::files::write_bytes;
 use crate::inference;
-use crate::machine::{self, Work};
-use crate::model::Gpt2;
 use crate::pairs::{self, Pair};
-use crate::report;
-use crate::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::files::write_bytes;
+use bdia_models::gpt2::adapter::Adapter;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
+use bdia_models::gpt2::model::Gpt2;
+use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_train::Failure;
+use bdia_train::machine::{self, Work};
+use bdia_train::report;
 
 /// What was found.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -121,13 +121,7 @@ struct Scoring<'a> {
 impl Work for Scoring<'_> {
     fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
         inference::load(self.weights, self.adapter, self.config, be, &self.model)?;
-        run::catch_interrupt();
-        let bar = run::bar("prompt", self.prompts.len() as u64, 0);
-        let found = self.decoder.decode(be, self.prompts, &self.decoding, |finished, tokens| {
-            bar.set_position(finished as u64);
-            bar.set_message(format!("{tokens} tokens"));
-        })?;
-        bar.finish_and_clear();
+        let found = inference::decode(be, &self.decoder, self.prompts, &self.decoding)?;
         if run::interrupted() {
             return Ok(());
         }

@@ -16,22 +16,26 @@ use bdia_core::backend::Backend;
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Gamma, Layout, Sign};
+use bdia_ranks::Ranks;
 use bdia_train::{ranks, run};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::alloc::{Counting, peak_rss_bytes};
-use crate::checkpoint::{self, Header};
-use crate::cli::{Mode, Order, RunArgs, TrainArgs, name_of};
-use crate::config::Gpt2Config;
-use crate::data::{Batches, Corpus, Part};
-use crate::error::Failure;
-use crate::files::FileError;
-use crate::machine::{self, Work};
-use crate::model::{Adapters, Dims, Gpt2, Inference, Named, Outcome, Setup, Step};
-use crate::report::{self, Metric, Metrics};
-use crate::sample::Sampler;
-use crate::tokenizer::{EOT, Tokenizer};
+use crate::cli::{RunArgs, TrainArgs};
+use crate::data::{Batches, Corpus, Order, Part};
+use crate::metric::{Metric, loss_svg};
+use bdia_models::files::FileError;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::files::{load_weights, save_weights};
+use bdia_models::gpt2::model::{Adapters, Dims, Gpt2, Inference, Named, Outcome, Setup, Step};
+use bdia_models::sample::Sampler;
+use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_train::Failure;
+use bdia_train::alloc::{Counting, peak_rss_bytes};
+use bdia_train::checkpoint::{self, Header};
+use bdia_train::cli::{BackendKind, Mode, name_of};
+use bdia_train::machine::{self, Work};
+use bdia_train::report::{self, Metrics};
 
 /// Validation tokens of the curve, and of the measurement at the end; `eval` has no such limit.
 const CURVE_TOKENS: usize = 8192;
@@ -193,11 +197,11 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
         }
         (None, None) => args.model.gpt2(args.run.dropout)?,
     };
-    config.bdia = Some(machine::record(&args.run.mode)?);
+    config.bdia = Some(args.run.mode.training()?);
     let context = args.model.context.map_or(config.n_positions, |c| c as usize);
     let corpus = Corpus::open(args.data.as_deref(), &tokenizer, config.vocab_size, context)?;
     let batches = batches(&args.run, args.order, context);
-    let dims = machine::dims(&config);
+    let dims = config.dims();
     let run = args.run.clone();
     work(
         run,
@@ -226,7 +230,7 @@ pub fn work(
     adapters: Option<Adapters>,
     task: impl Task,
     from: Option<(PathBuf, Header)>,
-    mut joined: Option<ranks::Ranks>,
+    mut joined: Option<Ranks>,
 ) -> Result<Option<Summary>, Failure> {
     let (rank, count) = ranks::place(joined.as_ref());
     if let Some((path, header)) = &from
@@ -270,7 +274,7 @@ pub fn work(
         _ => None,
     };
     let (choice, model, layout) =
-        machine::lay_out_for(count, &setup, kind, args.machine.memory, fixed)?;
+        machine::lay_out::<Gpt2>(&setup, kind, count, args.machine.memory, fixed)?;
     if let Some(joined) = &mut joined {
         joined.reserve(&model.exchanged());
     }
@@ -296,7 +300,7 @@ pub fn work(
 /// The plans of the modes that are not used, for the table: with this run's chunks.
 fn other_plans(
     setup: &Setup,
-    kind: crate::cli::BackendKind,
+    kind: BackendKind,
     choice: Choice,
     used: Mode,
 ) -> Result<Vec<(String, Layout)>, Failure> {
@@ -320,7 +324,7 @@ fn other_plans(
         let grid = if mode == M::Bdia { Some(bdia_core::Grid::new(14)?) } else { None };
         let gamma = Gamma::new(0.5, Sign::Random)?;
         let other = Setup { mode, grid, gamma, verify: false, ..*setup };
-        plans.push((name, machine::lay_out(&other, kind, None, Some(choice))?.2));
+        plans.push((name, machine::lay_out::<Gpt2>(&other, kind, 1, None, Some(choice))?.2));
     }
     Ok(plans)
 }
@@ -345,7 +349,7 @@ impl Task for FromText {
     ) -> Result<(), Failure> {
         match &self.args.weights {
             _ if resumed => Ok(()),
-            Some(dir) => machine::load_weights(dir, &self.config, be, model),
+            Some(dir) => Ok(load_weights(dir, &self.config, be, model)?),
             None => Ok(model.initialize(be, self.args.run.seed)?),
         }
     }
@@ -388,8 +392,8 @@ impl Task for FromText {
         out: &Path,
     ) -> Result<&'static str, Failure> {
         self.config.write_dir(out)?;
-        machine::save_weights(out, be, model)?;
-        if self.config.vocab_size == crate::tokenizer::VOCAB {
+        save_weights(out, be, model)?;
+        if self.config.vocab_size == VOCAB {
             self.tokenizer.write_hf_files(out, self.config.n_positions)?;
         }
         Ok("model.safetensors, config.json")
@@ -400,7 +404,7 @@ impl Task for FromText {
         be: &mut B,
         model: &mut Gpt2,
     ) -> Result<Option<String>, Failure> {
-        if self.config.vocab_size != crate::tokenizer::VOCAB {
+        if self.config.vocab_size != VOCAB {
             return Ok(None);
         }
         Ok(Some(continuation(be, model, &self.tokenizer, &[EOT as i32])?))
@@ -440,7 +444,7 @@ impl<T: Task> Work for Run<'_, T> {
             std::fs::create_dir_all(&out)
                 .map_err(|e| FileError::io(&out, "create the directory", e))?;
         }
-        let identity = machine::identity(be);
+        let identity = machine::identity(be, concat!("bdia-lm ", env!("CARGO_PKG_VERSION")));
         let digest = self.task.digest()?;
         let mut first = 0;
         let mut validation = Vec::new();
@@ -600,7 +604,7 @@ impl<T: Task> Work for Run<'_, T> {
             if stop && done < steps {
                 bar.abandon();
                 report::tell!(
-                    "stopped after step {done} of {steps}; to go on:  bdia-gpt2 {} --resume {}",
+                    "stopped after step {done} of {steps}; to go on:  bdia-lm {} --resume {}",
                     T::COMMAND,
                     out.display()
                 );
@@ -615,7 +619,7 @@ impl<T: Task> Work for Run<'_, T> {
         }
         let files = self.task.finish(be, &self.model, &out)?;
         let points: Vec<_> = validation.iter().map(|&(s, l)| (u64::from(s), l)).collect();
-        report::loss_svg(&out.join("loss.svg"), &curve, &points)?;
+        loss_svg(&out.join("loss.svg"), &curve, &points)?;
         self.summary(be, (last, whole), mismatches, worst, peak, files)?;
 
         use bdia_core::Category as C;

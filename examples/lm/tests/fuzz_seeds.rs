@@ -61,28 +61,28 @@ fn good_seeds_are_accepted() {
     let path = Path::new("seed");
     let bytes = seed("weights", "f32_f16_bf16");
     assert_eq!(
-        bdia_gpt2::weights::read_header(path, &mut &bytes[..], bytes.len() as u64, 0)
+        bdia_models::weights::read_header(path, &mut &bytes[..], bytes.len() as u64, 0)
             .unwrap()
             .len(),
         4
     );
-    assert!(bdia_gpt2::weights::read_index(path, &seed("index", "shards")).is_ok());
+    assert!(bdia_models::weights::read_index(path, &seed("index", "shards")).is_ok());
     for name in ["hugging_face", "small", "ours"] {
-        bdia_gpt2::config::Gpt2Config::from_json(&seed("config", name)).unwrap();
+        bdia_models::gpt2::config::Gpt2Config::from_json(&seed("config", name)).unwrap();
     }
     assert!(targets::accepted(&seed("checkpoint", "good")));
     for (name, offset) in [("plain", 0), ("llm_c", 1024)] {
         let bytes = seed("tokens", name);
         assert_eq!(
-            bdia_gpt2::data::token_layout(path, &bytes, bytes.len() as u64).unwrap(),
+            bdia_lm::data::token_layout(path, &bytes, bytes.len() as u64).unwrap(),
             (offset, 24)
         );
     }
-    let columns = bdia_gpt2::pairs::PairColumns { prompt: "q".into(), completion: "a".into() };
+    let columns = bdia_lm::pairs::PairColumns { prompt: "q".into(), completion: "a".into() };
     for (name, pairs) in [("csv", 2), ("tsv", 1), ("jsonl", 2)] {
         let path = Path::new("seed").with_extension(name);
         assert_eq!(
-            bdia_gpt2::pairs::parse(&path, seed("pairs", name), &columns).unwrap().len(),
+            bdia_lm::pairs::parse(&path, seed("pairs", name), &columns).unwrap().len(),
             pairs
         );
     }

@@ -21,14 +21,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 fn train(ranks: usize, data: &Path, out: &Path, flags: &str) -> Command {
     let mut c = mpirun(ranks);
-    c.arg(env!("CARGO_BIN_EXE_bdia-gpt2")).arg("train").arg("--data").arg(data);
+    c.arg(env!("CARGO_BIN_EXE_bdia-lm")).arg("train").arg("--data").arg(data);
     c.args(SMALL.split(' ')).args(flags.split_whitespace()).arg("--out").arg(out);
     c
 }
 
 fn resume(ranks: usize, dir: &Path, flags: &str) -> Command {
     let mut c = mpirun(ranks);
-    c.arg(env!("CARGO_BIN_EXE_bdia-gpt2"))
+    c.arg(env!("CARGO_BIN_EXE_bdia-lm"))
         .args(["train", "--resume"])
         .arg(dir)
         .args(flags.split_whitespace());
@@ -177,7 +177,7 @@ fn ranks_that_do_something_else_are_refused() {
     let dir = Dir::new();
     let (data, out) = (dir.tokens(), dir.at("astray"));
     let mut c = train(1, &data, &out, "--steps 5 --lr 0.01");
-    c.args([":", "-np", "1", env!("CARGO_BIN_EXE_bdia-gpt2"), "train", "--data"]).arg(&data);
+    c.args([":", "-np", "1", env!("CARGO_BIN_EXE_bdia-lm"), "train", "--data"]).arg(&data);
     c.args(SMALL.split(' ')).args(["--steps", "5", "--lr", "0.02", "--out"]).arg(&out);
     let said = run(&mut c);
     assert!(

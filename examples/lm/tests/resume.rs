@@ -243,7 +243,7 @@ fn interrupted_by_ctrl_c() {
     assert!((3..250).contains(&done));
     assert_eq!(lines(&out), done);
     let sentence = format!(
-        "stopped after step {done} of 250; to go on:  bdia-gpt2 train --resume {}",
+        "stopped after step {done} of 250; to go on:  bdia-lm train --resume {}",
         out.display()
     );
     assert!(said.out.contains(&sentence), "{}", said.out);

@@ -79,6 +79,17 @@ pub enum WeightsError {
         /// Its value.
         value: f32,
     },
+    /// A value that the model, which stores the tensor in 16 bits, cannot hold.
+    #[error("tensor {name}: {value} does not fit the 16 bits in which it is to be stored")]
+    Narrow {
+        /// The tensor.
+        name: String,
+        /// The value.
+        value: f32,
+    },
+    /// The backend refused.
+    #[error(transparent)]
+    Core(#[from] bdia_core::Error),
     /// More or fewer values than the tensor has.
     #[error("tensor {name}: expected {expected} values, found {found}")]
     Count {
@@ -642,7 +653,7 @@ mod tests {
     use crate::files::testing::TempDir;
 
     fn committed(name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../gpt2/tests/data").join(name)
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gpt2").join(name)
     }
 
     fn all(w: &Weights, name: &str) -> Vec<f32> {

@@ -16,7 +16,7 @@ use bdia_core::backend::Backend;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::files::{FileError, write_atomic};
+use bdia_models::files::{FileError, write_atomic};
 
 const MAGIC: &[u8; 8] = b"BDIACKPT";
 const VERSION: u32 = 1;

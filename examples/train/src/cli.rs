@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use bdia_core::optim::{Decay, Rule, Schedule};
 use bdia_core::{Gamma, Grid, Sign};
+use bdia_models::config::{self, Training};
+use bdia_models::gpt2;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, ValueEnum};
 use serde::de::DeserializeOwned;
@@ -25,6 +27,17 @@ pub enum Mode {
     BdiaFloat,
 }
 
+impl From<Mode> for config::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Bdia => Self::Bdia,
+            Mode::Standard => Self::Standard,
+            Mode::Checkpoint => Self::Checkpoint,
+            Mode::BdiaFloat => Self::BdiaFloat,
+        }
+    }
+}
+
 /// The sign of γ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -43,6 +56,48 @@ impl From<GammaSign> for Sign {
             GammaSign::Random => Self::Random,
             GammaSign::Plus => Self::Plus,
             GammaSign::Minus => Self::Minus,
+        }
+    }
+}
+
+impl From<GammaSign> for config::GammaSign {
+    fn from(sign: GammaSign) -> Self {
+        match sign {
+            GammaSign::Random => Self::Random,
+            GammaSign::Plus => Self::Plus,
+            GammaSign::Minus => Self::Minus,
+        }
+    }
+}
+
+/// The named sizes of GPT-2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Gpt2Size {
+    /// 6 layers, 4 heads, width 128, context 128: trains in minutes on two cores.
+    #[value(name = "mini")]
+    Mini,
+    /// 12 layers, 12 heads, width 768 (124M parameters).
+    #[value(name = "gpt2")]
+    Gpt2,
+    /// 24 layers, 16 heads, width 1024 (355M).
+    #[value(name = "gpt2-medium")]
+    Medium,
+    /// 36 layers, 20 heads, width 1280 (774M).
+    #[value(name = "gpt2-large")]
+    Large,
+    /// 48 layers, 25 heads, width 1600 (1.5B).
+    #[value(name = "gpt2-xl")]
+    Xl,
+}
+
+impl From<Gpt2Size> for gpt2::Size {
+    fn from(size: Gpt2Size) -> Self {
+        match size {
+            Gpt2Size::Mini => Self::Mini,
+            Gpt2Size::Gpt2 => Self::Gpt2,
+            Gpt2Size::Medium => Self::Medium,
+            Gpt2Size::Large => Self::Large,
+            Gpt2Size::Xl => Self::Xl,
         }
     }
 }
@@ -144,6 +199,21 @@ impl ModeArgs {
             gamma.planes()?;
         }
         Ok(gamma)
+    }
+
+    /// What `config.json` says about the training.
+    ///
+    /// # Errors
+    /// As [`Self::gamma`].
+    pub fn training(&self) -> bdia_core::Result<Training> {
+        let planes = if self.mode == Mode::Bdia { self.gamma()?.planes()? } else { 0 };
+        Ok(Training {
+            gamma: self.gamma,
+            gamma_sign: self.gamma_sign.into(),
+            frac_bits: self.frac_bits,
+            mode: self.mode.into(),
+            planes: Some(planes),
+        })
     }
 }
 

@@ -2,11 +2,17 @@
 
 use std::path::PathBuf;
 
+use bdia_models::config::ConfigError;
+use bdia_models::files::FileError;
+use bdia_models::gpt2::adapter::AdapterError;
+use bdia_models::gpt2::decode::DecodeError;
+use bdia_models::sample::SampleError;
+use bdia_models::seq2seq::vocab::VocabularyError;
+use bdia_models::weights::WeightsError;
+
 use crate::checkpoint::CheckpointError;
 use crate::cli::Contradiction;
-use crate::files::FileError;
 use crate::report::ReportError;
-use crate::weights::WeightsError;
 
 /// Everything that can go wrong. Programs put their own typed errors into [`Failure::Program`].
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +28,16 @@ pub enum Failure {
     File(#[from] FileError),
     #[error("{0}")]
     Weights(#[from] WeightsError),
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    #[error("{0}")]
+    Adapter(#[from] AdapterError),
+    #[error("{0}")]
+    Vocabulary(#[from] VocabularyError),
+    #[error("{0}")]
+    Decode(#[from] DecodeError),
+    #[error("{0}")]
+    Sample(#[from] SampleError),
     #[error("{0}")]
     Checkpoint(#[from] CheckpointError),
     #[error("{0}")]

@@ -1,17 +1,16 @@
-//! What the example training programs share. A program brings its model, its data and its loop; the
-//! rest is here.
+//! What the training programs share. A program brings its data and its loop, `bdia-models` the
+//! model; the rest is here.
 //!
 //! In the order in which data flows: [`cli`] (flags that every program has, and their checks) →
 //! [`machine`] (threads, plan, backend), [`ranks`] (several machines) → [`run`] (directory of a
-//! run, resuming, stopping, progress) → [`checkpoint`], [`weights`], [`report`] (what a run leaves
-//! behind), over [`files`] and [`alloc`]; [`study`] makes many runs of one program. For models that
-//! write text: [`search`] chooses their tokens, [`scores`] compares what they wrote.
+//! run, resuming, stopping, progress) → [`checkpoint`], [`report`] (what a run leaves behind), over
+//! [`alloc`]; [`study`] makes many runs of one program. For models that write text: [`scores`]
+//! compares what they wrote.
 
 pub mod alloc;
 pub mod checkpoint;
 pub mod cli;
 pub mod error;
-pub mod files;
 pub mod machine;
 #[cfg(feature = "testing")]
 pub mod mutations;
@@ -19,10 +18,8 @@ pub mod ranks;
 pub mod report;
 pub mod run;
 pub mod scores;
-pub mod search;
 pub mod study;
 #[cfg(feature = "testing")]
 pub mod testing;
-pub mod weights;
 
 pub use error::Failure;

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use bdia_core::backend::{Backend, Identity};
-use bdia_core::plan::Rows;
+use bdia_core::plan::{Choice, Rows, fit};
 use bdia_core::{Category, Error, Grid, Layout, NnOps, Reference, Storage, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::{Cuda, Options, Precision};
+use bdia_models::network::Network;
 use bdia_ranks::Ranks;
 #[cfg(feature = "mpi")]
 use bdia_ranks::Replica;
@@ -16,6 +17,66 @@ use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs, PrecisionKind};
 use crate::error::Failure;
 use crate::ranks;
 use crate::report::MemoryTable;
+
+/// An expression for backends of a kind, in which `$B` is their type.
+#[macro_export]
+macro_rules! for_kind {
+    ($kind:expr, $B:ident => $body:expr) => {
+        match $kind {
+            $crate::cli::BackendKind::Reference => {
+                type $B = $crate::machine::Scalar;
+                $body
+            }
+            $crate::cli::BackendKind::Cpu => {
+                type $B = $crate::machine::Simd;
+                $body
+            }
+            $crate::cli::BackendKind::Cuda => {
+                type $B = $crate::machine::Device;
+                $body
+            }
+        }
+    };
+}
+pub use for_kind;
+
+/// The backend of [`BackendKind::Reference`].
+pub type Scalar = Reference<'static, f32>;
+/// That of [`BackendKind::Cpu`].
+pub type Simd = Cpu;
+/// That of [`BackendKind::Cuda`].
+pub type Device = Cuda;
+
+/// Lays a network out within a budget, or as it was by a run within its own (`fixed`), with what
+/// `ranks` ranks need to add up gradients.
+///
+/// # Errors
+/// What does not fit together, or into the budget.
+pub fn lay_out<N: Network>(
+    setup: &N::Setup,
+    kind: BackendKind,
+    ranks: usize,
+    budget: Option<u64>,
+    fixed: Option<Choice>,
+) -> Result<(Choice, N, Layout), Error> {
+    let make = |choice| {
+        let (network, mut layout) = for_kind!(kind, B => N::lay_out::<B>(setup, choice))?;
+        ranks::plan(&mut layout, &network.exchanged(), ranks);
+        Ok((network, layout))
+    };
+    match fixed {
+        Some(choice) => fit(None, core::iter::once(choice), make),
+        None => {
+            let [samples, rows_of_one] = N::sizes(setup);
+            fit(self::budget(budget), rows(kind).choices(samples, rows_of_one), make)
+        }
+    }
+}
+
+/// A budget in bytes that can be addressed.
+pub fn budget(bytes: Option<u64>) -> Option<usize> {
+    bytes.map(|b| usize::try_from(b).unwrap_or(usize::MAX))
+}
 
 /// Blocks between stored activations: as asked for, or the square root of `K`, where memory is
 /// smallest.

@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 
 use bdia_core::backend::Backend;
 use bdia_core::{Category, Error, Exchange, Halt, Layout, Reals};
-pub use bdia_ranks::{Ranks, buffer_bytes, compare};
+use bdia_ranks::{Ranks, buffer_bytes, compare};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::cli::{Flags, MachineArgs};

@@ -10,7 +10,7 @@ use plotters::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::files::{FileError, write_atomic, write_bytes};
+use bdia_models::files::{FileError, write_atomic, write_bytes};
 
 /// `println!` that goes on where the reader is gone: a run does not end with its terminal. Of
 /// several ranks the first speaks.
@@ -378,7 +378,7 @@ impl fmt::Display for MemoryTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::testing::TempDir;
+    use bdia_models::files::testing::TempDir;
 
     #[test]
     fn every_chart_is_drawn() {

@@ -14,8 +14,8 @@ use serde::de::DeserializeOwned;
 use crate::checkpoint::{self, Header};
 use crate::cli::{Flags, check_mode};
 use crate::error::Failure;
-use crate::files::{FileError, read_limited, write_bytes};
 use crate::{ranks, report};
+use bdia_models::files::{FileError, read_limited, write_bytes};
 
 /// The whole of a program: 0 where the work was done, otherwise 1 after a line that says why.
 pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCode {

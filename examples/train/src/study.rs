@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint;
 use crate::cli::{Flags, Mode};
 use crate::error::Failure;
-use crate::files::{FileError, read_limited, write_bytes};
 use crate::report::{self, Chart, Metrics, Record, Series};
+use bdia_models::files::{FileError, read_limited, write_bytes};
 
 /// A finished run: its flags and what it ended with.
 #[derive(Debug, Clone, Serialize, Deserialize)]

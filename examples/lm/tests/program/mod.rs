@@ -15,8 +15,7 @@ impl Dir {
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let dir =
-            std::env::temp_dir().join(format!("bdia-gpt2-program-{}-{n}", std::process::id()));
+        let dir = std::env::temp_dir().join(format!("bdia-lm-program-{}-{n}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         Self(dir)
     }
@@ -51,7 +50,7 @@ impl Drop for Dir {
 pub const SMALL: &str = "--vocab 64 --layers 3 --heads 2 --width 16 --context 16 --batch 4 --eval-interval 20 --threads 2";
 
 pub fn program() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_bdia-gpt2"))
+    Command::new(env!("CARGO_BIN_EXE_bdia-lm"))
 }
 
 /// `train` of the small model on the tokens; `flags` are separated by spaces.

@@ -12,14 +12,12 @@
 use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Backend;
-use bdia_train::weights::write_noted;
 use serde_json::{Map, Value, json};
 
-use crate::config::Gpt2Config;
-use crate::error::Failure;
+use super::config::Gpt2Config;
+use super::model::Gpt2;
 use crate::files::{FileError, read_limited, write_bytes};
-use crate::model::Gpt2;
-use crate::weights::{self, Weights, WeightsError};
+use crate::weights::{self, Weights, WeightsError, write_noted};
 
 /// The tensors.
 pub const FILE: &str = "adapter_model.safetensors";
@@ -70,27 +68,12 @@ pub enum AdapterError {
         /// That of the weights at hand.
         found: String,
     },
-    /// The weights are not those that a run began with.
-    #[error(
-        "the run began with weights with digest {expected}, these have {found}: its adapters do not belong to them; put the \
-         weights back, or start a new run with --out"
-    )]
-    Changed {
-        /// The run's.
-        expected: String,
-        /// Those at hand.
-        found: String,
-    },
-    /// A weight that 16 bits do not hold.
-    #[error(
-        "tensor {name}: {value} does not fit the 16 bits in which it is to be stored; use another --frozen-dtype"
-    )]
-    Narrow {
-        /// The tensor.
-        name: String,
-        /// The value.
-        value: f32,
-    },
+    /// Values cannot be read or written.
+    #[error(transparent)]
+    Values(#[from] WeightsError),
+    /// The backend refused.
+    #[error(transparent)]
+    Core(#[from] bdia_core::Error),
 }
 
 fn name(k: usize, part: &str) -> String {
@@ -139,11 +122,11 @@ impl Adapter {
         be: &mut B,
         model: &Gpt2,
         digest: &str,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), AdapterError> {
         match &self.base {
             Some(base) if base != digest => {
                 let (path, expected, found) = (self.dir.clone(), base.clone(), digest.to_string());
-                return Err(AdapterError::OtherModel { path, expected, found }.into());
+                return Err(AdapterError::OtherModel { path, expected, found });
             }
             _ => {}
         }
@@ -235,7 +218,7 @@ pub fn save<B: Backend<Real = f32>>(
     model: &Gpt2,
     base: &str,
     digest: &str,
-) -> Result<(), Failure> {
+) -> Result<(), AdapterError> {
     let Some(lora) = &model.blocks.lora else { return Ok(()) };
     let (shape, d, layers) = (lora.shape(), model.setup().dims.width, model.setup().dims.layers);
     let (r, rows) = (shape.rank, 2 * shape.rank);
@@ -244,7 +227,7 @@ pub fn save<B: Backend<Real = f32>>(
         .collect();
     let named = model.trained();
     let mut own = vec![0.0; rows * d];
-    write_noted::<Failure>(&dir.join(FILE), &tensors, &[(BASE, digest)], |i, sink| {
+    write_noted::<AdapterError>(&dir.join(FILE), &tensors, &[(BASE, digest)], |i, sink| {
         be.read_reals(named[i].values, &mut own)?;
         if i % 2 == 0 {
             return Ok(sink.put(&own)?);
@@ -278,6 +261,5 @@ pub fn save<B: Backend<Real = f32>>(
         "bias": "none",
         "inference_mode": true,
     });
-    let text = serde_json::to_string_pretty(&config).map_err(|e| Failure::Other(e.to_string()))?;
-    Ok(write_bytes(&dir.join(CONFIG), format!("{text}\n").as_bytes())?)
+    Ok(write_bytes(&dir.join(CONFIG), format!("{config:#}\n").as_bytes())?)
 }

@@ -1,12 +1,14 @@
 //! `config.json` in Hugging Face's GPT-2 layout.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use bdia_core::backend::Gelu;
 use serde_json::{Map, Value, json};
 
-use crate::cli::{GammaSign, Mode, Size};
-use crate::files::{FileError, read_limited, write_bytes};
+use super::model::Dims;
+use crate::config::{ConfigError, FILE, LIMIT, Training};
+use crate::files::{read_limited, write_bytes};
+use crate::tokenizer::{EOT, VOCAB};
 
 /// The GELU of the MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,19 +19,19 @@ pub enum Activation {
     Gelu,
 }
 
-/// How a model was trained: the object `bdia` of the file, which other programs ignore.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Bdia {
-    /// `|γ|`.
-    pub gamma: f64,
-    /// Where its sign came from.
-    pub gamma_sign: GammaSign,
-    /// `l` of the grid `2^-l`.
-    pub frac_bits: u32,
-    /// How activations were kept.
-    pub mode: Mode,
-    /// `m` of `|γ| = 2^-m`, the bit planes of a block; 0 where none are stored.
-    pub planes: u32,
+/// The named sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Size {
+    /// 6 layers, 4 heads, width 128, context 128: trains in minutes on two cores.
+    Mini,
+    /// 12 layers, 12 heads, width 768 (124M parameters).
+    Gpt2,
+    /// 24 layers, 16 heads, width 1024 (355M).
+    Medium,
+    /// 36 layers, 20 heads, width 1280 (774M).
+    Large,
+    /// 48 layers, 25 heads, width 1600 (1.5B).
+    Xl,
 }
 
 /// A GPT-2's architecture.
@@ -64,55 +66,9 @@ pub struct Gpt2Config {
     /// The token at a document's end, if there is one.
     pub eos_token_id: Option<u32>,
     /// How it was trained, if by this program.
-    pub bdia: Option<Bdia>,
+    pub bdia: Option<Training>,
 }
 
-/// Why a configuration cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file could not be read or written.
-    #[error(transparent)]
-    File(#[from] FileError),
-    /// It is not JSON.
-    #[error("not valid JSON: {0}; expected Hugging Face's config.json of a GPT-2")]
-    Json(serde_json::Error),
-    /// A field is absent or has a value that cannot be used.
-    #[error("{field}: expected {expected}, found {found}")]
-    Field {
-        /// Its name.
-        field: &'static str,
-        /// What is possible.
-        expected: String,
-        /// What came.
-        found: String,
-    },
-    /// The model has more parameters than this machine can address.
-    #[error(
-        "the model is too large for this machine's address space: vocab_size {vocab}, n_positions {positions}, n_embd \
-         {width}, n_layer {layers}; make one of them smaller"
-    )]
-    TooLarge {
-        /// Tokens.
-        vocab: usize,
-        /// Positions.
-        positions: usize,
-        /// Width.
-        width: usize,
-        /// Blocks.
-        layers: usize,
-    },
-    /// The error of a file, with its name.
-    #[error("{}: {error}", path.display())]
-    In {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        error: Box<Self>,
-    },
-}
-
-/// The largest `config.json` that is read.
-const LIMIT: u64 = 1 << 20;
 /// Block indices have 16 bits in the random numbers' counter.
 const MOST_LAYERS: usize = 65_000;
 const MOST: usize = 1 << 31;
@@ -153,9 +109,9 @@ impl Gpt2Config {
             Size::Large => (36, 20, 1280, 1024),
             Size::Xl => (48, 25, 1600, 1024),
         };
-        let eot = Some(crate::tokenizer::EOT);
+        let eot = Some(EOT);
         Self {
-            vocab_size: crate::tokenizer::VOCAB,
+            vocab_size: VOCAB,
             n_positions,
             n_embd,
             n_layer,
@@ -189,6 +145,25 @@ impl Gpt2Config {
     /// Width of the MLP's inner layer.
     pub fn inner(&self) -> usize {
         self.n_inner.unwrap_or(self.n_embd.saturating_mul(4))
+    }
+
+    /// What the network is laid out from.
+    pub fn dims(&self) -> Dims {
+        Dims {
+            vocab: self.vocab_size,
+            positions: self.n_positions,
+            width: self.n_embd,
+            layers: self.n_layer,
+            heads: self.n_head,
+            inner: self.inner(),
+            eps: self.layer_norm_epsilon,
+            gelu: match self.activation_function {
+                Activation::GeluNew => Gelu::Tanh,
+                Activation::Gelu => Gelu::Exact,
+            },
+            tied: self.tie_word_embeddings,
+            dropout: [self.embd_pdrop, self.attn_pdrop, self.resid_pdrop],
+        }
     }
 
     /// Every tensor of the model with its shape, in the order in which Hugging Face has them,
@@ -284,7 +259,10 @@ impl Gpt2Config {
     /// # Errors
     /// [`ConfigError`]
     pub fn from_json(bytes: &[u8]) -> Result<Self, ConfigError> {
-        let value: Value = serde_json::from_slice(bytes).map_err(ConfigError::Json)?;
+        let value: Value = serde_json::from_slice(bytes).map_err(|error| {
+            let what = "not valid JSON, expected Hugging Face's config.json of a GPT-2";
+            ConfigError::Json { what, error }
+        })?;
         let Value::Object(map) = value else {
             let found = value.to_string().chars().take(60).collect();
             return Err(ConfigError::Field {
@@ -379,10 +357,10 @@ impl Gpt2Config {
                 "what this program writes there, or nothing",
                 Some(None),
                 |v| {
-                    let bdia: Bdia = serde_json::from_value(v.clone()).ok()?;
+                    let bdia: Training = serde_json::from_value(v.clone()).ok()?;
                     let fits = (0.0..=1.0).contains(&bdia.gamma)
                         && bdia.frac_bits <= bdia_core::Grid::MAX_FRAC_BITS
-                        && bdia.planes <= bdia_core::Gamma::MAX_PLANES;
+                        && bdia.planes.is_none_or(|m| m <= bdia_core::Gamma::MAX_PLANES);
                     fits.then_some(Some(bdia))
                 },
             )?,
@@ -396,9 +374,8 @@ impl Gpt2Config {
     /// # Errors
     /// [`ConfigError`]
     pub fn read_dir(dir: &Path) -> Result<Self, ConfigError> {
-        let path = dir.join("config.json");
-        Self::from_json(&read_limited(&path, LIMIT)?)
-            .map_err(|e| ConfigError::In { path, error: Box::new(e) })
+        let path = dir.join(FILE);
+        Self::from_json(&read_limited(&path, LIMIT)?).map_err(|e| e.of(path))
     }
 
     /// The text of a `config.json` that transformers reads without a warning.
@@ -437,13 +414,15 @@ impl Gpt2Config {
     /// # Errors
     /// [`ConfigError`]
     pub fn write_dir(&self, dir: &Path) -> Result<(), ConfigError> {
-        Ok(write_bytes(&dir.join("config.json"), self.to_json().as_bytes())?)
+        Ok(write_bytes(&dir.join(FILE), self.to_json().as_bytes())?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{GammaSign, Mode};
+    use crate::files::FileError;
     use crate::files::testing::TempDir;
 
     #[test]
@@ -474,12 +453,12 @@ mod tests {
         c.set_dropout(0.1);
         c.n_inner = Some(100);
         c.activation_function = Activation::Gelu;
-        c.bdia = Some(Bdia {
+        c.bdia = Some(Training {
             gamma: 0.25,
             gamma_sign: GammaSign::Minus,
             frac_bits: 9,
             mode: Mode::BdiaFloat,
-            planes: 2,
+            planes: Some(2),
         });
         c.write_dir(dir.path()).unwrap();
         assert_eq!(Gpt2Config::read_dir(dir.path()).unwrap(), c);
@@ -487,7 +466,7 @@ mod tests {
 
     #[test]
     fn hugging_face_files() {
-        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gpt2");
         let tied = Gpt2Config::read_dir(&data.join("hf_tied")).unwrap();
         assert_eq!((tied.n_layer, tied.n_head, tied.n_embd, tied.vocab_size), (3, 3, 24, 61));
         assert!(

@@ -10,7 +10,7 @@
 //! A text that is longer than the model's context goes on as one without a cache: its last tokens
 //! go through the model anew.
 
-use core::ops::Range;
+use core::ops::{ControlFlow, Range};
 
 use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
@@ -20,12 +20,22 @@ use bdia_core::layers::{Cached, LmHead, TokenEmbedding, TransformerBlocks};
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Blocks, Call, Config as StackConfig, Input, Mode, Needs, Stack, Tail};
 use bdia_core::update::{Gamma, Grid, Sign};
-use bdia_train::run;
-use bdia_train::search::{self, Search, Stop, repeats};
 
-use crate::error::Failure;
-use crate::model::{Gpt2, Inference, Setup};
+use super::model::{Gpt2, Inference, Setup};
 use crate::sample::{SampleError, Sampler};
+use crate::search::{self, Search, Stop, repeats};
+
+/// Why there is no text.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// Tokens outside the vocabulary, values that are not finite, more beams than there is room
+    /// for, or a backend that refuses.
+    #[error(transparent)]
+    Core(#[from] Error),
+    /// No token could be chosen.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+}
 
 /// Sizes of what is decoded together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -325,19 +335,17 @@ impl Decoder {
 
     /// What follows each prompt. Prompts are not empty; one that is longer than the context is seen
     /// from its end. `progress` hears how many prompts are finished, and how many tokens of all
-    /// have been taken. After Ctrl-C, where it is caught ([`run::catch_interrupt`]), texts end
-    /// where they are.
+    /// have been taken; where it breaks, texts end where they are.
     ///
     /// # Errors
-    /// [`Failure::Core`] for tokens outside the vocabulary, values that are not finite, and more
-    /// beams than there is room for; [`SampleError`].
+    /// [`DecodeError`]
     pub fn decode<B: Backend>(
         &self,
         be: &mut B,
         prompts: &[Vec<i32>],
         d: &Decoding,
-        mut progress: impl FnMut(usize, usize),
-    ) -> core::result::Result<Vec<Vec<i32>>, Failure> {
+        mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> core::result::Result<Vec<Vec<i32>>, DecodeError> {
         let (beams, vocab) = (self.sizes.beams, self.setup.dims.vocab);
         if prompts.iter().any(Vec::is_empty) {
             return Err(Error::Shape { what: "tokens of a prompt", expected: 1, found: 0 }.into());
@@ -379,16 +387,18 @@ impl Decoder {
                     .map_or_else(|| error.into(), |fault| Error::from(fault).into()));
             }
             taken += texts.iter().flatten().count();
-            let stop = run::interrupted();
             for place in &mut texts {
-                if let Some(text) = place.take_if(|text| stop || text.finished()) {
+                if let Some(text) = place.take_if(|text| text.finished()) {
                     let index = text.index;
                     results[index] = text.result();
                     finished += 1;
                 }
             }
-            progress(finished, taken);
-            if stop {
+            if progress(finished, taken).is_break() {
+                for text in texts.iter_mut().filter_map(Option::take) {
+                    let index = text.index;
+                    results[index] = text.result();
+                }
                 break;
             }
             if texts.iter().any(Option::is_some) {

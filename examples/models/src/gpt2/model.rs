@@ -14,6 +14,8 @@ use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Config as StackConfig, Mode, Pass, Stack, Tail};
 use bdia_core::update::{Gamma, Grid};
 
+use crate::network::Network;
+
 /// The architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dims {
@@ -118,7 +120,7 @@ pub struct Gpt2 {
     setup: Setup,
     /// The layout of what stays: parameters, gradients, optimizer state. Decoding has a layout of
     /// its own behind it.
-    pub(crate) base: Layout,
+    pub(super) base: Layout,
     /// The reversible stack.
     pub stack: Stack,
     /// The blocks.
@@ -209,6 +211,22 @@ fn named(name: String, params: &Params, k: usize, t: &Tensor) -> Named {
         narrow: None,
         gradient: t.of(params.gradient(k)),
         state: params.state(k, t),
+    }
+}
+
+impl Network for Gpt2 {
+    type Setup = Setup;
+
+    fn lay_out<B: Backend>(setup: &Setup, choice: Choice) -> Result<(Self, Layout)> {
+        Self::layout::<B>(setup, choice)
+    }
+
+    fn sizes(setup: &Setup) -> [usize; 2] {
+        [setup.batch, setup.context]
+    }
+
+    fn exchanged(&self) -> Vec<usize> {
+        self.exchanged().into()
     }
 }
 

@@ -2,25 +2,11 @@
 
 use std::path::Path;
 
-use bdia_train::Failure;
-use bdia_train::cli::{GammaSign, Mode};
-use bdia_train::files::{read_limited, write_bytes};
 use serde::{Deserialize, Serialize};
 
-use crate::model::Dims;
-
-/// How a model was trained.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Bdia {
-    /// `|γ|`.
-    pub gamma: f64,
-    /// Where its sign came from.
-    pub gamma_sign: GammaSign,
-    /// `l` of the grid `2^-l`.
-    pub frac_bits: u32,
-    /// How activations were kept.
-    pub mode: Mode,
-}
+use super::model::Dims;
+use crate::config::{ConfigError, FILE, LIMIT, Training};
+use crate::files::{read_limited, write_bytes};
 
 /// A model.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -44,7 +30,7 @@ pub struct TranslationConfig {
     /// Dropout in training, all four places.
     pub dropout: f64,
     /// How it was trained.
-    pub bdia: Bdia,
+    pub bdia: Training,
 }
 
 /// Most blocks, heads, positions and so on: what fits the random numbers' counter, and more than
@@ -72,20 +58,21 @@ impl TranslationConfig {
     /// Reads the file of a directory.
     ///
     /// # Errors
-    /// [`Failure`] for a file that is absent or not such a file.
-    pub fn read_dir(dir: &Path) -> Result<Self, Failure> {
-        let path = dir.join("config.json");
-        Self::from_json(&path, &read_limited(&path, 1 << 20)?)
+    /// [`ConfigError`] for a file that is absent or not such a file.
+    pub fn read_dir(dir: &Path) -> Result<Self, ConfigError> {
+        let path = dir.join(FILE);
+        Self::from_json(&path, &read_limited(&path, LIMIT)?)
     }
 
     /// What the file's bytes describe.
     ///
     /// # Errors
-    /// [`Failure`] for bytes that are no such file's.
-    pub fn from_json(path: &Path, bytes: &[u8]) -> Result<Self, Failure> {
-        let wrong = |what: String| Failure::Run { path: path.into(), what };
-        let c: Self = serde_json::from_slice(bytes).map_err(|e| {
-            wrong(format!("not the config.json of a translation model of this program: {e}"))
+    /// [`ConfigError`] for bytes that are no such file's.
+    pub fn from_json(path: &Path, bytes: &[u8]) -> Result<Self, ConfigError> {
+        let wrong = |what: String| ConfigError::Values(what).of(path);
+        let c: Self = serde_json::from_slice(bytes).map_err(|error| {
+            let what = "not the config.json of a translation model of this program";
+            ConfigError::Json { what, error }.of(path)
         })?;
         let sizes = [c.positions, c.width, c.encoder_layers, c.decoder_layers, c.heads, c.mlp];
         if sizes.iter().any(|&n| n == 0 || n > MOST)
@@ -113,9 +100,10 @@ impl TranslationConfig {
     /// Writes the file.
     ///
     /// # Errors
-    /// [`Failure`]
-    pub fn write_dir(&self, dir: &Path) -> Result<(), Failure> {
-        let json = serde_json::to_string_pretty(self).map_err(|e| Failure::Other(e.to_string()))?;
-        Ok(write_bytes(&dir.join("config.json"), json.as_bytes())?)
+    /// [`ConfigError`]
+    pub fn write_dir(&self, dir: &Path) -> Result<(), ConfigError> {
+        let json = serde_json::to_string_pretty(self)
+            .map_err(|error| ConfigError::Json { what: "it cannot be written", error })?;
+        Ok(write_bytes(&dir.join(FILE), json.as_bytes())?)
     }
 }

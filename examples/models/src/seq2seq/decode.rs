@@ -12,10 +12,10 @@ use bdia_core::layers::{
 };
 use bdia_core::stack::{Call, Config as StackConfig, Context, Mode, Stack, Tail};
 use bdia_core::{Gamma, Grid, Real, Sign, Words};
-use bdia_train::search::{self, Length, Stop};
 
-use crate::model::{Inference, Shape, Translator, infer};
-use crate::vocab::{BEGIN, END, PAD};
+use super::model::{Inference, Shape, Translator, infer};
+use super::vocab::{BEGIN, END, PAD};
+use crate::search::{self, Length, Stop};
 
 /// How translations are searched.
 #[derive(Debug, Clone, Copy, PartialEq)]

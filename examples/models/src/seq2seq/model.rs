@@ -25,7 +25,7 @@
 //!
 //! Nothing grows with the number of blocks but side bits and checksums. Batches have other `n`, `S`
 //! and `T` from step to step: a [`Part`] lays the same arenas out for one [`Shape`], behind the
-//! parameters, and the plan covers the largest of them. Translating ([`crate::decode`]) uses the
+//! parameters, and the plan covers the largest of them. Translating ([`super::decode`]) uses the
 //! same memory.
 
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
@@ -41,7 +41,7 @@ use bdia_core::stack::{Config as StackConfig, Context, Mode, Pass, Stack, Tail, 
 use bdia_core::update::{Gamma, Grid};
 use bdia_core::{Real, Sign};
 
-use crate::vocab::{BEGIN, END, PAD};
+use super::vocab::{BEGIN, END, PAD};
 
 /// The architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -208,13 +208,13 @@ pub struct Part {
 /// An encoder-decoder transformer laid out in the arenas of a backend.
 #[derive(Debug, Clone)]
 pub struct Translator {
-    pub(crate) setup: Setup,
+    pub(super) setup: Setup,
     /// The parameters' layout, behind which parts begin.
-    pub(crate) base: Layout,
+    pub(super) base: Layout,
     /// Blocks of the encoder, of no particular length.
-    pub(crate) encoder: TransformerBlocks,
+    pub(super) encoder: TransformerBlocks,
     /// Blocks of the decoder.
-    pub(crate) decoder: DecoderBlocks,
+    pub(super) decoder: DecoderBlocks,
     ends: Params,
     end_tensors: [Tensor; ENDS],
     staging: Vec<i32>,
@@ -387,7 +387,7 @@ impl Translator {
     }
 
     /// Embedding of the source (0) or the target (1).
-    pub(crate) fn embedding(&self, side: usize, shape: &Shape, l: &mut Layout) -> TokenEmbedding {
+    pub(super) fn embedding(&self, side: usize, shape: &Shape, l: &mut Layout) -> TokenEmbedding {
         let per_sample = [shape.source, shape.target][side];
         let (p, g) = (self.ends.group(0), self.ends.gradient(0));
         let (table, positions) = (self.table(side), &self.end_tensors[2 + side]);
@@ -409,7 +409,7 @@ impl Translator {
     }
 
     /// The norm behind the encoder.
-    pub(crate) fn output(&self, context: Context) -> EncoderOutput {
+    pub(super) fn output(&self, context: Context) -> EncoderOutput {
         let pair = |group: Reals| [self.end_tensors[4].of(group), self.end_tensors[5].of(group)];
         EncoderOutput {
             eps: self.setup.dims.eps,
@@ -421,7 +421,7 @@ impl Translator {
     }
 
     /// The head, without room for logits and losses.
-    pub(crate) fn head(&self) -> LmHead {
+    pub(super) fn head(&self) -> LmHead {
         let (d, p, g) = (&self.setup.dims, self.ends.group(0), self.ends.gradient(0));
         let [norm, norm_bias, table] = [&self.end_tensors[6], &self.end_tensors[7], self.table(1)];
         LmHead {
@@ -864,7 +864,7 @@ impl Part {
 }
 
 /// A stack's result for some samples.
-pub(crate) fn infer<B: Backend>(
+pub(super) fn infer<B: Backend>(
     be: &mut B,
     stack: &Stack,
     blocks: &mut impl bdia_core::stack::Blocks<B>,
@@ -881,7 +881,7 @@ pub(crate) fn infer<B: Backend>(
 }
 
 /// The sum of some values, from the first to the last in `f64`, piece by piece through the stack.
-pub(crate) fn sum<B: Backend>(be: &B, values: Reals) -> Result<f64> {
+pub(super) fn sum<B: Backend>(be: &B, values: Reals) -> Result<f64> {
     let (mut total, mut piece) = (0.0, [B::Real::of(0.0); 256]);
     for at in (0..values.len()).step_by(piece.len()) {
         let piece = &mut piece[..256.min(values.len() - at)];
@@ -891,7 +891,7 @@ pub(crate) fn sum<B: Backend>(be: &B, values: Reals) -> Result<f64> {
     Ok(total)
 }
 
-pub(crate) fn setting(what: &'static str, found: f64, possible: &'static str) -> Error {
+pub(super) fn setting(what: &'static str, found: f64, possible: &'static str) -> Error {
     Error::Setting { what, found, possible }
 }
 

@@ -6,13 +6,13 @@
 
 use std::path::{Path, PathBuf};
 
-use bdia_train::Failure;
-use bdia_train::files::{read_limited, write_bytes};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::models::{ModelWrapper, TrainerWrapper};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, Tokenizer};
 use xxhash_rust::xxh3::Xxh3;
+
+use crate::files::{FileError, read_limited, write_bytes};
 
 /// Fills the rest of a row; never looked at.
 pub const PAD: i32 = 0;
@@ -27,8 +27,32 @@ const SPECIAL: [&str; 3] = ["<pad>", "<s>", "</s>"];
 #[derive(Debug, Clone)]
 pub struct Vocabulary(Tokenizer);
 
-fn failed(what: &str, e: &tokenizers::Error) -> Failure {
-    Failure::Other(format!("the vocabulary: {what}: {e}"))
+/// Why a vocabulary cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum VocabularyError {
+    /// The file could not be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The file is not the vocabulary of a run.
+    #[error("{}: {what}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// The library of tokenizers refused.
+    #[error("the vocabulary: {what}: {why}")]
+    Library {
+        /// What was tried.
+        what: &'static str,
+        /// What the library says.
+        why: String,
+    },
+}
+
+fn failed(what: &'static str, why: impl ToString) -> VocabularyError {
+    VocabularyError::Library { what, why: why.to_string() }
 }
 
 impl Vocabulary {
@@ -39,7 +63,7 @@ impl Vocabulary {
     pub fn train<'a>(
         texts: impl Iterator<Item = &'a str> + Send,
         size: usize,
-    ) -> Result<Self, Failure> {
+    ) -> Result<Self, VocabularyError> {
         let mut tokenizer = Tokenizer::new(BPE::default());
         // A space before the first word, so that words are the same anywhere.
         let level = ByteLevel::new(true, true, true);
@@ -52,8 +76,8 @@ impl Vocabulary {
             .special_tokens(SPECIAL.iter().map(|s| AddedToken::from(*s, true)).collect())
             .build();
         let mut trainer = TrainerWrapper::BpeTrainer(trainer);
-        tokenizer.train(&mut trainer, texts).map_err(|e| failed("cannot be trained", &e))?;
-        Self::checked(tokenizer).map_err(Failure::Other)
+        tokenizer.train(&mut trainer, texts).map_err(|e| failed("cannot be trained", e))?;
+        Self::checked(tokenizer).map_err(|why| failed("cannot be trained", why))
     }
 
     fn checked(mut tokenizer: Tokenizer) -> Result<Self, String> {
@@ -92,9 +116,9 @@ impl Vocabulary {
     ///
     /// # Errors
     /// A file that is absent or not the vocabulary of a run.
-    pub fn read(path: &Path) -> Result<Self, Failure> {
+    pub fn read(path: &Path) -> Result<Self, VocabularyError> {
         let bytes = read_limited(path, 1 << 28)?;
-        let wrong = |what: String| Failure::Run { path: path.into(), what };
+        let wrong = |what: String| VocabularyError::Content { path: path.into(), what };
         let tokenizer =
             Tokenizer::from_bytes(bytes).map_err(|e| wrong(format!("not a tokenizer: {e}")))?;
         Self::checked(tokenizer).map_err(wrong)
@@ -104,8 +128,8 @@ impl Vocabulary {
     ///
     /// # Errors
     /// A file that cannot be written.
-    pub fn write(&self, path: &Path) -> Result<(), Failure> {
-        let json = self.0.to_string(true).map_err(|e| failed("cannot be written", &e))?;
+    pub fn write(&self, path: &Path) -> Result<(), VocabularyError> {
+        let json = self.0.to_string(true).map_err(|e| failed("cannot be written", e))?;
         Ok(write_bytes(path, json.as_bytes())?)
     }
 
@@ -123,8 +147,8 @@ impl Vocabulary {
     ///
     /// # Errors
     /// What the library reports.
-    pub fn encode(&self, text: &str) -> Result<Vec<i32>, Failure> {
-        let encoding = self.0.encode_fast(text, false).map_err(|e| failed("cannot encode", &e))?;
+    pub fn encode(&self, text: &str) -> Result<Vec<i32>, VocabularyError> {
+        let encoding = self.0.encode_fast(text, false).map_err(|e| failed("cannot encode", e))?;
         Ok(encoding.get_ids().iter().map(|&id| id as i32).collect())
     }
 
@@ -132,9 +156,9 @@ impl Vocabulary {
     ///
     /// # Errors
     /// What the library reports.
-    pub fn decode(&self, tokens: &[i32]) -> Result<String, Failure> {
+    pub fn decode(&self, tokens: &[i32]) -> Result<String, VocabularyError> {
         let ids: Vec<u32> = tokens.iter().map(|&t| t as u32).collect();
-        let text = self.0.decode(&ids, true).map_err(|e| failed("cannot decode", &e))?;
+        let text = self.0.decode(&ids, true).map_err(|e| failed("cannot decode", e))?;
         Ok(text.trim().replace(['\n', '\r'], " "))
     }
 }
@@ -157,7 +181,7 @@ impl Vocabularies {
     ///
     /// # Errors
     /// As [`Vocabulary::read`].
-    pub fn read(dir: &Path, shared: bool) -> Result<Self, Failure> {
+    pub fn read(dir: &Path, shared: bool) -> Result<Self, VocabularyError> {
         let [both, source, target] = Self::files(dir);
         Ok(if shared {
             Self { source: Vocabulary::read(&both)?, separate: None }
@@ -170,7 +194,7 @@ impl Vocabularies {
     ///
     /// # Errors
     /// As [`Vocabulary::write`].
-    pub fn write(&self, dir: &Path) -> Result<(), Failure> {
+    pub fn write(&self, dir: &Path) -> Result<(), VocabularyError> {
         let [both, source, target] = Self::files(dir);
         match &self.separate {
             None => self.source.write(&both),
@@ -185,11 +209,11 @@ impl Vocabularies {
     ///
     /// # Errors
     /// What the library reports.
-    pub fn digest(&self) -> Result<u64, Failure> {
+    pub fn digest(&self) -> Result<u64, VocabularyError> {
         let mut hash = Xxh3::new();
         for v in core::iter::once(&self.source).chain(&self.separate) {
             hash.update(
-                v.0.to_string(false).map_err(|e| failed("cannot be written", &e))?.as_bytes(),
+                v.0.to_string(false).map_err(|e| failed("cannot be written", e))?.as_bytes(),
             );
         }
         Ok(hash.digest())

@@ -3,25 +3,11 @@
 use std::path::Path;
 
 use bdia_core::layers::Patches;
-use bdia_train::Failure;
-use bdia_train::cli::{GammaSign, Mode};
-use bdia_train::files::{read_limited, write_bytes};
 use serde::{Deserialize, Serialize};
 
-use crate::model::Dims;
-
-/// How a model was trained.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Bdia {
-    /// `|γ|`.
-    pub gamma: f64,
-    /// Where its sign came from.
-    pub gamma_sign: GammaSign,
-    /// `l` of the grid `2^-l`.
-    pub frac_bits: u32,
-    /// How activations were kept.
-    pub mode: Mode,
-}
+use super::model::Dims;
+use crate::config::{ConfigError, FILE, LIMIT, Training};
+use crate::files::{read_limited, write_bytes};
 
 /// A model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -53,7 +39,7 @@ pub struct VitConfig {
     /// Standard deviation of each channel.
     pub std: Vec<f64>,
     /// How it was trained.
-    pub bdia: Bdia,
+    pub bdia: Training,
 }
 
 /// Most blocks, heads, classes and so on: what fits the random numbers' counter, and more than
@@ -81,20 +67,21 @@ impl VitConfig {
     /// Reads the file of a directory.
     ///
     /// # Errors
-    /// [`Failure`] for a file that is absent or not such a file.
-    pub fn read_dir(dir: &Path) -> Result<Self, Failure> {
-        let path = dir.join("config.json");
-        Self::from_json(&path, &read_limited(&path, 1 << 20)?)
+    /// [`ConfigError`] for a file that is absent or not such a file.
+    pub fn read_dir(dir: &Path) -> Result<Self, ConfigError> {
+        let path = dir.join(FILE);
+        Self::from_json(&path, &read_limited(&path, LIMIT)?)
     }
 
     /// Reads the text of a file, whose path is for errors.
     ///
     /// # Errors
-    /// [`Failure::Run`]
-    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self, Failure> {
-        let wrong = |what: String| Failure::Run { path: path.into(), what };
-        let config: Self = serde_json::from_slice(text).map_err(|e| {
-            wrong(format!("not the config.json of a vision transformer of this program: {e}"))
+    /// [`ConfigError`]
+    pub fn from_json(path: &Path, text: &[u8]) -> Result<Self, ConfigError> {
+        let wrong = |what: String| ConfigError::Values(what).of(path);
+        let config: Self = serde_json::from_slice(text).map_err(|error| {
+            let what = "not the config.json of a vision transformer of this program";
+            ConfigError::Json { what, error }.of(path)
         })?;
         let sizes = [
             config.patch,
@@ -126,9 +113,10 @@ impl VitConfig {
     /// Writes the file.
     ///
     /// # Errors
-    /// [`Failure`]
-    pub fn write_dir(&self, dir: &Path) -> Result<(), Failure> {
-        let json = serde_json::to_string_pretty(self).map_err(|e| Failure::Other(e.to_string()))?;
-        Ok(write_bytes(&dir.join("config.json"), json.as_bytes())?)
+    /// [`ConfigError`]
+    pub fn write_dir(&self, dir: &Path) -> Result<(), ConfigError> {
+        let json = serde_json::to_string_pretty(self)
+            .map_err(|error| ConfigError::Json { what: "it cannot be written", error })?;
+        Ok(write_bytes(&dir.join(FILE), json.as_bytes())?)
     }
 }

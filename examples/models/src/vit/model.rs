@@ -9,12 +9,14 @@ use bdia_core::layers::{
     Updater, place,
 };
 use bdia_core::optim::{Rule, clip_scale};
+use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Blocks, Call, Config as StackConfig, Mode, Pass, Stack, Tail};
 use bdia_core::update::{Gamma, Grid};
 use bdia_core::{Real, Sign};
 
-use crate::revvit::RevStack;
+use super::revvit::RevStack;
+use crate::network::Network;
 
 /// The architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -173,6 +175,22 @@ pub struct Vit {
     pixels: Vec<f64>,
     staging: Vec<f64>,
     labels: [Vec<i32>; 2],
+}
+
+impl Network for Vit {
+    type Setup = Setup;
+
+    fn lay_out<B: Backend>(setup: &Setup, choice: Choice) -> Result<(Self, Layout)> {
+        Self::layout::<B>(&Setup { chunk: choice.chunk, ..*setup })
+    }
+
+    fn sizes(setup: &Setup) -> [usize; 2] {
+        [setup.batch, setup.dims.patches.count() + 1]
+    }
+
+    fn exchanged(&self) -> Vec<usize> {
+        self.exchanged().into()
+    }
 }
 
 impl Vit {

@@ -1,9 +1,8 @@
-//! What a run of this program leaves behind, over [`bdia_train::report`]: the line of
-//! `metrics.jsonl` and `loss.svg`.
+//! What a run of this program writes of its steps: the line of `metrics.jsonl`, and `loss.svg`.
 
 use std::path::Path;
 
-pub use bdia_train::report::*;
+use bdia_train::report::{Chart, Record, ReportError, Series, svg};
 use serde::{Deserialize, Serialize};
 
 /// A line of `metrics.jsonl`.
@@ -58,7 +57,8 @@ pub fn loss_svg(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::testing::TempDir;
+    use bdia_models::files::testing::TempDir;
+    use bdia_train::report::Metrics;
 
     fn metric(step: u64) -> Metric {
         let val_loss = step.is_multiple_of(2).then_some(3.5);
