@@ -19,12 +19,12 @@
 //! What is not in it: ranks of different speed, switches that cannot carry what all links can, and,
 //! where the thread that adds up has no core of its own, what it takes from those that compute.
 
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_train::cli::Gpt2Size;
 use bdia_train::report::bytes;
 use clap::Args;
 
 use crate::Failure;
-use bdia_models::gpt2::config::Gpt2Config;
-use bdia_train::cli::Gpt2Size;
 
 /// The machines, and what one of them computes.
 #[derive(Debug, Clone, PartialEq, Args)]

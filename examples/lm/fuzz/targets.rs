@@ -6,13 +6,12 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use bdia_lm::checkpoint;
-use bdia_lm::cli::LossOn;
 use bdia_lm::data::{Corpus, token_layout};
-use bdia_lm::pairs::{self, Examples, PairColumns};
+use bdia_lm::pairs::{self, Examples, LossOn, PairColumns};
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
 use bdia_models::weights::{self, Weights, WeightsError};
+use bdia_train::checkpoint;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// A model's data may be large, a fuzzer's inputs are not.

@@ -338,7 +338,7 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Run")]
     pub verify: bool,
     /// Directory of the run's files
-    #[arg(long, value_name = "DIR", default_value = "runs/gpt2", help_heading = "Run")]
+    #[arg(long, value_name = "DIR", default_value = "runs/lm", help_heading = "Run")]
     pub out: PathBuf,
     /// The last line of standard output is one JSON object
     #[arg(long, help_heading = "Run")]
@@ -387,7 +387,7 @@ impl RunArgs {
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct EvalArgs {
     /// The model: a run's directory, or one in Hugging Face's layout
-    #[arg(long, value_name = "DIR", default_value = "runs/gpt2")]
+    #[arg(long, value_name = "DIR", default_value = "runs/lm")]
     pub weights: PathBuf,
     /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
     #[arg(long, value_name = "DIR")]
@@ -428,7 +428,7 @@ pub struct EvalArgs {
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct GenerateArgs {
     /// The model: a run's directory, or one in Hugging Face's layout
-    #[arg(long, value_name = "DIR", default_value = "runs/gpt2")]
+    #[arg(long, value_name = "DIR", default_value = "runs/lm")]
     pub weights: PathBuf,
     /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
     #[arg(long, value_name = "DIR")]
@@ -845,7 +845,7 @@ mod tests {
                 assert!(help.contains(&format!("--{flag}")), "{request}: {flag}");
             }
             for default in
-                ["[default: 130]", "[default: 0.001]", "[default: bdia]", "[default: runs/gpt2]"]
+                ["[default: 130]", "[default: 0.001]", "[default: bdia]", "[default: runs/lm]"]
             {
                 assert!(help.contains(default), "{request}: {default}");
             }

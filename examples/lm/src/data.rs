@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bdia_core::rng::{Draw, Stream};
-
 use bdia_models::files::{FileError, read_limited};
 use bdia_models::tokenizer::{EOT, EOT_TEXT, Tokenizer};
 use bdia_train::Failure;

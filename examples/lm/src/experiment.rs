@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use bdia_models::files::{read_limited, write_bytes};
+use bdia_train::Failure;
 use bdia_train::cli::{Inference, Mode};
 use bdia_train::report;
 use bdia_train::study::{self, Cell, Study, Table};
@@ -16,7 +17,6 @@ use crate::finetune;
 use crate::metric::Metric;
 use crate::score::{self, Found};
 use crate::train::{Summary, train};
-use bdia_train::Failure;
 
 /// Columns of a run, with and without what is told of texts.
 const COLUMNS: [&str; 6] =

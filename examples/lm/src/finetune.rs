@@ -10,14 +10,6 @@ use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Backend;
 use bdia_core::{Gamma, Sign};
-use bdia_train::{ranks, run};
-use xxhash_rust::xxh3::Xxh3;
-
-use crate::cli::{FinetuneArgs, MethodKind, RunArgs};
-use crate::data::{Batches, Corpus, DataError, Order, Part};
-use crate::hub;
-use crate::pairs::Examples;
-use crate::train::{self, Summary, Task};
 use bdia_models::gpt2::adapter;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::files::{load_base, save_weights};
@@ -26,6 +18,14 @@ use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
 use bdia_models::weights::WeightsError;
 use bdia_train::Failure;
 use bdia_train::report;
+use bdia_train::{ranks, run};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::cli::{FinetuneArgs, MethodKind, RunArgs};
+use crate::data::{Batches, Corpus, DataError, Order, Part};
+use crate::hub;
+use crate::pairs::Examples;
+use crate::train::{self, Summary, Task};
 
 /// What is learned.
 enum Source {

@@ -6,14 +6,6 @@ use std::path::Path;
 use bdia_core::backend::Backend;
 use bdia_core::plan::Choice;
 use bdia_core::{Category, Error, Gamma, Grid, Layout, Sign, stack};
-use bdia_models::search::Length;
-use bdia_train::{ranks, run};
-use serde_json::json;
-
-use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PlanArgs, TrainArgs};
-use crate::data::{Corpus, Part};
-use crate::pairs::Examples;
-use crate::{finetune, train};
 use bdia_models::files::{FileError, read_limited};
 use bdia_models::gpt2::adapter::Adapter;
 use bdia_models::gpt2::config::Gpt2Config;
@@ -21,12 +13,20 @@ use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::gpt2::files::{load_base, save_weights};
 use bdia_models::gpt2::model::{Gpt2, Inference, Setup};
 use bdia_models::sample::Sampler;
+use bdia_models::search::Length;
 use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
 use bdia_models::weights;
 use bdia_train::Failure;
 use bdia_train::cli::{self, BackendKind, MachineArgs};
 use bdia_train::machine::{self, Work, for_kind};
 use bdia_train::report;
+use bdia_train::{ranks, run};
+use serde_json::json;
+
+use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PlanArgs, TrainArgs};
+use crate::data::{Corpus, Part};
+use crate::pairs::Examples;
+use crate::{finetune, train};
 
 /// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid
 /// can use.

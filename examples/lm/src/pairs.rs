@@ -16,13 +16,13 @@
 use std::path::{Path, PathBuf};
 
 use bdia_core::rng::{Draw, Stream};
-
-use crate::data::DataError;
 use bdia_models::files::{FileError, read_limited};
 use bdia_models::tokenizer::{EOT, Tokenizer};
 use bdia_train::Failure;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+
+use crate::data::DataError;
 
 /// Which tokens of a pair are learned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]

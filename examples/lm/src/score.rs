@@ -8,7 +8,16 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Backend;
+use bdia_models::files::write_bytes;
+use bdia_models::gpt2::adapter::Adapter;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
+use bdia_models::gpt2::model::Gpt2;
 use bdia_models::search::Length;
+use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_train::Failure;
+use bdia_train::machine::{self, Work};
+use bdia_train::report;
 use bdia_train::run;
 use bdia_train::scores::{self, Corpus, Scores};
 use serde::{Deserialize, Serialize};
@@ -17,15 +26,6 @@ use serde_json::json;
 use crate::cli::{DecodingArgs, ScoreArgs};
 use crate::inference;
 use crate::pairs::{self, Pair};
-use bdia_models::files::write_bytes;
-use bdia_models::gpt2::adapter::Adapter;
-use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
-use bdia_models::gpt2::model::Gpt2;
-use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
-use bdia_train::Failure;
-use bdia_train::machine::{self, Work};
-use bdia_train::report;
 
 /// What was found.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

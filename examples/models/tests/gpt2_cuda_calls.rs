@@ -9,7 +9,7 @@ use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::{Error, Gamma, Sign};
 use bdia_cuda::{Cuda, Options};
-use bdia_gpt2::model::{Dims, Gpt2, Setup, Step};
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup, Step};
 use common::{grid, small};
 
 /// Driver calls of the emulated device so far: kernels, products, uploads from page-locked and from

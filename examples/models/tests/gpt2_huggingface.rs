@@ -5,48 +5,26 @@
 
 mod common;
 
-use core::sync::atomic::{AtomicU32, Ordering};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use bdia_core::backend::Backend;
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
-use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Gamma, Grid, Layout, Real, Sign, Storage};
+use bdia_core::{Error, Gamma, Grid, Layout, Sign, Storage};
 use bdia_cpu::Cpu;
-use bdia_gpt2::cli::BackendKind;
-use bdia_gpt2::config::Gpt2Config;
-use bdia_gpt2::machine;
-use bdia_gpt2::model::{Gpt2, Inference, Setup, Step};
-use bdia_gpt2::weights::{self, Weights, WeightsError};
+use bdia_models::files::testing::TempDir;
+use bdia_models::gpt2::files::{self, load_weights, save_weights};
+use bdia_models::gpt2::model::{Setup, Step};
+use bdia_models::gpt2::{Gpt2, Gpt2Config};
+use bdia_models::weights::{self, Weights, WeightsError};
+use common::transformers::{agrees, logits};
 use common::{Memory, data, state};
-
-/// A directory of its own for one test, removed at its end.
-struct TempDir(PathBuf);
-
-impl TempDir {
-    fn new() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("bdia-gpt2-hf-{}-{n}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        Self(dir)
-    }
-}
-
-impl Drop for TempDir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A setup for inference, on one thread.
 fn setup(config: &Gpt2Config, batch: usize, context: usize, mode: Mode) -> Setup {
     Setup {
-        dims: machine::dims(config),
+        dims: config.dims(),
         batch,
         accumulate: 1,
         context,
@@ -63,19 +41,7 @@ fn setup(config: &Gpt2Config, batch: usize, context: usize, mode: Mode) -> Setup
 }
 
 fn lay_out(setup: &Setup, choice: Choice) -> (Gpt2, Layout) {
-    let (_, model, layout) = machine::lay_out(setup, BackendKind::Cpu, None, Some(choice)).unwrap();
-    (model, layout)
-}
-
-/// The logits of samples of `context` tokens, as a standard transformer computes them.
-fn logits<B: Backend>(be: &mut B, model: &mut Gpt2, tokens: &[i32], context: usize) -> Vec<f64> {
-    let gamma = Gamma::new(0.0, Sign::Plus).unwrap();
-    let mut all = Vec::new();
-    for sample in tokens.chunks(context) {
-        let logits = model.logits(be, sample, 0..sample.len(), Inference::Float(gamma)).unwrap();
-        all.extend(logits.iter().map(|x| x.wide()));
-    }
-    all
+    Gpt2::layout::<Cpu>(setup, choice).unwrap()
 }
 
 /// Largest difference over the largest magnitude.
@@ -96,7 +62,7 @@ fn logits_are_those_of_transformers() {
                 Choice { chunk: 1, head_rows: if mode == Mode::Bdia { 5 } else { 16 } },
             );
             let mut be = Cpu::new(&layout, 1).unwrap();
-            machine::load_weights(&data(name), &config, &mut be, &model).unwrap();
+            load_weights(&data(name), &config, &mut be, &model).unwrap();
             let d =
                 difference(&logits(&mut be, &mut model, &s.ints["tokens"], 16), &s.reals["logits"]);
             println!("{name}, {mode:?}: logits differ by {d:.1e} of the largest");
@@ -117,7 +83,7 @@ fn loss_and_gradients_are_those_of_transformers() {
         };
         let (mut model, layout) = lay_out(&setup, Choice { chunk: 2, head_rows: 32 });
         let mut be = Cpu::new(&layout, 1).unwrap();
-        machine::load_weights(&data(name), &config, &mut be, &model).unwrap();
+        load_weights(&data(name), &config, &mut be, &model).unwrap();
         let step = Step { step: 0, seed: 0, lr: 0.0, weight_decay: 0.0, clip: 0.0 };
         let outcome = model
             .train(&mut be, &step, |_, x, y| {
@@ -191,8 +157,7 @@ fn tensors_that_do_not_fit_are_all_named() {
     let (model, layout) =
         lay_out(&setup(&untied, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
     let mut be = Cpu::new(&layout, 1).unwrap();
-    let error =
-        machine::load_weights(&data("hf_tied"), &untied, &mut be, &model).unwrap_err().to_string();
+    let error = load_weights(&data("hf_tied"), &untied, &mut be, &model).unwrap_err().to_string();
     assert!(error.contains("missing: lm_head.weight"), "{error}");
 }
 
@@ -202,8 +167,8 @@ fn save_again(name: &str, dir: &Path) -> Vec<f32> {
     let (model, layout) =
         lay_out(&setup(&config, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
     let mut be = Cpu::new(&layout, 1).unwrap();
-    machine::load_weights(&data(name), &config, &mut be, &model).unwrap();
-    machine::save_weights(dir, &be, &model).unwrap();
+    load_weights(&data(name), &config, &mut be, &model).unwrap();
+    save_weights(dir, &be, &model).unwrap();
     config.write_dir(dir).unwrap();
     read(&be, &model)
 }
@@ -222,98 +187,27 @@ fn read(be: &Cpu, model: &Gpt2) -> Vec<f32> {
 fn what_we_save_is_read_back_the_same() {
     for name in ["hf_tied", "hf_untied", "hf_f16", "hf_bf16", "hf_sharded"] {
         let dir = TempDir::new();
-        let saved = save_again(name, &dir.0);
-        let config = Gpt2Config::read_dir(&dir.0).unwrap();
+        let saved = save_again(name, dir.path());
+        let config = Gpt2Config::read_dir(dir.path()).unwrap();
         assert_eq!(config, Gpt2Config::read_dir(&data(name)).unwrap());
         let (model, layout) =
             lay_out(&setup(&config, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
         let mut be = Cpu::new(&layout, 1).unwrap();
-        machine::load_weights(&dir.0, &config, &mut be, &model).unwrap();
+        load_weights(dir.path(), &config, &mut be, &model).unwrap();
         let again = read(&be, &model);
         assert!(saved.iter().map(|x| x.to_bits()).eq(again.iter().map(|x| x.to_bits())), "{name}");
     }
-}
-
-/// Runs `check_ours.py` over a directory with a model: `false` where no Python for it was named.
-fn transformers_agree(dir: &Path, context: usize) -> bool {
-    let Some(python) = std::env::var_os("BDIA_PYTHON") else {
-        println!(
-            "skipped: BDIA_PYTHON names no Python with torch and transformers (tests/torch/README.md)"
-        );
-        return false;
-    };
-    let config = Gpt2Config::read_dir(dir).unwrap();
-    let (mut model, layout) =
-        lay_out(&setup(&config, 1, context, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
-    let mut be = Cpu::new(&layout, 1).unwrap();
-    machine::load_weights(dir, &config, &mut be, &model).unwrap();
-    let random = Stream::new(1, 0, 0, 0, 0, Draw::Data);
-    let tokens: Vec<i32> =
-        (0..2 * context as u32).map(|i| random.below(i, config.vocab_size as u32) as i32).collect();
-    let ours = logits(&mut be, &mut model, &tokens, context);
-
-    let tokens = tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<_>>();
-    let ours = ours.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect::<Vec<_>>();
-    let view =
-        |dtype, shape, bytes| safetensors::tensor::TensorView::new(dtype, shape, bytes).unwrap();
-    let probe = [
-        ("tokens", view(safetensors::Dtype::I32, vec![2, context], &tokens)),
-        ("logits", view(safetensors::Dtype::F32, vec![2, context, config.vocab_size], &ours)),
-    ];
-    let path = dir.join("probe.safetensors");
-    std::fs::write(&path, safetensors::serialize(probe, None).unwrap()).unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/torch/check_ours.py");
-    let output = Command::new(python).arg("-B").arg(script).arg(dir).output().unwrap();
-    std::fs::remove_file(path).unwrap();
-    let text =
-        [output.stdout, output.stderr].map(|b| String::from_utf8_lossy(&b).into_owned()).concat();
-    println!("{}: {text}", dir.display());
-    assert!(output.status.success(), "{}: {text}", dir.display());
-    true
 }
 
 #[test]
 fn transformers_reads_what_we_save() {
     for name in ["hf_tied", "hf_untied"] {
         let dir = TempDir::new();
-        save_again(name, &dir.0);
-        if !transformers_agree(&dir.0, 16) {
+        save_again(name, dir.path());
+        if !agrees(dir.path(), None, 16) {
             return;
         }
     }
-}
-
-/// The directory of a run by the program itself, with GPT-2's vocabulary and the tokenizer's files.
-#[test]
-fn transformers_reads_the_directory_of_a_run() {
-    if std::env::var_os("BDIA_PYTHON").is_none() {
-        println!(
-            "skipped: BDIA_PYTHON names no Python with torch and transformers (tests/torch/README.md)"
-        );
-        return;
-    }
-    let dir = TempDir::new();
-    let out = dir.0.join("run");
-    let program = Command::new(env!("CARGO_BIN_EXE_bdia-gpt2"))
-        .args([
-            "--steps",
-            "2",
-            "--batch",
-            "1",
-            "--context",
-            "32",
-            "--eval-interval",
-            "0",
-            "--threads",
-            "1",
-            "--out",
-        ])
-        .arg(&out)
-        .output()
-        .unwrap();
-    assert!(program.status.success(), "{}", String::from_utf8_lossy(&program.stderr));
-    assert!(out.join("vocab.json").exists() && out.join("merges.txt").exists());
-    assert!(transformers_agree(&out, 32));
 }
 
 fn base64(text: &str) -> Vec<u8> {
@@ -394,7 +288,7 @@ fn a_published_model_gives_its_stored_logits() {
 
     let dir = TempDir::new();
     let shapes = config.tensors();
-    weights::write::<WeightsError>(&dir.0.join(weights::FILE), &shapes, |i, sink| {
+    files::write::<WeightsError>(&dir.path().join(weights::FILE), &shapes, |i, sink| {
         let (name, shape) = &shapes[i];
         if name.ends_with("c_attn.bias") {
             return sink.put(&json[&format!("transformer.{name}")]);
@@ -408,7 +302,7 @@ fn a_published_model_gives_its_stored_logits() {
         sink.put(&values)
     })
     .unwrap();
-    config.write_dir(&dir.0).unwrap();
+    config.write_dir(dir.path()).unwrap();
 
     // The partial results belong to three sequences of eleven letters: six to sort, and the sorted
     // ones but the last.
@@ -419,14 +313,14 @@ fn a_published_model_gives_its_stored_logits() {
     let most =
         |ours: &[f64]| ours.iter().zip(&stored).fold(0.0_f64, |a, (x, y)| a.max((x - y).abs()));
 
-    let config = Gpt2Config::read_dir(&dir.0).unwrap();
+    let config = Gpt2Config::read_dir(dir.path()).unwrap();
     let setup = setup(&config, 1, 11, Mode::Standard);
     // In f64: what is left is the rounding of the stored values, which PyTorch computed in f32.
     let choice = Choice { chunk: 1, head_rows: 11 };
     let (mut model, layout) = common::lay_out::<f64>(&setup, choice.chunk, choice.head_rows);
     let mut memory = Memory::<f64>::new(&layout);
     let mut be = memory.backend(&layout);
-    let weights = Weights::read_dir(&dir.0).unwrap();
+    let weights = Weights::read_dir(dir.path()).unwrap();
     for t in model.tensors() {
         let mut values = vec![0.0; t.values.len()];
         weights.read(&t.name, &mut values).unwrap();
@@ -440,7 +334,7 @@ fn a_published_model_gives_its_stored_logits() {
     // In f32, which rounds as much as PyTorch's program did.
     let (mut model, layout) = lay_out(&setup, choice);
     let mut be = Cpu::new(&layout, 1).unwrap();
-    machine::load_weights(&dir.0, &config, &mut be, &model).unwrap();
+    load_weights(dir.path(), &config, &mut be, &model).unwrap();
     let ours = logits(&mut be, &mut model, &tokens, 11);
     let (absolute, relative) = (most(&ours), difference(&ours, &stored));
     println!("f32: logits differ by {absolute:.2e}, {relative:.2e} of the largest");

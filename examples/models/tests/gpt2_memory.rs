@@ -2,7 +2,13 @@
 //! allocator counts the whole process.
 #![allow(clippy::unwrap_used)]
 
+// The allocator of the programs, without their crate, which depends on this one.
+#[allow(dead_code)]
+#[path = "../../train/src/alloc.rs"]
+mod alloc;
 mod common;
+
+use alloc::Counting;
 
 use bdia_core::backend::Half;
 use bdia_core::layers::LoraShape;
@@ -11,8 +17,7 @@ use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::{Category, Error, Layout};
 use bdia_cpu::Cpu;
-use bdia_gpt2::alloc::Counting;
-use bdia_gpt2::model::{Adapters, Dims, Gpt2, Inference, Named, Setup, Step};
+use bdia_models::gpt2::model::{Adapters, Dims, Gpt2, Inference, Named, Setup, Step};
 use common::{Memory, grid, small};
 
 #[global_allocator]

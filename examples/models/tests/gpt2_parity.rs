@@ -8,7 +8,7 @@ use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
 use bdia_core::update::{Gamma, Grid, Sign};
 use bdia_core::{Error, Reference, Storage};
-use bdia_gpt2::model::{Gpt2, Inference, Step};
+use bdia_models::gpt2::model::{Gpt2, Inference, Step};
 use common::{Memory, State, lay_out, state};
 
 fn load(model: &Gpt2, be: &mut Reference<'_, f64>, state: &State) {

@@ -3,16 +3,14 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
-mod program;
 
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::{Error, Gamma, Sign, Storage};
 use bdia_cpu::{Cpu, Precision, Products};
-use bdia_gpt2::model::{Gpt2, Outcome, Setup, Step};
+use bdia_models::gpt2::model::{Gpt2, Outcome, Setup, Step};
 use common::{grid, small};
-use program::{Dir, bad, good, resume, train};
 
 const STEPS: u32 = 25;
 
@@ -77,18 +75,4 @@ fn short_factors_are_exact_too() {
         assert!(bits != full_bits, "{products:?} is not f32");
         assert!(bits == run(products, 3).1, "{products:?} gives other bits with other threads");
     }
-}
-
-#[test]
-fn a_run_keeps_its_precision() {
-    let dir = Dir::new();
-    let data = dir.tokens();
-    let out = dir.at("run");
-    let said = good(&mut train(&data, &out, "--steps 2 --precision bf16 --verify"));
-    assert!(said.err.contains("cpu-bf16"), "the program says how it multiplies: {}", said.err);
-    bad(&mut resume(&out, "--precision f32"), &["--precision is f32, the run has bf16"]);
-    good(&mut resume(&out, ""));
-    bad(&mut train(&data, &dir.at("a"), "--precision tf32"), &["tf32", "--backend cuda"]);
-    bad(&mut train(&data, &dir.at("b"), "--precision bf16 --backend reference"), &["--precision"]);
-    bad(&mut train(&data, &dir.at("c"), "--device 1"), &["--device", "--backend cuda"]);
 }

@@ -10,7 +10,7 @@ use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::{Error, Fault, Gamma, Reference, Sign, Site};
 use bdia_cpu::Cpu;
-use bdia_gpt2::model::{Dims, Gpt2, Inference, Outcome, Setup, Step};
+use bdia_models::gpt2::model::{Dims, Gpt2, Inference, Outcome, Setup, Step};
 use common::{Memory, grid, lay_out, small};
 
 fn setup(mode: Mode) -> Setup {

@@ -9,8 +9,8 @@ use bdia_core::backend::Backend;
 use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
 use bdia_core::{Gamma, Grid, Layout, Real, Reference, Sign};
-use bdia_translate::decode::{Search, Sizes};
-use bdia_translate::model::{Dims, Inference, Piece, Setup, Step, Tokens, Translator};
+use bdia_models::seq2seq::decode::{Search, Sizes};
+use bdia_models::seq2seq::model::{Dims, Inference, Piece, Setup, Step, Tokens, Translator};
 use safetensors::SafeTensors;
 
 struct State {
@@ -21,7 +21,7 @@ struct State {
 
 fn state(name: &str) -> State {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data")
+        .join("tests/data/seq2seq")
         .join(format!("{name}_f64.safetensors"));
     let bytes = std::fs::read(path).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();

@@ -11,8 +11,9 @@ use bdia_core::layers::Patches;
 use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
 use bdia_core::{Error, Gamma, Grid, Layout, Real, Reference, Sign, Storage};
-use bdia_train::Failure;
-use bdia_vit::model::{Dims, Inference, Named, Setup, Step, Vit};
+use bdia_models::vit::files;
+use bdia_models::vit::model::{Dims, Inference, Named, Setup, Step, Vit};
+use bdia_models::weights::{self, WeightsError};
 use safetensors::{Dtype, SafeTensors};
 
 struct State {
@@ -23,7 +24,7 @@ struct State {
 
 fn state(name: &str) -> State {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data")
+        .join("tests/data/vit")
         .join(format!("{name}_f64.safetensors"));
     let bytes = std::fs::read(path).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
@@ -214,7 +215,7 @@ fn a_convolutions_kernel_is_read_as_patches() {
     let (c, p) = (s.size("channels"), s.size("patch"));
     assert!(c > 1 && p > 1, "otherwise the order does not show");
     let named = model.tensors();
-    let (mut shapes, mut files) = (Vec::new(), Vec::new());
+    let (mut shapes, mut stored) = (Vec::new(), Vec::new());
     for t in &named {
         let file: Vec<f32> =
             s.reals[&format!("param.{}", t.name)].iter().map(|&x| x as f32).collect();
@@ -230,19 +231,18 @@ fn a_convolutions_kernel_is_read_as_patches() {
                 kernel.push(at(o, c_, y, x));
             }
             shapes.push((t.name.clone(), vec![d, c, p, p]));
-            files.push(kernel);
+            stored.push(kernel);
         } else {
             shapes.push((t.name.clone(), t.shape.clone()));
-            files.push(file);
+            stored.push(file);
         }
     }
-    let dir = bdia_train::files::testing::TempDir::new();
+    let dir = bdia_models::files::testing::TempDir::new();
     let path = dir.path().join("model.safetensors");
-    bdia_train::weights::write::<Failure>(&path, &shapes, |i, sink| Ok(sink.put(&files[i])?))
-        .unwrap();
+    weights::write::<WeightsError>(&path, &shapes, |i, sink| sink.put(&stored[i])).unwrap();
     let mut memory = Memory::<f32>::new(&layout);
     let mut be = memory.backend(&layout);
-    bdia_vit::train::load_weights(&path, &mut be, &model).unwrap();
+    files::load_weights(&path, &mut be, &model).unwrap();
     for t in &named {
         let expected = ours(t, &s.reals[&format!("param.{}", t.name)]);
         let mut found = vec![0.0_f32; t.values.len()];

@@ -13,10 +13,9 @@ use std::path::{Path, PathBuf};
 
 use bdia_core::Reals;
 use bdia_core::backend::Backend;
+use bdia_models::files::{FileError, write_atomic};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
-
-use bdia_models::files::{FileError, write_atomic};
 
 const MAGIC: &[u8; 8] = b"BDIACKPT";
 const VERSION: u32 = 1;

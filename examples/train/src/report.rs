@@ -6,11 +6,10 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use bdia_models::files::{FileError, write_atomic, write_bytes};
 use plotters::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-
-use bdia_models::files::{FileError, write_atomic, write_bytes};
 
 /// `println!` that goes on where the reader is gone: a run does not end with its terminal. Of
 /// several ranks the first speaks.

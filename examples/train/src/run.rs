@@ -7,6 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use bdia_models::files::{FileError, read_limited, write_bytes};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -15,7 +16,6 @@ use crate::checkpoint::{self, Header};
 use crate::cli::{Flags, check_mode};
 use crate::error::Failure;
 use crate::{ranks, report};
-use bdia_models::files::{FileError, read_limited, write_bytes};
 
 /// The whole of a program: 0 where the work was done, otherwise 1 after a line that says why.
 pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCode {

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use bdia_models::files::{FileError, read_limited, write_bytes};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +18,6 @@ use crate::checkpoint;
 use crate::cli::{Flags, Mode};
 use crate::error::Failure;
 use crate::report::{self, Chart, Metrics, Record, Series};
-use bdia_models::files::{FileError, read_limited, write_bytes};
 
 /// A finished run: its flags and what it ended with.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -19,9 +19,15 @@ use bdia_core::backend::Backend;
 use bdia_core::plan::{Choice, fit};
 use bdia_core::{Gamma, Grid, Layout, Sign, stack};
 use bdia_models::files::{FileError, write_bytes};
+use bdia_models::seq2seq::config::TranslationConfig;
+use bdia_models::seq2seq::decode::{Search, Sizes};
+use bdia_models::seq2seq::files::{load_weights, save_weights};
+use bdia_models::seq2seq::model::{Inference, Setup, Shape, Step, Tokens, Translator};
+use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
 use bdia_models::weights;
 use bdia_train::alloc::{Counting, peak_rss_bytes};
 use bdia_train::checkpoint::{self, Header};
+use bdia_train::cli::{BackendKind, Mode, name_of};
 use bdia_train::machine::{self, Work, for_kind};
 use bdia_train::report::{self, Chart, Metrics, Record, Series};
 use bdia_train::{Failure, ranks, run};
@@ -31,12 +37,6 @@ use crate::batch::{Batches, chunk_of};
 use crate::cli::{Embeddings, Size, TrainArgs};
 use crate::data::Dataset;
 use crate::translate::{Encoded, Sentence, TOGETHER, dataset, digest, loss, score, translations};
-use bdia_models::seq2seq::config::TranslationConfig;
-use bdia_models::seq2seq::decode::{Search, Sizes};
-use bdia_models::seq2seq::files::{load_weights, save_weights};
-use bdia_models::seq2seq::model::{Inference, Setup, Shape, Step, Tokens, Translator};
-use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
-use bdia_train::cli::{BackendKind, Mode, name_of};
 
 /// A line of `metrics.jsonl`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -5,8 +5,13 @@ use std::io::{BufRead, BufReader, Write};
 use bdia_core::backend::Backend;
 use bdia_core::{Gamma, Grid, Layout, Sign, stack};
 use bdia_models::files::write_bytes;
+use bdia_models::seq2seq::config::TranslationConfig;
+use bdia_models::seq2seq::decode::{Search, Sizes};
 use bdia_models::seq2seq::files::load_weights;
+use bdia_models::seq2seq::model::{Inference, Setup, Tokens, Translator};
+use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
 use bdia_models::weights;
+use bdia_train::cli::{self, BackendKind};
 use bdia_train::machine::{self, Work, for_kind};
 use bdia_train::scores::{bleu, chrf};
 use bdia_train::{Failure, checkpoint, report, run};
@@ -14,11 +19,6 @@ use bdia_train::{Failure, checkpoint, report, run};
 use crate::batch::{Batches, chunk_of};
 use crate::cli::{EvalArgs, SearchArgs, TrainArgs, TranslateArgs};
 use crate::data::{Dataset, Pair, Source, read, references};
-use bdia_models::seq2seq::config::TranslationConfig;
-use bdia_models::seq2seq::decode::{Search, Sizes};
-use bdia_models::seq2seq::model::{Inference, Setup, Tokens, Translator};
-use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
-use bdia_train::cli::{self, BackendKind};
 
 /// Pairs as tokens, without those that are too long for the model.
 #[derive(Debug, Clone, Default)]

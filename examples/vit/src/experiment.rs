@@ -1,6 +1,7 @@
 //! `experiment`: many runs, and what they show. The files are those of [`bdia_train::study`].
 
 use bdia_core::{Gamma, Sign};
+use bdia_models::vit::model::Inference;
 use bdia_train::Failure;
 use bdia_train::cli::{GammaSign, Mode, name_of};
 use bdia_train::report::{self, Series};
@@ -8,7 +9,6 @@ use bdia_train::study::{self, Table};
 
 use crate::cli::{Experiment, ExperimentArgs, Network, TrainArgs};
 use crate::train::{self, Metric, Summary};
-use bdia_models::vit::model::Inference;
 
 type Study<'a> = study::Study<'a, TrainArgs, Summary>;
 type Cell = study::Cell<TrainArgs>;

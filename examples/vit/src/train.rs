@@ -18,10 +18,13 @@ use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Gamma, Grid, Layout, Sign, stack};
 use bdia_models::files::FileError;
+use bdia_models::vit::config::VitConfig;
 use bdia_models::vit::files::{load_weights, save_weights};
+use bdia_models::vit::model::{Inference, Outcome, Setup, Step, Vit};
 use bdia_models::weights;
 use bdia_train::alloc::{Counting, peak_rss_bytes};
 use bdia_train::checkpoint::{self, Header};
+use bdia_train::cli::{self, BackendKind, MachineArgs, Mode, name_of};
 use bdia_train::machine::{self, Work};
 use bdia_train::report::{self, Chart, Metrics, Record, Series};
 use bdia_train::{Failure, ranks, run};
@@ -30,9 +33,6 @@ use serde::{Deserialize, Serialize};
 use crate::augment::{Augment, apply};
 use crate::cli::{AugmentKind, EvalArgs, Network, Size, TrainArgs};
 use crate::data::{Dataset, Images};
-use bdia_models::vit::config::VitConfig;
-use bdia_models::vit::model::{Inference, Outcome, Setup, Step, Vit};
-use bdia_train::cli::{self, BackendKind, MachineArgs, Mode, name_of};
 
 /// A line of `metrics.jsonl`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

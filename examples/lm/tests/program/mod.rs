@@ -66,6 +66,40 @@ pub fn train(data: &Path, out: &Path, flags: &str) -> Command {
     c
 }
 
+/// A committed model of `bdia-models`.
+pub fn model(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/data/gpt2").join(name)
+}
+
+/// 3000 tokens of a small vocabulary, with a pattern to learn.
+pub fn tokens_below(dir: &Dir, vocab: u16) -> PathBuf {
+    dir.file(
+        "tokens.bin",
+        &(0..3000_u16).flat_map(|i| (i * 7 % 31 % vocab).to_le_bytes()).collect::<Vec<_>>(),
+    )
+}
+
+/// `finetune` on tokens, six steps.
+pub fn tune(tokens: &Path, weights: &Path, out: &Path) -> Command {
+    let mut c = program();
+    c.args([
+        "finetune",
+        "--task",
+        "text",
+        "--steps",
+        "6",
+        "--batch",
+        "2",
+        "--context",
+        "15",
+        "--threads",
+        "1",
+    ]);
+    c.args(["--eval-interval", "3", "--checkpoint-interval", "2", "--data"]).arg(tokens);
+    c.arg("--weights").arg(weights).arg("--out").arg(out);
+    c
+}
+
 /// `train --resume`, with these flags.
 pub fn resume(dir: &Path, flags: &str) -> Command {
     let mut c = program();

@@ -1,6 +1,8 @@
 //! State files and small models for the tests.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod transformers;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 
@@ -8,7 +10,7 @@ use bdia_core::backend::Gelu;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::{Gamma, Grid, Layout, Real, Reference, Sign};
-use bdia_gpt2::model::{Dims, Gpt2, Setup};
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use safetensors::{Dtype, SafeTensors};
 
 /// A state file in memory: f64 and i32 tensors and the metadata.
@@ -19,7 +21,7 @@ pub struct State {
 }
 
 pub fn data(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/gpt2").join(name)
 }
 
 pub fn state(name: &str) -> State {

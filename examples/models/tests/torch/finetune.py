@@ -1,4 +1,4 @@
-"""One masked fine-tuning step of `../data/hf_tied`, all parameters and LoRA, by transformers and PEFT in float64.
+"""One masked fine-tuning step of `../data/gpt2/hf_tied`, all parameters and LoRA, by transformers and PEFT in float64.
 
 B samples of a prompt, a completion and padding; T tokens with the last one, which is only a target. R = 2r: PEFT has one
 adapter of c_attn where the program has one of the queries and one of the values.
@@ -89,9 +89,9 @@ def plain(name):
 
 def main():
     args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "../data")
+    args.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "../data/gpt2")
     out = args.parse_args().out
-    source = Path(__file__).resolve().parent / "../data/hf_tied"
+    source = Path(__file__).resolve().parent / "../data/gpt2/hf_tied"
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

@@ -366,7 +366,7 @@ def largest_difference(a, b):
 
 def main():
     args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "../data")
+    args.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "../data/gpt2")
     out = args.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

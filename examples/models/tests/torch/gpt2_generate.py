@@ -64,7 +64,7 @@ def follow(m, batch, s):
 
 def main():
     args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "../data")
+    args.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "../data/gpt2")
     out = args.parse_args().out / "hf_generate"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

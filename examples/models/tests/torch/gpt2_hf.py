@@ -109,7 +109,7 @@ def check_reference():
 
 def main():
     args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "../data")
+    args.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "../data/gpt2")
     out = args.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()

@@ -4,7 +4,7 @@ Written for this purpose without the Rust code. Blocks, attention, masks and nor
 embeddings, positions and the head, which torch.nn.Transformer does not have, are added here. Autograd gives every gradient,
 in float64.
 
-    python translation_f64.py ../data        writes shared_f64 and separate_f64 .safetensors
+    python translation_f64.py ../data/seq2seq        writes shared_f64 and separate_f64 .safetensors
 """
 
 import sys

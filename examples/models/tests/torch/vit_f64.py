@@ -4,7 +4,7 @@ Written for this purpose from the papers' formulas, without the Rust code: shift
 self-attention (Lee, Lee and Song, 2021; shifts of one pixel), the plain vision transformer (Dosovitskiy et al., 2021) and
 the two-stream reversible one (Mangalam et al., 2022). Autograd gives every gradient, in float64.
 
-    python vit_f64.py ../data        writes small_f64, plain_f64 and revvit_f64 .safetensors
+    python vit_f64.py ../data/vit        writes small_f64, plain_f64 and revvit_f64 .safetensors
 """
 
 import sys

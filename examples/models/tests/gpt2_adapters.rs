@@ -1,28 +1,25 @@
 //! Fine-tuning against transformers and PEFT (`tests/torch/finetune.py`), adapters as files, 16-bit
-//! storage, and the program.
+//! storage.
 #![allow(clippy::unwrap_used)]
 
 mod common;
-mod program;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
 use bdia_core::backend::Half;
 use bdia_core::layers::LoraShape;
 use bdia_core::optim::Rule;
-use bdia_core::plan::Choice;
+use bdia_core::plan::{Choice, fit};
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Gamma, Reals, Reference, Sign, Storage};
+use bdia_core::{Error, Gamma, NnOps, Reals, Reference, Sign, Storage};
 use bdia_cpu::Cpu;
-use bdia_gpt2::adapter::{self, Adapter};
-use bdia_gpt2::cli::BackendKind;
-use bdia_gpt2::config::Gpt2Config;
-use bdia_gpt2::machine;
-use bdia_gpt2::model::{Adapters, Gpt2, Inference, Named, Setup, Step};
-use bdia_gpt2::weights::Weights;
+use bdia_models::files::testing::TempDir;
+use bdia_models::gpt2::adapter::{self, Adapter};
+use bdia_models::gpt2::files::load_base;
+use bdia_models::gpt2::model::{Adapters, Inference, Named, Setup, Step};
+use bdia_models::gpt2::{Gpt2, Gpt2Config, Size};
+use bdia_models::weights::Weights;
 use common::{Memory, State, data, grid, lay_out, small, state};
-use program::{Dir, bad, content, copy, good, metrics, program};
 
 const STEP: Step = Step { step: 0, seed: 3, lr: 0.0, weight_decay: 0.0, clip: 0.0 };
 const SHAPE: LoraShape = LoraShape { rank: 4, alpha: 32.0 };
@@ -48,7 +45,7 @@ fn length(s: &State, i: usize) -> usize {
 fn setup(mode: Mode, adapters: Option<Adapters>) -> Setup {
     let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     Setup {
-        dims: machine::dims(&config),
+        dims: config.dims(),
         batch: 3,
         accumulate: 1,
         context: 15,
@@ -269,7 +266,7 @@ fn trained(dir: &str, setup: &Setup, chunk: usize) -> (Vec<u64>, Vec<u32>, u64) 
     let config = Gpt2Config::read_dir(&data(dir)).unwrap();
     let batch = batch(&state("finetune.safetensors"));
     let (mut model, mut be) = on_cpu(setup, chunk);
-    machine::load_base(&data(dir), &config, &mut be, &model).unwrap();
+    load_base(&data(dir), &config, &mut be, &model).unwrap();
     model.initialize_adapters(&mut be, 1).unwrap();
     let (mut losses, mut mismatches) = (Vec::new(), 0);
     for i in 0..6 {
@@ -320,7 +317,7 @@ fn other_weights_are_rounded() {
     for half in [Half::Bf16, Half::F16] {
         let (model, mut be) =
             on_cpu(&setup(Mode::Bdia, Some(Adapters { shape: SHAPE, half: Some(half) })), 1);
-        machine::load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
+        load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
         let mut narrow = 0;
         for t in model.tensors() {
             let mut values = vec![0.0; t.len()];
@@ -347,15 +344,15 @@ fn other_weights_are_rounded() {
 /// What is saved has the tensors that PEFT saved, bit for bit, and the settings that PEFT needs.
 #[test]
 fn adapters_are_saved_as_peft_saves_them() {
-    let dir = Dir::new();
+    let dir = TempDir::new();
     let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     let (model, mut be) =
         on_cpu(&setup(Mode::Bdia, Some(Adapters { shape: SHAPE, half: None })), 1);
-    let digest = machine::load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
+    let digest = load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
     for (place, values) in load_adapter(&model) {
         be.write_reals(place, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()).unwrap();
     }
-    adapter::save(&dir.at(""), &be, &model, "hf_tied", &digest).unwrap();
+    adapter::save(dir.path(), &be, &model, "hf_tied", &digest).unwrap();
     let read = |path: PathBuf| {
         let bytes = std::fs::read(path).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -371,7 +368,8 @@ fn adapters_are_saved_as_peft_saves_them() {
     let plain = |bytes: &[u8]| -> Vec<f32> {
         bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b) + 0.0).collect()
     };
-    let (ours, theirs) = (read(dir.at(adapter::FILE)), read(data("peft_qv").join(adapter::FILE)));
+    let (ours, theirs) =
+        (read(dir.path().join(adapter::FILE)), read(data("peft_qv").join(adapter::FILE)));
     assert_eq!(ours.len(), theirs.len());
     for (a, b) in ours.iter().zip(&theirs) {
         assert_eq!((&a.0, &a.1, a.2), (&b.0, &b.1, b.2));
@@ -381,7 +379,7 @@ fn adapters_are_saved_as_peft_saves_them() {
         serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
     };
     let theirs = json(data("peft_qv").join(adapter::CONFIG));
-    for (key, value) in json(dir.at(adapter::CONFIG)) {
+    for (key, value) in json(dir.path().join(adapter::CONFIG)) {
         assert_eq!(theirs[&key], value, "{key}");
     }
 }
@@ -394,7 +392,7 @@ fn merged_adapters_compute_what_peft_does() {
     let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     for (dir, key) in [("peft_qv", "lora.logits"), ("peft_full", "other.logits")] {
         let (mut model, mut be) = on_cpu(&setup(Mode::Standard, None), 1);
-        let digest = machine::load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
+        let digest = load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
         Adapter::open(&data(dir), &config).unwrap().merge(&mut be, &model, &digest).unwrap();
         for (i, tokens) in tokens.chunks(15).enumerate() {
             let float = Inference::Float(Gamma::new(0.0, Sign::Plus).unwrap());
@@ -408,50 +406,13 @@ fn merged_adapters_compute_what_peft_does() {
     }
 }
 
-/// `check_ours.py` over adapters: PEFT loads what a run of the program leaves, and gives the same
-/// logits.
-#[test]
-fn peft_reads_the_adapters_of_a_run() {
-    let Some(python) = std::env::var_os("BDIA_PYTHON") else {
-        println!(
-            "skipped: BDIA_PYTHON names no Python with torch, transformers and PEFT (tests/torch/README.md)"
-        );
-        return;
-    };
-    let dir = Dir::new();
-    let (tokens, out) = (tokens_below(&dir, 61), dir.at("run"));
-    good(tune(&tokens, &data("hf_tied"), &out).args(["--method", "lora", "--lr", "1e-2"]));
-    let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
-    let (mut model, mut be) = on_cpu(&setup(Mode::Standard, None), 1);
-    let digest = machine::load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
-    Adapter::open(&out, &config).unwrap().merge(&mut be, &model, &digest).unwrap();
-    let tokens: Vec<i32> = (0..15).map(|i| i * 7 % 61).collect();
-    let float = Inference::Float(Gamma::new(0.0, Sign::Plus).unwrap());
-    let logits = model.logits(&mut be, &tokens, 0..15, float).unwrap();
-    let tokens: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
-    let logits: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
-    let view =
-        |dtype, shape, bytes| safetensors::tensor::TensorView::new(dtype, shape, bytes).unwrap();
-    let probe = [
-        ("tokens", view(safetensors::Dtype::I32, vec![1, 15], &tokens)),
-        ("logits", view(safetensors::Dtype::F32, vec![1, 15, 61], &logits)),
-    ];
-    std::fs::write(out.join("probe.safetensors"), safetensors::serialize(probe, None).unwrap())
-        .unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/torch/check_ours.py");
-    let said = good(
-        Command::new(python).arg("-B").arg(script).arg(&out).arg("--base").arg(data("hf_tied")),
-    );
-    println!("{}", said.out);
-}
-
 /// GPT-2 355M, four samples of 256 tokens, two threads: what the README says about memory.
 #[test]
 fn plans_of_the_355m_model() {
-    let config = Gpt2Config::preset(bdia_gpt2::cli::Size::Medium);
+    let config = Gpt2Config::preset(Size::Medium);
     let plan = |adapters| {
         let setup = Setup {
-            dims: machine::dims(&config),
+            dims: config.dims(),
             batch: 4,
             context: 256,
             rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }),
@@ -460,7 +421,8 @@ fn plans_of_the_355m_model() {
             library: Cpu::library_bytes(2),
             ..setup(Mode::Bdia, adapters)
         };
-        machine::lay_out(&setup, BackendKind::Cpu, None, None).unwrap().2.total()
+        let choices = Cpu::rows().choices(setup.batch, setup.context);
+        fit(None, choices, |choice| Gpt2::layout::<Cpu>(&setup, choice)).unwrap().2.total()
     };
     let of = |half| plan(Some(Adapters { shape: SHAPE, half }));
     let (full, lora, bf16) = (plan(None), of(None), of(Some(Half::Bf16)));
@@ -481,350 +443,4 @@ fn settings_that_do_not_fit() {
     assert!(lay(LoraShape { rank: 0, ..SHAPE }).contains("LoRA rank"));
     assert!(lay(LoraShape { rank: 13, ..SHAPE }).contains("1 up to the width"));
     assert!(lay(LoraShape { alpha: f64::NAN, ..SHAPE }).contains("LoRA alpha"));
-}
-
-fn tokens_below(dir: &Dir, vocab: u16) -> PathBuf {
-    dir.file(
-        "tokens.bin",
-        &(0..3000_u16).flat_map(|i| (i * 7 % 31 % vocab).to_le_bytes()).collect::<Vec<_>>(),
-    )
-}
-
-/// `finetune` on tokens, six steps.
-fn tune(tokens: &Path, weights: &Path, out: &Path) -> Command {
-    let mut c = program();
-    c.args([
-        "finetune",
-        "--task",
-        "text",
-        "--steps",
-        "6",
-        "--batch",
-        "2",
-        "--context",
-        "15",
-        "--threads",
-        "1",
-    ]);
-    c.args(["--eval-interval", "3", "--checkpoint-interval", "2", "--data"]).arg(tokens);
-    c.arg("--weights").arg(weights).arg("--out").arg(out);
-    c
-}
-
-#[test]
-fn runs_go_on_with_the_same_bits() {
-    let dir = Dir::new();
-    let tokens = tokens_below(&dir, 61);
-    for method in ["full", "lora"] {
-        let (whole, part) = (dir.at(&format!("{method}-whole")), dir.at(&format!("{method}-part")));
-        let base = dir.at(&format!("{method}-base"));
-        copy(&data("hf_tied"), &base);
-        good(tune(&tokens, &base, &whole).args(["--method", method, "--lr", "1e-2"]));
-        copy(&whole, &part);
-        std::fs::remove_file(part.join("step-00000006.ckpt")).unwrap();
-        let files: &[&str] = if method == "full" {
-            &["model.safetensors"]
-        } else {
-            &[adapter::FILE, adapter::CONFIG]
-        };
-        files.iter().for_each(|f| std::fs::remove_file(part.join(f)).unwrap());
-        if method == "full" {
-            // Its weights are in the checkpoint.
-            std::fs::remove_dir_all(base).unwrap();
-        }
-        good(program().args(["finetune", "--resume"]).arg(&part));
-        assert_eq!(metrics(&whole), metrics(&part), "{method}");
-        for file in files.iter().copied().chain(["step-00000006.ckpt"]) {
-            assert_eq!(
-                std::fs::read(whole.join(file)).unwrap(),
-                std::fs::read(part.join(file)).unwrap(),
-                "{file}"
-            );
-        }
-        bad(
-            program().args(["finetune", "--lr", "3", "--resume"]).arg(&part),
-            &["--lr is 3.0, the run has 0.01"],
-        );
-        // A run of the other subcommand is none of this one.
-        bad(program().args(["train", "--resume"]).arg(&part), &["not the flags of a run"]);
-    }
-    // All that `eval` and `merge` do with the adapters is one thing.
-    let (lora, merged) = (dir.at("lora-whole"), dir.at("merged"));
-    let tied = data("hf_tied");
-    let merge = || {
-        let mut c = program();
-        c.arg("merge")
-            .arg("--weights")
-            .arg(&tied)
-            .arg("--adapter")
-            .arg(&lora)
-            .arg("--out")
-            .arg(&merged);
-        c
-    };
-    good(&mut merge());
-    let eval = |weights: &Path, adapter: Option<&Path>| {
-        let mut c = program();
-        c.args(["eval", "--context", "15", "--threads", "1", "--json", "--data"])
-            .arg(&tokens)
-            .arg("--weights")
-            .arg(weights);
-        adapter.map(|a| c.arg("--adapter").arg(a));
-        good(&mut c).json()["loss"].as_f64().unwrap()
-    };
-    assert_eq!(eval(&merged, None), eval(&tied, Some(&lora)));
-    assert!(eval(&merged, None) < eval(&tied, None));
-    // Nothing is overwritten.
-    let before = content(&merged);
-    bad(&mut merge(), &["there is a model already"]);
-    assert_eq!(content(&merged), before);
-    // Adapters of another model: by their digest, or by their shapes.
-    let wrong = |weights: &Path, adapter: &Path, words: &[&str]| {
-        let mut c = program();
-        c.args(["eval", "--context", "15", "--threads", "1", "--data"])
-            .arg(&tokens)
-            .arg("--weights")
-            .arg(weights);
-        bad(c.arg("--adapter").arg(adapter), words);
-    };
-    wrong(&merged, &lora, &["belong to another model", "xxh3:"]);
-    let other = dir.at("other");
-    let mut train = program();
-    train.args(
-        "train --layers 2 --heads 2 --width 16 --context 16 --vocab 61 --steps 1 --batch 1 --threads 1".split(' '),
-    );
-    good(train.arg("--data").arg(&tokens).arg("--out").arg(&other));
-    wrong(
-        &other,
-        &lora,
-        &["unexpected: base_model.model.transformer.h.2", "has shape [8, 24], expected [8, 16]"],
-    );
-}
-
-#[test]
-fn adapters_that_are_none() {
-    let dir = Dir::new();
-    let tokens = tokens_below(&dir, 61);
-    let check = |name: &str,
-                 change: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>),
-                 words: &[&str]| {
-        let at = dir.at(name);
-        copy(&data("peft_qv"), &at);
-        let path = at.join(adapter::CONFIG);
-        let mut map = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        change(&mut map);
-        std::fs::write(&path, serde_json::to_vec(&map).unwrap()).unwrap();
-        let mut c = program();
-        c.args(["eval", "--context", "15", "--threads", "1", "--data"]).arg(&tokens);
-        bad(c.arg("--weights").arg(data("hf_tied")).arg("--adapter").arg(&at), words);
-    };
-    check(
-        "type",
-        &|m| drop(m.insert("peft_type".into(), "IA3".into())),
-        &["peft_type: expected \"LORA\", found \"IA3\""],
-    );
-    check(
-        "modules",
-        &|m| drop(m.insert("target_modules".into(), vec!["c_proj"].into())),
-        &["target_modules", "c_proj"],
-    );
-    check("rank", &|m| drop(m.insert("r".into(), 0.into())), &["r: expected a whole number"]);
-    check(
-        "rank2",
-        &|m| drop(m.insert("r".into(), 2.into())),
-        &["has shape [8, 24], expected [2, 24]"],
-    );
-    check(
-        "alpha",
-        &|m| drop(m.remove("lora_alpha")),
-        &["lora_alpha: expected a number, found nothing"],
-    );
-    check(
-        "dora",
-        &|m| drop(m.insert("use_dora".into(), true.into())),
-        &["use_dora: expected false"],
-    );
-    check(
-        "saved",
-        &|m| drop(m.insert("modules_to_save".into(), vec!["wte"].into())),
-        &["modules_to_save"],
-    );
-    check("bias", &|m| drop(m.insert("bias".into(), "all".into())), &["bias: expected \"none\""]);
-    // Not even a file, and a value that is no number.
-    let mut c = program();
-    c.args(["eval", "--data"]).arg(&tokens).arg("--weights").arg(data("hf_tied"));
-    bad(c.arg("--adapter").arg(dir.at("nothing")), &["adapter_config.json"]);
-    let at = dir.at("nan");
-    copy(&data("peft_qv"), &at);
-    let mut bytes = std::fs::read(at.join(adapter::FILE)).unwrap();
-    let end = bytes.len();
-    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
-    std::fs::write(at.join(adapter::FILE), bytes).unwrap();
-    let mut c = program();
-    c.args(["eval", "--context", "15", "--data"])
-        .arg(&tokens)
-        .arg("--weights")
-        .arg(data("hf_tied"));
-    bad(c.arg("--adapter").arg(&at), &["lora_B", "is NaN"]);
-}
-
-#[test]
-fn weights_that_cannot_be_tuned() {
-    let dir = Dir::new();
-    let (tokens, out) = (tokens_below(&dir, 61), dir.at("run"));
-    good(tune(&tokens, &data("hf_tied"), &out).args(["--method", "lora"]));
-    let before = content(&out);
-    let refused = |weights: &Path, flags: &[&str], words: &[&str]| {
-        bad(tune(&tokens, weights, &out).args(flags), words);
-        assert_eq!(content(&out), before, "{words:?}: something was overwritten");
-    };
-    let change = |name: &str, value: f32| {
-        let at = dir.at(name);
-        copy(&data("hf_tied"), &at);
-        let path = at.join("model.safetensors");
-        let mut bytes = std::fs::read(&path).unwrap();
-        // The file ends with h.2.mlp.c_proj.weight, ln_f and the embeddings; it is enough to find a
-        // matrix of a block.
-        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let json: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
-        let start =
-            json["transformer.h.1.mlp.c_fc.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
-        bytes[8 + header + start..][..4].copy_from_slice(&value.to_le_bytes());
-        std::fs::write(path, bytes).unwrap();
-        at
-    };
-    let nan = change("nan", f32::NAN);
-    for method in ["full", "lora"] {
-        refused(&nan, &["--method", method], &["h.1.mlp.c_fc.weight", "element 0 is NaN"]);
-    }
-    let large = change("large", 1e5);
-    let narrow = ["--method", "lora", "--frozen-dtype", "f16"];
-    refused(&large, &narrow, &["h.1.mlp.c_fc.weight: 100000 does not fit", "--frozen-dtype"]);
-    good(tune(&tokens, &data("hf_tied"), &dir.at("f16")).args(narrow));
-    refused(&dir.at("no/such"), &[], &["config.json"]);
-    refused(&data("hf_tied"), &["--lora-rank", "2"], &["belong to --method lora"]);
-    refused(
-        &data("hf_tied"),
-        &["--method", "lora", "--lora-rank", "100"],
-        &["LoRA rank is 100", "the width"],
-    );
-    refused(&data("hf_tied"), &["--loss-on", "all"], &["--loss-on belongs to tasks of pairs"]);
-    refused(&data("hf_tied"), &["--prompt-column", "a"], &["belong to --task pairs"]);
-    let mut c = program();
-    c.args(["finetune", "--data"])
-        .arg(&tokens)
-        .arg("--weights")
-        .arg(data("hf_tied"))
-        .arg("--out")
-        .arg(&out);
-    bad(&mut c, &["tokens.bin: expected a file whose name ends in .csv, .tsv or .jsonl"]);
-    assert_eq!(content(&out), before);
-    // The weights change under a run.
-    let moved = dir.at("moved");
-    copy(&data("hf_tied"), &moved);
-    let second = dir.at("second");
-    good(tune(&tokens, &moved, &second).args(["--method", "lora"]));
-    copy(&change("moved-on", 0.5), &moved);
-    bad(
-        program().args(["finetune", "--resume"]).arg(&second),
-        &["the run began with weights with digest xxh3:"],
-    );
-    // By name, without a network or a build for it.
-    let mut c = program();
-    c.args(["finetune", "--model", "openai-community/gpt2", "--data"])
-        .arg(&tokens)
-        .env("HF_HOME", dir.at("cache"));
-    c.env("HF_ENDPOINT", "http://127.0.0.1:1");
-    bad(
-        &mut c,
-        &[
-            "--weights",
-            "config.json and model.safetensors of https://huggingface.co/openai-community/gpt2",
-        ],
-    );
-}
-
-/// Pairs, with GPT-2's vocabulary: they are learned, in all methods, and counted.
-#[test]
-fn pairs_are_learned() {
-    let dir = Dir::new();
-    let base = dir.at("base");
-    let text = "The inn by the river serves tea. ".repeat(40);
-    let mut c = program();
-    c.args(
-        "train --layers 2 --heads 2 --width 16 --context 32 --steps 2 --batch 2 --threads 2 --data"
-            .split(' '),
-    );
-    good(c.arg(dir.file("text.txt", text.as_bytes())).arg("--out").arg(&base));
-    let rows: String = (0..20)
-        .map(|i| format!("\"name[Inn {i}], food[tea]\",\"Inn {i}\r\nserves tea.\"\r\n"))
-        .collect();
-    let csv = dir.file("e2e.csv", format!("mr,ref\r\n{rows}").as_bytes());
-    let tune = |out: &Path, flags: &str| {
-        let mut c = program();
-        c.args("finetune --batch 4 --threads 2 --json --data".split(' '))
-            .arg(&csv)
-            .arg("--validation")
-            .arg(&csv);
-        c.arg("--weights").arg(&base).arg("--out").arg(out).args(flags.split_whitespace());
-        c
-    };
-    let mut losses = Vec::new();
-    for (name, flags) in
-        [("full", "--lr 1e-2"), ("lora", "--method lora --lr 1e-1 --frozen-dtype bf16")]
-    {
-        let said = good(&mut tune(&dir.at(name), &format!("{flags} --epochs 4")));
-        assert!(
-            said.err.contains("20 training and 20 validation examples")
-                && said.err.contains("4.00 passes")
-        );
-        let json = said.json();
-        assert_eq!(json["steps"], 20);
-        assert!(said.out.contains("perplexity"), "{}", said.out);
-        losses.push(json["val_loss"].as_f64().unwrap());
-        let mut c = program();
-        c.args("eval --task e2e --threads 2 --json --data".split(' ')).arg(&csv);
-        match name {
-            "full" => c.arg("--weights").arg(dir.at(name)),
-            _ => c.arg("--weights").arg(&base).arg("--adapter").arg(dir.at(name)),
-        };
-        let evaluated = good(&mut c).json()["loss"].as_f64().unwrap();
-        // The frozen weights were rounded to bf16 in one of them.
-        assert!(
-            (evaluated - losses[losses.len() - 1]).abs() < 2e-2,
-            "{name}: {evaluated} {losses:?}"
-        );
-    }
-    let start = good(
-        program()
-            .args("eval --task e2e --threads 2 --json --data".split(' '))
-            .arg(&csv)
-            .arg("--weights")
-            .arg(&base),
-    );
-    let start = start.json()["loss"].as_f64().unwrap();
-    assert!(losses[0] < start - 1.0 && losses[1] < start - 0.1, "{start} {losses:?}");
-
-    let said = good(&mut tune(&dir.at("short"), "--steps 1 --context 16"));
-    assert!(said.err.contains("20 example(s) cut to 16 tokens, 0 dropped"), "{}", said.err);
-    bad(&mut tune(&dir.at("none"), "--context 4"), &["every prompt is longer"]);
-    bad(
-        &mut tune(&dir.at("none"), "--task pairs"),
-        &["no column \"prompt\"; the columns are \"mr\", \"ref\""],
-    );
-    bad(&mut tune(&dir.at("none"), "--epochs 4 --steps 3"), &["cannot be used with"]);
-    good(&mut tune(
-        &dir.at("pairs"),
-        "--task pairs --prompt-column ref --completion-column mr --loss-on all --steps 1",
-    ));
-    let latin = dir.file("latin.csv", b"mr,ref\nname[Caf\xe9],tea\n");
-    bad(
-        program().args(["finetune", "--data"]).arg(&latin).arg("--weights").arg(&base),
-        &["line 2", "not valid UTF-8"],
-    );
-    let empty = dir.file("empty.csv", b"mr,ref\nname[a],b\nname[c],\n");
-    bad(
-        program().args(["finetune", "--data"]).arg(&empty).arg("--weights").arg(&base),
-        &["line 3", "completion is empty"],
-    );
 }
