@@ -21,5 +21,6 @@ pub mod scores;
 pub mod study;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod trainer;
 
 pub use error::Failure;

@@ -122,10 +122,10 @@ pub fn part(batch: usize, ranks: usize) -> Result<usize, Failure> {
     Ok(batch / ranks)
 }
 
-/// Counts the buffers of gradients on their way, for groups of these lengths.
-pub fn plan(layout: &mut Layout, lens: &[usize], ranks: usize) {
+/// Counts the buffers of gradients on their way, for groups of up to `len` values.
+pub fn plan(layout: &mut Layout, len: usize, ranks: usize) {
     if ranks > 1 {
-        lens.iter().for_each(|&n| layout.outside(Category::Exchange, buffer_bytes(n, ranks)));
+        layout.outside(Category::Exchange, buffer_bytes(len, ranks));
     }
 }
 
