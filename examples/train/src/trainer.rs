@@ -150,7 +150,8 @@ pub trait Task {
     /// Weights that cannot be used.
     fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure>;
 
-    /// Writes the files that belong to a run that begins, its flags apart.
+    /// Writes the files that belong to a run that begins. Its flags are there already; a task that
+    /// has found out something that belongs to them writes them anew.
     ///
     /// # Errors
     /// Files that cannot be written.
@@ -493,8 +494,8 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
             self.task.start(be, false)?;
             if be.rank() == 0 {
                 run::replace(&self.out)?;
-                self.task.record(&self.out)?;
                 run::save(&self.out, &self.args)?;
+                self.task.record(&self.out)?;
             }
             return Ok((0, Vec::new()));
         };
