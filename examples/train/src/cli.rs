@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use bdia_core::optim::{Decay, Rule, Schedule};
 use bdia_core::{FloatGamma, Gamma, Grid, Sign};
 use bdia_models::config::{self, Training};
-use bdia_models::gpt2;
+use bdia_models::gpt2::config as gpt2;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, ValueEnum};
 use serde::de::DeserializeOwned;
