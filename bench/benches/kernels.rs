@@ -11,8 +11,8 @@ use bdia_bench::roof::{DeviceRoof, Roof};
 use bdia_core::backend::Backend;
 use bdia_cpu::Cpu;
 use bdia_cuda::Cuda;
-use bdia_gpt2::cli::{BackendKind, MachineArgs, PrecisionKind};
-use bdia_gpt2::machine;
+use bdia_train::cli::{BackendKind, MachineArgs, PrecisionKind};
+use bdia_train::machine;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 fn group<B: Backend<Real = f32>>(c: &mut Criterion, name: &str, mut bench: Bench<B>, be: &mut B) {

@@ -124,7 +124,7 @@ def save(named, path):
 
 
 def adamw(model, args):
-    """The fused AdamW: the fastest that PyTorch has. As in bdia-gpt2 only matrices decay."""
+    """The fused AdamW: the fastest that PyTorch has. As in bdia-lm only matrices decay."""
     import torch
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]

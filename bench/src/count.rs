@@ -22,7 +22,7 @@
 //! | dropout | | `1` a value, in each pass |
 
 use bdia_core::backend::Gelu;
-use bdia_gpt2::cli::Mode;
+use bdia_train::cli::Mode;
 
 use crate::job::{Architecture, Job};
 
@@ -61,7 +61,7 @@ pub fn stages(job: &Job) -> Vec<Stage> {
     let t = job.tokens() as f64;
     let shape = match job.model.architecture(job) {
         Architecture::Gpt2(config) => {
-            let d = bdia_gpt2::machine::dims(&config);
+            let d = config.dims();
             let [input, attention, residual] = d.dropout;
             Shape {
                 width: d.width,

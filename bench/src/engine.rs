@@ -13,13 +13,15 @@ use bdia_core::plan::Choice;
 use bdia_core::{Error, Gamma, Grid, Reference, Sign, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::Cuda;
-use bdia_gpt2::alloc::Counting;
-use bdia_gpt2::cli::{BackendKind, Mode};
-use bdia_gpt2::config::Gpt2Config;
-use bdia_gpt2::machine;
-use bdia_gpt2::model as gpt2;
-use bdia_train::weights::FILE;
-use bdia_vit::model as vit;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::files as gpt2_files;
+use bdia_models::gpt2::model as gpt2;
+use bdia_models::vit::files as vit_files;
+use bdia_models::vit::model as vit;
+use bdia_models::weights::FILE;
+use bdia_train::alloc::Counting;
+use bdia_train::cli::{BackendKind, Mode};
+use bdia_train::machine;
 
 use crate::Failure;
 use crate::job::{Architecture, Job, Part, Record, median};
@@ -40,22 +42,22 @@ pub fn run(job: &Job) -> Result<Record, Failure> {
     let settings = settings(job)?;
     match &architecture {
         Architecture::Gpt2(config) => {
+            let setup = gpt2(job, config, &settings);
             let (choice, model, layout) =
-                machine::lay_out(&gpt2(job, config, &settings), job.backend, None, None)?;
-            on_backend(job, &architecture, model, choice, &layout)
+                machine::lay_out::<gpt2::Gpt2>(&setup, job.backend, 1, None, None)?;
+            on_backend(job, model, choice, &layout)
         }
         Architecture::Vit(dims) => {
             let setup = vit(job, *dims, &settings);
             let (choice, model, layout) =
-                bdia_vit::train::lay_out(&setup, job.backend, None, None)?;
-            on_backend(job, &architecture, model, choice, &layout)
+                machine::lay_out::<vit::Vit>(&setup, job.backend, 1, None, None)?;
+            on_backend(job, model, choice, &layout)
         }
     }
 }
 
 fn on_backend<N: Network>(
     job: &Job,
-    architecture: &Architecture,
     model: N,
     choice: Choice,
     layout: &Layout,
@@ -65,23 +67,14 @@ fn on_backend<N: Network>(
         BackendKind::Cpu => {
             let mut be = machine::cpu(&job.machine(), layout, job.threads)?;
             let (mut record, scratch, model) =
-                train(job, architecture, &mut be, model, choice, layout, base, None)?;
+                train(job, &mut be, model, choice, layout, base, None)?;
             record.parts = parts(&be, &model, layout, scratch as u64)?;
             Ok(record)
         }
         BackendKind::Cuda => {
             let mut be = machine::cuda(&job.machine(), layout)?;
-            let mut record = train(
-                job,
-                architecture,
-                &mut be,
-                model,
-                choice,
-                layout,
-                base,
-                Some(Cuda::take_times),
-            )?
-            .0;
+            let mut record =
+                train(job, &mut be, model, choice, layout, base, Some(Cuda::take_times))?.0;
             let times = be.times().map_err(bdia_train::Failure::from)?;
             record.seconds_on_device = times.seconds;
             record.times =
@@ -95,7 +88,7 @@ fn on_backend<N: Network>(
             let (mut ints, mut reals, mut words) =
                 (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
             let mut be = Reference::new(layout, &mut ints, &mut reals, &mut words)?;
-            Ok(train(job, architecture, &mut be, model, choice, layout, base, None)?.0)
+            Ok(train(job, &mut be, model, choice, layout, base, None)?.0)
         }
     }
 }
@@ -110,19 +103,20 @@ pub fn init(job: &Job, dir: &Path) -> Result<(), Failure> {
     match job.model.architecture(job) {
         Architecture::Gpt2(config) => {
             let setup = gpt2::Setup { rule: None, batch: 1, ..gpt2(job, &config, &settings) };
-            let (_, model, layout) = machine::lay_out(&setup, BackendKind::Cpu, None, None)?;
+            let (_, model, layout) =
+                machine::lay_out::<gpt2::Gpt2>(&setup, BackendKind::Cpu, 1, None, None)?;
             let mut be = Cpu::new(&layout, job.threads).map_err(bdia_train::Failure::from)?;
             model.initialize(&mut be, job.seed)?;
-            config.write_dir(dir).map_err(bdia_gpt2::error::Failure::from)?;
-            Ok(machine::save_weights(dir, &be, &model)?)
+            config.write_dir(dir).map_err(bdia_train::Failure::from)?;
+            Ok(gpt2_files::save_weights(dir, &be, &model)?)
         }
         Architecture::Vit(dims) => {
             let setup = vit::Setup { rule: None, batch: 1, ..vit(job, dims, &settings) };
             let (_, model, layout) =
-                bdia_vit::train::lay_out(&setup, BackendKind::Cpu, None, None)?;
+                machine::lay_out::<vit::Vit>(&setup, BackendKind::Cpu, 1, None, None)?;
             let mut be = Cpu::new(&layout, job.threads).map_err(bdia_train::Failure::from)?;
             model.initialize(&mut be, job.seed)?;
-            Ok(bdia_vit::train::save_weights(&dir.join(FILE), &be, &model)?)
+            Ok(vit_files::save_weights(&dir.join(FILE), &be, &model)?)
         }
     }
 }
@@ -151,7 +145,7 @@ fn settings(job: &Job) -> Result<Settings, Failure> {
 
 fn gpt2(job: &Job, config: &Gpt2Config, s: &Settings) -> gpt2::Setup {
     gpt2::Setup {
-        dims: machine::dims(config),
+        dims: config.dims(),
         batch: job.batch(),
         accumulate: 1,
         context: job.tokens(),
@@ -206,7 +200,7 @@ impl Network for gpt2::Gpt2 {
     fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure> {
         match (&job.weights, job.model.architecture(job)) {
             (Some(dir), Architecture::Gpt2(config)) => {
-                machine::load_weights(dir, &config, be, self)?
+                gpt2_files::load_weights(dir, &config, be, self)?
             }
             _ => self.initialize(be, job.seed)?,
         }
@@ -249,7 +243,7 @@ impl Network for gpt2::Gpt2 {
 impl Network for vit::Vit {
     fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure> {
         match &job.weights {
-            Some(dir) => bdia_vit::train::load_weights(&dir.join(FILE), be, self)?,
+            Some(dir) => vit_files::load_weights(&dir.join(FILE), be, self)?,
             None => self.initialize(be, job.seed)?,
         }
         Ok(())
@@ -306,7 +300,6 @@ fn number(seed: u64, i: u64) -> u64 {
 /// not measured.
 fn train<B: Backend<Real = f32>, N: Network>(
     job: &Job,
-    architecture: &Architecture,
     be: &mut B,
     mut model: N,
     choice: Choice,
@@ -354,10 +347,7 @@ fn train<B: Backend<Real = f32>, N: Network>(
         parameters: model.tensors().iter().map(|t| t.0.len() as u64).sum(),
         losses,
         mismatches: (job.verify && job.mode == Mode::Bdia).then_some(mismatches),
-        version: match architecture {
-            Architecture::Gpt2(_) => machine::identity(be),
-            Architecture::Vit(_) => bdia_vit::train::identity(be),
-        },
+        version: machine::identity(be, concat!("bdia-bench ", env!("CARGO_PKG_VERSION"))),
         choice: Some((choice.chunk, choice.head_rows)),
         plan: Category::ALL.map(|c| (c.to_string(), layout.bytes(c) as u64)).into(),
         parts: Vec::new(),

@@ -4,9 +4,10 @@
 use std::path::PathBuf;
 
 use bdia_core::layers::Patches;
-use bdia_gpt2::cli::{BackendKind, MachineArgs, Mode, PrecisionKind, Size};
-use bdia_gpt2::config::Gpt2Config;
-use bdia_vit::model::Dims;
+use bdia_models::gpt2::Size;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::vit::model::Dims;
+use bdia_train::cli::{BackendKind, MachineArgs, Mode, PrecisionKind};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -243,7 +244,7 @@ impl Job {
 
     /// Blocks of a segment in mode checkpoint.
     pub fn every(&self) -> usize {
-        bdia_gpt2::machine::checkpoint_every(
+        bdia_train::machine::checkpoint_every(
             self.checkpoint_every,
             self.model.architecture(self).layers(),
         )

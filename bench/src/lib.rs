@@ -22,7 +22,7 @@ pub mod scaling;
 pub enum Failure {
     /// A training step or a file of the model's library.
     #[error("{0}")]
-    Model(#[from] bdia_gpt2::error::Failure),
+    Model(#[from] bdia_train::Failure),
     /// A file of this program.
     #[error("{}: {error}", path.display())]
     File {
@@ -34,6 +34,12 @@ pub enum Failure {
     /// Anything else, in words.
     #[error("{0}")]
     Other(String),
+}
+
+impl From<bdia_models::weights::WeightsError> for Failure {
+    fn from(e: bdia_models::weights::WeightsError) -> Self {
+        Self::Model(e.into())
+    }
 }
 
 impl From<bdia_core::Error> for Failure {

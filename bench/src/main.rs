@@ -7,7 +7,7 @@ use bdia_bench::job::Job;
 use bdia_bench::report::{ReportArgs, report};
 use bdia_bench::scaling::{ScalingArgs, scaling};
 use bdia_bench::{Failure, engine};
-use bdia_gpt2::alloc::Counting;
+use bdia_train::alloc::Counting;
 use clap::{Parser, Subcommand};
 
 #[global_allocator]

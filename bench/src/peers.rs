@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bdia_core::backend::Gelu;
-use bdia_gpt2::cli::BackendKind;
+use bdia_train::cli::BackendKind;
 
 use crate::Failure;
 use crate::job::{Architecture, Job, Record};
@@ -66,7 +66,7 @@ impl Python {
             Architecture::Vit(_) => return output(self.command("vit_small.py", job, peer)),
             Architecture::Gpt2(config) => config,
         };
-        let d = bdia_gpt2::machine::dims(&config);
+        let d = config.dims();
         let mut command = self.command("gpt2.py", job, peer);
         command.args(["--model", job.model.name(), "--context", &job.tokens().to_string()]);
         for (flag, n) in [
@@ -105,7 +105,7 @@ impl Python {
             command.args([format!("--{flag}"), value]);
         }
         if let Some(dir) = &job.weights {
-            command.arg("--weights").arg(dir.join(bdia_gpt2::weights::FILE));
+            command.arg("--weights").arg(dir.join(bdia_models::weights::FILE));
         }
         if job.verify {
             command.arg("--verify");

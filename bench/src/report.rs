@@ -10,8 +10,8 @@ use std::time::SystemTime;
 
 use bdia_core::plan::Rows;
 use bdia_cpu::{Cpu, Products};
-use bdia_gpt2::cli::{BackendKind, Mode, PrecisionKind};
-use bdia_gpt2::report::bytes;
+use bdia_train::cli::{BackendKind, Mode, PrecisionKind};
+use bdia_train::report::bytes;
 use clap::{Args, ValueEnum};
 
 use crate::Failure;
@@ -216,9 +216,9 @@ fn title(job: &Job) -> String {
     let dropout =
         if job.dropout > 0.0 { format!(" dropout {}", job.dropout) } else { String::new() };
     let on = match job.backend {
-        BackendKind::Cuda => format!(" cuda {}", bdia_gpt2::cli::name_of(&job.precision)),
+        BackendKind::Cuda => format!(" cuda {}", bdia_train::cli::name_of(&job.precision)),
         BackendKind::Cpu if job.precision != PrecisionKind::F32 => {
-            format!(" {}", bdia_gpt2::cli::name_of(&job.precision))
+            format!(" {}", bdia_train::cli::name_of(&job.precision))
         }
         _ => String::new(),
     };
@@ -396,7 +396,7 @@ impl Report {
                 [Mode::Bdia, Mode::Standard, Mode::BdiaFloat].map(|m| self.job(model, m)).into();
             // Segments: single blocks, as PyTorch does, and the root of the number of blocks, which
             // needs least memory.
-            for every in [1, bdia_gpt2::machine::checkpoint_every(None, k) as u64] {
+            for every in [1, bdia_train::machine::checkpoint_every(None, k) as u64] {
                 jobs.push(Job {
                     checkpoint_every: Some(every),
                     ..self.job(model, Mode::Checkpoint)

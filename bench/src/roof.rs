@@ -7,8 +7,8 @@ use bdia_core::Layout;
 use bdia_core::arena::{Category, Reals};
 use bdia_core::backend::{NnOps, Order, Product, Storage};
 use bdia_cpu::Cpu;
-use bdia_gpt2::cli::{BackendKind, MachineArgs, PrecisionKind};
-use bdia_gpt2::machine;
+use bdia_train::cli::{BackendKind, MachineArgs, PrecisionKind};
+use bdia_train::machine;
 
 use crate::Failure;
 

@@ -19,19 +19,19 @@
 //! What is not in it: ranks of different speed, switches that cannot carry what all links can, and,
 //! where the thread that adds up has no core of its own, what it takes from those that compute.
 
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_train::cli::Gpt2Size;
 use bdia_train::report::bytes;
 use clap::Args;
 
 use crate::Failure;
-use bdia_gpt2::cli::Size;
-use bdia_gpt2::config::Gpt2Config;
 
 /// The machines, and what one of them computes.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct ScalingArgs {
     /// Size of the model
     #[arg(long, value_name = "SIZE", default_value = "gpt2")]
-    pub config: Size,
+    pub config: Gpt2Size,
     /// Tokens of a rank's part of a step
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u64).range(1..))]
     pub tokens: u64,
@@ -70,7 +70,7 @@ pub struct Step {
 
 /// A step of `ranks` ranks over links of `gbit` gigabits a second.
 pub fn step(args: &ScalingArgs, gbit: f64, ranks: u32) -> Step {
-    let c = Gpt2Config::preset(args.config);
+    let c = Gpt2Config::preset(args.config.into());
     let (d, inner, blocks, n) =
         (c.n_embd as f64, c.inner() as f64, c.n_layer as f64, f64::from(ranks));
     let block = 4.0 * d * d + 2.0 * d * inner + 9.0 * d + inner;
@@ -147,7 +147,7 @@ mod tests {
 
     fn args() -> ScalingArgs {
         ScalingArgs {
-            config: Size::Gpt2,
+            config: Gpt2Size::Gpt2,
             tokens: 8192,
             speed: 1000.0,
             gbit: vec![10.0],

@@ -42,7 +42,7 @@ use std::sync::Arc;
 
 use bdia_core::backend::Identity;
 use bdia_core::check::{Arenas, same};
-use bdia_core::{Error, Fault, Ints, Layout, Reals, Result, Storage, Words};
+use bdia_core::{Error, Fault, Ints, Layout, LayoutId, Reals, Result, Storage, Words};
 use rayon::prelude::*;
 
 use memory::{Arena, get, get_mut, split};
@@ -177,6 +177,7 @@ pub struct Cpu {
     /// Packed operands of matrix products; empty until there is one, which programs with blocks of
     /// their own never need.
     packing: Arena<f32>,
+    layout: LayoutId,
     fault: Option<Fault>,
     team: Arc<Team>,
     products: Products,
@@ -251,6 +252,7 @@ impl Cpu {
             reals: Arena::new(reals)?,
             words: Arena::new(words)?,
             packing: Arena::new(0)?,
+            layout: layout.id(),
             fault: None,
             team,
             products,
@@ -258,7 +260,12 @@ impl Cpu {
     }
 
     fn arenas(&self) -> Arenas {
-        Arenas { ints: self.ints.len(), reals: self.reals.len(), words: self.words.len() }
+        Arenas {
+            ints: self.ints.len(),
+            reals: self.reals.len(),
+            words: self.words.len(),
+            layout: self.layout,
+        }
     }
 
     /// The number of threads.
@@ -280,6 +287,7 @@ impl Cpu {
     /// # Errors
     /// [`Error::Handle`] outside the arena, as for the accessors below.
     pub fn reals(&self, h: Reals) -> Result<&[f32]> {
+        self.arenas().reals("reals", h)?;
         get(&self.reals, h, "reals")
     }
 
@@ -288,6 +296,7 @@ impl Cpu {
     /// # Errors
     /// [`Error::Handle`] outside the arena.
     pub fn reals_mut(&mut self, h: Reals) -> Result<&mut [f32]> {
+        self.arenas().reals("reals", h)?;
         get_mut(&mut self.reals, h, "reals")
     }
 
@@ -296,6 +305,7 @@ impl Cpu {
     /// # Errors
     /// [`Error::Handle`] outside the arena.
     pub fn ints(&self, h: Ints) -> Result<&[i32]> {
+        self.arenas().ints("ints", h)?;
         get(&self.ints, h, "ints")
     }
 
@@ -304,6 +314,7 @@ impl Cpu {
     /// # Errors
     /// [`Error::Handle`] outside the arena.
     pub fn words(&self, h: Words) -> Result<&[u32]> {
+        self.arenas().words("words", h)?;
         get(&self.words, h, "words")
     }
 
@@ -368,30 +379,37 @@ impl Storage for Cpu {
     }
 
     fn read_reals(&self, src: Reals, dst: &mut [f32]) -> Result<()> {
+        self.arenas().reals("read_reals", src)?;
         copy("read_reals", get(&self.reals, src, "read_reals")?, dst)
     }
 
     fn write_reals(&mut self, dst: Reals, src: &[f32]) -> Result<()> {
+        self.arenas().reals("write_reals", dst)?;
         copy("write_reals", src, get_mut(&mut self.reals, dst, "write_reals")?)
     }
 
     fn read_ints(&self, src: Ints, dst: &mut [i32]) -> Result<()> {
+        self.arenas().ints("read_ints", src)?;
         copy("read_ints", get(&self.ints, src, "read_ints")?, dst)
     }
 
     fn write_ints(&mut self, dst: Ints, src: &[i32]) -> Result<()> {
+        self.arenas().ints("write_ints", dst)?;
         copy("write_ints", src, get_mut(&mut self.ints, dst, "write_ints")?)
     }
 
     fn read_words(&self, src: Words, dst: &mut [u32]) -> Result<()> {
+        self.arenas().words("read_words", src)?;
         copy("read_words", get(&self.words, src, "read_words")?, dst)
     }
 
     fn write_words(&mut self, dst: Words, src: &[u32]) -> Result<()> {
+        self.arenas().words("write_words", dst)?;
         copy("write_words", src, get_mut(&mut self.words, dst, "write_words")?)
     }
 
     fn fill_reals(&mut self, dst: Reals, value: f32) -> Result<()> {
+        self.arenas().reals("fill_reals", dst)?;
         let dst = memory::Shared::new(get_mut(&mut self.reals, dst, "fill_reals")?);
         self.team.each(dst.len().div_ceil(BLOCK), |_, b| {
             // SAFETY: blocks are disjoint.
@@ -401,6 +419,7 @@ impl Storage for Cpu {
     }
 
     fn fill_words(&mut self, dst: Words, value: u32) -> Result<()> {
+        self.arenas().words("fill_words", dst)?;
         get_mut(&mut self.words, dst, "fill_words")?.fill(value);
         Ok(())
     }

@@ -5,7 +5,7 @@
 //! here calls `mul_add`.
 
 use bdia_core::update::LIMIT;
-use bdia_core::{Chunk, Fault, Gamma, Grid, Ints, Reals, Result, UpdateOps, Words};
+use bdia_core::{Chunk, Fault, FloatGamma, Gamma, Grid, Ints, Reals, Result, UpdateOps, Words};
 use wide::bytemuck::cast;
 use wide::{f32x8, i32x8};
 
@@ -212,7 +212,7 @@ struct Sample {
 }
 
 impl Sample {
-    fn new(chunk: &Chunk, gamma: Gamma, sample: usize) -> Self {
+    fn new(chunk: &Chunk, gamma: FloatGamma, sample: usize) -> Self {
         let sigma = chunk.sigma(gamma, sample);
         let g = gamma.value::<f32>(sigma);
         Self {
@@ -367,7 +367,7 @@ fn inverse_piece<const ONE: bool>(
 fn reals3(
     team: &Team,
     chunk: &Chunk,
-    gamma: Gamma,
+    gamma: FloatGamma,
     pieces: Pieces,
     tensors: [&mut [f32]; 3],
     f: impl Fn(&Sample, &mut [f32], &mut [f32], &mut [f32]) -> Option<(usize, f64)> + Sync,
@@ -584,7 +584,7 @@ impl UpdateOps for Cpu {
                 let (sample, start, len) = pieces.locate(piece);
                 let at = sample * pieces.per + start;
                 let first = chunk.first.wrapping_mul(pieces.per).wrapping_add(at);
-                let s = Sample::new(chunk, gamma, sample);
+                let s = Sample::new(chunk, gamma.float(), sample);
                 // SAFETY: pieces are disjoint.
                 let x = unsafe { x.part(at, len) };
                 let (cur, h) = (&cur[at..at + len], &h[at..at + len]);
@@ -639,7 +639,7 @@ impl UpdateOps for Cpu {
                 let (sample, start, len) = pieces.locate(piece);
                 let at = sample * pieces.per + start;
                 let first = chunk.first.wrapping_mul(pieces.per).wrapping_add(at);
-                let s = Sample::new(chunk, gamma, sample);
+                let s = Sample::new(chunk, gamma.float(), sample);
                 // SAFETY: pieces are disjoint.
                 let x = unsafe { x.part(at, len) };
                 let (cur, h) = (&cur[at..at + len], &h[at..at + len]);
@@ -656,7 +656,14 @@ impl UpdateOps for Cpu {
         Ok(())
     }
 
-    fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn blend(
+        &mut self,
+        chunk: &Chunk,
+        gamma: FloatGamma,
+        x: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         let pieces = Pieces::new(chunk, self.arenas().blend("blend", chunk, x, cur, h)?);
         let tensors = split(&mut self.reals, [x, cur, h], "blend")?;
         let without_x = gamma.magnitude() == 0.0;
@@ -674,7 +681,7 @@ impl UpdateOps for Cpu {
     fn unblend(
         &mut self,
         chunk: &Chunk,
-        gamma: Gamma,
+        gamma: FloatGamma,
         x: Reals,
         cur: Reals,
         h: Reals,
@@ -691,7 +698,7 @@ impl UpdateOps for Cpu {
     fn combine(
         &mut self,
         chunk: &Chunk,
-        gamma: Gamma,
+        gamma: FloatGamma,
         next: Reals,
         cur: Reals,
         h: Reals,

@@ -60,6 +60,7 @@ fn allocations() {
         (l.reals(Category::Workspace, 900 * 2000), l.reals(Category::Workspace, 2000 * 1300));
     let matrix_c = l.reals(Category::Workspace, 900 * 1300);
     let attention = Attention {
+        draw: Draw::AttentionDropout,
         heads: 2,
         head_dim: 50,
         queries: 333,
@@ -85,7 +86,7 @@ fn allocations() {
         global: 0,
         frame: 0,
     };
-    let (grid, gamma) = (Grid::new(14).unwrap(), Gamma::new(0.5, Sign::Random).unwrap());
+    let (grid, gamma) = (Grid::new(14).unwrap(), Gamma::new(1, Sign::Random).unwrap());
 
     for threads in [1, 3] {
         let mut cpu = Cpu::new(&l, threads).unwrap();
@@ -95,8 +96,8 @@ fn allocations() {
             cpu.quantize(&chunk, grid, a, x, sum).unwrap();
             cpu.step(&chunk, grid, gamma, x, a, b, side, sum).unwrap();
             cpu.inverse(&chunk, grid, gamma, x, a, b, side, sum).unwrap();
-            cpu.blend(&chunk, gamma, a, b, c).unwrap();
-            cpu.combine(&chunk, gamma, a, b, c).unwrap();
+            cpu.blend(&chunk, gamma.float(), a, b, c).unwrap();
+            cpu.combine(&chunk, gamma.float(), a, b, c).unwrap();
             cpu.dropout(&chunk, Draw::EmbeddingDropout, 0.1, a).unwrap();
             cpu.gelu(Gelu::Tanh, a, b).unwrap();
             cpu.gelu_vjp(Gelu::Exact, a, b).unwrap();

@@ -220,6 +220,7 @@ fn attention_case(a: Attention, samples: usize, lens: &[i32], together: bool) {
 #[test]
 fn attention() {
     let base = Attention {
+        draw: Draw::AttentionDropout,
         heads: 2,
         head_dim: 8,
         queries: 5,
@@ -277,6 +278,7 @@ fn attention() {
 #[test]
 fn attention_refuses_what_does_not_fit() {
     let a = Attention {
+        draw: Draw::AttentionDropout,
         heads: 2,
         head_dim: 4,
         queries: 3,

@@ -125,8 +125,8 @@ fn name_of(e: result::DriverError) -> &'static str {
     let mut name = core::ptr::null();
     // SAFETY: the driver gives the address of a text that it never frees.
     let found = unsafe { sys::cuGetErrorName(e.0, &mut name) }.result().is_ok() && !name.is_null();
-    // SAFETY: as above.
     if found {
+        // SAFETY: as above.
         unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("unknown error")
     } else {
         "unknown error"
@@ -460,10 +460,10 @@ impl Device {
     /// Sets bytes.
     pub(crate) fn set(&self, at: u64, value: u8, bytes: usize) -> Result<()> {
         self.room().clear();
-        // SAFETY: callers pass places inside their allocations.
         self.queue(
             || "set".into(),
             || {
+                // SAFETY: callers pass places inside their allocations.
                 unsafe { result::memset_d8_async(at, value, bytes, self.stream) }
                     .map_err(device_error)
             },
@@ -488,8 +488,8 @@ impl Device {
                 core::ptr::copy_nonoverlapping(piece.as_ptr().cast(), place, bytes);
                 core::slice::from_raw_parts(place.cast_const(), bytes)
             };
-            // SAFETY: callers pass places inside their allocations.
             let copy = || {
+                // SAFETY: callers pass places inside their allocations.
                 unsafe { result::memcpy_htod_async(at, staged, self.stream) }.map_err(device_error)
             };
             self.queue(|| "upload".into(), copy)?;
@@ -524,10 +524,10 @@ impl Device {
             return Ok(());
         }
         self.room().clear();
-        // SAFETY: callers pass places inside their allocations.
         self.queue(
             || "copy".into(),
             || {
+                // SAFETY: callers pass places inside their allocations.
                 unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
                     .map_err(device_error)
             },

@@ -119,11 +119,7 @@ impl Cuda {
     ) -> Result<Attend> {
         if a.head_dim > MOST_HEAD {
             let found = a.head_dim as f64;
-            return Err(Error::Setting {
-                what: "width of a head",
-                found,
-                possible: "up to 128 on a CUDA device",
-            });
+            return Err(Error::setting("width of a head", found, "up to 128 on a CUDA device"));
         }
         small(
             "attention: rows",
@@ -144,7 +140,7 @@ impl Cuda {
             },
             scale: (1.0 / libm::sqrt(a.head_dim.max(1) as f64)) as f32,
             kept: (1.0 / (1.0 - a.dropout)) as f32,
-            streams: Streams::new(chunk, Draw::AttentionDropout, drop_threshold(a.dropout)),
+            streams: Streams::new(chunk, a.draw, drop_threshold(a.dropout)),
             q: matrix(q)?,
             k: matrix(k)?,
             v: matrix(v)?,

@@ -1,7 +1,9 @@
 //! [`UpdateOps`]: the bits of the reference backend, one kernel an operation.
 
 use bdia_core::rng::Draw;
-use bdia_core::{Chunk, Error, Gamma, Grid, Ints, Reals, Result, Sign, Site, UpdateOps, Words};
+use bdia_core::{
+    Chunk, Error, FloatGamma, Gamma, Grid, Ints, Reals, Result, Sign, Site, UpdateOps, Words,
+};
 
 use crate::Cuda;
 use crate::device::{AT_ONCE, Kernel, THREADS, arg};
@@ -49,7 +51,7 @@ impl Shape {
         Self { scale: grid.scale(), ..self }
     }
 
-    fn gamma(self, gamma: Gamma, chunk: &Chunk, m: u32) -> Self {
+    fn gamma(self, gamma: FloatGamma, chunk: &Chunk, m: u32) -> Self {
         let sign = match gamma.sign() {
             Sign::Random => 0,
             Sign::Plus => 1,
@@ -139,7 +141,7 @@ impl UpdateOps for Cuda {
     ) -> Result<()> {
         let (per, m) = self.arenas.step("step", chunk, gamma, x, [cur, h], (side, true), sum)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
-        let shape = shape.of_chunk(chunk).grid(grid).gamma(gamma, chunk, m);
+        let shape = shape.of_chunk(chunk).grid(grid).gamma(gamma.float(), chunk, m);
         let report = self.report(range(chunk, per, Some(grid)));
         let (x, cur, h) = (self.ints(x), self.reals(cur), self.reals(h));
         let (side, sum) = (self.words(side), self.words(sum));
@@ -162,14 +164,21 @@ impl UpdateOps for Cuda {
         let (per, m) =
             self.arenas.step("inverse", chunk, gamma, x, [cur, h], (side, false), sum)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
-        let shape = shape.of_chunk(chunk).grid(grid).gamma(gamma, chunk, m);
+        let shape = shape.of_chunk(chunk).grid(grid).gamma(gamma.float(), chunk, m);
         let (x, cur, h) = (self.ints(x), self.reals(cur), self.reals(h));
         let (side, sum) = (self.words(side), self.words(sum));
         let args = &mut [arg(&shape), arg(&x), arg(&cur), arg(&h), arg(&side), arg(&sum)];
         self.device.launch(Kernel::Inverse, [blocks, 1, 1], THREADS, args)
     }
 
-    fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
+    fn blend(
+        &mut self,
+        chunk: &Chunk,
+        gamma: FloatGamma,
+        x: Reals,
+        cur: Reals,
+        h: Reals,
+    ) -> Result<()> {
         let per = self.arenas.blend("blend", chunk, x, cur, h)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
         let (shape, report) = (shape.gamma(gamma, chunk, 0), self.report(range(chunk, per, None)));
@@ -181,7 +190,7 @@ impl UpdateOps for Cuda {
     fn unblend(
         &mut self,
         chunk: &Chunk,
-        gamma: Gamma,
+        gamma: FloatGamma,
         x: Reals,
         cur: Reals,
         h: Reals,
@@ -197,7 +206,7 @@ impl UpdateOps for Cuda {
     fn combine(
         &mut self,
         chunk: &Chunk,
-        gamma: Gamma,
+        gamma: FloatGamma,
         next: Reals,
         cur: Reals,
         h: Reals,

@@ -209,6 +209,7 @@ fn every_attention(precision: Precision, tolerance: f32) {
                 w.reals[temperature.start()] = -0.5 * (head_dim as f32).ln();
             }
             let a = Attention {
+                draw: Draw::AttentionDropout,
                 heads,
                 head_dim,
                 queries,
@@ -262,16 +263,16 @@ fn every_attention(precision: Precision, tolerance: f32) {
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn updates() {
-    for (samples, per, m) in [(5, 10_007, 1), (2, 31, 2), (3, 4100, 3), (700, 97, 1)] {
+    for (samples, per, m) in [(5, 10_007, 1_u32), (2, 31, 2), (3, 4100, 3), (700, 97, 1)] {
         let (mut w, n) = (World::new(), samples * per);
         let s = Stream::new(8, 0, 0, 0, 0, Draw::Data);
         let values: Vec<i32> = (0..n + 1).map(|i| s.word(i as u32) as i32 >> 4).collect();
         let (x, other) = (w.ints(&values).sub(1, n), w.ints(&values).sub(0, n));
         let [cur, h, y] = [0; 3].map(|_| w.reals(n + 3).sub(3, n));
-        let side = w.layout.words(Category::SideBits, samples * m * per.div_ceil(32));
+        let side = w.layout.words(Category::SideBits, samples * m as usize * per.div_ceil(32));
         let sum = w.layout.words(Category::SideBits, 3).sub(1, 2);
         let (chunk, grid) = (chunk(samples), Grid::new(14).unwrap());
-        let gamma = Gamma::new(1.0 / f64::from(1 << m), Sign::Random).unwrap();
+        let gamma = Gamma::new(m, Sign::Random).unwrap();
         let what = |op: &str| format!("{op} of {samples} × {per}, m = {m}");
         w.compare(&what("quantize"), 0.0, &[], |on| on.quantize(&chunk, grid, y, x, sum));
         w.compare(&what("dequantize"), 0.0, &[y], |on| on.dequantize(grid, x, y));
@@ -287,9 +288,11 @@ fn updates() {
             on.step(&chunk, grid, gamma, x, cur, h, side, Words::EMPTY)?;
             on.inverse(&chunk, grid, gamma, x, cur, h, side, sum)
         });
-        w.compare(&what("blend"), 0.0, &[y], |on| on.blend(&chunk, gamma, y, cur, h));
-        w.compare(&what("unblend"), 0.0, &[y], |on| on.unblend(&chunk, gamma, y, cur, h));
-        w.compare(&what("combine"), 0.0, &[y, cur, h], |on| on.combine(&chunk, gamma, y, cur, h));
+        w.compare(&what("blend"), 0.0, &[y], |on| on.blend(&chunk, gamma.float(), y, cur, h));
+        w.compare(&what("unblend"), 0.0, &[y], |on| on.unblend(&chunk, gamma.float(), y, cur, h));
+        w.compare(&what("combine"), 0.0, &[y, cur, h], |on| {
+            on.combine(&chunk, gamma.float(), y, cur, h)
+        });
         w.compare(&what("count_differences"), 0.0, &[], |on| on.count_differences(x, other, sum));
         // The first of several is told.
         for (at, value) in
@@ -303,7 +306,9 @@ fn updates() {
         w.compare(&what("add_quantized with faults"), 0.0, &[], |on| {
             on.add_quantized(&chunk, grid, x, h, sum)
         });
-        w.compare(&what("blend with faults"), 0.0, &[y], |on| on.blend(&chunk, gamma, y, cur, h));
+        w.compare(&what("blend with faults"), 0.0, &[y], |on| {
+            on.blend(&chunk, gamma.float(), y, cur, h)
+        });
     }
 }
 

@@ -185,11 +185,7 @@ impl Ranks {
             return Err(error);
         }
         if self.waiting == 0 {
-            return Err(Error::Setting {
-                what: "gradients on their way",
-                found: 0.0,
-                possible: "1 or more",
-            });
+            return Err(Error::setting("gradients on their way", 0.0, "1 or more"));
         }
         self.waiting -= 1;
         let gone = Error::Device("the thread that exchanges gradients ended");

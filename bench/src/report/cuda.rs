@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use bdia_core::NnOps;
 use bdia_cuda::Cuda;
-use bdia_gpt2::cli::{BackendKind, Mode, PrecisionKind};
-use bdia_gpt2::report::bytes;
+use bdia_train::cli::{BackendKind, Mode, PrecisionKind};
+use bdia_train::report::bytes;
 
 use super::{Report, Target, apart, kernel_cells, ratio, say, spawn, title};
 use crate::Failure;
@@ -116,7 +116,7 @@ impl Report {
         table: &mut Table,
         charts: &mut Vec<String>,
     ) {
-        let (model, name) = (job.model, bdia_gpt2::cli::name_of(&job.precision));
+        let (model, name) = (job.model, bdia_train::cli::name_of(&job.precision));
         let peers = ["store-all", "checkpointing"]
             .map(|mode| Peer { mode, precision: peer_precision(job.precision) });
         let own = [job.clone(), Job { mode: Mode::Standard, ..job.clone() }];
@@ -249,7 +249,7 @@ impl Report {
             for &(precision, ref roof) in roofs {
                 let mut jobs: Vec<Job> =
                     [Mode::Bdia, Mode::Standard].map(|m| self.cuda_job(model, m, precision)).into();
-                for every in [1, bdia_gpt2::machine::checkpoint_every(None, k) as u64] {
+                for every in [1, bdia_train::machine::checkpoint_every(None, k) as u64] {
                     let job = self.cuda_job(model, Mode::Checkpoint, precision);
                     jobs.push(Job { checkpoint_every: Some(every), ..job });
                 }
@@ -306,7 +306,7 @@ impl Report {
         }
         let limits: Vec<String> = roofs
             .iter()
-            .map(|(p, r)| format!("{} {:.1} GFLOP/s", bdia_gpt2::cli::name_of(p), r.flops / 1e9))
+            .map(|(p, r)| format!("{} {:.1} GFLOP/s", bdia_train::cli::name_of(p), r.flops / 1e9))
             .collect();
         let text = format!(
             "{}; median of the steps after the first. Share of peak: all floating-point operations of the step per second, over \
@@ -345,7 +345,7 @@ impl Report {
         let mut worst = None;
         for s in shapes {
             for (i, &(precision, ref roof)) in roofs.iter().enumerate() {
-                let name = bdia_gpt2::cli::name_of(&precision);
+                let name = bdia_train::cli::name_of(&precision);
                 say(&format!("kernels on the CUDA device at the shapes of {}, {name}", s.model));
                 let mut bench = Bench::<Cuda>::new(s, streamed, 1)?;
                 let job = Job {
@@ -354,7 +354,7 @@ impl Report {
                     backend: BackendKind::Cuda,
                     ..Job::new(Model::Tiny, Mode::Bdia)
                 };
-                let mut be = bdia_gpt2::machine::cuda(&job.machine(), &bench.layout)?;
+                let mut be = bdia_train::machine::cuda(&job.machine(), &bench.layout)?;
                 let first = i == 0;
                 for i in 0..bench.kernels.len() {
                     // The precision is one of products: the rest is measured once.

@@ -1,7 +1,7 @@
 //! Peak memory of a training step over depth: the reversible stack beside burn alone. One process
 //! for each figure.
 
-#[path = "../../common/src/alloc.rs"]
+#[path = "../../train/src/alloc.rs"]
 #[allow(dead_code)]
 mod alloc;
 #[path = "../../candle/src/chart.rs"]

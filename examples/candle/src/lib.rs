@@ -44,7 +44,7 @@
 //! (with candle alone neither): a block through which no gradient reaches its input is reported
 //! ([`Error::Cut`]), see [`model::norm`] for what to use.
 
-#[path = "../../common/src/alloc.rs"]
+#[path = "../../train/src/alloc.rs"]
 pub mod alloc;
 mod dropout;
 pub mod model;

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use bdia_translate::config::TranslationConfig;
+use bdia_models::seq2seq::config::TranslationConfig;
 use bdia_translate::data::{Pair, aligned, one_file};
 
 fn check(pairs: &[Pair]) {

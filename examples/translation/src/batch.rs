@@ -1,8 +1,7 @@
 //! Batches of about as many tokens each, of sentences of about the same length.
 
 use bdia_core::rng::{Draw, Stream};
-
-use crate::model::{Shape, Tokens};
+use bdia_models::seq2seq::model::{Shape, Tokens};
 
 /// Lengths are rounded up to a multiple of this for the choice of a bucket.
 const STEP: usize = 8;

@@ -16,8 +16,8 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use bdia_models::files::{FileError, read_limited};
 use bdia_train::Failure;
-use bdia_train::files::{FileError, read_limited};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::numbers;

@@ -17,28 +17,26 @@ use std::time::Instant;
 
 use bdia_core::backend::Backend;
 use bdia_core::plan::{Choice, fit};
-use bdia_core::{Gamma, Grid, Layout, Reference, Sign, stack};
-use bdia_cpu::Cpu;
-use bdia_cuda::Cuda;
+use bdia_core::{Gamma, Grid, Layout, Sign, stack};
+use bdia_models::files::{FileError, write_bytes};
+use bdia_models::seq2seq::config::TranslationConfig;
+use bdia_models::seq2seq::decode::{Search, Sizes};
+use bdia_models::seq2seq::files::{load_weights, save_weights};
+use bdia_models::seq2seq::model::{Inference, Setup, Shape, Step, Tokens, Translator};
+use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
+use bdia_models::weights;
 use bdia_train::alloc::{Counting, peak_rss_bytes};
 use bdia_train::checkpoint::{self, Header};
-use bdia_train::files::{FileError, write_bytes};
-use bdia_train::machine::{self, Work};
+use bdia_train::cli::{BackendKind, Mode, name_of};
+use bdia_train::machine::{self, Work, for_kind};
 use bdia_train::report::{self, Chart, Metrics, Record, Series};
-use bdia_train::{Failure, ranks, run, weights};
+use bdia_train::{Failure, ranks, run};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Batches, chunk_of};
-use crate::cli::{BackendKind, Embeddings, Mode, Size, TrainArgs, name_of};
-use crate::config::{Bdia, TranslationConfig};
+use crate::cli::{Embeddings, Size, TrainArgs};
 use crate::data::Dataset;
-use crate::decode::{Search, Sizes};
-use crate::model::{Inference, Setup, Shape, Step, Tokens, Translator};
-use crate::translate::{
-    Encoded, Sentence, TOGETHER, dataset, digest, load_weights, loss, save_weights, score,
-    translations,
-};
-use crate::vocab::{Vocabularies, Vocabulary};
+use crate::translate::{Encoded, Sentence, TOGETHER, dataset, digest, loss, score, translations};
 
 /// A line of `metrics.jsonl`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -192,12 +190,7 @@ fn prepare(args: &TrainArgs, vocabulary: Option<&Path>, ranks: usize) -> Result<
         heads: or(args.heads, heads),
         mlp: or(args.mlp, mlp),
         dropout: args.dropout,
-        bdia: Bdia {
-            gamma: args.mode.gamma,
-            gamma_sign: args.mode.gamma_sign,
-            frac_bits: args.mode.frac_bits,
-            mode: args.mode.mode,
-        },
+        bdia: args.mode.training()?,
     };
     let tokens = args.batch_tokens as usize;
     let batches = Batches::new(&train.tokens, tokens, longest);
@@ -274,43 +267,22 @@ fn lay_out(
             }
             Ok(sizes_of(1))
         };
-        let (model, layout) = match kind {
-            BackendKind::Reference => {
-                let (model, training) =
-                    Translator::layout::<Reference<'_, f32>>(&setup, &shapes, |_| Ok(Vec::new()))?;
-                let one = |s: &Sizes| model.decoding_layout::<Reference<'_, f32>>(s);
-                sizes = fits(&training, TOGETHER, &one)?;
-                Translator::layout::<Reference<'_, f32>>(&setup, &shapes, |_| {
-                    Ok(vec![one(&sizes)?])
-                })
-            }
-            BackendKind::Cuda => {
-                let (model, training) =
-                    Translator::layout::<Cuda>(&setup, &shapes, |_| Ok(Vec::new()))?;
-                let one = |s: &Sizes| model.decoding_layout::<Cuda>(s);
-                sizes = fits(&training, TOGETHER, &one)?;
-                Translator::layout::<Cuda>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
-            }
-            BackendKind::Cpu => {
-                let (model, training) =
-                    Translator::layout::<Cpu>(&setup, &shapes, |_| Ok(Vec::new()))?;
-                let one = |s: &Sizes| model.decoding_layout::<Cpu>(s);
-                sizes = fits(&training, TOGETHER, &one)?;
-                Translator::layout::<Cpu>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
-            }
-        }?;
-        let mut layout = layout;
+        let (model, mut layout) = for_kind!(kind, B => {
+            let (model, training) = Translator::layout::<B>(&setup, &shapes, |_| Ok(Vec::new()))?;
+            let one = |s: &Sizes| model.decoding_layout::<B>(s);
+            sizes = fits(&training, TOGETHER, &one)?;
+            Translator::layout::<B>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
+        })?;
         ranks::plan(&mut layout, &model.exchanged(), p.ranks);
         Ok(((chunk, sizes, model), layout))
     };
-    let budget = budget.map(|b| usize::try_from(b).unwrap_or(usize::MAX));
     let (choice, (chunk, sizes, model), layout) = match fixed {
         Some(choice) => {
             // What was saved already counts the longest that there may be.
             let chunk = choice.chunk.saturating_mul(setup.dims.longest).div_ceil(most);
             fit(None, core::iter::once(Choice { chunk, ..choice }), make)?
         }
-        None => fit(budget, machine::rows(kind).choices(samples, most), make)?,
+        None => fit(machine::budget(budget), machine::rows(kind).choices(samples, most), make)?,
     };
     Ok(Laid { choice: Choice { chunk, ..choice }, sizes, model, layout })
 }

@@ -1,25 +1,24 @@
 //! What a trained model does: losses, translations and their scores; `eval` and `translate`.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
 
 use bdia_core::backend::Backend;
-use bdia_core::{Gamma, Grid, Layout, Reference, Sign, stack};
-use bdia_cpu::Cpu;
-use bdia_cuda::Cuda;
-use bdia_train::files::write_bytes;
-use bdia_train::machine::{self, Work};
+use bdia_core::{Gamma, Grid, Layout, Sign, stack};
+use bdia_models::files::write_bytes;
+use bdia_models::seq2seq::config::TranslationConfig;
+use bdia_models::seq2seq::decode::{Search, Sizes};
+use bdia_models::seq2seq::files::load_weights;
+use bdia_models::seq2seq::model::{Inference, Setup, Tokens, Translator};
+use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
+use bdia_models::weights;
+use bdia_train::cli::{self, BackendKind};
+use bdia_train::machine::{self, Work, for_kind};
 use bdia_train::scores::{bleu, chrf};
-use bdia_train::weights::{self, Weights};
 use bdia_train::{Failure, checkpoint, report, run};
 
 use crate::batch::{Batches, chunk_of};
-use crate::cli::{self, BackendKind, EvalArgs, SearchArgs, TrainArgs, TranslateArgs};
-use crate::config::TranslationConfig;
+use crate::cli::{EvalArgs, SearchArgs, TrainArgs, TranslateArgs};
 use crate::data::{Dataset, Pair, Source, read, references};
-use crate::decode::{Search, Sizes};
-use crate::model::{Inference, Setup, Tokens, Translator};
-use crate::vocab::{Vocabularies, Vocabulary};
 
 /// Pairs as tokens, without those that are too long for the model.
 #[derive(Debug, Clone, Default)]
@@ -164,62 +163,6 @@ pub fn translations<B: Backend>(
     Ok(out)
 }
 
-/// Reads a model's weights from a safetensors file.
-///
-/// # Errors
-/// Files that cannot be read, and every tensor that is missing, unexpected or of another shape.
-pub fn load_weights<B: Backend<Real = f32>>(
-    path: &Path,
-    be: &mut B,
-    model: &Translator,
-) -> Result<(), Failure> {
-    let weights = Weights::read_files(vec![path.to_path_buf()])?;
-    let named = model.tensors();
-    weights.check(&named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect::<Vec<_>>())?;
-    for t in &named {
-        let mut file = vec![0.0; t.shape.iter().product()];
-        weights.read(&t.name, &mut file)?;
-        let mut rest = file.as_slice();
-        for p in &t.pieces {
-            let (piece, after) = rest.split_at(p.values.len());
-            rest = after;
-            match p.transposed {
-                None => be.write_reals(p.values, piece)?,
-                Some([rows, cols]) => {
-                    let ours: Vec<f32> =
-                        (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect();
-                    be.write_reals(p.values, &ours)?;
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Writes a model's weights as safetensors, under PyTorch's names.
-///
-/// # Errors
-/// A file that cannot be written; an existing one is untouched then.
-pub fn save_weights<B: Backend<Real = f32>>(
-    path: &Path,
-    be: &B,
-    model: &Translator,
-) -> Result<(), Failure> {
-    let named = model.tensors();
-    let shapes: Vec<_> = named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
-    weights::write::<Failure>(path, &shapes, |i, sink| {
-        for p in &named[i].pieces {
-            let mut ours = vec![0.0; p.values.len()];
-            be.read_reals(p.values, &mut ours)?;
-            if let Some([rows, cols]) = p.transposed {
-                ours = (0..rows * cols).map(|at| ours[at % rows * cols + at / rows]).collect();
-            }
-            sink.put(&ours)?;
-        }
-        Ok(())
-    })
-}
-
 /// What a run left behind, ready to be laid out for translating.
 struct Trained {
     config: TranslationConfig,
@@ -282,19 +225,9 @@ impl Trained {
             let shapes: Vec<_> =
                 batches.iter().flat_map(|b| b.shapes(1, self.config.positions)).collect();
             let (setup, sizes) = (&self.setup, &self.sizes);
-            let made = match kind {
-                BackendKind::Reference => {
-                    Translator::layout::<Reference<'_, f32>>(setup, &shapes, |m| {
-                        Ok(vec![m.decoding_layout::<Reference<'_, f32>>(sizes)?])
-                    })
-                }
-                BackendKind::Cpu => Translator::layout::<Cpu>(setup, &shapes, |m| {
-                    Ok(vec![m.decoding_layout::<Cpu>(sizes)?])
-                }),
-                BackendKind::Cuda => Translator::layout::<Cuda>(setup, &shapes, |m| {
-                    Ok(vec![m.decoding_layout::<Cuda>(sizes)?])
-                }),
-            }?;
+            let made = for_kind!(kind, B => Translator::layout::<B>(setup, &shapes, |m| {
+                Ok(vec![m.decoding_layout::<B>(sizes)?])
+            }))?;
             match budget {
                 Some(budget) if made.1.total() as u64 > budget && self.sizes.sentences > 1 => {
                     self.sizes.sentences = self.sizes.sentences.div_ceil(2);

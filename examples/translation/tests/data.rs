@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use bdia_train::files::testing::TempDir;
+use bdia_models::files::testing::TempDir;
 use bdia_train::scores::{bleu, chrf};
 use bdia_translate::data::{DataError, Dataset, Pair, Source, read, references};
 

@@ -6,10 +6,10 @@ use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
 use bdia_core::{Category, Gamma, Grid, Layout, Reference, Sign};
 use bdia_cpu::Cpu;
+use bdia_models::seq2seq::decode::{Search, Sizes};
+use bdia_models::seq2seq::model::{Dims, Inference, Setup, Shape, Step, Tokens, Translator};
 use bdia_train::alloc::Counting;
 use bdia_translate::batch::{Batches, chunk_of};
-use bdia_translate::decode::{Search, Sizes};
-use bdia_translate::model::{Dims, Inference, Setup, Shape, Step, Tokens, Translator};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;

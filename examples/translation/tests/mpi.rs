@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use bdia_train::files::testing::TempDir;
+use bdia_models::files::testing::TempDir;
 use bdia_train::testing::{close, json, metrics, mpirun};
 
 /// Buckets end with batches of fewer sentences than ranks.

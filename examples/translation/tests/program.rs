@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use bdia_train::files::testing::TempDir;
+use bdia_models::files::testing::TempDir;
 use bdia_train::testing::{self, json, metrics};
 use serde_json::Value;
 

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use bdia_vit::config::VitConfig;
+use bdia_models::vit::config::VitConfig;
 use bdia_vit::data::{Images, cifar_records, decode, idx_values};
 
 /// An IDX file of images, plain and packed. Accepted: as many values as its sizes say.

@@ -12,8 +12,8 @@ use std::io::{Read, Take};
 use std::path::{Path, PathBuf};
 
 use bdia_core::rng::{Draw, Stream};
+use bdia_models::files::{FileError, read_limited};
 use bdia_train::Failure;
-use bdia_train::files::{FileError, read_limited};
 use xxhash_rust::xxh3::Xxh3;
 
 /// Images of one size, as bytes `[n, C, height, width]`.

@@ -1,13 +1,13 @@
 //! `experiment`: many runs, and what they show. The files are those of [`bdia_train::study`].
 
 use bdia_core::{Gamma, Sign};
+use bdia_models::vit::model::Inference;
 use bdia_train::Failure;
-use bdia_train::cli::{GammaSign, Mode};
+use bdia_train::cli::{GammaSign, Mode, name_of};
 use bdia_train::report::{self, Series};
 use bdia_train::study::{self, Table};
 
-use crate::cli::{Experiment, ExperimentArgs, Network, TrainArgs, name_of};
-use crate::model::Inference;
+use crate::cli::{Experiment, ExperimentArgs, Network, TrainArgs};
 use crate::train::{self, Metric, Summary};
 
 type Study<'a> = study::Study<'a, TrainArgs, Summary>;

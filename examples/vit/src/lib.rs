@@ -2,14 +2,10 @@
 //! `bdia-vit`.
 //!
 //! In the order in which data flows: [`cli`] → [`data`] and [`augment`] (images and how training
-//! changes them) → [`config`] (architecture) → [`model`] (one optimizer step, over the reversible
-//! stack or [`revvit`]) → [`train`] (the run) → [`experiment`] (many runs, and what they show).
+//! changes them) → [`train`] (the run) → [`experiment`] (many runs, and what they show).
 
 pub mod augment;
 pub mod cli;
-pub mod config;
 pub mod data;
 pub mod experiment;
-pub mod model;
-pub mod revvit;
 pub mod train;

@@ -14,27 +14,25 @@ use std::path::Path;
 use std::time::Instant;
 
 use bdia_core::backend::Backend;
-use bdia_core::plan::{Choice, fit};
+use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
-use bdia_core::{Gamma, Grid, Layout, Reference, Sign, stack};
-use bdia_cpu::Cpu;
-use bdia_cuda::Cuda;
+use bdia_core::{Gamma, Grid, Layout, Sign, stack};
+use bdia_models::files::FileError;
+use bdia_models::vit::config::VitConfig;
+use bdia_models::vit::files::{load_weights, save_weights};
+use bdia_models::vit::model::{Inference, Outcome, Setup, Step, Vit};
+use bdia_models::weights;
 use bdia_train::alloc::{Counting, peak_rss_bytes};
 use bdia_train::checkpoint::{self, Header};
-use bdia_train::files::FileError;
+use bdia_train::cli::{self, BackendKind, MachineArgs, Mode, name_of};
 use bdia_train::machine::{self, Work};
 use bdia_train::report::{self, Chart, Metrics, Record, Series};
-use bdia_train::weights::{self, Weights};
 use bdia_train::{Failure, ranks, run};
 use serde::{Deserialize, Serialize};
 
 use crate::augment::{Augment, apply};
-use crate::cli::{
-    self, AugmentKind, BackendKind, EvalArgs, Mode, Network, Size, TrainArgs, name_of,
-};
-use crate::config::{Bdia, VitConfig};
+use crate::cli::{AugmentKind, EvalArgs, Network, Size, TrainArgs};
 use crate::data::{Dataset, Images};
-use crate::model::{Inference, Outcome, Setup, Step, Vit};
 
 /// A line of `metrics.jsonl`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -134,12 +132,7 @@ pub fn prepare(args: &TrainArgs) -> Result<(Dataset, VitConfig, Augment), Failur
         classes: data.classes.clone(),
         mean,
         std,
-        bdia: Bdia {
-            gamma: args.mode.gamma,
-            gamma_sign: args.mode.gamma_sign,
-            frac_bits: args.mode.frac_bits,
-            mode: args.mode.mode,
-        },
+        bdia: args.mode.training()?,
     };
     let kind = args.augment.unwrap_or(match channels {
         // Eight pixels across: a crop loses more than it teaches.
@@ -177,51 +170,9 @@ fn setup(args: &TrainArgs, config: &VitConfig, ranks: usize) -> Result<Setup, Fa
     })
 }
 
-/// The build and the processor that compute ([`machine::identity`]).
-pub fn identity<B: Backend>(be: &B) -> String {
-    machine::identity(be, concat!("bdia-vit ", env!("CARGO_PKG_VERSION")))
-}
-
-/// Lays a model out within a budget, or with the chunk of a saved run.
-///
-/// # Errors
-/// What does not fit together, or into the budget.
-pub fn lay_out(
-    setup: &Setup,
-    kind: BackendKind,
-    budget: Option<u64>,
-    fixed: Option<usize>,
-) -> Result<(Choice, Vit, Layout), Failure> {
-    lay_out_for(1, setup, kind, budget, fixed)
-}
-
-/// The same with what `ranks` ranks need to add up gradients.
-fn lay_out_for(
-    ranks: usize,
-    setup: &Setup,
-    kind: BackendKind,
-    budget: Option<u64>,
-    fixed: Option<usize>,
-) -> Result<(Choice, Vit, Layout), Failure> {
-    let make = |choice: Choice| {
-        let setup = Setup { chunk: choice.chunk, ..*setup };
-        let (model, mut layout) = match kind {
-            BackendKind::Reference => Vit::layout::<Reference<'_, f32>>(&setup),
-            BackendKind::Cpu => Vit::layout::<Cpu>(&setup),
-            BackendKind::Cuda => Vit::layout::<Cuda>(&setup),
-        }?;
-        ranks::plan(&mut layout, &model.exchanged(), ranks);
-        Ok((model, layout))
-    };
-    let budget = budget.map(|b| usize::try_from(b).unwrap_or(usize::MAX));
-    Ok(match fixed {
-        Some(chunk) => fit(None, core::iter::once(Choice { chunk, head_rows: 1 }), make)?,
-        None => fit(
-            budget,
-            machine::rows(kind).choices(setup.batch, setup.dims.patches.count() + 1),
-            make,
-        )?,
-    })
+/// The chunk of a run; the head has no such choice.
+const fn fixed(chunk: usize) -> Option<Choice> {
+    Some(Choice { chunk, head_rows: 1 })
 }
 
 /// The plans of the modes that are not used, for the table: with this run's chunks.
@@ -248,7 +199,7 @@ fn other_plans(
         let mut other = Setup { mode, grid, verify: false, drop_path: 0.0, ..*setup };
         other.gamma = Gamma::new(0.5, Sign::Random)?;
         other.dims.two_streams = two_streams;
-        plans.push((name, lay_out(&other, kind, None, Some(chunk))?.2));
+        plans.push((name, machine::lay_out::<Vit>(&other, kind, 1, None, fixed(chunk))?.2));
     }
     Ok(plans)
 }
@@ -285,7 +236,7 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let setup = setup(&args, &config, count)?;
     let steps = steps(&args, &data)?;
     args.optim.schedule(steps).check()?;
-    let fixed = match &from {
+    let chosen = match &from {
         Some((path, h)) => {
             let same = h.ranks == count;
             if h.step > steps || (same && !(1..=setup.batch).contains(&h.chunk)) {
@@ -293,12 +244,13 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
                     format!("step {} and chunks of {} images do not fit this run", h.step, h.chunk);
                 return Err(Failure::Run { path: path.clone(), what });
             }
-            same.then_some(h.chunk)
+            fixed(h.chunk).filter(|_| same)
         }
         None => None,
     };
     let kind = args.machine.backend;
-    let (choice, model, layout) = lay_out_for(count, &setup, kind, args.machine.memory, fixed)?;
+    let (choice, model, layout) =
+        machine::lay_out::<Vit>(&setup, kind, count, args.machine.memory, chosen)?;
     if let Some(joined) = &mut joined {
         joined.reserve(&model.exchanged());
     }
@@ -411,75 +363,6 @@ pub fn evaluate<B: Backend>(
     Ok(Evaluation { accuracy: right as f64 / n, loss: loss / n, confusion })
 }
 
-/// Reads a model's weights from a safetensors file.
-///
-/// # Errors
-/// Files that cannot be read, and every tensor that is missing, unexpected or of another shape.
-pub fn load_weights<B: Backend<Real = f32>>(
-    path: &Path,
-    be: &mut B,
-    model: &Vit,
-) -> Result<(), Failure> {
-    let weights = Weights::read_files(vec![path.to_path_buf()])?;
-    let named = model.tensors();
-    let p = model.setup().dims.patches;
-    let expected: Vec<_> = (named.iter())
-        .map(|t| {
-            // DeiT's files hold the patches' matrix as the kernel of a convolution.
-            let conv = t.name == "patch_embed.proj.weight"
-                && weights.get(&t.name).is_some_and(|w| w.shape.len() == 4);
-            let shape =
-                if conv { vec![t.shape[0], p.channels, p.patch, p.patch] } else { t.shape.clone() };
-            (t.name.clone(), shape)
-        })
-        .collect();
-    weights.check(&expected)?;
-    for (t, (_, shape)) in named.iter().zip(&expected) {
-        let mut file = vec![0.0; t.values.len()];
-        weights.read(&t.name, &mut file)?;
-        if let Some([rows, cols]) = t.transposed {
-            let kernel = shape.len() == 4;
-            let mut ours = vec![0.0; file.len()];
-            for row in 0..rows {
-                // Row of a patch's values: (y, x, channel) here, (channel, y, x) in a kernel.
-                let from = if kernel {
-                    row % p.channels * p.patch * p.patch + row / p.channels
-                } else {
-                    row
-                };
-                for col in 0..cols {
-                    ours[row * cols + col] = file[col * rows + from];
-                }
-            }
-            file = ours;
-        }
-        be.write_reals(t.values, &file)?;
-    }
-    Ok(())
-}
-
-/// Writes a model's weights as safetensors, under timm's names.
-///
-/// # Errors
-/// A file that cannot be written; an existing one is untouched then.
-pub fn save_weights<B: Backend<Real = f32>>(
-    path: &Path,
-    be: &B,
-    model: &Vit,
-) -> Result<(), Failure> {
-    let named = model.tensors();
-    let shapes: Vec<_> = named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
-    weights::write::<Failure>(path, &shapes, |i, sink| {
-        let t = &named[i];
-        let mut ours = vec![0.0; t.values.len()];
-        be.read_reals(t.values, &mut ours)?;
-        if let Some([rows, cols]) = t.transposed {
-            ours = (0..rows * cols).map(|at| ours[at % rows * cols + at / rows]).collect();
-        }
-        Ok(sink.put(&ours)?)
-    })
-}
-
 fn percent(x: f64) -> String {
     format!("{:.2} %", 100.0 * x)
 }
@@ -493,7 +376,7 @@ impl Work for Run<'_> {
             std::fs::create_dir_all(&out)
                 .map_err(|e| FileError::io(&out, "create the directory", e))?;
         }
-        let identity = identity(be);
+        let identity = machine::identity(be, concat!("bdia-vit ", env!("CARGO_PKG_VERSION")));
         let digest = self.data.digest();
         let (mut first, mut validation) = (0, Vec::new());
         match &self.from {
@@ -856,7 +739,7 @@ fn with_model(
     dir: &Path,
     data: Option<&Path>,
     best: bool,
-    machine_args: &cli::MachineArgs,
+    machine_args: &MachineArgs,
     frac_bits: Option<u32>,
     task: impl Task,
 ) -> Result<(), Failure> {
@@ -902,7 +785,8 @@ fn with_model(
         threads,
         library: machine::library(machine_args, threads),
     };
-    let (_, model, layout) = lay_out(&setup, machine_args.backend, machine_args.memory, None)?;
+    let (_, model, layout) =
+        machine::lay_out(&setup, machine_args.backend, 1, machine_args.memory, None)?;
     let path = dir.join(if best { "best.safetensors" } else { weights::FILE });
     machine::run(machine_args, threads, &layout, Eval { path, config, images, model, task })
 }
@@ -927,7 +811,7 @@ pub fn evaluation(
     data: Option<&Path>,
     best: bool,
     inferences: &[Inference],
-    machine_args: &cli::MachineArgs,
+    machine_args: &MachineArgs,
     frac_bits: Option<u32>,
 ) -> Result<Vec<Evaluation>, Failure> {
     struct All<'a>(&'a [Inference], &'a mut Vec<Evaluation>);
@@ -955,7 +839,7 @@ pub fn evaluation(
 ///
 /// # Errors
 /// [`Failure`]
-pub fn largest_activation(dir: &Path, machine_args: &cli::MachineArgs) -> Result<f64, Failure> {
+pub fn largest_activation(dir: &Path, machine_args: &MachineArgs) -> Result<f64, Failure> {
     struct Largest<'a>(&'a mut f64);
     impl Task for Largest<'_> {
         fn on<B: Backend<Real = f32>>(
@@ -1017,7 +901,8 @@ pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
     let (_, config, _) = prepare(args)?;
     let setup = setup(args, &config, 1)?;
     let kind = args.machine.backend;
-    let (choice, model, layout) = lay_out(&setup, kind, args.machine.memory, None)?;
+    let (choice, model, layout) =
+        machine::lay_out::<Vit>(&setup, kind, 1, args.machine.memory, None)?;
     let mut plans = vec![(mode_name(args), layout.clone())];
     plans.extend(other_plans(&setup, kind, choice.chunk)?);
     report::tell!("{} parameters; chunks of {} image(s)\n", model.parameters(), choice.chunk);

@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use bdia_train::files::testing::TempDir;
+use bdia_models::files::testing::TempDir;
 use bdia_vit::data::{DataError, Dataset};
 
 fn refused(dir: &Path, parts: &[&str]) -> DataError {

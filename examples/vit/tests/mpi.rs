@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use bdia_train::files::testing::TempDir;
+use bdia_models::files::testing::TempDir;
 use bdia_train::testing::{close, json, metrics, mpirun};
 
 /// Augmentation, mixed images, dropped blocks, dropout: everything that is drawn, by the sample's

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use bdia_train::files::testing::TempDir;
+use bdia_models::files::testing::TempDir;
 use bdia_train::testing::{self, json, metrics};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_bdia-vit");

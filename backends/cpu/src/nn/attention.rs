@@ -2,7 +2,6 @@
 //! one thread.
 
 use bdia_core::backend::{Attention, Columns, Mask};
-use bdia_core::rng::Draw;
 use bdia_core::{Chunk, Reals, Result};
 use wide::f32x8;
 
@@ -143,7 +142,7 @@ pub(super) fn forward(
                 memory,
             );
         }
-        let stream = chunk.stream(i, Draw::AttentionDropout);
+        let stream = chunk.stream(i, a.draw);
         for r in 0..rows {
             let seen = visible(a, row + r, keys);
             // SAFETY: `scores` is borrowed again, after the product is done with it.
@@ -234,7 +233,7 @@ pub(super) fn backward(
     cpu.team.each(chunk.samples * a.heads, |slot, piece| {
         let (i, head) = (piece / a.heads, piece % a.heads);
         let present = present(a, lens, i);
-        let stream = chunk.stream(i, Draw::AttentionDropout);
+        let stream = chunk.stream(i, a.draw);
         // SAFETY: the slot is this thread's while the piece runs.
         let memory = unsafe { own_scratch(&packing, slot) };
         let pointer = |at: usize| reals.pointer().wrapping_add(at);

@@ -1,0 +1,222 @@
+//! What is done with arbitrary bytes, and what must then hold. Used by the fuzz targets, and by
+//! `tests/fuzz_seeds.rs` for the seeds and mutations of them.
+#![allow(dead_code)]
+
+use core::sync::atomic::{AtomicU64, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use bdia_lm::data::{Corpus, token_layout};
+use bdia_lm::pairs::{self, Examples, LossOn, PairColumns};
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::weights::{self, Weights, WeightsError};
+use bdia_train::checkpoint;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// A model's data may be large, a fuzzer's inputs are not.
+const CONTEXT: usize = 4;
+
+fn tokenizer() -> &'static Tokenizer {
+    static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
+    TOKENIZER.get_or_init(Tokenizer::new)
+}
+
+/// The bytes as a new file, in memory where the system has a place for that.
+fn file(name: &str, bytes: &[u8]) -> PathBuf {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let n = COUNT.fetch_add(1, Ordering::Relaxed);
+    let memory = Path::new("/dev/shm");
+    let dir = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
+    let path = dir.join(format!("bdia-fuzz-{}-{n}-{name}", std::process::id()));
+    std::fs::write(&path, bytes).expect("the file for the input can be written");
+    path
+}
+
+/// Does something with the bytes as a file.
+fn with_file<T>(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> T) -> T {
+    let path = file(name, bytes);
+    let result = read(&path);
+    let _ = std::fs::remove_file(path);
+    result
+}
+
+/// A safetensors file: what is accepted has the bytes that its shapes need, is accepted by the
+/// safetensors library, and can be read to the end.
+pub fn weights(data: &[u8]) {
+    let path = Path::new("model.safetensors");
+    // A size that the content does not have: the file changed, or is a device.
+    let _ = weights::read_header(path, &mut &data[..], u64::MAX, 0);
+    let _ = weights::read_header(path, &mut &data[..], data.len() as u64 / 2, 0);
+    let Ok(tensors) = weights::read_header(path, &mut &data[..], data.len() as u64, 0) else {
+        return;
+    };
+    let elements: usize = tensors.iter().map(|(_, t)| t.len()).sum();
+    assert!(elements <= data.len());
+    let library = safetensors::SafeTensors::deserialize(data);
+    // Whitespace before the header is all that the library minds and JSON does not.
+    assert!(
+        library.is_ok() || data[8] != b'{',
+        "accepted here, refused by the library: {library:?}"
+    );
+    with_file("weights.safetensors", data, |path| {
+        // The same name with and without its prefix is refused.
+        let Ok(weights) = Weights::read_files(vec![path.into()]) else { return };
+        let _ = weights.check(&[("wte.weight".into(), vec![2, 3])]);
+        for (name, tensor) in weights.tensors() {
+            let mut found = 0;
+            let read = weights.stream::<WeightsError>(name, |at, values| {
+                assert_eq!(at, found);
+                assert!(values.iter().all(|v| v.is_finite()));
+                found += values.len();
+                Ok(())
+            });
+            match read {
+                Ok(()) => assert_eq!(found, tensor.len()),
+                Err(WeightsError::Dtype { .. } | WeightsError::NotFinite { .. }) => {}
+                Err(e) => panic!("{e}"),
+            }
+        }
+    });
+}
+
+/// The index of a sharded model: every file it names lies in its directory.
+pub fn index(data: &[u8]) {
+    let Ok(map) = weights::read_index(Path::new("model.safetensors.index.json"), data) else {
+        return;
+    };
+    assert!(!map.is_empty());
+    for file in map.values() {
+        let path = Path::new("/a").join(file);
+        assert_eq!(path.parent(), Some(Path::new("/a")), "{file:?}");
+        assert_eq!(path.components().count(), 3, "{file:?}");
+    }
+}
+
+/// `config.json`: what is accepted fits together, and is the same after writing and reading.
+pub fn config(data: &[u8]) {
+    let Ok(config) = Gpt2Config::from_json(data) else { return };
+    config.check().expect("what was read is checked");
+    let again =
+        Gpt2Config::from_json(config.to_json().as_bytes()).expect("what is written can be read");
+    assert_eq!(again, config);
+    let parameters = config.parameters().expect("the parameters can be counted");
+    if config.n_layer <= 64 {
+        let sum: usize =
+            config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        assert_eq!(sum, parameters);
+    }
+}
+
+/// A checkpoint, as it is and with the checksum that its bytes should have: what is accepted has
+/// the size that its header says, and is not accepted with a bit flipped.
+pub fn checkpoint(data: &[u8]) {
+    accepted(data);
+    if data.len() >= 8 {
+        let mut sealed = data.to_vec();
+        let end = sealed.len() - 8;
+        let digest = xxh3_64(&sealed[..end]);
+        sealed[end..].copy_from_slice(&digest.to_le_bytes());
+        if accepted(&sealed) {
+            sealed[end / 2] ^= 1;
+            assert!(!accepted(&sealed), "damage is not seen");
+        }
+    }
+}
+
+/// Whether these bytes are a good checkpoint.
+pub fn accepted(bytes: &[u8]) -> bool {
+    let Ok(header) = with_file("step.ckpt", bytes, checkpoint::check) else { return false };
+    let values: usize = header.lens.iter().sum();
+    assert!(4 * values + 24 < bytes.len());
+    true
+}
+
+/// A token file: what is accepted has as many tokens as it says, and gives batches of tokens within
+/// the vocabulary.
+pub fn tokens(data: &[u8]) {
+    let path = Path::new("tokens.bin");
+    let head = &data[..data.len().min(1024)];
+    let claim = data.last_chunk::<8>().map_or(u64::MAX, |b| u64::from_le_bytes(*b));
+    for len in [data.len() as u64, claim, u64::MAX, u64::MAX - 1] {
+        if let Ok((offset, tokens)) = token_layout(path, head, len) {
+            assert!(tokens > 0 && offset + 2 * tokens == len);
+        }
+    }
+    with_file("tokens.bin", data, |path| {
+        if let Ok(corpus) = Corpus::open(Some(path), tokenizer(), 1000, CONTEXT) {
+            readable(&corpus, 1000);
+        }
+    });
+}
+
+/// Pairs, read as each kind of file: what is accepted has completions, can be written as a table
+/// and read again, and makes samples in which every target is the token after it.
+pub fn pairs(data: &[u8]) {
+    let columns = PairColumns { prompt: "q".into(), completion: "a".into() };
+    for kind in ["csv", "tsv", "jsonl"] {
+        let name = format!("pairs.{kind}");
+        let Ok(read) = pairs::parse(Path::new(&name), data.to_vec(), &columns) else { continue };
+        assert!(!read.is_empty() && read.iter().all(|p| !p.completion.trim().is_empty()));
+        let quoted = |s: &str| format!("\"{}\"", s.replace('"', "\"\""));
+        let rows: String = read
+            .iter()
+            .map(|p| format!("{},{}\n", quoted(&p.prompt), quoted(&p.completion)))
+            .collect();
+        let table = format!("q,a\n{rows}");
+        let again = pairs::parse(Path::new("pairs.csv"), table.into_bytes(), &columns)
+            .expect("a table that we wrote");
+        assert_eq!(again, read);
+        with_file(&name, data, |path| {
+            for loss_on in [LossOn::Completion, LossOn::All] {
+                let open = Examples::open(path, &columns, loss_on, tokenizer(), VOCAB);
+                let mut examples = open.expect("what is parsed can be opened");
+                assert_eq!(examples.len(), read.len());
+                if examples.fit(CONTEXT).is_err() {
+                    continue;
+                }
+                let (_, dropped) = examples.truncated();
+                assert_eq!(examples.len() + dropped, read.len());
+                let mut targets = 0;
+                for i in 0..examples.len() {
+                    let (mut x, mut y) = ([0; CONTEXT], [0; CONTEXT]);
+                    examples.sample(i, &mut x, &mut y);
+                    let learned = y.iter().filter(|&&t| t >= 0).count();
+                    assert!(learned > 0);
+                    targets += learned as u64;
+                    assert!((0..CONTEXT - 1).all(|t| y[t] < 0 || y[t + 1] < 0 || y[t] == x[t + 1]));
+                }
+                assert_eq!(targets, examples.targets());
+            }
+        });
+    }
+}
+
+/// Text: tokens stand for the same text again, encoding in pieces changes no token, and a text file
+/// gives batches.
+pub fn text(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let tokens = tokenizer().encode(&text);
+    assert!(tokens.iter().all(|&t| t < EOT));
+    assert_eq!(tokenizer().decode(&tokens), text);
+    assert_eq!(tokens, tiktoken_rs::r50k_base_singleton().encode_ordinary(&text));
+    let any: Vec<u32> = data.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+    let _ = tokenizer().decode(&any);
+    with_file("text.txt", data, |path| {
+        if let Ok(corpus) = Corpus::open(Some(path), tokenizer(), VOCAB, CONTEXT) {
+            readable(&corpus, VOCAB);
+        }
+    });
+}
+
+fn readable(corpus: &Corpus, vocab: usize) {
+    for part in [&corpus.train, &corpus.validation] {
+        for start in part.windows(CONTEXT) {
+            let (mut x, mut y) = ([0; CONTEXT], [0; CONTEXT]);
+            part.window(start, &mut x, &mut y).expect("a window that there is can be read");
+            assert!(x.iter().chain(&y).all(|&t| (0..vocab as i32).contains(&t)));
+            assert_eq!(x[1..], y[..CONTEXT - 1]);
+        }
+    }
+    assert!(corpus.train.len() > CONTEXT as u64);
+}

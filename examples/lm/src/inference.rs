@@ -1,0 +1,461 @@
+//! `eval`, `generate` and `plan`: everything that does not train.
+
+use core::ops::ControlFlow;
+use std::path::Path;
+
+use bdia_core::backend::Backend;
+use bdia_core::plan::Choice;
+use bdia_core::{Category, Error, Gamma, Grid, Layout, Sign, stack};
+use bdia_models::files::{FileError, read_limited};
+use bdia_models::gpt2::adapter::Adapter;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
+use bdia_models::gpt2::files::{load_base, save_weights};
+use bdia_models::gpt2::model::{Gpt2, Inference, Setup};
+use bdia_models::sample::Sampler;
+use bdia_models::search::Length;
+use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::weights;
+use bdia_train::Failure;
+use bdia_train::cli::{self, BackendKind, MachineArgs};
+use bdia_train::machine::{self, Work, for_kind};
+use bdia_train::report;
+use bdia_train::{ranks, run};
+use serde_json::json;
+
+use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PlanArgs, TrainArgs};
+use crate::data::{Corpus, Part};
+use crate::pairs::Examples;
+use crate::{finetune, train};
+
+/// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid
+/// can use.
+fn lay_out(
+    config: &Gpt2Config,
+    machine: &MachineArgs,
+    context: usize,
+    batch: usize,
+    choice: Option<Choice>,
+    frac_bits: u32,
+) -> Result<(Gpt2, Layout), Failure> {
+    let threads = machine::threads(machine);
+    let setup = Setup {
+        dims: config.dims(),
+        batch,
+        accumulate: 1,
+        context,
+        mode: stack::Mode::Bdia,
+        grid: Some(Grid::new(frac_bits)?),
+        gamma: Gamma::new(0.5, Sign::Plus)?,
+        rule: None,
+        adapters: None,
+        fused: true,
+        verify: false,
+        threads,
+        library: machine::library(machine, threads),
+    };
+    let (_, model, layout) = machine::lay_out(&setup, machine.backend, 1, machine.memory, choice)?;
+    Ok((model, layout))
+}
+
+pub(crate) fn inference(kind: cli::Inference, gamma: f64) -> Result<Inference, Failure> {
+    let gamma = Gamma::new(gamma, Sign::Plus)?;
+    Ok(match kind {
+        cli::Inference::Float => Inference::Float(gamma),
+        cli::Inference::Quantized => Inference::Quantized(gamma),
+    })
+}
+
+fn frac_bits(config: &Gpt2Config, asked: Option<u32>) -> u32 {
+    asked.or(config.bdia.map(|b| b.frac_bits)).unwrap_or(14)
+}
+
+/// How a model was trained, if the directory is that of a run.
+fn run_of(dir: &Path) -> Option<TrainArgs> {
+    let bytes = read_limited(&dir.join("run.json"), 1 << 20).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+/// The context that it was trained with.
+fn trained_context(dir: &Path) -> Option<usize> {
+    run_of(dir)?.model.context.map(|c| c as usize)
+}
+
+/// A model's weights, with adapters merged into them where there are some.
+pub(crate) fn load<B: Backend<Real = f32>>(
+    dir: &Path,
+    adapter: Option<&Path>,
+    config: &Gpt2Config,
+    be: &mut B,
+    model: &Gpt2,
+) -> Result<(), Failure> {
+    // Whether they fit is known before the weights are read.
+    let adapter = adapter.map(|dir| Adapter::open(dir, config)).transpose()?;
+    let digest = load_base(dir, config, be, model)?;
+    Ok(adapter.map_or(Ok(()), |a| a.merge(be, model, &digest))?)
+}
+
+/// A model and its adapters as one model.
+///
+/// # Errors
+/// [`Failure`], among them a directory that has a model already.
+pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
+    struct Merge<'a> {
+        args: &'a MergeArgs,
+        config: Gpt2Config,
+        model: Gpt2,
+    }
+    impl Work for Merge<'_> {
+        fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
+            let (args, out) = (self.args, self.args.out.as_path());
+            load(&args.weights, Some(&args.adapter), &self.config, be, &self.model)?;
+            std::fs::create_dir_all(out)
+                .map_err(|e| FileError::io(out, "create the directory", e))?;
+            self.config.write_dir(out)?;
+            save_weights(out, be, &self.model)?;
+            if self.config.vocab_size == VOCAB {
+                Tokenizer::new().write_hf_files(out, self.config.n_positions)?;
+            }
+            report::tell!("{}: the model with its adapters", out.display());
+            Ok(())
+        }
+    }
+    for file in ["config.json", weights::FILE, weights::INDEX] {
+        if args.out.join(file).exists() {
+            let what = "there is a model already; expected a new directory".into();
+            return Err(Failure::Run { path: args.out.join(file), what });
+        }
+    }
+    let config = Gpt2Config::read_dir(&args.weights)?;
+    let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(BackendKind::Cpu) };
+    let one = Some(Choice { chunk: 1, head_rows: 1 });
+    let (model, layout) = lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None))?;
+    machine::run(&machine, 1, &layout, Merge { args, config, model })
+}
+
+/// Loss and perplexity over sequential windows: of all of `--data`, or of the validation part of
+/// what the run was trained with.
+///
+/// # Errors
+/// [`Failure`]
+pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
+    struct Eval<'a> {
+        args: &'a EvalArgs,
+        config: Gpt2Config,
+        model: Gpt2,
+        part: Data,
+        name: String,
+    }
+    /// What is evaluated.
+    enum Data {
+        Text(Part),
+        Pairs(Examples),
+    }
+    impl Work for Eval<'_> {
+        fn on<B: Backend<Real = f32>>(mut self, be: &mut B, _: usize) -> Result<(), Failure> {
+            load(&self.args.weights, self.args.adapter.as_deref(), &self.config, be, &self.model)?;
+            let inference = inference(self.args.inference, self.args.gamma.unwrap_or(0.0))?;
+            let (model, all) = (&mut self.model, usize::MAX);
+            let (found, tokens) = match &self.part {
+                Data::Text(part) => (train::evaluate(be, model, part, all, inference)?, part.len()),
+                Data::Pairs(pairs) => {
+                    (finetune::evaluate(be, model, pairs, all, inference)?, pairs.targets())
+                }
+            };
+            let Some((loss, tokens)) = found else {
+                return Err(Failure::Other(format!(
+                    "{}: {tokens} tokens to evaluate, expected more than a context of {}; use a smaller --context",
+                    self.name,
+                    self.model.setup().context
+                )));
+            };
+            report::tell!(
+                "loss {loss:.4}, perplexity {:.2}, over {tokens} tokens of {}",
+                loss.exp(),
+                self.name
+            );
+            if self.args.json {
+                report::tell!(
+                    "{}",
+                    json!({"loss": loss, "perplexity": loss.exp(), "tokens": tokens})
+                );
+            }
+            Ok(())
+        }
+    }
+    let config = Gpt2Config::read_dir(&args.weights)?;
+    let asked = args.context.map(|c| c as usize);
+    let context = asked.or_else(|| trained_context(&args.weights)).unwrap_or(config.n_positions);
+    let tokenizer = Tokenizer::new();
+    let (part, name, context, windows) = match (&args.data, args.pairs.columns(args.task)) {
+        (Some(path), Some(columns)) => {
+            let mut pairs = Examples::open(
+                path,
+                &columns,
+                args.pairs.loss_on(),
+                &tokenizer,
+                config.vocab_size,
+            )?;
+            let context = asked.unwrap_or_else(|| pairs.longest().min(config.n_positions));
+            pairs.fit(context)?;
+            let (cut, dropped) = pairs.truncated();
+            if cut + dropped > 0 {
+                report::note!(
+                    "{cut} example(s) cut to {context} tokens, {dropped} dropped, whose prompt has no room"
+                );
+            }
+            let windows = pairs.len();
+            (Data::Pairs(pairs), path.display().to_string(), context, windows)
+        }
+        (Some(path), None) => {
+            let part = Corpus::whole(path, &tokenizer, config.vocab_size)?;
+            let windows = part.windows(context).len().max(1);
+            (Data::Text(part), path.display().to_string(), context, windows)
+        }
+        (None, _) => {
+            let trained = run_of(&args.weights).and_then(|r| r.data);
+            let corpus = Corpus::open(trained.as_deref(), &tokenizer, config.vocab_size, context)?;
+            let windows = corpus.validation.windows(context).len().max(1);
+            (
+                Data::Text(corpus.validation),
+                format!("{} (validation part)", corpus.name),
+                context,
+                windows,
+            )
+        }
+    };
+    let batch = (args.batch as usize).min(windows);
+    let (model, layout) =
+        lay_out(&config, &args.machine, context, batch, None, frac_bits(&config, args.frac_bits))?;
+    let threads = machine::threads(&args.machine);
+    machine::run(&args.machine, threads, &layout, Eval { args, config, model, part, name })
+}
+
+/// The texts to go on from.
+fn prompts(args: &GenerateArgs) -> Result<Vec<String>, Failure> {
+    let Some(path) = &args.prompts else { return Ok(vec![args.prompt.clone()]) };
+    let wrong = |what: String| Failure::Other(format!("{}: {what}", path.display()));
+    let text = String::from_utf8(read_limited(path, 1 << 30)?).map_err(|e| {
+        wrong(format!("not UTF-8 text from byte {} on", e.utf8_error().valid_up_to()))
+    })?;
+    let lines: Vec<_> = text.trim_start_matches('\u{feff}').lines().map(str::to_owned).collect();
+    if lines.is_empty() {
+        Err(wrong("empty, expected one prompt in each line".into()))
+    } else {
+        Ok(lines)
+    }
+}
+
+/// Lays a model out for decoding: fewer prompts at a time where the budget, or what the machine
+/// has, is less.
+pub(crate) fn lay_out_decoder(
+    config: &Gpt2Config,
+    machine: &MachineArgs,
+    mut sizes: Sizes,
+) -> Result<(Gpt2, Decoder, Layout), Failure> {
+    let one = Some(Choice { chunk: 1, head_rows: 1 });
+    let (model, own) = lay_out(config, machine, 1, 1, one, frac_bits(config, None))?;
+    let available =
+        (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
+    let budget = machine.memory.or(available);
+    loop {
+        let (decoder, mut layout) =
+            for_kind!(machine.backend, B => Decoder::layout::<B>(&model, &sizes))?;
+        match budget {
+            Some(budget) if layout.total() as u64 > budget && sizes.prompts > 1 => {
+                sizes.prompts = sizes.prompts.div_ceil(2);
+            }
+            Some(budget) if layout.total() as u64 > budget => {
+                let budget = usize::try_from(budget).unwrap_or(usize::MAX);
+                return Err(Error::Budget { budget, minimum: layout.total() }.into());
+            }
+            _ => {
+                layout.cover(&own);
+                return Ok((model, decoder, layout));
+            }
+        }
+    }
+}
+
+/// What follows each prompt, with a bar that shows how far it is; Ctrl-C ends all texts.
+pub(crate) fn decode<B: Backend<Real = f32>>(
+    be: &mut B,
+    decoder: &Decoder,
+    prompts: &[Vec<i32>],
+    decoding: &Decoding,
+) -> Result<Vec<Vec<i32>>, Failure> {
+    run::catch_interrupt();
+    let bar = run::bar("prompt", prompts.len() as u64, 0);
+    let found = decoder.decode(be, prompts, decoding, |finished, tokens| {
+        bar.set_position(finished as u64);
+        bar.set_message(format!("{tokens} tokens"));
+        if run::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    bar.finish_and_clear();
+    Ok(found)
+}
+
+/// Text from a model.
+///
+/// # Errors
+/// [`Failure`]
+pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
+    struct Generate<'a> {
+        args: &'a GenerateArgs,
+        config: Gpt2Config,
+        model: Gpt2,
+        decoder: Decoder,
+        texts: Vec<String>,
+        prompts: Vec<Vec<i32>>,
+        decoding: Decoding,
+    }
+    impl Work for Generate<'_> {
+        fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
+            let args = self.args;
+            load(&args.weights, args.adapter.as_deref(), &self.config, be, &self.model)?;
+            let found = decode(be, &self.decoder, &self.prompts, &self.decoding)?;
+            let tokenizer = Tokenizer::new();
+            let mut all = Vec::new();
+            for (prompt, tokens) in self.texts.iter().zip(found) {
+                let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).collect();
+                let text = tokenizer.decode(&tokens);
+                match args.prompts {
+                    None => report::tell!("{prompt}{text}"),
+                    Some(_) => {
+                        report::tell!("{}", text.split_whitespace().collect::<Vec<_>>().join(" "))
+                    }
+                }
+                all.push(json!({"prompt": prompt, "text": text, "tokens": tokens}));
+            }
+            if args.json {
+                let json =
+                    if args.prompts.is_some() { json!({"texts": all}) } else { all.swap_remove(0) };
+                report::tell!("{json}");
+            }
+            Ok(())
+        }
+    }
+    let config = Gpt2Config::read_dir(&args.weights)?;
+    if config.vocab_size != VOCAB {
+        return Err(Failure::Other(format!(
+            "{}: the vocabulary has {} tokens, expected GPT-2's {VOCAB}: its tokens cannot be shown as text",
+            args.weights.display(),
+            config.vocab_size
+        )));
+    }
+    let texts = prompts(args)?;
+    let lines: Vec<_> = texts.iter().map(String::as_str).collect();
+    let mut prompts: Vec<Vec<i32>> = (Tokenizer::new().encode_all(&lines).into_iter())
+        .map(|tokens| tokens.into_iter().map(|t| t as i32).collect())
+        .collect();
+    // An empty prompt is the start of a document.
+    prompts.iter_mut().filter(|p| p.is_empty()).for_each(|p| p.push(EOT as i32));
+    let decoding = Decoding {
+        how: match args.beams {
+            Some(_) => How::Search(Length::Power(args.length_penalty.unwrap_or(1.0))),
+            None => {
+                let (temperature, top_k, top_p) =
+                    (args.temperature, args.top_k as usize, args.top_p);
+                How::Sample(Sampler { temperature, top_k, top_p }, args.seed)
+            }
+        },
+        tokens: args.tokens as usize,
+        end: Some(EOT as i32),
+        no_repeat: args.no_repeat_ngram as usize,
+        inference: inference(args.inference, args.gamma.unwrap_or(0.0))?,
+    };
+    let context =
+        trained_context(&args.weights).unwrap_or(config.n_positions).min(config.n_positions);
+    let beams = args.beams.unwrap_or(1) as usize;
+    let sizes = Sizes::of(&prompts, args.batch as usize, beams, decoding.tokens, context);
+    let (model, decoder, layout) = lay_out_decoder(&config, &args.machine, sizes)?;
+    let threads = machine::threads(&args.machine);
+    let work = Generate { args, config, model, decoder, texts, prompts, decoding };
+    machine::run(&args.machine, threads, &layout, work)
+}
+
+/// The memory table, without training.
+///
+/// # Errors
+/// [`Failure`], among them a budget that cannot be met, with the smallest plan.
+pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
+    let config = args.model.gpt2(args.dropout)?;
+    let context = args.model.context.map_or(config.n_positions, |c| c as usize);
+    let threads = machine::threads(&args.machine);
+    let kind = args.machine.backend;
+    let (layers, ranks) = (config.n_layer, args.ranks as usize);
+    let setup = Setup {
+        dims: config.dims(),
+        batch: ranks::part(args.batch as usize, ranks)?,
+        accumulate: args.accumulate as usize,
+        context,
+        mode: machine::stack_mode(&args.mode, layers),
+        grid: machine::grid(&args.mode)?,
+        gamma: args.mode.gamma()?,
+        rule: Some(args.optim.rule()),
+        adapters: args.method.adapters(),
+        fused: train::fused(args.optim.clip, args.accumulate),
+        verify: args.verify,
+        threads,
+        library: machine::library(&args.machine, threads),
+    };
+    let (choice, model, layout) =
+        machine::lay_out::<Gpt2>(&setup, kind, ranks, args.machine.memory, None)?;
+    report::tell!(
+        "{} parameters, {layers} blocks, width {}, {} sample(s) of {context} tokens{}, {}",
+        model.parameters(),
+        config.n_embd,
+        args.batch,
+        if ranks > 1 { format!(" on {ranks} ranks, of which this is one") } else { String::new() },
+        if setup.fused { "updates as blocks are finished" } else { "full gradient buffers" },
+    );
+    let name = |mode: &stack::Mode| match mode {
+        stack::Mode::Bdia => "bdia".to_string(),
+        stack::Mode::Standard => "standard".to_string(),
+        stack::Mode::BdiaFloat => "bdia-float".to_string(),
+        stack::Mode::Checkpoint { every } => format!("checkpoint {every}"),
+    };
+    let mut columns = vec![(format!("{} *", name(&setup.mode)), layout.clone())];
+    let every = machine::checkpoint_every(None, layers);
+    for mode in [
+        stack::Mode::Bdia,
+        stack::Mode::Standard,
+        stack::Mode::Checkpoint { every },
+        stack::Mode::Checkpoint { every: 1 },
+    ] {
+        if mode == setup.mode || columns.iter().any(|c: &(String, Layout)| c.0 == name(&mode)) {
+            continue;
+        }
+        let grid =
+            if mode == stack::Mode::Bdia { Some(Grid::new(args.mode.frac_bits)?) } else { None };
+        let gamma = Gamma::new(0.5, Sign::Random)?;
+        let other = Setup { mode, grid, gamma, verify: false, ..setup };
+        let (_, _, layout) = machine::lay_out::<Gpt2>(&other, kind, ranks, None, Some(choice))?;
+        columns.push((name(&mode), layout));
+    }
+    report::tell!("{}", machine::memory_table(&columns, None).to_string().trim_end());
+    report::tell!(
+        "* chunks of {} sample(s) inside a block, {} rows of logits at a time",
+        choice.chunk,
+        choice.head_rows
+    );
+    if let Some(budget) = args.machine.memory {
+        report::tell!("  fits into {}", report::bytes(budget));
+    }
+    if args.json {
+        let categories: serde_json::Map<_, _> =
+            Category::ALL.iter().map(|&c| (c.to_string(), json!(layout.bytes(c)))).collect();
+        report::tell!(
+            "{}",
+            json!({
+                "plan_bytes": layout.total(),
+                "parameters": model.parameters(),
+                "chunk": choice.chunk,
+                "head_rows": choice.head_rows,
+                "fused": setup.fused,
+                "bytes": categories,
+            })
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,18 @@
+//! Language models trained with exact reversible backpropagation: the parts of the program
+//! `bdia-lm`.
+//!
+//! In the order in which data flows: [`data`] (text), [`pairs`] (prompts and completions) →
+//! [`cli`] → [`train`] (the run, with [`metric`] for what it says of its steps) → [`finetune`],
+//! which begins with a pretrained model ([`hub`]) → [`inference`] and [`score`] for trained
+//! models → [`experiment`] for many runs.
+
+pub mod cli;
+pub mod data;
+pub mod experiment;
+pub mod finetune;
+pub mod hub;
+pub mod inference;
+pub mod metric;
+pub mod pairs;
+pub mod score;
+pub mod train;

@@ -1,0 +1,246 @@
+//! `score`: what a model writes after the prompts of a file, and how near it comes to the
+//! completions there.
+//!
+//! Prompts that are equal are one, with all of their completions as references, as in the E2E
+//! challenge. Texts are compared in lower case, cut into words as `13a` does ([`scores::words`]).
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use bdia_core::backend::Backend;
+use bdia_models::files::write_bytes;
+use bdia_models::gpt2::adapter::Adapter;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
+use bdia_models::gpt2::model::Gpt2;
+use bdia_models::search::Length;
+use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_train::Failure;
+use bdia_train::machine::{self, Work};
+use bdia_train::report;
+use bdia_train::run;
+use bdia_train::scores::{self, Corpus, Scores};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::cli::{DecodingArgs, ScoreArgs};
+use crate::inference;
+use crate::pairs::{self, Pair};
+
+/// What was found.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Found {
+    /// 0 to 100.
+    pub bleu: f64,
+    /// 0 or more.
+    pub nist: f64,
+    /// 0 to 1, exact and stem matches.
+    pub meteor: f64,
+    /// 0 to 1.
+    pub rouge_l: f64,
+    /// 0 to 10.
+    pub cider: f64,
+    /// Prompts.
+    pub prompts: usize,
+    /// Their references.
+    pub references: usize,
+}
+
+/// Prompts that differ, in the order of the file, with their references.
+fn grouped(pairs: &[Pair]) -> Vec<(&str, Vec<&str>)> {
+    let (mut groups, mut places) = (Vec::<(&str, Vec<&str>)>::new(), HashMap::new());
+    for pair in pairs {
+        let place = *places.entry(pair.prompt.as_str()).or_insert_with(|| {
+            groups.push((&pair.prompt, Vec::new()));
+            groups.len() - 1
+        });
+        groups[place].1.push(&pair.completion);
+    }
+    groups
+}
+
+/// At most `most` of them, taken at equal distances.
+fn some<T>(all: Vec<T>, most: Option<u64>) -> Vec<T> {
+    let len = all.len();
+    let n = most.map_or(len, |n| usize::try_from(n).unwrap_or(usize::MAX).min(len));
+    let mut wanted =
+        (0..n).map(|i| (i as u128 * len as u128 / n.max(1) as u128) as usize).peekable();
+    all.into_iter()
+        .enumerate()
+        .filter(|(i, _)| wanted.next_if_eq(i).is_some())
+        .map(|(_, x)| x)
+        .collect()
+}
+
+/// Scores of texts against the references of their prompts.
+fn compare(texts: &[String], groups: &[(&str, Vec<&str>)]) -> Found {
+    let words = |text: &str| scores::words(&text.to_lowercase());
+    let segments = texts
+        .iter()
+        .zip(groups)
+        .map(|(text, (_, references))| (text.as_str(), references.iter().copied()));
+    let Scores { bleu, nist, meteor, rouge_l, cider } = Corpus::new(segments, words).scores();
+    let references = groups.iter().map(|(_, r)| r.len()).sum();
+    Found { bleu, nist, meteor, rouge_l, cider, prompts: groups.len(), references }
+}
+
+/// Decodes, scores, and tells.
+///
+/// # Errors
+/// [`Failure`]
+pub fn score(args: &ScoreArgs) -> Result<(), Failure> {
+    let Some(found) = measure(args)? else {
+        return Err(Failure::Other(
+            "stopped before all texts were written: nothing to score".into(),
+        ));
+    };
+    let Found { bleu, nist, meteor, rouge_l, cider, prompts, references } = found;
+    report::tell!(
+        "BLEU {bleu:.2}, NIST {nist:.3}, METEOR (exact, stem) {meteor:.4}, ROUGE-L {rouge_l:.4}, CIDEr {cider:.4}: {prompts} \
+         prompts with {references} references of {}",
+        args.data.display()
+    );
+    if args.json {
+        report::tell!("{}", json!(found));
+    }
+    Ok(())
+}
+
+/// The texts of a model and their scores; `None` where Ctrl-C came first.
+struct Scoring<'a> {
+    weights: &'a Path,
+    adapter: Option<&'a Path>,
+    config: &'a Gpt2Config,
+    model: Gpt2,
+    decoder: Decoder,
+    prompts: &'a [Vec<i32>],
+    decoding: Decoding,
+    texts: &'a mut Option<Vec<String>>,
+}
+
+impl Work for Scoring<'_> {
+    fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
+        inference::load(self.weights, self.adapter, self.config, be, &self.model)?;
+        let found = inference::decode(be, &self.decoder, self.prompts, &self.decoding)?;
+        if run::interrupted() {
+            return Ok(());
+        }
+        let tokenizer = Tokenizer::new();
+        let text = |tokens: Vec<i32>| {
+            let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).collect();
+            // One line each, whatever the model writes.
+            tokenizer.decode(&tokens).split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        *self.texts = Some(found.into_iter().map(text).collect());
+        Ok(())
+    }
+}
+
+/// Decodes and scores; writes the texts where [`ScoreArgs::output`] says so. `None` where Ctrl-C
+/// stopped it.
+///
+/// # Errors
+/// [`Failure`]
+pub fn measure(args: &ScoreArgs) -> Result<Option<Found>, Failure> {
+    let Some(columns) = args.pairs.columns(args.task) else {
+        return Err(Failure::Other(
+            "--task text has no references; expected --task e2e or pairs".into(),
+        ));
+    };
+    let config = Gpt2Config::read_dir(&args.weights)?;
+    if config.vocab_size != VOCAB {
+        return Err(Failure::Other(format!(
+            "{}: the vocabulary has {} tokens, expected GPT-2's {VOCAB}: its tokens cannot be compared as text",
+            args.weights.display(),
+            config.vocab_size
+        )));
+    }
+    // Whether they fit is known before the weights are read.
+    args.adapter.as_deref().map(|dir| Adapter::open(dir, &config)).transpose()?;
+    let pairs = pairs::read(&args.data, &columns)?;
+    let groups = some(grouped(&pairs), args.decoding.prompts);
+    let tokenizer = Tokenizer::new();
+    let prompts: Vec<Vec<i32>> = (groups.iter())
+        .map(|(prompt, _)| {
+            pairs::prompt_tokens(&tokenizer, prompt).into_iter().map(|t| t as i32).collect()
+        })
+        .collect();
+    let DecodingArgs { beams, length_penalty, no_repeat_ngram, tokens, prompts_at_once, .. } =
+        args.decoding;
+    let decoding = Decoding {
+        how: How::Search(Length::Power(length_penalty)),
+        tokens: tokens as usize,
+        end: Some(EOT as i32),
+        no_repeat: no_repeat_ngram as usize,
+        inference: inference::inference(args.inference, args.gamma.unwrap_or(0.0))?,
+    };
+    let sizes = Sizes::of(
+        &prompts,
+        prompts_at_once as usize,
+        beams as usize,
+        decoding.tokens,
+        config.n_positions,
+    );
+    let (model, decoder, layout) = inference::lay_out_decoder(&config, &args.machine, sizes)?;
+    let mut texts = None;
+    let (weights, adapter) = (args.weights.as_path(), args.adapter.as_deref());
+    let work = Scoring {
+        weights,
+        adapter,
+        config: &config,
+        model,
+        decoder,
+        prompts: &prompts,
+        decoding,
+        texts: &mut texts,
+    };
+    machine::run(&args.machine, machine::threads(&args.machine), &layout, work)?;
+    let Some(texts) = texts else { return Ok(None) };
+    if let Some(path) = &args.output {
+        write_bytes(path, texts.iter().map(|t| format!("{t}\n")).collect::<String>().as_bytes())?;
+    }
+    Ok(Some(compare(&texts, &groups)))
+}
+
+/// The model and the adapter whose scores are wanted: a run's directory is one or the other.
+pub fn of_run(dir: &Path, base: Option<&PathBuf>) -> (PathBuf, Option<PathBuf>) {
+    match base {
+        Some(base) if dir.join("adapter_config.json").exists() => (base.clone(), Some(dir.into())),
+        _ => (dir.into(), None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(prompt: &str, completion: &str) -> Pair {
+        Pair { prompt: prompt.into(), completion: completion.into() }
+    }
+
+    #[test]
+    fn equal_prompts_are_one_with_all_references() {
+        let pairs = [pair("a", "1"), pair("b", "2"), pair("a", "3"), pair("a", "1")];
+        assert_eq!(grouped(&pairs), [("a", vec!["1", "3", "1"]), ("b", vec!["2"])]);
+        assert_eq!(some((0..10).collect(), Some(4)), [0, 2, 5, 7]);
+        assert_eq!(some((0..3).collect(), None), [0, 1, 2]);
+        assert_eq!(some((0..3).collect(), Some(9)), [0, 1, 2]);
+        assert_eq!(some((0..3).collect::<Vec<_>>(), Some(0)), [0; 0]);
+    }
+
+    #[test]
+    fn case_and_punctuation_do_not_hide_a_match() {
+        let pairs = [pair("a", "The inn is cheap."), pair("b", "Eat at Zizzi , by the river .")];
+        let found = compare(
+            &["the inn is cheap .".into(), "Eat at Zizzi, by the river.".into()],
+            &grouped(&pairs),
+        );
+        assert!(
+            (found.bleu - 100.0).abs() < 1e-9 && (found.rouge_l - 1.0).abs() < 1e-9,
+            "{found:?}"
+        );
+        assert_eq!((found.prompts, found.references), (2, 2));
+        let other = compare(&["no".into(), "nothing".into()], &grouped(&pairs));
+        assert_eq!((other.bleu, other.rouge_l, other.cider), (0.0, 0.0, 0.0));
+    }
+}

@@ -1,0 +1,438 @@
+//! Interrupted runs of the program end with the same bits as uninterrupted ones.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used)]
+
+mod program;
+
+use core::time::Duration;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use program::{Dir, bad, checkpoints, content, copy, good, metrics, resume, run, spawn, train};
+
+const FLAGS: &str = "--steps 60 --checkpoint-interval 7";
+
+/// A small generator for moments.
+struct Moments(u64);
+
+impl Moments {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % n
+    }
+}
+
+fn lines(dir: &Path) -> usize {
+    std::fs::read(dir.join("metrics.jsonl"))
+        .map_or(0, |b| b.iter().filter(|&&b| b == b'\n').count())
+}
+
+/// Waits for something that the run does, or for its end.
+fn wait_for(child: &mut std::process::Child, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() && child.try_wait().unwrap().is_none() {
+        assert!(start.elapsed() < Duration::from_secs(60), "the run hangs");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// Trains with `kills` kills at random moments, each time going on where possible, and then to the
+/// end; gives the number of processes that a kill ended.
+fn train_killed(data: &Path, out: &Path, flags: &str, kills: u32, seed: u64) -> u32 {
+    let mut moments = Moments(seed);
+    let mut killed = 0;
+    for i in 0..200 {
+        let repeated = format!("{} {flags}", program::SMALL);
+        let mut command = match (checkpoints(out).is_empty(), i % 2) {
+            (true, _) => {
+                if out.join("run.json").exists() {
+                    bad(&mut resume(out, ""), &["no usable checkpoint"]);
+                }
+                train(data, out, flags)
+            }
+            (_, 0) => resume(out, ""),
+            _ => {
+                let mut c = resume(out, &repeated);
+                c.arg("--data").arg(data);
+                c
+            }
+        };
+        let mut child = spawn(&mut command);
+        if killed < kills {
+            match moments.below(5) {
+                // Anywhere, the start of the program too.
+                0 => std::thread::sleep(Duration::from_micros(moments.below(60_000))),
+                // While a checkpoint is written.
+                1 | 2 => {
+                    let after = lines(out) + moments.below(5) as usize;
+                    wait_for(&mut child, || {
+                        lines(out) >= after
+                            && content_names(out).iter().any(|n| n.ends_with(".ckpt.tmp"))
+                    });
+                }
+                // After some steps.
+                _ => {
+                    let after = checkpointed(out) + 1 + moments.below(8) as usize;
+                    wait_for(&mut child, || lines(out) >= after);
+                    std::thread::sleep(Duration::from_micros(moments.below(3_000)));
+                }
+            }
+            child.kill().unwrap();
+        }
+        let ended = child.wait_with_output().unwrap();
+        if ended.status.signal() == Some(9) {
+            killed += 1;
+            continue;
+        }
+        let said = program::Said::from(ended);
+        assert_eq!(said.code, Some(0), "{}", said.err);
+        return killed;
+    }
+    panic!("the run did not end");
+}
+
+fn content_names(dir: &Path) -> Vec<String> {
+    std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.file_name().into_string().ok())
+        .collect()
+}
+
+fn checkpointed(dir: &Path) -> usize {
+    let names = checkpoints(dir);
+    names.last().map_or(0, |n| n["step-".len()..n.len() - ".ckpt".len()].parse().unwrap())
+}
+
+/// The same parameters, optimizer state, losses and validation losses, bit for bit.
+fn same(a: &Path, b: &Path, steps: usize) {
+    let last = format!("step-{steps:08}.ckpt");
+    for name in [last.as_str(), "model.safetensors", "config.json", "loss.svg"] {
+        let (a, b) = (std::fs::read(a.join(name)).unwrap(), std::fs::read(b.join(name)).unwrap());
+        assert!(a == b, "{name} differs");
+    }
+    let (a, b_metrics) = (metrics(a), metrics(b));
+    assert_eq!(a, b_metrics);
+    assert_eq!(a.len(), steps);
+    assert!(a.iter().zip(1..).all(|(m, step)| m["step"] == step));
+    assert!(a.iter().any(|m| m.get("val_loss").is_some()));
+    let left: Vec<_> = content(b).into_keys().filter(|n| n.ends_with(".tmp")).collect();
+    assert!(left.is_empty(), "left over: {left:?}");
+    assert!(checkpoints(b).len() <= 2);
+}
+
+/// A whole run, and a copy of it without its last checkpoint.
+fn cut_short(dir: &Dir) -> (PathBuf, PathBuf) {
+    let (whole, out) = (dir.at("whole"), dir.at("out"));
+    good(&mut train(&dir.tokens(), &whole, FLAGS));
+    copy(&whole, &out);
+    std::fs::remove_file(out.join("step-00000060.ckpt")).unwrap();
+    (whole, out)
+}
+
+#[test]
+fn killed_at_any_moment() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let whole = dir.at("whole");
+    good(&mut train(&data, &whole, FLAGS));
+    let mut killed = 0;
+    for seed in 0..3 {
+        let out = dir.at(&format!("killed-{seed}"));
+        killed += train_killed(&data, &out, FLAGS, 4, seed);
+        same(&whole, &out, 60);
+    }
+    // A checkpoint is written most of the time.
+    let every = FLAGS.replace("interval 7", "interval 1");
+    let whole = dir.at("whole-1");
+    good(&mut train(&data, &whole, &every));
+    for seed in 3..5 {
+        let out = dir.at(&format!("killed-{seed}"));
+        killed += train_killed(&data, &out, &every, 8, seed);
+        same(&whole, &out, 60);
+    }
+    assert!(killed >= 12, "only {killed} kills met a running process");
+}
+
+#[test]
+fn killed_in_every_mode() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    for (i, flags) in [
+        "--dropout 0.1",
+        "--mode standard",
+        "--mode standard --quantize --order sequential",
+        "--mode checkpoint --dropout 0.1",
+        "--mode bdia-float --gamma 0.3",
+        "--accumulate 2 --clip 1",
+        "--optimizer set-adam --gamma 0.25 --schedule linear",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let flags = format!("--steps 30 --checkpoint-interval 4 {flags}");
+        let (whole, out) = (dir.at(&format!("whole-{i}")), dir.at(&format!("killed-{i}")));
+        good(&mut train(&data, &whole, &flags));
+        train_killed(&data, &out, &flags, 3, 100 + i as u64);
+        same(&whole, &out, 30);
+    }
+}
+
+#[test]
+fn other_threads_and_checkpoint_interval_change_no_bit() {
+    let dir = Dir::new();
+    let (whole, out) = cut_short(&dir);
+    // What a kill in the middle of a write leaves behind.
+    std::fs::write(out.join("step-00000057.ckpt.tmp"), b"BDIACKPT").unwrap();
+    good(&mut resume(&out, "--threads 1 --checkpoint-interval 3 --verify"));
+    same(&whole, &out, 60);
+}
+
+#[test]
+fn contradicting_flags_are_named_and_nothing_changes() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let out = dir.at("run");
+    good(&mut train(&data, &out, FLAGS));
+    let before = content(&out);
+    let said = bad(
+        &mut resume(&out, "--lr 0.5 --steps 100 --batch 4"),
+        &["--lr is 0.5", "--steps is 100", "has 60"],
+    );
+    assert!(!said.err.contains("--batch"));
+    let other = dir.file("other.bin", &[1; 4000]);
+    bad(resume(&out, "").arg("--data").arg(&other), &["--data", "other.bin"]);
+    assert!(before == content(&out));
+
+    // The same name, other tokens.
+    std::fs::write(&data, [1, 0].repeat(4000)).unwrap();
+    bad(&mut resume(&out, ""), &["step-00000060.ckpt", "training data"]);
+    assert!(before == content(&out));
+}
+
+#[test]
+fn a_finished_run_resumed_changes_nothing() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let out = dir.at("run");
+    let first = good(train(&data, &out, FLAGS).arg("--json")).json();
+    let before = content(&out);
+    let again = good(&mut resume(&out, "--json")).json();
+    assert!(before == content(&out));
+    assert_eq!((&first["loss"], &first["val_loss"]), (&again["loss"], &again["val_loss"]));
+}
+
+#[test]
+fn interrupted_by_ctrl_c() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let flags = "--steps 250 --checkpoint-interval 100";
+    let (whole, out) = (dir.at("whole"), dir.at("out"));
+    good(&mut train(&data, &whole, flags));
+    let mut child = spawn(&mut train(&data, &out, flags));
+    wait_for(&mut child, || lines(&out) >= 3);
+    let kill = format!("kill -INT {}", child.id());
+    assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+    let said = program::Said::from(child.wait_with_output().unwrap());
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    let done = checkpointed(&out);
+    assert!((3..250).contains(&done));
+    assert_eq!(lines(&out), done);
+    let sentence = format!(
+        "stopped after step {done} of 250; to go on:  bdia-lm train --resume {}",
+        out.display()
+    );
+    assert!(said.out.contains(&sentence), "{}", said.out);
+    good(&mut resume(&out, ""));
+    same(&whole, &out, 250);
+}
+
+#[test]
+fn damaged_checkpoints() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let whole = dir.at("whole");
+    good(&mut train(&data, &whole, FLAGS));
+    let (older, newest) = ("step-00000056.ckpt", "step-00000060.ckpt");
+    let bytes = std::fs::read(whole.join(newest)).unwrap();
+    let flipped = |at: usize| {
+        let mut b = bytes.clone();
+        b[at] ^= 1;
+        b
+    };
+    for (i, damaged) in [
+        flipped(0),
+        flipped(9),
+        flipped(13),
+        flipped(40),
+        flipped(bytes.len() / 2),
+        flipped(bytes.len() - 1),
+        bytes[..bytes.len() - 100].to_vec(),
+        bytes[..12].to_vec(),
+        Vec::new(),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = dir.at(&format!("damaged-{i}"));
+        copy(&whole, &out);
+        std::fs::write(out.join(newest), damaged).unwrap();
+        let said = good(&mut resume(&out, ""));
+        let warned = said.err.lines().any(|l| l.starts_with("warning: ") && l.contains(newest));
+        assert!(warned && said.err.contains("goes on after step 56"), "{i}: {}", said.err);
+        same(&whole, &out, 60);
+    }
+    let out = dir.at("both");
+    copy(&whole, &out);
+    std::fs::write(out.join(newest), flipped(5000)).unwrap();
+    std::fs::write(out.join(older), b"BDIACKPT").unwrap();
+    let before = content(&out);
+    bad(&mut resume(&out, ""), &["no usable checkpoint", newest, older]);
+    assert!(before == content(&out));
+}
+
+/// Two good checkpoints are kept, whatever else is there.
+#[test]
+fn a_damaged_checkpoint_does_not_push_out_a_good_one() {
+    let dir = Dir::new();
+    let (whole, out) = cut_short(&dir);
+    std::fs::write(out.join("step-00000099.ckpt"), b"BDIACKPT").unwrap();
+    let said = good(&mut resume(&out, "--checkpoint-interval 1"));
+    assert!(said.err.contains("step-00000099.ckpt"));
+    assert_eq!(checkpoints(&out), ["step-00000059.ckpt", "step-00000060.ckpt"]);
+    same(&whole, &out, 60);
+}
+
+/// A file as the program writes it, with another header.
+fn with_header(bytes: &[u8], change: impl FnOnce(&mut serde_json::Value)) -> Vec<u8> {
+    let n = u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
+    let mut header = serde_json::from_slice(&bytes[16..16 + n]).unwrap();
+    change(&mut header);
+    let json = serde_json::to_vec(&header).unwrap();
+    let mut all = bytes[..12].to_vec();
+    all.extend((json.len() as u32).to_le_bytes());
+    all.extend(json);
+    all.extend(&bytes[16 + n..bytes.len() - 8]);
+    let digest = xxhash_rust::xxh3::xxh3_64(&all);
+    all.extend(digest.to_le_bytes());
+    all
+}
+
+#[test]
+fn other_headers() {
+    let dir = Dir::new();
+    let (whole, out) = cut_short(&dir);
+    let path = out.join("step-00000056.ckpt");
+    let bytes = std::fs::read(&path).unwrap();
+
+    // Another build: it goes on, and here the bits are the same still.
+    std::fs::write(&path, with_header(&bytes, |h| h["identity"] = "another build".into())).unwrap();
+    let said = good(&mut resume(&out, ""));
+    assert!(
+        said.err.contains("warning: the run was computed by \"another build\""),
+        "{}",
+        said.err
+    );
+    same(&whole, &out, 60);
+
+    // Headers that no run has written.
+    std::fs::remove_file(out.join("step-00000060.ckpt")).unwrap();
+    for change in [
+        (|h| h["step"] = 61.into()) as fn(&mut serde_json::Value),
+        |h| h["chunk"] = 0.into(),
+        |h| h["chunk"] = 1_000_000_000_000_u64.into(),
+        |h| h["head_rows"] = 0.into(),
+        |h| h["head_rows"] = u64::MAX.into(),
+        |h| h["lens"] = serde_json::json!([33_610]),
+        |h| h["lens"] = serde_json::json!([u64::MAX, 1]),
+        |h| h["data"] = 1.into(),
+    ] {
+        std::fs::write(&path, with_header(&bytes, change)).unwrap();
+        let before = content(&out);
+        bad(&mut resume(&out, ""), &[]);
+        assert!(before == content(&out));
+    }
+}
+
+/// The limit on a file's size stands for a disk that is full.
+#[test]
+fn a_checkpoint_that_cannot_be_written_leaves_the_last_one() {
+    let dir = Dir::new();
+    let (whole, out) = cut_short(&dir);
+    let inner = resume(&out, "--checkpoint-interval 1");
+    let mut limited = Command::new("sh");
+    limited
+        .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$@\"", "sh"])
+        .arg(inner.get_program())
+        .args(inner.get_args());
+    bad(&mut limited, &["step-00000057.ckpt", "cannot write it"]);
+    assert_eq!(checkpoints(&out), ["step-00000056.ckpt"]);
+    good(&mut resume(&out, ""));
+    same(&whole, &out, 60);
+}
+
+#[test]
+fn a_full_disk_leaves_the_last_checkpoint() {
+    struct Mount(PathBuf);
+    impl Mount {
+        fn size(&self, size: &str, remount: bool) -> bool {
+            let options = format!("size={size}{}", if remount { ",remount" } else { "" });
+            Command::new("mount")
+                .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
+                .arg(&self.0)
+                .output()
+                .is_ok_and(|o| o.status.success())
+        }
+    }
+    impl Drop for Mount {
+        fn drop(&mut self) {
+            let _ = Command::new("umount").arg(&self.0).output();
+        }
+    }
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let (whole, disk) = (dir.at("whole"), dir.at("disk"));
+    std::fs::create_dir(&disk).unwrap();
+    let mount = Mount(disk.clone());
+    if !mount.size("200k", false) {
+        eprintln!("skipped: a full disk needs the right to mount a tmpfs");
+        return;
+    }
+    good(&mut train(&data, &whole, FLAGS));
+    let out = disk.join("run");
+    bad(&mut train(&data, &out, FLAGS), &["step-00000014.ckpt", "No space left"]);
+    assert_eq!(checkpoints(&out), ["step-00000007.ckpt"]);
+    bad(&mut resume(&out, ""), &["No space left"]);
+    assert!(mount.size("8m", true));
+    good(&mut resume(&out, ""));
+    same(&whole, &out, 60);
+}
+
+/// A terminal that goes away does not end a run.
+#[test]
+fn nobody_listens() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let (whole, out) = (dir.at("whole"), dir.at("out"));
+    good(&mut train(&data, &whole, FLAGS));
+    let mut child = spawn(train(&data, &out, FLAGS).arg("--json"));
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    same(&whole, &out, 60);
+}
+
+#[test]
+fn a_directory_without_a_run() {
+    let dir = Dir::new();
+    let empty = dir.at("empty");
+    std::fs::create_dir(&empty).unwrap();
+    bad(&mut resume(&empty, ""), &["run.json"]);
+    bad(&mut resume(&dir.at("missing"), ""), &["run.json"]);
+    std::fs::write(empty.join("run.json"), b"{").unwrap();
+    bad(&mut resume(&empty, ""), &["run.json", "not the flags of a run"]);
+    assert_ne!(run(&mut resume(&empty, "--out elsewhere")).code, Some(0));
+}

@@ -1,0 +1,12 @@
+#![doc = include_str!("../README.md")]
+
+pub mod config;
+pub mod files;
+pub mod gpt2;
+pub mod network;
+pub mod sample;
+pub mod search;
+pub mod seq2seq;
+pub mod tokenizer;
+pub mod vit;
+pub mod weights;

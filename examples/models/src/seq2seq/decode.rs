@@ -1,0 +1,330 @@
+//! Translating: greedy and beam search, one token at a time, with a cache of keys and values.
+//!
+//! Memory and keys and values of cross-attention are computed once a sentence; a block keeps keys
+//! and values of the tokens so far, so that a token costs the same wherever it is. The hypotheses
+//! of a sentence are rows one after the other.
+
+use bdia_core::arena::{Category, Ints, Layout, Reals, product};
+use bdia_core::backend::{Backend, Chunk};
+use bdia_core::error::{Error, Result, Site};
+use bdia_core::layers::{
+    Cached, DecoderBlocks, EncoderOutput, LmHead, TokenEmbedding, TransformerBlocks,
+};
+use bdia_core::stack::{Call, Config as StackConfig, Context, Mode, Stack, Tail};
+use bdia_core::{Gamma, Grid, Real, Sign, Words};
+
+use super::model::{Inference, Shape, Translator, infer};
+use super::vocab::{BEGIN, END, PAD};
+use crate::search::{self, Length, Stop};
+
+/// How translations are searched.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Search {
+    /// Hypotheses of a sentence; 1 takes the most probable token every time.
+    pub beams: usize,
+    /// Exponent `α` of the length: hypotheses are compared by `log p / ((5 + length) / 6)^α` (Wu et
+    /// al., 2016, equation 14).
+    pub alpha: f64,
+    /// Arithmetic of the residual stream.
+    pub inference: Inference,
+}
+
+/// Sizes of what is translated together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Sentences.
+    pub sentences: usize,
+    /// Hypotheses of each.
+    pub beams: usize,
+    /// Most positions of a source, and of a translation.
+    pub longest: usize,
+}
+
+/// The arenas behind the parameters, laid out for translating.
+#[derive(Debug, Clone, Copy)]
+struct Decoder {
+    stack: Stack,
+    encoder: TransformerBlocks,
+    blocks: DecoderBlocks,
+    input: TokenEmbedding,
+    target: TokenEmbedding,
+    output: EncoderOutput,
+    head: LmHead,
+    /// One length for each row.
+    lens: Ints,
+    /// `[blocks][sentences, S, 2 d]`.
+    cross: Reals,
+    /// `[blocks][rows, T, 2 d]`.
+    cache: Reals,
+    /// As large as one block's cache, to change the order of rows.
+    spare: Reals,
+    /// `[rows, d]` each.
+    x: Reals,
+    h: Reals,
+    /// `[rows, d]` on the grid.
+    ints: Ints,
+    frame: Reals,
+    scratch: Reals,
+}
+
+impl Translator {
+    /// The memory that translating takes.
+    ///
+    /// # Errors
+    /// A typed error for sizes that do not fit together.
+    pub fn decoding_layout<B: Backend>(&self, sizes: &Sizes) -> Result<Layout> {
+        self.decoder::<B>(sizes, sizes.longest)?.1.checked()
+    }
+
+    fn decoder<B: Backend>(&self, sizes: &Sizes, source: usize) -> Result<(Decoder, Layout)> {
+        let (s, d, mut layout) = (&self.setup, &self.setup.dims, self.base.clone());
+        let l = &mut layout;
+        let (n, target) = (sizes.sentences, sizes.longest);
+        let rows = product("hypotheses", &[n, sizes.beams])?;
+        let mut encoder = self.encoder.with_tokens(source);
+        let mut blocks = self.decoder.with_tokens(1, source);
+        let config = StackConfig {
+            id: 0,
+            batch: n,
+            per_sample: product("activations", &[source, d.width])?,
+            blocks: d.layers[0],
+            chunk: n,
+            // The only mode that can run on the grid and in float.
+            mode: Mode::Bdia,
+            grid: Some(s.grid.map_or_else(|| Grid::new(14), Ok)?),
+            gamma: Gamma::new(0.5, Sign::Plus)?,
+            verify: false,
+            tail: Tail::Head,
+            needs: encoder.shape().needs::<B>(n, s.threads),
+            ends_scratch: 0,
+        };
+        let stack = Stack::layout(config, l)?;
+        let one = Shape { samples: rows, source, target: 1, chunk: rows };
+        let input = self.embedding(0, &Shape { samples: n, ..one }, l);
+        let target_input = self.embedding(1, &one, l);
+        let lens = l.ints(Category::Head, rows);
+        let source_lens = l.ints(Category::Head, n);
+        (encoder.key_lens, blocks.context_lens) = (source_lens, source_lens);
+        let needs = blocks.needs::<B>(rows, s.threads);
+        // Attention over the cache, and of hypotheses over a source.
+        let keys = bdia_core::backend::Attention { keys: target, ..blocks.attention(1) };
+        let scratch = B::attention_scratch(&keys, rows, s.threads)
+            .max(B::attention_scratch(&blocks.attention(sizes.beams), n, s.threads))
+            .max(needs.fixed);
+        let scratch = product("scratch", &[rows, needs.scratch])?
+            .checked_add(scratch)
+            .ok_or(Error::TooLarge("scratch"))?
+            .max(LmHead::scratch(d.width, 1, rows));
+        let logits = l.reals(Category::Head, product("logits", &[rows, d.vocab[1]])?);
+        let ints = l.ints(Category::Workspace, product("activations", &[rows, d.width])?);
+        let mut take = |what, sizes: &[usize]| {
+            Ok::<_, Error>(l.reals(Category::Workspace, product(what, sizes)?))
+        };
+        let value = take("memory", &[n, source, d.width])?;
+        let stats = take("statistics", &[n, source, 2])?;
+        let decoder = Decoder {
+            cross: take("keys and values", &[d.layers[1], n, source, 2, d.width])?,
+            cache: take("cache", &[d.layers[1], rows, target, 2, d.width])?,
+            spare: take("cache", &[if sizes.beams > 1 { rows } else { 0 }, target, 2, d.width])?,
+            x: take("activations", &[rows, d.width])?,
+            h: take("activations", &[rows, d.width])?,
+            frame: take("frame", &[rows, needs.frame])?,
+            scratch: take("scratch", &[scratch])?,
+            head: LmHead { logits, ..self.head() },
+            ints,
+            output: EncoderOutput { stats, ..self.output(Context { value, grad: Reals::EMPTY }) },
+            stack,
+            encoder,
+            blocks,
+            input,
+            target: target_input,
+            lens,
+        };
+        // The logits on the host, and the scores of one row.
+        l.outside(Category::Head, product("logits", &[rows, d.vocab[1], B::Real::BYTES])?);
+        Ok((decoder, layout))
+    }
+
+    /// Translates sentences, at most `sizes.sentences` of them, none longer than `sizes.longest`
+    /// with its end.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for too many or too long ones; [`Error::Fault`] for values that are not
+    /// finite.
+    pub fn translate<B: Backend>(
+        &self,
+        be: &mut B,
+        sources: &[&[i32]],
+        sizes: &Sizes,
+        search: &Search,
+    ) -> Result<Vec<Vec<i32>>> {
+        if sources.is_empty() {
+            return Ok(Vec::new());
+        }
+        be.clear_fault()?;
+        let longest = sources.iter().map(|s| s.len() + 1).max().unwrap_or(1);
+        for (what, most, found) in [
+            ("sentences", sizes.sentences, sources.len()),
+            ("positions of a sentence", sizes.longest, longest),
+        ] {
+            if found > most {
+                return Err(Error::Shape { what, expected: most, found });
+            }
+        }
+        let sizes = Sizes { sentences: sources.len(), ..*sizes };
+        let (mut decoder, _) = self.decoder::<B>(&sizes, longest)?;
+        self.encode(be, &mut decoder, sources, longest, search.inference)?;
+
+        let (beams, vocab) = (sizes.beams, self.setup.dims.vocab[1]);
+        let rows = sources.len() * beams;
+        let mut logits = vec![B::Real::of(0.0); rows * vocab];
+        let mut searches: Vec<_> = (sources.iter())
+            .map(|s| {
+                let settings = search::Settings {
+                    beams,
+                    length: Length::Gnmt(search.alpha),
+                    stop: Stop::Full,
+                    // Much longer than its source is nothing but a loop.
+                    tokens: sizes.longest.min(2 * s.len() + 16),
+                    end: Some(END),
+                    no_repeat: 0,
+                };
+                search::Search::new(settings, &[])
+            })
+            .collect();
+        let (mut tokens, mut order) = (vec![BEGIN; rows], vec![0; rows]);
+        for position in 0..sizes.longest {
+            if searches.iter().all(search::Search::finished) {
+                break;
+            }
+            self.one_token(be, &decoder, &tokens, position, beams, search.inference)?;
+            be.read_reals(decoder.head.logits, &mut logits)?;
+            let places = order.chunks_mut(beams).zip(tokens.chunks_mut(beams));
+            for (i, (search, (order, tokens))) in searches.iter_mut().zip(places).enumerate() {
+                let logits = &logits[i * beams * vocab..(i + 1) * beams * vocab];
+                search.advance(logits, &[PAD, BEGIN], order, tokens);
+                order.iter_mut().for_each(|row| *row += i * beams);
+            }
+            self.reorder(be, &decoder, &order, &sizes, position + 1)?;
+        }
+        if let Some(fault) = be.take_fault()? {
+            return Err(fault.into());
+        }
+        Ok(searches.into_iter().map(search::Search::best).collect())
+    }
+
+    /// Memory, and the keys and values of cross-attention.
+    fn encode<B: Backend>(
+        &self,
+        be: &mut B,
+        d: &mut Decoder,
+        sources: &[&[i32]],
+        longest: usize,
+        inference: Inference,
+    ) -> Result<()> {
+        let mut padded = Vec::with_capacity(sources.len() * longest);
+        for (i, source) in sources.iter().enumerate() {
+            padded.extend_from_slice(source);
+            padded.push(END);
+            padded.resize((i + 1) * longest, PAD);
+        }
+        be.write_ints(d.input.tokens, &padded)?;
+        let lens: Vec<i32> = sources.iter().map(|s| s.len() as i32 + 1).collect();
+        be.write_ints(d.encoder.key_lens, &lens)?;
+        let x = infer(be, &d.stack, &mut d.encoder, &mut d.input, sources.len(), inference)?;
+        d.output.normalize(be, x, d.output.context.value, d.output.stats)?;
+        for k in 0..self.setup.dims.layers[1] {
+            d.blocks.keys_values(be, k, d.output.context.value, self.of_block(d.cross, k))?;
+        }
+        Ok(())
+    }
+
+    /// A block's part of what every block has.
+    fn of_block(&self, all: Reals, k: usize) -> Reals {
+        let per = all.len() / self.setup.dims.layers[1];
+        all.sub(k * per, per)
+    }
+
+    /// Logits of the token that follows `tokens`, which are at `position`.
+    fn one_token<B: Backend>(
+        &self,
+        be: &mut B,
+        d: &Decoder,
+        tokens: &[i32],
+        position: usize,
+        beams: usize,
+        inference: Inference,
+    ) -> Result<()> {
+        let (rows, width) = (tokens.len(), self.setup.dims.width);
+        let at = |site| Chunk {
+            seed: 0,
+            step: 0,
+            stack: 1,
+            site,
+            first: 0,
+            samples: rows,
+            global: 0,
+            frame: 0,
+        };
+        be.write_ints(d.target.tokens, tokens)?;
+        let places = vec![position; rows];
+        be.write_ints(d.lens, &vec![position as i32 + 1; rows])?;
+        let positions = d.target.wpe.sub(position * width, width);
+        let embedding = at(Site::Embedding);
+        be.embed(&embedding, d.target.tokens, d.target.wte, positions, width, d.x)?;
+        if let Inference::Quantized(grid) = inference {
+            be.quantize(&embedding, grid, d.x, d.ints, Words::EMPTY)?;
+            be.dequantize(grid, d.ints, d.x)?;
+        }
+        for k in 0..self.setup.dims.layers[1] {
+            let chunk = at(Site::Block(k));
+            let call = Call {
+                chunk,
+                block: k,
+                x: d.x,
+                frame: d.frame,
+                scratch: d.scratch,
+                context: None,
+                train: false,
+                keep: false,
+            };
+            let keys = d.cache.len() / (self.setup.dims.layers[1] * rows * 2 * width);
+            let cached =
+                Cached { of: self.of_block(d.cache, k), keys, positions: &places, lens: d.lens };
+            d.blocks.next(be, &call, &cached, (self.of_block(d.cross, k), beams), d.h)?;
+            match inference {
+                Inference::Float => be.add(d.x, d.h)?,
+                Inference::Quantized(grid) => {
+                    be.add_quantized(&chunk, grid, d.ints, d.h, Words::EMPTY)?;
+                    be.dequantize(grid, d.ints, d.x)?;
+                }
+            }
+        }
+        d.head.logits(be, d.x, d.scratch)?;
+        Ok(())
+    }
+
+    /// Row `r` of every cache becomes what row `order[r]` was; `positions` of them are in use.
+    fn reorder<B: Backend>(
+        &self,
+        be: &mut B,
+        d: &Decoder,
+        order: &[usize],
+        sizes: &Sizes,
+        positions: usize,
+    ) -> Result<()> {
+        if order.iter().enumerate().all(|(row, &from)| row == from) {
+            return Ok(());
+        }
+        let width = 2 * self.setup.dims.width;
+        let (per, used) = (sizes.longest * width, positions * width);
+        for k in 0..self.setup.dims.layers[1] {
+            let cache = self.of_block(d.cache, k);
+            be.copy_reals(cache, d.spare)?;
+            for (row, &from) in order.iter().enumerate().filter(|(row, from)| row != *from) {
+                be.copy_reals(d.spare.sub(from * per, used), cache.sub(row * per, used))?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,10 @@
+//! Encoder-decoder transformers.
+
+pub mod config;
+pub mod decode;
+pub mod files;
+pub mod model;
+pub mod vocab;
+
+pub use config::TranslationConfig;
+pub use model::Translator;

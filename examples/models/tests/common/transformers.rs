@@ -1,0 +1,93 @@
+//! What transformers and PEFT say of the directory of a model (`torch/check_ours.py`).
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::Command;
+
+use bdia_core::backend::Backend;
+use bdia_core::plan::Choice;
+use bdia_core::rng::{Draw, Stream};
+use bdia_core::stack::Mode;
+use bdia_core::{Gamma, Real, Sign};
+use bdia_cpu::Cpu;
+use bdia_models::gpt2::adapter::Adapter;
+use bdia_models::gpt2::files::load_base;
+use bdia_models::gpt2::model::{Inference, Setup};
+use bdia_models::gpt2::{Gpt2, Gpt2Config};
+
+/// The logits of samples of `context` tokens, as a standard transformer computes them.
+pub fn logits<B: Backend>(
+    be: &mut B,
+    model: &mut Gpt2,
+    tokens: &[i32],
+    context: usize,
+) -> Vec<f64> {
+    let gamma = Gamma::new(0.0, Sign::Plus).unwrap();
+    let mut all = Vec::new();
+    for sample in tokens.chunks(context) {
+        let logits = model.logits(be, sample, 0..sample.len(), Inference::Float(gamma)).unwrap();
+        all.extend(logits.iter().map(|x| x.wide()));
+    }
+    all
+}
+
+/// Whether transformers, or PEFT where `dir` has adapters of the model in `base`, computes our
+/// logits: `false` where no Python for it was named.
+pub fn agrees(dir: &Path, base: Option<&Path>, context: usize) -> bool {
+    let Some(python) = std::env::var_os("BDIA_PYTHON") else {
+        println!(
+            "skipped: BDIA_PYTHON names no Python with torch, transformers and PEFT (tests/torch/README.md)"
+        );
+        return false;
+    };
+    let weights = base.unwrap_or(dir);
+    let config = Gpt2Config::read_dir(weights).unwrap();
+    let setup = Setup {
+        dims: config.dims(),
+        batch: 1,
+        accumulate: 1,
+        context,
+        mode: Mode::Standard,
+        grid: None,
+        gamma: Gamma::new(0.5, Sign::Plus).unwrap(),
+        rule: None,
+        adapters: None,
+        fused: true,
+        verify: false,
+        threads: 1,
+        library: Cpu::library_bytes(1),
+    };
+    let (mut model, layout) =
+        Gpt2::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 16 }).unwrap();
+    let mut be = Cpu::new(&layout, 1).unwrap();
+    let digest = load_base(weights, &config, &mut be, &model).unwrap();
+    if base.is_some() {
+        Adapter::open(dir, &config).unwrap().merge(&mut be, &model, &digest).unwrap();
+    }
+    let random = Stream::new(1, 0, 0, 0, 0, Draw::Data);
+    let tokens: Vec<i32> =
+        (0..2 * context as u32).map(|i| random.below(i, config.vocab_size as u32) as i32).collect();
+    let ours = logits(&mut be, &mut model, &tokens, context);
+
+    let tokens = tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<_>>();
+    let ours = ours.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect::<Vec<_>>();
+    let view =
+        |dtype, shape, bytes| safetensors::tensor::TensorView::new(dtype, shape, bytes).unwrap();
+    let probe = [
+        ("tokens", view(safetensors::Dtype::I32, vec![2, context], &tokens)),
+        ("logits", view(safetensors::Dtype::F32, vec![2, context, config.vocab_size], &ours)),
+    ];
+    let path = dir.join("probe.safetensors");
+    std::fs::write(&path, safetensors::serialize(probe, None).unwrap()).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/torch/check_ours.py");
+    let mut command = Command::new(python);
+    command.arg("-B").arg(script).arg(dir);
+    base.map(|base| command.args([OsStr::new("--base"), base.as_os_str()]));
+    let output = command.output().unwrap();
+    std::fs::remove_file(path).unwrap();
+    let text =
+        [output.stdout, output.stderr].map(|b| String::from_utf8_lossy(&b).into_owned()).concat();
+    println!("{}: {text}", dir.display());
+    assert!(output.status.success(), "{}: {text}", dir.display());
+    true
+}

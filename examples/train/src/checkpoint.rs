@@ -1,0 +1,303 @@
+//! Checkpoints: everything that the continuation of a run needs, in one file that is whole or not
+//! there.
+//!
+//! ```text
+//! "BDIACKPT"  version u32  header length u32  header (JSON)  tensors (f32, little endian)  xxh3-64 of all before
+//! ```
+//! Tensors are what the program gives: the parameters and then the optimizer's state, in the order
+//! of the model's tensors.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+
+use bdia_core::Reals;
+use bdia_core::backend::Backend;
+use bdia_models::files::{FileError, write_atomic};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+const MAGIC: &[u8; 8] = b"BDIACKPT";
+const VERSION: u32 = 1;
+const HEADER_LIMIT: u32 = 1 << 26;
+/// Values that are copied at a time.
+const PIECE: usize = 1 << 14;
+
+/// What a checkpoint says about its run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Header {
+    /// Steps that are done.
+    pub step: u32,
+    /// Samples processed together inside a block: part of what is computed, so it is used again.
+    pub chunk: usize,
+    /// Rows of logits at a time, where the head has such a choice.
+    pub head_rows: usize,
+    /// The program and the processor that computed.
+    pub identity: String,
+    /// Ranks that computed; their chunks are those of a part of the batch.
+    #[serde(default = "one")]
+    pub ranks: usize,
+    /// Number of values of each tensor that follows.
+    pub lens: Vec<usize>,
+    /// Digest of the training data.
+    pub data: u64,
+    /// Validation so far: step and loss (or accuracy, where the program measures that).
+    pub validation: Vec<(u32, f64)>,
+}
+
+const fn one() -> usize {
+    1
+}
+
+/// Why a checkpoint cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The file could not be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The content is not what was written.
+    #[error("{}: {what}; remove it and resume from the checkpoint before it", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// It belongs to another model.
+    #[error("{}: the checkpoint is of another model ({what})", path.display())]
+    Other {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
+    /// There is none.
+    #[error("{}: no usable checkpoint; expected step-*.ckpt (is it the directory of a run?){tried}", dir.display())]
+    None {
+        /// The directory.
+        dir: PathBuf,
+        /// What was found to be wrong with those that are there.
+        tried: String,
+    },
+    /// The training has gone astray; the earlier checkpoints stay.
+    #[error(
+        "a parameter or an optimizer moment is not finite after step {step}: nothing is saved; start again with a lower \
+         --lr, or with --clip"
+    )]
+    NotFinite {
+        /// Steps that are done.
+        step: u32,
+    },
+    /// The backend refused.
+    #[error(transparent)]
+    Core(#[from] bdia_core::Error),
+}
+
+fn file_name(step: u32) -> String {
+    format!("step-{step:08}.ckpt")
+}
+
+/// The checkpoints of a directory, newest first.
+pub fn list(dir: &Path) -> Vec<(u32, PathBuf)> {
+    let mut all: Vec<_> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| {
+            let name = e.file_name();
+            let step = name.to_str()?.strip_prefix("step-")?.strip_suffix(".ckpt")?.parse().ok()?;
+            Some((step, e.path()))
+        })
+        .collect();
+    all.sort_by_key(|(step, _)| core::cmp::Reverse(*step));
+    all
+}
+
+/// Removes what a killed run left of a checkpoint that it did not finish.
+pub fn sweep(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_str().is_some_and(|n| n.starts_with("step-") && n.ends_with(".ckpt.tmp")) {
+            // It only takes room.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Writes a checkpoint atomically, then removes all but the last two.
+///
+/// # Errors
+/// [`CheckpointError`]; the earlier checkpoints are then untouched.
+pub fn save<B: Backend<Real = f32>>(
+    dir: &Path,
+    be: &B,
+    tensors: &[Reals],
+    mut header: Header,
+) -> Result<PathBuf, CheckpointError> {
+    header.lens = tensors.iter().map(|t| t.len()).collect();
+    let path = dir.join(file_name(header.step));
+    let json = serde_json::to_vec(&header)
+        .map_err(|e| damaged(&path, format!("the header cannot be written: {e}")))?;
+    write_atomic::<CheckpointError>(&path, |out| {
+        let io = |e| FileError::io(&path, "write it", e);
+        let mut hash = Xxh3::new();
+        let mut put = |bytes: &[u8]| {
+            hash.update(bytes);
+            out.write_all(bytes).map_err(io)
+        };
+        put(MAGIC)?;
+        put(&VERSION.to_le_bytes())?;
+        put(&(json.len() as u32).to_le_bytes())?;
+        put(&json)?;
+        let (mut values, mut bytes) = (vec![0.0; PIECE], Vec::with_capacity(4 * PIECE));
+        for t in tensors {
+            for at in (0..t.len()).step_by(PIECE) {
+                let values = &mut values[..PIECE.min(t.len() - at)];
+                be.read_reals(t.sub(at, values.len()), values)?;
+                if values.iter().any(|v| !v.is_finite()) {
+                    return Err(CheckpointError::NotFinite { step: header.step });
+                }
+                bytes.clear();
+                bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+                put(&bytes)?;
+            }
+        }
+        let digest = hash.digest();
+        out.write_all(&digest.to_le_bytes()).map_err(io)?;
+        Ok(())
+    })?;
+    // Two are kept. Newer ones than this were found to be damaged: they would only push good ones
+    // out. One that cannot be removed only takes room.
+    let all = list(dir);
+    let newer = all.iter().take_while(|(step, _)| *step > header.step).count();
+    for (_, old) in all.iter().take(newer).chain(all.iter().skip(newer + 2)) {
+        let _ = std::fs::remove_file(old);
+    }
+    Ok(path)
+}
+
+fn damaged(path: &Path, what: impl Into<String>) -> CheckpointError {
+    CheckpointError::Damaged { path: path.to_path_buf(), what: what.into() }
+}
+
+/// A reader that hashes what it reads.
+struct Hashing<R> {
+    inner: R,
+    hash: Xxh3,
+}
+
+impl<R: Read> Hashing<R> {
+    fn take(&mut self, path: &Path, bytes: &mut [u8]) -> Result<(), CheckpointError> {
+        self.inner.read_exact(bytes).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => damaged(path, "the file ends too early"),
+            _ => FileError::io(path, "read it", e).into(),
+        })?;
+        self.hash.update(bytes);
+        Ok(())
+    }
+}
+
+fn open(path: &Path) -> Result<(Hashing<BufReader<File>>, Header), CheckpointError> {
+    let file = File::open(path).map_err(|e| FileError::io(path, "open it", e))?;
+    let size = file.metadata().map_err(|e| FileError::io(path, "read its size", e))?.len();
+    let mut r = Hashing { inner: BufReader::new(file), hash: Xxh3::new() };
+    let mut start = [0; 16];
+    r.take(path, &mut start)?;
+    if &start[..8] != MAGIC {
+        return Err(damaged(path, "it does not begin with BDIACKPT"));
+    }
+    let word =
+        |at: usize| u32::from_le_bytes([start[at], start[at + 1], start[at + 2], start[at + 3]]);
+    if word(8) != VERSION {
+        return Err(damaged(path, format!("it has version {}, expected {VERSION}", word(8))));
+    }
+    if word(12) > HEADER_LIMIT {
+        return Err(damaged(
+            path,
+            format!("its header claims {} bytes, expected at most {HEADER_LIMIT}", word(12)),
+        ));
+    }
+    let mut json = vec![0; word(12) as usize];
+    r.take(path, &mut json)?;
+    let header: Header =
+        serde_json::from_slice(&json).map_err(|e| damaged(path, format!("its header: {e}")))?;
+    let values = header.lens.iter().try_fold(0_u64, |sum, &n| sum.checked_add(n as u64));
+    let expected =
+        values.and_then(|v| v.checked_mul(4)).and_then(|b| b.checked_add(24 + u64::from(word(12))));
+    if expected != Some(size) {
+        return Err(damaged(path, format!("{size} bytes do not fit its header")));
+    }
+    Ok((r, header))
+}
+
+/// Reads the header and checks every byte.
+///
+/// # Errors
+/// [`CheckpointError`]
+pub fn check(path: &Path) -> Result<Header, CheckpointError> {
+    let (mut r, header) = open(path)?;
+    let mut left = header.lens.iter().sum::<usize>() * 4;
+    let mut bytes = vec![0; 4 * PIECE];
+    while left > 0 {
+        let n = left.min(bytes.len());
+        r.take(path, &mut bytes[..n])?;
+        left -= n;
+    }
+    let digest = r.hash.digest();
+    let mut stored = [0; 8];
+    r.take(path, &mut stored)?;
+    if u64::from_le_bytes(stored) != digest {
+        return Err(damaged(path, "its checksum differs"));
+    }
+    Ok(header)
+}
+
+/// The newest checkpoint of a directory that is good, with warnings about those that are not.
+///
+/// # Errors
+/// [`CheckpointError::None`]
+pub fn newest(dir: &Path) -> Result<(PathBuf, Header, Vec<String>), CheckpointError> {
+    let mut warnings = Vec::new();
+    for (_, path) in list(dir) {
+        match check(&path) {
+            Ok(header) => return Ok((path, header, warnings)),
+            Err(e) => warnings.push(e.to_string()),
+        }
+    }
+    let tried = warnings.iter().map(|w| format!("\n  {w}")).collect();
+    Err(CheckpointError::None { dir: dir.to_path_buf(), tried })
+}
+
+/// Loads the tensors of a checkpoint that [`check`] found good.
+///
+/// # Errors
+/// [`CheckpointError`]
+pub fn load<B: Backend<Real = f32>>(
+    path: &Path,
+    be: &mut B,
+    tensors: &[Reals],
+) -> Result<Header, CheckpointError> {
+    let (mut r, header) = open(path)?;
+    let lens: Vec<_> = tensors.iter().map(|t| t.len()).collect();
+    if lens != header.lens {
+        let what =
+            format!("{} tensors, expected {}, or other sizes", header.lens.len(), lens.len());
+        return Err(CheckpointError::Other { path: path.to_path_buf(), what });
+    }
+    let mut bytes = vec![0; 4 * PIECE];
+    let mut values = Vec::with_capacity(PIECE);
+    for t in tensors {
+        for at in (0..t.len()).step_by(PIECE) {
+            let n = PIECE.min(t.len() - at);
+            r.take(path, &mut bytes[..4 * n])?;
+            values.clear();
+            values.extend(
+                bytes[..4 * n]
+                    .chunks_exact(4)
+                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+            );
+            be.write_reals(t.sub(at, n), &values)?;
+        }
+    }
+    Ok(header)
+}

@@ -1,0 +1,740 @@
+//! Flags that every training program has, their checks, and what a resumed run may change.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use bdia_core::optim::{Decay, Rule, Schedule};
+use bdia_core::{Gamma, Grid, Sign};
+use bdia_models::config::{self, Training};
+use bdia_models::gpt2;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, ValueEnum};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// How activations are kept for the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Two activations and one bit per value and block; the rest is rebuilt exactly.
+    Bdia,
+    /// Everything is stored.
+    Standard,
+    /// The input of every n-th block is stored, the rest recomputed.
+    Checkpoint,
+    /// The same update without the grid, for any gamma; everything is stored.
+    BdiaFloat,
+}
+
+impl From<Mode> for config::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Bdia => Self::Bdia,
+            Mode::Standard => Self::Standard,
+            Mode::Checkpoint => Self::Checkpoint,
+            Mode::BdiaFloat => Self::BdiaFloat,
+        }
+    }
+}
+
+/// The sign of γ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GammaSign {
+    /// Drawn for every sample and block.
+    Random,
+    /// Always plus.
+    Plus,
+    /// Always minus.
+    Minus,
+}
+
+impl From<GammaSign> for Sign {
+    fn from(sign: GammaSign) -> Self {
+        match sign {
+            GammaSign::Random => Self::Random,
+            GammaSign::Plus => Self::Plus,
+            GammaSign::Minus => Self::Minus,
+        }
+    }
+}
+
+impl From<GammaSign> for config::GammaSign {
+    fn from(sign: GammaSign) -> Self {
+        match sign {
+            GammaSign::Random => Self::Random,
+            GammaSign::Plus => Self::Plus,
+            GammaSign::Minus => Self::Minus,
+        }
+    }
+}
+
+/// The named sizes of GPT-2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Gpt2Size {
+    /// 6 layers, 4 heads, width 128, context 128: trains in minutes on two cores.
+    #[value(name = "mini")]
+    Mini,
+    /// 12 layers, 12 heads, width 768 (124M parameters).
+    #[value(name = "gpt2")]
+    Gpt2,
+    /// 24 layers, 16 heads, width 1024 (355M).
+    #[value(name = "gpt2-medium")]
+    Medium,
+    /// 36 layers, 20 heads, width 1280 (774M).
+    #[value(name = "gpt2-large")]
+    Large,
+    /// 48 layers, 25 heads, width 1600 (1.5B).
+    #[value(name = "gpt2-xl")]
+    Xl,
+}
+
+impl From<Gpt2Size> for gpt2::Size {
+    fn from(size: Gpt2Size) -> Self {
+        match size {
+            Gpt2Size::Mini => Self::Mini,
+            Gpt2Size::Gpt2 => Self::Gpt2,
+            Gpt2Size::Medium => Self::Medium,
+            Gpt2Size::Large => Self::Large,
+            Gpt2Size::Xl => Self::Xl,
+        }
+    }
+}
+
+/// The optimizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Optimizer {
+    /// Adam with decoupled weight decay.
+    Adamw,
+    /// Adam with a suppressed range of step sizes (arXiv 2302.01029).
+    SetAdam,
+    /// Gradient descent; beta1 is its momentum.
+    Sgd,
+}
+
+/// How the learning rate moves after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScheduleKind {
+    /// Stays.
+    Constant,
+    /// Falls to the minimum along half a cosine.
+    Cosine,
+    /// Falls to the minimum along a line.
+    Linear,
+    /// Falls with the root of the number of steps, as the first transformer's did.
+    Noam,
+}
+
+/// Who computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackendKind {
+    /// Scalar code that is easy to read.
+    Reference,
+    /// SIMD and threads.
+    Cpu,
+    /// A CUDA device.
+    Cuda,
+}
+
+/// The precision of matrix products. Sums, and everything else, are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrecisionKind {
+    /// f32 throughout.
+    #[default]
+    F32,
+    /// Factors with 10 bits of fraction, sums in f32; on a CUDA device.
+    Tf32,
+    /// Factors as bf16, sums and master weights in f32; on the CPU or a CUDA device.
+    Bf16,
+}
+
+/// The arithmetic of the residual stream without training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Inference {
+    /// Plain float: the standard transformer.
+    Float,
+    /// Residuals rounded to the grid, as in the paper.
+    Quantized,
+}
+
+/// Where the activations of training live and how many are kept.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Reversibility")]
+pub struct ModeArgs {
+    /// How activations are kept for the backward pass
+    #[arg(long, default_value = "bdia")]
+    pub mode: Mode,
+    /// Blocks between stored activations, in mode checkpoint [default: the square root of the
+    /// layers]
+    #[arg(long, value_name = "N", value_parser = count(65_000))]
+    pub checkpoint_every: Option<u64>,
+    /// Round to the grid in modes standard and checkpoint too
+    #[arg(long)]
+    pub quantize: bool,
+    /// Magnitude of gamma: 0.5, 0.25, … 2^-8; anything from 0 to 1 in mode bdia-float
+    #[arg(long, default_value_t = 0.5, value_parser = gamma)]
+    pub gamma: f64,
+    /// Sign of gamma
+    #[arg(long, default_value = "random")]
+    pub gamma_sign: GammaSign,
+    /// The grid is 2^-l: its l
+    #[arg(long, value_name = "L", default_value_t = 14, value_parser = frac_bits)]
+    pub frac_bits: u32,
+}
+
+impl ModeArgs {
+    /// γ as the core has it.
+    ///
+    /// # Errors
+    /// A γ that has no exact inverse, in mode bdia.
+    pub fn gamma(&self) -> bdia_core::Result<Gamma> {
+        let gamma = Gamma::new(self.gamma, self.gamma_sign.into())?;
+        if self.mode == Mode::Bdia {
+            gamma.planes()?;
+        }
+        Ok(gamma)
+    }
+
+    /// What `config.json` says about the training.
+    ///
+    /// # Errors
+    /// As [`Self::gamma`].
+    pub fn training(&self) -> bdia_core::Result<Training> {
+        let planes = if self.mode == Mode::Bdia { self.gamma()?.planes()? } else { 0 };
+        Ok(Training {
+            gamma: self.gamma,
+            gamma_sign: self.gamma_sign.into(),
+            frac_bits: self.frac_bits,
+            mode: self.mode.into(),
+            planes: Some(planes),
+        })
+    }
+}
+
+/// The optimizer and its settings.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Optimizer")]
+pub struct OptimArgs {
+    /// Optimizer
+    #[arg(long, default_value = "adamw")]
+    pub optimizer: Optimizer,
+    /// Learning rate after the warm-up
+    #[arg(long, default_value_t = 1e-3, value_parser = not_negative)]
+    pub lr: f64,
+    /// Decay of the first moment; momentum of sgd
+    #[arg(long, default_value_t = 0.9, value_parser = below_one)]
+    pub beta1: f64,
+    /// Decay of the second moment
+    #[arg(long, default_value_t = 0.999, value_parser = below_one)]
+    pub beta2: f64,
+    /// Keeps denominators from zero [default: 1e-8; 1e-18 for set-adam]
+    #[arg(long, value_parser = positive)]
+    pub eps: Option<f64>,
+    /// Weight decay of tensors with two or more dimensions
+    #[arg(long, default_value_t = 0.1, value_parser = not_negative)]
+    pub weight_decay: f64,
+    /// Learning rate after the warm-up: how it moves
+    #[arg(long, default_value = "cosine")]
+    pub schedule: ScheduleKind,
+    /// Steps in which the learning rate rises from 0
+    #[arg(long, value_name = "STEPS", default_value_t = 20, value_parser = count_or_zero(u64::from(u32::MAX)))]
+    pub warmup: u64,
+    /// Learning rate at the end of schedules cosine and linear [default: a tenth of --lr]
+    #[arg(long, value_parser = not_negative)]
+    pub min_lr: Option<f64>,
+    /// Largest norm of the gradient; 0 for none. Any other value needs full gradient buffers
+    #[arg(long, value_name = "NORM", default_value_t = 0.0, value_parser = not_negative)]
+    pub clip: f64,
+}
+
+impl OptimArgs {
+    /// `ε`, with the optimizer's own default.
+    pub fn eps(&self) -> f64 {
+        self.eps.unwrap_or(if self.optimizer == Optimizer::SetAdam { 1e-18 } else { 1e-8 })
+    }
+
+    /// The optimizer as the core has it.
+    pub fn rule(&self) -> Rule {
+        let (beta1, beta2, eps) = (self.beta1, self.beta2, self.eps());
+        match self.optimizer {
+            Optimizer::Adamw => Rule::AdamW { beta1, beta2, eps },
+            Optimizer::SetAdam => Rule::SetAdam { beta1, beta2, eps },
+            Optimizer::Sgd => Rule::Sgd { momentum: beta1 },
+        }
+    }
+
+    /// The schedule of a run of `steps` steps.
+    pub fn schedule(&self, steps: u32) -> Schedule {
+        Schedule {
+            lr: self.lr,
+            min_lr: self.min_lr(),
+            warmup: self.warmup as u32,
+            steps,
+            decay: match self.schedule {
+                ScheduleKind::Constant => Decay::Constant,
+                ScheduleKind::Cosine => Decay::Cosine,
+                ScheduleKind::Linear => Decay::Linear,
+                ScheduleKind::Noam => Decay::Noam,
+            },
+        }
+    }
+
+    /// What single flags cannot show to be wrong.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn check(&self) -> Result<(), String> {
+        let falls_to_it = matches!(self.schedule, ScheduleKind::Cosine | ScheduleKind::Linear);
+        if falls_to_it && self.min_lr() > self.lr {
+            return Err(format!(
+                "--min-lr is {}, expected at most --lr, which is {}",
+                self.min_lr(),
+                self.lr
+            ));
+        }
+        Ok(())
+    }
+
+    /// The last learning rate.
+    pub fn min_lr(&self) -> f64 {
+        self.min_lr.unwrap_or(self.lr / 10.0)
+    }
+}
+
+/// Where the computation happens.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Machine")]
+pub struct MachineArgs {
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = count(1024))]
+    pub threads: Option<u64>,
+    /// Memory that the plan may use, such as 2GB, 512MiB or bytes [default: no limit]
+    #[arg(long, value_name = "BYTES", value_parser = memory)]
+    pub memory: Option<u64>,
+    /// Who computes
+    #[arg(long, default_value = "cpu")]
+    pub backend: BackendKind,
+    /// Number of the CUDA device
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = count_or_zero(1024))]
+    #[serde(default)]
+    pub device: u64,
+    /// Matrix products
+    #[arg(long, default_value = "f32")]
+    #[serde(default)]
+    pub precision: PrecisionKind,
+    /// Of several ranks (mpirun): seconds to wait for another one, which must be able to write a
+    /// checkpoint meanwhile
+    #[arg(long, value_name = "SECONDS", default_value_t = RANK_TIMEOUT, value_parser = count(86_400))]
+    #[serde(default = "rank_timeout")]
+    pub rank_timeout: u64,
+    /// Of several ranks: steps between comparisons of their parameters and optimizer states; each
+    /// checkpoint has one too
+    #[arg(long, value_name = "N", default_value_t = COMPARE_INTERVAL, value_parser = count(u64::from(u32::MAX)))]
+    #[serde(default = "compare_interval")]
+    pub compare_interval: u64,
+}
+
+const RANK_TIMEOUT: u64 = 120;
+const COMPARE_INTERVAL: u64 = 100;
+
+const fn rank_timeout() -> u64 {
+    RANK_TIMEOUT
+}
+
+const fn compare_interval() -> u64 {
+    COMPARE_INTERVAL
+}
+
+impl MachineArgs {
+    /// The defaults, on a backend.
+    pub const fn on(backend: BackendKind) -> Self {
+        Self {
+            threads: None,
+            memory: None,
+            backend,
+            device: 0,
+            precision: PrecisionKind::F32,
+            rank_timeout: RANK_TIMEOUT,
+            compare_interval: COMPARE_INTERVAL,
+        }
+    }
+
+    /// What single flags cannot show to be wrong.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn check(&self) -> Result<(), String> {
+        if self.backend != BackendKind::Cuda && self.device != 0 {
+            return Err("--device is for a CUDA device: add --backend cuda, or leave it out".into());
+        }
+        match (self.backend, self.precision) {
+            (BackendKind::Cuda, _)
+            | (_, PrecisionKind::F32)
+            | (BackendKind::Cpu, PrecisionKind::Bf16) => Ok(()),
+            (BackendKind::Cpu, PrecisionKind::Tf32) => Err(
+                "--precision tf32 is for a CUDA device: add --backend cuda, or ask for f32 or bf16"
+                    .into(),
+            ),
+            (BackendKind::Reference, _) => {
+                Err("--backend reference computes in f32: leave --precision out".into())
+            }
+        }
+    }
+}
+
+/// A resumed run was asked for something else than it was started with.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the run cannot be resumed with other settings: {}; leave these flags out, or start a new run with --out",
+    .0.join("; ")
+)]
+pub struct Contradiction(pub Vec<String>);
+
+/// Which of the flags that were given differ between a new command line and a saved run, except
+/// those that may (`free`).
+///
+/// # Errors
+/// [`Contradiction`] names them, with both values.
+fn contradictions<T: Serialize>(
+    given: &BTreeSet<String>,
+    new: &T,
+    saved: &T,
+    free: &[&str],
+) -> Result<(), Contradiction> {
+    let (new, old) = (settings(new), settings(saved));
+    let show = |v: Option<&Value>| match v {
+        None | Some(Value::Null) => "nothing".to_string(),
+        Some(Value::String(s)) => s.clone(),
+        Some(other) => other.to_string(),
+    };
+    let wrong: Vec<_> = (given.iter())
+        .filter(|name| !free.contains(&name.as_str()) && new.get(*name) != old.get(*name))
+        .map(|name| {
+            let (new, old) = (show(new.get(name)), show(old.get(name)));
+            format!("--{} is {new}, the run has {old}", name.replace('_', "-"))
+        })
+        .collect();
+    if wrong.is_empty() { Ok(()) } else { Err(Contradiction(wrong)) }
+}
+
+fn settings<T: Serialize>(args: &T) -> Map<String, Value> {
+    match serde_json::to_value(args) {
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
+    }
+}
+
+/// The name of a value of a flag, as it is typed.
+pub fn name_of<T: Serialize>(value: &T) -> String {
+    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// What single flags of the mode cannot show to be wrong.
+///
+/// # Errors
+/// A sentence.
+pub fn check_mode(mode: &ModeArgs, verify: bool) -> Result<(), String> {
+    mode.gamma().map_err(|e| format!("--gamma: {e}"))?;
+    if mode.quantize && mode.mode == Mode::BdiaFloat {
+        return Err(
+            "--quantize contradicts --mode bdia-float, which has no grid; mode bdia always has it"
+                .into(),
+        );
+    }
+    if mode.checkpoint_every.is_some() && mode.mode != Mode::Checkpoint {
+        return Err(
+            "--checkpoint-every belongs to --mode checkpoint; add that or leave it out".into()
+        );
+    }
+    if verify && matches!(mode.mode, Mode::Standard | Mode::Checkpoint) {
+        return Err(
+            "--verify belongs to modes bdia and bdia-float; the others rebuild nothing that could differ".into()
+        );
+    }
+    Ok(())
+}
+
+/// The flags of a run that every program has, wherever they stand among its own.
+#[derive(Debug)]
+pub struct RunFlags<'a> {
+    /// `--seed`
+    pub seed: &'a mut u64,
+    /// `--checkpoint-interval`
+    pub checkpoint_interval: &'a mut u64,
+    /// `--resume`
+    pub resume: &'a mut Option<PathBuf>,
+    /// `--verify`
+    pub verify: &'a mut bool,
+    /// `--out`
+    pub out: &'a mut PathBuf,
+    /// `--json`
+    pub json: &'a mut bool,
+    /// How activations are kept.
+    pub mode: &'a mut ModeArgs,
+    /// Threads, memory, backend.
+    pub machine: &'a mut MachineArgs,
+    /// Names of the flags that the user gave.
+    pub given: &'a mut BTreeSet<String>,
+    /// Files and directories that the run reads.
+    pub inputs: Vec<&'a mut PathBuf>,
+}
+
+/// The flags of a program's runs.
+pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
+    /// Flags that may differ from the saved ones when a run is resumed: they change no number.
+    const FREE: [&'static str; 8] = [
+        "resume",
+        "json",
+        "threads",
+        "device",
+        "rank_timeout",
+        "compare_interval",
+        "checkpoint_interval",
+        "verify",
+    ];
+
+    /// Those that every program has.
+    fn run(&mut self) -> RunFlags<'_>;
+
+    /// Takes out what a run finds out itself and saves with its flags.
+    fn forget(&mut self) {}
+
+    /// The settings with which a saved run goes on: the saved ones, and those of
+    /// [`FREE`](Self::FREE) that were given.
+    ///
+    /// # Errors
+    /// [`Contradiction`] names every other flag that was given with another value.
+    fn resumed(&self, saved: &Self) -> Result<Self, Contradiction> {
+        let (mut new, mut out) = (self.clone(), saved.clone());
+        let (new, run) = (new.run(), out.run());
+        contradictions(new.given, self, saved, &Self::FREE)?;
+        *run.json = *new.json;
+        *run.verify |= *new.verify;
+        run.machine.threads = new.machine.threads.or(run.machine.threads);
+        if new.given.contains("device") {
+            run.machine.device = new.machine.device;
+        }
+        if new.given.contains("rank_timeout") {
+            run.machine.rank_timeout = new.machine.rank_timeout;
+        }
+        if new.given.contains("compare_interval") {
+            run.machine.compare_interval = new.machine.compare_interval;
+        }
+        if new.given.contains("checkpoint_interval") {
+            *run.checkpoint_interval = *new.checkpoint_interval;
+        }
+        if let Some(dir) = new.resume {
+            run.out.clone_from(dir);
+        }
+        run.resume.clone_from(new.resume);
+        run.given.clone_from(new.given);
+        Ok(out)
+    }
+
+    /// The settings without those that change no number: what must be the same for two runs to be
+    /// the same.
+    #[must_use]
+    fn comparable(&self) -> Self {
+        let mut a = self.clone();
+        a.forget();
+        let run = a.run();
+        (run.machine.threads, run.machine.device, *run.checkpoint_interval) = (None, 0, 0);
+        (run.machine.rank_timeout, run.machine.compare_interval) = (RANK_TIMEOUT, COMPARE_INTERVAL);
+        (*run.resume, *run.verify, *run.out, *run.json) = (None, false, PathBuf::new(), false);
+        run.given.clear();
+        for path in run.inputs {
+            // The same place by another path; what is gone keeps the name that it was given.
+            *path = std::fs::canonicalize(&*path).unwrap_or_else(|_| path.clone());
+        }
+        a
+    }
+}
+
+/// What clap read; a wrong argument prints what is wrong and ends the process with code 1, a
+/// request for help or the version with code 0.
+pub fn or_exit<T>(read: Result<T, clap::Error>) -> T {
+    read.unwrap_or_else(|error| {
+        // Nobody is left to tell if the terminal is gone.
+        let _ = error.print();
+        std::process::exit(i32::from(error.use_stderr()))
+    })
+}
+
+/// Names (as in `weight_decay`) of the flags that the user gave.
+pub fn given(matches: &ArgMatches) -> BTreeSet<String> {
+    (matches.ids().map(clap::Id::as_str))
+        // Groups have ids too, and no source.
+        .filter(|id| {
+            matches.try_contains_id(id).is_ok()
+                && matches.value_source(id) == Some(ValueSource::CommandLine)
+        })
+        .filter(|id| !id.chars().any(char::is_uppercase))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Reads a whole number from 1 to `most`.
+pub fn count(most: u64) -> impl Fn(&str) -> Result<u64, String> + Clone + Send + Sync + 'static {
+    move |s| whole(s, 1, most)
+}
+
+/// Reads a whole number from 0 to `most`.
+pub fn count_or_zero(
+    most: u64,
+) -> impl Fn(&str) -> Result<u64, String> + Clone + Send + Sync + 'static {
+    move |s| whole(s, 0, most)
+}
+
+/// Reads a whole number from `least` to `most`.
+///
+/// # Errors
+/// A sentence, as for all functions here that read a value.
+pub fn whole(s: &str, least: u64, most: u64) -> Result<u64, String> {
+    match s.trim().parse::<u64>() {
+        Ok(n) if (least..=most).contains(&n) => Ok(n),
+        _ => Err(format!("expected a whole number from {least} to {most}, found {s}")),
+    }
+}
+
+/// Reads a seed.
+///
+/// # Errors
+/// A sentence.
+pub fn seed(s: &str) -> Result<u64, String> {
+    whole(s, 0, u64::MAX)
+}
+
+/// Reads a number that `f32` can hold and that `fits`.
+///
+/// # Errors
+/// A sentence.
+pub fn real(s: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Result<f64, String> {
+    match s.trim().parse::<f64>() {
+        // Training is in f32, which must be able to hold it.
+        Ok(x) if x.is_finite() && x.abs() <= f64::from(f32::MAX) && fits(x) => Ok(x),
+        _ => Err(format!("expected {expected}, found {s}")),
+    }
+}
+
+/// Reads a number of 0 or more.
+///
+/// # Errors
+/// A sentence.
+pub fn not_negative(s: &str) -> Result<f64, String> {
+    real(s, "a number of 0 or more", |x| x >= 0.0)
+}
+
+/// Reads any number but NaN and infinity.
+///
+/// # Errors
+/// A sentence.
+pub fn finite(s: &str) -> Result<f64, String> {
+    real(s, "a number", |_| true)
+}
+
+/// Reads a number above 0.
+///
+/// # Errors
+/// A sentence.
+pub fn positive(s: &str) -> Result<f64, String> {
+    real(s, "a number above 0", |x| x > 0.0)
+}
+
+/// Reads a number from 0 to below 1.
+///
+/// # Errors
+/// A sentence.
+pub fn below_one(s: &str) -> Result<f64, String> {
+    real(s, "a number from 0 to below 1", |x| (0.0..1.0).contains(&x))
+}
+
+/// Reads a number above 0 and at most 1.
+///
+/// # Errors
+/// A sentence.
+pub fn probability(s: &str) -> Result<f64, String> {
+    real(s, "a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)
+}
+
+/// Reads the magnitude of γ.
+///
+/// # Errors
+/// A sentence.
+pub fn gamma(s: &str) -> Result<f64, String> {
+    real(s, "a number from 0 to 1; --gamma-sign has the sign", |x| (0.0..=1.0).contains(&x))
+}
+
+/// Reads a γ with its sign.
+///
+/// # Errors
+/// A sentence.
+pub fn signed_gamma(s: &str) -> Result<f64, String> {
+    real(s, "a number from -1 to 1", |x| (-1.0..=1.0).contains(&x))
+}
+
+/// Reads the `l` of a grid.
+///
+/// # Errors
+/// A sentence.
+pub fn frac_bits(s: &str) -> Result<u32, String> {
+    whole(s, 0, u64::from(Grid::MAX_FRAC_BITS)).map(|l| l as u32)
+}
+
+/// A number of bytes: plain, or with a decimal (kB, MB, GB, TB) or binary (KiB, MiB, GiB, TiB)
+/// unit.
+///
+/// # Errors
+/// A sentence.
+pub fn memory(s: &str) -> Result<u64, String> {
+    let wrong =
+        || format!("expected a size such as 2GB, 512MiB, 1.5GiB or a number of bytes, found {s}");
+    let text = s.trim();
+    let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(wrong()),
+    };
+    let bytes = number.parse::<f64>().map_err(|_| wrong())? * factor;
+    // 2^53: every whole number up to it is an f64, and no machine has more.
+    if !(1.0..=9_007_199_254_740_992.0).contains(&bytes) {
+        return Err(wrong());
+    }
+    Ok(bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_in_bytes() {
+        for (s, bytes) in [
+            ("2GB", 2_000_000_000),
+            ("512MiB", 512 << 20),
+            ("1.5 gib", 3 << 29),
+            ("4096", 4096),
+            ("10kB", 10_000),
+            ("1TB", 1_000_000_000_000),
+        ] {
+            assert_eq!(memory(s), Ok(bytes), "{s}");
+        }
+        for s in ["", "GB", "-1", "1..5GB", "9999999TB", "∞", "0.1"] {
+            assert!(memory(s).is_err(), "{s}");
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! What ends a program with exit code 1.
+
+use std::path::PathBuf;
+
+use bdia_models::config::ConfigError;
+use bdia_models::files::FileError;
+use bdia_models::gpt2::adapter::AdapterError;
+use bdia_models::gpt2::decode::DecodeError;
+use bdia_models::sample::SampleError;
+use bdia_models::seq2seq::vocab::VocabularyError;
+use bdia_models::weights::WeightsError;
+
+use crate::checkpoint::CheckpointError;
+use crate::cli::Contradiction;
+use crate::report::ReportError;
+
+/// Everything that can go wrong. Programs put their own typed errors into [`Failure::Program`].
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum Failure {
+    #[error("{0}")]
+    Core(#[from] bdia_core::Error),
+    #[error("{0}")]
+    Cpu(#[from] bdia_cpu::CpuError),
+    #[error("{0}")]
+    Cuda(#[from] bdia_cuda::CudaError),
+    #[error("{0}")]
+    File(#[from] FileError),
+    #[error("{0}")]
+    Weights(#[from] WeightsError),
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    #[error("{0}")]
+    Adapter(#[from] AdapterError),
+    #[error("{0}")]
+    Vocabulary(#[from] VocabularyError),
+    #[error("{0}")]
+    Decode(#[from] DecodeError),
+    #[error("{0}")]
+    Sample(#[from] SampleError),
+    #[error("{0}")]
+    Checkpoint(#[from] CheckpointError),
+    #[error("{0}")]
+    Report(#[from] ReportError),
+    #[error("{0}")]
+    Contradiction(#[from] Contradiction),
+    #[error("{}: {what}", path.display())]
+    Run { path: PathBuf, what: String },
+    #[error(
+        "the plan needs {plan} bytes, this machine has {available} left; use --memory, a smaller batch, input or model, \
+         or look at `plan` with the same flags"
+    )]
+    TooBig { plan: u64, available: u64 },
+    #[error("step {step}: {error}{kept}")]
+    Step { step: u32, error: bdia_core::Error, kept: String },
+    #[error("{0}")]
+    Program(Box<dyn core::error::Error + Send + Sync>),
+    #[error("{0}")]
+    Other(String),
+}

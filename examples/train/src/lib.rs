@@ -1,0 +1,25 @@
+//! What the training programs share. A program brings its data and its loop, `bdia-models` the
+//! model; the rest is here.
+//!
+//! In the order in which data flows: [`cli`] (flags that every program has, and their checks) →
+//! [`machine`] (threads, plan, backend), [`ranks`] (several machines) → [`run`] (directory of a
+//! run, resuming, stopping, progress) → [`checkpoint`], [`report`] (what a run leaves behind), over
+//! [`alloc`]; [`study`] makes many runs of one program. For models that write text: [`scores`]
+//! compares what they wrote.
+
+pub mod alloc;
+pub mod checkpoint;
+pub mod cli;
+pub mod error;
+pub mod machine;
+#[cfg(feature = "testing")]
+pub mod mutations;
+pub mod ranks;
+pub mod report;
+pub mod run;
+pub mod scores;
+pub mod study;
+#[cfg(feature = "testing")]
+pub mod testing;
+
+pub use error::Failure;

@@ -1,0 +1,183 @@
+//! The ranks of a run: `mpirun -np N` starts the program N times, and each of them trains its part
+//! of every batch.
+//!
+//! Rank 0 tells what happens and writes the run's files; the others read the same files, settings
+//! and data, which is made sure of before the first step ([`begin`]), and compute.
+
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use bdia_core::backend::Backend;
+use bdia_core::{Category, Error, Exchange, Halt, Layout, Reals};
+use bdia_ranks::{Ranks, buffer_bytes, compare};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::cli::{Flags, MachineArgs};
+use crate::error::Failure;
+
+/// Number of this process's rank, once it has joined the others.
+static RANK: AtomicUsize = AtomicUsize::new(UNKNOWN);
+const UNKNOWN: usize = usize::MAX;
+/// Values that are hashed at a time.
+const PIECE: usize = 1 << 14;
+
+/// Number of this process's rank, from 0: what the launcher says, until it has joined the others.
+pub fn rank() -> usize {
+    match RANK.load(Ordering::Relaxed) {
+        UNKNOWN if started() > Some(1) => {
+            told(&["OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]).map_or(0, |n| n as usize)
+        }
+        UNKNOWN => 0,
+        rank => rank,
+    }
+}
+
+/// A number that the launcher tells by one of these names.
+fn told(names: &[&str]) -> Option<u64> {
+    names.iter().find_map(|name| std::env::var(name).ok()?.trim().parse().ok())
+}
+
+/// How many processes the launcher says it has started: Open MPI's, those that follow MPICH, Slurm.
+fn started() -> Option<u64> {
+    told(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+}
+
+/// Refuses what several ranks cannot do together.
+///
+/// # Errors
+/// This process is one of several.
+pub fn alone(what: &str) -> Result<(), Failure> {
+    match started() {
+        Some(n) if n > 1 => Err(Failure::Other(format!(
+            "{what} are made by one process, not by {n}: start it without mpirun"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Number of this process's CUDA device: ranks on one machine take one after the other, from the
+/// one that was asked for.
+pub fn device(args: &MachineArgs) -> usize {
+    let local = if started() > Some(1) {
+        told(&["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"]).unwrap_or(0)
+    } else {
+        0
+    };
+    usize::try_from(args.device.saturating_add(local)).unwrap_or(usize::MAX)
+}
+
+/// Joins the ranks that `mpirun` started; `None` where this process is the only one.
+///
+/// # Errors
+/// [`Failure`]: a program that was built without MPI is one of several processes, or MPI does not start.
+pub fn join(args: &MachineArgs) -> Result<Option<Ranks>, Failure> {
+    let Some(processes) = started().filter(|&n| n > 1) else { return Ok(None) };
+    let ranks = open(args, processes)?;
+    if ranks.ranks() as u64 != processes {
+        // Each would train everything, into the same directory.
+        let what = "the launcher is another MPI's than the one that the program was built with";
+        return Err(Failure::Other(format!(
+            "{processes} processes were started, MPI has {}: {what}",
+            ranks.ranks()
+        )));
+    }
+    RANK.store(ranks.rank(), Ordering::Relaxed);
+    Ok(Some(ranks))
+}
+
+#[cfg(not(feature = "mpi"))]
+fn open(_: &MachineArgs, processes: u64) -> Result<Ranks, Failure> {
+    Err(Failure::Other(format!(
+        "this is one of {processes} processes, and the program was built without MPI: build it with --features mpi, or \
+         start it without mpirun"
+    )))
+}
+
+#[cfg(feature = "mpi")]
+fn open(args: &MachineArgs, _: u64) -> Result<Ranks, Failure> {
+    let limit = core::time::Duration::from_secs(args.rank_timeout);
+    #[cfg(feature = "nccl")]
+    if args.backend == crate::cli::BackendKind::Cuda {
+        let device = device(args);
+        return Ok(Ranks::start(move || bdia_ranks::nccl::Nccl::open(limit, device))?);
+    }
+    Ok(Ranks::start(move || bdia_ranks::mpi::Mpi::open(limit))?)
+}
+
+/// Number of this rank, and of all.
+pub fn place(ranks: Option<&Ranks>) -> (usize, usize) {
+    ranks.map_or((0, 1), |r| (r.rank(), r.ranks()))
+}
+
+/// This rank's part of `batch` samples.
+///
+/// # Errors
+/// A batch that cannot be split evenly.
+pub fn part(batch: usize, ranks: usize) -> Result<usize, Failure> {
+    if !batch.is_multiple_of(ranks) {
+        let what = format!(
+            "--batch {batch} cannot be split evenly over {ranks} ranks; use a multiple of {ranks}"
+        );
+        return Err(Failure::Other(what));
+    }
+    Ok(batch / ranks)
+}
+
+/// Counts the buffers of gradients on their way, for groups of these lengths.
+pub fn plan(layout: &mut Layout, lens: &[usize], ranks: usize) {
+    if ranks > 1 {
+        lens.iter().for_each(|&n| layout.outside(Category::Exchange, buffer_bytes(n, ranks)));
+    }
+}
+
+/// Whether any rank says so.
+///
+/// # Errors
+/// A rank that does not answer.
+pub fn any(be: &mut impl Exchange, own: bool) -> Result<bool, Error> {
+    let mut any = false;
+    be.gather([f64::from(u8::from(own)), 0.0, 0.0, 0.0], &mut |[x, ..]| any |= x != 0.0)?;
+    Ok(any)
+}
+
+/// A run begins or goes on: every rank has the same data, settings, step and tensors.
+///
+/// # Errors
+/// [`Error::Rank`] names the rank that differs.
+pub fn begin<B: Backend<Real = f32>, A: Flags>(
+    be: &mut B,
+    args: &A,
+    (data, step): (u64, u32),
+    tensors: &[Reals],
+) -> Result<(), Failure> {
+    if be.ranks() == 1 {
+        return Ok(());
+    }
+    let mut hash = Xxh3::new();
+    hash.update(
+        &serde_json::to_vec(&args.comparable()).map_err(|e| Failure::Other(e.to_string()))?,
+    );
+    hash.update(&data.to_le_bytes());
+    hash.update(&step.to_le_bytes());
+    compare(be, hash.digest(), Halt::Astray)?;
+    Ok(same(be, tensors)?)
+}
+
+/// The tensors are the same on every rank, in every bit.
+///
+/// # Errors
+/// [`Error::Rank`] names the rank that differs.
+pub fn same<B: Backend<Real = f32>>(be: &mut B, tensors: &[Reals]) -> Result<(), Error> {
+    if be.ranks() == 1 {
+        return Ok(());
+    }
+    let (mut hash, mut values) = (Xxh3::new(), vec![0.0_f32; PIECE]);
+    for t in tensors {
+        for at in (0..t.len()).step_by(PIECE) {
+            let values = &mut values[..PIECE.min(t.len() - at)];
+            be.read_reals(t.sub(at, values.len()), values)?;
+            // The bits are compared on the same kind of machine: their order in memory is the same.
+            hash.update(bytemuck::cast_slice(values));
+        }
+    }
+    compare(be, hash.digest(), Halt::Differs)
+}
