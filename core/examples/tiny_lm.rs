@@ -9,7 +9,7 @@ use bdia_core::{Grid, Layout, Policy, Reference, optim::Rule, stack::Mode};
 const BATCH: usize = 8;
 const TOKENS: usize = 32;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Box<dyn core::error::Error>> {
     let text: Vec<i32> = std::fs::read("README.md")?.into_iter().map(i32::from).collect();
 
     // The network: a GPT-2 of four blocks, 32 wide, with 4 heads, over the 256 bytes.
