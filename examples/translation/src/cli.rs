@@ -95,7 +95,13 @@ pub struct TrainArgs {
     /// Passes over the pairs
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = count(1 << 20), help_heading = "Run")]
     pub epochs: u64,
-    /// Positions of a step on each side, padding counted
+    /// Optimizer steps, in place of --epochs
+    #[arg(long, value_name = "N", value_parser = count(u64::from(u32::MAX) - 1), conflicts_with = "epochs", help_heading = "Run")]
+    pub steps: Option<u64>,
+    /// Batches of a step. More than one needs full gradient buffers
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10), help_heading = "Run")]
+    pub accumulate: u64,
+    /// Positions of a batch on each side, padding counted
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = count(1 << 24), help_heading = "Run")]
     pub batch_tokens: u64,
     /// Everything random follows from it

@@ -114,9 +114,15 @@ pub struct TrainArgs {
     /// Passes over the training images
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = count(1 << 20), help_heading = "Run")]
     pub epochs: u64,
-    /// Images of a step
+    /// Optimizer steps, in place of --epochs
+    #[arg(long, value_name = "N", value_parser = count(u64::from(u32::MAX) - 1), conflicts_with = "epochs", help_heading = "Run")]
+    pub steps: Option<u64>,
+    /// Images of a micro-batch, of all ranks together
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = count(1 << 20), help_heading = "Run")]
     pub batch: u64,
+    /// Micro-batches of a step. More than one needs full gradient buffers
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10), help_heading = "Run")]
+    pub accumulate: u64,
     /// Everything random follows from it
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Run", value_parser = seed)]
     pub seed: u64,

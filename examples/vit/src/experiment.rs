@@ -1,14 +1,15 @@
 //! `experiment`: many runs, and what they show. The files are those of [`bdia_train::study`].
 
-use bdia_core::{Gamma, Sign};
-use bdia_models::vit::model::Inference;
+use bdia_core::{FloatGamma, Sign};
+use bdia_models::inference::Inference;
 use bdia_train::Failure;
 use bdia_train::cli::{GammaSign, Mode, name_of};
 use bdia_train::report::{self, Series};
 use bdia_train::study::{self, Table};
+use bdia_train::trainer::{Metric, Summary};
 
 use crate::cli::{Experiment, ExperimentArgs, Network, TrainArgs};
-use crate::train::{self, Metric, Summary};
+use crate::train;
 
 type Study<'a> = study::Study<'a, TrainArgs, Summary>;
 type Cell = study::Cell<TrainArgs>;
@@ -34,10 +35,10 @@ fn of_runs(cells: &[Cell], results: &[Vec<Summary>]) -> Table {
     ];
     Table::of_runs(&columns, cells, results, |s| {
         vec![
-            s.accuracy,
-            s.best_accuracy,
-            s.val_loss,
-            s.loss,
+            s.score("accuracy"),
+            s.score("best_accuracy"),
+            s.val_loss.unwrap_or(f64::NAN),
+            s.loss.unwrap_or(f64::NAN),
             s.activation_bytes as f64,
             s.plan_bytes as f64,
             s.peak_bytes as f64,
@@ -67,7 +68,7 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
 
 /// Held-out accuracy over steps, by cell: mean and deviation over seeds.
 fn curves<'s>(study: &Study<'_>, cells: &'s [Cell]) -> Result<Vec<Series<'s>>, Failure> {
-    study.curves(cells, |m: &Metric| m.accuracy.map(|a| 100.0 * a))
+    study.curves(cells, |m: &Metric| m.scores.get("accuracy").map(|a| 100.0 * a))
 }
 
 /// ViT, the same with the grid, RevViT, BDIA with one and with two bits.
@@ -84,10 +85,11 @@ fn accuracy(study: &Study<'_>) -> Result<(), Failure> {
     let speeds = study.speeds(
         &cells,
         |a| {
-            (a.epochs, a.eval_interval, a.checkpoint_interval) = (1, 0, 0);
-            (a.train_subset, a.test_subset) = (Some(a.batch * 8), Some(a.batch));
+            (a.steps, a.epochs, a.eval_interval, a.checkpoint_interval) = (None, 1, 0, 0);
+            let images = a.batch * a.accumulate;
+            (a.train_subset, a.test_subset) = (Some(images * 8), Some(images));
         },
-        |s| 1000.0 / s.images_per_s,
+        |s| 1000.0 / s.items_per_s.unwrap_or(f64::NAN),
     )?;
     table.push("ms_per_image", speeds);
     table.csv(study.dir, "accuracy")?;
@@ -131,7 +133,7 @@ fn robustness(study: &Study<'_>) -> Result<(), Failure> {
     let gammas: Vec<f64> = (-5..=5).map(|i| f64::from(i) / 10.0).collect();
     let inferences = gammas
         .iter()
-        .map(|&g| Ok(Inference::Float(Gamma::new(g, Sign::Plus)?)))
+        .map(|&g| Ok(Inference::Float(FloatGamma::new(g, Sign::Plus)?)))
         .collect::<Result<Vec<_>, Failure>>()?;
     let mut table = Table { columns: vec!["accuracy", "val_loss"], rows: Vec::new() };
     let cells = [standard(study), bdia(study)];
@@ -164,11 +166,11 @@ fn reconstruction(study: &Study<'_>) -> Result<(), Failure> {
         columns: vec!["largest_error", "log10_largest_error", "differing"],
         rows: Vec::new(),
     };
-    let images = study.base.batch * 4;
+    let images = study.base.batch * study.base.accumulate * 4;
     for layers in [2_u64, 4, 8, 16, 24] {
         let change = |a: &mut TrainArgs| {
-            (a.layers, a.verify, a.epochs, a.train_subset) = (Some(layers), true, 1, Some(images));
-            (a.eval_interval, a.checkpoint_interval) = (0, 0);
+            (a.layers, a.verify, a.train_subset) = (Some(layers), true, Some(images));
+            (a.steps, a.epochs, a.eval_interval, a.checkpoint_interval) = (None, 1, 0, 0);
         };
         let cells = [
             study.cell(format!("rebuild-float-{layers}"), layers as f64, |a| {
@@ -231,7 +233,6 @@ fn precision(study: &Study<'_>) -> Result<(), Failure> {
 
 /// The same weights in float and on grids.
 fn inference(study: &Study<'_>) -> Result<(), Failure> {
-    let zero = Gamma::new(0.0, Sign::Plus)?;
     let grids = [5, 6, 7, 8, 9, 10, 12, 14];
     let cells = [standard(study), bdia(study)];
     study.results(&cells)?;
@@ -246,10 +247,10 @@ fn inference(study: &Study<'_>) -> Result<(), Failure> {
                     train::evaluation(&dir, None, false, &[inference], &study.base.machine, l)?;
                 all.into_iter().next().ok_or_else(|| Failure::Other("no evaluation".into()))
             };
-            let float = one(Inference::Float(zero), None)?;
+            let float = one(Inference::STANDARD, None)?;
             rows[grids.len()].push(vec![float.accuracy, float.loss, 0.0]);
             for (row, &l) in rows.iter_mut().zip(&grids) {
-                let e = one(Inference::Quantized(zero), Some(l))?;
+                let e = one(Inference::Quantized(None), Some(l))?;
                 row.push(vec![e.accuracy, e.loss, e.accuracy - float.accuracy]);
             }
         }
