@@ -22,15 +22,15 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
         Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
     let more = args.more_dropout;
     let mut cells = vec![
-        study.cell("standard", 0.0, |a| a.mode.mode = Mode::Standard),
+        study.cell("standard", 0.0, |a| a.run.mode.mode = Mode::Standard),
         study.cell(format!("standard-dropout-{more}"), 1.0, |a| {
-            (a.mode.mode, a.dropout) = (Mode::Standard, more)
+            (a.run.mode.mode, a.dropout) = (Mode::Standard, more)
         }),
-        study.cell("bdia", 2.0, |a| a.mode.mode = Mode::Bdia),
+        study.cell("bdia", 2.0, |a| a.run.mode.mode = Mode::Bdia),
     ];
     if args.grid {
         cells.push(study.cell("standard-grid", 3.0, |a| {
-            (a.mode.mode, a.mode.quantize) = (Mode::Standard, true)
+            (a.run.mode.mode, a.run.mode.quantize) = (Mode::Standard, true)
         }));
     }
     let results = study.results(&cells)?;
@@ -61,8 +61,8 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
     let speeds = study.speeds(
         &cells,
         |a| {
-            (a.steps, a.epochs, a.eval_interval) = (None, 1, 0);
-            (a.translate, a.checkpoint_interval) = (0, 0);
+            (a.run.steps, a.run.epochs, a.run.eval_interval) = (None, 1, 0);
+            (a.translate, a.run.checkpoint_interval) = (0, 0);
             // The vocabulary of all pairs: logits take a good part of the time.
             a.weights = Some(study.run_dir("standard", 1));
             (a.pairs, a.held) = (Some(a.pairs.unwrap_or(u64::MAX).min(1000)), Some(20));

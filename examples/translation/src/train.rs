@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! config.json, model.safetensors       the model after the last epoch, under PyTorch's names
-//! tokenizer.json                       its vocabulary (or tokenizer.source.json and tokenizer.target.json)
+//! tokenizer.json                       its vocabulary (or tokenizer.{source,target}.json)
 //! best.safetensors                     the weights of the evaluation with the lowest loss
 //! held-out.{source,reference,translation}.txt   what was translated at the end, line by line
 //! run.json                             the flags of the run
@@ -87,7 +87,8 @@ fn prepare(args: &TrainArgs, vocabulary: Option<&Path>, ranks: usize) -> Result<
     let held = Encoded::new(&data.held, &vocabularies, longest)?;
     if train.tokens.is_empty() || held.tokens.is_empty() {
         return Err(Failure::Other(format!(
-            "{}: every pair on one side of the split has more than {longest} tokens; use a larger --longest",
+            "{}: every pair on one side of the split has more than {longest} tokens; use a \
+             larger --longest",
             data.name
         )));
     }
@@ -109,7 +110,7 @@ fn prepare(args: &TrainArgs, vocabulary: Option<&Path>, ranks: usize) -> Result<
         heads: or(args.heads, heads),
         mlp: or(args.mlp, mlp),
         dropout: args.dropout,
-        bdia: args.mode.training()?,
+        bdia: args.run.mode.training()?,
     };
     let tokens = args.batch_tokens as usize;
     let batches = Batches::new(&train.tokens, tokens, longest);
@@ -120,16 +121,16 @@ fn prepare(args: &TrainArgs, vocabulary: Option<&Path>, ranks: usize) -> Result<
 
 /// How the flags train a model.
 fn setup(args: &TrainArgs, config: &TranslationConfig) -> Result<Setup, Failure> {
-    let threads = machine::threads(&args.machine);
+    let threads = machine::threads(&args.run.machine);
     let layers = config.encoder_layers.max(config.decoder_layers);
     Ok(Setup {
         dims: config.dims(),
-        mode: machine::mode(&args.mode, layers, args.verify)?,
-        gradients: machine::gradients(&args.optim, args.accumulate),
+        mode: machine::mode(&args.run.mode, layers, args.run.verify)?,
+        gradients: machine::gradients(&args.run.optim, args.run.accumulate),
         smoothing: args.smoothing,
-        head_rows: machine::rows(args.machine.backend).head,
+        head_rows: machine::rows(args.run.machine.backend).head,
         threads,
-        library: machine::library(&args.machine, threads),
+        library: machine::library(&args.run.machine, threads),
     })
 }
 
@@ -240,18 +241,18 @@ struct Training {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let (args, from) = run::begin(args)?;
-    let mut joined = ranks::join(&args.machine)?;
+    let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
-    let vocabulary = if from.is_some() { Some(args.out.clone()) } else { args.weights.clone() };
+    let vocabulary = if from.is_some() { Some(args.run.out.clone()) } else { args.weights.clone() };
     let prepared = prepare(&args, vocabulary.as_deref(), count)?;
     let setup = setup(&args, &prepared.config)?;
-    let per_epoch = prepared.batches.per_epoch().div_ceil(args.accumulate as usize) as u32;
-    let steps = trainer::steps(per_epoch, args.epochs, args.steps)?;
+    let per_epoch = prepared.batches.per_epoch().div_ceil(args.run.accumulate as usize) as u32;
+    let steps = trainer::steps(per_epoch, args.run.epochs, args.run.steps)?;
     let fits = |c: Choice| c.chunk > 0 && c.head_rows > 0;
     let fixed = trainer::fixed_choice(from.as_ref(), steps, count, fits)?;
-    let (kind, beams) = (args.machine.backend, args.beams as usize);
+    let (kind, beams) = (args.run.machine.backend, args.beams as usize);
     let Laid { choice, sizes, model, layout } =
-        lay_out(&setup, &prepared, (kind, beams), args.machine.memory, fixed)?;
+        lay_out(&setup, &prepared, (kind, beams), args.run.machine.memory, fixed)?;
     if let Some(joined) = &mut joined {
         joined.reserve(&[model.exchanged()]);
     }
@@ -263,12 +264,12 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
         program: concat!("bdia-translate ", env!("CARGO_PKG_VERSION")),
         steps,
         epoch: Some(per_epoch),
-        seed: args.seed,
-        optim: args.optim.clone(),
-        eval_every: every(args.eval_interval),
-        save_every: every(args.checkpoint_interval),
-        mode: trainer::mode_name(args.mode.mode),
-        verify: Verify::of(args.verify, args.mode.mode),
+        seed: args.run.seed,
+        optim: args.run.optim.clone(),
+        eval_every: every(args.run.eval_interval),
+        save_every: every(args.run.checkpoint_interval),
+        mode: trainer::mode_name(args.run.mode.mode),
+        verify: Verify::of(args.run.verify, args.run.mode.mode),
         items: ["tokens", "tokens"],
         pictures: &[Picture {
             file: "bleu.svg",
@@ -325,7 +326,7 @@ impl Task for Training {
         if resumed {
             return Ok(());
         }
-        self.model.initialize(be, self.args.seed)?;
+        self.model.initialize(be, self.args.run.seed)?;
         if let Some(dir) = &self.args.weights {
             load_weights(&dir.join(weights::FILE), be, &self.model)?;
         }
@@ -352,7 +353,7 @@ impl Task for Training {
     fn choose(&mut self, step: u32) {
         if self.order.is_empty() || step.is_multiple_of(self.per_epoch) {
             let epoch = step / self.per_epoch;
-            self.order = self.prepared.batches.epoch(self.args.seed, epoch);
+            self.order = self.prepared.batches.epoch(self.args.run.seed, epoch);
         }
     }
 
@@ -362,7 +363,7 @@ impl Task for Training {
         step: &Step,
     ) -> Result<Outcome, Failure> {
         let (tokens, longest) = (&self.prepared.train.tokens, self.prepared.config.positions);
-        let each = self.args.accumulate as usize;
+        let each = self.args.run.accumulate as usize;
         let first = (step.step % self.per_epoch) as usize * each;
         let batches: Vec<(Vec<&Tokens>, usize)> = (self.order[first..].iter().take(each))
             .map(|b| {
@@ -468,20 +469,22 @@ fn write_lines<'a>(
 /// # Errors
 /// [`Failure`]
 pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
-    if args.resume.is_some() {
+    if args.run.resume.is_some() {
         return Err(Failure::Other(
             "plan lays out a new run; leave --resume out and give the run's flags".into(),
         ));
     }
     let prepared = prepare(args, args.weights.as_deref(), 1)?;
     let setup = setup(args, &prepared.config)?;
-    let kind = args.machine.backend;
-    let laid = lay_out(&setup, &prepared, (kind, args.beams as usize), args.machine.memory, None)?;
-    let mut plans = vec![(trainer::mode_name(args.mode.mode), laid.layout.clone())];
+    let kind = args.run.machine.backend;
+    let laid =
+        lay_out(&setup, &prepared, (kind, args.beams as usize), args.run.machine.memory, None)?;
+    let mut plans = vec![(trainer::mode_name(args.run.mode.mode), laid.layout.clone())];
     plans.extend(other_plans(&setup, &prepared, kind, laid.choice)?);
     let c = &prepared.config;
     report::tell!(
-        "{} parameters; chunks of {} sentence(s) of {} tokens; {} sentences translated at a time{}\n",
+        "{} parameters; chunks of {} sentence(s) of {} tokens; {} sentences translated at a \
+         time{}\n",
         laid.model.parameters(),
         laid.choice.chunk,
         c.positions,
@@ -489,8 +492,10 @@ pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
         prepared.too_long(),
     );
     report::tell!("{}", machine::memory_table(&plans, None));
-    if args.json {
-        let json = serde_json::json!({"parameters": laid.model.parameters(), "plan_bytes": laid.layout.total()});
+    if args.run.json {
+        let json = serde_json::json!({
+            "parameters": laid.model.parameters(), "plan_bytes": laid.layout.total(),
+        });
         report::tell!("{json}");
     }
     Ok(())

@@ -292,7 +292,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             }
             let s = score(&sentences, &found);
             report::tell!(
-                "loss {loss:.4} over {tokens} tokens; {} sentences: BLEU {:.2}, chrF {:.2}, exactly right {:.2} %",
+                "loss {loss:.4} over {tokens} tokens; {} sentences: BLEU {:.2}, chrF {:.2}, \
+                 exactly right {:.2} %",
                 sentences.len(),
                 s.bleu,
                 s.chrf,
@@ -300,7 +301,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             );
             if self.args.json {
                 let json = serde_json::json!({
-                    "loss": loss, "bleu": s.bleu, "chrf": s.chrf, "exact": s.exact, "sentences": sentences.len(),
+                    "loss": loss, "bleu": s.bleu, "chrf": s.chrf, "exact": s.exact,
+                    "sentences": sentences.len(),
                     "too_long": self.encoded.too_long,
                 });
                 report::tell!("{json}");

@@ -73,7 +73,7 @@ pub fn prepare(args: &TrainArgs) -> Result<(Dataset, VitConfig, Augment), Failur
         classes: data.classes.clone(),
         mean,
         std,
-        bdia: args.mode.training()?,
+        bdia: args.run.mode.training()?,
     };
     let kind = args.augment.unwrap_or(match channels {
         // Eight pixels across: a crop loses more than it teaches.
@@ -92,25 +92,25 @@ pub fn prepare(args: &TrainArgs) -> Result<(Dataset, VitConfig, Augment), Failur
 
 /// How the flags train a model.
 fn setup(args: &TrainArgs, config: &VitConfig, ranks: usize) -> Result<Setup, Failure> {
-    let threads = machine::threads(&args.machine);
+    let threads = machine::threads(&args.run.machine);
     // Two streams keep activations in their own way, which is nobody else's in the table.
     let mode = if config.two_streams {
-        StackMode::BdiaFloat { gamma: FloatGamma::ZERO, verify: args.verify }
+        StackMode::BdiaFloat { gamma: FloatGamma::ZERO, verify: args.run.verify }
     } else {
-        machine::mode(&args.mode, config.layers, args.verify)?
+        machine::mode(&args.run.mode, config.layers, args.run.verify)?
     };
     Ok(Setup {
         dims: config.dims(),
         batch: ranks::part(args.batch as usize, ranks)?,
-        accumulate: args.accumulate as usize,
+        accumulate: args.run.accumulate as usize,
         chunk: 1,
         mode,
-        gradients: machine::gradients(&args.optim, args.accumulate),
+        gradients: machine::gradients(&args.run.optim, args.run.accumulate),
         drop_path: args.drop_path,
         smoothing: args.smoothing,
         mixup: args.mixup > 0.0,
         threads,
-        library: machine::library(&args.machine, threads),
+        library: machine::library(&args.run.machine, threads),
     })
 }
 
@@ -136,14 +136,14 @@ fn other_plans(
 
 fn mode_name(args: &TrainArgs) -> String {
     match args.network {
-        Network::Vit => trainer::mode_name(args.mode.mode),
+        Network::Vit => trainer::mode_name(args.run.mode.mode),
         Network::Revvit => "revvit".into(),
     }
 }
 
 /// Images of an optimizer step.
 const fn step_images(args: &TrainArgs) -> usize {
-    (args.batch * args.accumulate) as usize
+    (args.batch * args.run.accumulate) as usize
 }
 
 /// What is learned: the images, and the network.
@@ -168,17 +168,17 @@ struct Training {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let (args, from) = run::begin(args)?;
-    let mut joined = ranks::join(&args.machine)?;
+    let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
     let (data, config, augment) = prepare(&args)?;
     let setup = setup(&args, &config, count)?;
     let per_epoch = steps_per_epoch(&args, &data)?;
-    let steps = trainer::steps(per_epoch, args.epochs, args.steps)?;
+    let steps = trainer::steps(per_epoch, args.run.epochs, args.run.steps)?;
     let fits = |c: Choice| (1..=setup.batch).contains(&c.chunk) && c.head_rows > 0;
     let fixed = trainer::fixed_choice(from.as_ref(), steps, count, fits)?;
-    let kind = args.machine.backend;
+    let kind = args.run.machine.backend;
     let (choice, model, layout) =
-        machine::lay_out::<Vit>(&setup, kind, count, args.machine.memory, fixed)?;
+        machine::lay_out::<Vit>(&setup, kind, count, args.run.machine.memory, fixed)?;
     if let Some(joined) = &mut joined {
         joined.reserve(&[model.exchanged()]);
     }
@@ -190,14 +190,14 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
         program: concat!("bdia-vit ", env!("CARGO_PKG_VERSION")),
         steps,
         epoch: Some(per_epoch),
-        seed: args.seed,
-        optim: args.optim.clone(),
-        eval_every: every(args.eval_interval),
-        save_every: every(args.checkpoint_interval),
+        seed: args.run.seed,
+        optim: args.run.optim.clone(),
+        eval_every: every(args.run.eval_interval),
+        save_every: every(args.run.checkpoint_interval),
         mode: mode_name(&args),
         verify: match args.network {
-            Network::Vit => Verify::of(args.verify, args.mode.mode),
-            Network::Revvit => Verify::of(args.verify, Mode::BdiaFloat),
+            Network::Vit => Verify::of(args.run.verify, args.run.mode.mode),
+            Network::Revvit => Verify::of(args.run.verify, Mode::BdiaFloat),
         },
         items: ["images", "img"],
         pictures: &[Picture {
@@ -331,7 +331,7 @@ impl Task for Training {
         if resumed {
             return Ok(());
         }
-        self.model.initialize(be, self.args.seed)?;
+        self.model.initialize(be, self.args.run.seed)?;
         if let Some(dir) = &self.args.weights {
             load_weights(&dir.join(weights::FILE), be, &self.model)?;
         }
@@ -357,7 +357,7 @@ impl Task for Training {
     fn choose(&mut self, step: u32) {
         if self.order.is_empty() || step.is_multiple_of(self.per_epoch) {
             let epoch = step / self.per_epoch;
-            self.order = order(self.args.seed, epoch, self.data.train.len());
+            self.order = order(self.args.run.seed, epoch, self.data.train.len());
         }
     }
 
@@ -620,14 +620,14 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
 pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
     let (_, config, _) = prepare(args)?;
     let setup = setup(args, &config, 1)?;
-    let kind = args.machine.backend;
+    let kind = args.run.machine.backend;
     let (choice, model, layout) =
-        machine::lay_out::<Vit>(&setup, kind, 1, args.machine.memory, None)?;
+        machine::lay_out::<Vit>(&setup, kind, 1, args.run.machine.memory, None)?;
     let mut plans = vec![(mode_name(args), layout.clone())];
     plans.extend(other_plans(&setup, kind, choice)?);
     report::tell!("{} parameters; chunks of {} image(s)\n", model.parameters(), choice.chunk);
     report::tell!("{}", machine::memory_table(&plans, None));
-    if args.json {
+    if args.run.json {
         let json =
             serde_json::json!({"parameters": model.parameters(), "plan_bytes": layout.total()});
         report::tell!("{json}");
