@@ -225,8 +225,11 @@ impl Cpu {
             let built = rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
                 .thread_name(|i| format!("bdia-{i}"))
-                .build();
-            Some(built.map_err(|_| CpuError::Threads { threads })?)
+                .build()
+                .map_err(|_| CpuError::Threads { threads })?;
+            // What a thread allocates when it starts is allocated now, and not in a first step.
+            built.broadcast(|_| ());
+            Some(built)
         };
         Self::with_team(layout, Arc::new(Team { pool, threads }), products)
     }
