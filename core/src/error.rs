@@ -178,7 +178,11 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::Handle(what) => {
-                write!(f, "{what}: the handle is outside its arena or overlaps another operand")
+                write!(
+                    f,
+                    "{what}: the handle is outside its arena, belongs to another layout, or \
+                     overlaps another operand"
+                )
             }
             Self::Shape { what, expected, found } => {
                 write!(f, "{what}: expected {expected}, found {found}")

@@ -34,6 +34,12 @@ pub enum Rule {
 }
 
 impl Rule {
+    /// AdamW with its authors' constants: β = (0.9, 0.999), ε = 1e-8.
+    pub const ADAM_W: Self = Self::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+
+    /// SET-Adam with the constants of the BDIA paper: β = (0.9, 0.999), ε = 1e-18.
+    pub const SET_ADAM: Self = Self::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 };
+
     /// How many state tensors of the parameter's size the rule keeps.
     pub const fn states(&self) -> usize {
         match self {

@@ -46,6 +46,9 @@ impl Grid {
     /// The finest grid: its range is still ±2^6.
     pub const MAX_FRAC_BITS: u32 = 24;
 
+    /// `l = 14`, with a range of ±2^16: the one to begin with.
+    pub const DEFAULT: Self = Self { frac_bits: 14 };
+
     /// A grid with `l = frac_bits` fractional bits; values may then be up to `2^(30-l)` in
     /// magnitude.
     ///
@@ -277,6 +280,9 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// `γ = ±1/2`, the sign drawn per sample and block: that of the BDIA paper.
+    pub const PAPER: Self = Self::fixed(Gamma { planes: 1, sign: Sign::Random });
+
     /// The paper's: one γ for every step and block.
     pub const fn fixed(gamma: Gamma) -> Self {
         Self { gamma }

@@ -6,13 +6,15 @@
 use std::collections::HashMap;
 
 use bdia_core::arena::{Ints, Layout, Reals, Words};
-use bdia_core::backend::{Chunk, Identity};
+use bdia_core::backend::{Backend, Chunk};
 use bdia_core::rng::{Draw, philox};
 use bdia_core::stack::{
-    Blocks, Call, Config, Context, Head, Input, Mode, Needs, Pass, Stack, Tail,
+    Blocks, Call, Config, Context, Head, Input, Mode, Needs, Pass, Reversible, Segmented, Stack,
+    Tail, Workspace,
 };
 use bdia_core::{
-    Category, Error, Fault, Gamma, Grid, Real, Reference, Result, Sign, Site, Storage, UpdateOps,
+    Category, Error, Fault, FloatGamma, Gamma, Grid, Policy, Real, Reference, Result, Sign, Site,
+    Storage, UpdateOps, Wrapper,
 };
 
 /// Residual MLP blocks `h(x) = W2·tanh(W1·x + b)`, applied to every row of `width` values: a
@@ -205,20 +207,44 @@ impl<B: Storage> Head<B> for HeadOf<'_> {
     }
 }
 
-fn config(batch: usize, per_sample: usize, blocks: usize, chunk: usize, mode: Mode) -> Config {
+fn config(batch: usize, per_sample: usize, blocks: usize, chunk: usize) -> Config {
     Config {
         id: 0,
         batch,
         per_sample,
         blocks,
         chunk,
-        mode,
-        grid: (mode == Mode::Bdia).then(|| Grid::new(14).unwrap()),
-        gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-        verify: true,
         tail: Tail::Head,
         needs: Needs::default(),
         ends_scratch: 0,
+    }
+}
+
+/// Mode `bdia` with the originals kept.
+fn bdia(frac_bits: u32, gamma: Gamma) -> Mode {
+    let grid = Grid::new(frac_bits).unwrap();
+    Mode::Bdia { grid, gamma: Policy::fixed(gamma), verify: true }
+}
+
+/// The same with the paper's γ on a grid of 2^-14.
+fn paper() -> Mode {
+    bdia(14, Gamma::new(1, Sign::Random).unwrap())
+}
+
+fn float(gamma: f64) -> Mode {
+    Mode::BdiaFloat { gamma: FloatGamma::new(gamma, Sign::Random).unwrap(), verify: true }
+}
+
+const STANDARD: Mode = Mode::Standard { grid: None };
+
+const fn checkpoint(every: usize) -> Mode {
+    Mode::Checkpoint { every, grid: None }
+}
+
+fn reversible(stack: &Stack) -> &Reversible {
+    match stack {
+        Stack::Reversible(machine) => machine,
+        Stack::Segmented(_) => panic!("not in mode bdia"),
     }
 }
 
@@ -265,15 +291,11 @@ fn rebuilt_activations_are_exact() {
         let (batch, rows, width) =
             (1 + w[0] as usize % 4, 1 + w[1] as usize % 5, 1 + w[2] as usize % 9);
         let blocks = 1 + n as usize % 9;
-        let mut c = config(batch, rows * width, blocks, 1 + w[3] as usize % batch, Mode::Bdia);
-        let m = 1 + v[0] % 3;
-        c.gamma = Gamma::new(
-            1.0 / f64::from(1 << m),
-            [Sign::Random, Sign::Plus, Sign::Minus][v[1] as usize % 3],
-        )
-        .unwrap();
+        let mut c = config(batch, rows * width, blocks, 1 + w[3] as usize % batch);
+        let sign = [Sign::Random, Sign::Plus, Sign::Minus][v[1] as usize % 3];
         let l = [0, 5, 9, 14, 20, 24][v[2] as usize % 6];
-        c.grid = Some(Grid::new(l).unwrap());
+        let (grid, mode) =
+            (Grid::new(l).unwrap(), bdia(l, Gamma::new(1 + v[0] % 3, sign).unwrap()));
         // Small values; some grid steps; nearly the whole range (halved, since x_1 = x_0 + h_0 and
         // drift need room).
         let range = f64::from(1 << 30) / f64::from(1 << l);
@@ -281,7 +303,7 @@ fn rebuilt_activations_are_exact() {
             [1.0, 300.0 / f64::from(1 << l), range * 0.5][v[3] as usize % 3].min(range * 0.5);
         c.tail = if n % 5 == 0 { Tail::Output } else { Tail::Head };
         let mut layout = Layout::new(4);
-        let mut stack = Stack::layout(c, &mut layout).unwrap();
+        let mut stack = Stack::layout(&c, &mode, &mut layout).unwrap();
         let mut memory = Memory::<f32>::new(layout.checked().unwrap());
         let mut be = memory.backend();
         let (mut mlp, mut ends) =
@@ -294,14 +316,9 @@ fn rebuilt_activations_are_exact() {
             stack.embed(&mut be, &mut ends, &PASS).unwrap();
             stack.forward(&mut be, &mut mlp, &PASS).unwrap();
             let output = stack.output(&mut be).unwrap();
-            let x_k = be.ints(stack.activation(blocks)).unwrap();
-            assert!(
-                x_k.iter().zip(be.reals(output).unwrap()).all(|(&x, &y)| c
-                    .grid
-                    .unwrap()
-                    .dequantize::<f32>(x)
-                    == y)
-            );
+            let x_k = be.ints(reversible(&stack).activation(blocks)).unwrap();
+            let pairs = x_k.iter().zip(be.reals(output).unwrap());
+            assert!(pairs.into_iter().all(|(&x, &y)| grid.dequantize::<f32>(x) == y));
             be.fill_reals(output, 1.0).unwrap();
             stack.backward(&mut be, &mut mlp, &PASS).unwrap();
             be.take_fault().unwrap()
@@ -309,12 +326,12 @@ fn rebuilt_activations_are_exact() {
             assert!(matches!(stack.output(&mut be), Err(Error::Setting { what: "tail", .. })));
             run(&mut be, &mut stack, &mut mlp, &mut ends).unwrap()
         };
-        assert_eq!(fault, None, "case {n}: {c:?}");
-        assert_eq!(stack.mismatches(&be).unwrap(), 0, "case {n}: {c:?}");
+        assert_eq!(fault, None, "case {n}: {c:?} {mode:?}");
+        assert_eq!(stack.mismatches(&be).unwrap(), 0, "case {n}: {c:?} {mode:?}");
         // The whole way back: X_0 is Q(input).
-        let x_0: Vec<i32> =
-            ends.inputs.iter().map(|&y| c.grid.unwrap().quantize(y as f32).unwrap()).collect();
-        assert_eq!(be.ints(stack.activation(0)).unwrap(), x_0, "case {n}: {c:?}");
+        let x_0: Vec<i32> = ends.inputs.iter().map(|&y| grid.quantize(y as f32).unwrap()).collect();
+        let found = be.ints(reversible(&stack).activation(0)).unwrap();
+        assert_eq!(found, x_0, "case {n}: {c:?} {mode:?}");
         cases += 1;
     }
     assert_eq!(cases, 220);
@@ -326,14 +343,14 @@ fn chunks_change_no_bit() {
     let mut seen: Option<(Vec<u32>, Vec<i32>)> = None;
     for chunk in 1..=5 {
         let mut layout = Layout::new(8);
-        let mut stack = Stack::layout(config(5, 12, 6, chunk, Mode::Bdia), &mut layout).unwrap();
+        let mut stack = Stack::layout(&config(5, 12, 6, chunk), &paper(), &mut layout).unwrap();
         let mut memory = Memory::<f64>::new(layout);
         let mut be = memory.backend();
         let (mut mlp, mut ends) = (Mlp::new(6, 4, 7), Ends::new(5, 12, 1.0));
         stack.embed(&mut be, &mut ends, &PASS).unwrap();
         stack.forward(&mut be, &mut mlp, &PASS).unwrap();
-        let x = be.ints(stack.activation(5)).unwrap().to_vec();
-        let side = be.words(stack.side_bits()).unwrap().to_vec();
+        let x = be.ints(reversible(&stack).activation(5)).unwrap().to_vec();
+        let side = be.words(reversible(&stack).side_bits()).unwrap().to_vec();
         match &seen {
             None => seen = Some((side, x)),
             Some(first) => assert!(*first == (side, x), "chunk {chunk}"),
@@ -347,80 +364,21 @@ struct BitFlip<B> {
     block: u16,
 }
 
-impl<B: Storage> Storage for BitFlip<B> {
-    type Real = B::Real;
-    fn identity(&self) -> Identity {
-        self.inner.identity()
-    }
-    fn read_reals(&self, src: Reals, dst: &mut [B::Real]) -> Result<()> {
-        self.inner.read_reals(src, dst)
-    }
-    fn write_reals(&mut self, dst: Reals, src: &[B::Real]) -> Result<()> {
-        self.inner.write_reals(dst, src)
-    }
-    fn read_ints(&self, src: Ints, dst: &mut [i32]) -> Result<()> {
-        self.inner.read_ints(src, dst)
-    }
-    fn write_ints(&mut self, dst: Ints, src: &[i32]) -> Result<()> {
-        self.inner.write_ints(dst, src)
-    }
-    fn read_words(&self, src: Words, dst: &mut [u32]) -> Result<()> {
-        self.inner.read_words(src, dst)
-    }
-    fn write_words(&mut self, dst: Words, src: &[u32]) -> Result<()> {
-        self.inner.write_words(dst, src)
-    }
-    fn fill_reals(&mut self, dst: Reals, value: B::Real) -> Result<()> {
-        self.inner.fill_reals(dst, value)
-    }
-    fn fill_words(&mut self, dst: Words, value: u32) -> Result<()> {
-        self.inner.fill_words(dst, value)
-    }
-    fn copy_reals(&mut self, src: Reals, dst: Reals) -> Result<()> {
-        self.inner.copy_reals(src, dst)
-    }
-    fn copy_ints(&mut self, src: Ints, dst: Ints) -> Result<()> {
-        self.inner.copy_ints(src, dst)
-    }
-    fn raise(&mut self, fault: Fault) {
-        self.inner.raise(fault);
-    }
-    fn take_fault(&mut self) -> Result<Option<Fault>> {
-        self.inner.take_fault()
-    }
-}
+impl<B: Backend> Wrapper for BitFlip<B> {
+    type Inner = B;
 
-impl<B: UpdateOps> UpdateOps for BitFlip<B> {
-    fn quantize(&mut self, chunk: &Chunk, grid: Grid, y: Reals, x: Ints, sum: Words) -> Result<()> {
-        self.inner.quantize(chunk, grid, y, x, sum)
+    fn inner(&self) -> &B {
+        &self.inner
     }
-    fn dequantize(&mut self, grid: Grid, x: Ints, y: Reals) -> Result<()> {
-        self.inner.dequantize(grid, x, y)
+
+    fn inner_mut(&mut self) -> &mut B {
+        &mut self.inner
     }
-    fn add_quantized(
-        &mut self,
-        chunk: &Chunk,
-        grid: Grid,
-        x: Ints,
-        h: Reals,
-        sum: Words,
-    ) -> Result<()> {
-        self.inner.add_quantized(chunk, grid, x, h, sum)
-    }
-    fn subtract_quantized(
-        &mut self,
-        chunk: &Chunk,
-        grid: Grid,
-        x: Ints,
-        h: Reals,
-        sum: Words,
-    ) -> Result<()> {
-        self.inner.subtract_quantized(chunk, grid, x, h, sum)
-    }
+
     fn step(
         &mut self,
         chunk: &Chunk,
-        g: Grid,
+        grid: Grid,
         gamma: Gamma,
         x: Ints,
         cur: Reals,
@@ -428,55 +386,13 @@ impl<B: UpdateOps> UpdateOps for BitFlip<B> {
         side: Words,
         sum: Words,
     ) -> Result<()> {
-        self.inner.step(chunk, g, gamma, x, cur, h, side, sum)?;
+        self.inner.step(chunk, grid, gamma, x, cur, h, side, sum)?;
         if chunk.block() == self.block && !side.is_empty() {
             let mut word = [0];
             self.inner.read_words(side.sub(0, 1), &mut word)?;
             self.inner.write_words(side.sub(0, 1), &[word[0] ^ 1])?;
         }
         Ok(())
-    }
-    fn inverse(
-        &mut self,
-        chunk: &Chunk,
-        g: Grid,
-        gamma: Gamma,
-        x: Ints,
-        cur: Reals,
-        h: Reals,
-        side: Words,
-        sum: Words,
-    ) -> Result<()> {
-        self.inner.inverse(chunk, g, gamma, x, cur, h, side, sum)
-    }
-    fn blend(&mut self, chunk: &Chunk, gamma: Gamma, x: Reals, cur: Reals, h: Reals) -> Result<()> {
-        self.inner.blend(chunk, gamma, x, cur, h)
-    }
-    fn unblend(
-        &mut self,
-        chunk: &Chunk,
-        gamma: Gamma,
-        x: Reals,
-        cur: Reals,
-        h: Reals,
-    ) -> Result<()> {
-        self.inner.unblend(chunk, gamma, x, cur, h)
-    }
-    fn combine(
-        &mut self,
-        chunk: &Chunk,
-        gamma: Gamma,
-        next: Reals,
-        cur: Reals,
-        h: Reals,
-    ) -> Result<()> {
-        self.inner.combine(chunk, gamma, next, cur, h)
-    }
-    fn compare(&mut self, a: Words, b: Words, activation: usize, block: usize) -> Result<()> {
-        self.inner.compare(a, b, activation, block)
-    }
-    fn count_differences(&mut self, a: Ints, b: Ints, count: Words) -> Result<()> {
-        self.inner.count_differences(a, b, count)
     }
 }
 
@@ -487,7 +403,7 @@ fn troubled(
     mode: Mode,
 ) -> (Option<Fault>, u64, Mlp, Vec<Vec<f64>>) {
     let mut layout = Layout::new(8);
-    let mut stack = Stack::layout(config(3, 12, 6, 1, mode), &mut layout).unwrap();
+    let mut stack = Stack::layout(&config(3, 12, 6, 1), &mode, &mut layout).unwrap();
     let mut memory = Memory::<f64>::new(layout);
     let mut be = BitFlip { inner: memory.backend(), block: flip };
     let (mut mlp, mut ends) = (Mlp::new(6, 3, 5), Ends::new(3, 12, 1.0));
@@ -502,7 +418,7 @@ fn troubled(
 #[test]
 fn one_flipped_side_bit_is_noticed_before_the_update() {
     for block in 1..=4_u16 {
-        let (fault, mismatches, mlp, before) = troubled(block, None, Mode::Bdia);
+        let (fault, mismatches, mlp, before) = troubled(block, None, paper());
         let k = usize::from(block);
         assert_eq!(fault, Some(Fault::Checksum { activation: k - 1, block: k }));
         assert!(mismatches > 0, "verify sees it too");
@@ -510,7 +426,7 @@ fn one_flipped_side_bit_is_noticed_before_the_update() {
             assert_eq!(mlp.params[j] != before[j], j > k, "block {j} with a flip at {k}");
         }
     }
-    let (fault, mismatches, mlp, before) = troubled(99, None, Mode::Bdia);
+    let (fault, mismatches, mlp, before) = troubled(99, None, paper());
     assert_eq!((fault, mismatches), (None, 0));
     assert!((0..6).all(|j| mlp.params[j] != before[j]));
     assert_eq!(mlp.done, [5, 4, 3, 2, 1, 0]);
@@ -521,7 +437,7 @@ fn one_flipped_side_bit_is_noticed_before_the_update() {
 fn a_block_that_does_not_repeat_itself_is_noticed() {
     for (k, value) in (0..=4).flat_map(|k| [(k, 0.37), (k, f64::NAN), (k, 1e9)]) {
         let call = 18 + 3 * (4 - k) + 2;
-        let (fault, _, mlp, before) = troubled(99, Some((call, value)), Mode::Bdia);
+        let (fault, _, mlp, before) = troubled(99, Some((call, value)), paper());
         let activation = k.saturating_sub(1);
         assert_eq!(fault, Some(Fault::Checksum { activation, block: k }));
         assert!((0..6).all(|j| (mlp.params[j] != before[j]) == (j > k)), "block {k}");
@@ -530,19 +446,19 @@ fn a_block_that_does_not_repeat_itself_is_noticed() {
 
 #[test]
 fn values_out_of_range_stop_the_step_with_block_and_sample() {
-    for mode in [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 2 }, Mode::BdiaFloat] {
+    for mode in [paper(), STANDARD, checkpoint(2), float(0.5)] {
         for value in [f64::NAN, f64::INFINITY, 1e9] {
-            if mode != Mode::Bdia && value == 1e9 {
+            if mode != paper() && value == 1e9 {
                 continue;
             }
             for (k, sample) in [(0, 0), (2, 1), (4, 2), (5, 1)] {
                 // Reversible: block by block. Segmented: chunk by chunk within a segment.
                 let call = match mode {
-                    Mode::Bdia => k * 3 + sample + 1,
+                    Mode::Bdia { .. } => k * 3 + sample + 1,
                     Mode::Checkpoint { .. } => k / 2 * 6 + sample * 2 + k % 2 + 1,
                     // `verify` runs five more for the rebuilding.
-                    Mode::BdiaFloat => sample * 11 + k + 1,
-                    Mode::Standard => sample * 6 + k + 1,
+                    Mode::BdiaFloat { .. } => sample * 11 + k + 1,
+                    Mode::Standard { .. } => sample * 6 + k + 1,
                 };
                 let (fault, _, mlp, before) = troubled(99, Some((call, value)), mode);
                 match fault {
@@ -562,17 +478,10 @@ fn values_out_of_range_stop_the_step_with_block_and_sample() {
 /// smooth.
 #[test]
 fn gradients_against_finite_differences() {
-    for (mode, gamma) in [
-        (Mode::BdiaFloat, 0.5),
-        (Mode::BdiaFloat, 0.3),
-        (Mode::Standard, 0.0),
-        (Mode::Checkpoint { every: 2 }, 0.0),
-    ] {
+    for mode in [float(0.5), float(0.3), STANDARD, checkpoint(2)] {
         let pass = |mlp: &mut Mlp, ends: &mut Ends| {
-            let mut c = config(3, 8, 5, 2, mode);
-            c.gamma = Gamma::new(gamma, Sign::Random).unwrap();
             let mut layout = Layout::new(8);
-            let mut stack = Stack::layout(c, &mut layout).unwrap();
+            let mut stack = Stack::layout(&config(3, 8, 5, 2), &mode, &mut layout).unwrap();
             let mut memory = Memory::<f64>::new(layout);
             assert_eq!(run(&mut memory.backend(), &mut stack, mlp, ends).unwrap(), None);
         };
@@ -643,7 +552,7 @@ fn a_foreign_block_has_random_numbers_of_its_own() {
 #[test]
 fn a_foreign_block_is_trained() {
     let mut layout = Layout::new(8);
-    let mut stack = Stack::layout(config(6, 8, 6, 4, Mode::Bdia), &mut layout).unwrap();
+    let mut stack = Stack::layout(&config(6, 8, 6, 4), &paper(), &mut layout).unwrap();
     let mut memory = Memory::<f64>::new(layout);
     let mut be = memory.backend();
     let (mut mlp, mut ends) = (Mlp::new(6, 8, 16), Ends::new(6, 8, 1.0));
@@ -693,8 +602,8 @@ fn context_has_a_gradient_of_its_own() {
         let mut layout = Layout::new(8);
         let (value, grad) =
             (layout.reals(Category::Workspace, 3), layout.reals(Category::Workspace, 3));
-        let mut stack = Stack::layout(config(3, 4, 4, 2, mode), &mut layout).unwrap();
-        stack.context = Some(Context { value, grad });
+        let mut stack = Stack::layout(&config(3, 4, 4, 2), &mode, &mut layout).unwrap();
+        stack.set_context(Context { value, grad });
         let mut memory = Memory::<f64>::new(layout);
         let mut be = memory.backend();
         let mut c = [0.3, -0.4, 0.9];
@@ -712,34 +621,42 @@ fn context_has_a_gradient_of_its_own() {
     };
     let e = 1e-5;
     for sample in 0..3 {
-        let (_, gradient) = loss(Mode::BdiaFloat, 0.0, sample);
-        let slope =
-            (loss(Mode::BdiaFloat, e, sample).0 - loss(Mode::BdiaFloat, -e, sample).0) / (2.0 * e);
+        let (_, gradient) = loss(float(0.5), 0.0, sample);
+        let slope = (loss(float(0.5), e, sample).0 - loss(float(0.5), -e, sample).0) / (2.0 * e);
         assert!((gradient - slope).abs() < 1e-7 * (1.0 + slope.abs()), "{gradient} {slope}");
         // On the grid (2^-14, four blocks) the same up to some grid steps.
-        let (_, on_grid) = loss(Mode::Bdia, 0.0, sample);
+        let (_, on_grid) = loss(paper(), 0.0, sample);
         assert!((gradient - on_grid).abs() < 1e-2 * (1.0 + gradient.abs()), "{gradient} {on_grid}");
     }
 }
 
 #[test]
 fn settings_that_do_not_fit_are_refused() {
-    let lay = |c: Config| Stack::layout(c, &mut Layout::new(4)).map(|_| ()).unwrap_err();
-    let good = config(2, 4, 3, 1, Mode::Bdia);
-    assert!(matches!(lay(Config { blocks: 0, ..good }), Error::Setting { what: "blocks", .. }));
-    assert!(matches!(lay(Config { batch: 0, ..good }), Error::Setting { what: "batch", .. }));
-    assert!(matches!(lay(Config { grid: None, ..good }), Error::Setting { what: "grid", .. }));
-    for gamma in [0.0, 0.3, 1.0] {
-        let gamma = Gamma::new(gamma, Sign::Plus).unwrap();
-        assert!(matches!(lay(Config { gamma, ..good }), Error::Setting { what: "gamma", .. }));
+    let lay = |c: Config, mode: Mode| {
+        Stack::layout(&c, &mode, &mut Layout::new(4)).map(|_| ()).unwrap_err()
+    };
+    let good = config(2, 4, 3, 1);
+    for mode in [paper(), STANDARD, checkpoint(2), float(0.3)] {
+        let lay = |c: Config| lay(c, mode);
+        assert!(matches!(lay(Config { blocks: 0, ..good }), Error::Setting { what: "blocks", .. }));
+        let many = Config { blocks: (1 << 16) + 1, ..good };
+        assert!(matches!(lay(many), Error::Setting { what: "blocks", .. }));
+        assert!(matches!(lay(Config { batch: 0, ..good }), Error::Setting { what: "batch", .. }));
+        assert!(matches!(lay(Config { batch: usize::MAX / 2, ..good }), Error::TooLarge(_)));
     }
-    assert!(matches!(
-        lay(Config { mode: Mode::BdiaFloat, ..good }),
-        Error::Setting { what: "grid", .. }
-    ));
-    let zero = Config { mode: Mode::Checkpoint { every: 0 }, grid: None, ..good };
-    assert!(matches!(lay(zero), Error::Setting { what: "checkpoint-every", .. }));
-    assert!(matches!(lay(Config { batch: usize::MAX / 2, ..good }), Error::TooLarge(_)));
+    let zero = lay(good, checkpoint(0));
+    assert!(matches!(zero, Error::Setting { what: "checkpoint-every", .. }));
+    // What a mode lacks or has too much cannot be written down. What is left: a γ that is none of
+    // the grid's, and a machine for another mode.
+    for gamma in [0.0, 0.3, 1.0] {
+        let error = Gamma::from_value(gamma, Sign::Plus).unwrap_err();
+        assert!(matches!(error, Error::Setting { what: "gamma", .. }), "{error}");
+    }
+    let mut layout = Layout::new(4);
+    let workspace = Workspace::layout(&[(good, paper())], &mut layout).unwrap();
+    let error = Segmented::layout_in(&good, &paper(), &workspace, &mut layout).unwrap_err();
+    assert!(matches!(error, Error::Setting { what: "mode", .. }), "{error}");
+    assert_eq!(error.to_string(), "mode is bdia; possible: a mode that stores activations");
 }
 
 /// Activation memory of the reversible mode grows by side bits and checksums only.
@@ -747,12 +664,15 @@ fn settings_that_do_not_fit_are_refused() {
 fn depth_costs_side_bits_only() {
     let plan = |blocks, mode| {
         let mut layout = Layout::new(4);
-        let mut c = config(4, 320, blocks, 1, mode);
-        c.verify = false;
-        Stack::layout(c, &mut layout).unwrap();
+        Stack::layout(&config(4, 320, blocks, 1), &mode, &mut layout).unwrap();
         layout
     };
-    let (a, b) = (plan(6, Mode::Bdia), plan(48, Mode::Bdia));
+    let mode = Mode::Bdia {
+        grid: Grid::new(14).unwrap(),
+        gamma: Policy::fixed(Gamma::new(1, Sign::Random).unwrap()),
+        verify: false,
+    };
+    let (a, b) = (plan(6, mode), plan(48, mode));
     for category in Category::ALL {
         if category != Category::SideBits {
             assert_eq!(a.bytes(category), b.bytes(category), "{category}");
@@ -761,5 +681,5 @@ fn depth_costs_side_bits_only() {
     // One bit a value and block: 4 · 320 / 8 = 160 bytes a plane, and 8 bytes of checksum.
     let padded = |bytes: usize| bytes.next_multiple_of(64);
     assert_eq!(b.bytes(Category::SideBits), padded(46 * 160) + padded(50 * 8));
-    assert!(plan(48, Mode::Standard).total() > 4 * b.total());
+    assert!(plan(48, STANDARD).total() > 4 * b.total());
 }

@@ -2,24 +2,31 @@
 //! self-attention, class head.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use bdia_core::arena::{Ints, Layout, Reals};
 use bdia_core::backend::{Gelu, Mask};
 use bdia_core::layers::{
-    BlockShape, ClassHead, Mixup, Params, PatchEmbedding, Patches, Tensor, TransformerBlocks, place,
+    BlockShape, ClassHead, Freeze, Gradients, Mixup, Parameter, Params, PatchEmbedding, Patches,
+    PreNorm, Room, Scheme, Tensor, Tensors,
 };
 use bdia_core::optim::Rule;
-use bdia_core::rng::philox;
 use bdia_core::stack::{Config, Mode, Pass, Stack, Tail};
-use bdia_core::{Category, Gamma, Grid, Real, Reference, Result, Sign, Storage};
+use bdia_core::{
+    Category, FloatGamma, Gamma, Grid, Policy, Real, Reference, Result, Sign, Storage,
+};
+use common::noise;
 
 const BATCH: usize = 3;
 const WIDTH: usize = 6;
 const CLASSES: usize = 4;
 const BLOCKS: usize = 3;
 
-/// A number in -1 … 1.
-fn noise(a: u32, i: usize) -> f64 {
-    f64::from(philox(5, [a, i as u32, 0, 0])[0] as i32) / f64::from(1_u32 << 31)
+const STANDARD: Mode = Mode::Standard { grid: None };
+
+fn bdia() -> Mode {
+    let gamma = Policy::fixed(Gamma::new(1, Sign::Random).unwrap());
+    Mode::Bdia { grid: Grid::new(14).unwrap(), gamma, verify: true }
 }
 
 /// Which of the two vision transformers.
@@ -33,11 +40,31 @@ enum Kind {
 
 struct Model {
     stack: Stack,
-    blocks: TransformerBlocks,
+    blocks: PreNorm,
     input: PatchEmbedding,
     head: ClassHead,
     ends: Params,
+    outside: [Tensor; 10],
     patches: Patches,
+}
+
+impl Model {
+    fn trained(&self) -> Vec<Parameter> {
+        common::trained(&[(&self.blocks.params, &self.blocks), (&self.ends, &self.outside)])
+    }
+
+    fn tensor(&self, name: &str) -> Option<Tensor> {
+        let mut found = None;
+        self.blocks
+            .each(&mut |t| {
+                if t.name == name {
+                    found = Some(*t);
+                }
+                Ok(())
+            })
+            .unwrap();
+        found
+    }
 }
 
 fn model<R: Real>(kind: Kind, mode: Mode, mixup: bool) -> (Model, Layout) {
@@ -58,28 +85,19 @@ fn model<R: Real>(kind: Kind, mode: Mode, mixup: bool) -> (Model, Layout) {
         hidden_dropout: 0.3,
         qkv_bias: !small,
         temperature: small,
+        init: Scheme::InverseRoot,
     };
     // Plain descent without momentum: the gradients stay in full buffers.
-    let rule = Some(Rule::Sgd { momentum: 0.0 });
-    let blocks = TransformerBlocks::layout(shape, BLOCKS, rule, false, &mut l).unwrap();
+    let (freeze, gradients) = (Freeze::Nothing, Gradients::Full(Rule::Sgd { momentum: 0.0 }));
+    let blocks = PreNorm::layout(&shape, BLOCKS, None, freeze, gradients, &mut l).unwrap();
     let values = patches.values();
-    let t = |name, rows, cols| Tensor { name, rows, cols, matrix: rows > 1, offset: 0 };
-    let norm = if small { 1 } else { 0 };
-    let mut tensors = [
-        t("norm", norm, values),
-        t("norm bias", norm, values),
-        t("weight", values, WIDTH),
-        t("bias", 1, WIDTH),
-        t("class", 1, WIDTH),
-        t("positions", tokens, WIDTH),
-        t("head norm", 1, WIDTH),
-        t("head norm bias", 1, WIDTH),
-        t("head", WIDTH, CLASSES),
-        t("head bias", 1, CLASSES),
-    ];
-    let len = place(&mut tensors);
-    let ends = Params::layout(&mut l, 1, len, tensors.len(), rule, true).unwrap();
-    let (params, grads) = (ends.group(0), ends.gradient(0));
+    let [a, b, c, d, e, f] = PatchEmbedding::tensors(&patches, WIDTH);
+    let [g, h, i, j] = ClassHead::tensors(WIDTH, CLASSES);
+    let mut outside = [a, b, c, d, e, f, g, h, i, j];
+    let room = Room::NONE.place(&mut outside, freeze);
+    let ends = Params::layout(1, room, freeze, gradients, &mut l).unwrap();
+    let [norm, norm_bias, weight, bias, class, positions, last, last_bias, out, out_bias] =
+        outside.map(|t| ends.parameter(0, &t));
     let chunk = 2;
     let config = Config {
         id: 0,
@@ -87,29 +105,22 @@ fn model<R: Real>(kind: Kind, mode: Mode, mixup: bool) -> (Model, Layout) {
         per_sample: tokens * WIDTH,
         blocks: BLOCKS,
         chunk,
-        mode,
-        grid: (mode == Mode::Bdia).then(|| Grid::new(14).unwrap()),
-        gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-        verify: true,
         tail: Tail::Head,
-        needs: shape.needs::<Reference<'_, R>>(chunk, 1),
+        needs: blocks.needs::<Reference<'_, R>>(chunk, 1),
         ends_scratch: PatchEmbedding::scratch(values, patches.count(), WIDTH, chunk)
             .max(ClassHead::scratch(WIDTH, CLASSES, chunk)),
     };
-    let stack = Stack::layout(config, &mut l).unwrap();
+    let stack = Stack::layout(&config, &mode, &mut l).unwrap();
     let input = PatchEmbedding {
         width: WIDTH,
         count: patches.count(),
         patches: l.reals(Category::Head, BATCH * patches.count() * values),
         eps: 1e-5,
-        norm: [tensors[0].of(params), tensors[1].of(params)],
-        dnorm: [tensors[0].of(grads), tensors[1].of(grads)],
-        weight: tensors[2],
-        bias: tensors[3],
-        class: tensors[4],
-        positions: tensors[5],
-        params,
-        grads,
+        norm: [norm, norm_bias],
+        weight,
+        bias,
+        class,
+        positions,
         dropout: 0.1,
     };
     let mut two = || (l.ints(Category::Head, BATCH), l.reals(Category::Head, BATCH));
@@ -118,19 +129,16 @@ fn model<R: Real>(kind: Kind, mode: Mode, mixup: bool) -> (Model, Layout) {
         width: WIDTH,
         per_sample: tokens,
         eps: 1e-5,
-        norm: tensors[6],
-        norm_bias: tensors[7],
-        weight: tensors[8],
-        bias: tensors[9],
-        params,
-        grads,
+        norm: [last, last_bias],
+        weight: out,
+        bias: out_bias,
         labels,
         losses,
         scale: 1.0 / BATCH as f64,
         smoothing: 0.1,
         mixup: mixup.then_some(Mixup { share: 0.3, labels: others, losses: other_losses }),
     };
-    (Model { stack, blocks, input, head, ends, patches }, l)
+    (Model { stack, blocks, input, head, ends, outside, patches }, l)
 }
 
 /// One pass; the mean loss and all reals afterwards.
@@ -169,75 +177,46 @@ fn run<R: Real>(m: &mut Model, l: &Layout, parameters: &[R]) -> Result<(f64, Vec
     Ok((losses.0, r, losses.1))
 }
 
-/// Parameters of both groups, random.
-fn parameters<R: Real>(m: &Model, len: usize) -> Vec<R> {
-    let mut p = vec![R::zero(); len];
-    for h in [m.blocks.params.values, m.ends.values] {
-        for i in h.range() {
-            p[i] = R::of(0.6 * noise(1, i));
-        }
-    }
-    p
-}
-
 #[test]
 fn every_gradient_against_finite_differences() {
+    let bdia_float =
+        Mode::BdiaFloat { gamma: FloatGamma::new(0.5, Sign::Random).unwrap(), verify: true };
     for (kind, mode, mixup) in [
-        (Kind::Small, Mode::Standard, true),
-        (Kind::Small, Mode::BdiaFloat, false),
-        (Kind::Plain, Mode::Standard, false),
+        (Kind::Small, STANDARD, true),
+        (Kind::Small, bdia_float, false),
+        (Kind::Plain, STANDARD, false),
     ] {
         let (mut m, l) = model::<f64>(kind, mode, mixup);
-        let mut p = parameters::<f64>(&m, l.arenas().1);
+        let trained = m.trained();
+        let mut p = common::random_parameters::<f64>(&trained, l.arenas().1);
         let (_, after, _) = run(&mut m, &l, &p).unwrap();
-        let e = 1e-5;
-        let mut seen = 0;
-        for (values, gradients) in
-            [(m.blocks.params.values, m.blocks.params.gradients), (m.ends.values, m.ends.gradients)]
-        {
-            for (at, g) in values.range().zip(gradients.range()) {
-                let x = p[at];
-                p[at] = x + e;
-                let plus = run(&mut m, &l, &p).unwrap().0;
-                p[at] = x - e;
-                let minus = run(&mut m, &l, &p).unwrap().0;
-                p[at] = x;
-                let slope = (plus - minus) / (2.0 * e);
-                seen += usize::from(slope != 0.0);
-                // Central differences are off by e² times the third derivative, and by rounding,
-                // about 1e-16 / e.
-                assert!(
-                    (slope - after[g]).abs() < 1e-8 * (1.0 + slope.abs()),
-                    "{kind:?} {mode:?} at {at}: {slope} {}",
-                    after[g]
-                );
-            }
-        }
-        // Nearly everything has a gradient; alignment and dropped values have none.
-        assert!(seen > 900, "{seen}");
+        let loss = |p: &[f64]| run(&mut m, &l, p).unwrap().0;
+        let seen = common::compare_gradients(&trained, &mut p, &after, loss);
+        // Nearly everything has a gradient; dropped values have none.
+        assert!(seen > 900, "{kind:?} {mode:?}: {seen}");
     }
 }
 
 /// The temperature is one of them, and there is none where the factor is fixed.
 #[test]
 fn temperatures_have_a_gradient() {
-    let (mut m, l) = model::<f64>(Kind::Small, Mode::Standard, false);
-    let p = parameters::<f64>(&m, l.arenas().1);
+    let (mut m, l) = model::<f64>(Kind::Small, STANDARD, false);
+    let p = common::random_parameters::<f64>(&m.trained(), l.arenas().1);
     let (_, after, _) = run(&mut m, &l, &p).unwrap();
-    let tau = m.blocks.tensors().iter().find(|t| t.name == "attn.temperature").unwrap();
+    let tau = m.tensor("attn.temperature").unwrap();
     for k in 0..BLOCKS {
-        assert!(after[tau.of(m.blocks.params.gradient(k)).start()] != 0.0);
+        assert!(after[m.blocks.params.gradient(k, &tau).start()] != 0.0);
     }
-    assert!(m.blocks.tensors().iter().any(|t| t.name == "attn.c_attn.bias" && t.is_empty()));
-    let (plain, _) = model::<f64>(Kind::Plain, Mode::Standard, false);
-    assert!(plain.blocks.tensors().iter().any(|t| t.name == "attn.temperature" && t.is_empty()));
+    assert!(m.tensor("attn.c_attn.bias").unwrap().is_empty());
+    let (plain, _) = model::<f64>(Kind::Plain, STANDARD, false);
+    assert!(plain.tensor("attn.temperature").unwrap().is_empty());
 }
 
 #[test]
 fn rebuilt_activations_are_exact() {
     for kind in [Kind::Small, Kind::Plain] {
-        let (mut m, l) = model::<f32>(kind, Mode::Bdia, false);
-        let p = parameters::<f32>(&m, l.arenas().1);
+        let (mut m, l) = model::<f32>(kind, bdia(), false);
+        let p = common::random_parameters::<f32>(&m.trained(), l.arenas().1);
         let (loss, _, mismatches) = run(&mut m, &l, &p).unwrap();
         assert!(loss.is_finite() && mismatches == 0);
     }
@@ -245,7 +224,7 @@ fn rebuilt_activations_are_exact() {
 
 #[test]
 fn a_label_that_does_not_exist_is_named() {
-    let (mut m, l) = model::<f32>(Kind::Small, Mode::Bdia, false);
+    let (mut m, l) = model::<f32>(Kind::Small, bdia(), false);
     let (i, r, w) = l.arenas();
     let (mut i, mut r, mut w) = (vec![0; i], vec![0.0_f32; r], vec![0; w]);
     let mut be = Reference::new(&l, &mut i, &mut r, &mut w).unwrap();

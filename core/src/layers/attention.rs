@@ -306,6 +306,10 @@ impl<B: Backend> Branch<B> for SelfAttention {
             return Err(Error::Shape { what, expected: rows, found });
         }
         for (row, &position) in cached.positions.iter().enumerate() {
+            if position >= keys {
+                let possible = "less than the keys that the cache holds";
+                return Err(Error::setting("cache: position", position as f64, possible));
+            }
             let place = (row * keys + position) * 2 * d;
             let own = frame.qkv.sub(row * 3 * d + d, 2 * d);
             be.copy_reals(own, cached.of.sub(place, 2 * d))?;

@@ -18,7 +18,6 @@ use super::{
 use crate::arena::{Ints, Layout, Reals, product};
 use crate::backend::{Backend, Columns, Gelu, Mask, NnOps};
 use crate::error::{Error, Result, Site, ok};
-use crate::network::Micro;
 use crate::real::Real;
 use crate::rng::Draw;
 use crate::stack::{Blocks, Call, Needs};
@@ -229,6 +228,25 @@ pub struct BlockShape {
 }
 
 impl BlockShape {
+    /// A block of a GPT-2 of `blocks` blocks, without dropout.
+    pub fn gpt2(tokens: usize, width: usize, heads: usize, blocks: usize) -> Self {
+        Self {
+            tokens,
+            width,
+            heads,
+            inner: width.saturating_mul(4),
+            eps: 1e-5,
+            gelu: Gelu::Tanh,
+            mask: Mask::Causal,
+            attention_dropout: 0.0,
+            residual_dropout: 0.0,
+            hidden_dropout: 0.0,
+            qkv_bias: true,
+            temperature: false,
+            init: Scheme::gpt2(blocks),
+        }
+    }
+
     /// Checks the dimensions.
     ///
     /// # Errors
@@ -363,22 +381,16 @@ impl PreNorm {
             ok!(SelfAttention::new(shape.attention(), lora, freeze, Room::NONE));
         let (mlp, room) = Mlp::new(shape.mlp(), freeze, room);
         let params = ok!(Params::layout_paged(blocks, resident, room, freeze, gradients, layout));
-        Ok(Self {
-            tokens: shape.tokens,
-            width: shape.width,
-            branches: (attention, mlp),
-            params,
-            updater: None,
-            finishes: true,
-        })
+        Ok(Self::new((attention, mlp), params, shape.tokens, shape.width))
     }
 
     /// What a block needs where the backend's
     /// [`attention_scratch`](crate::NnOps::attention_scratch) is `attention`: for plans that the
     /// compiler computes.
     pub const fn needs_with(&self, attention: usize) -> Needs {
-        let all = [self.branches.0.needs_with(attention), self.branches.1.needs()];
-        compose(self.tokens.saturating_mul(self.width), &all)
+        let row = self.tokens.saturating_mul(self.width);
+        let first = compose(Needs::NONE, self.branches.0.needs_with(attention), row, 0, 2);
+        compose(first, self.branches.1.needs(), row, 1, 2)
     }
 
     /// The same blocks, with the same parameters, for samples of another length.
@@ -409,14 +421,7 @@ impl Decoder {
         let (cross, room) = ok!(CrossAttention::new(shape.attention(), keys, freeze, room));
         let (mlp, room) = Mlp::new(shape.mlp(), freeze, room);
         let params = ok!(Params::layout(blocks, room, freeze, gradients, layout));
-        Ok(Self {
-            tokens: shape.tokens,
-            width: shape.width,
-            branches: (own, cross, mlp),
-            params,
-            updater: None,
-            finishes: true,
-        })
+        Ok(Self::new((own, cross, mlp), params, shape.tokens, shape.width))
     }
 
     /// The same blocks, with the same parameters, for samples of `tokens` tokens and a context of
@@ -445,35 +450,51 @@ impl Decoder {
     }
 }
 
-/// What a composition needs whose branches need `all` and whose rows have `row` values a sample.
-const fn compose(row: usize, all: &[Needs]) -> Needs {
-    let (mut needs, mut i) = (Needs { frame: 0, scratch: 0, fixed: 0 }, 0);
-    while i < all.len() {
-        needs.frame = needs.frame.saturating_add(all[i].frame);
-        if i > 0 {
-            // m_i
-            needs.frame = needs.frame.saturating_add(row);
-        }
-        // A branch between the first and the last takes a copy of its gradient.
-        let copy = if i > 0 && i + 1 < all.len() { row } else { 0 };
-        needs.scratch = larger(needs.scratch, all[i].scratch.saturating_add(copy));
-        needs.fixed = larger(needs.fixed, all[i].fixed);
-        i += 1;
+/// What the branches up to the `i`-th of `count` need together: `before` for those before it, and
+/// `own`. A sample of the residual stream has `row` values.
+const fn compose(before: Needs, own: Needs, row: usize, i: usize, count: usize) -> Needs {
+    // m_i is kept for every branch but the first, whose input is x.
+    let middle = if i > 0 { row } else { 0 };
+    // A branch between the first and the last works on a copy of its gradient.
+    let copy = if i > 0 && i + 1 < count { row } else { 0 };
+    // `a` is there while any of them works.
+    let scratch = own.scratch.saturating_add(copy).saturating_add(row);
+    Needs {
+        frame: before.frame.saturating_add(own.frame).saturating_add(middle),
+        scratch: larger(before.scratch, scratch),
+        fixed: larger(before.fixed, own.fixed),
     }
-    // `a`
-    needs.scratch = needs.scratch.saturating_add(row);
-    needs
 }
 
 impl<P: Branches> Residual<P> {
+    /// Blocks of these branches over samples of `tokens` rows of `width` values. `params` are laid
+    /// out with the [`Room`] that the branches' tensors have taken.
+    pub const fn new(branches: P, params: Params, tokens: usize, width: usize) -> Self {
+        Self { tokens, width, branches, params, updater: None, finishes: true }
+    }
+
+    /// Tokens of a sample.
+    pub const fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Width of the residual stream.
+    pub const fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Prepares a pass: sets the optimizer of the step, and whether this is the step's last pass.
+    pub const fn begin(&mut self, updater: Updater, last: bool) {
+        (self.updater, self.finishes) = (Some(updater), last);
+    }
+
     /// What a block needs of its stack, for chunks of `chunk` samples.
     pub fn needs<B: Backend>(&self, chunk: usize, threads: usize) -> Needs {
-        let mut all = [Needs::default(); 4];
-        let all = &mut all[..P::COUNT];
-        for (i, needs) in all.iter_mut().enumerate() {
-            *needs = self.branches.branch::<B>(i).needs(chunk, threads);
-        }
-        compose(self.tokens.saturating_mul(self.width), all)
+        let row = self.tokens.saturating_mul(self.width);
+        (0..P::COUNT).fold(Needs::NONE, |before, i| {
+            let own = self.branches.branch::<B>(i).needs(chunk, threads);
+            compose(before, own, row, i, P::COUNT)
+        })
     }
 
     const fn at<'a>(&'a self, call: &'a Call, frame: Reals, scratch: Reals) -> At<'a> {
@@ -540,6 +561,7 @@ impl<P: Branches> Residual<P> {
         h: Reals,
         run: impl Fn(&mut B, usize, &At<'_>, Reals, Reals) -> Result<()>,
     ) -> Result<()> {
+        const { assert!(P::COUNT > 0, "a residual block has at least one branch") };
         let (mut m, mut scratch) = (call.x, Cut(call.scratch));
         let out = scratch.take(h.len());
         for i in 0..P::COUNT {
@@ -572,12 +594,6 @@ impl<P: Branches> Residual<P> {
         h: Reals,
     ) -> Result<()> {
         self.sum(be, call, h, |be, i, at, x, y| self.branches.branch(i).next(be, at, cached, x, y))
-    }
-
-    /// The settings of a pass, before it.
-    pub const fn begin(&mut self, micro: &Micro) {
-        self.updater = Some(micro.updater);
-        self.finishes = micro.last;
     }
 }
 

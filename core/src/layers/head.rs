@@ -26,8 +26,10 @@ pub struct LmHead {
     pub weight: Parameter,
     /// `[B, T]`; negative: masked.
     pub targets: Ints,
-    /// `[B, T]`: the loss of every token.
+    /// `[micro-batches, B, T]`: the loss of every token.
     pub losses: Reals,
+    /// The micro-batch that is trained on. [`loss`](Self::loss) writes to the place of the first.
+    pub micro_batch: usize,
     /// `[rows at once, vocab]`.
     pub logits: Reals,
     /// `1 / number of unmasked targets` of the whole optimizer step.
@@ -92,7 +94,7 @@ impl LmHead {
         chunk: &Chunk,
         (row, rows): (usize, usize),
         logits: Reals,
-        smoothing: f64,
+        (losses, smoothing): (Reals, f64),
     ) -> Result<()> {
         let at = chunk.first * self.per_sample + row;
         let ce = CrossEntropy {
@@ -102,7 +104,7 @@ impl LmHead {
             scale: self.scale,
             smoothing,
         };
-        be.cross_entropy(chunk, &ce, logits, self.targets.sub(at, rows), self.losses.sub(at, rows))
+        be.cross_entropy(chunk, &ce, logits, self.targets.sub(at, rows), losses.sub(at, rows))
     }
 
     /// Losses of the chunk without gradients, for evaluation.
@@ -121,7 +123,7 @@ impl LmHead {
         for row in (0..all).step_by(step) {
             let rows = step.min(all - row);
             let logits = self.logits_of(be, rows, y.sub(row * self.width, rows * self.width))?;
-            self.loss_of(be, chunk, (row, rows), logits, 0.0)?;
+            self.loss_of(be, chunk, (row, rows), logits, (self.losses, 0.0))?;
         }
         Ok(())
     }
@@ -148,12 +150,14 @@ impl<B: Backend> Head<B> for LmHead {
         let (y, dy, stats) = self.normalize(be, x, scratch)?;
         let ([norm, bias], dweight) = (self.norm, self.weight.grad);
         let (all, step, d) = (chunk.samples * self.per_sample, self.rows_at_once(), self.width);
+        let batch = self.targets.len();
+        let losses = self.losses.sub(self.micro_batch * batch, batch);
         for row in (0..all).step_by(step) {
             let rows = step.min(all - row);
             let (y, dy) = (y.sub(row * d, rows * d), dy.sub(row * d, rows * d));
             let logits = self.logits_of(be, rows, y)?;
             // From here on `logits` are their own gradient.
-            self.loss_of(be, chunk, (row, rows), logits, self.smoothing)?;
+            self.loss_of(be, chunk, (row, rows), logits, (losses, self.smoothing))?;
             let p = Product {
                 rows: self.vocab,
                 cols: d,

@@ -48,6 +48,11 @@ pub enum Scheme {
 }
 
 impl Scheme {
+    /// That of a GPT-2 of `blocks` blocks.
+    pub fn gpt2(blocks: usize) -> Self {
+        Self::Gpt2 { projections: 0.02 / libm::sqrt(2.0 * blocks as f64) }
+    }
+
     /// Of a matrix whose layers have `outputs` columns each.
     pub const fn matrix(self, outputs: usize) -> Init {
         match self {
@@ -133,9 +138,15 @@ impl Tensor {
 
     /// Draws row `row` of the initial values; `index` is the tensor's number in its network.
     pub fn draw<R: Real>(&self, seed: u64, index: u32, row: usize, out: &mut [R]) {
+        self.draw_from(seed, index, (row, 0), out);
+    }
+
+    /// The same from column `col` of the row on.
+    fn draw_from<R: Real>(&self, seed: u64, index: u32, (row, col): (usize, usize), out: &mut [R]) {
+        let first = col as u32;
         let stream = Stream::new(seed, index, row as u32, 0, 0, Draw::Init);
         let uniform = |bound: f64, out: &mut [R]| {
-            for (x, e) in out.iter_mut().zip(0..) {
+            for (x, e) in out.iter_mut().zip(first..) {
                 *x = R::of(bound * (2.0 * stream.uniform(e) - 1.0));
             }
         };
@@ -143,7 +154,7 @@ impl Tensor {
             Init::Zeros => out.fill(R::of(0.0)),
             Init::Ones => out.fill(R::of(1.0)),
             Init::Normal(sigma) => {
-                for (x, e) in out.iter_mut().zip(0..) {
+                for (x, e) in out.iter_mut().zip(first..) {
                     *x = R::of(sigma * stream.normal(e));
                 }
             }
@@ -153,7 +164,7 @@ impl Tensor {
             }
             Init::Temperature { head_dim } => out.fill(R::of(-0.5 * libm::log(head_dim as f64))),
             Init::Adapter => {
-                let (bound, first) = (1.0 / libm::sqrt(self.cols as f64), row * self.cols);
+                let (bound, first) = (1.0 / libm::sqrt(self.cols as f64), row * self.cols + col);
                 let stream = Stream::new(seed, index, 0, 1, 0, Draw::Init);
                 for (x, e) in out.iter_mut().zip(first as u32..) {
                     *x = R::of(bound * (2.0 * stream.uniform(e) - 1.0));
@@ -379,6 +390,9 @@ impl Params {
         gradients: Gradients,
         layout: &mut Layout,
     ) -> Result<Self> {
+        if resident != groups && resident != 1 {
+            return Err(Error::setting("groups in memory", resident as f64, "all groups, or 1"));
+        }
         let l = layout;
         let narrow = match freeze {
             Freeze::All(Some(half)) => {
@@ -429,9 +443,9 @@ impl Params {
         self.groups
     }
 
-    /// Whether groups are updated as they are finished.
+    /// Whether groups are updated as they are finished; not so where nothing is trained.
     pub const fn fused(&self) -> bool {
-        self.kept.fused()
+        self.kept.fused() && !self.gradients.is_empty()
     }
 
     /// Values that are trained, of all groups.
@@ -505,6 +519,51 @@ impl Params {
             _ => self.value(k, t),
         };
         Ok(Matrix { values, inputs: t.rows, outputs: t.cols })
+    }
+
+    /// Draws the initial values of all groups and sets the optimizer's state to 0. `index` is the
+    /// number in the network of the first tensor; it is advanced by those that are there.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for matrices in 16 bits, which are read and never drawn, and for frozen
+    /// values that are not all in memory; any error of the backend.
+    pub fn initialize<B: OptimOps>(
+        &self,
+        be: &mut B,
+        seed: u64,
+        index: &mut u32,
+        tensors: &(impl Tensors + ?Sized),
+    ) -> Result<()> {
+        let mut piece = [B::Real::of(0.0); 64];
+        for k in 0..self.groups {
+            tensors.each(&mut |t| {
+                if t.is_empty() {
+                    return Ok(());
+                }
+                let values = match t.home {
+                    Home::Narrow => {
+                        let possible = "reals, to be drawn";
+                        return Err(Error::unfit("storage of a matrix", "16 bits", possible));
+                    }
+                    Home::Frozen if self.frozen.len() < self.groups * self.room.frozen => {
+                        let possible = "all in memory, to be drawn";
+                        return Err(Error::unfit("frozen values", "one group's", possible));
+                    }
+                    _ => self.value(k, t),
+                };
+                for row in 0..t.rows {
+                    for col in (0..t.cols).step_by(piece.len()) {
+                        let piece = &mut piece[..64.min(t.cols - col)];
+                        t.draw_from(seed, *index, (row, col), piece);
+                        be.write_reals(values.sub(row * t.cols + col, piece.len()), piece)?;
+                    }
+                }
+                *index += 1;
+                let zero = B::Real::of(0.0);
+                self.state(k, t).into_iter().try_for_each(|state| be.fill_reals(state, zero))
+            })?;
+        }
+        Ok(())
     }
 
     const fn gradient_of(&self, k: usize) -> Reals {

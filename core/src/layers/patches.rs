@@ -230,29 +230,37 @@ impl<B: Backend> Input<B> for PatchEmbedding {
 
     fn vjp(&mut self, be: &mut B, chunk: &Chunk, gx: Reals, scratch: Reals) -> Result<()> {
         let (d, rows) = (self.width, chunk.samples * self.count);
+        let grads = (self.weight.grad, self.bias.grad);
+        let [norm, bias] = self.norm;
+        let slopes = [norm, bias, self.class, self.positions].map(|p| p.grad);
+        if grads.0.is_empty() && grads.1.is_empty() && slopes.iter().all(|g| g.is_empty()) {
+            return Ok(());
+        }
         if self.dropout > 0.0 {
             be.dropout(chunk, Draw::EmbeddingDropout, self.dropout, gx)?;
         }
         let parts = self.embedded(be, chunk, scratch)?;
         for i in 0..chunk.samples {
             let gx = gx.sub(i * (self.count + 1) * d, (self.count + 1) * d);
-            be.add(self.positions.grad, gx)?;
-            be.add(self.class.grad, gx.sub(0, d))?;
+            if !self.positions.grad.is_empty() {
+                be.add(self.positions.grad, gx)?;
+            }
+            if !self.class.grad.is_empty() {
+                be.add(self.class.grad, gx.sub(0, d))?;
+            }
             be.copy_reals(
                 gx.sub(d, self.count * d),
                 parts.e.sub(i * self.count * d, self.count * d),
             )?;
         }
-        let grads = (self.weight.grad, self.bias.grad);
         linear_vjp(be, rows, self.matrix(), grads, parts.normal, parts.e, parts.dnormal)?;
-        let [norm, bias] = self.norm;
-        if norm.value.is_empty() {
+        let ([weight, bias, ..], x) = (slopes, parts.raw);
+        if weight.is_empty() && bias.is_empty() {
             return Ok(());
         }
         // Images are not trained: their gradient is a by-product.
         be.fill_reals(parts.draw, B::Real::of(0.0))?;
-        let (grads, x) = ([norm.grad, bias.grad], parts.raw);
-        be.layer_norm_vjp(norm.value, x, parts.stats, parts.dnormal, parts.draw, grads[0], grads[1])
+        be.layer_norm_vjp(norm.value, x, parts.stats, parts.dnormal, parts.draw, weight, bias)
     }
 }
 

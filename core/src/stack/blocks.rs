@@ -15,6 +15,11 @@ pub struct Needs {
     pub fixed: usize,
 }
 
+impl Needs {
+    /// Nothing.
+    pub const NONE: Self = Self { frame: 0, scratch: 0, fixed: 0 };
+}
+
 /// A second input of every block, whole batch: the encoder's output in a decoder. Its gradient adds
 /// up over blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use bdia_core::backend::Half;
 use bdia_core::layers::LoraShape;
 use bdia_models::config::ConfigError;
-use bdia_models::gpt2::Gpt2Config;
+use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::model::Adapters;
 use bdia_train::cli::*;
 use clap::error::ErrorKind;

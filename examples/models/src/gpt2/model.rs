@@ -9,7 +9,7 @@ use bdia_core::layers::{
     TokenEmbedding,
 };
 use bdia_core::network::{
-    self, Group, Loaded, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
+    self, Group, Loaded, Loss, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
 };
 use bdia_core::plan::Choice;
 use bdia_core::stack::{Config as StackConfig, Mode, Pass, Stack, Tail};
@@ -119,9 +119,7 @@ pub struct Gpt2 {
     /// Final norm, logits and loss.
     pub head: LmHead,
     ends: Params,
-    end_tensors: [Tensor; ENDS],
-    /// One for each target of each micro-batch.
-    losses: Reals,
+    outside: [Tensor; ENDS],
     /// Tokens and targets of a batch on the host.
     staging: [Vec<i32>; 2],
 }
@@ -171,7 +169,7 @@ impl Gpt2 {
         let blocks = PreNorm::layout(&shape, d.layers, lora, freeze, setup.gradients, l)?;
         // What is outside the blocks is never in 16 bits.
         let freeze = setup.adapters.map_or(Freeze::Nothing, |_| Freeze::All(None));
-        let mut tensors = Self::end_tensors(d);
+        let mut tensors = Self::outside(d);
         let there = if d.tied { ENDS - 1 } else { ENDS };
         let room = Room::NONE.place(&mut tensors[..there], freeze);
         let ends = Params::layout(1, room, freeze, setup.gradients.full(), l)?;
@@ -215,7 +213,8 @@ impl Gpt2 {
             norm: [norm, norm_bias],
             weight: if d.tied { wte } else { lm_head },
             targets,
-            losses: losses.sub(0, rows),
+            losses,
+            micro_batch: 0,
             logits,
             scale: 1.0,
             smoothing: setup.smoothing,
@@ -228,14 +227,13 @@ impl Gpt2 {
             input,
             head,
             ends,
-            end_tensors: tensors,
-            losses,
+            outside: tensors,
             staging: [Vec::new(), Vec::new()],
         };
         Ok((model, layout))
     }
 
-    const fn end_tensors(d: &Dims) -> [Tensor; ENDS] {
+    const fn outside(d: &Dims) -> [Tensor; ENDS] {
         let [wte, wpe] = TokenEmbedding::tensors(d.vocab, d.positions, d.width, 0.02);
         let [norm, norm_bias, lm_head] = LmHead::tensors(d.vocab, d.width, d.tied);
         [wte, wpe, norm, norm_bias, lm_head]
@@ -254,7 +252,7 @@ impl Gpt2 {
     }
 
     fn ends(&self) -> &[Tensor] {
-        &self.end_tensors[..if self.setup.dims.tied { ENDS - 1 } else { ENDS }]
+        &self.outside[..if self.setup.dims.tied { ENDS - 1 } else { ENDS }]
     }
 
     /// All tensors, in the order of the file: embedding, blocks, norm, logits.
@@ -437,20 +435,13 @@ impl<B: Backend> Network<B> for Gpt2 {
     }
 
     fn pass(&mut self, be: &mut B, pass: &Pass, micro: &Micro) -> Result<()> {
-        // Each micro-batch has losses of its own, so that nothing waits to read them.
-        let rows = self.input.tokens.len();
-        self.head.losses = self.losses.sub(micro.index * rows, rows);
-        self.head.scale = micro.scale;
-        self.blocks.begin(micro);
+        Loss::<B>::begin(&mut self.head, micro);
+        self.blocks.begin(micro.updater, micro.last);
         self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, pass)
     }
 
     fn loss(&self, be: &B) -> Result<f64> {
-        let (mut loss, rows) = (0.0, self.input.tokens.len());
-        for i in 0..self.setup.accumulate {
-            loss += sum(be, self.losses.sub(i * rows, rows))?;
-        }
-        Ok(loss)
+        Loss::<B>::loss(&self.head, be, self.setup.accumulate)
     }
 
     fn rebuilt(&self, be: &B) -> Result<Rebuilt> {

@@ -147,7 +147,7 @@ pub struct Translator {
     /// Blocks of the decoder.
     pub(super) decoder: Decoder,
     ends: Params,
-    end_tensors: [Tensor; ENDS],
+    outside: [Tensor; ENDS],
     staging: Vec<i32>,
 }
 
@@ -212,8 +212,8 @@ impl Translator {
         let shapes_of = [shape(Mask::Full), shape(Mask::Causal)];
         let encoder = PreNorm::layout(&shapes_of[0], d.layers[0], None, freeze, gradients, l)?;
         let decoder = Decoder::layout(&shapes_of[1], d.longest, d.layers[1], gradients, l)?;
-        let mut end_tensors = end_tensors(d);
-        let room = Room::NONE.place(&mut end_tensors, freeze);
+        let mut outside = outside(d);
+        let room = Room::NONE.place(&mut outside, freeze);
         let ends = Params::layout(1, room, freeze, gradients.full(), l)?;
         // The staging buffer on the host: the tokens of a batch.
         let longest = shapes
@@ -229,7 +229,7 @@ impl Translator {
             encoder,
             decoder,
             ends,
-            end_tensors,
+            outside,
             staging: Vec::with_capacity(0),
         };
         let mut all = more(&model)?;
@@ -327,7 +327,7 @@ impl Translator {
 
     /// Tensor `i` outside the blocks.
     fn end(&self, i: usize) -> Parameter {
-        self.ends.parameter(0, &self.end_tensors[i])
+        self.ends.parameter(0, &self.outside[i])
     }
 
     fn table(&self, side: usize) -> Parameter {
@@ -353,6 +353,7 @@ impl Translator {
             weight: self.table(1),
             targets: Ints::EMPTY,
             losses: Reals::EMPTY,
+            micro_batch: 0,
             logits: Reals::EMPTY,
             scale: 1.0,
             smoothing: 0.0,
@@ -369,7 +370,7 @@ impl Translator {
     /// activation="gelu")` for blocks and norms.
     pub fn tensors(&self) -> Vec<Named> {
         let end = |range: core::ops::Range<usize>| {
-            let tensors = self.end_tensors[range].iter().filter(|t| !t.is_empty());
+            let tensors = self.outside[range].iter().filter(|t| !t.is_empty());
             tensors.map(|t| Named::new(t.name.into(), &self.ends, 0, t))
         };
         let encoder = (0..self.setup.dims.layers[0]).flat_map(|k| {
@@ -421,7 +422,7 @@ impl Translator {
         each(&Group { params: &self.encoder.params, tensors: &self.encoder, of })?;
         each(&Group { params: &self.decoder.params, tensors: &self.decoder, of })?;
         let of = Owner::Ends(Site::Embedding);
-        each(&Group { params: &self.ends, tensors: &self.end_tensors, of })
+        each(&Group { params: &self.ends, tensors: &self.outside, of })
     }
 
     /// Initial values: linear layers by Glorot, each of q, k, v and so on for itself; tables and
@@ -639,8 +640,8 @@ impl<B: Backend> Network<B> for Training<'_> {
     fn pass(&mut self, be: &mut B, pass: &Pass, micro: &Micro) -> Result<()> {
         let mut part = self.part()?;
         part.head.scale = micro.scale;
-        part.encoder.begin(micro);
-        part.decoder.begin(micro);
+        part.encoder.begin(micro.updater, micro.last);
+        part.decoder.begin(micro.updater, micro.last);
         let ([encoder, decoder], [source, target]) = (&mut part.stacks, &mut part.inputs);
         encoder.embed(be, source, pass)?;
         encoder.forward(be, &mut part.encoder, pass)?;
@@ -705,7 +706,7 @@ fn decoder_name(name: &str) -> &str {
 }
 
 /// The tensors outside the blocks.
-fn end_tensors(d: &Dims) -> [Tensor; ENDS] {
+fn outside(d: &Dims) -> [Tensor; ENDS] {
     let sigma = Init::Normal(1.0 / (d.width as f64).sqrt());
     let table = |name, rows| Tensor::matrix(name, rows, d.width, sigma);
     let first = if d.shared { "embedding.weight" } else { "source_embedding.weight" };

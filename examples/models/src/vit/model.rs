@@ -100,7 +100,7 @@ pub struct Vit {
     /// Final norm, classes, loss.
     pub head: ClassHead,
     ends: Params,
-    end_tensors: [Tensor; ENDS],
+    outside: [Tensor; ENDS],
     trained: usize,
     /// One for each image of each micro-batch, and for its second label.
     losses: [Reals; 2],
@@ -170,7 +170,7 @@ impl Vit {
 
         let freeze = Freeze::Nothing;
         let blocks = PreNorm::layout(&shape, d.layers, None, freeze, setup.gradients, l)?;
-        let mut tensors = Self::end_tensors(d);
+        let mut tensors = Self::outside(d);
         let room = Room::NONE.place(&mut tensors, freeze);
         let ends = Params::layout(1, room, freeze, setup.gradients.full(), l)?;
         let trained = l.trained();
@@ -247,7 +247,7 @@ impl Vit {
             input,
             head,
             ends,
-            end_tensors: tensors,
+            outside: tensors,
             trained,
             losses: [losses, mixup.map_or(Reals::EMPTY, |m| m.losses)],
             mixup,
@@ -258,7 +258,7 @@ impl Vit {
         Ok((model, layout))
     }
 
-    fn end_tensors(d: &Dims) -> [Tensor; ENDS] {
+    fn outside(d: &Dims) -> [Tensor; ENDS] {
         let [norm, norm_bias, weight, bias, class, positions] =
             PatchEmbedding::tensors(&d.patches, d.width);
         let [ln, ln_bias, head, head_bias] = ClassHead::tensors(d.width, d.classes);
@@ -269,7 +269,7 @@ impl Vit {
         let (params, tensors) = (&self.blocks.params, &self.blocks);
         each(&Group { params, tensors, of: Owner::Blocks })?;
         let of = Owner::Ends(Site::Embedding);
-        each(&Group { params: &self.ends, tensors: &self.end_tensors, of })
+        each(&Group { params: &self.ends, tensors: &self.outside, of })
     }
 
     /// The setup.
@@ -295,7 +295,7 @@ impl Vit {
     /// All parameter tensors, in the order of the file: embedding, blocks, head. Names are those
     /// of timm's vision transformers.
     pub fn tensors(&self) -> Vec<Named> {
-        let (first, last) = self.end_tensors.split_at(6);
+        let (first, last) = self.outside.split_at(6);
         let end = |t: &&Tensor| {
             let named = Named::new(t.name.into(), &self.ends, 0, t);
             match t.name {
@@ -475,7 +475,7 @@ impl<B: Backend> Network<B> for Vit {
         let [losses, others] = self.losses.map(|all| all.sub(micro.index * n, n));
         (self.head.losses, self.head.scale) = (losses, micro.scale);
         self.head.mixup = self.mixup.map(|m| Mixup { losses: others, ..m });
-        self.blocks.begin(micro);
+        self.blocks.begin(micro.updater, micro.last);
         let (blocks, input, head) = (&mut self.blocks, &mut self.input, &mut self.head);
         match &mut self.trunk {
             Trunk::Two(stack) => stack.train(be, blocks, input, head, pass),

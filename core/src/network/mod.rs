@@ -15,10 +15,14 @@
 //!
 //! The loss is the mean over the unmasked targets of the whole step, not a mean of means.
 
-use crate::arena::Reals;
+mod chain;
+
+pub use chain::{Chain, Lm, LmShape, Loss, Training};
+
+use crate::arena::{Layout, Reals};
 use crate::backend::{Backend, Storage};
 use crate::error::{Error, Result, Site};
-use crate::layers::{Params, Tensors, Updater};
+use crate::layers::{Home, Params, Tensors, Updater};
 use crate::optim::clip_scale;
 use crate::real::Real;
 use crate::stack::{Pass, Stack};
@@ -128,6 +132,27 @@ impl Group<'_> {
             Owner::Blocks => Site::Block(k),
             Owner::Ends(site) => site,
         }
+    }
+
+    /// Refuses a list of tensors that is not the one that the parameters were laid out for, and
+    /// gradients that are shared by groups which [`step`] updates all at once.
+    fn check(&self) -> Result<()> {
+        let mut found = 0;
+        self.tensors.each(&mut |t| {
+            if t.home == Home::Trained {
+                found += t.len().next_multiple_of(Layout::ALIGN);
+            }
+            Ok(())
+        })?;
+        let expected = self.params.group_len();
+        if found != expected {
+            return Err(Error::Shape { what: "values in a group's tensors", expected, found });
+        }
+        if self.is_left() && self.params.fused() && self.params.groups() > 1 {
+            let possible = "those of all groups outside of blocks (Gradients::Full)";
+            return Err(Error::unfit("gradients", "those of one group at a time", possible));
+        }
+        Ok(())
     }
 
     /// Whether [`step`] updates it, rather than the blocks themselves.
@@ -288,7 +313,7 @@ fn check<B: Backend>(net: &impl Network<B>, step: &Step, micro_batches: usize) -
     net.groups(&mut |group| {
         trained += group.params.trained();
         fused |= !group.is_left();
-        Ok(())
+        group.check()
     })?;
     if trained == 0 {
         return Err(Error::unfit("optimizer", "missing", "one, to train"));
@@ -299,6 +324,9 @@ fn check<B: Backend>(net: &impl Network<B>, step: &Step, micro_batches: usize) -
     }
     if micro_batches == 0 {
         return Err(Error::setting("micro-batches", 0.0, "1 or more"));
+    }
+    if !(step.clip >= 0.0 && step.clip < f64::INFINITY) {
+        return Err(Error::setting("clip", step.clip, "a finite number, not negative"));
     }
     let all = "0, or the gradients of all groups (Gradients::Full)";
     if fused && step.clip > 0.0 {
