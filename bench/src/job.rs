@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 
 use bdia_core::layers::Patches;
-use bdia_models::gpt2::Size;
 use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::config::Size;
 use bdia_models::vit::model::Dims;
 use bdia_train::cli::{BackendKind, MachineArgs, Mode, PrecisionKind};
 use clap::{Args, ValueEnum};

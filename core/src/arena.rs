@@ -315,6 +315,11 @@ impl Layout {
         self.outside(Category::Workspace, more);
     }
 
+    /// Whether another layout over the same arenas fits into them.
+    pub const fn holds(&self, other: &Self) -> bool {
+        self.ints >= other.ints && self.reals >= other.reals && self.words >= other.words
+    }
+
     /// Counts bytes that live outside the arenas.
     pub const fn outside(&mut self, category: Category, bytes: usize) {
         match self.bytes[category as usize].checked_add(bytes) {

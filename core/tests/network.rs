@@ -93,8 +93,8 @@ fn load<R: Real>(lm: &Lm, be: &mut Reference<'_, R>, step: u32, index: usize) ->
     lm.load(be, index, &all(0, false), &all(1, true))
 }
 
-fn settings(step: u32, micro_batches: usize) -> Step {
-    Step { step, seed: 3, lr: 0.01, weight_decay: 0.1, clip: 0.0, micro_batches }
+fn settings(step: u32) -> Step {
+    Step { step, seed: 3, lr: 0.01, weight_decay: 0.1, clip: 0.0 }
 }
 
 fn one_step<R: Real>(lm: &mut Lm, be: &mut Reference<'_, R>, step: &Step) -> Result<Outcome> {
@@ -148,7 +148,7 @@ fn a_language_model_learns_in_every_mode() {
             lm.initialize(&mut be, 1).unwrap();
             let mut losses = Vec::new();
             for number in 0..60 {
-                let step = Step { step: number, ..settings(0, 1) };
+                let step = Step { step: number, ..settings(0) };
                 // The same batch again and again.
                 let outcome =
                     network::step(&mut lm, &mut be, &step, |lm, be, index| load(lm, be, 0, index))
@@ -175,7 +175,7 @@ fn fused_updates_are_the_same_updates() {
             let mut be = memory.backend();
             lm.initialize(&mut be, 1).unwrap();
             let outcomes: Vec<_> =
-                (0..3).map(|n| one_step(&mut lm, &mut be, &settings(n, 1)).unwrap()).collect();
+                (0..3).map(|n| one_step(&mut lm, &mut be, &settings(n)).unwrap()).collect();
             seen.push((state(&lm, &be), outcomes));
         }
         assert!(seen[0] == seen[1], "{mode:?}");
@@ -195,7 +195,7 @@ fn micro_batches_add_up_to_the_batch() {
             let mut be = memory.backend();
             lm.initialize(&mut be, 1).unwrap();
             let mut asked = Vec::new();
-            let step = settings(2, micro_batches);
+            let step = settings(2);
             let found = network::step(&mut lm, &mut be, &step, |lm, be, index| {
                 asked.push(index);
                 load(lm, be, 2, index)
@@ -229,7 +229,7 @@ fn clipping_shortens_the_gradient() {
     let mut run = |clip: f64| {
         lm.initialize(&mut be, 1).unwrap();
         let before = state(&lm, &be);
-        let step = Step { lr: 1.0, weight_decay: 0.0, clip, ..settings(0, 1) };
+        let step = Step { lr: 1.0, weight_decay: 0.0, clip, ..settings(0) };
         let outcome = one_step(&mut lm, &mut be, &step).unwrap();
         let moved: Vec<f64> = before
             .iter()
@@ -251,21 +251,22 @@ fn clipping_shortens_the_gradient() {
 #[test]
 fn steps_that_cannot_be_made_are_refused() {
     let cases = [
-        (Gradients::None, settings(0, 1), "optimizer"),
-        (Gradients::Fused(Rule::ADAM_W), Step { clip: 1.0, ..settings(0, 1) }, "clip"),
-        (Gradients::Full(Rule::ADAM_W), Step { clip: f64::NAN, ..settings(0, 1) }, "clip"),
-        (Gradients::Full(Rule::ADAM_W), Step { clip: -1.0, ..settings(0, 1) }, "clip"),
-        (Gradients::Fused(Rule::ADAM_W), settings(0, 2), "micro-batches"),
-        (Gradients::Full(Rule::ADAM_W), settings(0, 0), "micro-batches"),
-        (Gradients::Fused(Rule::ADAM_W), Step { lr: f64::NAN, ..settings(0, 1) }, "lr"),
-        (Gradients::Full(Rule::ADAM_W), Step { lr: f64::INFINITY, ..settings(0, 1) }, "lr"),
+        (Gradients::None, 1, settings(0), "optimizer"),
+        (Gradients::Fused(Rule::ADAM_W), 1, Step { clip: 1.0, ..settings(0) }, "clip"),
+        (Gradients::Full(Rule::ADAM_W), 1, Step { clip: f64::NAN, ..settings(0) }, "clip"),
+        (Gradients::Full(Rule::ADAM_W), 1, Step { clip: -1.0, ..settings(0) }, "clip"),
+        (Gradients::Fused(Rule::ADAM_W), 2, settings(0), "micro-batches"),
+        (Gradients::Full(Rule::ADAM_W), 0, settings(0), "micro-batches"),
+        (Gradients::Fused(Rule::ADAM_W), 1, Step { lr: f64::NAN, ..settings(0) }, "lr"),
+        (Gradients::Full(Rule::ADAM_W), 1, Step { lr: f64::INFINITY, ..settings(0) }, "lr"),
     ];
-    for (kept, step, name) in cases {
+    for (kept, micro_batches, step, name) in cases {
         let (mut lm, layout) = lay_out::<f32>(&training(BDIA, kept, 1), None);
         let mut memory = Memory::<f32>::new(layout);
         let mut be = memory.backend();
         lm.initialize(&mut be, 1).unwrap();
         let before = state(&lm, &be);
+        lm.micro_batches = micro_batches;
         let error = one_step(&mut lm, &mut be, &step).unwrap_err();
         let named = matches!(error, Error::Setting { what, .. } if what == name);
         assert!(named, "{name}: {error}");
@@ -274,7 +275,7 @@ fn steps_that_cannot_be_made_are_refused() {
     // In words, without a "NaN".
     let (mut lm, layout) = lay_out::<f32>(&training(BDIA, Gradients::None, 1), None);
     let mut memory = Memory::<f32>::new(layout);
-    let error = one_step(&mut lm, &mut memory.backend(), &settings(0, 1)).unwrap_err();
+    let error = one_step(&mut lm, &mut memory.backend(), &settings(0)).unwrap_err();
     assert_eq!(error.to_string(), "optimizer is missing; possible: one, to train");
 }
 
@@ -301,7 +302,7 @@ impl<B: Backend> Network<B> for Forgetful {
             match (self.forgets, number) {
                 (Forgets::TheBlocks, 1) | (Forgets::TheEnds, 2) => Ok(()),
                 (Forgets::ATensor, 2) => {
-                    let tensors = self.lm.end_tensors.first_chunk::<3>().unwrap();
+                    let tensors = self.lm.outside.first_chunk::<3>().unwrap();
                     each(&Group { tensors, ..*group })
                 }
                 _ => each(group),
@@ -321,8 +322,12 @@ impl<B: Backend> Network<B> for Forgetful {
         stack.train(be, blocks, input, head, pass)
     }
 
-    fn loss(&self, be: &B, micro_batches: usize) -> Result<f64> {
-        Network::<B>::loss(&self.lm, be, micro_batches)
+    fn micro_batches(&self) -> usize {
+        Network::<B>::micro_batches(&self.lm)
+    }
+
+    fn loss(&self, be: &B) -> Result<f64> {
+        Network::<B>::loss(&self.lm, be)
     }
 
     fn rebuilt(&self, be: &B) -> Result<Rebuilt> {
@@ -341,7 +346,7 @@ fn what_a_network_forgets_is_an_error() {
         let mut net = Forgetful { lm, forgets };
         let load =
             |net: &mut Forgetful, be: &mut Reference<'_, f32>, index| load(&net.lm, be, 0, index);
-        let outcome = network::step(&mut net, &mut be, &settings(0, 1), load);
+        let outcome = network::step(&mut net, &mut be, &settings(0), load);
         assert_eq!(state(&net.lm, &be) == before, outcome.is_err(), "{forgets:?}");
         outcome.map(|_| ())
     };
@@ -411,9 +416,10 @@ fn a_step_whose_numbers_go_wrong_changes_nothing() {
     for mode in modes() {
         for kept in [Gradients::Fused(Rule::ADAM_W), Gradients::Full(Rule::ADAM_W)] {
             let (lm, layout) = lay_out::<f32>(&training(mode, kept, 1), None);
-            let Lm { stack, blocks, input, head, ends, end_tensors, trained } = lm;
+            let Lm { stack, blocks, input, head, ends, outside, trained, micro_batches } = lm;
             let head = Poisoned { head, poison: Poison::Nothing };
-            let mut net = Unlucky { stack, blocks, input, head, ends, end_tensors, trained };
+            let mut net =
+                Unlucky { stack, blocks, input, head, ends, outside, trained, micro_batches };
             let mut memory = Memory::<f32>::new(layout);
             let mut be = memory.backend();
             net.initialize(&mut be, 1).unwrap();
@@ -421,7 +427,7 @@ fn a_step_whose_numbers_go_wrong_changes_nothing() {
                 net.input.tokens = lm.input.tokens;
                 load(&lm, be, 0, 0)
             };
-            network::step(&mut net, &mut be, &settings(0, 1), batch).unwrap();
+            network::step(&mut net, &mut be, &settings(0), batch).unwrap();
             let before = state(&lm, &be);
 
             // A token and a target that do not exist.
@@ -433,7 +439,7 @@ fn a_step_whose_numbers_go_wrong_changes_nothing() {
                 }
             };
             for place in [lm.input.tokens.sub(7, 1), lm.head.targets.sub(7, 1)] {
-                let error = network::step(&mut net, &mut be, &settings(1, 1), wrong(place, 7));
+                let error = network::step(&mut net, &mut be, &settings(1), wrong(place, 7));
                 let fault = Fault::Token { sample: 1, value: 7, vocab: VOCAB };
                 assert_eq!(error, Err(Error::Fault(fault)), "{mode:?} {kept:?}");
                 assert!(state(&lm, &be) == before, "{mode:?} {kept:?}");
@@ -444,7 +450,7 @@ fn a_step_whose_numbers_go_wrong_changes_nothing() {
             if kept == Gradients::Full(Rule::ADAM_W) {
                 for value in [f64::NAN, f64::INFINITY] {
                     net.head.poison = Poison::Gradient(value);
-                    let error = network::step(&mut net, &mut be, &settings(1, 1), batch);
+                    let error = network::step(&mut net, &mut be, &settings(1), batch);
                     let fault = matches!(error, Err(Error::Fault(Fault::Gradient { .. })));
                     assert!(fault, "{mode:?}: {error:?}");
                     assert!(state(&lm, &be) == before, "{mode:?} {value}");
@@ -458,20 +464,20 @@ fn a_step_whose_numbers_go_wrong_changes_nothing() {
             be.read_reals(place, &mut row).unwrap();
             be.write_reals(place, &[f32::INFINITY; 8]).unwrap();
             let broken = state(&lm, &be);
-            let error = network::step(&mut net, &mut be, &settings(1, 1), batch).unwrap_err();
+            let error = network::step(&mut net, &mut be, &settings(1), batch).unwrap_err();
             assert!(matches!(error, Error::Fault(_)), "{mode:?}: {error}");
             assert!(state(&lm, &be) == broken, "{mode:?} {kept:?}");
             be.write_reals(place, &row).unwrap();
 
             // Nothing of it is left behind.
-            network::step(&mut net, &mut be, &settings(1, 1), batch).unwrap();
+            network::step(&mut net, &mut be, &settings(1), batch).unwrap();
             let found = state(&lm, &be);
             let (mut twin, layout) = lay_out::<f32>(&training(mode, kept, 1), None);
             let mut memory = Memory::<f32>::new(layout);
             let mut be = memory.backend();
             twin.initialize(&mut be, 1).unwrap();
             for number in 0..2 {
-                let step = settings(number, 1);
+                let step = settings(number);
                 network::step(&mut twin, &mut be, &step, |lm, be, _| load(lm, be, 0, 0)).unwrap();
             }
             assert!(found == state(&twin, &be), "{mode:?} {kept:?}");
@@ -484,14 +490,14 @@ fn a_step_whose_numbers_go_wrong_changes_nothing() {
 fn a_gradient_that_is_not_finite_stops_fused_updates() {
     let kept = Gradients::Fused(Rule::ADAM_W);
     let (lm, layout) = lay_out::<f32>(&training(BDIA, kept, 1), None);
-    let Lm { stack, blocks, input, head, ends, end_tensors, trained } = lm;
+    let Lm { stack, blocks, input, head, ends, outside, trained } = lm;
     let head = Poisoned { head, poison: Poison::Gradient(f64::NAN) };
-    let mut net = Unlucky { stack, blocks, input, head, ends, end_tensors, trained };
+    let mut net = Unlucky { stack, blocks, input, head, ends, outside, trained };
     let mut memory = Memory::<f32>::new(layout);
     let mut be = memory.backend();
     net.initialize(&mut be, 1).unwrap();
     let before = state(&lm, &be);
-    let error = network::step(&mut net, &mut be, &settings(0, 1), |_, be, _| load(&lm, be, 0, 0));
+    let error = network::step(&mut net, &mut be, &settings(0), |_, be, _| load(&lm, be, 0, 0));
     let fault = Fault::Gradient { site: Site::Block(BLOCKS - 1) };
     assert_eq!(error, Err(Error::Fault(fault)));
     // It was met in the last block, before anything was updated.
@@ -516,12 +522,13 @@ fn a_loader_has_errors_of_its_own() {
     let mut be = memory.backend();
     lm.initialize(&mut be, 1).unwrap();
     let before = state(&lm, &be);
-    let found = network::step(&mut lm, &mut be, &settings(0, 1), |_, _, _| Err(Mine::NoMoreData));
+    let found = network::step(&mut lm, &mut be, &settings(0), |_, _, _| Err(Mine::NoMoreData));
     assert_eq!(found, Err(Mine::NoMoreData));
-    let step = Step { micro_batches: 2, ..settings(0, 1) };
-    let found = network::step(&mut lm, &mut be, &step, |_, _, _| Err(Mine::NoMoreData));
+    lm.micro_batches = 2;
+    let found = network::step(&mut lm, &mut be, &settings(0), |_, _, _| Err(Mine::NoMoreData));
+    lm.micro_batches = 1;
     assert!(matches!(found, Err(Mine::Core(Error::Setting { what: "micro-batches", .. }))));
-    let short = network::step(&mut lm, &mut be, &settings(0, 1), |lm, be, index| {
+    let short = network::step(&mut lm, &mut be, &settings(0), |lm, be, index| {
         lm.load(be, index, &[0; 3], &[0; 3]).map_err(Mine::Core)
     });
     assert!(matches!(short, Err(Mine::Core(Error::Shape { .. }))), "{short:?}");
@@ -555,7 +562,7 @@ fn adapters_are_trained_alone() {
         let (before, all) = (frozen(&lm, &be), state(&lm, &be));
         let mut losses = Vec::new();
         for number in 0..20 {
-            let step = Step { lr: 0.05, ..settings(number, 1) };
+            let step = Step { lr: 0.05, ..settings(number) };
             let outcome =
                 network::step(&mut lm, &mut be, &step, |lm, be, index| load(lm, be, 0, index));
             losses.push(outcome.unwrap().loss);
@@ -601,15 +608,15 @@ fn handles_of_another_layout_are_refused() {
     // One handle among many is enough.
     let own = lm.head.losses;
     lm.head.losses = other.head.losses;
-    let error = one_step(&mut lm, &mut be, &settings(0, 1)).unwrap_err();
+    let error = one_step(&mut lm, &mut be, &settings(0)).unwrap_err();
     assert!(matches!(error, Error::Handle("cross_entropy")), "{error}");
     assert!(error.to_string().contains("another layout"), "{error}");
     assert!(state(&lm, &be) == before);
     lm.head.losses = own;
-    one_step(&mut lm, &mut be, &settings(0, 1)).unwrap();
+    one_step(&mut lm, &mut be, &settings(0)).unwrap();
 
     // Parts of a handle belong where the whole does; a layout's clones are the layout itself.
-    let foreign = other.ends.parameter(0, &other.end_tensors[0]).value;
+    let foreign = other.ends.parameter(0, &other.tensors[0]).value;
     assert!(matches!(be.reals(foreign.sub(1, 2)), Err(Error::Handle(_))));
     let mut clone = layout.clone();
     let behind = clone.reals(bdia_core::Category::Workspace, 1);

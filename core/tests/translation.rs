@@ -51,7 +51,7 @@ struct Model {
     output: EncoderOutput,
     head: LmHead,
     ends: Params,
-    end_tensors: [Tensor; 7],
+    outside: [Tensor; 7],
     lens: [Ints; 2],
     targets: usize,
     /// The token of padding.
@@ -63,7 +63,7 @@ impl Model {
         common::trained(&[
             (&self.encoder.params, &self.encoder),
             (&self.decoder.params, &self.decoder),
-            (&self.ends, &self.end_tensors),
+            (&self.ends, &self.outside),
         ])
     }
 }
@@ -99,11 +99,11 @@ fn model<R: Real>(mode: Mode, chunk: usize) -> (Model, Layout) {
     let [_, targets] = TokenEmbedding::tensors(VOCAB, TARGET, WIDTH, 0.02);
     let [norm, norm_bias] = EncoderOutput::tensors(WIDTH);
     let [last, last_bias, _] = LmHead::tensors(VOCAB, WIDTH, true);
-    let mut end_tensors = [table, sources, targets, norm, norm_bias, last, last_bias];
-    let room = Room::NONE.place(&mut end_tensors, freeze);
+    let mut outside = [table, sources, targets, norm, norm_bias, last, last_bias];
+    let room = Room::NONE.place(&mut outside, freeze);
     let ends = Params::layout(1, room, freeze, gradients, &mut l).unwrap();
     let [table, sources, targets, norm, norm_bias, last, last_bias] =
-        end_tensors.map(|t| ends.parameter(0, &t));
+        outside.map(|t| ends.parameter(0, &t));
 
     let config = |id, tokens, needs, tail, ends_scratch| Config {
         id,
@@ -166,7 +166,7 @@ fn model<R: Real>(mode: Mode, chunk: usize) -> (Model, Layout) {
             output,
             head,
             ends,
-            end_tensors,
+            outside,
             lens,
             targets: unmasked as usize,
             padding: 0,

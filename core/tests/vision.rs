@@ -44,13 +44,13 @@ struct Model {
     input: PatchEmbedding,
     head: ClassHead,
     ends: Params,
-    end_tensors: [Tensor; 10],
+    outside: [Tensor; 10],
     patches: Patches,
 }
 
 impl Model {
     fn trained(&self) -> Vec<Parameter> {
-        common::trained(&[(&self.blocks.params, &self.blocks), (&self.ends, &self.end_tensors)])
+        common::trained(&[(&self.blocks.params, &self.blocks), (&self.ends, &self.outside)])
     }
 
     fn tensor(&self, name: &str) -> Option<Tensor> {
@@ -97,11 +97,11 @@ fn frozen<R: Real>(kind: Kind, mode: Mode, mixup: bool, freeze: Freeze) -> (Mode
     let values = patches.values();
     let [a, b, c, d, e, f] = PatchEmbedding::tensors(&patches, WIDTH);
     let [g, h, i, j] = ClassHead::tensors(WIDTH, CLASSES);
-    let mut end_tensors = [a, b, c, d, e, f, g, h, i, j];
-    let room = Room::NONE.place(&mut end_tensors, freeze);
+    let mut outside = [a, b, c, d, e, f, g, h, i, j];
+    let room = Room::NONE.place(&mut outside, freeze);
     let ends = Params::layout(1, room, freeze, gradients, &mut l).unwrap();
     let [norm, norm_bias, weight, bias, class, positions, last, last_bias, out, out_bias] =
-        end_tensors.map(|t| ends.parameter(0, &t));
+        outside.map(|t| ends.parameter(0, &t));
     let chunk = 2;
     let config = Config {
         id: 0,
@@ -142,7 +142,7 @@ fn frozen<R: Real>(kind: Kind, mode: Mode, mixup: bool, freeze: Freeze) -> (Mode
         smoothing: 0.1,
         mixup: mixup.then_some(Mixup { share: 0.3, labels: others, losses: other_losses }),
     };
-    (Model { stack, blocks, input, head, ends, end_tensors, patches }, l)
+    (Model { stack, blocks, input, head, ends, outside, patches }, l)
 }
 
 /// One pass; the mean loss and all reals afterwards.

@@ -2,7 +2,7 @@
 
 use super::block::{At, Branch, Cached, Cut};
 use super::lora::{Lora, LoraShape};
-use super::{Freeze, Init, Room, Scheme, Tensor, linear, linear_vjp};
+use super::{Freeze, Init, Params, Room, Scheme, Tensor, linear, linear_vjp};
 use crate::arena::{Ints, Reals};
 use crate::backend::{Attention, Backend, Chunk, Columns, Mask, Order, Product};
 use crate::error::{Error, Result};
@@ -147,6 +147,11 @@ impl SelfAttention {
     pub const fn attention(&self) -> Attention {
         let s = &self.shape;
         Attention { dropout: s.dropout, ..s.over(s.tokens, s.tokens, s.mask) }
+    }
+
+    /// Attention of one query over a cache of `keys` positions, of which `lens` are in use.
+    pub const fn cached_attention(&self, keys: usize, lens: Ints) -> Attention {
+        Attention { key_lens: lens, ..self.shape.over(1, keys, Mask::Full) }
     }
 
     /// What the branch needs where the backend's
@@ -311,11 +316,8 @@ impl<B: Backend> Branch<B> for SelfAttention {
         }
         let [q, ..] = self.columns(frame.qkv);
         let [k, v] = [0, d].map(|at| Columns { of: cached.of, stride: 2 * d, at });
-        let a = Attention {
-            key_lens: cached.lens,
-            temperature: at.value(&self.tensors[6]),
-            ..self.shape.over(1, keys, Mask::Full)
-        };
+        let temperature = at.value(&self.tensors[6]);
+        let a = Attention { temperature, ..self.cached_attention(keys, cached.lens) };
         be.attention(&at.call.chunk, &a, q, k, v, frame.attn, frame.lse, at.scratch)?;
         let m = at.matrix(be, &self.tensors[4])?;
         linear(be, rows, m, at.value(&self.tensors[5]), frame.attn, y)
@@ -431,17 +433,18 @@ impl CrossAttention {
         }
     }
 
-    /// Keys and values of some rows of the context: `[rows, 2 d]`.
+    /// Keys and values of some rows of the context in block `k`: `[rows, 2 d]`.
     pub(super) fn keys_values<B: Backend>(
         &self,
         be: &mut B,
-        at: &At<'_>,
+        params: &Params,
+        k: usize,
         context: Reals,
         kv: Reals,
     ) -> Result<()> {
         let rows = context.len().checked_div(self.shape.width).unwrap_or(0);
-        let m = at.matrix(be, &self.tensors[4])?;
-        linear(be, rows, m, at.value(&self.tensors[5]), context, kv)
+        let m = params.matrix(be, k, &self.tensors[4])?;
+        linear(be, rows, m, params.value(k, &self.tensors[5]), context, kv)
     }
 
     /// Norm and queries of some rows: `ln` and `q` are `[rows, d]`.
@@ -497,7 +500,7 @@ impl<B: Backend> Branch<B> for CrossAttention {
     fn forward(&self, be: &mut B, at: &At<'_>, x: Reals, y: Reals) -> Result<()> {
         let (context, frame) = (context(at)?, self.frame(at));
         self.queries(be, at, x, &frame)?;
-        self.keys_values(be, at, context.value, frame.kv)?;
+        self.keys_values(be, at.params, at.call.block, context.value, frame.kv)?;
         let ([q, k, v], a) = (self.columns(frame.q, frame.kv), self.attention_of(at));
         be.attention(&at.call.chunk, &a, q, k, v, frame.attn, frame.lse, at.scratch)?;
         self.project(be, at, frame.attn, y)?;

@@ -66,7 +66,7 @@ pub struct At<'a> {
     pub frame: Reals,
     /// Memory for this call only.
     pub scratch: Reals,
-    params: &'a Params,
+    pub(super) params: &'a Params,
 }
 
 impl At<'_> {
@@ -127,8 +127,7 @@ pub trait Branch<B: Backend> {
     /// What it needs for chunks of `chunk` samples.
     fn needs(&self, chunk: usize, threads: usize) -> Needs;
 
-    /// Sets `y`. Intermediates go to the frame. `y` may lie in the scratch: it is written when
-    /// nothing there is needed any more.
+    /// Sets `y`. Intermediates go to the frame.
     ///
     /// # Errors
     /// Those of the backend.
@@ -443,12 +442,11 @@ impl Decoder {
     pub fn context_keys_values<B: Backend>(
         &self,
         be: &mut B,
-        call: &Call,
+        k: usize,
         context: Reals,
         kv: Reals,
     ) -> Result<()> {
-        let at = self.at(call, Reals::EMPTY, Reals::EMPTY);
-        self.branches.1.keys_values(be, &at, context, kv)
+        self.branches.1.keys_values(be, &self.params, k, context, kv)
     }
 }
 
@@ -564,8 +562,8 @@ impl<P: Branches> Residual<P> {
         run: impl Fn(&mut B, usize, &At<'_>, Reals, Reals) -> Result<()>,
     ) -> Result<()> {
         const { assert!(P::COUNT > 0, "a residual block has at least one branch") };
-        // A branch is done with the scratch when its output goes there.
-        let (mut m, out) = (call.x, call.scratch.sub(0, h.len()));
+        let (mut m, mut scratch) = (call.x, Cut(call.scratch));
+        let out = scratch.take(h.len());
         for i in 0..P::COUNT {
             let (frame, middle) = self.frames::<B>(call, i);
             let y = if i == 0 { h } else { out };
@@ -575,7 +573,7 @@ impl<P: Branches> Residual<P> {
                 be.add(middle, before)?;
                 m = middle;
             }
-            run(be, i, &self.at(call, frame, call.scratch), m, y)?;
+            run(be, i, &self.at(call, frame, scratch.0), m, y)?;
             if i > 0 {
                 be.add(h, out)?;
             }
@@ -596,17 +594,6 @@ impl<P: Branches> Residual<P> {
         h: Reals,
     ) -> Result<()> {
         self.sum(be, call, h, |be, i, at, x, y| self.branches.branch(i).next(be, at, cached, x, y))
-    }
-
-    /// All blocks are done: what the last one's gradient still waits for ([`Params::settle`]).
-    ///
-    /// # Errors
-    /// As there.
-    pub fn settle<B: Backend>(&self, be: &mut B) -> Result<()> {
-        if !self.finishes {
-            return Ok(());
-        }
-        self.params.settle(be, self.updater.as_ref(), Site::Block(0), self)
     }
 }
 
@@ -658,6 +645,8 @@ impl<B: Backend, P: Branches> Blocks<B> for Residual<P> {
         if !self.finishes {
             return Ok(());
         }
-        self.params.finished(be, self.updater.as_ref(), Site::Block(block), block, self)
+        let u = self.updater.as_ref();
+        self.params.finished(be, u, Site::Block(block), block, self)?;
+        if block == 0 { self.params.settle(be, u, Site::Block(0), self) } else { Ok(()) }
     }
 }

@@ -183,6 +183,12 @@ pub trait Tensors {
     fn each(&self, f: &mut dyn FnMut(&Tensor) -> Result<()>) -> Result<()>;
 }
 
+impl<T: Tensors + ?Sized> Tensors for &T {
+    fn each(&self, f: &mut dyn FnMut(&Tensor) -> Result<()>) -> Result<()> {
+        (**self).each(f)
+    }
+}
+
 impl Tensors for [Tensor] {
     fn each(&self, f: &mut dyn FnMut(&Tensor) -> Result<()>) -> Result<()> {
         self.iter().try_for_each(f)
@@ -292,6 +298,15 @@ impl Gradients {
     /// Whether groups are updated as they are finished.
     pub const fn fused(&self) -> bool {
         matches!(self, Self::Fused(_))
+    }
+
+    /// The same for groups that nobody finishes one after the other: those outside of blocks.
+    #[must_use]
+    pub const fn full(self) -> Self {
+        match self.rule() {
+            Some(rule) => Self::Full(rule),
+            None => Self::None,
+        }
     }
 }
 

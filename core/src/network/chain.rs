@@ -51,9 +51,11 @@ pub struct Chain<I, P, H, const N: usize> {
     /// The parameters of input and head, in one group.
     pub ends: Params,
     /// Their tensors.
-    pub end_tensors: [Tensor; N],
+    pub outside: [Tensor; N],
     /// [`Layout::trained`], once everything is laid out.
     pub trained: usize,
+    /// Micro-batches of a step.
+    pub micro_batches: usize,
 }
 
 /// A language model: token and position embedding, blocks of attention and MLP, and a head over the
@@ -135,12 +137,12 @@ impl<P: Branches> Chain<TokenEmbedding, P, LmHead, 5> {
 
         let [wte, wpe] = TokenEmbedding::tensors(vocab, shape.positions, width, 0.02);
         let [norm, norm_bias, lm_head] = LmHead::tensors(vocab, width, shape.tied);
-        let mut end_tensors = [wte, wpe, norm, norm_bias, lm_head];
+        let mut outside = [wte, wpe, norm, norm_bias, lm_head];
         // What is frozen here stays in full precision: it is used where it lies.
         let freeze = if let Freeze::All(_) = t.freeze { Freeze::All(None) } else { t.freeze };
-        let room = Room::NONE.place(&mut end_tensors, freeze);
+        let room = Room::NONE.place(&mut outside, freeze);
         let ends = Params::layout(1, room, freeze, t.gradients, l)?;
-        let [wte, wpe, norm, norm_bias, lm_head] = end_tensors.map(|t| ends.parameter(0, &t));
+        let [wte, wpe, norm, norm_bias, lm_head] = outside.map(|t| ends.parameter(0, &t));
 
         let rows = product("tokens of a batch", &[t.batch, tokens])?;
         let losses = product("losses", &[t.micro_batches, rows])?;
@@ -179,8 +181,8 @@ impl<P: Branches> Chain<TokenEmbedding, P, LmHead, 5> {
             ends_scratch: LmHead::scratch(width, tokens, chunk),
         };
         let stack = Stack::layout(&config, &t.mode, l)?;
-        let trained = l.trained();
-        Ok(Self { stack, blocks, input, head, ends, end_tensors, trained })
+        let (trained, micro_batches) = (l.trained(), t.micro_batches);
+        Ok(Self { stack, blocks, input, head, ends, outside, trained, micro_batches })
     }
 
     /// Writes micro-batch `index` of this rank: tokens and targets, `[batch, tokens]` each. A
@@ -210,7 +212,7 @@ impl<I, P: Branches, H, const N: usize> Chain<I, P, H, N> {
     /// As [`Params::initialize`].
     pub fn initialize<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
         let mut index = 0;
-        self.ends.initialize(be, seed, &mut index, &self.end_tensors)?;
+        self.ends.initialize(be, seed, &mut index, &self.outside)?;
         self.blocks.params.initialize(be, seed, &mut index, &self.blocks)
     }
 }
@@ -225,7 +227,7 @@ where
     fn groups(&self, each: &mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()> {
         let (blocks, ends) = (&self.blocks, Owner::Ends(Site::Embedding));
         each(&Group { params: &blocks.params, tensors: blocks, of: Owner::Blocks })?;
-        each(&Group { params: &self.ends, tensors: &self.end_tensors, of: ends })
+        each(&Group { params: &self.ends, tensors: &self.outside, of: ends })
     }
 
     fn trained(&self) -> usize {
@@ -235,16 +237,18 @@ where
     fn pass(&mut self, be: &mut B, pass: &Pass, micro: &Micro) -> Result<()> {
         self.head.begin(micro);
         self.blocks.begin(micro.updater, micro.last);
-        self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, pass)?;
-        self.blocks.settle(be)
+        self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, pass)
     }
 
-    fn loss(&self, be: &B, micro_batches: usize) -> Result<f64> {
-        self.head.loss(be, micro_batches)
+    fn micro_batches(&self) -> usize {
+        self.micro_batches
+    }
+
+    fn loss(&self, be: &B) -> Result<f64> {
+        self.head.loss(be, self.micro_batches)
     }
 
     fn rebuilt(&self, be: &B) -> Result<Rebuilt> {
-        let (mismatches, error) = (self.stack.mismatches(be)?, self.stack.rebuild_error());
-        Ok(Rebuilt { mismatches, error })
+        Rebuilt::of(be, &self.stack)
     }
 }

@@ -25,7 +25,7 @@ use crate::error::{Error, Result, Site};
 use crate::layers::{Home, Params, Tensors, Updater};
 use crate::optim::clip_scale;
 use crate::real::Real;
-use crate::stack::Pass;
+use crate::stack::{Pass, Stack};
 
 /// What an optimizer step needs to know. Nothing has a default.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -40,8 +40,6 @@ pub struct Step {
     pub weight_decay: f64,
     /// Largest norm of the gradient; 0 for no clipping. Needs the gradients of all groups.
     pub clip: f64,
-    /// Micro-batches whose gradients add up. More than one need the gradients of all groups.
-    pub micro_batches: usize,
 }
 
 /// A micro-batch of this rank that has been loaded.
@@ -60,7 +58,7 @@ pub struct Loaded {
 pub struct Micro {
     /// Number of the micro-batch, from 0: where its losses go.
     pub index: usize,
-    /// Whether it is the last: the blocks then finish their parameters, and settle.
+    /// Whether it is the last: the blocks then finish their parameters.
     pub last: bool,
     /// Factor of the loss's gradient: 1 / unmasked targets of the whole step.
     pub scale: f64,
@@ -75,6 +73,22 @@ pub struct Rebuilt {
     pub mismatches: u64,
     /// Largest difference (modes without a grid).
     pub error: f64,
+}
+
+impl Rebuilt {
+    /// That of a stack's last pass.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn of<B: Storage>(be: &B, stack: &Stack) -> Result<Self> {
+        Ok(Self { mismatches: stack.mismatches(be)?, error: stack.rebuild_error() })
+    }
+
+    /// That of two stacks.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self { mismatches: self.mismatches + other.mismatches, error: self.error.max(other.error) }
+    }
 }
 
 /// What an optimizer step gives: over all ranks.
@@ -159,8 +173,11 @@ pub trait Network<B: Backend> {
     /// refuses a network whose groups have more or fewer: a group was forgotten.
     fn trained(&self) -> usize;
 
-    /// One forward and backward pass over the loaded micro-batch. After the last one the blocks
-    /// have [settled](crate::layers::Residual::settle).
+    /// Micro-batches of a step, whose gradients add up. More than one need the gradients of all
+    /// groups.
+    fn micro_batches(&self) -> usize;
+
+    /// One forward and backward pass over the loaded micro-batch.
     ///
     /// # Errors
     /// Those of the backend.
@@ -170,7 +187,7 @@ pub trait Network<B: Backend> {
     ///
     /// # Errors
     /// Those of reading.
-    fn loss(&self, be: &B, micro_batches: usize) -> Result<f64>;
+    fn loss(&self, be: &B) -> Result<f64>;
 
     /// What the last pass rebuilt.
     ///
@@ -193,14 +210,15 @@ pub fn step<B: Backend, N: Network<B>, E: From<Error>>(
     step: &Step,
     mut load: impl FnMut(&mut N, &mut B, usize) -> core::result::Result<Loaded, E>,
 ) -> core::result::Result<Outcome, E> {
-    check(net, step)?;
+    let micro_batches = net.micro_batches();
+    check(net, step, micro_batches)?;
     // A fault that an abandoned step left behind is not this one's.
     be.clear_fault()?;
     net.groups(&mut |group| group.params.zero_gradients(be))?;
 
     // The mean is over the whole step, so its targets are counted first.
     let (mut targets, mut items, mut loaded) = (0, 0, None);
-    for i in 0..step.micro_batches {
+    for i in 0..micro_batches {
         let batch = load(net, be, i)?;
         targets += batch.targets;
         items += batch.items;
@@ -213,22 +231,20 @@ pub fn step<B: Backend, N: Network<B>, E: From<Error>>(
     let &Step { lr, weight_decay, .. } = step;
     let updater = Updater { weight_decay, lr, t: step.step.wrapping_add(1), scale: 1.0 };
     let mut rebuilt = Rebuilt::default();
-    for i in 0..step.micro_batches {
+    for i in 0..micro_batches {
         // A single one is still there.
-        let batch = match loaded.filter(|_| step.micro_batches == 1) {
+        let batch = match loaded.filter(|_| micro_batches == 1) {
             Some(batch) => batch,
             None => load(net, be, i)?,
         };
-        let last = i + 1 == step.micro_batches;
+        let last = i + 1 == micro_batches;
         let micro = Micro { index: i, last, scale: 1.0 / targets.max(1.0), updater };
         let pass = Pass { seed: step.seed, step: step.step, global: batch.first };
         net.pass(be, &pass, &micro)?;
-        let Rebuilt { mismatches, error } = net.rebuilt(be)?;
-        rebuilt.mismatches += mismatches;
-        rebuilt.error = rebuilt.error.max(error);
+        rebuilt = rebuilt.and(net.rebuilt(be)?);
     }
 
-    let (piece, mut fused) = (exchanged(net), false);
+    let (piece, mut fused) = (exchanged(|each| net.groups(each)), false);
     net.groups(&mut |group| {
         fused |= !group.is_left();
         if matches!(group.of, Owner::Ends(_)) {
@@ -241,7 +257,7 @@ pub fn step<B: Backend, N: Network<B>, E: From<Error>>(
     })?;
     // What was measured cannot go wrong in the update, so the host waits once: for the norm that
     // clipping needs, or when the step is done.
-    let early = if fused { None } else { Some(read(net, be, step.micro_batches)?) };
+    let early = if fused { None } else { Some(read(net, be)?) };
     let scale = early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip));
     let updater = Updater { scale, ..updater };
     net.groups(&mut |group| {
@@ -252,26 +268,25 @@ pub fn step<B: Backend, N: Network<B>, E: From<Error>>(
     })?;
     let (loss, grad_norm) = match early {
         Some(read) => read,
-        None => read(net, be, step.micro_batches)?,
+        None => read(net, be)?,
     };
 
     let own = [loss, rebuilt.mismatches as f64, rebuilt.error, 0.0];
     let (mut loss, mut rebuilt) = (0.0, Rebuilt::default());
     be.gather(own, &mut |[l, mismatches, error, _]| {
         loss += l;
-        rebuilt.mismatches += mismatches as u64;
-        rebuilt.error = rebuilt.error.max(error);
+        rebuilt = rebuilt.and(Rebuilt { mismatches: mismatches as u64, error });
     })?;
     loss /= targets.max(1.0);
     Ok(Outcome { loss, targets: targets as usize, items: items as usize, grad_norm, rebuilt })
 }
 
 /// Length of the longest group of gradients that is on its way between ranks at a time: one block,
-/// or as much of the rest as is worth a message.
-pub fn exchanged<B: Backend>(net: &impl Network<B>) -> usize {
+/// or as much of the rest as is worth a message. `groups` is [`Network::groups`].
+pub fn exchanged(groups: impl Fn(&mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()>) -> usize {
     let mut longest = 0;
     // Nothing here fails.
-    let _ = net.groups(&mut |group| {
+    let _ = groups(&mut |group| {
         let len = group.params.group_len();
         longest = longest.max(if group.of == Owner::Blocks { len } else { len.min(1 << 18) });
         Ok(())
@@ -293,7 +308,7 @@ pub fn sum<B: Storage>(be: &B, values: Reals) -> Result<f64> {
     Ok(total)
 }
 
-fn check<B: Backend>(net: &impl Network<B>, step: &Step) -> Result<()> {
+fn check<B: Backend>(net: &impl Network<B>, step: &Step, micro_batches: usize) -> Result<()> {
     let (mut trained, mut fused) = (0, false);
     net.groups(&mut |group| {
         trained += group.params.trained();
@@ -307,7 +322,7 @@ fn check<B: Backend>(net: &impl Network<B>, step: &Step) -> Result<()> {
         let (what, expected) = ("values in the network's groups", net.trained());
         return Err(Error::Shape { what, expected, found: trained });
     }
-    if step.micro_batches == 0 {
+    if micro_batches == 0 {
         return Err(Error::setting("micro-batches", 0.0, "1 or more"));
     }
     if !(step.clip >= 0.0 && step.clip < f64::INFINITY) {
@@ -317,15 +332,15 @@ fn check<B: Backend>(net: &impl Network<B>, step: &Step) -> Result<()> {
     if fused && step.clip > 0.0 {
         return Err(Error::setting("clip", step.clip, all));
     }
-    if fused && step.micro_batches > 1 {
+    if fused && micro_batches > 1 {
         let possible = "1, or the gradients of all groups (Gradients::Full)";
-        return Err(Error::setting("micro-batches", step.micro_batches as f64, possible));
+        return Err(Error::setting("micro-batches", micro_batches as f64, possible));
     }
     Ok(())
 }
 
 /// What a step reads: the sum of its losses and the norm of its gradients.
-fn read<B: Backend>(net: &impl Network<B>, be: &mut B, micro_batches: usize) -> Result<(f64, f64)> {
+fn read<B: Backend>(net: &impl Network<B>, be: &mut B) -> Result<(f64, f64)> {
     if let Some(fault) = be.take_fault()? {
         return Err(fault.into());
     }
@@ -334,5 +349,5 @@ fn read<B: Backend>(net: &impl Network<B>, be: &mut B, micro_batches: usize) -> 
         squares += sum(be, group.params.norms())?;
         Ok(())
     })?;
-    Ok((net.loss(be, micro_batches)?, libm::sqrt(squares)))
+    Ok((net.loss(be)?, libm::sqrt(squares)))
 }

@@ -34,7 +34,7 @@ pub use workspace::Workspace;
 use crate::arena::{Layout, Reals};
 use crate::backend::{Storage, UpdateOps};
 use crate::error::{Error, Result, ok};
-use crate::update::{FloatGamma, Gamma, Grid, Policy};
+use crate::update::{FloatGamma, Gamma, Grid, Policy, Sign};
 
 /// How a stack is trained, with all that this needs and nothing else.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,6 +67,27 @@ pub enum Mode {
         /// Rebuild the activations as mode `bdia` would, and measure the error.
         verify: bool,
     },
+}
+
+impl Mode {
+    /// The default grid of [`on_grid`](Self::on_grid): its range is ±2^16.
+    const FRAC_BITS: u32 = 14;
+
+    /// Mode `bdia` with this mode's grid where it has one: the only one that can run inference both
+    /// in float and on the grid.
+    ///
+    /// # Errors
+    /// None: the values are those of this mode, or constants.
+    pub const fn on_grid(&self) -> Result<Self> {
+        let grid = match self {
+            Self::Bdia { grid, .. }
+            | Self::Standard { grid: Some(grid) }
+            | Self::Checkpoint { grid: Some(grid), .. } => *grid,
+            _ => ok!(Grid::new(Self::FRAC_BITS)),
+        };
+        let gamma = Policy::fixed(ok!(Gamma::new(1, Sign::Plus)));
+        Ok(Self::Bdia { grid, gamma, verify: false })
+    }
 }
 
 /// What the stack's last activation is for.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use bdia_core::backend::Half;
 use bdia_core::layers::LoraShape;
 use bdia_models::config::ConfigError;
-use bdia_models::gpt2::Gpt2Config;
+use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::model::Adapters;
 use bdia_train::cli::*;
 use clap::error::ErrorKind;
@@ -305,6 +305,26 @@ pub struct RunArgs {
     /// Dropout of embeddings, attention and residuals
     #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = below_one, help_heading = "Model")]
     pub dropout: f64,
+    /// Label smoothing
+    #[arg(
+        long,
+        value_name = "E",
+        default_value_t = 0.0,
+        value_parser = below_one,
+        help_heading = "Model"
+    )]
+    #[serde(default)]
+    pub smoothing: f64,
+    /// Tokens of the text that the model writes at the end; 0 for none
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 60,
+        value_parser = count_or_zero(1 << 20),
+        help_heading = "Run"
+    )]
+    #[serde(default)]
+    pub sample: u64,
     /// How activations are kept.
     #[command(flatten)]
     #[serde(flatten)]

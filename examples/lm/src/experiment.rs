@@ -7,6 +7,7 @@ use bdia_train::Failure;
 use bdia_train::cli::{Inference, Mode};
 use bdia_train::report;
 use bdia_train::study::{self, Cell, Study, Table};
+use bdia_train::trainer::{Metric, Summary};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{
@@ -14,9 +15,8 @@ use crate::cli::{
 };
 use crate::cli::{SmallDataArgs, TrainArgs};
 use crate::finetune;
-use crate::metric::Metric;
 use crate::score::{self, Found};
-use crate::train::{Summary, train};
+use crate::train::train;
 
 /// Columns of a run, with and without what is told of texts.
 const COLUMNS: [&str; 6] =
@@ -31,7 +31,7 @@ fn row(s: &Summary) -> Vec<f64> {
 
 /// Microseconds for a token.
 fn us_per_token(s: &Summary) -> f64 {
-    s.tokens_per_s.map_or(f64::NAN, |speed| 1e6 / speed)
+    s.items_per_s.map_or(f64::NAN, |speed| 1e6 / speed)
 }
 
 /// Scores of a run with the flags that they were found with, so that they are not found twice.

@@ -4,14 +4,18 @@ use core::ops::ControlFlow;
 use std::path::Path;
 
 use bdia_core::backend::Backend;
+use bdia_core::layers::Gradients;
 use bdia_core::plan::Choice;
-use bdia_core::{Category, Error, Gamma, Grid, Layout, Sign, stack};
+use bdia_core::stack::Mode;
+use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
+use bdia_core::{Category, Error, Grid, Layout};
 use bdia_models::files::{FileError, read_limited};
 use bdia_models::gpt2::adapter::Adapter;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
-use bdia_models::gpt2::files::{load_base, save_weights};
-use bdia_models::gpt2::model::{Gpt2, Inference, Setup};
+use bdia_models::gpt2::files::{load_weights, save_weights};
+use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::inference::Inference;
 use bdia_models::sample::Sampler;
 use bdia_models::search::Length;
 use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
@@ -20,13 +24,14 @@ use bdia_train::Failure;
 use bdia_train::cli::{self, BackendKind, MachineArgs};
 use bdia_train::machine::{self, Work, for_kind};
 use bdia_train::report;
+use bdia_train::trainer;
 use bdia_train::{ranks, run};
 use serde_json::json;
 
 use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PlanArgs, TrainArgs};
 use crate::data::{Corpus, Part};
 use crate::pairs::Examples;
-use crate::{finetune, train};
+use crate::train;
 
 /// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid
 /// can use.
@@ -44,13 +49,14 @@ fn lay_out(
         batch,
         accumulate: 1,
         context,
-        mode: stack::Mode::Bdia,
-        grid: Some(Grid::new(frac_bits)?),
-        gamma: Gamma::new(0.5, Sign::Plus)?,
-        rule: None,
+        mode: Mode::Bdia {
+            grid: Grid::new(frac_bits)?,
+            gamma: Policy::fixed(Gamma::new(1, Sign::Plus)?),
+            verify: false,
+        },
+        gradients: Gradients::None,
         adapters: None,
-        fused: true,
-        verify: false,
+        smoothing: 0.0,
         threads,
         library: machine::library(machine, threads),
     };
@@ -59,10 +65,12 @@ fn lay_out(
 }
 
 pub(crate) fn inference(kind: cli::Inference, gamma: f64) -> Result<Inference, Failure> {
-    let gamma = Gamma::new(gamma, Sign::Plus)?;
     Ok(match kind {
-        cli::Inference::Float => Inference::Float(gamma),
-        cli::Inference::Quantized => Inference::Quantized(gamma),
+        cli::Inference::Float => Inference::Float(FloatGamma::new(gamma, Sign::Plus)?),
+        cli::Inference::Quantized if gamma == 0.0 => Inference::Quantized(None),
+        cli::Inference::Quantized => {
+            Inference::Quantized(Some(Gamma::from_value(gamma, Sign::Plus)?))
+        }
     })
 }
 
@@ -91,7 +99,7 @@ pub(crate) fn load<B: Backend<Real = f32>>(
 ) -> Result<(), Failure> {
     // Whether they fit is known before the weights are read.
     let adapter = adapter.map(|dir| Adapter::open(dir, config)).transpose()?;
-    let digest = load_base(dir, config, be, model)?;
+    let digest = load_weights(dir, be, model)?;
     Ok(adapter.map_or(Ok(()), |a| a.merge(be, model, &digest))?)
 }
 
@@ -159,7 +167,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             let (found, tokens) = match &self.part {
                 Data::Text(part) => (train::evaluate(be, model, part, all, inference)?, part.len()),
                 Data::Pairs(pairs) => {
-                    (finetune::evaluate(be, model, pairs, all, inference)?, pairs.targets())
+                    (train::evaluate_pairs(be, model, pairs, all, inference)?, pairs.targets())
                 }
             };
             let Some((loss, tokens)) = found else {
@@ -389,16 +397,14 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         batch: ranks::part(args.batch as usize, ranks)?,
         accumulate: args.accumulate as usize,
         context,
-        mode: machine::stack_mode(&args.mode, layers),
-        grid: machine::grid(&args.mode)?,
-        gamma: args.mode.gamma()?,
-        rule: Some(args.optim.rule()),
+        mode: machine::mode(&args.mode, layers, args.verify)?,
+        gradients: machine::gradients(&args.optim, args.accumulate),
         adapters: args.method.adapters(),
-        fused: train::fused(args.optim.clip, args.accumulate),
-        verify: args.verify,
+        smoothing: 0.0,
         threads,
         library: machine::library(&args.machine, threads),
     };
+    let fused = setup.gradients.fused();
     let (choice, model, layout) =
         machine::lay_out::<Gpt2>(&setup, kind, ranks, args.machine.memory, None)?;
     report::tell!(
@@ -407,32 +413,22 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         config.n_embd,
         args.batch,
         if ranks > 1 { format!(" on {ranks} ranks, of which this is one") } else { String::new() },
-        if setup.fused { "updates as blocks are finished" } else { "full gradient buffers" },
+        if fused { "updates as blocks are finished" } else { "full gradient buffers" },
     );
-    let name = |mode: &stack::Mode| match mode {
-        stack::Mode::Bdia => "bdia".to_string(),
-        stack::Mode::Standard => "standard".to_string(),
-        stack::Mode::BdiaFloat => "bdia-float".to_string(),
-        stack::Mode::Checkpoint { every } => format!("checkpoint {every}"),
+    let name = match setup.mode {
+        Mode::Checkpoint { every, .. } => format!("checkpoint {every}"),
+        _ => trainer::mode_name(args.mode.mode),
     };
-    let mut columns = vec![(format!("{} *", name(&setup.mode)), layout.clone())];
-    let every = machine::checkpoint_every(None, layers);
-    for mode in [
-        stack::Mode::Bdia,
-        stack::Mode::Standard,
-        stack::Mode::Checkpoint { every },
-        stack::Mode::Checkpoint { every: 1 },
-    ] {
-        if mode == setup.mode || columns.iter().any(|c: &(String, Layout)| c.0 == name(&mode)) {
-            continue;
-        }
-        let grid =
-            if mode == stack::Mode::Bdia { Some(Grid::new(args.mode.frac_bits)?) } else { None };
-        let gamma = Gamma::new(0.5, Sign::Random)?;
-        let other = Setup { mode, grid, gamma, verify: false, ..setup };
-        let (_, _, layout) = machine::lay_out::<Gpt2>(&other, kind, ranks, None, Some(choice))?;
-        columns.push((name(&mode), layout));
+    let mut columns = vec![(format!("{name} *"), layout.clone())];
+    let mut others = machine::other_modes(&setup.mode, layers)?;
+    // The fair rival in memory.
+    others.push(("checkpoint 1".into(), Mode::Checkpoint { every: 1, grid: None }));
+    for (other, mode) in others.into_iter().filter(|(other, _)| *other != name) {
+        let setup = Setup { mode, ..setup };
+        let plan = machine::lay_out::<Gpt2>(&setup, kind, ranks, None, Some(choice))?.2;
+        columns.push((other, plan));
     }
+    columns.dedup_by(|a, b| a.0 == b.0);
     report::tell!("{}", machine::memory_table(&columns, None).to_string().trim_end());
     report::tell!(
         "* chunks of {} sample(s) inside a block, {} rows of logits at a time",
@@ -452,7 +448,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
                 "parameters": model.parameters(),
                 "chunk": choice.chunk,
                 "head_rows": choice.head_rows,
-                "fused": setup.fused,
+                "fused": fused,
                 "bytes": categories,
             })
         );

@@ -2,7 +2,7 @@
 //! `bdia-lm`.
 //!
 //! In the order in which data flows: [`data`] (text), [`pairs`] (prompts and completions) →
-//! [`cli`] → [`train`] (the run, with [`metric`] for what it says of its steps) → [`finetune`],
+//! [`cli`] → [`train`] (the run) → [`finetune`],
 //! which begins with a pretrained model ([`hub`]) → [`inference`] and [`score`] for trained
 //! models → [`experiment`] for many runs.
 
@@ -12,7 +12,6 @@ pub mod experiment;
 pub mod finetune;
 pub mod hub;
 pub mod inference;
-pub mod metric;
 pub mod pairs;
 pub mod score;
 pub mod train;

@@ -1,182 +1,93 @@
-//! `train`: from flags to a run directory. The loop is [`finetune`](crate::finetune)'s, too: what
-//! differs is a [`Task`].
-//!
-//! ```text
-//! config.json, model.safetensors   the model, in Hugging Face's layout; tokenizer files beside it
-//! run.json                         the flags of the run
-//! metrics.jsonl, loss.svg          one object per step; the curves
-//! step-*.ckpt                      the last two checkpoints
-//! ```
+//! `train`, and what it has in common with [`finetune`](crate::finetune): a [`Learner`], the task
+//! of [`bdia_train::trainer`] in which a language model learns from text or from pairs.
 
-use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use bdia_core::backend::Backend;
+use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
-use bdia_core::rng::{Draw, Stream};
-use bdia_core::{Gamma, Layout, Sign};
-use bdia_models::files::FileError;
+use bdia_core::{Layout, Reals};
+use bdia_models::gpt2::adapter;
 use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::gpt2::files::{load_weights, save_weights};
-use bdia_models::gpt2::model::{Adapters, Dims, Gpt2, Inference, Named, Outcome, Setup, Step};
+use bdia_models::gpt2::model::{Adapters, Gpt2, Setup};
+use bdia_models::inference::Inference;
+use bdia_models::named::{self, Named};
 use bdia_models::sample::Sampler;
 use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
-use bdia_ranks::Ranks;
-use bdia_train::Failure;
-use bdia_train::alloc::{Counting, peak_rss_bytes};
-use bdia_train::checkpoint::{self, Header};
-use bdia_train::cli::{BackendKind, Mode, name_of};
-use bdia_train::machine::{self, Work};
-use bdia_train::report::{self, Metrics};
-use bdia_train::{ranks, run};
-use serde::{Deserialize, Serialize};
-use serde_json::json;
+use bdia_models::weights::WeightsError;
+use bdia_train::checkpoint::Header;
+use bdia_train::machine::{self, for_kind};
+use bdia_train::trainer::{
+    self, Planned, Settings, Summary, Task, Validation, Verify, When, fixed_choice,
+};
+use bdia_train::{Failure, ranks, run};
+use xxhash_rust::xxh3::Xxh3;
 
-use crate::cli::{RunArgs, TrainArgs};
+use crate::cli::{FinetuneArgs, RunArgs, TrainArgs};
 use crate::data::{Batches, Corpus, Order, Part};
-use crate::metric::{Metric, loss_svg};
+use crate::pairs::Examples;
 
 /// Validation tokens of the curve, and of the measurement at the end; `eval` has no such limit.
 const CURVE_TOKENS: usize = 8192;
 const FINAL_TOKENS: usize = 1 << 16;
 
-/// Whether blocks are updated as soon as they are finished.
-pub const fn fused(clip: f64, accumulate: u64) -> bool {
-    clip == 0.0 && accumulate == 1
+/// Program and version, part of the identity of a run.
+pub const PROGRAM: &str = concat!("bdia-lm ", env!("CARGO_PKG_VERSION"));
+
+/// What is learned.
+pub enum Source {
+    /// Running text.
+    Text {
+        /// To learn from.
+        train: Part,
+        /// To measure on.
+        validation: Part,
+        /// How batches are made of it.
+        batches: Batches,
+    },
+    /// Prompts and completions.
+    Pairs {
+        /// To learn from.
+        train: Examples,
+        /// To measure on.
+        validation: Option<Examples>,
+    },
 }
 
-/// What a run learns, from where it starts and what it leaves behind: all that its loop does not
-/// know.
-pub trait Task {
-    /// The subcommand, for what is said about resuming.
-    const COMMAND: &'static str;
-
-    /// Number and origin of the training and validation data, for messages.
-    fn describe(&self) -> String;
-
-    /// Identifies the training data of a run.
-    ///
-    /// # Errors
-    /// Data that cannot be read.
-    fn digest(&self) -> Result<u64, Failure>;
-
-    /// Writes the parameters that the run starts from. A run that goes on reads what is trained
-    /// from its checkpoint afterwards.
-    ///
-    /// # Errors
-    /// Weights that cannot be used.
-    fn start<B: Backend<Real = f32>>(
-        &mut self,
-        be: &mut B,
-        model: &Gpt2,
-        resumed: bool,
-    ) -> Result<(), Failure>;
-
-    /// Writes the flags of a run that begins, and what else belongs to it.
-    ///
-    /// # Errors
-    /// Files that cannot be written.
-    fn record(&self, out: &Path) -> Result<(), Failure>;
-
-    /// Fills a micro-batch: samples `first`, `first + 1`, … of step `step`.
-    ///
-    /// # Errors
-    /// Data that cannot be read any more.
-    fn fill(
-        &mut self,
-        step: u32,
-        first: u32,
-        tokens: &mut [i32],
-        targets: &mut [i32],
-    ) -> Result<(), Failure>;
-
-    /// Mean loss over about `tokens` tokens of the validation data and the number of its targets;
-    /// `None` without any.
-    ///
-    /// # Errors
-    /// Data that cannot be read, values that are not finite.
-    fn validate<B: Backend<Real = f32>>(
-        &self,
-        be: &mut B,
-        model: &mut Gpt2,
-        tokens: usize,
-    ) -> Result<Option<(f64, usize)>, Failure>;
-
-    /// Writes the result of a finished run; returns the names of the files.
-    ///
-    /// # Errors
-    /// Files that cannot be written.
-    fn finish<B: Backend<Real = f32>>(
-        &self,
-        be: &B,
-        model: &Gpt2,
-        out: &Path,
-    ) -> Result<&'static str, Failure>;
-
-    /// A few lines that the model writes, where its tokens are text.
-    ///
-    /// # Errors
-    /// Values that are not finite.
-    fn sample<B: Backend<Real = f32>>(
-        &self,
-        be: &mut B,
-        model: &mut Gpt2,
-    ) -> Result<Option<String>, Failure>;
+/// Where a run's parameters come from.
+pub enum Start {
+    /// Drawn.
+    Fresh,
+    /// Read from a directory. With adapters, which are drawn, that is where the rest comes from
+    /// when the run goes on, too.
+    Weights(PathBuf),
 }
 
-/// What a run ended with.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Summary {
-    /// Training loss of the last step, nats a token.
-    pub loss: Option<f64>,
-    /// Validation loss at the end, where there is validation data.
-    pub val_loss: Option<f64>,
-    /// The lowest on the curve.
-    pub best_val_loss: Option<f64>,
-    /// Rebuilt values that differed, with `--verify` in mode bdia.
-    pub verify_mismatches: Option<u64>,
-    /// Largest error of rebuilding, with `--verify` without a grid.
-    pub rebuild_error: Option<f64>,
-    /// Speed of training, if a step was made.
-    pub tokens_per_s: Option<f64>,
-    /// Parameters that are trained.
-    pub trained_parameters: usize,
-    /// Bytes of the plan.
-    pub plan_bytes: usize,
-    /// Bytes of activations, their gradients, side bits and workspace.
-    pub activation_bytes: usize,
-    /// Measured peak of what the plan covers.
-    pub peak_bytes: usize,
-    /// Peak of the whole process.
-    pub peak_rss_bytes: Option<u64>,
-    /// Optimizer steps.
-    pub steps: u32,
-    /// The directory.
-    pub out: PathBuf,
+/// The flags of a run, to write them.
+pub enum Asked {
+    /// `train`.
+    Train(Box<TrainArgs>),
+    /// `finetune`.
+    Finetune(Box<FinetuneArgs>),
 }
 
-/// Everything that is known before memory is allocated.
-struct Run<'a, T> {
-    args: RunArgs,
-    task: T,
-    choice: Choice,
-    layout: Layout,
+/// A language model that learns.
+pub struct Learner {
+    run: RunArgs,
     model: Gpt2,
-    /// Plans of the same training in the other modes.
-    others: Vec<(String, Layout)>,
-    /// The checkpoint to go on from.
-    from: Option<(PathBuf, Header)>,
-    summary: &'a mut Option<Summary>,
-}
-
-/// Learning from a text.
-struct FromText {
-    args: TrainArgs,
     config: Gpt2Config,
-    corpus: Corpus,
+    source: Source,
+    /// What the source is called.
+    name: String,
     tokenizer: Tokenizer,
-    batches: Batches,
+    start: Start,
+    asked: Asked,
+    /// Digest of the weights that were read.
+    base: Option<String>,
+    /// Decodes the sample, where there is one.
+    sample: Option<Decoder>,
 }
 
 /// Trains. The summary is `None` where Ctrl-C stopped the run.
@@ -201,17 +112,20 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let context = args.model.context.map_or(config.n_positions, |c| c as usize);
     let corpus = Corpus::open(args.data.as_deref(), &tokenizer, config.vocab_size, context)?;
     let batches = batches(&args.run, args.order, context);
-    let dims = config.dims();
-    let run = args.run.clone();
-    work(
-        run,
-        dims,
+    let name = corpus.name.to_string();
+    let (train, validation) = (corpus.train, corpus.validation);
+    let lesson = Lesson {
+        run: args.run.clone(),
         context,
-        None,
-        FromText { args, config, corpus, tokenizer, batches },
-        from,
-        joined,
-    )
+        adapters: None,
+        config,
+        source: Source::Text { train, validation, batches },
+        name,
+        tokenizer,
+        start: args.weights.clone().map_or(Start::Fresh, Start::Weights),
+        asked: Asked::Train(Box::new(args.clone())),
+    };
+    lesson.learn(args, "bdia-lm train", from, joined)
 }
 
 /// How a run's batches are made of a text.
@@ -219,437 +133,326 @@ pub fn batches(args: &RunArgs, order: Order, context: usize) -> Batches {
     Batches { order, seed: args.seed, per_step: args.batch * args.accumulate, context }
 }
 
-/// Plans a run, makes a backend for it and does it. The summary is `None` where Ctrl-C stopped it.
-///
-/// # Errors
-/// [`Failure`]; what was saved before stays good.
-pub fn work(
-    args: RunArgs,
-    dims: Dims,
-    context: usize,
-    adapters: Option<Adapters>,
-    task: impl Task,
-    from: Option<(PathBuf, Header)>,
-    mut joined: Option<Ranks>,
-) -> Result<Option<Summary>, Failure> {
-    let (rank, count) = ranks::place(joined.as_ref());
-    if let Some((path, header)) = &from
-        && u64::from(header.step) > args.steps
-    {
-        let what = format!("it is of step {}, the run has {} steps", header.step, args.steps);
-        return Err(Failure::Run { path: path.clone(), what });
-    }
-    let threads = machine::threads(&args.machine);
-    let setup = Setup {
-        dims,
-        batch: ranks::part(args.batch as usize, count)?,
-        accumulate: args.accumulate as usize,
-        context,
-        mode: machine::stack_mode(&args.mode, dims.layers),
-        grid: machine::grid(&args.mode)?,
-        gamma: args.mode.gamma()?,
-        rule: Some(args.optim.rule()),
-        adapters,
-        fused: fused(args.optim.clip, args.accumulate),
-        verify: args.verify,
-        threads,
-        library: machine::library(&args.machine, threads),
-    };
-    args.optim.schedule(args.steps as u32).check()?;
-    let kind = args.machine.backend;
-    let fixed = match &from {
-        Some((path, h)) if h.ranks == count => {
-            let choice = Choice { chunk: h.chunk, head_rows: h.head_rows };
-            let fits = (1..=setup.batch).contains(&h.chunk)
-                && (1..=h.chunk * context).contains(&h.head_rows);
-            if !fits {
-                let what = format!(
-                    "chunks of {} samples and {} rows do not fit this run",
-                    h.chunk, h.head_rows
-                );
-                return Err(Failure::Run { path: path.clone(), what });
+/// A run before its plan.
+pub struct Lesson {
+    /// Flags that every run has.
+    pub run: RunArgs,
+    /// Tokens of a sample.
+    pub context: usize,
+    /// Adapters, where those are trained.
+    pub adapters: Option<Adapters>,
+    /// The model.
+    pub config: Gpt2Config,
+    /// The data.
+    pub source: Source,
+    /// What it is called.
+    pub name: String,
+    /// The model's tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Where parameters come from.
+    pub start: Start,
+    /// All flags.
+    pub asked: Asked,
+}
+
+impl Lesson {
+    /// Plans the run and does it. The summary is `None` where Ctrl-C stopped it.
+    ///
+    /// # Errors
+    /// [`Failure`]; what was saved before stays good.
+    pub fn learn<A: bdia_train::cli::Flags>(
+        self,
+        args: A,
+        command: &'static str,
+        from: Option<(PathBuf, Header)>,
+        mut joined: Option<bdia_ranks::Ranks>,
+    ) -> Result<Option<Summary>, Failure> {
+        let (rank, count) = ranks::place(joined.as_ref());
+        let (run, context, kind) = (&self.run, self.context, self.run.machine.backend);
+        let dims = self.config.dims();
+        let threads = machine::threads(&run.machine);
+        let setup = Setup {
+            dims,
+            batch: ranks::part(run.batch as usize, count)?,
+            accumulate: run.accumulate as usize,
+            context,
+            mode: machine::mode(&run.mode, dims.layers, run.verify)?,
+            gradients: machine::gradients(&run.optim, run.accumulate),
+            adapters: self.adapters,
+            smoothing: run.smoothing,
+            threads,
+            library: machine::library(&run.machine, threads),
+        };
+        let fits = |c: Choice| {
+            (1..=setup.batch).contains(&c.chunk) && (1..=c.chunk * context).contains(&c.head_rows)
+        };
+        let fixed = fixed_choice(from.as_ref(), run.steps as u32, count, fits)?;
+        let (choice, model, layout) =
+            machine::lay_out::<Gpt2>(&setup, kind, count, run.machine.memory, fixed)?;
+        if let Some(joined) = &mut joined {
+            joined.reserve(&[bdia_models::plan::Plan::exchanged(&model)]);
+        }
+        // The table is told by the first rank alone.
+        let mut others = Vec::new();
+        if rank == 0 {
+            for (name, mode) in machine::other_modes(&setup.mode, dims.layers)? {
+                let other = Setup { mode, ..setup };
+                let plan = machine::lay_out::<Gpt2>(&other, kind, 1, None, Some(choice))?.2;
+                others.push((name, plan));
             }
-            Some(choice)
         }
-        _ => None,
-    };
-    let (choice, model, layout) =
-        machine::lay_out::<Gpt2>(&setup, kind, count, args.machine.memory, fixed)?;
-    if let Some(joined) = &mut joined {
-        joined.reserve(&model.exchanged());
+        let sample = self.sampler(&model, &layout)?;
+        let settings = Settings {
+            command,
+            program: PROGRAM,
+            steps: run.steps as u32,
+            epoch: None,
+            seed: run.seed,
+            optim: run.optim.clone(),
+            eval_every: run.eval_interval as u32,
+            save_every: run.checkpoint_interval as u32,
+            mode: trainer::mode_name(run.mode.mode),
+            verify: Verify::of(run.verify, run.mode.mode),
+            items: ["tokens", "tok"],
+            pictures: &[],
+        };
+        let Self { run, config, source, name, tokenizer, start, asked, .. } = self;
+        let base = None;
+        let task =
+            Learner { run, model, config, source, name, tokenizer, start, asked, base, sample };
+        trainer::train(args, settings, Planned { choice, layout, others }, task, from, joined)
     }
-    // The table is told by the first rank alone.
-    let others =
-        if rank == 0 { other_plans(&setup, kind, choice, args.mode.mode)? } else { Vec::new() };
-    let place = args.machine.clone();
-    let mut summary = None;
-    let run = Run {
-        args,
-        task,
-        choice,
-        layout: layout.clone(),
-        model,
-        others,
-        from,
-        summary: &mut summary,
-    };
-    machine::run_on(&place, threads, &layout, joined, run)?;
-    Ok(summary)
+
+    /// A decoder for the sample at the end, of the longest context for which training leaves room.
+    fn sampler(&self, model: &Gpt2, plan: &Layout) -> Result<Option<Decoder>, Failure> {
+        if self.run.sample == 0 || self.config.vocab_size != VOCAB {
+            return Ok(None);
+        }
+        let mut sizes = Sizes { prompts: 1, beams: 1, context: self.context };
+        while sizes.context > 0 {
+            let (decoder, layout) =
+                for_kind!(self.run.machine.backend, B => Decoder::layout::<B>(model, &sizes))?;
+            if plan.holds(&layout) {
+                return Ok(Some(decoder));
+            }
+            sizes.context /= 2;
+        }
+        Ok(None)
+    }
 }
 
-/// The plans of the modes that are not used, for the table: with this run's chunks.
-fn other_plans(
-    setup: &Setup,
-    kind: BackendKind,
-    choice: Choice,
-    used: Mode,
-) -> Result<Vec<(String, Layout)>, Failure> {
-    use bdia_core::stack::Mode as M;
-    let every = machine::checkpoint_every(None, setup.dims.layers);
-    let mut plans = Vec::new();
-    for (name, mode) in [
-        ("bdia".to_string(), M::Bdia),
-        ("standard".to_string(), M::Standard),
-        (format!("checkpoint {every}"), M::Checkpoint { every }),
-    ] {
-        let same = matches!(
-            (used, mode),
-            (Mode::Bdia, M::Bdia)
-                | (Mode::Standard, M::Standard)
-                | (Mode::Checkpoint, M::Checkpoint { .. })
-        );
-        if same {
-            continue;
-        }
-        let grid = if mode == M::Bdia { Some(bdia_core::Grid::new(14)?) } else { None };
-        let gamma = Gamma::new(0.5, Sign::Random)?;
-        let other = Setup { mode, grid, gamma, verify: false, ..*setup };
-        plans.push((name, machine::lay_out::<Gpt2>(&other, kind, 1, None, Some(choice))?.2));
+impl Learner {
+    /// Samples of a step.
+    const fn per_step(&self) -> u64 {
+        self.run.batch * self.run.accumulate
     }
-    Ok(plans)
+
+    fn prompt(&self) -> Vec<i32> {
+        match &self.source {
+            Source::Text { .. } => vec![EOT as i32],
+            Source::Pairs { train, validation } => validation.as_ref().unwrap_or(train).prompt(0),
+        }
+    }
+
+    /// What the model writes at the end: the same tokens every time.
+    fn sample<B: Backend<Real = f32>>(&self, be: &mut B) -> Result<String, Failure> {
+        let Some(decoder) = &self.sample else { return Ok(String::new()) };
+        let sampler = Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 };
+        let decoding = Decoding {
+            how: How::Sample(sampler, 1),
+            tokens: self.run.sample as usize,
+            end: Some(EOT as i32),
+            no_repeat: 0,
+            inference: Inference::STANDARD,
+        };
+        let prompt = self.prompt();
+        let found = decoder.decode(be, core::slice::from_ref(&prompt), &decoding, |_, _| {
+            core::ops::ControlFlow::Continue(())
+        })?;
+        let tokens: Vec<u32> = (prompt.into_iter().chain(found.into_iter().flatten()))
+            .map(|t| t as u32)
+            .filter(|&t| t != EOT)
+            .collect();
+        let text = self.tokenizer.decode(&tokens);
+        Ok(format!("\nA sample:\n  {}\n", text.trim().replace('\n', "\n  ")))
+    }
 }
 
-impl Task for FromText {
-    const COMMAND: &'static str = "train";
-
+impl Task for Learner {
     fn describe(&self) -> String {
-        let (train, validation) = (self.corpus.train.len(), self.corpus.validation.len());
-        format!("{train} training and {validation} validation tokens of {}", self.corpus.name)
-    }
-
-    fn digest(&self) -> Result<u64, Failure> {
-        digest(&self.corpus.train)
-    }
-
-    fn start<B: Backend<Real = f32>>(
-        &mut self,
-        be: &mut B,
-        model: &Gpt2,
-        resumed: bool,
-    ) -> Result<(), Failure> {
-        match &self.args.weights {
-            _ if resumed => Ok(()),
-            Some(dir) => Ok(load_weights(dir, &self.config, be, model)?),
-            None => Ok(model.initialize(be, self.args.run.seed)?),
-        }
-    }
-
-    fn record(&self, out: &Path) -> Result<(), Failure> {
-        self.config.write_dir(out)?;
-        run::save(out, &self.args)
-    }
-
-    fn fill(
-        &mut self,
-        step: u32,
-        first: u32,
-        tokens: &mut [i32],
-        targets: &mut [i32],
-    ) -> Result<(), Failure> {
-        Ok(self.corpus.train.batch(&self.batches, step, first, tokens, targets)?)
-    }
-
-    fn validate<B: Backend<Real = f32>>(
-        &self,
-        be: &mut B,
-        model: &mut Gpt2,
-        tokens: usize,
-    ) -> Result<Option<(f64, usize)>, Failure> {
-        let windows = (tokens / self.batches.context).max(1);
-        evaluate(
-            be,
-            model,
-            &self.corpus.validation,
-            windows,
-            Inference::Float(Gamma::new(0.0, Sign::Plus)?),
+        let s = self.model.setup();
+        let [parameters, trained] = self.parameters();
+        let adapters =
+            if s.adapters.is_some() { format!(", {trained} in adapters") } else { String::new() };
+        let times = if self.run.accumulate > 1 {
+            format!(" x {}", self.run.accumulate)
+        } else {
+            String::new()
+        };
+        let data = match &self.source {
+            Source::Text { train, validation, .. } => {
+                format!("{} training and {} validation tokens", train.len(), validation.len())
+            }
+            Source::Pairs { train, validation } => format!(
+                "{} training and {} validation examples, {} tokens to be learned, {:.2} passes",
+                train.len(),
+                validation.as_ref().map_or(0, Examples::len),
+                train.targets(),
+                (self.run.steps * self.per_step()) as f64 / train.len() as f64,
+            ),
+        };
+        format!(
+            "{parameters} parameters{adapters}, {} blocks, width {}, context {}, batch {}{times}; \
+             {data} of {}",
+            s.dims.layers, s.dims.width, s.context, self.run.batch, self.name
         )
     }
 
+    fn digest(&self) -> Result<u64, Failure> {
+        match &self.source {
+            Source::Text { train, .. } => digest(train),
+            Source::Pairs { train, .. } => {
+                let (mut hash, (tokens, cuts)) = (Xxh3::new(), train.content());
+                tokens.iter().for_each(|t| hash.update(&t.to_le_bytes()));
+                cuts.flatten().for_each(|n| hash.update(&n.to_le_bytes()));
+                Ok(hash.digest())
+            }
+        }
+    }
+
+    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure> {
+        let adapters = self.model.setup().adapters.is_some();
+        if resumed && !adapters {
+            return Ok(());
+        }
+        let Start::Weights(dir) = &self.start else {
+            return Ok(self.model.initialize(be, self.run.seed)?);
+        };
+        let found = load_weights(dir, be, &self.model).map_err(|error| match error {
+            WeightsError::Narrow { .. } => {
+                Failure::Other(format!("{error}; use another --frozen-dtype"))
+            }
+            other => other.into(),
+        })?;
+        if let Asked::Finetune(args) = &self.asked
+            && let Some(expected) = args.base.as_ref().filter(|e| **e != found)
+        {
+            return Err(Failure::Other(format!(
+                "the run began with weights with digest {expected}, these have {found}: its \
+                 adapters do not belong to them; put the weights back, or start a new run with \
+                 --out"
+            )));
+        }
+        self.base = Some(found);
+        if adapters {
+            return Ok(self.model.initialize_adapters(be, self.run.seed)?);
+        }
+        for state in self.model.trained().iter().flat_map(|t| t.state) {
+            be.fill_reals(state, 0.0)?;
+        }
+        Ok(())
+    }
+
+    fn record(&self, out: &Path) -> Result<(), Failure> {
+        if self.model.setup().adapters.is_none() {
+            self.config.write_dir(out)?;
+        }
+        match &self.asked {
+            Asked::Train(_) => Ok(()),
+            Asked::Finetune(args) => {
+                run::save(out, &FinetuneArgs { base: self.base.clone(), ..(**args).clone() })
+            }
+        }
+    }
+
+    fn parameters(&self) -> [usize; 2] {
+        [self.model.parameters(), self.model.trained().iter().map(Named::len).sum()]
+    }
+
+    fn saved(&self) -> Vec<Reals> {
+        self.model.saved()
+    }
+
+    fn prepare(&mut self) {
+        self.model.prepare();
+    }
+
+    fn step<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        step: &Step,
+    ) -> Result<Outcome, Failure> {
+        let (per_step, batch) = (self.per_step(), self.run.batch as u32);
+        let part = be.rank() as u32 * (batch / be.ranks() as u32);
+        let (seed, context) = (self.run.seed, self.model.setup().context);
+        let (model, source) = (&mut self.model, &mut self.source);
+        model.train(be, step, |i, tokens, targets| {
+            let first = i as u32 * batch + part;
+            match source {
+                Source::Text { train, batches, .. } => {
+                    train.batch(batches, step.step, first, tokens, targets)?;
+                }
+                Source::Pairs { train, .. } => {
+                    let first = u64::from(step.step) * per_step + u64::from(first);
+                    train.batch(seed, first, context, tokens, targets)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn validate<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        when: When,
+    ) -> Result<Option<Validation>, Failure> {
+        let tokens = if when == When::Curve { CURVE_TOKENS } else { FINAL_TOKENS };
+        let samples = (tokens / self.model.setup().context).max(1);
+        let model = &mut self.model;
+        let found = match &self.source {
+            Source::Text { validation, .. } => {
+                evaluate(be, model, validation, samples, Inference::STANDARD)?
+            }
+            Source::Pairs { validation: Some(examples), .. } => {
+                evaluate_pairs(be, model, examples, samples, Inference::STANDARD)?
+            }
+            Source::Pairs { validation: None, .. } => None,
+        };
+        Ok(found.map(|(loss, tokens)| Validation {
+            loss,
+            text: format!("loss {loss:.4} (perplexity {:.2}) over {tokens} tokens", loss.exp()),
+            ..Validation::default()
+        }))
+    }
+
+    fn save<B: Backend<Real = f32>>(&self, be: &B, path: &Path) -> Result<(), Failure> {
+        Ok(named::write(path, &self.model.trained(), be, str::to_owned)?)
+    }
+
     fn finish<B: Backend<Real = f32>>(
-        &self,
-        be: &B,
-        model: &Gpt2,
+        &mut self,
+        be: &mut B,
         out: &Path,
-    ) -> Result<&'static str, Failure> {
+        _: Option<&Validation>,
+    ) -> Result<(String, &'static str), Failure> {
+        let sample = self.sample(be)?;
+        if let (Asked::Finetune(args), Some(digest), Some(_)) =
+            (&self.asked, self.base.as_deref(), self.model.setup().adapters)
+        {
+            let dir = match &self.start {
+                Start::Weights(dir) => dir.display().to_string(),
+                Start::Fresh => String::new(),
+            };
+            let base = args.model.clone().unwrap_or(dir);
+            adapter::save(out, be, &self.model, &base, digest)?;
+            return Ok((sample, "adapter_model.safetensors, adapter_config.json"));
+        }
         self.config.write_dir(out)?;
-        save_weights(out, be, model)?;
+        save_weights(out, be, &self.model)?;
         if self.config.vocab_size == VOCAB {
             self.tokenizer.write_hf_files(out, self.config.n_positions)?;
         }
-        Ok("model.safetensors, config.json")
-    }
-
-    fn sample<B: Backend<Real = f32>>(
-        &self,
-        be: &mut B,
-        model: &mut Gpt2,
-    ) -> Result<Option<String>, Failure> {
-        if self.config.vocab_size != VOCAB {
-            return Ok(None);
-        }
-        Ok(Some(continuation(be, model, &self.tokenizer, &[EOT as i32])?))
-    }
-}
-
-/// What the model writes after a prompt: up to 60 tokens, the same ones every time.
-///
-/// # Errors
-/// Values that are not finite.
-pub fn continuation<B: Backend<Real = f32>>(
-    be: &mut B,
-    model: &mut Gpt2,
-    tokenizer: &Tokenizer,
-    prompt: &[i32],
-) -> Result<String, Failure> {
-    let sampler = Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 };
-    let tokens = generate(
-        be,
-        model,
-        prompt,
-        60,
-        &sampler,
-        1,
-        Inference::Float(Gamma::new(0.0, Sign::Plus)?),
-    )?;
-    let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).filter(|&t| t != EOT).collect();
-    Ok(tokenizer.decode(&tokens))
-}
-
-impl<T: Task> Work for Run<'_, T> {
-    fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
-        let out = self.args.out.clone();
-        // Files are the first rank's.
-        let (first_rank, ranks) = (be.rank() == 0, be.ranks());
-        if first_rank {
-            std::fs::create_dir_all(&out)
-                .map_err(|e| FileError::io(&out, "create the directory", e))?;
-        }
-        let identity = machine::identity(be, concat!("bdia-lm ", env!("CARGO_PKG_VERSION")));
-        let digest = self.task.digest()?;
-        let mut first = 0;
-        let mut validation = Vec::new();
-        match &self.from {
-            Some((path, header)) => {
-                if header.data != digest {
-                    return Err(Failure::Run {
-                        path: path.clone(),
-                        what: "the training data is not the same".into(),
-                    });
-                }
-                if header.identity != identity {
-                    report::note!(
-                        "warning: the run was computed by \"{}\", this is \"{identity}\": it goes on, with other rounding",
-                        header.identity
-                    );
-                }
-                if header.ranks != ranks {
-                    report::note!(
-                        "warning: the run was computed by {} rank(s), these are {ranks}: it goes on, with other rounding",
-                        header.ranks
-                    );
-                }
-                self.task.start(be, &self.model, true)?;
-                checkpoint::load(path, be, &self.model.saved())?;
-                first = header.step;
-                validation.clone_from(&header.validation);
-            }
-            None => {
-                self.task.start(be, &self.model, false)?;
-                if first_rank {
-                    run::replace(&out)?;
-                    self.task.record(&out)?;
-                }
-            }
-        }
-        let saved = self.model.saved();
-        ranks::begin(be, &self.args, (digest, first), &saved)?;
-        let log = out.join("metrics.jsonl");
-        let mut metrics = None;
-        if first_rank {
-            checkpoint::sweep(&out);
-            metrics = Some(Metrics::<Metric>::resume(&log, u64::from(first))?);
-        }
-        let before = if first_rank { Metrics::<Metric>::read(&log)? } else { Vec::new() };
-        let mut curve: Vec<_> = before.iter().map(|m| (m.step, m.loss)).collect();
-
-        self.announce(first, &identity);
-        run::catch_interrupt();
-        let steps = self.args.steps as u32;
-        let bar = run::progress(steps, first);
-        let schedule = self.args.optim.schedule(steps);
-        let tokens_per_step =
-            (self.args.batch * self.args.accumulate) as f64 * self.model.setup().context as f64;
-        let (mut seconds, mut mismatches, mut worst) = (0.0, 0_u64, 0.0_f64);
-        // A finished run has no step left: what it ended with is still what there is to tell.
-        let loss = before.last().map_or(f64::NAN, |m| m.loss);
-        let mut last = Outcome { loss, grad_norm: f64::NAN, mismatches: 0, rebuild_error: 0.0 };
-        let before_staging = Counting::current();
-        self.model.prepare();
-        // Measured, not planned: what the backend and the staging buffers took from the allocator.
-        let own = arenas + Counting::current().saturating_sub(before_staging);
-        let mut peak = own;
-
-        for step in first..steps {
-            let clock = Instant::now();
-            let plan = Step {
-                step,
-                seed: self.args.seed,
-                lr: schedule.at(step),
-                weight_decay: self.args.optim.weight_decay,
-                clip: self.args.optim.clip,
-            };
-            let (task, batch) = (&mut self.task, self.args.batch as u32);
-            let part = be.rank() as u32 * (batch / ranks as u32);
-            let others = Counting::current().saturating_sub(own);
-            Counting::reset_peak();
-            let outcome: Result<Outcome, Failure> =
-                self.model.train(be, &plan, |i, tokens, targets| {
-                    task.fill(step, i as u32 * batch + part, tokens, targets)
-                });
-            last = match outcome {
-                Ok(outcome) => outcome,
-                Err(Failure::Core(error)) => {
-                    bar.abandon();
-                    return Err(Failure::Step { step, error, kept: run::kept(&out) });
-                }
-                Err(other) => return Err(other),
-            };
-            peak = peak.max(Counting::peak().saturating_sub(others));
-            let took = clock.elapsed().as_secs_f64();
-            seconds += took;
-            mismatches += last.mismatches;
-            worst = worst.max(last.rebuild_error);
-
-            let done = step + 1;
-            let interval = self.args.eval_interval as u32;
-            let val = if done == steps || (interval > 0 && done % interval == 0) {
-                self.task.validate(be, &mut self.model, CURVE_TOKENS)?.map(|(loss, _)| loss)
-            } else {
-                None
-            };
-            if let Some(loss) = val {
-                validation.push((done, loss));
-                bar.println(format!(
-                    "step {done:>6}  loss {:.4}  validation loss {loss:.4}",
-                    last.loss
-                ));
-                if !std::io::stderr().is_terminal() {
-                    report::note!(
-                        "step {done:>6}  loss {:.4}  validation loss {loss:.4}",
-                        last.loss
-                    );
-                }
-            }
-            curve.push((u64::from(done), last.loss));
-            if let Some(metrics) = &mut metrics {
-                metrics.push(&Metric {
-                    step: u64::from(done),
-                    loss: last.loss,
-                    lr: plan.lr,
-                    grad_norm: Some(last.grad_norm),
-                    tokens_per_s: tokens_per_step / took,
-                    val_loss: val,
-                })?;
-            }
-            let shown = validation.last().map_or(String::new(), |(_, v)| format!("val {v:.3} "));
-            let speed = tokens_per_step * f64::from(done - first) / seconds;
-            bar.set_message(format!("loss {:.3} {shown}{speed:.0} tok/s", last.loss));
-            bar.inc(1);
-
-            let stop = ranks::any(be, run::interrupted())?;
-            let every = self.args.checkpoint_interval as u32;
-            let save = done == steps || stop || (every > 0 && done % every == 0);
-            if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
-                ranks::same(be, &saved).map_err(|error| Failure::Step {
-                    step,
-                    error,
-                    kept: run::kept(&out),
-                })?;
-            }
-            if let Some(metrics) = metrics.as_ref().filter(|_| save) {
-                let header = Header {
-                    step: done,
-                    chunk: self.choice.chunk,
-                    head_rows: self.choice.head_rows,
-                    identity: identity.clone(),
-                    ranks,
-                    lens: Vec::new(),
-                    data: digest,
-                    validation: validation.clone(),
-                };
-                // The losses up to a checkpoint are as safe as it is.
-                metrics.sync()?;
-                checkpoint::save(&out, be, &saved, header)?;
-            }
-            if stop && done < steps {
-                bar.abandon();
-                report::tell!(
-                    "stopped after step {done} of {steps}; to go on:  bdia-lm {} --resume {}",
-                    T::COMMAND,
-                    out.display()
-                );
-                return Ok(());
-            }
-        }
-        bar.finish_and_clear();
-
-        let whole = self.task.validate(be, &mut self.model, FINAL_TOKENS)?;
-        if !first_rank {
-            return Ok(());
-        }
-        let files = self.task.finish(be, &self.model, &out)?;
-        let points: Vec<_> = validation.iter().map(|&(s, l)| (u64::from(s), l)).collect();
-        loss_svg(&out.join("loss.svg"), &curve, &points)?;
-        self.summary(be, (last, whole), mismatches, worst, peak, files)?;
-
-        use bdia_core::Category as C;
-        let number = |x: f64| x.is_finite().then_some(x);
-        let bytes = |c| self.layout.bytes(c);
-        let summary = Summary {
-            loss: number(last.loss),
-            val_loss: whole.map(|(loss, _)| loss),
-            best_val_loss: validation.iter().map(|&(_, loss)| loss).reduce(f64::min),
-            verify_mismatches: (self.args.verify && self.args.mode.mode == Mode::Bdia)
-                .then_some(mismatches),
-            rebuild_error: (self.args.verify && self.args.mode.mode == Mode::BdiaFloat)
-                .then_some(worst),
-            tokens_per_s: number(tokens_per_step * f64::from(steps - first) / seconds),
-            trained_parameters: self.model.trained().iter().map(Named::len).sum(),
-            plan_bytes: self.layout.total(),
-            activation_bytes: bytes(C::Activations)
-                + bytes(C::ActivationGradients)
-                + bytes(C::SideBits)
-                + bytes(C::Workspace),
-            peak_bytes: peak,
-            peak_rss_bytes: peak_rss_bytes(),
-            steps,
-            out,
-        };
-        if self.args.json {
-            report::tell!("{}", json!(summary));
-        }
-        *self.summary = Some(summary);
-        Ok(())
+        Ok((sample, "model.safetensors, config.json"))
     }
 }
 
@@ -658,7 +461,7 @@ impl<T: Task> Work for Run<'_, T> {
 /// # Errors
 /// A file that cannot be read.
 pub fn digest(part: &Part) -> Result<u64, Failure> {
-    let mut hash = xxhash_rust::xxh3::Xxh3::new();
+    let mut hash = Xxh3::new();
     hash.update(&part.len().to_le_bytes());
     let mut buffer = [0_i32; 4096];
     // All of it, but of a file of many gigabytes only a part of every megabyte.
@@ -671,93 +474,6 @@ pub fn digest(part: &Part) -> Result<u64, Failure> {
         from += stride;
     }
     Ok(hash.digest())
-}
-
-impl<T: Task> Run<'_, T> {
-    fn announce(&self, first: u32, identity: &str) {
-        let s = self.model.setup();
-        report::note!(
-            "{} parameters{}, {} blocks, width {}, context {}, batch {}{}, mode {}; {}",
-            self.model.parameters(),
-            if s.adapters.is_some() {
-                format!(
-                    ", {} in adapters",
-                    self.model.trained().iter().map(Named::len).sum::<usize>()
-                )
-            } else {
-                String::new()
-            },
-            s.dims.layers,
-            s.dims.width,
-            s.context,
-            self.args.batch,
-            if self.args.accumulate > 1 {
-                format!(" x {}", self.args.accumulate)
-            } else {
-                String::new()
-            },
-            self.mode_name(),
-            self.task.describe(),
-        );
-        report::note!(
-            "{identity}, {} thread(s); plan {}, chunks of {} sample(s)",
-            s.threads,
-            report::bytes(self.layout.total() as u64),
-            self.choice.chunk
-        );
-        if first > 0 {
-            report::note!("goes on after step {first} of {}", self.args.steps);
-        }
-    }
-
-    fn summary<B: Backend<Real = f32>>(
-        &mut self,
-        be: &mut B,
-        (last, whole): (Outcome, Option<(f64, usize)>),
-        mismatches: u64,
-        worst: f64,
-        peak: usize,
-        files: &str,
-    ) -> Result<(), Failure> {
-        let mut out = std::io::stdout().lock();
-        let mut text = String::new();
-        if let Some(written) = self.task.sample(be, &mut self.model)? {
-            text = format!("\nA sample:\n  {}\n", written.trim().replace('\n', "\n  "));
-        }
-        let validation = match whole {
-            Some((loss, tokens)) => {
-                format!(
-                    ", validation loss {loss:.4} (perplexity {:.2}) over {tokens} tokens",
-                    loss.exp()
-                )
-            }
-            None => String::new(),
-        };
-        text += &format!("\nloss {:.4}{validation}\n", last.loss);
-        if self.args.verify && self.args.mode.mode == Mode::Bdia {
-            text += &format!("verified: {mismatches} rebuilt values differ from the originals\n");
-        }
-        if self.args.verify && self.args.mode.mode == Mode::BdiaFloat {
-            text += &format!("rebuilding without a grid: largest error {worst:.3e}\n");
-        }
-        let plans: Vec<_> = core::iter::once((self.mode_name(), self.layout.clone()))
-            .chain(self.others.clone())
-            .collect();
-        text += &format!("\n{}", machine::memory_table(&plans, Some(peak as u64)));
-        text += &format!(
-            "peak of the whole process, with data and tokenizer: {}\n\nfiles in {}: {files}, metrics.jsonl, loss.svg, \
-             step-*.ckpt\n",
-            peak_rss_bytes().map_or("unknown".into(), report::bytes),
-            self.args.out.display()
-        );
-        // Nobody is left to tell if the terminal is gone.
-        let _ = out.write_all(text.as_bytes());
-        Ok(())
-    }
-
-    fn mode_name(&self) -> String {
-        name_of(&self.args.mode.mode)
-    }
 }
 
 /// Mean loss over the first `windows` windows of a part and the number of its targets; `None` if it
@@ -783,8 +499,8 @@ pub fn evaluate<B: Backend<Real = f32>>(
         part.window(from, &mut tokens[range.clone()], &mut targets[range.clone()])?;
         filled += 1;
         if filled == at_once || starts.peek().is_none() {
-            let (loss, n) =
-                model.evaluate(be, &tokens[..range.end], &targets[..range.end], inference)?;
+            let (tokens, targets) = (&tokens[..range.end], &targets[..range.end]);
+            let (loss, n) = model.evaluate(be, tokens, targets, inference)?;
             sum += loss;
             count += n;
             filled = 0;
@@ -798,31 +514,36 @@ pub fn evaluate<B: Backend<Real = f32>>(
     Ok((count > 0).then(|| (sum / count as f64, count)))
 }
 
-/// Continues `prompt` by `count` tokens, or up to the end of the document. The window slides where
-/// the context ends.
+/// Mean loss over the targets of at most `samples` examples, taken at equal distances, and the
+/// number of the targets.
 ///
 /// # Errors
 /// [`Failure`]
-pub fn generate<B: Backend<Real = f32>>(
+pub fn evaluate_pairs<B: Backend<Real = f32>>(
     be: &mut B,
     model: &mut Gpt2,
-    prompt: &[i32],
-    count: usize,
-    sampler: &Sampler,
-    seed: u64,
+    examples: &Examples,
+    samples: usize,
     inference: Inference,
-) -> Result<Vec<i32>, Failure> {
-    let (mut all, mut order) = (prompt.to_vec(), Vec::new());
-    let stream = Stream::new(seed, 0, 0, 0, 0, Draw::Sample);
-    for _ in 0..count {
-        let window = &all[all.len().saturating_sub(model.setup().context)..];
-        let last = window.len() - 1;
-        let logits = model.logits(be, window, last..last + 1, inference)?;
-        let token = sampler.choose(&logits, &stream, all.len() as u32, &mut order)?;
-        all.push(token as i32);
-        if token == EOT {
+) -> Result<Option<(f64, usize)>, Failure> {
+    let (context, at_once) = (model.setup().context, model.stack.config().chunk);
+    let (mut tokens, mut targets) = (vec![0; at_once * context], vec![0; at_once * context]);
+    let n = samples.min(examples.len());
+    let (mut sum, mut count) = (0.0, 0);
+    for first in (0..n).step_by(at_once) {
+        if run::interrupted() {
             break;
         }
+        let here = at_once.min(n - first);
+        for i in 0..here {
+            let range = i * context..(i + 1) * context;
+            let example = ((first + i) as u128 * examples.len() as u128 / n as u128) as usize;
+            examples.sample(example, &mut tokens[range.clone()], &mut targets[range]);
+        }
+        let (tokens, targets) = (&tokens[..here * context], &targets[..here * context]);
+        let (loss, m) = model.evaluate(be, tokens, targets, inference)?;
+        sum += loss;
+        count += m;
     }
-    Ok(all.split_off(prompt.len()))
+    Ok((count > 0).then(|| (sum / count as f64, count)))
 }

@@ -3,7 +3,9 @@
 pub mod config;
 pub mod files;
 pub mod gpt2;
-pub mod network;
+pub mod inference;
+pub mod named;
+pub mod plan;
 pub mod sample;
 pub mod search;
 pub mod seq2seq;

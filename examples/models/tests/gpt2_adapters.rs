@@ -15,9 +15,9 @@ use bdia_core::{Error, Gamma, NnOps, Reals, Reference, Sign, Storage};
 use bdia_cpu::Cpu;
 use bdia_models::files::testing::TempDir;
 use bdia_models::gpt2::adapter::{self, Adapter};
+use bdia_models::gpt2::config::{Gpt2Config, Size};
 use bdia_models::gpt2::files::load_base;
-use bdia_models::gpt2::model::{Adapters, Inference, Named, Setup, Step};
-use bdia_models::gpt2::{Gpt2, Gpt2Config, Size};
+use bdia_models::gpt2::model::{Adapters, Gpt2, Inference, Named, Setup, Step};
 use bdia_models::weights::Weights;
 use common::{Memory, State, data, grid, lay_out, small, state};
 

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use bdia_core::optim::{Decay, Rule, Schedule};
-use bdia_core::{Gamma, Grid, Sign};
+use bdia_core::{FloatGamma, Gamma, Grid, Sign};
 use bdia_models::config::{self, Training};
-use bdia_models::gpt2;
+use bdia_models::gpt2::config as gpt2;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, ValueEnum};
 use serde::de::DeserializeOwned;
@@ -189,24 +189,27 @@ pub struct ModeArgs {
 }
 
 impl ModeArgs {
-    /// γ as the core has it.
+    /// What single flags cannot show to be wrong of γ.
     ///
     /// # Errors
     /// A γ that has no exact inverse, in mode bdia.
-    pub fn gamma(&self) -> bdia_core::Result<Gamma> {
-        let gamma = Gamma::new(self.gamma, self.gamma_sign.into())?;
-        if self.mode == Mode::Bdia {
-            gamma.planes()?;
+    pub fn check_gamma(&self) -> bdia_core::Result<()> {
+        match self.mode {
+            Mode::Bdia => Gamma::from_value(self.gamma, self.gamma_sign.into()).map(|_| ()),
+            _ => FloatGamma::new(self.gamma, self.gamma_sign.into()).map(|_| ()),
         }
-        Ok(gamma)
     }
 
     /// What `config.json` says about the training.
     ///
     /// # Errors
-    /// As [`Self::gamma`].
+    /// As [`check_gamma`](Self::check_gamma).
     pub fn training(&self) -> bdia_core::Result<Training> {
-        let planes = if self.mode == Mode::Bdia { self.gamma()?.planes()? } else { 0 };
+        self.check_gamma()?;
+        let planes = match self.mode {
+            Mode::Bdia => Gamma::from_value(self.gamma, self.gamma_sign.into())?.planes(),
+            _ => 0,
+        };
         Ok(Training {
             gamma: self.gamma,
             gamma_sign: self.gamma_sign.into(),
@@ -440,7 +443,7 @@ pub fn name_of<T: Serialize>(value: &T) -> String {
 /// # Errors
 /// A sentence.
 pub fn check_mode(mode: &ModeArgs, verify: bool) -> Result<(), String> {
-    mode.gamma().map_err(|e| format!("--gamma: {e}"))?;
+    mode.check_gamma().map_err(|e| format!("--gamma: {e}"))?;
     if mode.quantize && mode.mode == Mode::BdiaFloat {
         return Err(
             "--quantize contradicts --mode bdia-float, which has no grid; mode bdia always has it"

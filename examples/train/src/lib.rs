@@ -4,13 +4,14 @@
 //! In the order in which data flows: [`cli`] (flags that every program has, and their checks) →
 //! [`machine`] (threads, plan, backend), [`ranks`] (several machines) → [`run`] (directory of a
 //! run, resuming, stopping, progress) → [`checkpoint`], [`report`] (what a run leaves behind), over
-//! [`alloc`]; [`study`] makes many runs of one program. For models that write text: [`scores`]
+//! [`alloc`] and [`launcher`]; [`study`] makes many runs of one program. For models that write text: [`scores`]
 //! compares what they wrote.
 
 pub mod alloc;
 pub mod checkpoint;
 pub mod cli;
 pub mod error;
+pub mod launcher;
 pub mod machine;
 #[cfg(feature = "testing")]
 pub mod mutations;
@@ -21,5 +22,6 @@ pub mod scores;
 pub mod study;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod trainer;
 
 pub use error::Failure;

@@ -3,17 +3,20 @@
 use std::path::Path;
 
 use bdia_core::backend::{Backend, Identity};
+use bdia_core::layers::Gradients;
 use bdia_core::plan::{Choice, Rows, fit};
-use bdia_core::{Category, Error, Grid, Layout, NnOps, Reference, Storage, stack};
+use bdia_core::stack::Mode as StackMode;
+use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
+use bdia_core::{Category, Error, Grid, Layout, NnOps, Reference, Storage};
 use bdia_cpu::Cpu;
 use bdia_cuda::{Cuda, Options, Precision};
-use bdia_models::network::Network;
+use bdia_models::plan::Plan;
 use bdia_ranks::Ranks;
 #[cfg(feature = "mpi")]
 use bdia_ranks::Replica;
 
 use crate::alloc::Counting;
-use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs, PrecisionKind};
+use crate::cli::{BackendKind, MachineArgs, Mode, ModeArgs, OptimArgs, PrecisionKind};
 use crate::error::Failure;
 use crate::ranks;
 use crate::report::MemoryTable;
@@ -52,7 +55,7 @@ pub type Device = Cuda;
 ///
 /// # Errors
 /// What does not fit together, or into the budget.
-pub fn lay_out<N: Network>(
+pub fn lay_out<N: Plan>(
     setup: &N::Setup,
     kind: BackendKind,
     ranks: usize,
@@ -61,7 +64,7 @@ pub fn lay_out<N: Network>(
 ) -> Result<(Choice, N, Layout), Error> {
     let make = |choice| {
         let (network, mut layout) = for_kind!(kind, B => N::lay_out::<B>(setup, choice))?;
-        ranks::plan(&mut layout, &network.exchanged(), ranks);
+        ranks::plan(&mut layout, network.exchanged(), ranks);
         Ok((network, layout))
     };
     match fixed {
@@ -87,25 +90,54 @@ pub fn checkpoint_every(asked: Option<u64>, layers: usize) -> usize {
     )
 }
 
-/// The mode of the stack.
-pub fn stack_mode(args: &ModeArgs, layers: usize) -> stack::Mode {
-    match args.mode {
-        Mode::Bdia => stack::Mode::Bdia,
-        Mode::Standard => stack::Mode::Standard,
-        Mode::Checkpoint => {
-            stack::Mode::Checkpoint { every: checkpoint_every(args.checkpoint_every, layers) }
-        }
-        Mode::BdiaFloat => stack::Mode::BdiaFloat,
-    }
-}
-
-/// The grid, where the mode has one.
+/// How a stack of `layers` blocks is trained.
 ///
 /// # Errors
-/// A grid that is too fine.
-pub fn grid(args: &ModeArgs) -> Result<Option<Grid>, Error> {
-    let has = args.mode == Mode::Bdia || (args.quantize && args.mode != Mode::BdiaFloat);
-    has.then(|| Grid::new(args.frac_bits)).transpose()
+/// A γ or a grid that does not exist.
+pub fn mode(args: &ModeArgs, layers: usize, verify: bool) -> Result<StackMode, Error> {
+    let grid = || Grid::new(args.frac_bits);
+    let quantized = || args.quantize.then(grid).transpose();
+    let sign = args.gamma_sign.into();
+    Ok(match args.mode {
+        Mode::Bdia => {
+            let gamma = Policy::fixed(Gamma::from_value(args.gamma, sign)?);
+            StackMode::Bdia { grid: grid()?, gamma, verify }
+        }
+        Mode::Standard => StackMode::Standard { grid: quantized()? },
+        Mode::Checkpoint => StackMode::Checkpoint {
+            every: checkpoint_every(args.checkpoint_every, layers),
+            grid: quantized()?,
+        },
+        Mode::BdiaFloat => {
+            StackMode::BdiaFloat { gamma: FloatGamma::new(args.gamma, sign)?, verify }
+        }
+    })
+}
+
+/// The modes that a table compares with the one that is used, with their names: the paper's γ,
+/// storing everything, and checkpoints at equal distances.
+///
+/// # Errors
+/// None: the grid and γ exist.
+pub fn other_modes(used: &StackMode, layers: usize) -> Result<Vec<(String, StackMode)>, Error> {
+    let gamma = Policy::fixed(Gamma::new(1, Sign::Random)?);
+    let every = checkpoint_every(None, layers);
+    let mut all = vec![
+        ("bdia".to_string(), StackMode::Bdia { grid: Grid::new(14)?, gamma, verify: false }),
+        ("standard".into(), StackMode::Standard { grid: None }),
+        (format!("checkpoint {every}"), StackMode::Checkpoint { every, grid: None }),
+    ];
+    all.retain(|(_, m)| core::mem::discriminant(m) != core::mem::discriminant(used));
+    Ok(all)
+}
+
+/// How gradients are kept: all where they are clipped or add up over micro-batches.
+pub fn gradients(optim: &OptimArgs, accumulate: u64) -> Gradients {
+    if optim.clip == 0.0 && accumulate == 1 {
+        Gradients::Fused(optim.rule())
+    } else {
+        Gradients::Full(optim.rule())
+    }
 }
 
 /// Threads of a run.

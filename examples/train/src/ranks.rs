@@ -4,8 +4,6 @@
 //! Rank 0 tells what happens and writes the run's files; the others read the same files, settings
 //! and data, which is made sure of before the first step ([`begin`]), and compute.
 
-use core::sync::atomic::{AtomicUsize, Ordering};
-
 use bdia_core::backend::Backend;
 use bdia_core::{Category, Error, Exchange, Halt, Layout, Reals};
 use bdia_ranks::{Ranks, buffer_bytes, compare};
@@ -13,33 +11,10 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::cli::{Flags, MachineArgs};
 use crate::error::Failure;
+use crate::launcher::{self, started};
 
-/// Number of this process's rank, once it has joined the others.
-static RANK: AtomicUsize = AtomicUsize::new(UNKNOWN);
-const UNKNOWN: usize = usize::MAX;
 /// Values that are hashed at a time.
 const PIECE: usize = 1 << 14;
-
-/// Number of this process's rank, from 0: what the launcher says, until it has joined the others.
-pub fn rank() -> usize {
-    match RANK.load(Ordering::Relaxed) {
-        UNKNOWN if started() > Some(1) => {
-            told(&["OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]).map_or(0, |n| n as usize)
-        }
-        UNKNOWN => 0,
-        rank => rank,
-    }
-}
-
-/// A number that the launcher tells by one of these names.
-fn told(names: &[&str]) -> Option<u64> {
-    names.iter().find_map(|name| std::env::var(name).ok()?.trim().parse().ok())
-}
-
-/// How many processes the launcher says it has started: Open MPI's, those that follow MPICH, Slurm.
-fn started() -> Option<u64> {
-    told(&["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
-}
 
 /// Refuses what several ranks cannot do together.
 ///
@@ -57,12 +32,7 @@ pub fn alone(what: &str) -> Result<(), Failure> {
 /// Number of this process's CUDA device: ranks on one machine take one after the other, from the
 /// one that was asked for.
 pub fn device(args: &MachineArgs) -> usize {
-    let local = if started() > Some(1) {
-        told(&["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"]).unwrap_or(0)
-    } else {
-        0
-    };
-    usize::try_from(args.device.saturating_add(local)).unwrap_or(usize::MAX)
+    usize::try_from(args.device.saturating_add(launcher::local())).unwrap_or(usize::MAX)
 }
 
 /// Joins the ranks that `mpirun` started; `None` where this process is the only one.
@@ -80,7 +50,7 @@ pub fn join(args: &MachineArgs) -> Result<Option<Ranks>, Failure> {
             ranks.ranks()
         )));
     }
-    RANK.store(ranks.rank(), Ordering::Relaxed);
+    launcher::joined(ranks.rank());
     Ok(Some(ranks))
 }
 
@@ -122,10 +92,10 @@ pub fn part(batch: usize, ranks: usize) -> Result<usize, Failure> {
     Ok(batch / ranks)
 }
 
-/// Counts the buffers of gradients on their way, for groups of these lengths.
-pub fn plan(layout: &mut Layout, lens: &[usize], ranks: usize) {
+/// Counts the buffers of gradients on their way, for groups of up to `len` values.
+pub fn plan(layout: &mut Layout, len: usize, ranks: usize) {
     if ranks > 1 {
-        lens.iter().for_each(|&n| layout.outside(Category::Exchange, buffer_bytes(n, ranks)));
+        layout.outside(Category::Exchange, buffer_bytes(len, ranks));
     }
 }
 

@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 macro_rules! tell {
     ($($arg:tt)*) => {{
         use std::io::Write as _;
-        if $crate::ranks::rank() == 0 {
+        if $crate::launcher::rank() == 0 {
             let _ = writeln!(std::io::stdout(), $($arg)*);
         }
     }};
@@ -27,7 +27,7 @@ macro_rules! tell {
 macro_rules! note {
     ($($arg:tt)*) => {{
         use std::io::Write as _;
-        if $crate::ranks::rank() == 0 {
+        if $crate::launcher::rank() == 0 {
             let _ = writeln!(std::io::stderr(), $($arg)*);
         }
     }};

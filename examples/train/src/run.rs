@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use crate::checkpoint::{self, Header};
 use crate::cli::{Flags, check_mode};
 use crate::error::Failure;
-use crate::{ranks, report};
+use crate::{launcher, report};
 
 /// The whole of a program: 0 where the work was done, otherwise 1 after a line that says why.
 pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCode {
@@ -27,7 +27,7 @@ pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCod
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Where nobody can read it, the exit code is still there.
-            let _ = match ranks::rank() {
+            let _ = match launcher::rank() {
                 0 => writeln!(std::io::stderr(), "error: {error}"),
                 rank => writeln!(std::io::stderr(), "error (told by rank {rank}): {error}"),
             };
@@ -132,7 +132,7 @@ pub fn progress(steps: u32, first: u32) -> ProgressBar {
 
 /// A bar over `len` of something, of which `first` are done.
 pub fn bar(what: &str, len: u64, first: u64) -> ProgressBar {
-    let target = if ranks::rank() == 0 {
+    let target = if launcher::rank() == 0 {
         ProgressDrawTarget::stderr_with_hz(4)
     } else {
         ProgressDrawTarget::hidden()

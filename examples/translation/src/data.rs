@@ -416,7 +416,8 @@ impl Dataset {
                 return Err(DataError::Few { name, found, what, expected });
             }
         }
-        let [train, held] = numbers::pairs([pairs, held]);
+        let [train, held] = numbers::pairs([pairs, held])
+            .map(|all| all.into_iter().map(|[source, target]| Pair { source, target }).collect());
         Ok(Self { name, train, held })
     }
 

@@ -13,8 +13,6 @@
 use bdia_core::rng::{Draw, Stream};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::data::Pair;
-
 /// One more than the largest number.
 pub const NUMBERS: u32 = 1_000_000;
 
@@ -143,7 +141,7 @@ pub fn available() -> [usize; 2] {
 /// Pairs of different numbers to learn from, and pairs that are held out, as many as asked for (or
 /// as [`available`] says), in an order of a fixed seed: more pairs begin with the same ones. Half
 /// of them are drawn evenly, half evenly in the logarithm, so that short numbers are there too.
-pub fn pairs(counts: [usize; 2]) -> [Vec<Pair>; 2] {
+pub fn pairs(counts: [usize; 2]) -> [Vec<[String; 2]>; 2] {
     let stream = Stream::new(0x6e75_6d62, 0, 0, 0, 0, Draw::Data);
     let mut seen = vec![false; NUMBERS as usize];
     let available = available();
@@ -159,7 +157,7 @@ pub fn pairs(counts: [usize; 2]) -> [Vec<Pair>; 2] {
         draw = draw.wrapping_add(1);
         let side = usize::from(held_out(n));
         if !core::mem::replace(&mut seen[n as usize], true) && pairs[side].len() < counts[side] {
-            pairs[side].push(Pair { source: english(n), target: french(n) });
+            pairs[side].push([english(n), french(n)]);
         }
     }
     pairs
@@ -230,7 +228,7 @@ mod tests {
     fn drawn_pairs_are_different_and_repeat() {
         let [all, held] = pairs([3000, 500]);
         let different: std::collections::HashSet<_> =
-            all.iter().chain(&held).map(|p| &p.source).collect();
+            all.iter().chain(&held).map(|[english, _]| english).collect();
         assert_eq!((all.len(), held.len(), different.len()), (3000, 500, 3500));
         assert_eq!([all.clone(), held.clone()], pairs([3000, 500]));
         // Other counts begin with the same ones.
@@ -239,6 +237,6 @@ mod tests {
         let [learned, held] = available();
         assert!(learned + held == NUMBERS as usize && held > 120_000, "{held}");
         // Short ones too: a tenth has less than four digits.
-        assert!(all.iter().filter(|p| !p.source.contains("thousand")).count() > 300);
+        assert!(all.iter().filter(|[english, _]| !english.contains("thousand")).count() > 300);
     }
 }

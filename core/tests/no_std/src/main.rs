@@ -120,8 +120,9 @@ fn train(memory: &mut Memory<f32, 4096, 32768, 512>) -> Result<(f64, f64)> {
         input: Inputs,
         head: Distance { scale: 0.0, sum: 0.0 },
         ends: Params::layout(1, Room::NONE, freeze, gradients, &mut layout)?,
-        end_tensors: [],
+        outside: [],
         trained: layout.trained(),
+        micro_batches: 1,
     };
     let layout = layout.checked()?;
     if layout.bytes(Category::Library) != 0 {
@@ -131,7 +132,7 @@ fn train(memory: &mut Memory<f32, 4096, 32768, 512>) -> Result<(f64, f64)> {
     net.initialize(&mut be, 9)?;
     let (mut first, mut last) = (0.0, 0.0);
     for step in 0..STEPS {
-        let at = Step { step, seed: 3, lr: 0.01, weight_decay: 0.0, clip: 0.0, micro_batches: 1 };
+        let at = Step { step, seed: 3, lr: 0.01, weight_decay: 0.0, clip: 0.0 };
         let targets = BATCH * PER;
         let loaded = Loaded { first: 0, targets, items: targets };
         let outcome = network::step(&mut net, &mut be, &at, |_, _, _| Ok::<_, Error>(loaded))?;
@@ -153,8 +154,9 @@ unsafe extern "C" {
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {
     static mut MEMORY: Memory<f32, 4096, 32768, 512> = Memory::new();
+    let place = &raw mut MEMORY;
     // SAFETY: the program has one thread and this is the only reference.
-    let memory = unsafe { &mut *&raw mut MEMORY };
+    let memory = unsafe { &mut *place };
     let mut line = heapless::String::<200>::new();
     let (code, written) = match train(memory) {
         Ok((first, last)) if last < 0.7 * first => (

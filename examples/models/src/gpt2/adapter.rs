@@ -219,8 +219,8 @@ pub fn save<B: Backend<Real = f32>>(
     base: &str,
     digest: &str,
 ) -> Result<(), AdapterError> {
-    let Some(lora) = &model.blocks.lora else { return Ok(()) };
-    let (shape, d, layers) = (lora.shape(), model.setup().dims.width, model.setup().dims.layers);
+    let Some(shape) = model.blocks.branches.0.lora() else { return Ok(()) };
+    let (d, layers) = (model.setup().dims.width, model.setup().dims.layers);
     let (r, rows) = (shape.rank, 2 * shape.rank);
     let tensors: Vec<_> = (0..layers)
         .flat_map(|k| [(name(k, "lora_A"), vec![rows, d]), (name(k, "lora_B"), vec![3 * d, rows])])

@@ -14,14 +14,14 @@ use core::ops::{ControlFlow, Range};
 
 use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
-use bdia_core::backend::{Attention, Backend, Chunk, Mask};
+use bdia_core::backend::{Backend, Chunk};
 use bdia_core::error::{Error, Result};
-use bdia_core::layers::{Cached, LmHead, TokenEmbedding, TransformerBlocks};
+use bdia_core::layers::{Cached, LmHead, PreNorm, TokenEmbedding};
 use bdia_core::rng::{Draw, Stream};
-use bdia_core::stack::{Blocks, Call, Config as StackConfig, Input, Mode, Needs, Stack, Tail};
-use bdia_core::update::{Gamma, Grid, Sign};
+use bdia_core::stack::{Blocks, Call, Config as StackConfig, Input, Needs, Stack, Tail};
 
-use super::model::{Gpt2, Inference, Setup};
+use super::model::{Gpt2, Setup};
+use crate::inference::Inference;
 use crate::sample::{SampleError, Sampler};
 use crate::search::{self, Search, Stop, repeats};
 
@@ -102,7 +102,7 @@ pub struct Decoding {
 pub struct Decoder {
     setup: Setup,
     sizes: Sizes,
-    blocks: TransformerBlocks,
+    blocks: PreNorm,
     input: TokenEmbedding,
     head: LmHead,
     /// All but the stacks, which take turns in what follows.
@@ -231,7 +231,7 @@ impl Decoder {
             [("prompts", sizes.prompts), ("beams", sizes.beams), ("context", sizes.context)]
         {
             if n == 0 {
-                return Err(Error::Setting { what, found: 0.0, possible: "1 or more" });
+                return Err(Error::setting(what, 0.0, "1 or more"));
             }
         }
         if sizes.context > d.positions {
@@ -268,29 +268,14 @@ impl Decoder {
         l.outside(Category::Head, product("logits", &[logits, B::Real::BYTES])?);
         decoder.base = base;
         let one = decoder.blocks.with_tokens(1);
-        let attention = decoder.attention(one.shape().heads);
-        let mut needs = one.shape().needs::<B>(rows, s.threads);
+        let attention = one.branches.0.cached_attention(sizes.context, decoder.lens);
+        let mut needs = one.needs::<B>(rows, s.threads);
         needs.fixed = needs.fixed.max(B::attention_scratch(&attention, rows, s.threads));
         let mut plan = decoder.base.clone();
         decoder.rows =
             decoder.stack(rows, 1, needs, LmHead::scratch(d.width, 1, rows), &mut plan)?;
         plan.cover(&decoder.alone::<B>(sizes.context)?.1);
         Ok((decoder, plan.checked()?))
-    }
-
-    /// Attention of one query over the cache.
-    fn attention(&self, heads: usize) -> Attention {
-        Attention {
-            heads,
-            head_dim: self.setup.dims.width / heads.max(1),
-            queries: 1,
-            keys: self.sizes.context,
-            mask: Mask::Full,
-            key_lens: self.lens,
-            dropout: 0.0,
-            temperature: Reals::EMPTY,
-            temperature_grad: Reals::EMPTY,
-        }
     }
 
     fn stack(
@@ -307,22 +292,18 @@ impl Decoder {
             per_sample: product("activations", &[tokens, self.setup.dims.width])?,
             blocks: self.setup.dims.layers,
             chunk: samples,
-            // The only mode that can run on the grid and in float.
-            mode: Mode::Bdia,
-            grid: Some(self.setup.grid.map_or_else(|| Grid::new(14), Ok)?),
-            gamma: Gamma::new(0.5, Sign::Plus)?,
-            verify: false,
             tail: Tail::Head,
             needs,
             ends_scratch: ends,
         };
-        Stack::layout(config, layout)
+        // The only machine that can run on the grid and in float.
+        Stack::layout(&config, &self.setup.mode.on_grid()?, layout)
     }
 
     /// The stack of one sample of some tokens.
     fn alone<B: Backend>(&self, tokens: usize) -> Result<(Stack, Layout)> {
         let mut layout = self.base.clone();
-        let needs = self.blocks.with_tokens(tokens).shape().needs::<B>(1, self.setup.threads);
+        let needs = self.blocks.with_tokens(tokens).needs::<B>(1, self.setup.threads);
         let stack = self.stack(
             1,
             tokens,
@@ -444,7 +425,7 @@ impl Decoder {
             tokens: text.len(),
             rows,
         };
-        let x = infer(be, &stack, &mut blocks, &mut input, 1, inference)?;
+        let x = inference.run(be, &stack, &mut blocks, &mut input, 1)?;
         let d = self.setup.dims.width;
         let found = self.head.logits(be, x.sub((text.len() - 1) * d, d), stack.scratch())?;
         be.read_reals(found, logits)
@@ -474,7 +455,7 @@ impl Decoder {
         let mut input = Places { decoder: self, positions: &positions };
         let mut blocks =
             Next { decoder: self, blocks: self.blocks.with_tokens(1), positions: &positions };
-        let x = infer(be, &self.rows, &mut blocks, &mut input, next.len(), inference)?;
+        let x = inference.run(be, &self.rows, &mut blocks, &mut input, next.len())?;
         self.head.logits(be, x, self.rows.scratch())?;
         Ok(())
     }
@@ -587,24 +568,10 @@ impl Decoding {
     }
 }
 
-fn infer<B: Backend>(
-    be: &mut B,
-    stack: &Stack,
-    blocks: &mut impl Blocks<B>,
-    input: &mut impl Input<B>,
-    samples: usize,
-    inference: Inference,
-) -> Result<Reals> {
-    match inference {
-        Inference::Float(gamma) => stack.infer(be, blocks, input, samples, gamma),
-        Inference::Quantized(gamma) => stack.infer_quantized(be, blocks, input, samples, gamma),
-    }
-}
-
 /// The blocks for a whole text, which leave its keys and values in the cache of some rows.
 struct Whole<'a> {
     decoder: &'a Decoder,
-    blocks: TransformerBlocks,
+    blocks: PreNorm,
     tokens: usize,
     rows: Range<usize>,
 }
@@ -612,7 +579,8 @@ struct Whole<'a> {
 impl<B: Backend> Blocks<B> for Whole<'_> {
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
         self.blocks.residual(be, call, h)?;
-        let (found, cache) = (self.blocks.keys_values(call), self.decoder.of_block(call.block));
+        let (found, cache) =
+            (self.blocks.keys_values::<B>(call), self.decoder.of_block(call.block));
         let width = 2 * self.decoder.setup.dims.width;
         let per = self.decoder.sizes.context * width;
         let first = cache.sub(self.rows.start * per, self.tokens * width);
@@ -640,7 +608,7 @@ impl<B: Backend> Blocks<B> for Whole<'_> {
 /// The blocks for one more token of every row.
 struct Next<'a> {
     decoder: &'a Decoder,
-    blocks: TransformerBlocks,
+    blocks: PreNorm,
     positions: &'a [usize],
 }
 
@@ -648,7 +616,8 @@ impl<B: Backend> Blocks<B> for Next<'_> {
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
         let Self { decoder, positions, .. } = *self;
         let of = decoder.of_block(call.block);
-        let cached = Cached { of, keys: decoder.sizes.context, positions, lens: decoder.lens };
+        let (keys, lens) = (decoder.sizes.context, decoder.lens);
+        let cached = Cached { of, keys, positions, lens, context: None };
         self.blocks.next(be, call, &cached, h)
     }
 
@@ -672,11 +641,11 @@ impl<B: Backend> Input<B> for Places<'_> {
         let Decoder { input, places, tokens, .. } = self.decoder;
         let d = input.width;
         for (row, &position) in self.positions.iter().enumerate() {
-            be.copy_reals(input.wpe.sub(position * d, d), places.sub(row * d, d))?;
+            be.copy_reals(input.wpe.value.sub(position * d, d), places.sub(row * d, d))?;
         }
         // As the tokens of one sample, each of which has its place.
         let one = Chunk { samples: 1, ..*chunk };
-        be.embed(&one, tokens.sub(0, self.positions.len()), input.wte, *places, d, x)
+        be.embed(&one, tokens.sub(0, self.positions.len()), input.wte.value, *places, d, x)
     }
 
     fn vjp(&mut self, _: &mut B, _: &Chunk, _: Reals, _: Reals) -> Result<()> {
@@ -684,5 +653,4 @@ impl<B: Backend> Input<B> for Places<'_> {
     }
 }
 
-const NO_TRAINING: Error =
-    Error::Setting { what: "decoding", found: f64::NAN, possible: "inference" };
+const NO_TRAINING: Error = Error::unfit("pass", "training", "inference, in a decoder");

@@ -5,69 +5,38 @@ use std::path::Path;
 use bdia_core::backend::Backend;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::config::Gpt2Config;
 use super::model::Gpt2;
-use crate::files::FileError;
-use crate::weights::{self, Sink, Weights, WeightsError};
+use crate::named;
+use crate::weights::{self, Weights, WeightsError};
 
 /// The name in a file: with `transformer.`, except `lm_head.weight`.
 fn full_name(name: &str) -> String {
     if name == "lm_head.weight" { name.to_string() } else { format!("transformer.{name}") }
 }
 
-/// [`weights::write()`] under the names of the files.
+/// Reads a model's weights, whatever their names' prefix, type and number of files. The result is a
+/// digest of what was read: the names and the values in f32, so that it does not depend on files,
+/// their type or how the model stores them.
 ///
 /// # Errors
-/// [`WeightsError`], and what `values` returns; an existing file is untouched then.
-pub fn write<E: From<WeightsError> + From<FileError>>(
-    path: &Path,
-    tensors: &[(String, Vec<usize>)],
-    values: impl FnMut(usize, &mut Sink<'_>) -> Result<(), E>,
-) -> Result<(), E> {
-    let named: Vec<_> =
-        tensors.iter().map(|(name, shape)| (full_name(name), shape.clone())).collect();
-    weights::write(path, &named, values)
-}
-
-/// Reads a model's weights, whatever their names' prefix, type and number of files.
-///
-/// # Errors
-/// Files that cannot be read, and every tensor that is missing, unexpected or of another shape.
+/// Files that cannot be read, every tensor that is missing, unexpected or of another shape, and a
+/// value that does not fit the 16 bits in which the model stores it.
 pub fn load_weights<B: Backend<Real = f32>>(
     dir: &Path,
-    config: &Gpt2Config,
-    be: &mut B,
-    model: &Gpt2,
-) -> Result<(), WeightsError> {
-    load_base(dir, config, be, model).map(drop)
-}
-
-/// The same, with a digest of what was read: the names and the values in f32, so that it does not
-/// depend on files, their type or how the model stores them.
-///
-/// # Errors
-/// As [`load_weights`], and a value that does not fit the 16 bits in which the model stores it.
-pub fn load_base<B: Backend<Real = f32>>(
-    dir: &Path,
-    config: &Gpt2Config,
     be: &mut B,
     model: &Gpt2,
 ) -> Result<String, WeightsError> {
     let weights = Weights::read_dir(dir)?;
-    weights.check(&config.tensors())?;
-    let (mut hash, mut bytes) = (Xxh3::new(), Vec::new());
-    for t in model.tensors() {
-        hash.update(t.name.as_bytes());
-        weights.stream::<WeightsError>(&t.name, |at, values| {
-            bytes.clear();
-            bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-            hash.update(&bytes);
-            if let Some(&value) = values.iter().find(|v| !t.holds(**v)) {
-                return Err(WeightsError::Narrow { name: t.name.clone(), value });
-            }
-            Ok(t.put(be, at, values)?)
-        })?;
-    }
+    let (mut hash, mut bytes, mut last) = (Xxh3::new(), Vec::new(), String::new());
+    named::read(&weights, &model.tensors(), be, |name, values| {
+        if last != name {
+            hash.update(name.as_bytes());
+            last = name.into();
+        }
+        bytes.clear();
+        bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        hash.update(&bytes);
+    })?;
     Ok(format!("xxh3:{:016x}", hash.digest()))
 }
 
@@ -80,18 +49,7 @@ pub fn save_weights<B: Backend<Real = f32>>(
     be: &B,
     model: &Gpt2,
 ) -> Result<(), WeightsError> {
-    let named = model.tensors();
-    let shapes: Vec<_> = named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
-    let mut piece = vec![0.0; 1 << 14];
-    write::<WeightsError>(&dir.join(weights::FILE), &shapes, |i, sink| {
-        let values = named[i].values;
-        for at in (0..values.len()).step_by(1 << 14) {
-            let piece = &mut piece[..(1 << 14).min(values.len() - at)];
-            be.read_reals(values.sub(at, piece.len()), piece)?;
-            sink.put(piece)?;
-        }
-        Ok(())
-    })
+    named::write(&dir.join(weights::FILE), &model.tensors(), be, full_name)
 }
 
 #[cfg(test)]

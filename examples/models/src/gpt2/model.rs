@@ -1,20 +1,22 @@
-//! GPT-2 assembled from the layers and the stack of `bdia-core`: where every buffer is, and one
-//! optimizer step.
+//! GPT-2 as a network: where every buffer is, and what one pass does.
 
 use bdia_core::Real;
-use bdia_core::arena::{Category, Ints, Layout, Reals, Words, product};
-use bdia_core::backend::{Backend, Chunk, Gelu, Half, Mask};
+use bdia_core::arena::{Category, Ints, Layout, Reals, product};
+use bdia_core::backend::{Backend, Gelu, Half, Mask};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BlockShape, LmHead, LoraShape, Params, Tensor, TokenEmbedding, TransformerBlocks, Updater,
+    BlockShape, Freeze, Gradients, LmHead, LoraShape, Params, PreNorm, Room, Scheme, Tensor,
+    TokenEmbedding,
 };
-use bdia_core::optim::{Rule, clip_scale};
+use bdia_core::network::{
+    self, Group, Loaded, Loss, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
+};
 use bdia_core::plan::Choice;
-use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Config as StackConfig, Mode, Pass, Stack, Tail};
-use bdia_core::update::{Gamma, Grid};
 
-use crate::network::Network;
+use crate::inference::{Inference, at_head};
+use crate::named::{self, Named};
+use crate::plan::Plan;
 
 /// The architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,6 +43,28 @@ pub struct Dims {
     pub dropout: [f64; 3],
 }
 
+impl Dims {
+    /// The shape of a block for samples of `tokens` tokens.
+    pub fn block(&self, tokens: usize) -> BlockShape {
+        BlockShape {
+            tokens,
+            width: self.width,
+            heads: self.heads,
+            inner: self.inner,
+            eps: self.eps,
+            gelu: self.gelu,
+            mask: Mask::Causal,
+            attention_dropout: self.dropout[1],
+            residual_dropout: self.dropout[2],
+            hidden_dropout: 0.0,
+            qkv_bias: true,
+            temperature: false,
+            // Residual projections begin smaller, the more there are.
+            init: Scheme::Gpt2 { projections: 0.02 / (2.0 * self.layers as f64).sqrt() },
+        }
+    }
+}
+
 /// What is trained in place of the model's own parameters, which stay as they are.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adapters {
@@ -62,56 +86,21 @@ pub struct Setup {
     pub accumulate: usize,
     /// Tokens of a sample.
     pub context: usize,
-    /// Mode of the stack.
+    /// How activations are kept.
     pub mode: Mode,
-    /// The grid, if the mode has one.
-    pub grid: Option<Grid>,
-    /// γ.
-    pub gamma: Gamma,
-    /// The optimizer; `None` for inference.
-    pub rule: Option<Rule>,
+    /// How gradients are kept, and the optimizer.
+    pub gradients: Gradients,
     /// Adapters, where those are trained.
     pub adapters: Option<Adapters>,
-    /// Update blocks as they are finished. Without it gradients add up over micro-batches and can
-    /// be clipped.
-    pub fused: bool,
-    /// Keep originals and count differences.
-    pub verify: bool,
+    /// Label smoothing.
+    pub smoothing: f64,
     /// Threads of the backend.
     pub threads: usize,
     /// Bytes that the libraries below the backend allocate for themselves, at most.
     pub library: usize,
 }
 
-/// What an optimizer step needs to know.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Step {
-    /// Number of the step, from 0.
-    pub step: u32,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Learning rate.
-    pub lr: f64,
-    /// Decoupled weight decay of matrices.
-    pub weight_decay: f64,
-    /// Largest norm of the gradient; 0 for no clipping. Needs full gradients.
-    pub clip: f64,
-}
-
-/// What an optimizer step gives.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Outcome {
-    /// Mean loss over the unmasked targets.
-    pub loss: f64,
-    /// Norm of the whole gradient, before clipping.
-    pub grad_norm: f64,
-    /// Elements in which rebuilt activations differed (with `verify`).
-    pub mismatches: u64,
-    /// Largest error of rebuilding (mode `bdia-float` with `verify`).
-    pub rebuild_error: f64,
-}
-
-/// Most parameter tensors outside the blocks: `wte`, `wpe`, `ln_f.weight`, `ln_f.bias`, `lm_head`.
+/// Parameter tensors outside the blocks: embedding (2), norm (2), `lm_head`.
 const ENDS: usize = 5;
 
 /// A GPT-2 laid out in the arenas of a backend.
@@ -120,101 +109,22 @@ pub struct Gpt2 {
     setup: Setup,
     /// The layout of what stays: parameters, gradients, optimizer state. Decoding has a layout of
     /// its own behind it.
-    pub(super) base: Layout,
-    /// The reversible stack.
+    pub(crate) base: Layout,
+    /// The stack.
     pub stack: Stack,
     /// The blocks.
-    pub blocks: TransformerBlocks,
+    pub blocks: PreNorm,
     /// Embedding.
     pub input: TokenEmbedding,
     /// Final norm, logits and loss.
     pub head: LmHead,
     ends: Params,
-    end_tensors: [Tensor; ENDS],
-    tokens: Ints,
-    targets: Ints,
-    /// One for each target of each micro-batch.
-    losses: Reals,
+    outside: [Tensor; ENDS],
     /// Tokens and targets of a batch on the host.
     staging: [Vec<i32>; 2],
 }
 
-/// A parameter tensor by its Hugging Face name (without `transformer.`).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Named {
-    /// The name.
-    pub name: String,
-    /// The shape: one or two dimensions.
-    pub shape: Vec<usize>,
-    /// The values; empty where they are stored in 16 bits.
-    pub values: Reals,
-    /// The values that are stored in 16 bits.
-    pub narrow: Option<(Half, Words)>,
-    /// Their gradient; with fused updates the buffer that all blocks use.
-    pub gradient: Reals,
-    /// The optimizer's state.
-    pub state: [Reals; 2],
-}
-
-impl Named {
-    /// Number of values.
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Whether there is no value.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Whether a finite value stays finite as the tensor is stored.
-    pub fn holds(&self, x: f32) -> bool {
-        self.narrow.is_none_or(|(half, _)| half.value(rounded(half, x)).is_finite())
-    }
-
-    /// Writes values from index `at` on, an even one, as the tensor is stored: rounded to nearest
-    /// where that is in 16 bits (see [`holds`](Self::holds)).
-    ///
-    /// # Errors
-    /// Those of the backend.
-    pub fn put<B: Backend>(&self, be: &mut B, at: usize, values: &[B::Real]) -> Result<()> {
-        let Some((half, words)) = self.narrow else {
-            return be.write_reals(self.values.sub(at, values.len()), values);
-        };
-        let bits = |x: B::Real| rounded(half, x.wide() as f32);
-        let mut piece = [0; 256];
-        for (i, values) in values.chunks(2 * piece.len()).enumerate() {
-            let piece = &mut piece[..values.len().div_ceil(2)];
-            for (word, pair) in piece.iter_mut().zip(values.chunks(2)) {
-                *word = bits(pair[0]) | pair.get(1).map_or(0, |&x| bits(x) << 16);
-            }
-            be.write_words(words.sub(at / 2 + i * 256, piece.len()), piece)?;
-        }
-        Ok(())
-    }
-}
-
-/// The nearest value of 16 bits.
-fn rounded(half: Half, x: f32) -> u32 {
-    u32::from(match half {
-        Half::Bf16 => half::bf16::from_f32(x).to_bits(),
-        Half::F16 => half::f16::from_f32(x).to_bits(),
-    })
-}
-
-/// A tensor of group `k` that is stored as reals.
-fn named(name: String, params: &Params, k: usize, t: &Tensor) -> Named {
-    Named {
-        name,
-        shape: if t.matrix { vec![t.rows, t.cols] } else { vec![t.cols] },
-        values: t.of(params.group(k)),
-        narrow: None,
-        gradient: t.of(params.gradient(k)),
-        state: params.state(k, t),
-    }
-}
-
-impl Network for Gpt2 {
+impl Plan for Gpt2 {
     type Setup = Setup;
 
     fn lay_out<B: Backend>(setup: &Setup, choice: Choice) -> Result<(Self, Layout)> {
@@ -225,8 +135,8 @@ impl Network for Gpt2 {
         [setup.batch, setup.context]
     }
 
-    fn exchanged(&self) -> Vec<usize> {
-        self.exchanged().into()
+    fn exchanged(&self) -> usize {
+        exchanged(|each| self.groups(each))
     }
 }
 
@@ -238,63 +148,36 @@ impl Gpt2 {
     pub fn layout<B: Backend>(setup: &Setup, choice: Choice) -> Result<(Self, Layout)> {
         let (d, mut layout) = (&setup.dims, Layout::new(B::Real::BYTES));
         let l = &mut layout;
-        let positive =
-            |what, n: usize| if n == 0 { Err(setting(what, 0.0, "1 or more")) } else { Ok(n) };
-        positive("vocabulary", d.vocab)?;
-        positive("context", setup.context)?;
+        for (what, n) in [("vocabulary", d.vocab), ("context", setup.context)] {
+            if n == 0 {
+                return Err(Error::setting(what, 0.0, "1 or more"));
+            }
+        }
         if setup.context > d.positions {
-            return Err(Error::Shape {
-                what: "context (longest)",
-                expected: d.positions,
-                found: setup.context,
-            });
+            let (what, expected) = ("context (longest)", d.positions);
+            return Err(Error::Shape { what, expected, found: setup.context });
         }
         if !(0.0..1.0).contains(&d.dropout[0]) {
-            return Err(setting("embedding dropout", d.dropout[0], "0 up to, not including, 1"));
+            let possible = "0 up to, not including, 1";
+            return Err(Error::setting("embedding dropout", d.dropout[0], possible));
         }
-        let shape = BlockShape {
-            tokens: setup.context,
-            width: d.width,
-            heads: d.heads,
-            inner: d.inner,
-            eps: d.eps,
-            gelu: d.gelu,
-            mask: Mask::Causal,
-            attention_dropout: d.dropout[1],
-            residual_dropout: d.dropout[2],
-            hidden_dropout: 0.0,
-            qkv_bias: true,
-            temperature: false,
-        };
-        shape.check()?;
         product("parameters", &[d.vocab.max(d.positions), d.width])?;
 
-        let (end_tensors, len) = end_tensors(d);
-        let count = if d.tied { ENDS - 1 } else { ENDS };
-        let (blocks, ends) = match setup.adapters {
-            Some(Adapters { shape: lora, half }) => (
-                TransformerBlocks::layout_frozen(
-                    shape,
-                    d.layers,
-                    half,
-                    lora,
-                    setup.rule,
-                    setup.fused,
-                    l,
-                )?,
-                Params::layout_frozen(l, 1, len)?,
-            ),
-            None => (
-                TransformerBlocks::layout(shape, d.layers, setup.rule, setup.fused, l)?,
-                Params::layout(l, 1, len, count, setup.rule, true)?,
-            ),
-        };
+        let freeze = setup.adapters.map_or(Freeze::Nothing, |a| Freeze::All(a.half));
+        let lora = setup.adapters.map(|a| a.shape);
+        let shape = d.block(setup.context);
+        let blocks = PreNorm::layout(&shape, d.layers, lora, freeze, setup.gradients, l)?;
+        // What is outside the blocks is never in 16 bits.
+        let freeze = setup.adapters.map_or(Freeze::Nothing, |_| Freeze::All(None));
+        let mut tensors = Self::outside(d);
+        let there = if d.tied { ENDS - 1 } else { ENDS };
+        let room = Room::NONE.place(&mut tensors[..there], freeze);
+        let ends = Params::layout(1, room, freeze, setup.gradients.full(), l)?;
         l.outside(Category::Library, setup.library);
         let base = l.clone();
 
         let rows = product("tokens of a batch", &[setup.batch, setup.context])?;
-        let tokens = l.ints(Category::Head, rows);
-        let targets = l.ints(Category::Head, rows);
+        let (tokens, targets) = (l.ints(Category::Head, rows), l.ints(Category::Head, rows));
         // The staging buffers on the host.
         l.outside(Category::Head, product("tokens of a batch", &[rows, 2, size_of::<i32>()])?);
         let losses = l.reals(Category::Head, product("losses", &[rows, setup.accumulate])?);
@@ -307,27 +190,19 @@ impl Gpt2 {
             per_sample: product("activations", &[setup.context, d.width])?,
             blocks: d.layers,
             chunk,
-            mode: setup.mode,
-            grid: setup.grid,
-            gamma: setup.gamma,
-            verify: setup.verify,
             tail: Tail::Head,
             needs: blocks.needs::<B>(chunk, setup.threads),
             ends_scratch: LmHead::scratch(d.width, setup.context, chunk),
         };
-        let stack = Stack::layout(config, l)?;
+        let stack = Stack::layout(&config, &setup.mode, l)?;
 
-        let (p, g) = (ends.group(0), ends.gradient(0));
-        let [wte, wpe, norm, norm_bias, lm_head] = end_tensors;
-        let output = if d.tied { wte } else { lm_head };
+        let [wte, wpe, norm, norm_bias, lm_head] = tensors.map(|t| ends.parameter(0, &t));
         let input = TokenEmbedding {
             width: d.width,
             per_sample: setup.context,
             tokens,
-            wte: wte.of(p),
-            wpe: wpe.of(p),
-            dwte: wte.of(g),
-            dwpe: wpe.of(g),
+            wte,
+            wpe,
             dropout: d.dropout[0],
         };
         let head = LmHead {
@@ -335,15 +210,14 @@ impl Gpt2 {
             per_sample: setup.context,
             vocab: d.vocab,
             eps: d.eps,
-            norm: norm.of(p),
-            norm_bias: norm_bias.of(p),
-            weight: output.of(p),
-            grads: [norm.of(g), norm_bias.of(g), output.of(g)],
+            norm: [norm, norm_bias],
+            weight: if d.tied { wte } else { lm_head },
             targets,
-            losses: losses.sub(0, rows),
+            losses,
+            micro_batch: 0,
             logits,
             scale: 1.0,
-            smoothing: 0.0,
+            smoothing: setup.smoothing,
         };
         let model = Self {
             setup: *setup,
@@ -353,13 +227,23 @@ impl Gpt2 {
             input,
             head,
             ends,
-            end_tensors,
-            tokens,
-            targets,
-            losses,
+            outside: tensors,
             staging: [Vec::new(), Vec::new()],
         };
         Ok((model, layout))
+    }
+
+    const fn outside(d: &Dims) -> [Tensor; ENDS] {
+        let [wte, wpe] = TokenEmbedding::tensors(d.vocab, d.positions, d.width, 0.02);
+        let [norm, norm_bias, lm_head] = LmHead::tensors(d.vocab, d.width, d.tied);
+        [wte, wpe, norm, norm_bias, lm_head]
+    }
+
+    fn groups(&self, each: &mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()> {
+        let (params, tensors) = (&self.blocks.params, &self.blocks);
+        each(&Group { params, tensors, of: Owner::Blocks })?;
+        let of = Owner::Ends(Site::Embedding);
+        each(&Group { params: &self.ends, tensors: &self.ends(), of })
     }
 
     /// The setup.
@@ -368,52 +252,38 @@ impl Gpt2 {
     }
 
     fn ends(&self) -> &[Tensor] {
-        &self.end_tensors[..if self.setup.dims.tied { ENDS - 1 } else { ENDS }]
+        &self.outside[..if self.setup.dims.tied { ENDS - 1 } else { ENDS }]
     }
 
-    fn trained_ends(&self) -> &[Tensor] {
-        if self.setup.adapters.is_some() { &[] } else { self.ends() }
+    /// All tensors, in the order of the file: embedding, blocks, norm, logits.
+    fn all(&self) -> Vec<Named> {
+        let d = &self.setup.dims;
+        let (first, last) = self.ends().split_at(2);
+        let end = |t: &Tensor| Named::new(t.name.into(), &self.ends, 0, t);
+        let blocks = (0..d.layers).flat_map(|k| {
+            named::of_block(&self.blocks, k)
+                .into_iter()
+                .map(|(params, k, t)| Named::new(format!("h.{k}.{}", t.name), params, k, &t))
+        });
+        first.iter().map(end).chain(blocks).chain(last.iter().map(end)).collect()
     }
 
-    /// All tensors of the model, in the order of the file; adapters are not among them.
+    /// All tensors of the model, in the order of the file; adapters are not among them. Names are
+    /// Hugging Face's, without `transformer.`.
     pub fn tensors(&self) -> Vec<Named> {
-        let mut list = Vec::new();
-        let mut push = |prefix: &str, params: &Params, group: usize, tensors: &[Tensor]| {
-            for t in tensors.iter().filter(|t| !t.is_empty()) {
-                let narrow = self.blocks.narrow.filter(|_| t.matrix && !prefix.is_empty());
-                list.push(Named {
-                    narrow: narrow.map(|n| (n.half, n.of(group, t))),
-                    values: if narrow.is_some() { Reals::EMPTY } else { t.of(params.group(group)) },
-                    ..named(format!("{prefix}{}", t.name), params, group, t)
-                });
-            }
-        };
-        push("", &self.ends, 0, &self.ends()[..2]);
-        for k in 0..self.setup.dims.layers {
-            push(&format!("h.{k}."), &self.blocks.params, k, self.blocks.tensors());
-        }
-        push("", &self.ends, 0, &self.ends()[2..]);
-        list
+        self.all().into_iter().filter(|t| !t.name.contains(".lora_")).collect()
     }
 
     /// The tensors that are trained: all, or the adapters (`h.N.attn.c_attn.lora_A` and `lora_B`,
     /// `[2r, d]` both).
     pub fn trained(&self) -> Vec<Named> {
-        let Some(lora) = &self.blocks.lora else { return self.tensors() };
-        (0..self.setup.dims.layers)
-            .flat_map(|k| {
-                lora.tensors().iter().map(move |t| {
-                    named(format!("h.{k}.attn.c_attn.{}", t.name), &lora.params, k, t)
-                })
-            })
-            .collect()
+        let adapters = self.setup.adapters.is_some();
+        self.all().into_iter().filter(|t| t.name.contains(".lora_") == adapters).collect()
     }
 
     /// All tensors of a checkpoint, in order: what is trained, then the optimizer's state.
     pub fn saved(&self) -> Vec<Reals> {
-        let named = self.trained();
-        let states = named.iter().flat_map(|t| t.state).filter(|s| !s.is_empty());
-        named.iter().map(|t| t.values).chain(states).collect()
+        named::saved(&self.trained())
     }
 
     /// Number of the model's parameters, without adapters.
@@ -427,73 +297,15 @@ impl Gpt2 {
     /// # Errors
     /// Those of writing.
     pub fn initialize_adapters<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
-        let bound = 1.0 / (self.setup.dims.width as f64).sqrt();
-        for (i, t) in self.trained().iter().enumerate() {
-            for state in t.state {
-                be.fill_reals(state, B::Real::of(0.0))?;
-            }
-            let s = Stream::new(seed, i as u32, 0, 1, 0, Draw::Init);
-            let uniform = |e: usize| f64::from(s.word(e as u32)) / f64::from(1_u32 << 31) - 1.0;
-            let start =
-                |e: usize| if t.name.ends_with("lora_A") { bound * uniform(e) } else { 0.0 };
-            let values: Vec<_> = (0..t.values.len()).map(|e| B::Real::of(start(e))).collect();
-            be.write_reals(t.values, &values)?;
-        }
-        Ok(())
+        named::initialize(be, &self.trained(), seed, self.setup.threads)
     }
 
-    /// Lengths of the groups of gradients that are on their way between ranks at the same time: one
-    /// block, or as much of the embedding as is worth a message.
-    pub fn exchanged(&self) -> [usize; 1] {
-        [self.blocks.trained().0.group_len().max(self.ends.group_len().min(1 << 18))]
-    }
-
-    /// GPT-2's initialization: normal with σ = 0.02, residual projections σ = 0.02/√(2K), biases 0,
-    /// norms 1; optimizer state 0.
+    /// GPT-2's initial values; optimizer state 0.
     ///
     /// # Errors
     /// Those of writing.
     pub fn initialize<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
-        let projections = 0.02 / (2.0 * self.setup.dims.layers as f64).sqrt();
-        let mut piece = Vec::new();
-        for (i, t) in self.tensors().iter().enumerate() {
-            for state in t.state {
-                be.fill_reals(state, B::Real::of(0.0))?;
-            }
-            if t.shape.len() == 1 {
-                let one = t.name.ends_with("weight");
-                be.fill_reals(t.values, B::Real::of(f64::from(u8::from(one))))?;
-                continue;
-            }
-            let sigma = if t.name.ends_with("c_proj.weight") { projections } else { 0.02 };
-            // The tensor's index in the file is its place in the random stream; rows are samples of
-            // it, so threads share them out.
-            let (rows, cols, threads) = (t.shape[0], t.shape[1], self.setup.threads.max(1));
-            let share = (1_usize << 14).div_ceil(cols.max(1)).next_multiple_of(2);
-            let draw = |first: usize, values: &mut [B::Real]| {
-                for (row, line) in values.chunks_mut(cols).enumerate() {
-                    let s = Stream::new(seed, i as u32, (first + row) as u32, 0, 0, Draw::Init);
-                    line.iter_mut()
-                        .zip(0..)
-                        .for_each(|(x, e)| *x = B::Real::of(sigma * s.normal(e)));
-                }
-            };
-            for first in (0..rows).step_by(share * threads) {
-                piece.resize((share * threads).min(rows - first) * cols, B::Real::of(0.0));
-                if threads == 1 {
-                    draw(first, &mut piece);
-                } else {
-                    std::thread::scope(|scope| {
-                        for (part, values) in piece.chunks_mut((share * cols).max(1)).enumerate() {
-                            let draw = &draw;
-                            scope.spawn(move || draw(first + part * share, values));
-                        }
-                    });
-                }
-                t.put(be, first * cols, &piece)?;
-            }
-        }
-        Ok(())
+        named::initialize(be, &self.tensors(), seed, self.setup.threads)
     }
 
     /// One optimizer step. `fill` writes tokens and targets of micro-batch `i` (`[batch, context]`
@@ -501,123 +313,26 @@ impl Gpt2 {
     /// outcome is that of all ranks.
     ///
     /// # Errors
-    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What
-    /// `fill` returns.
+    /// Those of [`network::step`]; what `fill` returns.
     pub fn train<B: Backend, E: From<Error>>(
         &mut self,
         be: &mut B,
         step: &Step,
         mut fill: impl FnMut(usize, &mut [i32], &mut [i32]) -> core::result::Result<(), E>,
     ) -> core::result::Result<Outcome, E> {
-        let Some(rule) = self.setup.rule else {
-            return Err(setting("optimizer", f64::NAN, "one, to train").into());
-        };
         self.prepare();
-        // A fault that an abandoned step left behind is not this one's.
-        be.clear_fault()?;
-        let micro_batches = self.setup.accumulate;
-        if self.setup.fused && (micro_batches != 1 || step.clip > 0.0) {
-            return Err(setting(
-                "accumulate or clip",
-                f64::NAN,
-                "full gradient buffers (fused = false)",
-            )
-            .into());
-        }
-        let fused = self.setup.fused;
-        let updater = Updater {
-            rule,
-            weight_decay: step.weight_decay,
-            lr: step.lr,
-            t: step.step + 1,
-            scale: 1.0,
-            fused,
-        };
-        self.blocks.updater = updater;
-        self.blocks.trained().0.zero_gradients(be)?;
-        self.ends.zero_gradients(be)?;
-
-        // The loss is the mean over the unmasked targets of the whole step, so they are counted
-        // first.
-        let mut unmasked = 0_usize;
-        for i in 0..micro_batches {
-            let [tokens, targets] = &mut self.staging;
-            fill(i, tokens, targets)?;
-            unmasked += targets.iter().filter(|&&t| t >= 0).count();
-        }
         let (rank, ranks) = (be.rank(), be.ranks());
-        let own = [unmasked as f64, 0.0, 0.0, 0.0];
-        let mut unmasked = 0.0_f64;
-        be.gather(own, &mut |[n, ..]| unmasked += n)?;
-        self.head.scale = 1.0 / unmasked.max(1.0);
-
-        let (mut mismatches, mut rebuild_error) = (0, 0.0_f64);
-        for i in 0..micro_batches {
-            let [tokens, targets] = &mut self.staging;
-            if micro_batches > 1 {
-                fill(i, tokens, targets)?;
-            }
-            be.write_ints(self.tokens, tokens)?;
-            be.write_ints(self.targets, targets)?;
-            // Each micro-batch has its own, so that nothing waits to read them.
-            self.head.losses = self.losses.sub(i * self.tokens.len(), self.tokens.len());
-            let first = (i * ranks + rank) * self.setup.batch;
-            let pass = Pass { seed: step.seed, step: step.step, global: first as u32 };
-            self.blocks.finishes = i + 1 == micro_batches;
-            self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
-            mismatches += self.stack.mismatches(be)?;
-            rebuild_error = rebuild_error.max(self.stack.rebuild_error());
-        }
-
-        let [piece] = self.exchanged();
-        let (params, tensors) = self.blocks.trained();
-        params.settle(be, &updater, Site::Block(0), tensors)?;
-        if !fused {
-            for k in 0..self.setup.dims.layers {
-                params.measure(be, Site::Block(k), k, tensors)?;
-            }
-        }
-        self.ends.sum_over_ranks(be, piece)?;
-        self.ends.measure(be, Site::Embedding, 0, self.trained_ends())?;
-        // What was measured cannot go wrong in the update, so the host waits once: for the norm
-        // that clipping needs, or when the step is done.
-        let early = if fused { None } else { Some(self.result(be)?) };
-        let updater = Updater {
-            scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)),
-            ..updater
-        };
-        if !fused {
-            for k in 0..self.setup.dims.layers {
-                params.update(be, &updater, k, tensors)?;
-            }
-        }
-        self.ends.update(be, &updater, 0, self.trained_ends())?;
-        let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
-        let mut outcome = Outcome { loss: 0.0, grad_norm, mismatches: 0, rebuild_error: 0.0 };
-        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[
-            loss,
-            mismatches,
-            error,
-            _,
-        ]| {
-            outcome.loss += loss;
-            outcome.mismatches += mismatches as u64;
-            outcome.rebuild_error = outcome.rebuild_error.max(error);
-        })?;
-        outcome.loss /= unmasked.max(1.0);
-        Ok(outcome)
-    }
-
-    /// What a step reads: the sum of its losses and the norm of its gradients.
-    fn result<B: Backend>(&self, be: &mut B) -> Result<(f64, f64)> {
-        if let Some(fault) = be.take_fault()? {
-            return Err(fault.into());
-        }
-        let (mut loss, rows) = (0.0, self.tokens.len());
-        for i in 0..self.setup.accumulate {
-            loss += sum(be, self.losses.sub(i * rows, rows))?;
-        }
-        Ok((loss, (sum(be, self.blocks.trained().0.norms)? + sum(be, self.ends.norms)?).sqrt()))
+        network::step(self, be, step, |net, be, i| {
+            let [tokens, targets] = &mut net.staging;
+            fill(i, tokens, targets)?;
+            be.write_ints(net.input.tokens, tokens)?;
+            be.write_ints(net.head.targets, targets)?;
+            Ok(Loaded {
+                first: ((i * ranks + rank) * net.setup.batch) as u32,
+                targets: targets.iter().filter(|&&t| t >= 0).count(),
+                items: tokens.len(),
+            })
+        })
     }
 
     /// Makes the staging buffers, so that a step allocates nothing.
@@ -644,14 +359,14 @@ impl Gpt2 {
         be.clear_fault()?;
         let samples = tokens.len() / self.setup.context;
         let n = samples * self.setup.context;
-        be.write_ints(self.targets.sub(0, n), targets)?;
+        be.write_ints(self.head.targets.sub(0, n), targets)?;
         let x = self.run(be, tokens, samples, inference)?;
-        let chunk = evaluation_chunk(samples);
-        self.head.loss(be, &chunk, x, self.stack.scratch())?;
+        self.head.loss(be, &at_head(0, samples), x, self.stack.scratch())?;
         if let Some(fault) = be.take_fault()? {
             return Err(fault.into());
         }
-        Ok((sum(be, self.head.losses.sub(0, n))?, targets.iter().filter(|&&t| t >= 0).count()))
+        let loss = sum(be, self.head.losses.sub(0, n))?;
+        Ok((loss, targets.iter().filter(|&&t| t >= 0).count()))
     }
 
     fn run<B: Backend>(
@@ -661,14 +376,8 @@ impl Gpt2 {
         samples: usize,
         inference: Inference,
     ) -> Result<Reals> {
-        be.write_ints(self.tokens.sub(0, tokens.len()), tokens)?;
-        let (blocks, input) = (&mut self.blocks, &mut self.input);
-        match inference {
-            Inference::Float(gamma) => self.stack.infer(be, blocks, input, samples, gamma),
-            Inference::Quantized(gamma) => {
-                self.stack.infer_quantized(be, blocks, input, samples, gamma)
-            }
-        }
+        be.write_ints(self.input.tokens.sub(0, tokens.len()), tokens)?;
+        inference.run(be, &self.stack, &mut self.blocks, &mut self.input, samples)
     }
 
     /// Logits of the tokens at `positions` of one sample; `tokens` may be shorter than the context.
@@ -682,12 +391,10 @@ impl Gpt2 {
         positions: core::ops::Range<usize>,
         inference: Inference,
     ) -> Result<Vec<B::Real>> {
-        if tokens.is_empty() || tokens.len() > self.setup.context || positions.end > tokens.len() {
-            return Err(Error::Shape {
-                what: "tokens (at most)",
-                expected: self.setup.context,
-                found: tokens.len(),
-            });
+        let expected = self.setup.context;
+        if tokens.is_empty() || tokens.len() > expected || positions.end > tokens.len() {
+            let (what, found) = ("tokens (at most)", tokens.len());
+            return Err(Error::Shape { what, expected, found });
         }
         // Attention is causal: what follows the last token changes nothing before it.
         let mut padded = tokens.to_vec();
@@ -698,7 +405,8 @@ impl Gpt2 {
         let mut all = vec![B::Real::of(0.0); positions.len() * vocab];
         for (i, out) in all.chunks_mut(at_once * vocab).enumerate() {
             let (first, rows) = (positions.start + i * at_once, out.len() / vocab);
-            let logits = self.head.logits(be, x.sub(first * d, rows * d), self.stack.scratch())?;
+            let x = x.sub(first * d, rows * d);
+            let logits = self.head.logits(be, x, self.stack.scratch())?;
             be.read_reals(logits, out)?;
         }
         if let Some(fault) = be.take_fault()? {
@@ -706,46 +414,37 @@ impl Gpt2 {
         }
         Ok(all)
     }
-}
 
-/// Which network is run at inference.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Inference {
-    /// In float, with a constant γ; 0 is the standard transformer.
-    Float(Gamma),
-    /// On the grid (mode `bdia`), with a constant γ.
-    Quantized(Gamma),
-}
-
-/// The sum of some values, from the first to the last in `f64`, piece by piece through the stack.
-fn sum<B: Backend>(be: &B, values: Reals) -> Result<f64> {
-    let (mut total, mut piece) = (0.0, [B::Real::of(0.0); 256]);
-    for at in (0..values.len()).step_by(piece.len()) {
-        let piece = &mut piece[..256.min(values.len() - at)];
-        be.read_reals(values.sub(at, piece.len()), piece)?;
-        total = piece.iter().fold(total, |t, x| t + x.wide());
+    /// The places of a batch's tokens.
+    pub const fn tokens(&self) -> Ints {
+        self.input.tokens
     }
-    Ok(total)
 }
 
-fn evaluation_chunk(samples: usize) -> Chunk {
-    Chunk { seed: 0, step: 0, stack: 0, site: Site::Head, first: 0, samples, global: 0, frame: 0 }
-}
+impl<B: Backend> Network<B> for Gpt2 {
+    fn groups(&self, each: &mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()> {
+        self.groups(each)
+    }
 
-fn setting(what: &'static str, found: f64, possible: &'static str) -> Error {
-    Error::Setting { what, found, possible }
-}
+    fn trained(&self) -> usize {
+        self.base.trained()
+    }
 
-/// The tensors outside the blocks, and the length of their group.
-fn end_tensors(d: &Dims) -> ([Tensor; ENDS], usize) {
-    let t = |name, rows, cols, matrix| Tensor { name, rows, cols, matrix, offset: 0 };
-    let mut tensors = [
-        t("wte.weight", d.vocab, d.width, true),
-        t("wpe.weight", d.positions, d.width, true),
-        t("ln_f.weight", 1, d.width, false),
-        t("ln_f.bias", 1, d.width, false),
-        t("lm_head.weight", if d.tied { 0 } else { d.vocab }, d.width, true),
-    ];
-    let len = bdia_core::layers::place(&mut tensors);
-    (tensors, len)
+    fn micro_batches(&self) -> usize {
+        self.setup.accumulate
+    }
+
+    fn pass(&mut self, be: &mut B, pass: &Pass, micro: &Micro) -> Result<()> {
+        Loss::<B>::begin(&mut self.head, micro);
+        self.blocks.begin(micro.updater, micro.last);
+        self.stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, pass)
+    }
+
+    fn loss(&self, be: &B) -> Result<f64> {
+        Loss::<B>::loss(&self.head, be, self.setup.accumulate)
+    }
+
+    fn rebuilt(&self, be: &B) -> Result<Rebuilt> {
+        Rebuilt::of(be, &self.stack)
+    }
 }

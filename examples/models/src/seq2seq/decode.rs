@@ -4,17 +4,18 @@
 //! and values of the tokens so far, so that a token costs the same wherever it is. The hypotheses
 //! of a sentence are rows one after the other.
 
+use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
-use bdia_core::backend::{Backend, Chunk};
-use bdia_core::error::{Error, Result, Site};
+use bdia_core::backend::Backend;
+use bdia_core::error::{Error, Result};
 use bdia_core::layers::{
-    Cached, DecoderBlocks, EncoderOutput, LmHead, TokenEmbedding, TransformerBlocks,
+    Cached, CachedContext, Decoder as Blocks, EncoderOutput, LmHead, PreNorm, TokenEmbedding,
 };
-use bdia_core::stack::{Call, Config as StackConfig, Context, Mode, Stack, Tail};
-use bdia_core::{Gamma, Grid, Real, Sign, Words};
+use bdia_core::stack::{self, Call, Config as StackConfig, Context, Stack, Tail};
 
-use super::model::{Inference, Shape, Translator, infer};
+use super::model::{Shape, Translator};
 use super::vocab::{BEGIN, END, PAD};
+use crate::inference::Inference;
 use crate::search::{self, Length, Stop};
 
 /// How translations are searched.
@@ -43,12 +44,15 @@ pub struct Sizes {
 /// The arenas behind the parameters, laid out for translating.
 #[derive(Debug, Clone, Copy)]
 struct Decoder {
+    /// The encoder's, over whole sentences.
     stack: Stack,
-    encoder: TransformerBlocks,
-    blocks: DecoderBlocks,
+    encoder: PreNorm,
     input: TokenEmbedding,
-    target: TokenEmbedding,
     output: EncoderOutput,
+    /// The decoder's, over one token of every row.
+    rows: Stack,
+    blocks: Blocks,
+    target: TokenEmbedding,
     head: LmHead,
     /// One length for each row.
     lens: Ints,
@@ -58,13 +62,6 @@ struct Decoder {
     cache: Reals,
     /// As large as one block's cache, to change the order of rows.
     spare: Reals,
-    /// `[rows, d]` each.
-    x: Reals,
-    h: Reals,
-    /// `[rows, d]` on the grid.
-    ints: Ints,
-    frame: Reals,
-    scratch: Reals,
 }
 
 impl Translator {
@@ -83,40 +80,39 @@ impl Translator {
         let rows = product("hypotheses", &[n, sizes.beams])?;
         let mut encoder = self.encoder.with_tokens(source);
         let mut blocks = self.decoder.with_tokens(1, source);
-        let config = StackConfig {
-            id: 0,
-            batch: n,
-            per_sample: product("activations", &[source, d.width])?,
-            blocks: d.layers[0],
-            chunk: n,
-            // The only mode that can run on the grid and in float.
-            mode: Mode::Bdia,
-            grid: Some(s.grid.map_or_else(|| Grid::new(14), Ok)?),
-            gamma: Gamma::new(0.5, Sign::Plus)?,
-            verify: false,
-            tail: Tail::Head,
-            needs: encoder.shape().needs::<B>(n, s.threads),
-            ends_scratch: 0,
+        let config = |id: u8, samples, tokens, needs, ends_scratch| {
+            Ok::<_, Error>(StackConfig {
+                id,
+                batch: samples,
+                per_sample: product("activations", &[tokens, d.width])?,
+                blocks: d.layers[usize::from(id)],
+                chunk: samples,
+                tail: Tail::Head,
+                needs,
+                ends_scratch,
+            })
         };
-        let stack = Stack::layout(config, l)?;
+        // The only machine that can run on the grid and in float.
+        let mode = s.mode.on_grid()?;
+        let stack =
+            Stack::layout(&config(0, n, source, encoder.needs::<B>(n, s.threads), 0)?, &mode, l)?;
         let one = Shape { samples: rows, source, target: 1, chunk: rows };
         let input = self.embedding(0, &Shape { samples: n, ..one }, l);
         let target_input = self.embedding(1, &one, l);
         let lens = l.ints(Category::Head, rows);
         let source_lens = l.ints(Category::Head, n);
-        (encoder.key_lens, blocks.context_lens) = (source_lens, source_lens);
-        let needs = blocks.needs::<B>(rows, s.threads);
+        encoder.branches.0.key_lens = source_lens;
+        blocks.branches.1.context_lens = source_lens;
+        let mut needs = blocks.needs::<B>(rows, s.threads);
         // Attention over the cache, and of hypotheses over a source.
-        let keys = bdia_core::backend::Attention { keys: target, ..blocks.attention(1) };
-        let scratch = B::attention_scratch(&keys, rows, s.threads)
-            .max(B::attention_scratch(&blocks.attention(sizes.beams), n, s.threads))
-            .max(needs.fixed);
-        let scratch = product("scratch", &[rows, needs.scratch])?
-            .checked_add(scratch)
-            .ok_or(Error::TooLarge("scratch"))?
-            .max(LmHead::scratch(d.width, 1, rows));
+        let own = blocks.branches.0.cached_attention(target, lens);
+        let cross = blocks.branches.1.attention(sizes.beams);
+        needs.fixed = (needs.fixed)
+            .max(B::attention_scratch(&own, rows, s.threads))
+            .max(B::attention_scratch(&cross, n, s.threads));
+        let at_head = LmHead::scratch(d.width, 1, rows);
+        let rows_stack = Stack::layout(&config(1, rows, 1, needs, at_head)?, &mode, l)?;
         let logits = l.reals(Category::Head, product("logits", &[rows, d.vocab[1]])?);
-        let ints = l.ints(Category::Workspace, product("activations", &[rows, d.width])?);
         let mut take = |what, sizes: &[usize]| {
             Ok::<_, Error>(l.reals(Category::Workspace, product(what, sizes)?))
         };
@@ -126,17 +122,13 @@ impl Translator {
             cross: take("keys and values", &[d.layers[1], n, source, 2, d.width])?,
             cache: take("cache", &[d.layers[1], rows, target, 2, d.width])?,
             spare: take("cache", &[if sizes.beams > 1 { rows } else { 0 }, target, 2, d.width])?,
-            x: take("activations", &[rows, d.width])?,
-            h: take("activations", &[rows, d.width])?,
-            frame: take("frame", &[rows, needs.frame])?,
-            scratch: take("scratch", &[scratch])?,
             head: LmHead { logits, ..self.head() },
-            ints,
             output: EncoderOutput { stats, ..self.output(Context { value, grad: Reals::EMPTY }) },
             stack,
             encoder,
-            blocks,
             input,
+            rows: rows_stack,
+            blocks,
             target: target_input,
             lens,
         };
@@ -230,11 +222,12 @@ impl Translator {
         }
         be.write_ints(d.input.tokens, &padded)?;
         let lens: Vec<i32> = sources.iter().map(|s| s.len() as i32 + 1).collect();
-        be.write_ints(d.encoder.key_lens, &lens)?;
-        let x = infer(be, &d.stack, &mut d.encoder, &mut d.input, sources.len(), inference)?;
+        be.write_ints(d.encoder.branches.0.key_lens, &lens)?;
+        let x = inference.run(be, &d.stack, &mut d.encoder, &mut d.input, sources.len())?;
         d.output.normalize(be, x, d.output.context.value, d.output.stats)?;
         for k in 0..self.setup.dims.layers[1] {
-            d.blocks.keys_values(be, k, d.output.context.value, self.of_block(d.cross, k))?;
+            let (memory, kv) = (d.output.context.value, self.of_block(d.cross, k));
+            d.blocks.context_keys_values(be, k, memory, kv)?;
         }
         Ok(())
     }
@@ -256,51 +249,17 @@ impl Translator {
         inference: Inference,
     ) -> Result<()> {
         let (rows, width) = (tokens.len(), self.setup.dims.width);
-        let at = |site| Chunk {
-            seed: 0,
-            step: 0,
-            stack: 1,
-            site,
-            first: 0,
-            samples: rows,
-            global: 0,
-            frame: 0,
-        };
         be.write_ints(d.target.tokens, tokens)?;
-        let places = vec![position; rows];
         be.write_ints(d.lens, &vec![position as i32 + 1; rows])?;
-        let positions = d.target.wpe.sub(position * width, width);
-        let embedding = at(Site::Embedding);
-        be.embed(&embedding, d.target.tokens, d.target.wte, positions, width, d.x)?;
-        if let Inference::Quantized(grid) = inference {
-            be.quantize(&embedding, grid, d.x, d.ints, Words::EMPTY)?;
-            be.dequantize(grid, d.ints, d.x)?;
-        }
-        for k in 0..self.setup.dims.layers[1] {
-            let chunk = at(Site::Block(k));
-            let call = Call {
-                chunk,
-                block: k,
-                x: d.x,
-                frame: d.frame,
-                scratch: d.scratch,
-                context: None,
-                train: false,
-                keep: false,
-            };
-            let keys = d.cache.len() / (self.setup.dims.layers[1] * rows * 2 * width);
-            let cached =
-                Cached { of: self.of_block(d.cache, k), keys, positions: &places, lens: d.lens };
-            d.blocks.next(be, &call, &cached, (self.of_block(d.cross, k), beams), d.h)?;
-            match inference {
-                Inference::Float => be.add(d.x, d.h)?,
-                Inference::Quantized(grid) => {
-                    be.add_quantized(&chunk, grid, d.ints, d.h, Words::EMPTY)?;
-                    be.dequantize(grid, d.ints, d.x)?;
-                }
-            }
-        }
-        d.head.logits(be, d.x, d.scratch)?;
+        // Every row is a sample of one token, at the same place.
+        let mut wpe = d.target.wpe;
+        wpe.value = wpe.value.sub(position * width, width);
+        let mut input = TokenEmbedding { wpe, ..d.target };
+        let keys = d.cache.len() / (self.setup.dims.layers[1] * rows * 2 * width);
+        let positions = &*vec![position; rows];
+        let mut blocks = Next { translator: self, decoder: d, positions, keys, beams };
+        let x = inference.run(be, &d.rows, &mut blocks, &mut input, rows)?;
+        d.head.logits(be, x, d.rows.scratch())?;
         Ok(())
     }
 
@@ -326,5 +285,33 @@ impl Translator {
             }
         }
         Ok(())
+    }
+}
+
+/// The decoder's blocks for one more token of every row.
+struct Next<'a> {
+    translator: &'a Translator,
+    decoder: &'a Decoder,
+    positions: &'a [usize],
+    keys: usize,
+    beams: usize,
+}
+
+impl<B: Backend> stack::Blocks<B> for Next<'_> {
+    fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
+        let (d, k) = (self.decoder, call.block);
+        let keys_values = self.translator.of_block(d.cross, k);
+        let cached = Cached {
+            of: self.translator.of_block(d.cache, k),
+            keys: self.keys,
+            positions: self.positions,
+            lens: d.lens,
+            context: Some(CachedContext { keys_values, beams: self.beams }),
+        };
+        d.blocks.next(be, call, &cached, h)
+    }
+
+    fn vjp(&mut self, _: &mut B, _: &Call, _: Reals, _: Reals) -> Result<()> {
+        Err(Error::unfit("pass", "training", "inference, in a decoder"))
     }
 }

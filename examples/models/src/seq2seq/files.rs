@@ -5,7 +5,8 @@ use std::path::Path;
 use bdia_core::backend::Backend;
 
 use super::model::Translator;
-use crate::weights::{self, Weights, WeightsError};
+use crate::named;
+use crate::weights::{Weights, WeightsError};
 
 /// Reads a model's weights from a safetensors file.
 ///
@@ -17,26 +18,7 @@ pub fn load_weights<B: Backend<Real = f32>>(
     model: &Translator,
 ) -> Result<(), WeightsError> {
     let weights = Weights::read_files(vec![path.to_path_buf()])?;
-    let named = model.tensors();
-    weights.check(&named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect::<Vec<_>>())?;
-    for t in &named {
-        let mut file = vec![0.0; t.shape.iter().product()];
-        weights.read(&t.name, &mut file)?;
-        let mut rest = file.as_slice();
-        for p in &t.pieces {
-            let (piece, after) = rest.split_at(p.values.len());
-            rest = after;
-            match p.transposed {
-                None => be.write_reals(p.values, piece)?,
-                Some([rows, cols]) => {
-                    let ours: Vec<f32> =
-                        (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect();
-                    be.write_reals(p.values, &ours)?;
-                }
-            }
-        }
-    }
-    Ok(())
+    named::read(&weights, &model.tensors(), be, |_, _| {})
 }
 
 /// Writes a model's weights as safetensors, under PyTorch's names.
@@ -48,17 +30,5 @@ pub fn save_weights<B: Backend<Real = f32>>(
     be: &B,
     model: &Translator,
 ) -> Result<(), WeightsError> {
-    let named = model.tensors();
-    let shapes: Vec<_> = named.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
-    weights::write::<WeightsError>(path, &shapes, |i, sink| {
-        for p in &named[i].pieces {
-            let mut ours = vec![0.0; p.values.len()];
-            be.read_reals(p.values, &mut ours)?;
-            if let Some([rows, cols]) = p.transposed {
-                ours = (0..rows * cols).map(|at| ours[at % rows * cols + at / rows]).collect();
-            }
-            sink.put(&ours)?;
-        }
-        Ok(())
-    })
+    named::write(path, &model.tensors(), be, str::to_owned)
 }

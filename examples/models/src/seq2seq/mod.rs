@@ -5,6 +5,3 @@ pub mod decode;
 pub mod files;
 pub mod model;
 pub mod vocab;
-
-pub use config::TranslationConfig;
-pub use model::Translator;

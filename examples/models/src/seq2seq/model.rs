@@ -8,8 +8,8 @@
 //! ```text
 //! encoder.embed, forward   X_0 … X_K on the grid, K−1 planes of side bits; X_K and X_{K−1} are kept
 //! output.forward           memory = norm(x_K), [n, S, d]; its gradient = 0
-//! decoder.train            embed, forward, turn (head and loss), backward, embed_vjp: every block reads the memory, and adds
-//!                          to its gradient; updated as it is finished
+//! decoder.train            embed, forward, turn (head and loss), backward, embed_vjp: every block
+//!                          reads the memory, and adds to its gradient; updated as it is finished
 //! output.vjp               x_K again from X_K; ∂L/∂x_K from the memory's gradient
 //! encoder.backward         all K blocks are recomputed and rebuilt, down to X_0; updated as they are finished
 //! encoder.embed_vjp        then tables, positions and norms are updated
@@ -28,20 +28,22 @@
 //! parameters, and the plan covers the largest of them. Translating ([`super::decode`]) uses the
 //! same memory.
 
+use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
-use bdia_core::backend::{Backend, Chunk, Gelu, Mask};
+use bdia_core::backend::{Backend, Gelu, Mask};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BlockShape, DecoderBlocks, EncoderOutput, LmHead, Params, Tensor, TokenEmbedding,
-    TransformerBlocks, Updater, place,
+    BlockShape, Decoder, EncoderOutput, Freeze, Gradients, Init, LmHead, Parameter, Params,
+    PreNorm, Room, Scheme, Tensor, TokenEmbedding,
 };
-use bdia_core::optim::{Rule, clip_scale};
-use bdia_core::rng::{Draw, Stream};
+use bdia_core::network::{
+    self, Group, Loaded, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
+};
 use bdia_core::stack::{Config as StackConfig, Context, Mode, Pass, Stack, Tail, Workspace};
-use bdia_core::update::{Gamma, Grid};
-use bdia_core::{Real, Sign};
 
 use super::vocab::{BEGIN, END, PAD};
+use crate::inference::{Inference, at_head};
+use crate::named::{self, Named};
 
 /// The architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -72,18 +74,10 @@ pub struct Dims {
 pub struct Setup {
     /// The architecture.
     pub dims: Dims,
-    /// Mode of both stacks.
+    /// How both stacks keep activations.
     pub mode: Mode,
-    /// The grid, if the mode has one.
-    pub grid: Option<Grid>,
-    /// γ.
-    pub gamma: Gamma,
-    /// The optimizer; `None` for inference.
-    pub rule: Option<Rule>,
-    /// Update blocks as they are finished. Without it the gradient can be clipped.
-    pub fused: bool,
-    /// Keep originals and count differences.
-    pub verify: bool,
+    /// How gradients are kept, and the optimizer.
+    pub gradients: Gradients,
     /// Label smoothing.
     pub smoothing: f64,
     /// Rows of logits at a time.
@@ -123,80 +117,17 @@ impl Tokens {
     }
 }
 
-/// What an optimizer step needs to know.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Step {
-    /// Number of the step, from 0.
-    pub step: u32,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Learning rate.
-    pub lr: f64,
-    /// Decoupled weight decay of matrices.
-    pub weight_decay: f64,
-    /// Largest norm of the gradient; 0 for no clipping. Needs full gradients.
-    pub clip: f64,
-}
-
-/// What an optimizer step gives.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Outcome {
-    /// Mean loss of the target's tokens, smoothed.
-    pub loss: f64,
-    /// Tokens of source and target, with their ends.
-    pub tokens: usize,
-    /// Norm of the whole gradient, before clipping.
-    pub grad_norm: f64,
-    /// Elements in which rebuilt activations of both stacks differed (with `verify`).
-    pub mismatches: u64,
-    /// Largest error of rebuilding (with `verify`, without a grid).
-    pub rebuild_error: f64,
-}
-
-/// Which network is run at inference.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Inference {
-    /// In float: the standard transformer.
-    Float,
-    /// Residuals rounded to the grid, which the setup has to have.
-    Quantized(Grid),
-}
-
-/// Parameter tensors outside the blocks.
+/// Parameter tensors outside the blocks: tables (2), positions (2), norms of encoder (2) and decoder
+/// (2).
 const ENDS: usize = 8;
-
-/// A part of a tensor of a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// The values.
-    pub values: Reals,
-    /// Their gradient; with fused updates the buffer that all blocks use.
-    pub gradient: Reals,
-    /// The optimizer's state.
-    pub state: [Reals; 2],
-    /// Rows and columns here, where the file has the transpose.
-    pub transposed: Option<[usize; 2]>,
-}
-
-/// A parameter tensor by its name in files: those of `torch.nn.Transformer(norm_first=True,
-/// activation="gelu")` for blocks and norms. Its pieces lie there one after the other.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Named {
-    /// The name.
-    pub name: String,
-    /// The shape in a file; linear layers are `[out, in]` there and `[in, out]` here.
-    pub shape: Vec<usize>,
-    /// The pieces.
-    pub pieces: Vec<Piece>,
-}
 
 /// The arenas behind the parameters, laid out for batches of one shape.
 #[derive(Debug, Clone, Copy)]
 pub struct Part {
     shape: Shape,
     stacks: [Stack; 2],
-    encoder: TransformerBlocks,
-    decoder: DecoderBlocks,
+    encoder: PreNorm,
+    decoder: Decoder,
     inputs: [TokenEmbedding; 2],
     output: EncoderOutput,
     /// Norm, logits, loss.
@@ -212,11 +143,11 @@ pub struct Translator {
     /// The parameters' layout, behind which parts begin.
     pub(super) base: Layout,
     /// Blocks of the encoder, of no particular length.
-    pub(super) encoder: TransformerBlocks,
+    pub(super) encoder: PreNorm,
     /// Blocks of the decoder.
-    pub(super) decoder: DecoderBlocks,
+    pub(super) decoder: Decoder,
     ends: Params,
-    end_tensors: [Tensor; ENDS],
+    outside: [Tensor; ENDS],
     staging: Vec<i32>,
 }
 
@@ -234,24 +165,32 @@ impl Translator {
         let (d, mut layout) = (&setup.dims, Layout::new(B::Real::BYTES));
         let l = &mut layout;
         if d.longest < 2 {
-            return Err(setting("longest sentence", d.longest as f64, "2 positions or more"));
+            return Err(Error::setting(
+                "longest sentence",
+                d.longest as f64,
+                "2 positions or more",
+            ));
         }
         if d.shared && d.vocab[0] != d.vocab[1] {
-            return Err(setting(
+            return Err(Error::setting(
                 "vocabulary",
                 d.vocab[1] as f64,
                 "one for both languages, to share a table",
             ));
         }
         if d.vocab.iter().any(|&v| v <= END as usize) {
-            return Err(setting(
+            return Err(Error::setting(
                 "vocabulary",
                 d.vocab[0].min(d.vocab[1]) as f64,
                 "4 entries or more",
             ));
         }
         if !(0.0..1.0).contains(&d.dropout[0]) {
-            return Err(setting("embedding dropout", d.dropout[0], "0 up to, not including, 1"));
+            return Err(Error::setting(
+                "embedding dropout",
+                d.dropout[0],
+                "0 up to, not including, 1",
+            ));
         }
         let shape = |mask| BlockShape {
             tokens: d.longest,
@@ -266,21 +205,16 @@ impl Translator {
             hidden_dropout: d.dropout[3],
             qkv_bias: true,
             temperature: false,
+            init: Scheme::Glorot,
         };
-        shape(Mask::Full).check()?;
         product("parameters", &[d.vocab[0].max(d.vocab[1]).max(d.longest), d.width])?;
-        let encoder =
-            TransformerBlocks::layout(shape(Mask::Full), d.layers[0], setup.rule, setup.fused, l)?;
-        let decoder = DecoderBlocks::layout(
-            shape(Mask::Causal),
-            d.longest,
-            d.layers[1],
-            setup.rule,
-            setup.fused,
-            l,
-        )?;
-        let (end_tensors, len) = end_tensors(d);
-        let ends = Params::layout(l, 1, len, ENDS, setup.rule, true)?;
+        let (freeze, gradients) = (Freeze::Nothing, setup.gradients);
+        let shapes_of = [shape(Mask::Full), shape(Mask::Causal)];
+        let encoder = PreNorm::layout(&shapes_of[0], d.layers[0], None, freeze, gradients, l)?;
+        let decoder = Decoder::layout(&shapes_of[1], d.longest, d.layers[1], gradients, l)?;
+        let mut outside = outside(d);
+        let room = Room::NONE.place(&mut outside, freeze);
+        let ends = Params::layout(1, room, freeze, gradients.full(), l)?;
         // The staging buffer on the host: the tokens of a batch.
         let longest = shapes
             .iter()
@@ -295,7 +229,7 @@ impl Translator {
             encoder,
             decoder,
             ends,
-            end_tensors,
+            outside,
             staging: Vec::with_capacity(0),
         };
         let mut all = more(&model)?;
@@ -332,33 +266,25 @@ impl Translator {
                 per_sample: product("activations", &[tokens, d.width])?,
                 blocks: d.layers[usize::from(id)],
                 chunk,
-                mode: s.mode,
-                grid: s.grid,
-                gamma: s.gamma,
-                verify: s.verify,
                 tail,
                 needs,
                 ends_scratch,
             })
         };
+        let needs = [encoder.needs::<B>(chunk, s.threads), decoder.needs::<B>(chunk, s.threads)];
+        let at_head = LmHead::scratch(d.width, shape.target, chunk);
         let configs = [
-            config(0, shape.source, encoder.shape().needs::<B>(chunk, s.threads), Tail::Output, 0)?,
-            config(
-                1,
-                shape.target,
-                decoder.needs::<B>(chunk, s.threads),
-                Tail::Head,
-                LmHead::scratch(d.width, shape.target, chunk),
-            )?,
+            (config(0, shape.source, needs[0], Tail::Output, 0)?, s.mode),
+            (config(1, shape.target, needs[1], Tail::Head, at_head)?, s.mode),
         ];
         let workspace = Workspace::layout(&configs, l)?;
         let mut stacks = [
-            Stack::layout_in(configs[0], &workspace, l)?,
-            Stack::layout_in(configs[1], &workspace, l)?,
+            Stack::layout_in(&configs[0].0, &s.mode, &workspace, l)?,
+            Stack::layout_in(&configs[1].0, &s.mode, &workspace, l)?,
         ];
         let lens = [0; 2].map(|_| l.ints(Category::Head, shape.samples));
-        (encoder.key_lens, decoder.own.key_lens, decoder.context_lens) =
-            (lens[0], lens[1], lens[0]);
+        encoder.branches.0.key_lens = lens[0];
+        (decoder.branches.0.key_lens, decoder.branches.1.context_lens) = (lens[1], lens[0]);
         let inputs = [self.embedding(0, shape, l), self.embedding(1, shape, l)];
         let rows = product("memory", &[shape.samples, shape.source])?;
         let mut memory = |per: usize| {
@@ -366,7 +292,7 @@ impl Translator {
         };
         let context = Context { value: memory(d.width)?, grad: memory(d.width)? };
         let output = EncoderOutput { stats: memory(2)?, ..self.output(context) };
-        stacks[1].context = Some(context);
+        stacks[1].set_context(context);
         let targets = product("targets", &[shape.samples, shape.target])?;
         let head = LmHead {
             per_sample: shape.target,
@@ -389,52 +315,45 @@ impl Translator {
     /// Embedding of the source (0) or the target (1).
     pub(super) fn embedding(&self, side: usize, shape: &Shape, l: &mut Layout) -> TokenEmbedding {
         let per_sample = [shape.source, shape.target][side];
-        let (p, g) = (self.ends.group(0), self.ends.gradient(0));
-        let (table, positions) = (self.table(side), &self.end_tensors[2 + side]);
         TokenEmbedding {
             width: self.setup.dims.width,
             per_sample,
             tokens: l.ints(Category::Head, shape.samples.saturating_mul(per_sample)),
-            wte: table.of(p),
-            wpe: positions.of(p),
-            dwte: table.of(g),
-            dwpe: positions.of(g),
+            wte: self.table(side),
+            wpe: self.end(2 + side),
             dropout: self.setup.dims.dropout[0],
         }
     }
 
-    fn table(&self, side: usize) -> &Tensor {
+    /// Tensor `i` outside the blocks.
+    fn end(&self, i: usize) -> Parameter {
+        self.ends.parameter(0, &self.outside[i])
+    }
+
+    fn table(&self, side: usize) -> Parameter {
         let own = side == 1 && !self.setup.dims.shared;
-        &self.end_tensors[usize::from(own)]
+        self.end(usize::from(own))
     }
 
     /// The norm behind the encoder.
-    pub(super) fn output(&self, context: Context) -> EncoderOutput {
-        let pair = |group: Reals| [self.end_tensors[4].of(group), self.end_tensors[5].of(group)];
-        EncoderOutput {
-            eps: self.setup.dims.eps,
-            norm: pair(self.ends.group(0)),
-            grads: pair(self.ends.gradient(0)),
-            context,
-            stats: Reals::EMPTY,
-        }
+    pub(crate) fn output(&self, context: Context) -> EncoderOutput {
+        let norm = [self.end(4), self.end(5)];
+        EncoderOutput { eps: self.setup.dims.eps, norm, context, stats: Reals::EMPTY }
     }
 
     /// The head, without room for logits and losses.
-    pub(super) fn head(&self) -> LmHead {
-        let (d, p, g) = (&self.setup.dims, self.ends.group(0), self.ends.gradient(0));
-        let [norm, norm_bias, table] = [&self.end_tensors[6], &self.end_tensors[7], self.table(1)];
+    pub(crate) fn head(&self) -> LmHead {
+        let d = &self.setup.dims;
         LmHead {
             width: d.width,
             per_sample: 1,
             vocab: d.vocab[1],
             eps: d.eps,
-            norm: norm.of(p),
-            norm_bias: norm_bias.of(p),
-            weight: table.of(p),
-            grads: [norm.of(g), norm_bias.of(g), table.of(g)],
+            norm: [self.end(6), self.end(7)],
+            weight: self.table(1),
             targets: Ints::EMPTY,
             losses: Reals::EMPTY,
+            micro_batch: 0,
             logits: Reals::EMPTY,
             scale: 1.0,
             smoothing: 0.0,
@@ -446,135 +365,73 @@ impl Translator {
         &self.setup
     }
 
-    /// All parameter tensors, in the order of the file.
+    /// All parameter tensors, in the order of the file: tables and positions, encoder, its norm,
+    /// decoder, its norm. Names are those of `torch.nn.Transformer(norm_first=True,
+    /// activation="gelu")` for blocks and norms.
     pub fn tensors(&self) -> Vec<Named> {
-        let mut list: Vec<Named> = Vec::new();
-        let mut push = |prefix: &str,
-                        params: &Params,
-                        group: usize,
-                        tensors: &[Tensor],
-                        name_of: fn(&str) -> &str| {
-            for t in tensors.iter().filter(|t| !t.is_empty()) {
-                let linear = t.matrix
-                    && !t.name.ends_with("positions")
-                    && !t.name.ends_with("embedding.weight");
-                let (rows, cols) = if linear { (t.cols, t.rows) } else { (t.rows, t.cols) };
-                let piece = Piece {
-                    values: t.of(params.group(group)),
-                    gradient: t.of(params.gradient(group)),
-                    state: params.state(group, t),
-                    transposed: linear.then_some([t.rows, t.cols]),
-                };
-                let name = format!("{prefix}{}", name_of(t.name));
-                match list.last_mut().filter(|last| last.name == name) {
-                    // Queries, keys and values of cross-attention are one tensor in the file.
-                    Some(last) => {
-                        last.shape[0] += if t.matrix { rows } else { cols };
-                        last.pieces.push(piece);
-                    }
-                    None => {
-                        let shape = if t.matrix { vec![rows, cols] } else { vec![cols] };
-                        list.push(Named { name, shape, pieces: vec![piece] });
-                    }
-                }
-            }
+        let end = |range: core::ops::Range<usize>| {
+            let tensors = self.outside[range].iter().filter(|t| !t.is_empty());
+            tensors.map(|t| Named::new(t.name.into(), &self.ends, 0, t))
         };
-        let same: fn(&str) -> &str = |name| name;
-        push("", &self.ends, 0, &self.end_tensors[..4], same);
-        for k in 0..self.setup.dims.layers[0] {
-            push(
-                &format!("encoder.layers.{k}."),
-                &self.encoder.params,
-                k,
-                self.encoder.tensors(),
-                encoder_name,
-            );
-        }
-        push("", &self.ends, 0, &self.end_tensors[4..6], same);
-        let own = self.decoder.own.tensors();
-        // Pieces of one tensor have to meet: those of cross-attention by name, not by place.
-        let c = self.decoder.tensors();
-        let cross = [c[0], c[1], c[2], c[4], c[3], c[5], c[6], c[7]];
-        for k in 0..self.setup.dims.layers[1] {
-            let prefix = format!("decoder.layers.{k}.");
-            push(&prefix, &self.decoder.own.params, k, own, decoder_name);
-            push(&prefix, &self.decoder.cross, k, &cross, decoder_name);
-        }
-        push("", &self.ends, 0, &self.end_tensors[6..], same);
-        list
+        let encoder = (0..self.setup.dims.layers[0]).flat_map(|k| {
+            named::of_block(&self.encoder, k).into_iter().map(move |(params, k, t)| {
+                let name = format!("encoder.layers.{k}.{}", encoder_name(t.name));
+                Named::new(name, params, k, &t).transposed()
+            })
+        });
+        let decoder = (0..self.setup.dims.layers[1]).flat_map(|k| {
+            let mut list: Vec<_> = (named::of_block(&self.decoder, k).into_iter())
+                .map(|(params, k, t)| {
+                    let name = format!("decoder.layers.{k}.{}", decoder_name(t.name));
+                    Named::new(name, params, k, &t).transposed()
+                })
+                .collect();
+            // Parts of one tensor have to meet: weights of cross-attention before its biases.
+            let cross = list.iter().position(|t| t.tensor.name == "cross.q.bias");
+            if let Some(at) = cross {
+                list.swap(at, at + 1);
+            }
+            list
+        });
+        end(0..4).chain(encoder).chain(end(4..6)).chain(decoder).chain(end(6..8)).collect()
+    }
+
+    /// The tensors that are trained: all.
+    pub fn trained(&self) -> Vec<Named> {
+        self.tensors()
     }
 
     /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
     pub fn saved(&self) -> Vec<Reals> {
-        let pieces: Vec<_> = self.tensors().into_iter().flat_map(|t| t.pieces).collect();
-        let states = pieces.iter().flat_map(|p| p.state).filter(|s| !s.is_empty());
-        pieces.iter().map(|p| p.values).chain(states).collect()
+        named::saved(&self.tensors())
     }
 
     /// Number of parameters.
     pub fn parameters(&self) -> usize {
-        self.tensors().iter().flat_map(|t| &t.pieces).map(|p| p.values.len()).sum()
+        self.tensors().iter().map(Named::len).sum()
     }
 
-    /// Lengths of the groups of gradients that are on their way between ranks at the same time: the
-    /// two of a decoder's block, the first also for an encoder's, and for as much of the rest as is
-    /// worth a message.
-    pub fn exchanged(&self) -> [usize; 2] {
-        let [own, cross] = [self.decoder.own.params.group_len(), self.decoder.cross.group_len()];
-        let rest = self.ends.group_len().min(1 << 18);
-        [own.max(self.encoder.params.group_len()).max(rest), cross]
+    /// Length of the longest group of gradients that is on its way between ranks at a time.
+    pub fn exchanged(&self) -> usize {
+        let groups = |each: &mut dyn FnMut(&Group<'_>) -> Result<()>| self.groups(each);
+        exchanged(groups)
     }
 
-    /// Linear layers: uniform in ±√(6 / (inputs + outputs)) (Glorot), each of q, k, v and so on for
-    /// itself; tables and positions: normal, σ = `d^-½`; biases 0, norms 1; optimizer state 0.
+    fn groups(&self, each: &mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()> {
+        let of = Owner::Blocks;
+        each(&Group { params: &self.encoder.params, tensors: &self.encoder, of })?;
+        each(&Group { params: &self.decoder.params, tensors: &self.decoder, of })?;
+        let of = Owner::Ends(Site::Embedding);
+        each(&Group { params: &self.ends, tensors: &self.outside, of })
+    }
+
+    /// Initial values: linear layers by Glorot, each of q, k, v and so on for itself; tables and
+    /// positions: normal, σ = `d^-½`; biases 0, norms 1; optimizer state 0.
     ///
     /// # Errors
     /// Those of writing.
     pub fn initialize<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
-        let width = self.setup.dims.width;
-        let mut row_of = Vec::new();
-        let named = self.tensors();
-        let pieces = named.iter().flat_map(|t| t.pieces.iter().map(move |p| (t, p)));
-        for (i, (t, p)) in pieces.enumerate() {
-            for state in p.state {
-                be.fill_reals(state, B::Real::of(0.0))?;
-            }
-            let stream = |row: usize| Stream::new(seed, i as u32, row as u32, 0, 0, Draw::Init);
-            match p.transposed {
-                Some([rows, cols]) => {
-                    // q, k and v are three layers side by side.
-                    let outputs = if cols.is_multiple_of(width) && t.name.contains("attn") {
-                        width
-                    } else {
-                        cols
-                    };
-                    let bound = (6.0 / (rows + outputs) as f64).sqrt();
-                    for row in 0..rows {
-                        let s = stream(row);
-                        row_of.clear();
-                        row_of.extend(
-                            (0..cols as u32)
-                                .map(|e| B::Real::of(bound * (2.0 * s.uniform(e) - 1.0))),
-                        );
-                        be.write_reals(p.values.sub(row * cols, cols), &row_of)?;
-                    }
-                }
-                None if t.shape.len() == 2 => {
-                    let sigma = 1.0 / (width as f64).sqrt();
-                    for row in 0..p.values.len() / width {
-                        let s = stream(row);
-                        row_of.clear();
-                        row_of.extend((0..width as u32).map(|e| B::Real::of(sigma * s.normal(e))));
-                        be.write_reals(p.values.sub(row * width, width), &row_of)?;
-                    }
-                }
-                None => be.fill_reals(
-                    p.values,
-                    B::Real::of(f64::from(u8::from(t.name.ends_with("weight")))),
-                )?,
-            }
-        }
-        Ok(())
+        named::initialize(be, &self.tensors(), seed, self.setup.threads)
     }
 
     /// Makes the staging buffer for batches of these shapes, so that a step allocates nothing that
@@ -630,32 +487,42 @@ impl Translator {
         Ok(batch.iter().map(|t| t.target.len() + 1).sum())
     }
 
-    /// One optimizer step on a batch, with `chunk` samples at a time inside a block. Of several
-    /// ranks each computes its part of the batch; the outcome is that of all.
+    /// One optimizer step on some batches, whose gradients add up, with `chunk` samples at a time
+    /// inside a block. Of several ranks each computes its part of every batch; the outcome is that
+    /// of all.
     ///
     /// # Errors
-    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says.
+    /// Those of [`network::step`].
     pub fn train<B: Backend>(
         &mut self,
         be: &mut B,
         step: &Step,
-        batch: &[&Tokens],
-        chunk: usize,
+        batches: &[(&[&Tokens], usize)],
     ) -> Result<Outcome> {
-        let (rank, ranks, n) = (be.rank(), be.ranks(), batch.len());
-        let first = rank * n / ranks;
-        let own = &batch[first..(rank + 1) * n / ranks];
-        // As long as the whole batch: places in random streams do not depend on who computes.
-        let shape = Shape { samples: own.len().max(1), ..Self::shape_of(batch, chunk) };
-        let mut part = self.part::<B>(&shape)?.0;
-        if own.is_empty() {
-            // A small batch: what this rank computes does not count.
-            return self.train_samples(be, &mut part, step, &batch[..1], (0, false));
-        }
-        self.train_samples(be, &mut part, step, own, (first, true))
+        let (rank, ranks) = (be.rank(), be.ranks());
+        let mut before = 0;
+        let mut net =
+            Training { model: self, part: None, micro_batches: batches.len(), losses: 0.0 };
+        network::step(&mut net, be, step, |net, be, i| {
+            let (batch, chunk) = batches[i];
+            before = if i == 0 { 0 } else { before };
+            let (begin, end) = (rank * batch.len() / ranks, (rank + 1) * batch.len() / ranks);
+            // As long as the whole batch: places in random streams do not depend on the ranks.
+            let samples = (end - begin).max(1);
+            let shape = Shape { samples, ..Self::shape_of(batch, chunk) };
+            let part = net.model.part::<B>(&shape)?.0;
+            // Of a small batch: what this rank computes does not count.
+            let counts = end > begin;
+            let own = if counts { &batch[begin..end] } else { &batch[..1] };
+            let loaded = net.load(be, &part, own, (before + begin) as u32, counts)?;
+            before += batch.len();
+            net.part = Some(part);
+            Ok(loaded)
+        })
     }
 
-    /// The same with a part of one's own, whose gradients and losses can be looked at afterwards.
+    /// One optimizer step with a part of one's own, whose gradients and losses can be looked at
+    /// afterwards.
     ///
     /// # Errors
     /// As [`train`](Self::train).
@@ -666,141 +533,15 @@ impl Translator {
         step: &Step,
         batch: &[&Tokens],
     ) -> Result<Outcome> {
-        self.train_samples(be, part, step, batch, (0, true))
-    }
-
-    /// A step on this rank's samples: the index of the first in the whole batch, and whether they
-    /// count.
-    fn train_samples<B: Backend>(
-        &mut self,
-        be: &mut B,
-        part: &mut Part,
-        step: &Step,
-        batch: &[&Tokens],
-        (first, counts): (usize, bool),
-    ) -> Result<Outcome> {
-        let Some(rule) = self.setup.rule else {
-            return Err(setting("optimizer", f64::NAN, "one, to train"));
-        };
-        let fused = self.setup.fused;
-        if fused && step.clip > 0.0 {
-            return Err(setting("clip", step.clip, "0, or full gradient buffers (fused = false)"));
+        let mut net = Training { model: self, part: Some(*part), micro_batches: 1, losses: 0.0 };
+        let outcome = network::step(&mut net, be, step, |net, be, _| {
+            let part = net.part()?;
+            net.load(be, &part, batch, 0, true)
+        });
+        if let Some(used) = net.part {
+            *part = used;
         }
-        // A fault that an abandoned step left behind is not this one's.
-        be.clear_fault()?;
-        let updater = Updater {
-            rule,
-            weight_decay: step.weight_decay,
-            lr: step.lr,
-            t: step.step + 1,
-            scale: 1.0,
-            fused,
-        };
-        (part.encoder.updater, part.decoder.own.updater) = (updater, updater);
-        for params in
-            [&self.encoder.params, &self.decoder.own.params, &self.decoder.cross, &self.ends]
-        {
-            params.zero_gradients(be)?;
-        }
-        let mut own = [self.put(be, part, batch)? as f64, 0.0, 0.0, 0.0];
-        own[1] = own[0] + batch.iter().map(|t| t.source.len() + 1).sum::<usize>() as f64;
-        if !counts {
-            let masked = vec![-1; part.head.targets.len()];
-            be.write_ints(part.head.targets, &masked)?;
-            own = [0.0; 4];
-        }
-        let (mut targets, mut tokens) = (0.0_f64, 0.0);
-        be.gather(own, &mut |[n, all, ..]| (targets, tokens) = (targets + n, tokens + all))?;
-        part.head.scale = 1.0 / targets.max(1.0);
-
-        let pass = Pass { seed: step.seed, step: step.step, global: first as u32 };
-        let ([encoder, decoder], [source, target]) = (&mut part.stacks, &mut part.inputs);
-        encoder.embed(be, source, &pass)?;
-        encoder.forward(be, &mut part.encoder, &pass)?;
-        part.output.forward(be, encoder)?;
-        decoder.train(be, &mut part.decoder, target, &mut part.head, &pass)?;
-        // In the order in which blocks send them.
-        self.decoder.cross.settle(be, &updater, Site::Block(0), self.decoder.tensors())?;
-        self.decoder.own.params.settle(be, &updater, Site::Block(0), self.decoder.own.tensors())?;
-        part.output.vjp(be, encoder)?;
-        encoder.backward(be, &mut part.encoder, &pass)?;
-        encoder.embed_vjp(be, source, &pass)?;
-        self.encoder.params.settle(be, &updater, Site::Block(0), self.encoder.tensors())?;
-
-        let mismatches = encoder.mismatches(be)? + decoder.mismatches(be)?;
-        let rebuild_error = encoder.rebuild_error().max(decoder.rebuild_error());
-        let (loss, grad_norm) = self.update(be, part.head.losses, &updater, step.clip)?;
-        let mut outcome = Outcome {
-            loss: 0.0,
-            tokens: tokens as usize,
-            grad_norm,
-            mismatches: 0,
-            rebuild_error: 0.0,
-        };
-        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[
-            loss,
-            mismatches,
-            error,
-            _,
-        ]| {
-            outcome.loss += loss;
-            outcome.mismatches += mismatches as u64;
-            outcome.rebuild_error = outcome.rebuild_error.max(error);
-        })?;
-        outcome.loss /= targets.max(1.0);
-        Ok(outcome)
-    }
-
-    /// Updates what the stacks left: the ends, and with full gradient buffers everything. The sum
-    /// of the losses and the norm of the gradients.
-    fn update<B: Backend>(
-        &self,
-        be: &mut B,
-        losses: Reals,
-        updater: &Updater,
-        clip: f64,
-    ) -> Result<(f64, f64)> {
-        let groups: [(&Params, usize, &[Tensor]); 3] = [
-            (&self.encoder.params, self.setup.dims.layers[0], self.encoder.tensors()),
-            (&self.decoder.own.params, self.setup.dims.layers[1], self.decoder.own.tensors()),
-            (&self.decoder.cross, self.setup.dims.layers[1], self.decoder.tensors()),
-        ];
-        let all = || {
-            groups
-                .into_iter()
-                .filter(|_| !updater.fused)
-                .flat_map(|(p, n, t)| (0..n).map(move |k| (p, k, t)))
-        };
-        let [piece, _] = self.exchanged();
-        self.ends.sum_over_ranks(be, piece)?;
-        for (params, k, tensors) in all() {
-            params.measure(be, Site::Block(k), k, tensors)?;
-        }
-        self.ends.measure(be, Site::Embedding, 0, &self.end_tensors)?;
-        // What was measured cannot go wrong in the update, so the host waits once: for the norm
-        // that clipping needs, or when the step is done.
-        let early = if updater.fused { None } else { Some(self.result(be, losses)?) };
-        let updater =
-            Updater { scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, clip)), ..*updater };
-        for (params, k, tensors) in all() {
-            params.update(be, &updater, k, tensors)?;
-        }
-        self.ends.update(be, &updater, 0, &self.end_tensors)?;
-        early.map_or_else(|| self.result(be, losses), Ok)
-    }
-
-    /// What a step reads: the sum of its losses and the norm of its gradients.
-    fn result<B: Backend>(&self, be: &mut B, losses: Reals) -> Result<(f64, f64)> {
-        if let Some(fault) = be.take_fault()? {
-            return Err(fault.into());
-        }
-        let mut squares = 0.0;
-        for params in
-            [&self.encoder.params, &self.decoder.own.params, &self.decoder.cross, &self.ends]
-        {
-            squares += sum(be, params.norms)?;
-        }
-        Ok((sum(be, losses)?, squares.sqrt()))
+        outcome
     }
 
     /// The sum of the losses of a batch, without smoothing, and the number of tokens that it is of.
@@ -825,28 +566,14 @@ impl Translator {
         for first in (0..batch.len()).step_by(part.shape.chunk) {
             let samples = part.shape.chunk.min(batch.len() - first);
             tokens += self.put(be, &part, &batch[first..first + samples])?;
-            let [encoder, decoder] = &part.stacks;
-            let x = infer(be, encoder, &mut part.encoder, &mut part.inputs[0], samples, inference)?;
+            let ([encoder, decoder], [source, target]) = (&part.stacks, &mut part.inputs);
+            let x = inference.run(be, encoder, &mut part.encoder, source, samples)?;
             let context = part.output.context.value.sub(0, x.len());
-            part.output.normalize(
-                be,
-                x,
-                context,
-                part.output.stats.sub(0, 2 * x.len() / self.setup.dims.width),
-            )?;
-            let x = infer(be, decoder, &mut part.decoder, &mut part.inputs[1], samples, inference)?;
+            let stats = part.output.stats.sub(0, 2 * x.len() / self.setup.dims.width);
+            part.output.normalize(be, x, context, stats)?;
+            let x = inference.run(be, decoder, &mut part.decoder, target, samples)?;
             each(be, &part, first, x)?;
-            let chunk = Chunk {
-                seed: 0,
-                step: 0,
-                stack: 1,
-                site: Site::Head,
-                first: 0,
-                samples,
-                global: 0,
-                frame: 0,
-            };
-            part.head.loss(be, &chunk, x, decoder.scratch())?;
+            part.head.loss(be, &at_head(1, samples), x, part.scratch())?;
             loss += sum(be, part.head.losses.sub(0, samples * part.shape.target))?;
         }
         match be.take_fault()? {
@@ -863,36 +590,85 @@ impl Part {
     }
 }
 
-/// A stack's result for some samples.
-pub(super) fn infer<B: Backend>(
-    be: &mut B,
-    stack: &Stack,
-    blocks: &mut impl bdia_core::stack::Blocks<B>,
-    input: &mut TokenEmbedding,
-    samples: usize,
-    inference: Inference,
-) -> Result<Reals> {
-    // The tokens of a whole batch are taken in pieces of `samples`, which come first.
-    let zero = Gamma::new(0.0, Sign::Plus)?;
-    match inference {
-        Inference::Float => stack.infer(be, blocks, input, samples, zero),
-        Inference::Quantized(_) => stack.infer_quantized(be, blocks, input, samples, zero),
+/// A translator in a step.
+struct Training<'a> {
+    model: &'a mut Translator,
+    part: Option<Part>,
+    micro_batches: usize,
+    /// Of the micro-batches before the last.
+    losses: f64,
+}
+
+impl Training<'_> {
+    fn part(&self) -> Result<Part> {
+        self.part.ok_or(Error::unfit("batch", "missing", "one, to train on"))
+    }
+
+    /// Writes a batch whose first sample has this index in the step.
+    fn load<B: Backend>(
+        &mut self,
+        be: &mut B,
+        part: &Part,
+        batch: &[&Tokens],
+        first: u32,
+        counts: bool,
+    ) -> Result<Loaded> {
+        let targets = self.model.put(be, part, batch)?;
+        let sources: usize = batch.iter().map(|t| t.source.len() + 1).sum();
+        if !counts {
+            let masked = vec![-1; part.head.targets.len()];
+            be.write_ints(part.head.targets, &masked)?;
+            return Ok(Loaded { first, targets: 0, items: 0 });
+        }
+        Ok(Loaded { first, targets, items: targets + sources })
     }
 }
 
-/// The sum of some values, from the first to the last in `f64`, piece by piece through the stack.
-pub(super) fn sum<B: Backend>(be: &B, values: Reals) -> Result<f64> {
-    let (mut total, mut piece) = (0.0, [B::Real::of(0.0); 256]);
-    for at in (0..values.len()).step_by(piece.len()) {
-        let piece = &mut piece[..256.min(values.len() - at)];
-        be.read_reals(values.sub(at, piece.len()), piece)?;
-        total = piece.iter().fold(total, |t, x| t + x.wide());
+impl<B: Backend> Network<B> for Training<'_> {
+    fn groups(&self, each: &mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()> {
+        self.model.groups(each)
     }
-    Ok(total)
-}
 
-pub(super) fn setting(what: &'static str, found: f64, possible: &'static str) -> Error {
-    Error::Setting { what, found, possible }
+    fn trained(&self) -> usize {
+        self.model.base.trained()
+    }
+
+    fn micro_batches(&self) -> usize {
+        self.micro_batches
+    }
+
+    fn pass(&mut self, be: &mut B, pass: &Pass, micro: &Micro) -> Result<()> {
+        let mut part = self.part()?;
+        part.head.scale = micro.scale;
+        part.encoder.begin(micro.updater, micro.last);
+        part.decoder.begin(micro.updater, micro.last);
+        let ([encoder, decoder], [source, target]) = (&mut part.stacks, &mut part.inputs);
+        encoder.embed(be, source, pass)?;
+        encoder.forward(be, &mut part.encoder, pass)?;
+        part.output.forward(be, encoder)?;
+        decoder.train(be, &mut part.decoder, target, &mut part.head, pass)?;
+        part.output.vjp(be, encoder)?;
+        encoder.backward(be, &mut part.encoder, pass)?;
+        encoder.embed_vjp(be, source, pass)?;
+        if micro.index == 0 {
+            self.losses = 0.0;
+        }
+        if !micro.last {
+            // The next one has another shape, and its memory here.
+            self.losses += sum(be, part.head.losses)?;
+        }
+        self.part = Some(part);
+        Ok(())
+    }
+
+    fn loss(&self, be: &B) -> Result<f64> {
+        Ok(self.losses + sum(be, self.part()?.head.losses)?)
+    }
+
+    fn rebuilt(&self, be: &B) -> Result<Rebuilt> {
+        let [encoder, decoder] = self.part()?.stacks;
+        Ok(Rebuilt::of(be, &encoder)?.and(Rebuilt::of(be, &decoder)?))
+    }
 }
 
 /// The names that files have for tensors of an encoder's blocks.
@@ -929,20 +705,20 @@ fn decoder_name(name: &str) -> &str {
     }
 }
 
-/// The tensors outside the blocks, and the length of their group.
-fn end_tensors(d: &Dims) -> ([Tensor; ENDS], usize) {
-    let t = |name, rows, cols, matrix| Tensor { name, rows, cols, matrix, offset: 0 };
+/// The tensors outside the blocks.
+fn outside(d: &Dims) -> [Tensor; ENDS] {
+    let sigma = Init::Normal(1.0 / (d.width as f64).sqrt());
+    let table = |name, rows| Tensor::matrix(name, rows, d.width, sigma);
     let first = if d.shared { "embedding.weight" } else { "source_embedding.weight" };
-    let mut tensors = [
-        t(first, d.vocab[0], d.width, true),
-        t("target_embedding.weight", if d.shared { 0 } else { d.vocab[1] }, d.width, true),
-        t("source_positions", d.longest, d.width, true),
-        t("target_positions", d.longest, d.width, true),
-        t("encoder.norm.weight", 1, d.width, false),
-        t("encoder.norm.bias", 1, d.width, false),
-        t("decoder.norm.weight", 1, d.width, false),
-        t("decoder.norm.bias", 1, d.width, false),
-    ];
-    let len = place(&mut tensors);
-    (tensors, len)
+    let [norm, norm_bias] = EncoderOutput::tensors(d.width);
+    [
+        table(first, d.vocab[0]),
+        table("target_embedding.weight", d.vocab[1]).when(!d.shared),
+        table("source_positions", d.longest),
+        table("target_positions", d.longest),
+        norm,
+        norm_bias,
+        Tensor::vector("decoder.norm.weight", d.width, Init::Ones),
+        Tensor::vector("decoder.norm.bias", d.width, Init::Zeros),
+    ]
 }

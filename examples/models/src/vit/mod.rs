@@ -4,6 +4,3 @@ pub mod config;
 pub mod files;
 pub mod model;
 pub mod revvit;
-
-pub use config::VitConfig;
-pub use model::Vit;

@@ -1,22 +1,26 @@
 //! A vision transformer assembled from the layers and the stack of `bdia-core`: where every buffer
 //! is, and one optimizer step.
 
+use bdia_core::Real;
 use bdia_core::arena::{Category, Layout, Reals, product};
-use bdia_core::backend::{Backend, Chunk, Gelu, Mask, Order, Product};
+use bdia_core::backend::{Backend, Columns, Gelu, Mask};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BlockShape, ClassHead, Mixup, Params, PatchEmbedding, Patches, Tensor, TransformerBlocks,
-    Updater, place,
+    BlockShape, ClassHead, Freeze, Gradients, Mixup, Params, PatchEmbedding, Patches, PreNorm,
+    Room, Scheme, Tensor,
 };
-use bdia_core::optim::{Rule, clip_scale};
+use bdia_core::network::{
+    self, Group, Loaded, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
+};
 use bdia_core::plan::Choice;
-use bdia_core::rng::{Draw, Stream};
+use bdia_core::rng::Draw;
 use bdia_core::stack::{Blocks, Call, Config as StackConfig, Mode, Pass, Stack, Tail};
-use bdia_core::update::{Gamma, Grid};
-use bdia_core::{Real, Sign};
+use bdia_core::update::{FloatGamma, Sign};
 
 use super::revvit::RevStack;
-use crate::network::Network;
+use crate::inference::{Inference, at_head};
+use crate::named::{self, Named};
+use crate::plan::Plan;
 
 /// The architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -50,22 +54,17 @@ pub struct Dims {
 pub struct Setup {
     /// The architecture.
     pub dims: Dims,
-    /// Images of a step.
+    /// Images of a micro-batch.
     pub batch: usize,
+    /// Micro-batches of a step.
+    pub accumulate: usize,
     /// Images processed together inside a block.
     pub chunk: usize,
-    /// Mode of the stack.
+    /// How activations are kept. The network with two streams has a way of its own, and of this
+    /// only whether it verifies.
     pub mode: Mode,
-    /// The grid, if the mode has one.
-    pub grid: Option<Grid>,
-    /// γ.
-    pub gamma: Gamma,
-    /// The optimizer; `None` for inference.
-    pub rule: Option<Rule>,
-    /// Update blocks as they are finished. Without it the gradient can be clipped.
-    pub fused: bool,
-    /// Keep originals and count differences.
-    pub verify: bool,
+    /// How gradients are kept, and the optimizer.
+    pub gradients: Gradients,
     /// Stochastic depth (Huang et al., 2016): probability of dropping the last block's residual;
     /// those below it have less, in proportion.
     pub drop_path: f64,
@@ -79,55 +78,6 @@ pub struct Setup {
     pub library: usize,
 }
 
-/// What an optimizer step needs to know.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Step {
-    /// Number of the step, from 0.
-    pub step: u32,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Learning rate.
-    pub lr: f64,
-    /// Decoupled weight decay of matrices.
-    pub weight_decay: f64,
-    /// Largest norm of the gradient; 0 for no clipping. Needs full gradients.
-    pub clip: f64,
-    /// Share of the first label (mixup); 1 where nothing is mixed.
-    pub share: f64,
-}
-
-/// What an optimizer step gives.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Outcome {
-    /// Mean loss.
-    pub loss: f64,
-    /// Norm of the whole gradient, before clipping.
-    pub grad_norm: f64,
-    /// Elements in which rebuilt activations differed (with `verify`).
-    pub mismatches: u64,
-    /// Largest error of rebuilding (with `verify`, without a grid).
-    pub rebuild_error: f64,
-}
-
-/// Which network is run at inference.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Inference {
-    /// In float, with a constant γ; 0 is the standard transformer.
-    Float(Gamma),
-    /// On the grid (mode `bdia`), with a constant γ.
-    Quantized(Gamma),
-}
-
-impl Inference {
-    /// The standard transformer.
-    ///
-    /// # Errors
-    /// None in practice: 0 is a γ.
-    pub fn standard() -> Result<Self> {
-        Ok(Self::Float(Gamma::new(0.0, Sign::Plus)?))
-    }
-}
-
 /// What carries activations from the embedding to the head.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Trunk {
@@ -135,25 +85,8 @@ enum Trunk {
     Two(RevStack),
 }
 
-/// Parameter tensors outside the blocks.
+/// Parameter tensors outside the blocks: embedding (6), head (4).
 const ENDS: usize = 10;
-
-/// A parameter tensor by its name in files (those of timm's vision transformers).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Named {
-    /// The name.
-    pub name: String,
-    /// The shape in a file; linear layers are `[out, in]` there and `[in, out]` here.
-    pub shape: Vec<usize>,
-    /// Rows and columns here, where the file has the transpose.
-    pub transposed: Option<[usize; 2]>,
-    /// The values.
-    pub values: Reals,
-    /// Their gradient; with fused updates the buffer that all blocks use.
-    pub gradient: Reals,
-    /// The optimizer's state.
-    pub state: [Reals; 2],
-}
 
 /// A vision transformer laid out in the arenas of a backend.
 #[derive(Debug, Clone)]
@@ -161,15 +94,16 @@ pub struct Vit {
     setup: Setup,
     trunk: Trunk,
     /// The blocks.
-    pub blocks: TransformerBlocks,
+    pub blocks: PreNorm,
     /// Patches, class token, positions.
     pub input: PatchEmbedding,
     /// Final norm, classes, loss.
     pub head: ClassHead,
     ends: Params,
-    end_tensors: [Tensor; ENDS],
-    /// `1/(1-p)` of every block (stochastic depth).
-    kept: Reals,
+    outside: [Tensor; ENDS],
+    trained: usize,
+    /// One for each image of each micro-batch, and for its second label.
+    losses: [Reals; 2],
     mixup: Option<Mixup>,
     /// Host: one image and its patches; two labels of every sample.
     pixels: Vec<f64>,
@@ -177,7 +111,7 @@ pub struct Vit {
     labels: [Vec<i32>; 2],
 }
 
-impl Network for Vit {
+impl Plan for Vit {
     type Setup = Setup;
 
     fn lay_out<B: Backend>(setup: &Setup, choice: Choice) -> Result<(Self, Layout)> {
@@ -188,8 +122,8 @@ impl Network for Vit {
         [setup.batch, setup.dims.patches.count() + 1]
     }
 
-    fn exchanged(&self) -> Vec<usize> {
-        self.exchanged().into()
+    fn exchanged(&self) -> usize {
+        exchanged(|each| self.groups(each))
     }
 }
 
@@ -203,17 +137,17 @@ impl Vit {
         let l = &mut layout;
         d.patches.check()?;
         if d.classes == 0 {
-            return Err(setting("classes", 0.0, "1 or more"));
+            return Err(Error::setting("classes", 0.0, "1 or more"));
         }
         for (what, p) in
             [("embedding dropout", d.dropout[0]), ("stochastic depth", setup.drop_path)]
         {
             if !(0.0..1.0).contains(&p) {
-                return Err(setting(what, p, "0 up to, not including, 1"));
+                return Err(Error::setting(what, p, "0 up to, not including, 1"));
             }
         }
         if d.two_streams && setup.drop_path > 0.0 {
-            return Err(setting("stochastic depth", setup.drop_path, "0 with two streams"));
+            return Err(Error::setting("stochastic depth", setup.drop_path, "0 with two streams"));
         }
         let (count, values) = (d.patches.count(), d.patches.values());
         let tokens = count + 1;
@@ -230,23 +164,25 @@ impl Vit {
             hidden_dropout: d.dropout[3],
             qkv_bias: !d.locality,
             temperature: d.locality,
+            init: Scheme::InverseRoot,
         };
-        shape.check()?;
         product("parameters", &[values.max(d.classes).max(tokens), d.width])?;
 
-        let blocks = TransformerBlocks::layout(shape, d.layers, setup.rule, setup.fused, l)?;
-        let (end_tensors, len) = end_tensors(d);
-        let ends = Params::layout(l, 1, len, ENDS, setup.rule, true)?;
+        let freeze = Freeze::Nothing;
+        let blocks = PreNorm::layout(&shape, d.layers, None, freeze, setup.gradients, l)?;
+        let mut tensors = Self::outside(d);
+        let room = Room::NONE.place(&mut tensors, freeze);
+        let ends = Params::layout(1, room, freeze, setup.gradients.full(), l)?;
+        let trained = l.trained();
         let patches =
             l.reals(Category::Head, product("patches of a batch", &[setup.batch, count, values])?);
-        let mut of_samples =
-            || (l.ints(Category::Head, setup.batch), l.reals(Category::Head, setup.batch));
+        let all = product("losses", &[setup.batch, setup.accumulate])?;
+        let mut of_samples = || (l.ints(Category::Head, setup.batch), l.reals(Category::Head, all));
         let (labels, losses) = of_samples();
         let mixup = setup.mixup.then(|| {
             let (labels, losses) = of_samples();
             Mixup { share: 1.0, labels, losses }
         });
-        let kept = l.reals(Category::Workspace, if setup.drop_path > 0.0 { d.layers } else { 0 });
         // The staging buffers on the host: one image and its patches, two labels a sample.
         let pixels = product("pixels", &[d.patches.channels, d.patches.height, d.patches.width])?;
         l.outside(Category::Head, product("patches", &[count, values, size_of::<f64>()])?);
@@ -261,51 +197,44 @@ impl Vit {
             per_sample: product("activations", &[tokens, d.width])?,
             blocks: d.layers,
             chunk,
-            mode: setup.mode,
-            grid: setup.grid,
-            gamma: setup.gamma,
-            verify: setup.verify,
             tail: Tail::Head,
-            needs: shape.needs::<B>(chunk, setup.threads),
+            needs: blocks.needs::<B>(chunk, setup.threads),
             ends_scratch: PatchEmbedding::scratch(values, count, d.width, chunk)
                 .max(ClassHead::scratch(d.width, d.classes, chunk)),
         };
         let trunk = if d.two_streams {
-            Trunk::Two(RevStack::layout(config, l)?)
+            let verify = matches!(
+                setup.mode,
+                Mode::Bdia { verify: true, .. } | Mode::BdiaFloat { verify: true, .. }
+            );
+            Trunk::Two(RevStack::layout(config, verify, l)?)
         } else {
-            Trunk::One(Stack::layout(config, l)?)
+            Trunk::One(Stack::layout(&config, &setup.mode, l)?)
         };
 
-        let (params, grads) = (ends.group(0), ends.gradient(0));
         let [norm, norm_bias, weight, bias, class, positions, ln, ln_bias, head, head_bias] =
-            end_tensors;
+            tensors.map(|t| ends.parameter(0, &t));
         let input = PatchEmbedding {
             width: d.width,
             count,
             patches,
             eps: d.eps,
-            norm: [norm.of(params), norm_bias.of(params)],
-            dnorm: [norm.of(grads), norm_bias.of(grads)],
+            norm: [norm, norm_bias],
             weight,
             bias,
             class,
             positions,
-            params,
-            grads,
             dropout: d.dropout[0],
         };
         let head = ClassHead {
             width: d.width,
             per_sample: tokens,
             eps: d.eps,
-            norm: ln,
-            norm_bias: ln_bias,
+            norm: [ln, ln_bias],
             weight: head,
             bias: head_bias,
-            params,
-            grads,
             labels,
-            losses,
+            losses: losses.sub(0, setup.batch),
             scale: 1.0,
             smoothing: setup.smoothing,
             mixup: None,
@@ -318,14 +247,29 @@ impl Vit {
             input,
             head,
             ends,
-            end_tensors,
-            kept,
+            outside: tensors,
+            trained,
+            losses: [losses, mixup.map_or(Reals::EMPTY, |m| m.losses)],
             mixup,
             pixels,
             staging,
             labels,
         };
         Ok((model, layout))
+    }
+
+    fn outside(d: &Dims) -> [Tensor; ENDS] {
+        let [norm, norm_bias, weight, bias, class, positions] =
+            PatchEmbedding::tensors(&d.patches, d.width);
+        let [ln, ln_bias, head, head_bias] = ClassHead::tensors(d.width, d.classes);
+        [norm, norm_bias, weight, bias, class, positions, ln, ln_bias, head, head_bias]
+    }
+
+    fn groups(&self, each: &mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()> {
+        let (params, tensors) = (&self.blocks.params, &self.blocks);
+        each(&Group { params, tensors, of: Owner::Blocks })?;
+        let of = Owner::Ends(Site::Embedding);
+        each(&Group { params: &self.ends, tensors: &self.outside, of })
     }
 
     /// The setup.
@@ -348,212 +292,74 @@ impl Vit {
         }
     }
 
-    /// All parameter tensors, in the order of the file.
+    /// All parameter tensors, in the order of the file: embedding, blocks, head. Names are those
+    /// of timm's vision transformers.
     pub fn tensors(&self) -> Vec<Named> {
-        let mut list = Vec::new();
-        let mut push = |prefix: &str, params: &Params, group: usize, tensors: &[Tensor]| {
-            for t in tensors.iter().filter(|t| !t.is_empty()) {
-                let (shape, transposed) = match t.name {
-                    "cls_token" => (vec![1, 1, t.cols], None),
-                    "pos_embed" => (vec![1, t.rows, t.cols], None),
-                    _ if t.matrix => (vec![t.cols, t.rows], Some([t.rows, t.cols])),
-                    _ => (vec![t.cols], None),
-                };
-                list.push(Named {
-                    name: format!("{prefix}{}", file_name(t.name)),
-                    shape,
-                    transposed,
-                    values: t.of(params.group(group)),
-                    gradient: t.of(params.gradient(group)),
-                    state: params.state(group, t),
-                });
+        let (first, last) = self.outside.split_at(6);
+        let end = |t: &&Tensor| {
+            let named = Named::new(t.name.into(), &self.ends, 0, t);
+            match t.name {
+                "cls_token" => Named { shape: vec![1, 1, t.cols], ..named },
+                "pos_embed" => Named { shape: vec![1, t.rows, t.cols], ..named },
+                _ => named.transposed(),
             }
         };
-        push("", &self.ends, 0, &self.end_tensors[..6]);
-        for k in 0..self.setup.dims.layers {
-            push(&format!("blocks.{k}."), &self.blocks.params, k, self.blocks.tensors());
-        }
-        push("", &self.ends, 0, &self.end_tensors[6..]);
-        list
+        let blocks = (0..self.setup.dims.layers).flat_map(|k| {
+            named::of_block(&self.blocks, k).into_iter().map(move |(params, k, t)| {
+                let name = format!("blocks.{k}.{}", file_name(t.name));
+                Named::new(name, params, k, &t).transposed()
+            })
+        });
+        let there = |t: &&Tensor| !t.is_empty();
+        let (first, last) = (first.iter().filter(there), last.iter().filter(there));
+        first.map(|t| end(&t)).chain(blocks).chain(last.map(|t| end(&t))).collect()
+    }
+
+    /// The tensors that are trained: all.
+    pub fn trained(&self) -> Vec<Named> {
+        self.tensors()
     }
 
     /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
     pub fn saved(&self) -> Vec<Reals> {
-        let named = self.tensors();
-        let states = named.iter().flat_map(|t| t.state).filter(|s| !s.is_empty());
-        named.iter().map(|t| t.values).chain(states).collect()
+        named::saved(&self.tensors())
     }
 
     /// Number of parameters.
     pub fn parameters(&self) -> usize {
-        self.tensors().iter().map(|t| t.values.len()).sum()
+        self.tensors().iter().map(Named::len).sum()
     }
 
-    /// Lengths of the groups of gradients that are on their way between ranks at the same time: one
-    /// block, or as much of the rest as is worth a message.
-    pub fn exchanged(&self) -> [usize; 1] {
-        [self.blocks.params.group_len().max(self.ends.group_len().min(1 << 18))]
-    }
-
-    /// Linear layers: uniform in ±1/√(inputs), as PyTorch does; class token and positions: normal,
+    /// Initial values: linear layers as PyTorch begins them; class token and positions: normal,
     /// σ = 0.02; temperatures: `log(head_dim^-½)`; biases 0, norms 1; optimizer state 0.
     ///
     /// # Errors
     /// Those of writing.
     pub fn initialize<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
-        let d = &self.setup.dims;
-        let mut piece = Vec::new();
-        for (i, t) in self.tensors().iter().enumerate() {
-            for state in t.state {
-                be.fill_reals(state, B::Real::of(0.0))?;
-            }
-            let stream = |row: usize| Stream::new(seed, i as u32, row as u32, 0, 0, Draw::Init);
-            piece.clear();
-            match (t.transposed, t.name.as_str()) {
-                (Some([rows, cols]), _) => {
-                    let bound = 1.0 / (rows as f64).sqrt();
-                    for row in 0..rows {
-                        let s = stream(row);
-                        piece.extend(
-                            (0..cols as u32)
-                                .map(|e| B::Real::of(bound * (2.0 * s.uniform(e) - 1.0))),
-                        );
-                    }
-                }
-                (None, "cls_token" | "pos_embed") => {
-                    for at in 0..t.values.len() {
-                        piece.push(B::Real::of(
-                            0.02 * stream(at / d.width).normal((at % d.width) as u32),
-                        ));
-                    }
-                }
-                (None, name) if name.ends_with("temperature") => {
-                    piece.push(B::Real::of(-0.5 * ((d.width / d.heads) as f64).ln()));
-                }
-                (None, name) => {
-                    let one = name.ends_with("weight");
-                    piece.resize(t.values.len(), B::Real::of(f64::from(u8::from(one))));
-                }
-            }
-            be.write_reals(t.values, &piece)?;
-        }
-        Ok(())
+        named::initialize(be, &self.tensors(), seed, self.setup.threads)
     }
 
-    /// One optimizer step. `image` writes the pixels `[C, height, width]` of a sample and returns
-    /// its label, and its second label where batches are mixed; of several ranks, the samples of
-    /// this one. The outcome is that of all ranks.
+    /// One optimizer step. `image` writes the pixels `[C, height, width]` of a sample of a
+    /// micro-batch and returns its label, and its second label where batches are mixed, of which
+    /// `share` is the first one's; of several ranks, the samples of this one. The outcome is that
+    /// of all ranks.
     ///
     /// # Errors
-    /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says. What
-    /// `image` returns.
+    /// Those of [`network::step`]; what `image` returns.
     pub fn train<B: Backend, E: From<Error>>(
         &mut self,
         be: &mut B,
         step: &Step,
-        image: impl FnMut(usize, &mut [f64]) -> core::result::Result<[i32; 2], E>,
+        share: f64,
+        mut image: impl FnMut(usize, usize, &mut [f64]) -> core::result::Result<[i32; 2], E>,
     ) -> core::result::Result<Outcome, E> {
-        let Some(rule) = self.setup.rule else {
-            return Err(setting("optimizer", f64::NAN, "one, to train").into());
-        };
-        let fused = self.setup.fused;
-        if fused && step.clip > 0.0 {
-            return Err(
-                setting("clip", step.clip, "0, or full gradient buffers (fused = false)").into()
-            );
-        }
-        // A fault that an abandoned step left behind is not this one's.
-        be.clear_fault()?;
-        let updater = Updater {
-            rule,
-            weight_decay: step.weight_decay,
-            lr: step.lr,
-            t: step.step + 1,
-            scale: 1.0,
-            fused,
-        };
-        self.blocks.updater = updater;
-        self.blocks.params.zero_gradients(be)?;
-        self.ends.zero_gradients(be)?;
-        let own = self.setup.batch;
-        self.put(be, own, image)?;
-        // All ranks have as many images.
-        let batch = own * be.ranks();
-        self.head.scale = 1.0 / batch as f64;
-        self.head.mixup = self.mixup.map(|m| Mixup { share: step.share, ..m });
-
-        let pass = Pass { seed: step.seed, step: step.step, global: (be.rank() * own) as u32 };
-        let (mut mismatches, rebuild_error) = (
-            0,
-            match &mut self.trunk {
-                Trunk::Two(stack) => {
-                    stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
-                    stack.rebuild_error()
-                }
-                Trunk::One(stack) if self.setup.drop_path > 0.0 => {
-                    let mut blocks =
-                        DropPath::new(be, &mut self.blocks, self.kept, self.setup.drop_path)?;
-                    stack.train(be, &mut blocks, &mut self.input, &mut self.head, &pass)?;
-                    stack.rebuild_error()
-                }
-                Trunk::One(stack) => {
-                    stack.train(be, &mut self.blocks, &mut self.input, &mut self.head, &pass)?;
-                    stack.rebuild_error()
-                }
-            },
-        );
-        if let Trunk::One(stack) = &self.trunk {
-            mismatches = stack.mismatches(be)?;
-        }
-
-        let (layers, [piece]) = (self.setup.dims.layers, self.exchanged());
-        self.blocks.params.settle(be, &updater, Site::Block(0), self.blocks.tensors())?;
-        if !fused {
-            for k in 0..layers {
-                self.blocks.params.measure(be, Site::Block(k), k, self.blocks.tensors())?;
-            }
-        }
-        self.ends.sum_over_ranks(be, piece)?;
-        self.ends.measure(be, Site::Embedding, 0, &self.end_tensors)?;
-        // What was measured cannot go wrong in the update, so the host waits once: for the norm
-        // that clipping needs, or when the step is done.
-        let early = if fused { None } else { Some(self.result(be)?) };
-        let updater = Updater {
-            scale: early.map_or(1.0, |(_, norm)| clip_scale(norm, step.clip)),
-            ..updater
-        };
-        if !fused {
-            for k in 0..layers {
-                self.blocks.params.update(be, &updater, k, self.blocks.tensors())?;
-            }
-        }
-        self.ends.update(be, &updater, 0, &self.end_tensors)?;
-        let (loss, grad_norm) = early.map_or_else(|| self.result(be), Ok)?;
-        let mut outcome = Outcome { loss: 0.0, grad_norm, mismatches: 0, rebuild_error: 0.0 };
-        be.gather([loss, mismatches as f64, rebuild_error, 0.0], &mut |[
-            loss,
-            mismatches,
-            error,
-            _,
-        ]| {
-            outcome.loss += loss;
-            outcome.mismatches += mismatches as u64;
-            outcome.rebuild_error = outcome.rebuild_error.max(error);
-        })?;
-        outcome.loss /= batch as f64;
-        Ok(outcome)
-    }
-
-    /// What a step reads: the sum of its losses and the norm of its gradients.
-    fn result<B: Backend>(&self, be: &mut B) -> Result<(f64, f64)> {
-        if let Some(fault) = be.take_fault()? {
-            return Err(fault.into());
-        }
-        let mut loss = sum(be, self.head.losses)?;
-        if let Some(m) = self.head.mixup {
-            loss = m.share * loss + (1.0 - m.share) * sum(be, m.losses)?;
-        }
-        Ok((loss, (sum(be, self.blocks.params.norms)? + sum(be, self.ends.norms)?).sqrt()))
+        let (rank, ranks, own) = (be.rank(), be.ranks(), self.setup.batch);
+        self.mixup = self.mixup.map(|m| Mixup { share, ..m });
+        network::step(self, be, step, |net, be, micro| {
+            net.put(be, own, |i, pixels| image(micro, i, pixels))?;
+            let first = ((micro * ranks + rank) * own) as u32;
+            Ok(Loaded { first, targets: own, items: own })
+        })
     }
 
     /// Makes the staging buffers, so that a step allocates nothing that grows.
@@ -609,11 +415,12 @@ impl Vit {
     ) -> core::result::Result<f64, E> {
         self.put(be, samples, image)?;
         let Trunk::One(stack) = &self.trunk else {
-            return Err(setting("network", f64::NAN, "vit").into());
+            return Err(Error::unfit("network", "one of two streams", "vit").into());
         };
         let mut probe = Probe { blocks: &mut self.blocks, largest: 0.0 };
         for sign in [Sign::Plus, Sign::Minus] {
-            stack.infer(be, &mut probe, &mut self.input, samples, Gamma::new(0.5, sign)?)?;
+            let gamma = FloatGamma::new(0.5, sign)?;
+            stack.infer(be, &mut probe, &mut self.input, samples, gamma)?;
         }
         Ok(probe.largest)
     }
@@ -633,25 +440,12 @@ impl Vit {
     ) -> core::result::Result<(Vec<f64>, f64), E> {
         be.clear_fault()?;
         self.put(be, samples, image)?;
-        let x = match (&self.trunk, inference) {
-            (Trunk::Two(stack), _) => stack.infer(be, &self.blocks, &mut self.input, samples)?,
-            (Trunk::One(stack), Inference::Float(gamma)) => {
-                stack.infer(be, &mut self.blocks, &mut self.input, samples, gamma)?
-            }
-            (Trunk::One(stack), Inference::Quantized(gamma)) => {
-                stack.infer_quantized(be, &mut self.blocks, &mut self.input, samples, gamma)?
-            }
+        let (blocks, input) = (&mut self.blocks, &mut self.input);
+        let x = match &self.trunk {
+            Trunk::Two(stack) => stack.infer(be, blocks, input, samples)?,
+            Trunk::One(stack) => inference.run(be, stack, blocks, input, samples)?,
         };
-        let chunk = Chunk {
-            seed: 0,
-            step: 0,
-            stack: 0,
-            site: Site::Head,
-            first: 0,
-            samples,
-            global: 0,
-            frame: 0,
-        };
+        let chunk = at_head(0, samples);
         let logits = self.head.logits(be, &chunk, x, self.scratch())?;
         let mut out = vec![B::Real::of(0.0); logits.len()];
         be.read_reals(logits, &mut out)?;
@@ -663,9 +457,57 @@ impl Vit {
     }
 }
 
+impl<B: Backend> Network<B> for Vit {
+    fn groups(&self, each: &mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()> {
+        self.groups(each)
+    }
+
+    fn trained(&self) -> usize {
+        self.trained
+    }
+
+    fn micro_batches(&self) -> usize {
+        self.setup.accumulate
+    }
+
+    fn pass(&mut self, be: &mut B, pass: &Pass, micro: &Micro) -> Result<()> {
+        let n = self.setup.batch;
+        let [losses, others] = self.losses.map(|all| all.sub(micro.index * n, n));
+        (self.head.losses, self.head.scale) = (losses, micro.scale);
+        self.head.mixup = self.mixup.map(|m| Mixup { losses: others, ..m });
+        self.blocks.begin(micro.updater, micro.last);
+        let (blocks, input, head) = (&mut self.blocks, &mut self.input, &mut self.head);
+        match &mut self.trunk {
+            Trunk::Two(stack) => stack.train(be, blocks, input, head, pass),
+            Trunk::One(stack) if self.setup.drop_path > 0.0 => {
+                let (rate, layers) = (self.setup.drop_path, self.setup.dims.layers);
+                stack.train(be, &mut DropPath { blocks, rate, layers }, input, head, pass)
+            }
+            Trunk::One(stack) => stack.train(be, blocks, input, head, pass),
+        }
+    }
+
+    fn loss(&self, be: &B) -> Result<f64> {
+        let [losses, others] =
+            self.losses.map(|all| all.sub(0, self.setup.accumulate * self.setup.batch));
+        let loss = sum(be, losses)?;
+        Ok(match self.mixup {
+            Some(m) => m.share * loss + (1.0 - m.share) * sum(be, others)?,
+            None => loss,
+        })
+    }
+
+    fn rebuilt(&self, be: &B) -> Result<Rebuilt> {
+        match &self.trunk {
+            Trunk::One(stack) => Rebuilt::of(be, stack),
+            Trunk::Two(stack) => Ok(Rebuilt { mismatches: 0, error: stack.rebuild_error() }),
+        }
+    }
+}
+
 /// Blocks that tell how large activations get.
 struct Probe<'a> {
-    blocks: &'a mut TransformerBlocks,
+    blocks: &'a mut PreNorm,
     largest: f64,
 }
 
@@ -688,47 +530,27 @@ impl<B: Backend> Blocks<B> for Probe<'_> {
 /// Residuals that are dropped for whole samples, with probability `rate·k/(K-1)`, and multiplied by
 /// the inverse of the probability of being kept otherwise: stochastic depth.
 struct DropPath<'a> {
-    blocks: &'a mut TransformerBlocks,
-    kept: Reals,
+    blocks: &'a mut PreNorm,
     rate: f64,
+    layers: usize,
 }
 
-impl<'a> DropPath<'a> {
-    fn new<B: Backend>(
-        be: &mut B,
-        blocks: &'a mut TransformerBlocks,
-        kept: Reals,
-        rate: f64,
-    ) -> Result<Self> {
-        let all = Self { blocks, kept, rate };
-        for k in 0..kept.len() {
-            be.write_reals(kept.sub(k, 1), &[B::Real::of(1.0 / (1.0 - all.rate(k)))])?;
-        }
-        Ok(all)
-    }
-
-    /// Probability of dropping block `k`.
-    fn rate(&self, k: usize) -> f64 {
-        self.rate * k as f64 / self.kept.len().saturating_sub(1).max(1) as f64
-    }
-
+impl DropPath<'_> {
     /// The same draws in every pass of a step.
     fn apply<B: Backend>(&self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
         let (k, per) = (call.block, h.len() / call.chunk.samples.max(1));
-        let rate = self.rate(k);
+        let rate = self.rate * k as f64 / self.layers.saturating_sub(1).max(1) as f64;
         if !call.train || rate == 0.0 {
             return Ok(());
         }
         for i in 0..call.chunk.samples {
             let (h, scaled) = (h.sub(i * per, per), call.scratch.sub(0, per));
-            if call.chunk.stream(i, Draw::StochasticDepth).uniform(0) < rate {
-                be.fill_reals(h, B::Real::of(0.0))?;
-            } else {
-                let (a, b) = (Order::Plain, Order::Plain);
-                let p = Product { rows: 1, cols: per, inner: 1, a, b, accumulate: false };
-                be.matmul(&p, self.kept.sub(k, 1), h, None, scaled)?;
-                be.copy_reals(scaled, h)?;
+            be.fill_reals(scaled, B::Real::of(0.0))?;
+            if call.chunk.stream(i, Draw::StochasticDepth).uniform(0) >= rate {
+                let row = |of| Columns { of, stride: per, at: 0 };
+                be.add_columns(per, 1.0 / (1.0 - rate), row(h), row(scaled))?;
             }
+            be.copy_reals(scaled, h)?;
         }
         Ok(())
     }
@@ -750,21 +572,6 @@ impl<B: Backend> Blocks<B> for DropPath<'_> {
     }
 }
 
-/// The sum of some values, from the first to the last in `f64`, piece by piece through the stack.
-fn sum<B: Backend>(be: &B, values: Reals) -> Result<f64> {
-    let (mut total, mut piece) = (0.0, [B::Real::of(0.0); 256]);
-    for at in (0..values.len()).step_by(piece.len()) {
-        let piece = &mut piece[..256.min(values.len() - at)];
-        be.read_reals(values.sub(at, piece.len()), piece)?;
-        total = piece.iter().fold(total, |t, x| t + x.wide());
-    }
-    Ok(total)
-}
-
-fn setting(what: &'static str, found: f64, possible: &'static str) -> Error {
-    Error::Setting { what, found, possible }
-}
-
 /// The names that files have for the block's tensors.
 fn file_name(name: &str) -> &str {
     match name {
@@ -782,25 +589,4 @@ fn file_name(name: &str) -> &str {
         "mlp.c_proj.bias" => "mlp.fc2.bias",
         other => other,
     }
-}
-
-/// The tensors outside the blocks, and the length of their group.
-fn end_tensors(d: &Dims) -> ([Tensor; ENDS], usize) {
-    let t = |name, rows, cols, matrix| Tensor { name, rows, cols, matrix, offset: 0 };
-    let values = d.patches.values();
-    let norm = usize::from(d.patches.shifted);
-    let mut tensors = [
-        t("patch_embed.norm.weight", norm, values, false),
-        t("patch_embed.norm.bias", norm, values, false),
-        t("patch_embed.proj.weight", values, d.width, true),
-        t("patch_embed.proj.bias", 1, d.width, false),
-        t("cls_token", 1, d.width, false),
-        t("pos_embed", d.patches.count() + 1, d.width, true),
-        t("norm.weight", 1, d.width, false),
-        t("norm.bias", 1, d.width, false),
-        t("head.weight", d.width, d.classes, true),
-        t("head.bias", 1, d.classes, false),
-    ];
-    let len = place(&mut tensors);
-    (tensors, len)
 }

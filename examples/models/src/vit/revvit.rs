@@ -8,14 +8,17 @@
 //! The mean of the streams differs from their sum by a factor, which the head's norm takes out.
 
 use bdia_core::arena::{Category, Layout, Reals, product};
-use bdia_core::backend::{Backend, Chunk, Order, Product};
+use bdia_core::backend::{Backend, Chunk, Columns};
 use bdia_core::error::Result;
-use bdia_core::layers::TransformerBlocks;
-use bdia_core::stack::{Blocks, Call, Config, Head, Input, Pass};
-use bdia_core::{Fault, Real, Site};
+use bdia_core::layers::PreNorm;
+use bdia_core::stack::{Blocks, Call, Config, Head, Input, Pass, largest_difference};
+use bdia_core::{Fault, Site};
 
-/// The two streams laid out in the arenas of a backend. Of the configuration it uses the sizes;
-/// mode, grid and γ are not its own.
+/// The blocks' branches.
+const F: usize = 0;
+const G: usize = 1;
+
+/// The two streams laid out in the arenas of a backend.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RevStack {
     config: Config,
@@ -29,7 +32,6 @@ pub struct RevStack {
     /// One chunk: the sum of the streams.
     top: Reals,
     scratch: Reals,
-    minus_one: Reals,
     /// The embedding of the whole batch, with `verify`.
     original: Reals,
     rebuild_error: f64,
@@ -40,7 +42,7 @@ impl RevStack {
     ///
     /// # Errors
     /// [`bdia_core::Error::TooLarge`] for sizes beyond the address space.
-    pub fn layout(config: Config, l: &mut Layout) -> Result<Self> {
+    pub fn layout(config: Config, verify: bool, l: &mut Layout) -> Result<Self> {
         let whole = product("activations", &[config.batch, config.per_sample])?;
         let part = product("activations of a chunk", &[config.chunk, config.per_sample])?;
         let scratch = product("scratch", &[config.chunk, config.needs.scratch])?
@@ -53,8 +55,7 @@ impl RevStack {
             h: l.reals(Category::Workspace, part),
             top: l.reals(Category::Workspace, part),
             scratch: l.reals(Category::Workspace, scratch.max(config.ends_scratch)),
-            minus_one: l.reals(Category::Workspace, 1),
-            original: l.reals(Category::Verify, if config.verify { whole } else { 0 }),
+            original: l.reals(Category::Verify, if verify { whole } else { 0 }),
             rebuild_error: 0.0,
             config,
         })
@@ -117,31 +118,25 @@ impl RevStack {
         }
     }
 
-    /// `x -= y`, as a product with -1.
+    /// `x -= y`.
     fn subtract<B: Backend>(&self, be: &mut B, x: Reals, y: Reals) -> Result<()> {
-        let p = Product {
-            rows: 1,
-            cols: x.len(),
-            inner: 1,
-            a: Order::Plain,
-            b: Order::Plain,
-            accumulate: true,
-        };
-        be.matmul(&p, self.minus_one, y, None, x)
+        let per = self.config.per_sample;
+        let sample = |of| Columns { of, stride: per, at: 0 };
+        be.add_columns(per, -1.0, sample(y), sample(x))
     }
 
     /// Block `k` of one chunk, in place.
     fn forward<B: Backend>(
         &self,
         be: &mut B,
-        blocks: &TransformerBlocks,
+        blocks: &PreNorm,
         call: &Call,
         [x1, x2]: [Reals; 2],
     ) -> Result<()> {
         let h = self.part(self.h, &call.chunk);
-        blocks.attention_branch(be, call, x2, h)?;
+        blocks.branch(be, F, call, x2, h)?;
         be.add(x1, h)?;
-        blocks.mlp_branch(be, call, x1, h)?;
+        blocks.branch(be, G, call, x1, h)?;
         be.add(x2, h)
     }
 
@@ -152,12 +147,11 @@ impl RevStack {
     pub fn train<B: Backend>(
         &mut self,
         be: &mut B,
-        blocks: &mut TransformerBlocks,
+        blocks: &mut PreNorm,
         input: &mut impl Input<B>,
         head: &mut impl Head<B>,
         pass: &Pass,
     ) -> Result<()> {
-        be.fill_reals(self.minus_one, B::Real::of(-1.0))?;
         self.rebuild_error = 0.0;
         for (first, n) in self.chunks() {
             let chunk = self.chunk(pass, Site::Embedding, first, n);
@@ -185,13 +179,13 @@ impl RevStack {
                 let ([x1, x2], [g1, g2]) =
                     (self.x.map(|x| self.of(x, &chunk)), self.g.map(|g| self.of(g, &chunk)));
                 let (call, h) = (self.call(chunk, k, true, true), self.part(self.h, &chunk));
-                blocks.mlp_branch(be, &call, x1, h)?;
+                blocks.branch(be, G, &call, x1, h)?;
                 self.subtract(be, x2, h)?;
-                blocks.mlp_branch_vjp(be, &call, x1, g2, g1, self.scratch)?;
-                blocks.attention_branch(be, &call, x2, h)?;
+                blocks.branch_vjp(be, G, &call, x1, g2, g1)?;
+                blocks.branch(be, F, &call, x2, h)?;
                 self.subtract(be, x1, h)?;
                 be.copy_reals(g1, h)?;
-                blocks.attention_branch_vjp(be, &call, x2, h, g2, self.scratch)?;
+                blocks.branch_vjp(be, F, &call, x2, h, g2)?;
             }
             Blocks::<B>::done(blocks, be, k)?;
         }
@@ -226,7 +220,7 @@ impl RevStack {
     pub fn infer<B: Backend>(
         &self,
         be: &mut B,
-        blocks: &TransformerBlocks,
+        blocks: &PreNorm,
         input: &mut impl Input<B>,
         samples: usize,
     ) -> Result<Reals> {
@@ -241,20 +235,4 @@ impl RevStack {
         be.add(x1, x2)?;
         Ok(x1)
     }
-}
-
-/// Largest `|a − b|`, piece by piece through the host; infinite where one of them is not a number.
-fn largest_difference<B: Backend>(be: &B, a: Reals, b: Reals) -> Result<f64> {
-    let (mut pa, mut pb) = ([B::Real::of(0.0); 64], [B::Real::of(0.0); 64]);
-    let mut worst = 0.0_f64;
-    for at in (0..a.len()).step_by(pa.len()) {
-        let n = pa.len().min(a.len() - at);
-        be.read_reals(a.sub(at, n), &mut pa[..n])?;
-        be.read_reals(b.sub(at, n), &mut pb[..n])?;
-        for (x, y) in pa[..n].iter().zip(&pb[..n]) {
-            let d = (x.wide() - y.wide()).abs();
-            worst = if d.is_nan() { f64::INFINITY } else { worst.max(d) };
-        }
-    }
-    Ok(worst)
 }

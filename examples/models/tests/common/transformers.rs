@@ -11,9 +11,9 @@ use bdia_core::stack::Mode;
 use bdia_core::{Gamma, Real, Sign};
 use bdia_cpu::Cpu;
 use bdia_models::gpt2::adapter::Adapter;
+use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::files::load_base;
-use bdia_models::gpt2::model::{Inference, Setup};
-use bdia_models::gpt2::{Gpt2, Gpt2Config};
+use bdia_models::gpt2::model::{Gpt2, Inference, Setup};
 
 /// The logits of samples of `context` tokens, as a standard transformer computes them.
 pub fn logits<B: Backend>(

@@ -6,7 +6,7 @@ use bdia_core::error::Result;
 use bdia_core::plan::Choice;
 
 /// A network that is laid out for a backend, with a choice of how much is done at a time.
-pub trait Network: Sized {
+pub trait Plan: Sized {
     /// Its architecture and how it is trained.
     type Setup;
 
@@ -19,6 +19,7 @@ pub trait Network: Sized {
     /// Samples of a batch and rows of a sample, of which the choice takes some at a time.
     fn sizes(setup: &Self::Setup) -> [usize; 2];
 
-    /// Lengths of the groups of gradients that are on their way between ranks at the same time.
-    fn exchanged(&self) -> Vec<usize>;
+    /// Length of the longest group of gradients that is on its way between ranks at a time
+    /// ([`bdia_core::network::exchanged`]).
+    fn exchanged(&self) -> usize;
 }

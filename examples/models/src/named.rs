@@ -1,0 +1,278 @@
+//! Parameter tensors under the names of their files: reading, writing, initial values.
+
+use std::path::Path;
+
+use bdia_core::Real;
+use bdia_core::arena::{Reals, Words};
+use bdia_core::backend::{Backend, Half};
+use bdia_core::error::Result;
+use bdia_core::layers::{Branches, Init, Params, Residual, Tensor, Tensors};
+
+use crate::weights::{self, Sink, Weights, WeightsError};
+
+/// Values that are copied at a time.
+const PIECE: usize = 1 << 14;
+
+/// A parameter tensor of a network. Tensors of one name that follow one another are parts of one
+/// tensor of the file, along its first dimension.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Named {
+    /// The name.
+    pub name: String,
+    /// The shape in a file.
+    pub shape: Vec<usize>,
+    /// Whether the file has the transpose: linear layers that are `[out, in]` there.
+    pub transposed: bool,
+    /// The tensor as its part has it.
+    pub tensor: Tensor,
+    /// The values; empty where they are stored in 16 bits.
+    pub values: Reals,
+    /// The values that are stored in 16 bits.
+    pub narrow: Option<(Half, Words)>,
+    /// Their gradient; with fused updates the buffer that all blocks use.
+    pub gradient: Reals,
+    /// The optimizer's state.
+    pub state: [Reals; 2],
+}
+
+impl Named {
+    /// Tensor `t` of group `k`, with the shape that it has here.
+    pub fn new(name: String, params: &Params, k: usize, t: &Tensor) -> Self {
+        Self {
+            name,
+            shape: if t.matrix { vec![t.rows, t.cols] } else { vec![t.cols] },
+            transposed: false,
+            tensor: *t,
+            values: params.value(k, t),
+            narrow: params.words(k, t),
+            gradient: params.gradient(k, t),
+            state: params.state(k, t),
+        }
+    }
+
+    /// The same where the file has the transpose of a matrix.
+    #[must_use]
+    pub fn transposed(mut self) -> Self {
+        if self.tensor.matrix {
+            self.shape = vec![self.tensor.cols, self.tensor.rows];
+            self.transposed = true;
+        }
+        self
+    }
+
+    /// Number of values.
+    pub const fn len(&self) -> usize {
+        self.tensor.len()
+    }
+
+    /// Whether there is no value.
+    pub const fn is_empty(&self) -> bool {
+        self.tensor.is_empty()
+    }
+
+    /// Whether a finite value stays finite as the tensor is stored.
+    pub fn holds(&self, x: f32) -> bool {
+        self.narrow.is_none_or(|(half, _)| half.value(rounded(half, x)).is_finite())
+    }
+
+    /// Writes values from index `at` on, an even one, as the tensor is stored: rounded to nearest
+    /// where that is in 16 bits (see [`holds`](Self::holds)).
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn put<B: Backend>(&self, be: &mut B, at: usize, values: &[B::Real]) -> Result<()> {
+        let Some((half, words)) = self.narrow else {
+            return be.write_reals(self.values.sub(at, values.len()), values);
+        };
+        let bits = |x: B::Real| rounded(half, x.wide() as f32);
+        let mut piece = [0; 256];
+        for (i, values) in values.chunks(2 * piece.len()).enumerate() {
+            let piece = &mut piece[..values.len().div_ceil(2)];
+            for (word, pair) in piece.iter_mut().zip(values.chunks(2)) {
+                *word = bits(pair[0]) | pair.get(1).map_or(0, |&x| bits(x) << 16);
+            }
+            be.write_words(words.sub(at / 2 + i * 256, piece.len()), piece)?;
+        }
+        Ok(())
+    }
+}
+
+/// The nearest value of 16 bits.
+fn rounded(half: Half, x: f32) -> u32 {
+    u32::from(match half {
+        Half::Bf16 => half::bf16::from_f32(x).to_bits(),
+        Half::F16 => half::f16::from_f32(x).to_bits(),
+    })
+}
+
+/// The tensors of block `k` that are there, in order.
+pub fn of_block<P: Branches>(blocks: &Residual<P>, k: usize) -> Vec<(&Params, usize, Tensor)> {
+    let mut list = Vec::new();
+    // The closure does not fail.
+    let _ = blocks.each(&mut |t| {
+        if !t.is_empty() {
+            list.push((&blocks.params, k, *t));
+        }
+        Ok(())
+    });
+    list
+}
+
+/// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
+pub fn saved(trained: &[Named]) -> Vec<Reals> {
+    let states = trained.iter().flat_map(|t| t.state).filter(|s| !s.is_empty());
+    trained.iter().map(|t| t.values).chain(states).collect()
+}
+
+/// Initial values of tensors, which have their places in the random stream by their order; the
+/// optimizer's state becomes 0. `threads` share the rows.
+///
+/// # Errors
+/// Those of writing.
+pub fn initialize<B: Backend>(
+    be: &mut B,
+    tensors: &[Named],
+    seed: u64,
+    threads: usize,
+) -> Result<()> {
+    let (mut piece, threads) = (Vec::new(), threads.max(1));
+    for (i, named) in tensors.iter().enumerate() {
+        for state in named.state {
+            be.fill_reals(state, B::Real::of(0.0))?;
+        }
+        let t = &named.tensor;
+        let draw = |first: usize, values: &mut [B::Real]| {
+            for (row, line) in values.chunks_mut(t.cols.max(1)).enumerate() {
+                t.draw(seed, i as u32, first + row, line);
+            }
+        };
+        // Pieces begin at an even value.
+        let share = PIECE.div_ceil(t.cols.max(1)).next_multiple_of(2);
+        let cheap = matches!(t.init, Init::Zeros | Init::Ones) || t.rows == 1;
+        let together = if cheap { 1 } else { threads };
+        for first in (0..t.rows).step_by(share * together) {
+            piece.resize((share * together).min(t.rows - first) * t.cols, B::Real::of(0.0));
+            if together == 1 {
+                draw(first, &mut piece);
+            } else {
+                std::thread::scope(|scope| {
+                    for (part, values) in piece.chunks_mut((share * t.cols).max(1)).enumerate() {
+                        let draw = &draw;
+                        scope.spawn(move || draw(first + part * share, values));
+                    }
+                });
+            }
+            named.put(be, first * t.cols, &piece)?;
+        }
+    }
+    Ok(())
+}
+
+/// The tensors of a file: name, shape, and which of `tensors` they consist of.
+fn of_file(tensors: &[Named]) -> Vec<(String, Vec<usize>, core::ops::Range<usize>)> {
+    let mut list: Vec<(String, Vec<usize>, core::ops::Range<usize>)> = Vec::new();
+    for (i, t) in tensors.iter().enumerate() {
+        match list.last_mut().filter(|last| last.0 == t.name) {
+            Some(last) => {
+                last.1[0] += t.shape[0];
+                last.2.end = i + 1;
+            }
+            None => list.push((t.name.clone(), t.shape.clone(), i..i + 1)),
+        }
+    }
+    list
+}
+
+/// Names and shapes of a file with these tensors.
+pub fn shapes(tensors: &[Named]) -> Vec<(String, Vec<usize>)> {
+    of_file(tensors).into_iter().map(|(name, shape, _)| (name, shape)).collect()
+}
+
+/// Reads all tensors. `each` sees every value of the file once, in order, under its name.
+///
+/// # Errors
+/// Every tensor that is missing, unexpected or of another shape; values that do not fit the 16
+/// bits in which the network stores them.
+pub fn read<B: Backend<Real = f32>>(
+    weights: &Weights,
+    tensors: &[Named],
+    be: &mut B,
+    mut each: impl FnMut(&str, &[f32]),
+) -> core::result::Result<(), WeightsError> {
+    weights.check(&shapes(tensors))?;
+    for (name, shape, range) in of_file(tensors) {
+        let parts = &tensors[range];
+        if let [t] = parts
+            && !t.transposed
+        {
+            weights.stream::<WeightsError>(&name, |at, values| {
+                each(&name, values);
+                if let Some(&value) = values.iter().find(|v| !t.holds(**v)) {
+                    return Err(WeightsError::Narrow { name: name.clone(), value });
+                }
+                Ok(t.put(be, at, values)?)
+            })?;
+            continue;
+        }
+        let mut file = vec![0.0; shape.iter().product()];
+        weights.read(&name, &mut file)?;
+        each(&name, &file);
+        let mut rest = file.as_slice();
+        for t in parts {
+            let (part, after) = rest.split_at(t.len());
+            rest = after;
+            if t.transposed {
+                t.put(be, 0, &transpose(part, t.tensor.cols))?;
+            } else {
+                t.put(be, 0, part)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes all tensors to a safetensors file; `full_name` is a tensor's name there.
+///
+/// # Errors
+/// A file that cannot be written; an existing one is untouched then.
+pub fn write<B: Backend<Real = f32>>(
+    path: &Path,
+    tensors: &[Named],
+    be: &B,
+    full_name: impl Fn(&str) -> String,
+) -> core::result::Result<(), WeightsError> {
+    let file = of_file(tensors);
+    let named: Vec<_> =
+        file.iter().map(|(name, shape, _)| (full_name(name), shape.clone())).collect();
+    weights::write::<WeightsError>(path, &named, |i, sink| {
+        for t in &tensors[file[i].2.clone()] {
+            put(t, be, sink)?;
+        }
+        Ok(())
+    })
+}
+
+fn put<B: Backend<Real = f32>>(
+    t: &Named,
+    be: &B,
+    sink: &mut Sink<'_>,
+) -> core::result::Result<(), WeightsError> {
+    if t.transposed {
+        let mut ours = vec![0.0; t.len()];
+        be.read_reals(t.values, &mut ours)?;
+        return Ok(sink.put(&transpose(&ours, t.tensor.rows))?);
+    }
+    let mut piece = vec![0.0; PIECE.min(t.len())];
+    for at in (0..t.len()).step_by(PIECE) {
+        let piece = &mut piece[..PIECE.min(t.len() - at)];
+        be.read_reals(t.values.sub(at, piece.len()), piece)?;
+        sink.put(piece)?;
+    }
+    Ok(())
+}
+
+/// The transpose of a matrix whose transpose has `cols` columns.
+fn transpose(values: &[f32], cols: usize) -> Vec<f32> {
+    let rows = values.len() / cols.max(1);
+    (0..values.len()).map(|at| values[at % cols * rows + at / cols]).collect()
+}

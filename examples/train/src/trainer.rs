@@ -1,0 +1,693 @@
+//! The run of every program: from a plan to a run directory.
+//!
+//! ```text
+//! config.json, model.safetensors   the model, as its task writes it
+//! best.safetensors                 the weights of the best evaluation
+//! run.json                         the flags of the run
+//! metrics.jsonl, *.svg             one object a step; the curves
+//! step-*.ckpt                      the last two checkpoints
+//! ```
+//! A program brings a [`Task`]: its data, its network, what is measured and written. Everything
+//! else of a run is here, once: resuming, progress, evaluations, checkpoints, stopping, ranks, the
+//! table of memory and the summary.
+
+use core::fmt::Write as _;
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use bdia_core::backend::Backend;
+use bdia_core::network::{Outcome, Step};
+use bdia_core::plan::Choice;
+use bdia_core::{Category, Layout, Reals};
+use bdia_models::files::FileError;
+use serde::{Deserialize, Serialize};
+
+use crate::alloc::{Counting, peak_rss_bytes};
+use crate::checkpoint::{self, Header};
+use crate::cli::{Flags, Mode, OptimArgs, name_of};
+use crate::error::Failure;
+use crate::machine::{self, Work};
+use crate::report::{self, Chart, Metrics, Record, Series};
+use crate::{ranks, run};
+
+/// A line of `metrics.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Metric {
+    /// Steps done, from 1.
+    pub step: u64,
+    /// Training loss of the step.
+    pub loss: f64,
+    /// Its learning rate.
+    pub lr: f64,
+    /// Norm of its gradient.
+    pub grad_norm: f64,
+    /// Speed, in what the program counts: tokens or images.
+    pub items_per_s: f64,
+    /// Validation loss, where measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub val_loss: Option<f64>,
+    /// Other scores of the validation, by name.
+    #[serde(default, flatten)]
+    pub scores: BTreeMap<String, f64>,
+}
+
+impl Record for Metric {
+    fn step(&self) -> u64 {
+        self.step
+    }
+}
+
+/// What a run ended with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Training loss: the mean of the last epoch's steps, or that of the last step where nothing
+    /// is counted in epochs.
+    pub loss: Option<f64>,
+    /// Validation loss at the end, where there is validation data.
+    pub val_loss: Option<f64>,
+    /// The lowest on the curve.
+    pub best_val_loss: Option<f64>,
+    /// Other scores at the end, by name, and the best ones on the curve as `best_NAME`.
+    #[serde(default, flatten)]
+    pub scores: BTreeMap<String, f64>,
+    /// Rebuilt values that differed, with `--verify` in mode bdia.
+    pub verify_mismatches: Option<u64>,
+    /// Largest error of rebuilding, with `--verify` without a grid.
+    pub rebuild_error: Option<f64>,
+    /// Speed of training, if a step was made.
+    pub items_per_s: Option<f64>,
+    /// What is counted: `tokens` or `images`.
+    pub items: String,
+    /// Parameters of the model.
+    pub parameters: usize,
+    /// Parameters that are trained.
+    pub trained_parameters: usize,
+    /// Bytes of the plan.
+    pub plan_bytes: usize,
+    /// Bytes of activations, their gradients, side bits and workspace.
+    pub activation_bytes: usize,
+    /// Measured peak of what the plan covers.
+    pub peak_bytes: usize,
+    /// Peak of the whole process.
+    pub peak_rss_bytes: Option<u64>,
+    /// Optimizer steps.
+    pub steps: u32,
+    /// The directory.
+    pub out: PathBuf,
+}
+
+/// A measurement on the validation data.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Validation {
+    /// Mean loss.
+    pub loss: f64,
+    /// Other scores by name; more is better.
+    pub scores: BTreeMap<String, f64>,
+    /// What is said of it, after "validation".
+    pub text: String,
+}
+
+/// When something is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// On the way: as fast as makes sense.
+    Curve,
+    /// At the end: thoroughly.
+    End,
+}
+
+/// A picture of scores over steps or epochs.
+#[derive(Debug, Clone, Copy)]
+pub struct Picture {
+    /// The file.
+    pub file: &'static str,
+    /// Above it.
+    pub title: &'static str,
+    /// Name of the vertical axis.
+    pub y: &'static str,
+    /// Scores by their name in the metrics, the name that is shown, and a factor.
+    pub scores: &'static [(&'static str, &'static str, f64)],
+}
+
+/// What a run learns, from where it starts and what it leaves behind: all that its loop does not
+/// know.
+pub trait Task {
+    /// What the plan and the network are said to be: the first lines of a run.
+    fn describe(&self) -> String;
+
+    /// Identifies the training data of a run.
+    ///
+    /// # Errors
+    /// Data that cannot be read.
+    fn digest(&self) -> Result<u64, Failure>;
+
+    /// Writes the parameters that the run starts from. A run that goes on reads what is trained
+    /// from its checkpoint afterwards.
+    ///
+    /// # Errors
+    /// Weights that cannot be used.
+    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure>;
+
+    /// Writes the files that belong to a run that begins. Its flags are there already; a task that
+    /// has found out something that belongs to them writes them anew.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    fn record(&self, out: &Path) -> Result<(), Failure>;
+
+    /// Parameters of the model, and of those the ones that are trained.
+    fn parameters(&self) -> [usize; 2];
+
+    /// All tensors of a checkpoint, in order.
+    fn saved(&self) -> Vec<Reals>;
+
+    /// Makes the buffers on the host that the plan counts.
+    fn prepare(&mut self);
+
+    /// One optimizer step.
+    ///
+    /// # Errors
+    /// [`Failure::Core`] for what the step itself refuses; data that cannot be read any more.
+    fn step<B: Backend<Real = f32>>(&mut self, be: &mut B, step: &Step)
+    -> Result<Outcome, Failure>;
+
+    /// Measures the model on validation data; `None` without any.
+    ///
+    /// # Errors
+    /// Data that cannot be read, values that are not finite.
+    fn validate<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        when: When,
+    ) -> Result<Option<Validation>, Failure>;
+
+    /// Whether a validation is better than all before it, whose keys are `before`; its own key.
+    fn better(&self, v: &Validation, before: &[f64]) -> (bool, f64) {
+        (before.iter().all(|&b| v.loss < b), v.loss)
+    }
+
+    /// Writes the weights as they are to a file.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    fn save<B: Backend<Real = f32>>(&self, be: &B, path: &Path) -> Result<(), Failure>;
+
+    /// Writes the result of a finished run; returns what is told before the losses, and the names
+    /// of the files.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    fn finish<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        out: &Path,
+        end: Option<&Validation>,
+    ) -> Result<(String, &'static str), Failure>;
+}
+
+/// The settings of a run that its loop needs.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How the run is resumed: `bdia-vit train`.
+    pub command: &'static str,
+    /// Program and version, part of the identity.
+    pub program: &'static str,
+    /// Optimizer steps.
+    pub steps: u32,
+    /// Steps of an epoch, where the run counts in epochs.
+    pub epoch: Option<u32>,
+    /// Seed of the run.
+    pub seed: u64,
+    /// The optimizer.
+    pub optim: OptimArgs,
+    /// Steps between evaluations; 0 for one at the end.
+    pub eval_every: u32,
+    /// Steps between checkpoints; 0 for one at the end.
+    pub save_every: u32,
+    /// The mode, as it is shown.
+    pub mode: String,
+    /// What `--verify` tells: differing values, or an error of rebuilding.
+    pub verify: Verify,
+    /// What is counted: `tokens` or `images`, and the same in short.
+    pub items: [&'static str; 2],
+    /// The scores' pictures, beside that of the losses.
+    pub pictures: &'static [Picture],
+}
+
+/// What `--verify` tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verify {
+    /// Nothing: it was not asked for.
+    No,
+    /// How many rebuilt values differ from the originals.
+    Mismatches,
+    /// How large the error of rebuilding without a grid is.
+    Error,
+}
+
+impl Verify {
+    /// Of a mode.
+    pub const fn of(asked: bool, mode: Mode) -> Self {
+        match mode {
+            Mode::Bdia if asked => Self::Mismatches,
+            Mode::BdiaFloat if asked => Self::Error,
+            _ => Self::No,
+        }
+    }
+}
+
+/// A network with its plan.
+#[derive(Debug, Clone)]
+pub struct Planned {
+    /// How much is done at a time.
+    pub choice: Choice,
+    /// The plan.
+    pub layout: Layout,
+    /// Plans of the same training in the other modes.
+    pub others: Vec<(String, Layout)>,
+}
+
+/// Refuses a checkpoint that does not fit the run: too many steps, or a choice of chunks that is
+/// none. `fits` tells whether it is one.
+///
+/// # Errors
+/// [`Failure::Run`] names the checkpoint.
+pub fn fixed_choice(
+    from: Option<&(PathBuf, Header)>,
+    steps: u32,
+    ranks: usize,
+    fits: impl Fn(Choice) -> bool,
+) -> Result<Option<Choice>, Failure> {
+    let Some((path, h)) = from else { return Ok(None) };
+    let wrong = |what| Err(Failure::Run { path: path.clone(), what });
+    if h.step > steps {
+        return wrong(format!("it is of step {}, the run has {steps} steps", h.step));
+    }
+    if h.ranks != ranks {
+        return Ok(None);
+    }
+    let choice = Choice { chunk: h.chunk, head_rows: h.head_rows };
+    if !fits(choice) {
+        let what =
+            format!("chunks of {} samples and {} rows do not fit this run", h.chunk, h.head_rows);
+        return wrong(what);
+    }
+    Ok(Some(choice))
+}
+
+/// Makes a backend for a plan and does the run on it. The summary is `None` where Ctrl-C stopped
+/// it.
+///
+/// # Errors
+/// [`Failure`]; what was saved before stays good.
+pub fn train<A: Flags>(
+    mut args: A,
+    settings: Settings,
+    planned: Planned,
+    task: impl Task,
+    from: Option<(PathBuf, Header)>,
+    joined: Option<bdia_ranks::Ranks>,
+) -> Result<Option<Summary>, Failure> {
+    settings.optim.schedule(settings.steps).check()?;
+    let (place, out) = (args.run().machine.clone(), args.run().out.clone());
+    let json = *args.run().json;
+    let (threads, layout) = (machine::threads(&place), planned.layout.clone());
+    let mut summary = None;
+    let run = Run { args, settings, planned, task, from, out, json, summary: &mut summary };
+    machine::run_on(&place, threads, &layout, joined, run)?;
+    Ok(summary)
+}
+
+/// Everything that is known before memory is allocated.
+struct Run<'a, A, T> {
+    args: A,
+    settings: Settings,
+    planned: Planned,
+    task: T,
+    /// The checkpoint to go on from.
+    from: Option<(PathBuf, Header)>,
+    out: PathBuf,
+    json: bool,
+    /// Where the summary goes.
+    summary: &'a mut Option<Summary>,
+}
+
+/// What has come of the steps so far.
+#[derive(Default)]
+struct Progress {
+    /// Steps and keys of the validations.
+    validation: Vec<(u32, f64)>,
+    curve: Vec<Metric>,
+    seconds: f64,
+    items: usize,
+    mismatches: u64,
+    worst: f64,
+    peak: usize,
+}
+
+impl<A: Flags, T: Task> Work for Run<'_, A, T> {
+    fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
+        // Files are the first rank's.
+        let (first_rank, ranks) = (be.rank() == 0, be.ranks());
+        if first_rank {
+            std::fs::create_dir_all(&self.out)
+                .map_err(|e| FileError::io(&self.out, "create the directory", e))?;
+        }
+        let identity = machine::identity(be, self.settings.program);
+        let digest = self.task.digest()?;
+        let (first, validation) = self.begin(be, &identity, digest)?;
+        let saved = self.task.saved();
+        ranks::begin(be, &self.args, (digest, first), &saved)?;
+        let log = self.out.join("metrics.jsonl");
+        let mut metrics = None;
+        let mut so_far = Progress { validation, ..Progress::default() };
+        if first_rank {
+            checkpoint::sweep(&self.out);
+            metrics = Some(Metrics::<Metric>::resume(&log, u64::from(first))?);
+            so_far.curve = Metrics::read(&log)?;
+        }
+
+        self.announce(first, &identity);
+        run::catch_interrupt();
+        let steps = self.settings.steps;
+        let bar = run::progress(steps, first);
+        let before_staging = Counting::current();
+        self.task.prepare();
+        // Measured, not planned: what the backend and the staging buffers took.
+        let own = arenas + Counting::current().saturating_sub(before_staging);
+        so_far.peak = own;
+        let schedule = self.settings.optim.schedule(steps);
+
+        for step in first..steps {
+            let clock = Instant::now();
+            let plan = Step {
+                step,
+                seed: self.settings.seed,
+                lr: schedule.at(step),
+                weight_decay: self.settings.optim.weight_decay,
+                clip: self.settings.optim.clip,
+            };
+            let others = Counting::current().saturating_sub(own);
+            Counting::reset_peak();
+            let outcome = match self.task.step(be, &plan) {
+                Ok(outcome) => outcome,
+                Err(Failure::Core(error)) => {
+                    bar.abandon();
+                    return Err(Failure::Step { step, error, kept: run::kept(&self.out) });
+                }
+                Err(other) => return Err(other),
+            };
+            so_far.peak = so_far.peak.max(Counting::peak().saturating_sub(others));
+            let took = clock.elapsed().as_secs_f64();
+            so_far.seconds += took;
+            so_far.items += outcome.items;
+            so_far.mismatches += outcome.rebuilt.mismatches;
+            so_far.worst = so_far.worst.max(outcome.rebuilt.error);
+
+            let done = step + 1;
+            let mut metric = Metric {
+                step: u64::from(done),
+                loss: outcome.loss,
+                lr: plan.lr,
+                grad_norm: outcome.grad_norm,
+                items_per_s: outcome.items as f64 / took,
+                val_loss: None,
+                scores: BTreeMap::new(),
+            };
+            let due = |every: u32| every > 0 && done % every == 0;
+            if (done == steps || due(self.settings.eval_every))
+                && let Some(v) = self.task.validate(be, When::Curve)?
+            {
+                self.evaluated(be, &v, &mut metric, &mut so_far)?;
+                let text = format!("{}  validation {}", self.place(done, outcome.loss), v.text);
+                if std::io::stderr().is_terminal() {
+                    bar.println(text);
+                } else {
+                    report::note!("{text}");
+                }
+            }
+            if let Some(metrics) = &mut metrics {
+                metrics.push(&metric)?;
+            }
+            so_far.curve.push(metric);
+            bar.set_message(format!(
+                "loss {:.3} {}{:.0} {}/s",
+                outcome.loss,
+                so_far.validation.last().map_or(String::new(), |(_, v)| format!("val {v:.3} ")),
+                so_far.items as f64 / so_far.seconds,
+                self.settings.items[1],
+            ));
+            bar.inc(1);
+
+            let stop = ranks::any(be, run::interrupted())?;
+            let save = done == steps || stop || due(self.settings.save_every);
+            let compare = self.args.run().machine.compare_interval;
+            if save || u64::from(done).is_multiple_of(compare) {
+                ranks::same(be, &saved).map_err(|error| Failure::Step {
+                    step,
+                    error,
+                    kept: run::kept(&self.out),
+                })?;
+            }
+            if let Some(metrics) = metrics.as_ref().filter(|_| save) {
+                let header = Header {
+                    step: done,
+                    chunk: self.planned.choice.chunk,
+                    head_rows: self.planned.choice.head_rows,
+                    identity: identity.clone(),
+                    ranks,
+                    lens: Vec::new(),
+                    data: digest,
+                    validation: so_far.validation.clone(),
+                };
+                // The losses up to a checkpoint are as safe as it is.
+                metrics.sync()?;
+                checkpoint::save(&self.out, be, &saved, header)?;
+            }
+            if stop && done < steps {
+                bar.abandon();
+                report::tell!(
+                    "stopped after step {done} of {steps}; to go on:  {} --resume {}",
+                    self.settings.command,
+                    self.out.display()
+                );
+                return Ok(());
+            }
+        }
+        bar.finish_and_clear();
+        self.end(be, first, so_far, first_rank)
+    }
+}
+
+impl<A: Flags, T: Task> Run<'_, A, T> {
+    /// Parameters and optimizer state of a run that begins or goes on: the steps that are done,
+    /// and their validations.
+    fn begin<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        identity: &str,
+        digest: u64,
+    ) -> Result<(u32, Vec<(u32, f64)>), Failure> {
+        let Some((path, header)) = &self.from else {
+            self.task.start(be, false)?;
+            if be.rank() == 0 {
+                run::replace(&self.out)?;
+                run::save(&self.out, &self.args)?;
+                self.task.record(&self.out)?;
+            }
+            return Ok((0, Vec::new()));
+        };
+        if header.data != digest {
+            let what = "the training data is not the same".into();
+            return Err(Failure::Run { path: path.clone(), what });
+        }
+        let warn = |before: String, now: String| {
+            report::note!(
+                "warning: the run was computed by {before}, this is {now}: it goes on, with other \
+                 rounding"
+            );
+        };
+        if header.identity != identity {
+            warn(format!("\"{}\"", header.identity), format!("\"{identity}\""));
+        }
+        if header.ranks != be.ranks() {
+            warn(format!("{} rank(s)", header.ranks), format!("{} rank(s)", be.ranks()));
+        }
+        self.task.start(be, true)?;
+        checkpoint::load(path, be, &self.task.saved())?;
+        Ok((header.step, header.validation.clone()))
+    }
+
+    /// Takes a validation into the curve, and keeps the weights of the best.
+    fn evaluated<B: Backend<Real = f32>>(
+        &self,
+        be: &B,
+        v: &Validation,
+        metric: &mut Metric,
+        so_far: &mut Progress,
+    ) -> Result<(), Failure> {
+        let before: Vec<f64> = so_far.validation.iter().map(|&(_, key)| key).collect();
+        let (better, key) = self.task.better(v, &before);
+        so_far.validation.push((metric.step as u32, key));
+        metric.val_loss = Some(v.loss);
+        metric.scores.clone_from(&v.scores);
+        if better && be.rank() == 0 {
+            self.task.save(be, &self.out.join("best.safetensors"))?;
+        }
+        Ok(())
+    }
+
+    /// Where in the run a step is, with its loss.
+    fn place(&self, done: u32, loss: f64) -> String {
+        match self.settings.epoch {
+            Some(epoch) if done.is_multiple_of(epoch) => {
+                format!("epoch {:>4}  loss {loss:.4}", done / epoch)
+            }
+            _ => format!("step {done:>6}  loss {loss:.4}"),
+        }
+    }
+
+    fn announce(&self, first: u32, identity: &str) {
+        report::note!("{}", self.task.describe());
+        report::note!(
+            "{identity}, mode {}; plan {}, chunks of {} sample(s)",
+            self.settings.mode,
+            report::bytes(self.planned.layout.total() as u64),
+            self.planned.choice.chunk
+        );
+        if first > 0 {
+            report::note!("goes on after step {first} of {}", self.settings.steps);
+        }
+    }
+
+    /// What is measured, written and told when all steps are done.
+    fn end<B: Backend<Real = f32>>(
+        mut self,
+        be: &mut B,
+        first: u32,
+        so_far: Progress,
+        first_rank: bool,
+    ) -> Result<(), Failure> {
+        let whole = self.task.validate(be, When::End)?;
+        if !first_rank {
+            return Ok(());
+        }
+        let out = self.out.clone();
+        let (before, files) = self.task.finish(be, &out, whole.as_ref())?;
+        let pictures = self.draw(&so_far.curve)?;
+        let summary = self.summary(first, &so_far, whole.as_ref());
+        self.tell(&summary, whole.as_ref(), &before, &format!("{files}{pictures}"));
+        *self.summary = Some(summary);
+        Ok(())
+    }
+
+    fn summary(&self, first: u32, so_far: &Progress, whole: Option<&Validation>) -> Summary {
+        use Category as C;
+        let number = |x: f64| x.is_finite().then_some(x);
+        let bytes = |c| self.planned.layout.bytes(c);
+        let last = self.settings.epoch.unwrap_or(1) as usize;
+        let losses: Vec<f64> = so_far.curve.iter().rev().take(last).map(|m| m.loss).collect();
+        let mut scores = whole.map(|v| v.scores.clone()).unwrap_or_default();
+        for (name, end) in scores.clone() {
+            let curve = so_far.curve.iter().filter_map(|m| m.scores.get(&name).copied());
+            scores.insert(format!("best_{name}"), curve.fold(end, f64::max));
+        }
+        let curve = so_far.curve.iter().filter_map(|m| m.val_loss);
+        let [parameters, trained_parameters] = self.task.parameters();
+        let verify = self.settings.verify;
+        Summary {
+            loss: number(losses.iter().sum::<f64>() / losses.len() as f64),
+            val_loss: whole.map(|v| v.loss),
+            best_val_loss: curve.reduce(f64::min),
+            scores,
+            verify_mismatches: (verify == Verify::Mismatches).then_some(so_far.mismatches),
+            rebuild_error: (verify == Verify::Error).then_some(so_far.worst),
+            items_per_s: (self.settings.steps > first)
+                .then(|| so_far.items as f64 / so_far.seconds)
+                .and_then(number),
+            items: self.settings.items[0].into(),
+            parameters,
+            trained_parameters,
+            plan_bytes: self.planned.layout.total(),
+            activation_bytes: bytes(C::Activations)
+                + bytes(C::ActivationGradients)
+                + bytes(C::SideBits)
+                + bytes(C::Workspace),
+            peak_bytes: so_far.peak,
+            peak_rss_bytes: peak_rss_bytes(),
+            steps: self.settings.steps,
+            out: self.out.clone(),
+        }
+    }
+
+    /// `loss.svg` and the task's pictures; their names.
+    fn draw(&self, curve: &[Metric]) -> Result<String, Failure> {
+        let (unit, x) = match self.settings.epoch {
+            Some(epoch) => (f64::from(epoch), "epoch"),
+            None => (1.0, "optimizer step"),
+        };
+        let points = |f: &dyn Fn(&Metric) -> Option<f64>| {
+            curve.iter().filter_map(|m| Some((m.step as f64 / unit, f(m)?))).collect()
+        };
+        let series = |name, points, marks| Series { name, points, marks, ..Series::default() };
+        let train = series("training", points(&|m| Some(m.loss)), false);
+        let validation = series("validation", points(&|m| m.val_loss), true);
+        let (title, y) = ("Training and validation loss", "loss (nats)");
+        let chart = Chart { title, x, y, series: &[train, validation] };
+        report::svg(&self.out.join("loss.svg"), &chart)?;
+        let mut names = String::from(", loss.svg");
+        for p in self.settings.pictures {
+            let all: Vec<_> = (p.scores.iter())
+                .map(|&(name, shown, factor)| {
+                    let points = points(&|m| m.scores.get(name).map(|s| factor * s));
+                    series(shown, points, true)
+                })
+                .collect();
+            let chart = Chart { title: p.title, x, y: p.y, series: &all };
+            report::svg(&self.out.join(p.file), &chart)?;
+            let _ = write!(names, ", {}", p.file);
+        }
+        Ok(names)
+    }
+
+    fn tell(&self, s: &Summary, whole: Option<&Validation>, before: &str, files: &str) {
+        let mut text = before.to_string();
+        // Writing to a string does not fail.
+        let _ = write!(text, "\nloss {:.4}", s.loss.unwrap_or(f64::NAN));
+        if let Some(v) = whole {
+            let _ = write!(text, ", validation {}", v.text);
+        }
+        text.push('\n');
+        if let Some(n) = s.verify_mismatches {
+            let _ = writeln!(text, "verified: {n} rebuilt values differ from the originals");
+        }
+        if let Some(e) = s.rebuild_error {
+            let _ = writeln!(text, "rebuilding without a grid: largest error {e:.3e}");
+        }
+        let own = (self.settings.mode.clone(), self.planned.layout.clone());
+        let plans: Vec<_> =
+            core::iter::once(own).chain(self.planned.others.iter().cloned()).collect();
+        let _ = writeln!(text, "\n{}", machine::memory_table(&plans, Some(s.peak_bytes as u64)));
+        let _ = writeln!(
+            text,
+            "peak of the whole process, with its data: {}\n\nfiles in {}: {files}, metrics.jsonl, \
+             step-*.ckpt",
+            s.peak_rss_bytes.map_or("unknown".into(), report::bytes),
+            s.out.display()
+        );
+        // Nobody is left to tell if the terminal is gone.
+        let _ = std::io::stdout().lock().write_all(text.as_bytes());
+        if self.json
+            && let Ok(json) = serde_json::to_string(s)
+        {
+            report::tell!("{json}");
+        }
+    }
+}
+
+/// The name of a mode in the table.
+pub fn mode_name(mode: Mode) -> String {
+    name_of(&mode)
+}
