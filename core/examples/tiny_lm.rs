@@ -29,10 +29,10 @@ fn main() -> Result<(), Box<dyn core::error::Error>> {
     let mut backend = Reference::new(&plan, &mut ints, &mut reals, &mut words)?;
 
     lm.initialize(&mut backend, 1)?;
-    for step in 0..150 {
+    for step in 0..200 {
         // Every sample is followed by the next one in the text; a target is the byte that follows.
         let (at, len) = (step as usize * 1009 % (text.len() - BATCH * TOKENS), BATCH * TOKENS);
-        let step = Step { step, seed: 1, lr: 1e-2, weight_decay: 0.0, clip: 0.0 };
+        let step = Step { step, seed: 1, lr: 3e-3, weight_decay: 0.0, clip: 0.0 };
         let outcome = network::step(&mut lm, &mut backend, &step, |lm, backend, index| {
             lm.load(backend, index, &text[at..at + len], &text[at + 1..=at + len])
         })?;

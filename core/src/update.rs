@@ -276,7 +276,15 @@ impl FloatGamma {
 /// the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    gamma: Gamma,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Fixed(Gamma),
+    /// Takes turns by step and block: what the stack makes room for is more than some steps use.
+    #[cfg(test)]
+    Alternating([Gamma; 2]),
 }
 
 impl Policy {
@@ -285,19 +293,34 @@ impl Policy {
 
     /// The paper's: one γ for every step and block.
     pub const fn fixed(gamma: Gamma) -> Self {
-        Self { gamma }
+        Self { kind: Kind::Fixed(gamma) }
+    }
+
+    #[cfg(test)]
+    pub(crate) const fn alternating(gammas: [Gamma; 2]) -> Self {
+        Self { kind: Kind::Alternating(gammas) }
     }
 
     /// γ of block `k` in optimizer step `step`.
     #[inline]
     pub const fn at(&self, step: u32, k: usize) -> Gamma {
         let _ = (step, k);
-        self.gamma
+        match self.kind {
+            Kind::Fixed(gamma) => gamma,
+            #[cfg(test)]
+            Kind::Alternating(gammas) => gammas[(step as usize + k) % 2],
+        }
     }
 
     /// Most bits that any step stores of a value and block: what is planned.
     pub const fn planes(&self) -> u32 {
-        self.gamma.planes
+        match self.kind {
+            Kind::Fixed(gamma) => gamma.planes,
+            #[cfg(test)]
+            Kind::Alternating([a, b]) if a.planes < b.planes => b.planes,
+            #[cfg(test)]
+            Kind::Alternating([a, _]) => a.planes,
+        }
     }
 }
 
@@ -436,6 +459,40 @@ mod tests {
         }
         assert!(Gamma::new(0, Sign::Plus).is_err() && Gamma::new(9, Sign::Plus).is_err());
         assert_eq!(Gamma::from_value(-0.5, Sign::Plus), Gamma::new(1, Sign::Minus));
+        assert_eq!(Gamma::from_value(-0.5, Sign::Minus), Gamma::new(1, Sign::Plus));
+        assert_eq!(Gamma::from_value(-0.25, Sign::Random), Gamma::new(2, Sign::Random));
+    }
+
+    /// γ with and without its promise: the same number, the same sign for every place, and back.
+    #[test]
+    fn gamma_is_the_same_number_in_both_types() {
+        for planes in 1..=Gamma::MAX_PLANES {
+            for sign in [Sign::Random, Sign::Plus, Sign::Minus] {
+                let gamma = Gamma::new(planes, sign).unwrap();
+                let float = FloatGamma::from(gamma);
+                assert_eq!((float, float.sign()), (gamma.float(), sign));
+                assert_eq!(float.magnitude(), 1.0 / f64::from(1 << planes));
+                assert_eq!(Gamma::from_value(float.magnitude(), sign), Ok(gamma));
+                assert_eq!(FloatGamma::new(float.magnitude(), sign), Ok(float));
+                for sample in 0..16 {
+                    let (a, b) = (gamma.sigma(7, 1, sample, 0, 3), float.sigma(7, 1, sample, 0, 3));
+                    let fixed = match sign {
+                        Sign::Random => b,
+                        Sign::Plus => 1,
+                        Sign::Minus => -1,
+                    };
+                    assert_eq!((a, a), (b, fixed));
+                    let value: f64 = gamma.value(a);
+                    assert_eq!(value, f64::from(a) * float.magnitude());
+                    let (x, h) = (1.7_f32, -0.3);
+                    assert_eq!(gamma.mix(a, x, h).to_bits(), float.mix(a, x, h).to_bits());
+                }
+            }
+        }
+        assert_eq!(FloatGamma::ZERO, FloatGamma::new(0.0, Sign::Plus).unwrap());
+        assert_eq!(FloatGamma::new(-0.3, Sign::Plus), FloatGamma::new(0.3, Sign::Minus));
+        // A γ of 0 mixes to x + h, whatever its sign.
+        assert_eq!(FloatGamma::ZERO.mix(-1, 1.5_f64, 0.25), 1.75);
     }
 
     /// G of the combined step equals finite differences of `γ·a + (1-γ)·x + (1+γ)·h` (linear, so

@@ -152,6 +152,7 @@ fn model<R: Real>(mode: Mode, chunk: usize) -> (Model, Layout) {
         weight: table,
         targets: l.ints(Category::Head, BATCH * TARGET),
         losses: l.reals(Category::Head, BATCH * TARGET),
+        micro_batch: 0,
         logits: l.reals(Category::Head, 2 * VOCAB),
         scale: 1.0 / f64::from(unmasked),
         smoothing: 0.1,
@@ -406,6 +407,46 @@ fn a_decoder_without_a_context_and_bad_sizes_are_refused() {
     let (shape, mut none) = (shape(TARGET, Mask::Causal), Layout::new(4));
     let error = Decoder::layout(&shape, 0, 2, Gradients::None, &mut none).unwrap_err();
     assert!(error.to_string().contains("positions of the context"), "{error}");
+}
+
+/// A token that has no room in the cache does not go to the next sample's.
+#[test]
+fn a_place_outside_the_cache_is_refused() {
+    let (m, mut l) = model::<f32>(STANDARD, BATCH);
+    let blocks = m.decoder.with_tokens(1, SOURCE);
+    let needs = blocks.needs::<Reference<'_, f32>>(BATCH, 1);
+    let mut take = |n: usize| l.reals(Category::Workspace, n);
+    let [x, h] = [0; 2].map(|_| take(BATCH * WIDTH));
+    let (frame, scratch) = (take(BATCH * needs.frame), take(BATCH * needs.scratch + needs.fixed));
+    let cache = take(BATCH * TARGET * 2 * WIDTH);
+    let lens = l.ints(Category::Workspace, BATCH);
+    let (i, r, w) = l.arenas();
+    let (mut i, mut r, mut w) = (vec![0; i], vec![0.5; r], vec![0; w]);
+    let mut be = Reference::new(&l, &mut i, &mut r, &mut w).unwrap();
+    let chunk = Chunk {
+        seed: 0,
+        step: 0,
+        stack: 1,
+        site: Site::Block(0),
+        first: 0,
+        samples: BATCH,
+        global: 0,
+        frame: 0,
+    };
+    let (train, keep, context) = (false, false, None);
+    let call = Call { chunk, block: 0, x, frame, scratch, context, train, keep };
+    for (positions, what) in [
+        (&[0, TARGET, 1][..], "cache: position"),
+        (&[0, usize::MAX, 1], "cache: position"),
+        (&[0, 1], "cache: positions"),
+    ] {
+        let cached = Cached { of: cache, keys: TARGET, positions, lens, context: None };
+        let error = blocks.next(&mut be, &call, &cached, h).unwrap_err();
+        assert!(error.to_string().starts_with(what), "{error}");
+        // What the sample after it has is what it had.
+        let next = cache.sub(2 * TARGET * 2 * WIDTH, TARGET * 2 * WIDTH);
+        assert!(be.reals(next).unwrap().iter().all(|&x| x == 0.5));
+    }
 }
 
 /// A flipped bit in the encoder's kept activations is found in its own backward pass, and updates

@@ -68,6 +68,10 @@ impl Model {
 }
 
 fn model<R: Real>(kind: Kind, mode: Mode, mixup: bool) -> (Model, Layout) {
+    frozen::<R>(kind, mode, mixup, Freeze::Nothing)
+}
+
+fn frozen<R: Real>(kind: Kind, mode: Mode, mixup: bool, freeze: Freeze) -> (Model, Layout) {
     let mut l = Layout::new(R::BYTES);
     let small = kind == Kind::Small;
     let patches = Patches { channels: 2, height: 4, width: 6, patch: 2, shifted: small };
@@ -88,7 +92,7 @@ fn model<R: Real>(kind: Kind, mode: Mode, mixup: bool) -> (Model, Layout) {
         init: Scheme::InverseRoot,
     };
     // Plain descent without momentum: the gradients stay in full buffers.
-    let (freeze, gradients) = (Freeze::Nothing, Gradients::Full(Rule::Sgd { momentum: 0.0 }));
+    let gradients = Gradients::Full(Rule::Sgd { momentum: 0.0 });
     let blocks = PreNorm::layout(&shape, BLOCKS, None, freeze, gradients, &mut l).unwrap();
     let values = patches.values();
     let [a, b, c, d, e, f] = PatchEmbedding::tensors(&patches, WIDTH);
@@ -194,6 +198,50 @@ fn every_gradient_against_finite_differences() {
         let seen = common::compare_gradients(&trained, &mut p, &after, loss);
         // Nearly everything has a gradient; dropped values have none.
         assert!(seen > 900, "{kind:?} {mode:?}: {seen}");
+    }
+}
+
+/// What is frozen of patches, blocks and head has no gradient, and the others keep theirs.
+#[test]
+fn frozen_parts_have_no_gradient() {
+    let (mut all, l) = model::<f64>(Kind::Plain, STANDARD, false);
+    let arena = common::random_parameters::<f64>(&all.trained(), l.arenas().1);
+    let (loss, after, _) = run(&mut all, &l, &arena).unwrap();
+    for freeze in [Freeze::Matrices, Freeze::All(None)] {
+        let (mut m, l) = frozen::<f64>(Kind::Plain, STANDARD, false, freeze);
+        // The same values in other places.
+        let mut p = vec![0.0; l.arenas().1];
+        let mut pairs = Vec::new();
+        let mut place = |a: (&Params, &Tensor), b: (&Params, &Tensor), k: usize| {
+            let (from, to) = (a.0.parameter(k, a.1), b.0.parameter(k, b.1));
+            p[to.value.range()].copy_from_slice(&arena[from.value.range()]);
+            assert_eq!(to.grad.is_empty(), a.1.matrix || freeze == Freeze::All(None));
+            if !to.grad.is_empty() {
+                pairs.push((from.grad, to.grad));
+            }
+        };
+        for (a, b) in all.end_tensors.iter().zip(&m.end_tensors).filter(|(a, _)| !a.is_empty()) {
+            place((&all.ends, a), (&m.ends, b), 0);
+        }
+        let list = |blocks: &PreNorm| {
+            let mut tensors = Vec::new();
+            blocks.each(&mut |t| {
+                tensors.push(*t);
+                Ok(())
+            })?;
+            tensors.retain(|t| !t.is_empty());
+            Result::Ok(tensors)
+        };
+        for (a, b) in list(&all.blocks).unwrap().iter().zip(&list(&m.blocks).unwrap()) {
+            for k in 0..BLOCKS {
+                place((&all.blocks.params, a), (&m.blocks.params, b), k);
+            }
+        }
+        let (found, reals, _) = run(&mut m, &l, &p).unwrap();
+        assert_eq!(found.to_bits(), loss.to_bits());
+        for (a, b) in pairs {
+            assert!(after[a.range()] == reals[b.range()]);
+        }
     }
 }
 

@@ -129,7 +129,7 @@ impl SelfAttention {
     }
 
     /// The tensors, then the adapters'.
-    pub(super) const fn tensors(&self) -> &[Tensor] {
+    pub const fn tensors(&self) -> &[Tensor] {
         match self.lora {
             Some(_) => &self.tensors,
             None => self.tensors.split_at(OWN).0,
@@ -370,7 +370,8 @@ impl CrossAttention {
         Ok((Self { shape, tensors, keys, context_lens: Ints::EMPTY }, room))
     }
 
-    pub(super) const fn tensors(&self) -> &[Tensor] {
+    /// The tensors.
+    pub const fn tensors(&self) -> &[Tensor] {
         &self.tensors
     }
 

@@ -53,7 +53,8 @@ impl Mlp {
         (Self { shape, tensors }, room)
     }
 
-    pub(super) const fn tensors(&self) -> &[Tensor] {
+    /// The tensors.
+    pub const fn tensors(&self) -> &[Tensor] {
         &self.tensors
     }
 

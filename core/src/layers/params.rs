@@ -722,3 +722,88 @@ impl Params {
 const fn one_of(all: Reals, k: usize, len: usize) -> Reals {
     if all.len() == len { all } else { all.sub(k * len, len) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::vec;
+    use std::vec::Vec;
+
+    use super::*;
+    use crate::reference::Reference;
+
+    const ROWS: usize = 3;
+    const COLS: usize = 150;
+
+    fn tensors() -> [Tensor; 5] {
+        [
+            Tensor::matrix("normal", ROWS, COLS, Init::Normal(0.5)),
+            Tensor::matrix("absent", ROWS, COLS, Init::Ones).when(false),
+            Tensor::matrix("glorot", ROWS, COLS, Init::Glorot { outputs: 75 }),
+            Tensor::vector("ones", 5, Init::Ones),
+            Tensor::matrix("adapter", ROWS, COLS, Init::Adapter),
+        ]
+    }
+
+    fn lay_out(resident: usize, freeze: Freeze) -> Result<(Params, [Tensor; 5], Layout)> {
+        let (mut tensors, mut layout) = (tensors(), Layout::new(4));
+        let (room, kept) = (Room::NONE.place(&mut tensors, freeze), Gradients::Full(Rule::ADAM_W));
+        let params = Params::layout_paged(2, resident, room, freeze, kept, &mut layout)?;
+        Ok((params, tensors, layout))
+    }
+
+    /// Drawn in pieces they are what [`Tensor::draw`] gives row by row; tensors that are not there
+    /// have no number, and the optimizer's state is 0.
+    #[test]
+    fn initial_values_are_those_of_the_rows() {
+        for freeze in [Freeze::Nothing, Freeze::Matrices] {
+            let (params, tensors, layout) = lay_out(2, freeze).unwrap();
+            let (_, r, w) = layout.arenas();
+            let (mut r, mut w) = (vec![f32::NAN; r], vec![0; w]);
+            let mut be = Reference::new(&layout, &mut [], &mut r, &mut w).unwrap();
+            let mut index = 3;
+            params.initialize(&mut be, 7, &mut index, &tensors).unwrap();
+            assert_eq!(index, 3 + 2 * 4);
+            let mut index = 3;
+            for k in 0..2 {
+                for t in tensors.iter().filter(|t| !t.is_empty()) {
+                    let found = be.reals(params.value(k, t)).unwrap();
+                    for (row, found) in found.chunks(t.cols).enumerate() {
+                        let mut expected: Vec<f32> = vec![0.0; t.cols];
+                        t.draw(7, index, row, &mut expected);
+                        assert_eq!(found, expected, "{} {k}", t.name);
+                    }
+                    for state in params.state(k, t) {
+                        assert!(be.reals(state).unwrap().iter().all(|&x| x == 0.0));
+                    }
+                    index += 1;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_cannot_be_drawn_are_refused() {
+        let refused = |resident, freeze| {
+            let (params, tensors, layout) = lay_out(resident, freeze).unwrap();
+            let (_, r, w) = layout.arenas();
+            let (mut r, mut w) = (vec![0.0_f32; r], vec![0; w]);
+            let mut be = Reference::new(&layout, &mut [], &mut r, &mut w).unwrap();
+            params.initialize(&mut be, 7, &mut 0, &tensors).unwrap_err()
+        };
+        let error = refused(2, Freeze::All(Some(Half::Bf16)));
+        assert!(matches!(error, Error::Setting { what: "storage of a matrix", .. }), "{error}");
+        let error = refused(1, Freeze::Matrices);
+        assert!(matches!(error, Error::Setting { what: "frozen values", .. }), "{error}");
+    }
+
+    #[test]
+    fn all_groups_are_in_memory_or_one() {
+        let mut tensors = tensors();
+        let room = Room::NONE.place(&mut tensors, Freeze::Matrices);
+        for (resident, good) in [(0, false), (1, true), (2, false), (3, true), (4, false)] {
+            let (freeze, kept, mut l) = (Freeze::Matrices, Gradients::None, Layout::new(4));
+            let found = Params::layout_paged(3, resident, room, freeze, kept, &mut l);
+            assert_eq!(found.is_ok(), good, "{resident}");
+        }
+    }
+}

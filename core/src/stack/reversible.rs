@@ -455,3 +455,122 @@ const fn stored_planes(config: &Config) -> usize {
         Tail::Output => config.blocks.saturating_sub(1),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::vec;
+    use std::vec::Vec;
+
+    use super::*;
+    use crate::reference::Reference;
+    use crate::rng::philox;
+    use crate::stack::Needs;
+    use crate::update::Sign;
+
+    const BATCH: usize = 5;
+    const PER: usize = 40;
+    const BLOCKS: usize = 7;
+
+    /// `h(x) = sin(3x + k)`, without a gradient; the inputs; the loss's gradient is `x`.
+    struct Toy;
+
+    impl Blocks<Reference<'_, f32>> for Toy {
+        fn residual(&mut self, be: &mut Reference<'_, f32>, call: &Call, h: Reals) -> Result<()> {
+            let x = be.reals(call.x)?.to_vec();
+            let h = be.reals_mut(h)?;
+            h.iter_mut().zip(x).for_each(|(h, x)| *h = libm::sinf(3.0 * x + call.block as f32));
+            Ok(())
+        }
+
+        fn vjp(&mut self, _: &mut Reference<'_, f32>, _: &Call, _: Reals, _: Reals) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Input<Reference<'_, f32>> for Toy {
+        fn forward(
+            &mut self,
+            be: &mut Reference<'_, f32>,
+            c: &Chunk,
+            _: bool,
+            x: Reals,
+            _: Reals,
+        ) -> Result<()> {
+            for (i, x) in be.reals_mut(x)?.iter_mut().enumerate() {
+                *x = philox(3, [(c.first * PER + i) as u32, 0, 0, 0])[0] as i32 as f32 / 2e9;
+            }
+            Ok(())
+        }
+
+        fn vjp(&mut self, _: &mut Reference<'_, f32>, _: &Chunk, _: Reals, _: Reals) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Head<Reference<'_, f32>> for Toy {
+        fn forward_backward(
+            &mut self,
+            be: &mut Reference<'_, f32>,
+            _: &Chunk,
+            x: Reals,
+            gx: Reals,
+            _: Reals,
+        ) -> Result<()> {
+            be.copy_reals(x, gx)
+        }
+    }
+
+    /// Steps and blocks of 1 and 3 planes in turn, in the room of 3: exact, whatever the chunks.
+    #[test]
+    fn steps_with_fewer_planes_than_planned_are_replayed() {
+        let gammas = [1, 3].map(|m| Gamma::new(m, Sign::Random).unwrap());
+        for policy in [Policy::alternating(gammas), Policy::alternating([gammas[1], gammas[0]])] {
+            assert_eq!(policy.planes(), 3);
+            for (tail, chunk) in [(Tail::Head, 1), (Tail::Head, 2), (Tail::Output, 3)] {
+                let config = Config {
+                    id: 0,
+                    batch: BATCH,
+                    per_sample: PER,
+                    blocks: BLOCKS,
+                    chunk,
+                    tail,
+                    needs: Needs::NONE,
+                    ends_scratch: 0,
+                };
+                let mut layout = Layout::new(4);
+                let mut stack =
+                    Reversible::layout(&config, Grid::DEFAULT, policy, true, &mut layout).unwrap();
+                let (i, r, w) = layout.arenas();
+                let (mut i, mut r, mut w) = (vec![0; i], vec![0.0_f32; r], vec![u32::MAX; w]);
+                let mut be = Reference::new(&layout, &mut i, &mut r, &mut w).unwrap();
+                for step in 0..4 {
+                    let pass = Pass { seed: 1, step, global: 0 };
+                    stack.embed(&mut be, &mut Toy, &pass).unwrap();
+                    let x_0 = be.ints(stack.activation(0)).unwrap().to_vec();
+                    stack.forward(&mut be, &mut Toy, &pass).unwrap();
+                    // No two chunks and no two blocks share a word.
+                    let mut places = Vec::new();
+                    for (_, first, n) in stack.common.chunks() {
+                        for k in 0..stored_planes(&config) {
+                            let chunk = stack.common.chunk(&pass, Site::Block(k + 1), 0, first, n);
+                            let side = stack.side_of(k, &chunk);
+                            let planes = policy.at(step, k + 1).planes() as usize;
+                            assert_eq!(side.len(), n * planes * PER.div_ceil(32));
+                            places.push(side.range());
+                        }
+                    }
+                    places.sort_by_key(|place| place.start);
+                    assert!(places.is_sorted_by(|a, b| a.end <= b.start));
+                    match tail {
+                        Tail::Head => stack.turn(&mut be, &mut Toy, &mut Toy, &pass).unwrap(),
+                        Tail::Output => stack.output(&mut be).map(|_| ()).unwrap(),
+                    }
+                    stack.backward(&mut be, &mut Toy, &pass).unwrap();
+                    assert_eq!(be.take_fault(), Ok(None));
+                    assert_eq!(stack.mismatches(&be), Ok(0));
+                    assert_eq!(be.ints(stack.activation(0)).unwrap(), x_0);
+                }
+            }
+        }
+    }
+}

@@ -43,7 +43,7 @@ pub fn compare_gradients(
     after: &[f64],
     mut loss: impl FnMut(&[f64]) -> f64,
 ) -> usize {
-    let (e, mut seen) = (1e-5, 0);
+    let (e, mut seen) = (3e-6, 0);
     for p in of {
         for (at, g) in p.value.range().zip(p.grad.range()) {
             let x = arena[at];

@@ -6,13 +6,16 @@
 use core::fmt::Write;
 
 use bdia_core::arena::{Category, Layout, Reals};
-use bdia_core::backend::{Chunk, Gelu, Mask, Storage};
-use bdia_core::layers::{BlockShape, TransformerBlocks};
+use bdia_core::backend::{Chunk, Gelu, Mask};
+use bdia_core::layers::{
+    BlockShape, Freeze, Gradients, Mlp, Params, PreNorm, Room, Scheme, SelfAttention,
+};
+use bdia_core::network::{self, Chain, Loaded, Loss, Micro, Step};
 use bdia_core::optim::Rule;
 use bdia_core::reference::{Memory, Reference};
 use bdia_core::rng::philox;
-use bdia_core::stack::{Config, Head, Input, Mode, Pass, Stack, Tail};
-use bdia_core::update::{Gamma, Grid, Sign};
+use bdia_core::stack::{Config, Head, Input, Mode, Stack, Tail};
+use bdia_core::update::{Grid, Policy};
 use bdia_core::{Error, Result};
 
 const TOKENS: usize = 5;
@@ -46,7 +49,8 @@ impl<'a> Input<Be<'a>> for Inputs {
 
 /// Half the mean squared distance to fixed targets.
 struct Distance {
-    loss: f32,
+    scale: f32,
+    sum: f64,
 }
 
 impl<'a> Head<Be<'a>> for Distance {
@@ -58,17 +62,29 @@ impl<'a> Head<Be<'a>> for Distance {
         gx: Reals,
         _: Reals,
     ) -> Result<()> {
-        let scale = 1.0 / (BATCH * PER) as f32;
         for i in 0..x.len() {
             let d = be.reals(x.sub(i, 1))?[0] - noise(2, c.first * PER + i);
-            self.loss += 0.5 * d * d * scale;
-            be.reals_mut(gx.sub(i, 1))?[0] = d * scale;
+            self.sum += 0.5 * f64::from(d * d);
+            be.reals_mut(gx.sub(i, 1))?[0] = d * self.scale;
         }
         Ok(())
     }
 }
 
-fn train(memory: &mut Memory<f32, 4096, 32768, 512>) -> Result<(f32, f32)> {
+impl<'a> Loss<Be<'a>> for Distance {
+    fn begin(&mut self, micro: &Micro) {
+        *self = Self { scale: micro.scale as f32, sum: 0.0 };
+    }
+
+    fn loss(&self, _: &Be<'a>, _: usize) -> Result<f64> {
+        Ok(self.sum)
+    }
+}
+
+/// Input and head have no parameters.
+type Net = Chain<Inputs, (SelfAttention, Mlp), Distance, 0>;
+
+fn train(memory: &mut Memory<f32, 4096, 32768, 512>) -> Result<(f64, f64)> {
     let shape = BlockShape {
         tokens: TOKENS,
         width: WIDTH,
@@ -82,61 +98,51 @@ fn train(memory: &mut Memory<f32, 4096, 32768, 512>) -> Result<(f32, f32)> {
         hidden_dropout: 0.0,
         qkv_bias: true,
         temperature: false,
+        init: Scheme::InverseRoot,
     };
     let mut layout = Layout::new(size_of::<f32>());
-    let rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
-    let mut blocks = TransformerBlocks::layout(shape, BLOCKS, Some(rule), true, &mut layout)?;
+    let (freeze, gradients) = (Freeze::Nothing, Gradients::Fused(Rule::ADAM_W));
+    let blocks = PreNorm::layout(&shape, BLOCKS, None, freeze, gradients, &mut layout)?;
     let config = Config {
         id: 0,
         batch: BATCH,
         per_sample: PER,
         blocks: BLOCKS,
         chunk: 2,
-        mode: Mode::Bdia,
-        grid: Some(Grid::new(14)?),
-        gamma: Gamma::new(0.5, Sign::Random)?,
-        verify: true,
         tail: Tail::Head,
-        needs: shape.needs::<Be<'_>>(2, 1),
+        needs: blocks.needs::<Be<'_>>(2, 1),
         ends_scratch: 0,
     };
-    let mut stack = Stack::layout(config, &mut layout)?;
+    let mode = Mode::Bdia { grid: Grid::DEFAULT, gamma: Policy::PAPER, verify: true };
+    let mut net = Net {
+        stack: Stack::layout(&config, &mode, &mut layout)?,
+        blocks,
+        input: Inputs,
+        head: Distance { scale: 0.0, sum: 0.0 },
+        ends: Params::layout(1, Room::NONE, freeze, gradients, &mut layout)?,
+        outside: [],
+        trained: layout.trained(),
+        micro_batches: 1,
+    };
     let layout = layout.checked()?;
     if layout.bytes(Category::Library) != 0 {
         return Err(Error::Device("the reference backend has no library"));
     }
     let mut be = memory.backend(&layout)?;
-    for k in 0..BLOCKS {
-        let group = blocks.params.group(k);
-        for (n, t) in blocks.tensors().iter().enumerate() {
-            let norm = t.name == "ln_1.weight" || t.name == "ln_2.weight";
-            for (i, p) in be.reals_mut(t.of(group))?.iter_mut().enumerate() {
-                *p = if norm { 1.0 } else { 0.3 * noise((k * 100 + n) as u64 + 9, i) };
-            }
-        }
-    }
+    net.initialize(&mut be, 9)?;
     let (mut first, mut last) = (0.0, 0.0);
     for step in 0..STEPS {
-        blocks.updater.lr = 0.01;
-        blocks.updater.t = step + 1;
-        let mut head = Distance { loss: 0.0 };
-        stack.train(
-            &mut be,
-            &mut blocks,
-            &mut Inputs,
-            &mut head,
-            &Pass { seed: 3, step, global: 0 },
-        )?;
-        if let Some(fault) = be.take_fault()? {
-            return Err(fault.into());
-        }
-        if stack.mismatches(&be)? != 0 {
+        let at = Step { step, seed: 3, lr: 0.01, weight_decay: 0.0, clip: 0.0 };
+        let targets = BATCH * PER;
+        let loaded = Loaded { first: 0, targets, items: targets };
+        let outcome = network::step(&mut net, &mut be, &at, |_, _, _| Ok::<_, Error>(loaded))?;
+        if outcome.rebuilt.mismatches != 0 {
             return Err(Error::Device("a rebuilt activation differs"));
         }
         if step == 0 {
-            first = head.loss;
+            first = outcome.loss;
         }
-        last = head.loss;
+        last = outcome.loss;
     }
     Ok((first, last))
 }
@@ -148,8 +154,9 @@ unsafe extern "C" {
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {
     static mut MEMORY: Memory<f32, 4096, 32768, 512> = Memory::new();
+    let place = &raw mut MEMORY;
     // SAFETY: the program has one thread and this is the only reference.
-    let memory = unsafe { &mut *&raw mut MEMORY };
+    let memory = unsafe { &mut *place };
     let mut line = heapless::String::<200>::new();
     let (code, written) = match train(memory) {
         Ok((first, last)) if last < 0.7 * first => (
