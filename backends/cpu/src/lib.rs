@@ -33,6 +33,7 @@
 mod memory;
 mod nn;
 mod optim;
+mod parts;
 mod processor;
 mod simd;
 mod update;
@@ -48,6 +49,7 @@ use rayon::prelude::*;
 use memory::{Arena, get, get_mut, split};
 
 pub use nn::matmul::{Precision, Products};
+pub use parts::{Inputs, Values};
 pub use processor::require_cpu;
 
 /// Elements of one piece of element-wise work: 64 KiB, half of an L2 cache with a few operands, and
@@ -225,11 +227,8 @@ impl Cpu {
             let built = rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)
                 .thread_name(|i| format!("bdia-{i}"))
-                .build()
-                .map_err(|_| CpuError::Threads { threads })?;
-            // What a thread allocates when it starts is allocated now, and not in a first step.
-            built.broadcast(|_| ());
-            Some(built)
+                .build();
+            Some(built.map_err(|_| CpuError::Threads { threads })?)
         };
         Self::with_team(layout, Arc::new(Team { pool, threads }), products)
     }

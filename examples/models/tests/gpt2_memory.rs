@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 // The allocator of the programs, without their crate, which depends on this one.
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 #[path = "../../train/src/alloc.rs"]
 mod alloc;
 mod common;

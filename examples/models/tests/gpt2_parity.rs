@@ -4,12 +4,12 @@
 
 mod common;
 
+use bdia_core::Error;
 use bdia_core::layers::Gradients;
 use bdia_core::network::Step;
 use bdia_core::optim::Rule;
 use bdia_core::stack::{Mode, Stack};
 use bdia_core::update::{Gamma, Grid, Policy, Sign};
-use bdia_core::{Error, Storage};
 use bdia_models::gpt2::model::Setup;
 use bdia_models::inference::Inference;
 use common::{
@@ -55,7 +55,7 @@ fn check(file: &str, mode: Mode, inference: Inference, chunk: usize, head_rows: 
     // Gradients: a step of SGD with rate 0 leaves them in full buffers.
     let whole = Setup { gradients: Gradients::Full(SGD), ..setup(&s, mode) };
     let (mut model, layout) = lay_out::<f64>(&whole, chunk, head_rows);
-    let mut memory = Memory::new(&layout);
+    let mut memory = Memory::<f64>::new(&layout);
     let mut be = memory.backend(&layout);
     let tensors = model.tensors();
     s.load(&mut be, &tensors);
@@ -93,7 +93,7 @@ fn check(file: &str, mode: Mode, inference: Inference, chunk: usize, head_rows: 
         for gradients in [Gradients::Fused(rule), Gradients::Full(rule)] {
             let setup = Setup { gradients, ..setup(&s, mode) };
             let (mut model, layout) = lay_out::<f64>(&setup, chunk, head_rows);
-            let mut memory = Memory::new(&layout);
+            let mut memory = Memory::<f64>::new(&layout);
             let mut be = memory.backend(&layout);
             s.load(&mut be, &model.tensors());
             for (i, theirs) in s.reals[&format!("losses.{name}")].iter().enumerate() {
@@ -153,7 +153,7 @@ fn bdia_float_is_close() {
     let mode = verified(bdia_float(Sign::Plus));
     let setup = Setup { gradients: Gradients::Full(SGD), ..setup(&s, mode) };
     let (mut model, layout) = lay_out::<f64>(&setup, 2, 7);
-    let mut memory = Memory::new(&layout);
+    let mut memory = Memory::<f64>::new(&layout);
     let mut be = memory.backend(&layout);
     let tensors = model.tensors();
     s.load(&mut be, &tensors);

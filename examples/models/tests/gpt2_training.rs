@@ -9,7 +9,7 @@ use bdia_core::network::{Outcome, Step};
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Fault, Gamma, Reference, Sign, Site, Storage};
+use bdia_core::{Error, Fault, Gamma, Reference, Sign, Site};
 use bdia_cpu::Cpu;
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use common::{

@@ -69,7 +69,9 @@ pub fn reference(layout: &Layout, operands: &Operands) -> [Vec<f32>; 4] {
 /// units in the last place of the largest term times the root of their number.
 pub fn assert_close(found: &[Vec<f32>; 4], expected: &[Vec<f32>; 4]) {
     const TOLERANCE: f32 = 2e-5;
-    for (name, (found, expected)) in ["y", "rstd", "dx", "dw"].iter().zip(found.iter().zip(expected)) {
+    for (name, (found, expected)) in
+        ["y", "rstd", "dx", "dw"].iter().zip(found.iter().zip(expected))
+    {
         let largest = expected.iter().fold(1.0_f32, |m, x| m.max(x.abs()));
         for (a, b) in found.iter().zip(expected) {
             assert!((a - b).abs() <= TOLERANCE * largest, "{name}: {a} {b}");
