@@ -2,7 +2,7 @@
 
 use super::{Group, Loaded, Micro, Network, Owner, Rebuilt, sum};
 use crate::arena::{Category, Layout, product};
-use crate::backend::Backend;
+use crate::backend::{Backend, Chunk};
 use crate::error::{Error, Result, Site};
 use crate::layers::{
     Branches, Freeze, Gradients, LmHead, Mlp, Params, Residual, Room, SelfAttention, Tensor,
@@ -10,6 +10,7 @@ use crate::layers::{
 };
 use crate::plan::Choice;
 use crate::stack::{Config, Head, Input, Mode, Pass, Stack, Tail};
+use crate::update::FloatGamma;
 
 /// A head that a [`Chain`] ends with: it is told the scale of its gradient, and keeps the losses of
 /// every micro-batch until the step is over.
@@ -202,6 +203,43 @@ impl<P: Branches> Chain<TokenEmbedding, P, LmHead, 5> {
         let first = (index * be.ranks() + be.rank()) * self.stack.config().batch;
         let unmasked = targets.iter().filter(|&&t| t >= 0).count();
         Ok(Loaded { first: first as u32, targets: unmasked, items: tokens.len() })
+    }
+}
+
+impl<P: Branches> Chain<TokenEmbedding, P, LmHead, 5> {
+    /// The sum of the losses of some samples, at most a chunk ([`Stack::config`]) of them, in the
+    /// standard transformer. Tokens and targets are those of [`load`](Self::load).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other lengths; [`Error::Fault`] for tokens outside the vocabulary and
+    /// values that are not finite; any error of the backend.
+    pub fn evaluate<B: Backend>(
+        &mut self,
+        be: &mut B,
+        tokens: &[i32],
+        targets: &[i32],
+    ) -> Result<f64> {
+        be.clear_fault()?;
+        let (n, samples) = (tokens.len(), tokens.len() / self.input.per_sample.max(1));
+        be.write_ints(self.input.tokens.sub(0, n), tokens)?;
+        be.write_ints(self.head.targets.sub(0, n), targets)?;
+        let (blocks, input) = (&mut self.blocks, &mut self.input);
+        let x = self.stack.infer(be, blocks, input, samples, FloatGamma::ZERO)?;
+        let chunk = Chunk {
+            seed: 0,
+            step: 0,
+            stack: 0,
+            site: Site::Head,
+            first: 0,
+            samples,
+            global: 0,
+            frame: 0,
+        };
+        LmHead::loss(&self.head, be, &chunk, x, self.stack.scratch())?;
+        if let Some(fault) = be.take_fault()? {
+            return Err(fault.into());
+        }
+        sum(be, self.head.losses.sub(0, n))
     }
 }
 

@@ -86,7 +86,7 @@ pub struct TrainArgs {
     /// How it is trained.
     #[command(flatten)]
     #[serde(flatten)]
-    pub run: RunArgs,
+    pub run: StepArgs,
 }
 
 impl Flags for TrainArgs {
@@ -265,7 +265,7 @@ pub struct FinetuneArgs {
     /// How it is trained.
     #[command(flatten)]
     #[serde(flatten)]
-    pub run: RunArgs,
+    pub run: StepArgs,
     /// Digest of the weights that the run started from.
     #[arg(skip)]
     #[serde(default)]
@@ -296,110 +296,6 @@ impl FinetuneArgs {
             self.method.check()?;
         }
         self.run.check()
-    }
-}
-
-/// How a model is trained: the flags that `train` and `finetune` have in common.
-#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
-pub struct RunArgs {
-    /// Dropout of embeddings, attention and residuals
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = below_one, help_heading = "Model")]
-    pub dropout: f64,
-    /// Label smoothing
-    #[arg(
-        long,
-        value_name = "E",
-        default_value_t = 0.0,
-        value_parser = below_one,
-        help_heading = "Model"
-    )]
-    #[serde(default)]
-    pub smoothing: f64,
-    /// Tokens of the text that the model writes at the end; 0 for none
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 60,
-        value_parser = count_or_zero(1 << 20),
-        help_heading = "Run"
-    )]
-    #[serde(default)]
-    pub sample: u64,
-    /// How activations are kept.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub mode: ModeArgs,
-    /// The optimizer.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub optim: OptimArgs,
-    /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 130, value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
-    pub steps: u64,
-    /// Samples of a micro-batch, of all ranks together
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20), help_heading = "Run")]
-    pub batch: u64,
-    /// Micro-batches of a step. More than one needs full gradient buffers
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10), help_heading = "Run")]
-    pub accumulate: u64,
-    /// Everything random follows from it
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Run", value_parser = seed)]
-    pub seed: u64,
-    /// Steps between validations; 0 for one at the end
-    #[arg(long, value_name = "N", default_value_t = 50, value_parser = count_or_zero(u64::from(u32::MAX)), help_heading = "Run")]
-    pub eval_interval: u64,
-    /// Steps between checkpoints; 0 for one at the end
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = count_or_zero(u64::from(u32::MAX)), help_heading = "Run")]
-    pub checkpoint_interval: u64,
-    /// Continue the run in this directory with its own settings
-    #[arg(long, value_name = "DIR", help_heading = "Run", conflicts_with_all = ["out"])]
-    pub resume: Option<PathBuf>,
-    /// Keep every activation as well and count the rebuilt values that differ
-    #[arg(long, help_heading = "Run")]
-    pub verify: bool,
-    /// Directory of the run's files
-    #[arg(long, value_name = "DIR", default_value = "runs/lm", help_heading = "Run")]
-    pub out: PathBuf,
-    /// The last line of standard output is one JSON object
-    #[arg(long, help_heading = "Run")]
-    pub json: bool,
-    /// Threads, memory, backend.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub machine: MachineArgs,
-    /// Names (as in `weight_decay`) of the flags that the user gave.
-    #[arg(skip)]
-    #[serde(skip)]
-    pub given: BTreeSet<String>,
-}
-
-impl Flags for RunArgs {
-    fn run(&mut self) -> RunFlags<'_> {
-        self.flags(Vec::new())
-    }
-}
-
-impl RunArgs {
-    /// Those that every program has; `inputs` are the files that the run reads.
-    fn flags<'a>(&'a mut self, inputs: Vec<&'a mut PathBuf>) -> RunFlags<'a> {
-        RunFlags {
-            seed: &mut self.seed,
-            checkpoint_interval: &mut self.checkpoint_interval,
-            resume: &mut self.resume,
-            verify: &mut self.verify,
-            out: &mut self.out,
-            json: &mut self.json,
-            mode: &mut self.mode,
-            machine: &mut self.machine,
-            given: &mut self.given,
-            inputs,
-        }
-    }
-
-    /// What single flags cannot show to be wrong.
-    fn check(&self) -> Result<(), String> {
-        check_mode(&self.mode, self.verify)?;
-        self.optim.check()
     }
 }
 

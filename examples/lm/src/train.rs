@@ -19,15 +19,14 @@ use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
 use bdia_models::weights::WeightsError;
 use bdia_train::checkpoint::Header;
 use bdia_train::machine::{self, for_kind};
-use bdia_train::trainer::{
-    self, Planned, Settings, Summary, Task, Validation, Verify, When, fixed_choice,
-};
+use bdia_train::trainer::{self, Planned, Settings, Summary, Task, Validation, When, fixed_choice};
 use bdia_train::{Failure, ranks, run};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::cli::{FinetuneArgs, RunArgs, TrainArgs};
+use crate::cli::{FinetuneArgs, TrainArgs};
 use crate::data::{Batches, Corpus, Order, Part};
 use crate::pairs::Examples;
+use bdia_train::cli::StepArgs;
 
 /// Validation tokens of the curve, and of the measurement at the end; `eval` has no such limit.
 const CURVE_TOKENS: usize = 8192;
@@ -75,7 +74,7 @@ pub enum Asked {
 
 /// A language model that learns.
 pub struct Learner {
-    run: RunArgs,
+    run: StepArgs,
     model: Gpt2,
     config: Gpt2Config,
     source: Source,
@@ -129,14 +128,14 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
 }
 
 /// How a run's batches are made of a text.
-pub fn batches(args: &RunArgs, order: Order, context: usize) -> Batches {
+pub fn batches(args: &StepArgs, order: Order, context: usize) -> Batches {
     Batches { order, seed: args.seed, per_step: args.batch * args.accumulate, context }
 }
 
 /// A run before its plan.
 pub struct Lesson {
     /// Flags that every run has.
-    pub run: RunArgs,
+    pub run: StepArgs,
     /// Tokens of a sample.
     pub context: usize,
     /// Adapters, where those are trained.
@@ -202,20 +201,7 @@ impl Lesson {
             }
         }
         let sample = self.sampler(&model, &layout)?;
-        let settings = Settings {
-            command,
-            program: PROGRAM,
-            steps: run.steps as u32,
-            epoch: None,
-            seed: run.seed,
-            optim: run.optim.clone(),
-            eval_every: run.eval_interval as u32,
-            save_every: run.checkpoint_interval as u32,
-            mode: trainer::mode_name(run.mode.mode),
-            verify: Verify::of(run.verify, run.mode.mode),
-            items: ["tokens", "tok"],
-            pictures: &[],
-        };
+        let settings = Settings::of_steps(run, command, PROGRAM);
         let Self { run, config, source, name, tokenizer, start, asked, .. } = self;
         let base = None;
         let task =

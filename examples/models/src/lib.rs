@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod bpe;
 pub mod config;
 pub mod files;
 pub mod gpt2;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bdia_models::bpe::BpeError;
 use bdia_models::config::ConfigError;
 use bdia_models::files::FileError;
 use bdia_models::gpt2::adapter::AdapterError;
@@ -32,6 +33,8 @@ pub enum Failure {
     Config(#[from] ConfigError),
     #[error("{0}")]
     Adapter(#[from] AdapterError),
+    #[error("{0}")]
+    Bpe(#[from] BpeError),
     #[error("{0}")]
     Vocabulary(#[from] VocabularyError),
     #[error("{0}")]

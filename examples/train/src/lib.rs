@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod error;
 pub mod launcher;
+pub mod licences;
 pub mod machine;
 #[cfg(feature = "testing")]
 pub mod mutations;

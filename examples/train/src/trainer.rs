@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::alloc::{Counting, peak_rss_bytes};
 use crate::checkpoint::{self, Header};
-use crate::cli::{Flags, Mode, OptimArgs, name_of};
+use crate::cli::{Flags, Mode, OptimArgs, StepArgs, name_of};
 use crate::error::Failure;
 use crate::machine::{self, Work};
 use crate::report::{self, Chart, Metrics, Record, Series};
@@ -247,6 +247,26 @@ pub struct Settings {
     pub items: [&'static str; 2],
     /// The scores' pictures, beside that of the losses.
     pub pictures: &'static [Picture],
+}
+
+impl Settings {
+    /// Those of a run that counts steps, of `program` and its version, resumed by `command`.
+    pub fn of_steps(args: &StepArgs, command: &'static str, program: &'static str) -> Self {
+        Self {
+            command,
+            program,
+            steps: args.steps as u32,
+            epoch: None,
+            seed: args.seed,
+            optim: args.optim.clone(),
+            eval_every: args.eval_interval as u32,
+            save_every: args.checkpoint_interval as u32,
+            mode: mode_name(args.mode.mode),
+            verify: Verify::of(args.verify, args.mode.mode),
+            items: ["tokens", "tok"],
+            pictures: &[],
+        }
+    }
 }
 
 /// What `--verify` tells.

@@ -3,11 +3,13 @@
 use std::path::Path;
 
 use bdia_core::backend::Backend;
+use bdia_core::layers::Tensor;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::model::Gpt2;
-use crate::named;
+use crate::named::{self, Named};
 use crate::weights::{self, Weights, WeightsError};
+use bdia_core::network::Lm;
 
 /// The name in a file: with `transformer.`, except `lm_head.weight`.
 fn full_name(name: &str) -> String {
@@ -49,7 +51,32 @@ pub fn save_weights<B: Backend<Real = f32>>(
     be: &B,
     model: &Gpt2,
 ) -> Result<(), WeightsError> {
-    named::write(&dir.join(weights::FILE), &model.tensors(), be, full_name)
+    save_tensors(dir, be, &model.tensors())
+}
+
+/// The tensors of a language model of the core, in the order and under the names of GPT-2's file.
+pub fn tensors(lm: &Lm) -> Vec<Named> {
+    let (first, last) = lm.outside.split_at(2);
+    let end = |t: &Tensor| Named::new(t.name.into(), &lm.ends, 0, t);
+    let blocks = (0..lm.blocks.params.groups()).flat_map(|k| {
+        let name = move |t: &Tensor| format!("h.{k}.{}", t.name);
+        let tensors = named::of_block(&lm.blocks, k).into_iter();
+        tensors.map(move |(params, k, t)| Named::new(name(&t), params, k, &t))
+    });
+    let all = first.iter().map(end).chain(blocks).chain(last.iter().map(end));
+    all.filter(|t| !t.is_empty()).collect()
+}
+
+/// Writes `model.safetensors` with the tensors of [`tensors`].
+///
+/// # Errors
+/// A file that cannot be written; an existing one is untouched then.
+pub fn save_tensors<B: Backend<Real = f32>>(
+    dir: &Path,
+    be: &B,
+    tensors: &[Named],
+) -> Result<(), WeightsError> {
+    named::write(&dir.join(weights::FILE), tensors, be, full_name)
 }
 
 #[cfg(test)]

@@ -100,6 +100,24 @@ pub struct Setup {
     pub library: usize,
 }
 
+impl Setup {
+    /// One that is not trained: of one sample of `context` tokens, without dropout.
+    pub fn inference(dims: Dims, context: usize, threads: usize) -> Self {
+        Self {
+            dims: Dims { dropout: [0.0; 3], ..dims },
+            batch: 1,
+            accumulate: 1,
+            context,
+            mode: Mode::Standard { grid: None },
+            gradients: Gradients::None,
+            adapters: None,
+            smoothing: 0.0,
+            threads,
+            library: 0,
+        }
+    }
+}
+
 /// Parameter tensors outside the blocks: embedding (2), norm (2), `lm_head`.
 const ENDS: usize = 5;
 
