@@ -3,7 +3,6 @@
 //!
 //! `bdia-lm` is the program for data and pretrained models of your own.
 
-use core::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -12,26 +11,21 @@ use bdia_core::backend::Backend;
 use bdia_core::layers::{BlockShape, PreNorm};
 use bdia_core::network::{self, Lm, LmShape, Network, Outcome, Step, Training};
 use bdia_core::plan::Choice;
-use bdia_core::rng::{Draw, Stream};
 use bdia_cpu::Cpu;
-use bdia_models::bpe::{Bpe, END};
-use bdia_models::gpt2::config::{Gpt2Config, Size};
-use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
-use bdia_models::gpt2::files;
-use bdia_models::gpt2::model::{Gpt2, Setup};
-use bdia_models::inference::Inference;
+use bdia_models::bpe::END;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::{decode, files};
 use bdia_models::named::{self, Named};
 use bdia_models::plan::Plan;
 use bdia_models::sample::Sampler;
 use bdia_train::alloc::Counting;
 use bdia_train::cli::{Flags, RunFlags, StepArgs, count, given, or_exit};
 use bdia_train::error::Failure;
-use bdia_train::licences::Licences;
-use bdia_train::trainer::{self, Planned, Settings, Task, Validation, When, fixed_choice};
+use bdia_train::licences::Text;
+use bdia_train::trainer::{self, Settings, Task, Validation, When};
 use bdia_train::{machine, ranks, run};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_64;
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -78,6 +72,8 @@ fn main() -> ExitCode {
     run::program(|| train(&args))
 }
 
+type Done<T = ()> = Result<T, Failure>;
+
 /// The architecture, and how it is trained.
 #[derive(Debug, Clone, Copy)]
 struct Architecture {
@@ -85,7 +81,6 @@ struct Architecture {
     layers: usize,
     ends: LmShape,
     training: Training,
-    /// Bytes that libraries allocate for themselves.
     library: usize,
 }
 
@@ -116,17 +111,12 @@ impl Plan for Net {
     }
 }
 
-fn train(args: &Args) -> Result<(), Failure> {
+fn train(args: &Args) -> Done {
     ranks::alone("the steps of bdia-gpt2")?;
     let (args, from) = run::begin(args)?;
     args.run.check().map_err(Failure::Other)?;
 
-    // The validation texts are of other families of licences than the training texts.
-    let licences = Licences::spdx();
-    let [learned, unseen] = [&licences.train, &licences.validation]
-        .map(|part| part.iter().map(|t| t.1).collect::<Vec<_>>());
-    let vocabulary = Bpe::train(&learned, args.vocab as usize)?;
-
+    let text = Text::licences(args.vocab as usize)?;
     let (run, tokens, layers) = (&args.run, args.context as usize, args.layers as usize);
     let block = BlockShape {
         attention_dropout: run.dropout,
@@ -134,96 +124,59 @@ fn train(args: &Args) -> Result<(), Failure> {
         ..BlockShape::gpt2(tokens, args.width as usize, args.heads as usize, layers)
     };
     let ends = LmShape {
-        vocab: vocabulary.size(),
+        vocab: text.vocabulary.size(),
         positions: tokens,
         eps: block.eps,
         tied: true,
         dropout: run.dropout,
     };
-    let threads = machine::threads(&run.machine);
+    let (mode, threads) =
+        (machine::mode(&run.mode, layers, run.verify)?, machine::threads(&run.machine));
+    let gradients = machine::gradients(&run.optim, run.accumulate);
     let training = Training {
         micro_batches: run.accumulate as usize,
         threads,
-        ..Training::new(
-            machine::mode(&run.mode, layers, run.verify)?,
-            run.batch as usize,
-            machine::gradients(&run.optim, run.accumulate),
-        )
+        ..Training::new(mode, run.batch as usize, gradients)
     };
     let library = machine::library(&run.machine, threads);
     let a = Architecture { block, layers, ends, training, library };
 
-    let (kind, budget) = (run.machine.backend, run.machine.memory);
-    let fits = |c: Choice| (1..=training.batch).contains(&c.chunk) && c.head_rows > 0;
-    let fixed = fixed_choice(from.as_ref(), run.steps as u32, 1, fits)?;
-    let (choice, net, layout) = machine::lay_out::<Net>(&a, kind, 1, budget, fixed)?;
-    let plan = |(name, mode)| {
-        let other = Architecture { training: Training { mode, ..training }, ..a };
-        Ok((name, machine::lay_out::<Net>(&other, kind, 1, None, Some(choice))?.2))
-    };
-    let others = machine::other_modes(&training.mode, layers)?.into_iter().map(plan);
-    let others = others.collect::<Result<_, Failure>>()?;
+    let (mut net, planned) = trainer::plan::<Net>(run, from.as_ref(), (mode, layers), |mode| {
+        Architecture { training: Training { mode, ..training }, ..a }
+    })?;
+    net.0.head.smoothing = run.smoothing;
     let settings =
         Settings::of_steps(run, "bdia-gpt2", concat!("bdia-gpt2 ", env!("CARGO_PKG_VERSION")));
-    let task = Learner {
-        config: config(&args, vocabulary.size())?,
-        net,
-        learned: vocabulary.encode_documents(&learned)?,
-        unseen: vocabulary.encode_documents(&unseen)?,
-        bytes: unseen.iter().map(|t| t.len()).sum(),
-        vocabulary,
-        staging: [Vec::new(), Vec::new()],
-        args: args.clone(),
-    };
-    trainer::train(args, settings, Planned { choice, layout, others }, task, from, None).map(|_| ())
-}
-
-/// The model as its file says it, for whoever reads it.
-fn config(args: &Args, vocab: usize) -> Result<Gpt2Config, Failure> {
-    let mut config = Gpt2Config::preset(Size::Mini);
-    (config.n_layer, config.n_head) = (args.layers as usize, args.heads as usize);
-    (config.n_embd, config.n_positions) = (args.width as usize, args.context as usize);
-    config.set_vocab(vocab);
-    config.set_dropout(args.run.dropout);
-    config.bdia = Some(args.run.mode.training()?);
+    let mut config = Gpt2Config::new([ends.vocab, tokens, block.width, block.heads, layers]);
+    config.set_dropout(run.dropout);
+    config.eos_token_id = Some(END.into());
+    config.bdia = Some(run.mode.training()?);
     config.check()?;
-    Ok(config)
+    let task = Learner { args: args.clone(), config, net, text, staging: Default::default() };
+    trainer::train(args, settings, planned, task, from, None).map(|_| ())
 }
 
 struct Learner {
     args: Args,
     config: Gpt2Config,
     net: Net,
-    /// Tokens to learn, tokens to measure on, and the bytes that those stand for.
-    learned: Vec<u16>,
-    unseen: Vec<u16>,
-    bytes: usize,
-    vocabulary: Bpe,
+    text: Text,
     /// Tokens and targets of a batch.
     staging: [Vec<i32>; 2],
 }
 
 impl Task for Learner {
     fn describe(&self) -> String {
-        let (a, [parameters, _]) = (&self.args, self.parameters());
-        format!(
-            "{parameters} parameters, {} blocks, width {}, context {}, batch {}; {} training and \
-             {} validation tokens of licence texts",
-            a.layers,
-            a.width,
-            a.context,
-            a.run.batch,
-            self.learned.len(),
-            self.unseen.len()
-        )
+        let (a, [n, _], text) = (&self.args, self.parameters(), &self.text);
+        let (layers, width, context) = (a.layers, a.width, a.context);
+        format!("{n} parameters, {layers} blocks, width {width}, context {context}; {text}")
     }
 
-    fn digest(&self) -> Result<u64, Failure> {
-        let bytes: Vec<u8> = self.learned.iter().flat_map(|t| t.to_le_bytes()).collect();
-        Ok(xxh3_64(&bytes))
+    fn digest(&self) -> Done<u64> {
+        Ok(self.text.digest())
     }
 
-    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure> {
+    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Done {
         if !resumed {
             let threads = machine::threads(&self.args.run.machine);
             named::initialize(be, &files::tensors(&self.net.0), self.args.run.seed, threads)?;
@@ -231,8 +184,8 @@ impl Task for Learner {
         Ok(())
     }
 
-    fn record(&self, out: &Path) -> Result<(), Failure> {
-        self.vocabulary.write(&out.join("tokenizer.json"))?;
+    fn record(&self, out: &Path) -> Done {
+        self.text.vocabulary.write(&out.join("tokenizer.json"))?;
         Ok(self.config.write_dir(out)?)
     }
 
@@ -249,22 +202,11 @@ impl Task for Learner {
         self.staging = [vec![0; rows], vec![0; rows]];
     }
 
-    /// Samples begin anywhere in the text: where follows from seed, step and sample.
-    fn step<B: Backend<Real = f32>>(
-        &mut self,
-        be: &mut B,
-        step: &Step,
-    ) -> Result<Outcome, Failure> {
+    fn step<B: Backend<Real = f32>>(&mut self, be: &mut B, step: &Step) -> Done<Outcome> {
         let (context, batch) = (self.args.context as usize, self.args.run.batch as usize);
-        let (text, [tokens, targets]) = (&self.learned, &mut self.staging);
+        let (text, [tokens, targets]) = (&self.text, &mut self.staging);
         network::step(&mut self.net.0, be, step, |lm, be, index| {
-            let samples = tokens.chunks_mut(context).zip(targets.chunks_mut(context));
-            for (i, (tokens, targets)) in samples.enumerate() {
-                let sample = (index * batch + i) as u32;
-                let word = Stream::new(step.seed, step.step, sample, 0, 0, Draw::Data).quad(0)[0];
-                let at = word as usize % text.len().saturating_sub(context).max(1);
-                fill(&text[at..], tokens, targets);
-            }
+            text.batch(step, index * batch, context, tokens, targets);
             Ok(lm.load(be, index, tokens, targets)?)
         })
     }
@@ -273,22 +215,14 @@ impl Task for Learner {
         &mut self,
         be: &mut B,
         _: When,
-    ) -> Result<Option<Validation>, Failure> {
+    ) -> Done<Option<Validation>> {
         let (lm, context) = (&mut self.net.0, self.args.context as usize);
-        let (mut tokens, mut targets) = (vec![0; context], vec![0; context]);
-        let (mut nats, mut count) = (0.0, 0);
-        for at in (0..self.unseen.len()).step_by(context) {
-            fill(&self.unseen[at..], &mut tokens, &mut targets);
-            nats += lm.evaluate(be, &tokens, &targets)?;
-            count += targets.iter().filter(|t| **t >= 0).count();
-        }
-        let (loss, bits) =
-            (nats / count as f64, nats / core::f64::consts::LN_2 / self.bytes as f64);
-        let text = format!("loss {loss:.4}, {bits:.3} bits per byte, over {count} tokens");
-        Ok(Some(Validation { loss, text, ..Validation::default() }))
+        self.text
+            .validate(context, |tokens, targets| Ok(lm.evaluate(be, tokens, targets)?))
+            .map(Some)
     }
 
-    fn save<B: Backend<Real = f32>>(&self, be: &B, path: &Path) -> Result<(), Failure> {
+    fn save<B: Backend<Real = f32>>(&self, be: &B, path: &Path) -> Done {
         Ok(named::write(path, &files::tensors(&self.net.0), be, str::to_owned)?)
     }
 
@@ -297,42 +231,18 @@ impl Task for Learner {
         be: &mut B,
         out: &Path,
         _: Option<&Validation>,
-    ) -> Result<(String, &'static str), Failure> {
+    ) -> Done<(String, &'static str)> {
         files::save_tensors(out, be, &files::tensors(&self.net.0))?;
-        Ok((self.sample(out)?, "model.safetensors, config.json, tokenizer.json"))
-    }
-}
-
-/// Tokens, and as targets those that follow; behind the end of the text there are none.
-fn fill(text: &[u16], tokens: &mut [i32], targets: &mut [i32]) {
-    for (i, (token, target)) in tokens.iter_mut().zip(targets).enumerate() {
-        *token = text.get(i).map_or(0, |&t| i32::from(t));
-        *target = text.get(i + 1).map_or(-1, |&t| i32::from(t));
-    }
-}
-
-impl Learner {
-    /// What the model writes: read from its file as any GPT-2, and decoded with a cache.
-    fn sample(&self, out: &Path) -> Result<String, Failure> {
-        let (context, tokens) = (self.args.context as usize, self.args.run.sample as usize);
-        let setup = Setup::inference(self.config.dims(), context, 1);
-        let (model, _) = Gpt2::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 1 })?;
-        let sizes = Sizes { prompts: 1, beams: 1, context };
-        let (decoder, layout) = Decoder::layout::<Cpu>(&model, &sizes)?;
-        let mut be = Cpu::new(&layout, 1)?;
-        files::load_weights(out, &mut be, &model)?;
-        let decoding = Decoding {
-            how: How::Sample(Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 }, 1),
-            tokens,
-            end: Some(END.into()),
-            no_repeat: 0,
-            inference: Inference::STANDARD,
-        };
-        let go_on = |_, _| ControlFlow::Continue(());
-        let text = decoder.decode(&mut be, &[vec![END.into()]], &decoding, go_on)?;
-        let text: Vec<u32> = text.into_iter().flatten().map(|t| t as u32).collect();
-        let text = self.vocabulary.decode(&text)?;
-        Ok(format!("\nA sample:\n  {}\n", text.trim().replace('\n', "\n  ")))
+        // The file is that of a standard GPT-2: it is read as any other.
+        let (vocabulary, sampler) =
+            (&self.text.vocabulary, Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 });
+        let tokens = self.args.run.sample as usize;
+        let found = decode::of_directory(out, &[END.into()], tokens, sampler, |l| {
+            Ok::<_, Failure>(Cpu::new(l, 1)?)
+        })?;
+        let sample = vocabulary.decode(&found)?;
+        let sample = format!("\nA sample:\n  {}\n", sample.trim().replace('\n', "\n  "));
+        Ok((sample, "model.safetensors, config.json, tokenizer.json"))
     }
 }
 

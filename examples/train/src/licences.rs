@@ -15,7 +15,16 @@
 //! Texts that are not in English are left out: there are too few of them to learn their languages
 //! from.
 
+use core::fmt;
 use std::collections::BTreeMap;
+
+use bdia_core::network::Step;
+use bdia_core::rng::{Draw, Stream};
+use bdia_models::bpe::Bpe;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::error::Failure;
+use crate::trainer::Validation;
 
 /// Words of a shingle.
 const SHINGLE: usize = 8;
@@ -67,6 +76,101 @@ impl<'a> Licences<'a> {
         train.sort_unstable();
         validation.sort_unstable();
         Self { train, validation }
+    }
+}
+
+/// The licence texts as tokens of a vocabulary that is learned from them.
+#[derive(Debug, Clone)]
+pub struct Text {
+    /// The vocabulary.
+    pub vocabulary: Bpe,
+    train: Vec<u16>,
+    validation: Vec<u16>,
+    /// Bytes of the validation texts.
+    bytes: usize,
+}
+
+impl fmt::Display for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (train, validation) = (self.train.len(), self.validation.len());
+        write!(f, "{train} training and {validation} validation tokens of licence texts")
+    }
+}
+
+impl Text {
+    /// Learns a vocabulary of `pieces` from the training texts of [`Licences::spdx`].
+    ///
+    /// # Errors
+    /// [`Failure::Bpe`] for a size that no vocabulary can have.
+    pub fn licences(pieces: usize) -> Result<Self, Failure> {
+        let licences = Licences::spdx();
+        let texts = |part: &[(&'static str, &'static str)]| -> Vec<&str> {
+            part.iter().map(|t| t.1).collect()
+        };
+        let (train, validation) = (texts(&licences.train), texts(&licences.validation));
+        let vocabulary = Bpe::train(&train, pieces)?;
+        Ok(Self {
+            train: vocabulary.encode_documents(&train)?,
+            validation: vocabulary.encode_documents(&validation)?,
+            bytes: validation.iter().map(|t| t.len()).sum(),
+            vocabulary,
+        })
+    }
+
+    /// Identifies the training tokens.
+    pub fn digest(&self) -> u64 {
+        let bytes: Vec<u8> = self.train.iter().flat_map(|t| t.to_le_bytes()).collect();
+        xxh3_64(&bytes)
+    }
+
+    /// Samples `first`, `first + 1`, … of a step, as many of `context` tokens as the buffers hold.
+    /// A sample begins anywhere in the training text: where follows from seed, step and its number.
+    pub fn batch(
+        &self,
+        step: &Step,
+        first: usize,
+        context: usize,
+        tokens: &mut [i32],
+        targets: &mut [i32],
+    ) {
+        let starts = self.train.len().saturating_sub(context).max(1);
+        let samples = tokens.chunks_mut(context.max(1)).zip(targets.chunks_mut(context.max(1)));
+        for (i, (tokens, targets)) in samples.enumerate() {
+            let sample = (first + i) as u32;
+            let word = Stream::new(step.seed, step.step, sample, 0, 0, Draw::Data).quad(0)[0];
+            fill(&self.train[word as usize % starts..], tokens, targets);
+        }
+    }
+
+    /// Measures on the validation texts, in windows of `context` tokens; `loss` gives the sum of
+    /// the losses of one.
+    ///
+    /// # Errors
+    /// Those of `loss`.
+    pub fn validate(
+        &self,
+        context: usize,
+        mut loss: impl FnMut(&[i32], &[i32]) -> Result<f64, Failure>,
+    ) -> Result<Validation, Failure> {
+        let (mut tokens, mut targets) = (vec![0; context], vec![0; context]);
+        let (mut nats, mut count) = (0.0, 0);
+        for from in (0..self.validation.len()).step_by(context.max(1)) {
+            fill(&self.validation[from..], &mut tokens, &mut targets);
+            nats += loss(&tokens, &targets)?;
+            count += targets.iter().filter(|t| **t >= 0).count();
+        }
+        let loss = nats / count as f64;
+        let bits = nats / core::f64::consts::LN_2 / self.bytes as f64;
+        let text = format!("loss {loss:.4} ({bits:.3} bits per byte) over {count} tokens");
+        Ok(Validation { loss, text, ..Validation::default() })
+    }
+}
+
+/// Tokens of a text, and as targets those that follow; behind its end there are none.
+fn fill(text: &[u16], tokens: &mut [i32], targets: &mut [i32]) {
+    for (i, (token, target)) in tokens.iter_mut().zip(targets).enumerate() {
+        *token = text.get(i).map_or(0, |&t| i32::from(t));
+        *target = text.get(i + 1).map_or(-1, |&t| i32::from(t));
     }
 }
 

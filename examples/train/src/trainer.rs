@@ -20,8 +20,10 @@ use std::time::Instant;
 use bdia_core::backend::Backend;
 use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
+use bdia_core::stack::Mode as StackMode;
 use bdia_core::{Category, Layout, Reals};
 use bdia_models::files::FileError;
+use bdia_models::plan::Plan;
 use serde::{Deserialize, Serialize};
 
 use crate::alloc::{Counting, peak_rss_bytes};
@@ -300,6 +302,33 @@ pub struct Planned {
     pub layout: Layout,
     /// Plans of the same training in the other modes.
     pub others: Vec<(String, Layout)>,
+}
+
+/// Lays a network of one process out within its budget, or as it was before (`from`), and in the modes
+/// that the table compares with the one that is used, the first of the pair; the second is the
+/// number of blocks. `setup` is the network in a mode.
+///
+/// # Errors
+/// What does not fit together, or into the budget.
+pub fn plan<N: Plan>(
+    run: &StepArgs,
+    from: Option<&(PathBuf, Header)>,
+    (used, layers): (StackMode, usize),
+    setup: impl Fn(StackMode) -> N::Setup,
+) -> Result<(N, Planned), Failure> {
+    let (kind, budget) = (run.machine.backend, run.machine.memory);
+    let used_setup = setup(used);
+    let [samples, rows] = N::sizes(&used_setup);
+    let fits =
+        |c: Choice| (1..=samples).contains(&c.chunk) && (1..=c.chunk * rows).contains(&c.head_rows);
+    let fixed = fixed_choice(from, run.steps as u32, 1, fits)?;
+    let (choice, network, layout) = machine::lay_out::<N>(&used_setup, kind, 1, budget, fixed)?;
+    let others = (machine::other_modes(&used, layers)?.into_iter())
+        .map(|(name, mode)| {
+            Ok((name, machine::lay_out::<N>(&setup(mode), kind, 1, None, Some(choice))?.2))
+        })
+        .collect::<Result<_, Failure>>()?;
+    Ok((network, Planned { choice, layout, others }))
 }
 
 /// Optimizer steps of a run: as many as asked for, or those of some epochs.

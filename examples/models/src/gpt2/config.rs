@@ -129,6 +129,16 @@ impl Gpt2Config {
         }
     }
 
+    /// A model of these sizes (vocabulary, positions, width, heads, layers), for the rest as
+    /// GPT-2.
+    pub fn new([vocab, positions, width, heads, layers]: [usize; 5]) -> Self {
+        let mut config = Self::preset(Size::Gpt2);
+        (config.n_positions, config.n_embd) = (positions, width);
+        (config.n_head, config.n_layer) = (heads, layers);
+        config.set_vocab(vocab);
+        config
+    }
+
     /// Another vocabulary; the end-of-text token goes where it does not contain it.
     pub fn set_vocab(&mut self, vocab: usize) {
         self.vocab_size = vocab;

@@ -11,19 +11,25 @@
 //! go through the model anew.
 
 use core::ops::{ControlFlow, Range};
+use std::path::Path;
 
 use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::{Backend, Chunk};
 use bdia_core::error::{Error, Result};
 use bdia_core::layers::{Cached, LmHead, PreNorm, TokenEmbedding};
+use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Blocks, Call, Config as StackConfig, Input, Needs, Stack, Tail};
 
+use super::config::Gpt2Config;
+use super::files::load_weights;
 use super::model::{Gpt2, Setup};
+use crate::config::ConfigError;
 use crate::inference::Inference;
 use crate::sample::{SampleError, Sampler};
 use crate::search::{self, Search, Stop, repeats};
+use crate::weights::WeightsError;
 
 /// Why there is no text.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +125,41 @@ pub struct Decoder {
     cache: Reals,
     /// `[beams, context, 2 d]`, to change the order of a prompt's rows.
     spare: Reals,
+}
+
+/// What the model in a directory writes after a prompt, drawn token by token. `backend` makes the
+/// backend of a layout.
+///
+/// # Errors
+/// Files that are not those of a GPT-2, a backend that cannot be made; as [`Decoder::decode`].
+pub fn of_directory<B, E>(
+    dir: &Path,
+    prompt: &[i32],
+    tokens: usize,
+    sampler: Sampler,
+    backend: impl FnOnce(&Layout) -> core::result::Result<B, E>,
+) -> core::result::Result<Vec<u32>, E>
+where
+    B: Backend<Real = f32>,
+    E: From<Error> + From<DecodeError> + From<WeightsError> + From<ConfigError>,
+{
+    let config = Gpt2Config::read_dir(dir)?;
+    let setup = Setup::inference(config.dims(), config.n_positions, 1);
+    let (model, _) = Gpt2::layout::<B>(&setup, Choice { chunk: 1, head_rows: 1 })?;
+    let sizes = Sizes { prompts: 1, beams: 1, context: config.n_positions };
+    let (decoder, layout) = Decoder::layout::<B>(&model, &sizes)?;
+    let mut be = backend(&layout)?;
+    load_weights(dir, &mut be, &model)?;
+    let decoding = Decoding {
+        how: How::Sample(sampler, 1),
+        tokens,
+        end: config.eos_token_id.map(|t| t as i32),
+        no_repeat: 0,
+        inference: Inference::STANDARD,
+    };
+    let found =
+        decoder.decode(&mut be, &[prompt.to_vec()], &decoding, |_, _| ControlFlow::Continue(()))?;
+    Ok(found.into_iter().flatten().map(|t| t as u32).collect())
 }
 
 /// A prompt that is being decoded.
