@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use bdia_models::files::testing::TempDir;
-use bdia_train::testing::{self, json, metrics};
+use bdia_train::testing::{self, close, json, metrics};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_bdia-vit");
 
@@ -189,6 +189,21 @@ fn baselines() {
         ),
     ));
     assert_eq!(one["val_loss"].as_f64().unwrap().to_bits(), accuracies[0]);
+}
+
+/// Micro-batches see what one large batch sees: the same images, changed, mixed and dropped out of in
+/// the same way.
+#[test]
+fn micro_batches_are_one_batch() {
+    let dir = TempDir::new();
+    let of = |name: &str, batch: &str| {
+        // Small steps, which amplify the rounding of gradients little.
+        let flags = "--epochs 2 --augment crop-flip --dropout 0.1 --drop-path 0.1 --mixup 0.2";
+        let small = SMALL.replace("--batch 16", batch);
+        good(&dir.path().join(name), &format!("train {small} {flags} --lr 2e-4"));
+        metrics(&dir.path().join(name), "items_per_s")
+    };
+    close(&of("one", "--batch 16"), &of("four", "--batch 4 --accumulate 4"), 1e-4);
 }
 
 #[test]
