@@ -23,6 +23,7 @@
 //! * **No allocation within an operation**, except the memory for packed operands, which the first
 //!   matrix product makes, and the packing buffers of `gemm`; [`Cpu::library_bytes`] bounds both.
 //! * A bad handle or length is an [`Error`], never a panic.
+//! * **Operations of one's own** run on its threads and its memory: [`Cpu::each_part`].
 //!
 //! # Which processors
 //! `wide` chooses its lanes when it is compiled. A workspace that depends on this crate should
@@ -33,6 +34,7 @@
 mod memory;
 mod nn;
 mod optim;
+mod parts;
 mod processor;
 mod simd;
 mod update;
@@ -48,6 +50,7 @@ use rayon::prelude::*;
 use memory::{Arena, get, get_mut, split};
 
 pub use nn::matmul::{Precision, Products};
+pub use parts::{Inputs, Values};
 pub use processor::require_cpu;
 
 /// Elements of one piece of element-wise work: 64 KiB, half of an L2 cache with a few operands, and
