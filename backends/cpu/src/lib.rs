@@ -23,6 +23,7 @@
 //! * **No allocation within an operation**, except the memory for packed operands, which the first
 //!   matrix product makes, and the packing buffers of `gemm`; [`Cpu::library_bytes`] bounds both.
 //! * A bad handle or length is an [`Error`], never a panic.
+//! * **Operations of one's own** run on its threads and its memory: [`Cpu::each_part`].
 //!
 //! # Which processors
 //! `wide` chooses its lanes when it is compiled. A workspace that depends on this crate should

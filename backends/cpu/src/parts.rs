@@ -38,9 +38,10 @@ pub struct Values<'a, const R: usize, const I: usize, const W: usize> {
 }
 
 impl Cpu {
-    /// An operation of one's own: `f(part, inputs, outputs)` for every part of the outputs, over the
-    /// backend's threads. Each output comes with the length of a part; the last part may be shorter,
-    /// and all outputs have as many parts. `f` sees the inputs whole, and of the outputs its part.
+    /// An operation of one's own: `f(part, inputs, outputs)` for every part of the outputs, over
+    /// the backend's threads. Each output comes with the length of a part; the last part may be
+    /// shorter, and all outputs have as many parts. `f` sees the inputs whole, and of the outputs
+    /// its part.
     ///
     /// ```
     /// # use bdia_core::{Category, Layout, Reals, Result, Storage};
@@ -65,15 +66,15 @@ impl Cpu {
     /// ```
     ///
     /// # The same bits for any number of threads
-    /// A part is computed by one call, which writes to nothing else, so every sum has the order that
-    /// `f` gives it. That holds as long as parts are cut by the shape of the operands and not by
-    /// [`threads`](Self::threads). A sum over parts takes two calls: the first leaves partial sums in
-    /// an output, the second adds them up in a single part. Scratch is an output as well.
+    /// A part is computed by one call, which writes to nothing else, so every sum has the order
+    /// that `f` gives it. That holds as long as parts are cut by the shape of the operands and not
+    /// by [`threads`](Self::threads). A sum over parts takes two calls: the first leaves partial
+    /// sums in an output, the second adds them up in a single part. Scratch is an output as well.
     ///
     /// # Errors
     /// [`Error::Handle`](bdia_core::Error::Handle) for handles outside their arena or of another
-    /// layout, and where an output overlaps another operand; [`Error::Shape`](bdia_core::Error) where
-    /// outputs differ in their number of parts. Nothing was computed then.
+    /// layout, and where an output overlaps another operand; [`Error::Shape`](bdia_core::Error)
+    /// where outputs differ in their number of parts. Nothing was computed then.
     pub fn each_part<const R: usize, const I: usize, const W: usize, const O: usize>(
         &mut self,
         what: &'static str,

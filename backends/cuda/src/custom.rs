@@ -7,8 +7,8 @@ use crate::compile::{declarations, threads};
 /// A kernel of one's own: CUDA C++ as text, and the name of a kernel in it.
 ///
 /// NVRTC compiles the text as it does the backend's own kernels: for the very device, without fused
-/// multiply-add but where `fmaf` asks for it, without includes, and behind `kernels/common.cu`, whose
-/// names it may use. A kernel is declared so, on a line of its own:
+/// multiply-add but where `fmaf` asks for it, without includes, and behind `kernels/common.cu`,
+/// whose names it may use. A kernel is declared so, on a line of its own:
 ///
 /// ```cuda
 /// // y = factor·x
@@ -18,8 +18,8 @@ use crate::compile::{declarations, threads};
 /// }
 /// ```
 ///
-/// `KERNEL(threads, blocks)` has the threads of a block (a number, or `THREADS`, 256; whole warps) and
-/// how many blocks should find registers on a multiprocessor. A parameter is `In<T>` (read) or
+/// `KERNEL(threads, blocks)` has the threads of a block (a number, or `THREADS`, 256; whole warps)
+/// and how many blocks should find registers on a multiprocessor. A parameter is `In<T>` (read) or
 /// `Out<T>` (written, or read and written) of `float`, `i32` or `u32`, with its number of values in
 /// `n`; or a plain `float` or `u32`.
 ///
@@ -34,10 +34,10 @@ impl CustomKernel {
     /// The kernel `name` of `source`.
     ///
     /// # Safety
-    /// Whoever makes it answers for every launch of it: with the grids and arguments that it will be
-    /// launched with, the kernel touches only the values of its operands, below each one's `n`, writes
-    /// only to those that are `Out`, and no two threads touch the same value unordered where one of
-    /// them writes.
+    /// Whoever makes it answers for every launch of it: with the grids and arguments that it will
+    /// be launched with, the kernel touches only the values of its operands, below each one's `n`,
+    /// writes only to those that are `Out`, and no two threads touch the same value unordered where
+    /// one of them writes.
     pub const unsafe fn new(source: &'static str, name: &'static str) -> Self {
         Self { source, name }
     }
@@ -72,14 +72,15 @@ from!(Reals Reals, Ints Ints, Words Words, U32 u32, F32 f32);
 /// A parameter, as the source declares it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Slot {
-    /// Of which arena, and whether it is written.
-    Operand(Memory, bool),
+    /// Of which values, and whether it is written.
+    Operand(Kind, bool),
     U32,
     F32,
 }
 
+/// What an operand's values are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Memory {
+pub(crate) enum Kind {
     Reals,
     Ints,
     Words,
@@ -88,14 +89,14 @@ pub(crate) enum Memory {
 impl Slot {
     /// From the text between two commas.
     pub(crate) fn of(declaration: &str) -> Option<Self> {
-        let (kind, _) = declaration.trim().rsplit_once(' ')?;
-        Some(match kind.trim() {
-            "In<float>" => Self::Operand(Memory::Reals, false),
-            "Out<float>" => Self::Operand(Memory::Reals, true),
-            "In<i32>" => Self::Operand(Memory::Ints, false),
-            "Out<i32>" => Self::Operand(Memory::Ints, true),
-            "In<u32>" => Self::Operand(Memory::Words, false),
-            "Out<u32>" => Self::Operand(Memory::Words, true),
+        let (of, _) = declaration.trim().rsplit_once(' ')?;
+        Some(match of.trim() {
+            "In<float>" => Self::Operand(Kind::Reals, false),
+            "Out<float>" => Self::Operand(Kind::Reals, true),
+            "In<i32>" => Self::Operand(Kind::Ints, false),
+            "Out<i32>" => Self::Operand(Kind::Ints, true),
+            "In<u32>" => Self::Operand(Kind::Words, false),
+            "Out<u32>" => Self::Operand(Kind::Words, true),
             "u32" => Self::U32,
             "float" => Self::F32,
             _ => return None,
@@ -105,9 +106,9 @@ impl Slot {
     /// In words.
     pub(crate) const fn takes(self) -> &'static str {
         match self {
-            Self::Operand(Memory::Reals, _) => "reals",
-            Self::Operand(Memory::Ints, _) => "integers",
-            Self::Operand(Memory::Words, _) => "words",
+            Self::Operand(Kind::Reals, _) => "reals",
+            Self::Operand(Kind::Ints, _) => "integers",
+            Self::Operand(Kind::Words, _) => "words",
             Self::U32 => "a u32",
             Self::F32 => "an f32",
         }
@@ -118,9 +119,9 @@ impl Arg {
     /// As [`Slot::takes`].
     pub(crate) const fn is(self) -> &'static str {
         match self {
-            Self::Reals(_) => Slot::Operand(Memory::Reals, false).takes(),
-            Self::Ints(_) => Slot::Operand(Memory::Ints, false).takes(),
-            Self::Words(_) => Slot::Operand(Memory::Words, false).takes(),
+            Self::Reals(_) => Slot::Operand(Kind::Reals, false).takes(),
+            Self::Ints(_) => Slot::Operand(Kind::Ints, false).takes(),
+            Self::Words(_) => Slot::Operand(Kind::Words, false).takes(),
             Self::U32(_) => Slot::U32.takes(),
             Self::F32(_) => Slot::F32.takes(),
         }
@@ -140,7 +141,7 @@ impl Signature {
     pub(crate) fn of(kernel: &CustomKernel) -> Option<Self> {
         let found = declarations(kernel.source).find(|d| d.name == kernel.name)?;
         let threads = threads(found.bounds.split(',').next()?)?;
-        let slots: Option<_> = found.parameters.split(',').map(Slot::of).collect();
+        let slots: Option<Vec<_>> = found.parameters.split(',').map(Slot::of).collect();
         // Votes and shuffles take whole warps.
         let fits = (1..=1024).contains(&threads) && threads.is_multiple_of(32);
         slots.filter(|_| fits).map(|slots| Self { threads, slots })
@@ -154,9 +155,9 @@ mod tests {
     #[test]
     fn slots_of_a_source() {
         let of = Slot::of;
-        assert_eq!(of(" In<float> x"), Some(Slot::Operand(Memory::Reals, false)));
-        assert_eq!(of("Out<i32>  many"), Some(Slot::Operand(Memory::Ints, true)));
-        assert_eq!(of("Out<u32> w "), Some(Slot::Operand(Memory::Words, true)));
+        assert_eq!(of(" In<float> x"), Some(Slot::Operand(Kind::Reals, false)));
+        assert_eq!(of("Out<i32>  many"), Some(Slot::Operand(Kind::Ints, true)));
+        assert_eq!(of("Out<u32> w "), Some(Slot::Operand(Kind::Words, true)));
         assert_eq!((of("u32 n"), of("float eps")), (Some(Slot::U32), Some(Slot::F32)));
         for other in ["", "x", "double x", "const float* x", "In<double> x", "In<float>x"] {
             assert_eq!(of(other), None, "{other}");
@@ -172,9 +173,9 @@ mod tests {
                               // KERNEL(64, 4) comment(u32 n) {}\n";
         // SAFETY: none of them is launched.
         let of = |name| Signature::of(&unsafe { CustomKernel::new(SOURCE, name) });
-        let words = Slot::Operand(Memory::Words, true);
+        let words = Slot::Operand(Kind::Words, true);
         assert_eq!(of("first"), Some(Signature { threads: 32, slots: vec![words] }));
-        let slots = vec![Slot::F32, Slot::Operand(Memory::Reals, false)];
+        let slots = vec![Slot::F32, Slot::Operand(Kind::Reals, false)];
         assert_eq!(of("second"), Some(Signature { threads: 256, slots }));
         for name in ["no_whole_warps", "pointer", "comment", "third", ""] {
             assert_eq!(of(name), None, "{name}");

@@ -326,8 +326,8 @@ impl Device {
         Ok(())
     }
 
-    /// The place among those loaded of a kernel of another crate, which is compiled when it is asked
-    /// for first.
+    /// The place among those loaded of a kernel of another crate, which is compiled when it is
+    /// asked for first.
     pub(crate) fn load_custom(
         &mut self,
         kernel: &CustomKernel,
@@ -341,8 +341,8 @@ impl Device {
         };
         let signature = Signature::of(kernel).ok_or_else(|| {
             failed(format!(
-                "the source has no line KERNEL(threads, blocks) {}(parameters) with whole warps, and \
-                 parameters that are In<T> or Out<T> of float, i32 or u32, or float or u32",
+                "the source has no line KERNEL(threads, blocks) {}(parameters) with whole warps, \
+                 and parameters that are In<T> or Out<T> of float, i32 or u32, or float or u32",
                 kernel.name
             ))
         })?;
@@ -647,8 +647,8 @@ impl Device {
             return Err(Error::TooLarge("blocks of a kernel"));
         }
         let [x, y, z] = grid.map(|g| g as u32);
-        // SAFETY: the function is one of a loaded module; the parameters are those of its source, and
-        // their spans lie within allocations.
+        // SAFETY: the function is one of a loaded module; the parameters are those of its source,
+        // and their spans lie within allocations.
         let mut work = || unsafe {
             result::launch_kernel(function, (x, y, z), (threads, 1, 1), 0, self.stream, args)
         };

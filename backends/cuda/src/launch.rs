@@ -6,7 +6,7 @@ use bdia_core::check::{overlap, same};
 use bdia_core::{Error, Result};
 
 use crate::Cuda;
-use crate::custom::{Arg, CustomKernel, Memory, Slot};
+use crate::custom::{Arg, CustomKernel, Kind, Slot};
 use crate::device::arg;
 use crate::error::CudaError;
 use crate::span::Span;
@@ -31,8 +31,8 @@ impl Cuda {
         self.device.load_custom(kernel).map(|_| ())
     }
 
-    /// Queues a kernel of one's own: `grid` blocks, of as many threads as its source says. Nothing is
-    /// launched where the grid is empty.
+    /// Queues a kernel of one's own: `grid` blocks, of as many threads as its source says. Nothing
+    /// is launched where the grid is empty.
     ///
     /// # Errors
     /// [`Error::Shape`] for another number of arguments than the source has; [`Error::Setting`] for
@@ -49,20 +49,20 @@ impl Cuda {
         let slots = self.device.slots(loaded);
         same("arguments of a kernel", slots.len(), N)?;
         let mut values = [Value::U32(0); N];
-        let mut places: [Option<(Memory, Range<usize>, bool)>; N] = [const { None }; N];
+        let mut places: [Option<(Kind, Range<usize>, bool)>; N] = [const { None }; N];
         for (i, (&slot, arg)) in slots.iter().zip(args).enumerate() {
             let (value, place) = match (slot, arg) {
-                (Slot::Operand(memory @ Memory::Reals, out), Arg::Reals(h)) => {
+                (Slot::Operand(kind @ Kind::Reals, out), Arg::Reals(h)) => {
                     let place = self.arenas.reals(what, h)?;
-                    (Value::Span(self.reals(h)), Some((memory, place, out)))
+                    (Value::Span(self.reals(h)), Some((kind, place, out)))
                 }
-                (Slot::Operand(memory @ Memory::Ints, out), Arg::Ints(h)) => {
+                (Slot::Operand(kind @ Kind::Ints, out), Arg::Ints(h)) => {
                     let place = self.arenas.ints(what, h)?;
-                    (Value::Span(self.ints(h)), Some((memory, place, out)))
+                    (Value::Span(self.ints(h)), Some((kind, place, out)))
                 }
-                (Slot::Operand(memory @ Memory::Words, out), Arg::Words(h)) => {
+                (Slot::Operand(kind @ Kind::Words, out), Arg::Words(h)) => {
                     let place = self.arenas.words(what, h)?;
-                    (Value::Span(self.words(h)), Some((memory, place, out)))
+                    (Value::Span(self.words(h)), Some((kind, place, out)))
                 }
                 (Slot::U32, Arg::U32(x)) => (Value::U32(x), None),
                 (Slot::F32, Arg::F32(x)) => (Value::F32(x), None),

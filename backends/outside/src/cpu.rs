@@ -7,8 +7,8 @@ use crate::{RmsNorm, check};
 
 /// Partial sums of a row, a register of most processors.
 const LANES: usize = 8;
-/// Values of a part: enough work for a thread to come for. The shape alone cuts the work, so the bits
-/// are the same for any number of threads.
+/// Values of a part: enough work for a thread to come for. The shape alone cuts the work, so the
+/// bits are the same for any number of threads.
 const PART: usize = 1 << 13;
 /// Columns of a part of `dw`: four cache lines.
 const COLUMNS: usize = 64;

@@ -8,10 +8,10 @@
 //! ```
 //!
 //! A backend's type is another crate's, but a trait of one's own can be implemented for it.
-//! [`RmsNorm`] is: for the reference backend by plain loops, for the CPU by a loop over the backend's
-//! threads ([`Cpu::each_part`](bdia_cpu::Cpu::each_part)), for CUDA by kernels that go through the
-//! backend's launcher ([`Cuda::launch`](bdia_cuda::Cuda::launch)). Blocks that need it ask for
-//! `B: Backend + RmsNorm`.
+//! [`RmsNorm`] is: for the reference backend by plain loops, for the CPU by a loop over the
+//! backend's threads ([`Cpu::each_part`](bdia_cpu::Cpu::each_part)), for CUDA by kernels that go
+//! through the backend's launcher ([`Cuda::launch`](bdia_cuda::Cuda::launch)). Blocks that need it
+//! ask for `B: Backend + RmsNorm`.
 
 mod cpu;
 mod cuda;

@@ -17,7 +17,8 @@ KERNEL(THREADS, 4) rms_norm(float eps, In<float> w, In<float> x, Out<float> y, O
 }
 
 // dx[rows, width] += rstd·(g − x·rstd²·mean(g·x)), g = dy·w; a warp a row.
-KERNEL(THREADS, 4) rms_norm_dx(In<float> w, In<float> x, In<float> rstd, In<float> dy, Out<float> dx) {
+KERNEL(THREADS, 4) rms_norm_dx(In<float> w, In<float> x, In<float> rstd, In<float> dy,
+                               Out<float> dx) {
     u64 row = (u64)blockIdx.x * WARPS + threadIdx.x / 32, width = w.n;
     if (row >= rstd.n) return;
     u32 lane = threadIdx.x % 32;

@@ -1,4 +1,5 @@
-//! On the processor: the reference's formulas by finite differences, then the CPU backend beside it.
+//! On the processor: the reference's formulas by finite differences, then the CPU backend beside
+//! it.
 #![allow(clippy::unwrap_used)]
 
 mod common;
