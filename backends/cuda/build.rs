@@ -8,7 +8,8 @@ fn main() {
             println!("cargo::rustc-cfg=bdia_prebuilt");
         } else {
             println!(
-                "cargo::warning=no prebuilt/kernels.ptx; make it with: cargo run -p bdia-cuda --example ptx -- \
+                "cargo::warning=no prebuilt/kernels.ptx; make it with: cargo run -p bdia-cuda \
+                 --example ptx -- \
                  backends/cuda/prebuilt/kernels.ptx"
             );
         }

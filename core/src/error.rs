@@ -159,15 +159,18 @@ impl fmt::Display for Halt {
             Self::Silent(seconds) => {
                 write!(
                     f,
-                    "no answer for {seconds} seconds: it died, hangs, or is slower than the others by more than that"
+                    "no answer for {seconds} seconds: it died, hangs, or is slower than the \
+                     others by more than that"
                 )
             }
             Self::Gone => f.write_str("it can no longer be reached"),
-            Self::Astray => {
-                f.write_str("it does something else than the others; all need the same program, flags, data and files")
-            }
+            Self::Astray => f.write_str(
+                "it does something else than the others; all need the same program, flags, data \
+                     and files",
+            ),
             Self::Differs => f.write_str(
-                "its parameters or its optimizer state differ from the others': memory was changed, or its processor \
+                "its parameters or its optimizer state differ from the others': memory was \
+                 changed, or its processor \
                  computes other bits; go back to the last checkpoint",
             ),
         }
@@ -286,17 +289,22 @@ impl fmt::Display for Fault {
         match *self {
             Self::Range { site, sample, value } => write!(
                 f,
-                "{site}, sample {sample}: the value {value:e} is not finite or outside the range of the grid; \
-                 no parameter was updated (a lower learning rate, clipping, or fewer fractional bits help)"
+                "{site}, sample {sample}: the value {value:e} is not finite or outside the range \
+                 of the grid; \
+                 no parameter was updated (a lower learning rate, clipping, or fewer fractional \
+                 bits help)"
             ),
             Self::Checksum { activation, block } => write!(
                 f,
-                "rebuilding with block {block} gave another X_{activation} than the forward pass: memory was changed, \
-                 or the block does not repeat itself; blocks above may have been updated, go back to the last checkpoint"
+                "rebuilding with block {block} gave another X_{activation} than the forward pass: \
+                 memory was changed, \
+                 or the block does not repeat itself; blocks above may have been updated, go back \
+                 to the last checkpoint"
             ),
             Self::Gradient { site } => write!(
                 f,
-                "{site}: the gradient is not finite; blocks above may have been updated, go back to the last checkpoint"
+                "{site}: the gradient is not finite; blocks above may have been updated, go back \
+                 to the last checkpoint"
             ),
             Self::Loss { sample, value } => {
                 write!(f, "head, sample {sample}: the loss is {value}; no parameter was updated")
@@ -304,7 +312,8 @@ impl fmt::Display for Fault {
             Self::Token { sample, value, vocab } => {
                 write!(
                     f,
-                    "sample {sample}: token {value} is outside the vocabulary of {vocab}; no parameter was updated"
+                    "sample {sample}: token {value} is outside the vocabulary of {vocab}; no \
+                     parameter was updated"
                 )
             }
         }

@@ -47,15 +47,18 @@
 //! let mut x = [grid.quantize(1.0_f32).unwrap(), grid.quantize(1.35_f32).unwrap()]; // X_0 and X_1
 //! let (start, mut bits) = (x, Vec::new());
 //!
-//! for k in 1..50_u16 {                                              // forward: X_{k+1} over X_{k-1}, one bit each
+//! // Forward: X_{k+1} over X_{k-1}, one bit each.
+//! for k in 1..50_u16 {
 //!     let sigma = gamma.sigma(7, 0, 0, 0, k);
 //!     let [old, cur] = x;
 //!     let y = grid.dequantize(cur);
-//!     let (next, s) = gamma.step(sigma, old, grid.quantize(gamma.mix(sigma, y, h(y))).unwrap(), 0);
+//!     let mixed = grid.quantize(gamma.mix(sigma, y, h(y))).unwrap();
+//!     let (next, s) = gamma.step(sigma, old, mixed, 0);
 //!     bits.push(s);
 //!     x = [cur, next];
 //! }
-//! for k in (1..50_u16).rev() {                                      // backward: everything comes back
+//! // Backward: everything comes back.
+//! for k in (1..50_u16).rev() {
 //!     let sigma = gamma.sigma(7, 0, 0, 0, k);
 //!     let [cur, next] = x;
 //!     let y = grid.dequantize(cur);
@@ -69,13 +72,13 @@
 //! # The layers of this crate, from the bottom up
 //! | module | what it guarantees |
 //! |---|---|
-//! | [`update`] | the step is inverted exactly over all of `i32`; nothing overflows within [`update::LIMIT`] |
-//! | [`rng`] | a random number is a function of its place only: nothing to store, nothing depends on chunks or threads |
-//! | [`arena`] | memory is handles; handing out and counting are one act, so the plan is what is used |
+//! | [`update`] | the step is inverted exactly; nothing overflows within [`update::LIMIT`] |
+//! | [`rng`] | a random number is a function of its place: nothing depends on chunks or threads |
+//! | [`arena`] | memory is handles; what is handed out is counted, so the plan is what is used |
 //! | [`backend`] | traits in layers; update operations give the same bits on every backend |
 //! | [`check`] | what is refused before anything is touched, for all backends |
 //! | [`mod@reference`] | the scalar backend over memory that the caller supplies |
-//! | [`stack`] | rebuilt activations are exact or the step stops; four training modes over one block code |
+//! | [`stack`] | rebuilt activations are exact or the step stops; four modes over the same blocks |
 //! | [`layers`] | transformer layers with hand-written vector-Jacobian products |
 //! | [`optim`], [`plan`] | optimizers and schedules as values; fitting a step into a budget |
 //! | `testing` | (feature) the conformance suite that a backend runs |

@@ -19,7 +19,8 @@
 //!
 //! // l = 2 (a grid of quarters), γ = +1/2. X_{k-1} = 7 is odd, so s = 1 and (7 + 1) / 2 = 4.
 //! let (grid, gamma) = (Grid::new(2)?, Gamma::new(1, Sign::Plus)?);
-//! let (x_cur, h) = (1.25_f32, 0.5_f32);                    // Q(0.5·1.25 + 1.5·0.5) = Q(1.375) = 6 (5.5, ties to even)
+//! // Q(0.5·1.25 + 1.5·0.5) = Q(1.375) = 6: a tie goes to the even number.
+//! let (x_cur, h) = (1.25_f32, 0.5_f32);
 //! let q = grid.quantize(gamma.mix(1, x_cur, h)).unwrap();
 //! assert_eq!(q, 6);
 //! let (x_next, side) = gamma.step(1, 7, q, 0);

@@ -88,18 +88,21 @@ impl fmt::Display for CpuError {
         match *self {
             Self::Processor { missing } => write!(
                 f,
-                "this program was compiled for processors with {missing}, which this one does not have; rebuild it here \
+                "this program was compiled for processors with {missing}, which this one does not \
+                 have; rebuild it here \
                  with RUSTFLAGS=\"-C target-cpu=native\" cargo build --release"
             ),
             Self::Products { asked } => {
                 write!(
                     f,
-                    "this processor has no instructions for products of kind {asked:?}; ask for another kind"
+                    "this processor has no instructions for products of kind {asked:?}; ask for \
+                     another kind"
                 )
             }
             Self::Memory { bytes } => write!(
                 f,
-                "the operating system refused {bytes} bytes of memory; choose a smaller memory budget, batch or model"
+                "the operating system refused {bytes} bytes of memory; choose a smaller memory \
+                 budget, batch or model"
             ),
             Self::Threads { threads } => {
                 write!(f, "{threads} threads could not be started; ask for fewer")

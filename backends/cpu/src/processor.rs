@@ -67,7 +67,13 @@ fn enabled_registers() -> u64 {
     // SAFETY: the caller has seen OSXSAVE, so the instruction exists; it reads a register and
     // touches no memory.
     unsafe {
-        core::arch::asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
+        core::arch::asm!(
+            "xgetbv",
+            in("ecx") 0,
+            out("eax") low,
+            out("edx") high,
+            options(nomem, nostack, preserves_flags)
+        );
     }
     u64::from(high) << 32 | u64::from(low)
 }

@@ -54,13 +54,15 @@ impl fmt::Display for CudaError {
         match self {
             Self::Missing { what, names, path } => write!(
                 f,
-                "{what} is not on this machine: looked for {names} in {path} and in the system's directories; \
+                "{what} is not on this machine: looked for {names} in {path} and in the system's \
+                 directories; \
                  use --backend cpu, or install it (set LD_LIBRARY_PATH where it lies elsewhere)"
             ),
             Self::Device { asked, found: 0 } => {
                 write!(
                     f,
-                    "device {asked} was asked for, but the driver finds no CUDA device; use --backend cpu"
+                    "device {asked} was asked for, but the driver finds no CUDA device; use \
+                     --backend cpu"
                 )
             }
             Self::Device { asked, found } => {
@@ -72,7 +74,8 @@ impl fmt::Display for CudaError {
             }
             Self::Memory { plan, free, total } => write!(
                 f,
-                "the plan needs {plan} bytes, the device has {free} free of {total}; choose a memory budget below that, a \
+                "the plan needs {plan} bytes, the device has {free} free of {total}; choose a \
+                 memory budget below that, a \
                  smaller batch or a smaller model"
             ),
             Self::Compile { arch, log } => {

@@ -70,7 +70,8 @@ impl Cuda {
     /// A backend with the arenas of a layout, all zero.
     ///
     /// # Errors
-    /// [`CudaError`]: a library or the device is missing, the kernels do not compile, or the plan does not fit.
+    /// [`CudaError`]: a library or the device is missing, the kernels do not compile, or the plan
+    /// does not fit.
     pub fn new(layout: &Layout, options: Options) -> core::result::Result<Self, CudaError> {
         let arenas = Arenas::of(layout);
         let half = if options.precision == Precision::Bf16 { HALF } else { 0 };

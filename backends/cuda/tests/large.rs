@@ -241,7 +241,8 @@ fn every_attention(precision: Precision, tolerance: f32) {
             let [v, dv] = [kv, dkv].map(|of| Columns { of, stride, at: width + 2 });
             let chunk = chunk(n);
             let what = format!(
-                "{mask:?}, heads of {head_dim}, {queries} × {keys}, dropout {dropout}, padded {padded}, {precision:?}"
+                "{mask:?}, heads of {head_dim}, {queries} × {keys}, dropout {dropout}, padded \
+                 {padded}, {precision:?}"
             );
             let mut outputs = vec![out, dq, dkv, lse, scratch];
             if tau {

@@ -4,7 +4,8 @@
 //! ```text
 //! block k is finished    its gradient is taken away; a thread adds it up over the ranks (Ranks) …
 //! block k-1 is computed  … meanwhile
-//! block k-1 is finished  the sum of block k comes back, and block k is updated: the same bits on every rank
+//! block k-1 is finished  the sum of block k comes back, and block k is updated: the same bits on
+//!                        every rank
 //! ```
 //!
 //! # Guarantee

@@ -7,13 +7,14 @@
 //! embed      X_0 = Q(input)
 //! forward    X_1 … X_{K-1}, side bits; X_{k+1} overwrites X_{k-1}
 //! turn       chunk by chunk: last block → x_K → head forward and backward → VJP of the last block
-//! backward   k = K-2 … 0: recompute h_k once, for the inverse (X_{k-1} over X_{k+1}) and for the VJP; block done
+//! backward   k = K-2 … 0: recompute h_k once, for the inverse (X_{k-1} over X_{k+1}) and for the
+//!            VJP; block done
 //! embed_vjp  from G_0
 //! ```
 //!
 //! That is [`Reversible`]. [`Segmented`] runs the modes that store: its steps have the same names,
-//! over *segments* of blocks whose intermediates are kept. [`Stack`] is one of the two, chosen at run
-//! time by its [`Mode`].
+//! over *segments* of blocks whose intermediates are kept. [`Stack`] is one of the two, chosen at
+//! run time by its [`Mode`].
 //!
 //! # Guarantee
 //! Every `X_k` that [`Reversible`] rebuilds equals the original in every bit, provided that

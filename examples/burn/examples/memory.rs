@@ -77,7 +77,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     println!("width {WIDTH}, {TOKENS} tokens, batch {BATCH}, f32; MB are 10^6 bytes");
     println!(
-        "blocks  burn alone  balanced checkpointing  reversible  of it parameters, gradients, moments"
+        "blocks  burn alone  balanced checkpointing  reversible  of it parameters, gradients, \
+         moments"
     );
     let mut points = Vec::new();
     for blocks in [6, 12, 24, 48] {

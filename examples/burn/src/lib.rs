@@ -13,7 +13,10 @@
 //! struct Block<B: Backend> { a: Linear<B>, b: Linear<B> }
 //!
 //! impl<B: Backend> Residual<B, 2> for Block<B> {
-//!     fn residual(&self, x: Tensor<B, 2>) -> Tensor<B, 2> { self.b.forward(gelu(self.a.forward(x))) } // h(x), not x + h(x)
+//!     // h(x), not x + h(x)
+//!     fn residual(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+//!         self.b.forward(gelu(self.a.forward(x)))
+//!     }
 //! }
 //!
 //! #[derive(Module, Debug)]
@@ -21,16 +24,19 @@
 //!
 //! type B = Autodiff<NdArray>;
 //! let device = Default::default();
-//! let block = |_| Block { a: LinearConfig::new(6, 12).init(&device), b: LinearConfig::new(12, 6).init(&device) };
-//! let mut model = Model::<B> { blocks: (0..8).map(block).collect(), head: LinearConfig::new(6, 1).init(&device) };
+//! let linear = |i, o| LinearConfig::new(i, o).init(&device);
+//! let block = |_| Block { a: linear(6, 12), b: linear(12, 6) };
+//! let mut model = Model::<B> { blocks: (0..8).map(block).collect(), head: linear(6, 1) };
 //! let mut optimizer = AdamConfig::new().init();
 //! let mut stack = Reversible::new(Options::default());
 //!
 //! let x = Tensor::<B, 2>::random([32, 6], Distribution::Default, &device);
 //! for _ in 0..3 {
-//!     let (y, tape) = stack.forward(&model.blocks, x.clone())?;         // instead of the loop over blocks
+//!     // Instead of the loop over blocks:
+//!     let (y, tape) = stack.forward(&model.blocks, x.clone())?;
 //!     let loss = model.head.forward(y).powi_scalar(2).mean();
-//!     let grads = tape.backward(loss, &model)?;                          // instead of GradientsParams::from_grads
+//!     // Instead of GradientsParams::from_grads:
+//!     let grads = tape.backward(loss, &model)?;
 //!     model = optimizer.step(1e-2, model, grads);
 //! }
 //! # Ok::<(), bdia_burn::Error>(())

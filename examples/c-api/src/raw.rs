@@ -222,7 +222,8 @@ impl<'a> Update<'a> {
 }
 
 /// The step, in place: x holds X_{k-1} and becomes
-///     X_{k+1} = sigma (X_{k-1} + s) / 2^m + Q((1 - gamma) cur + (1 + gamma) h),   with gamma = sigma 2^-m,
+///     X_{k+1} = sigma (X_{k-1} + s) / 2^m + Q((1 - gamma) cur + (1 + gamma) h),
+///     with gamma = sigma 2^-m,
 /// where cur is x_k and h is h_k(x_k), all samples times per_sample values; sigma has one sign (1
 /// or -1) per sample. side (bdia_side_words of them) takes the low m bits of X_{k-1}, in the order
 /// that bdia_stack_side_bits describes. What is out of range counts as 0 in Q, the sum is kept as

@@ -186,7 +186,8 @@ impl Handle {
         if self.busy.swap(true, Ordering::Acquire) {
             return Err(Failure::new(
                 Status::State,
-                "the stack is in use: a callback may not call functions on its own stack, nor two threads one stack",
+                "the stack is in use: a callback may not call functions on its own stack, nor two \
+                 threads one stack",
             ));
         }
         Ok(Release(&self.busy))

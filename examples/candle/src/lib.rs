@@ -10,17 +10,22 @@
 //! let vars = VarMap::new();
 //! let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
 //! let blocks = (0..8).map(|k| {
-//!     let (a, b) = (linear(6, 12, vb.pp(format!("h.{k}.a")))?, linear(12, 6, vb.pp(format!("h.{k}.b")))?);
-//!     Ok(move |x: &Tensor| b.forward(&a.forward(x)?.gelu()?))          // any module; here a closure. It gives h(x)
+//!     let a = linear(6, 12, vb.pp(format!("h.{k}.a")))?;
+//!     let b = linear(12, 6, vb.pp(format!("h.{k}.b")))?;
+//!     // Any module, here a closure. It gives h(x).
+//!     Ok(move |x: &Tensor| b.forward(&a.forward(x)?.gelu()?))
 //! });
 //! let mut stack = Reversible::new(blocks.collect::<Result<Vec<_>>>()?, Options::default())?;
 //! let mut optimizer = AdamW::new_lr(vars.all_vars(), 1e-2)?;
 //!
-//! let (x, target) = (Tensor::randn(0f32, 1., (32, 6), &Device::Cpu)?, Tensor::zeros((32, 6), DType::F32, &Device::Cpu)?);
+//! let x = Tensor::randn(0f32, 1., (32, 6), &Device::Cpu)?;
+//! let target = Tensor::zeros((32, 6), DType::F32, &Device::Cpu)?;
 //! for _ in 0..3 {
-//!     let (y, tape) = stack.forward(&x)?;                               // instead of the loop over blocks
+//!     // Instead of the loop over blocks:
+//!     let (y, tape) = stack.forward(&x)?;
 //!     let loss = candle_nn::loss::mse(&y, &target)?;
-//!     let grads = tape.backward(&loss)?;                                // instead of loss.backward()
+//!     // Instead of loss.backward():
+//!     let grads = tape.backward(&loss)?;
 //!     optimizer.step(&grads)?;
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -136,19 +141,27 @@ impl fmt::Display for Error {
             Self::Machine(e) => e.fmt(f),
             Self::Input { dtype, dims } => write!(
                 f,
-                "the input of the stack is a {dtype:?} tensor of shape {dims:?}; expected F32 on the CPU, \
+                "the input of the stack is a {dtype:?} tensor of shape {dims:?}; expected F32 on \
+                 the CPU, \
                  [samples, values of a sample …], none of them 0"
             ),
             Self::Residual { block, expected, found } => {
-                write!(f, "block {block} made {found:?} from {expected:?}; a residual has the shape of its input")
+                write!(
+                    f,
+                    "block {block} made {found:?} from {expected:?}; a residual has the shape of \
+                     its input"
+                )
             }
             Self::Cut { block } => write!(
                 f,
-                "block {block}: no gradient reaches its input; an operation in it has no backward pass in candle (its \
-                 fused layer norm, rms norm and softmax_last_dim: use layer_norm_slow, rms_norm_slow, softmax)"
+                "block {block}: no gradient reaches its input; an operation in it has no backward \
+                 pass in candle (its \
+                 fused layer norm, rms norm and softmax_last_dim: use layer_norm_slow, \
+                 rms_norm_slow, softmax)"
             ),
             Self::Unused => f.write_str(
-                "no gradient reaches the output of the stack: the loss does not depend on it, or an operation on the \
+                "no gradient reaches the output of the stack: the loss does not depend on it, or \
+                 an operation on the \
                  way has no backward pass in candle (fused layer norm, rms norm, softmax_last_dim)",
             ),
         }

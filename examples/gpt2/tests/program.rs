@@ -13,8 +13,8 @@ fn run(arguments: &str, out: Option<&Path>) -> Output {
     command.output().unwrap()
 }
 
-const SMALL: &str = "--vocab 300 --layers 2 --heads 2 --width 16 --context 16 --batch 2 --threads 2 \
-                     --checkpoint-interval 2 --sample 10 --steps 4 --warmup 1";
+const SMALL: &str = "--vocab 300 --layers 2 --heads 2 --width 16 --context 16 --batch 2 \
+                     --threads 2 --checkpoint-interval 2 --sample 10 --steps 4 --warmup 1";
 
 #[test]
 fn trains_and_writes_a_gpt2() {

@@ -77,7 +77,8 @@ pub struct TrainArgs {
     #[arg(long, default_value = "shuffled", help_heading = "Data")]
     pub order: Order,
     /// Start from a model in Hugging Face's layout (config.json and model.safetensors)
-    #[arg(long, value_name = "DIR", help_heading = "Model", conflicts_with_all = ["config", "layers", "heads", "width", "vocab"])]
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    #[arg(conflicts_with_all = ["config", "layers", "heads", "width", "vocab"])]
     pub weights: Option<PathBuf>,
     /// The architecture.
     #[command(flatten)]
@@ -221,7 +222,8 @@ impl MethodArgs {
             self.lora_rank.is_some() || self.lora_alpha.is_some() || self.frozen_dtype.is_some();
         if self.method == MethodKind::Full && lora {
             return Err(
-                "--lora-rank, --lora-alpha and --frozen-dtype belong to --method lora; add that or leave them out"
+                "--lora-rank, --lora-alpha and --frozen-dtype belong to --method lora; add that \
+                 or leave them out"
                     .into(),
             );
         }
@@ -246,10 +248,12 @@ pub struct FinetuneArgs {
     #[serde(flatten)]
     pub pairs: PairArgs,
     /// Passes over the data, in place of --steps
-    #[arg(long, value_name = "X", value_parser = positive, help_heading = "Data", conflicts_with = "steps")]
+    #[arg(long, value_name = "X", value_parser = positive, help_heading = "Data")]
+    #[arg(conflicts_with = "steps")]
     pub epochs: Option<f64>,
     /// The model to start from, in Hugging Face's layout (config.json and model.safetensors)
-    #[arg(long, value_name = "DIR", help_heading = "Model", conflicts_with = "model", required_unless_present_any = ["model", "resume"])]
+    #[arg(long, value_name = "DIR", help_heading = "Model", conflicts_with = "model")]
+    #[arg(required_unless_present_any = ["model", "resume"])]
     pub weights: Option<PathBuf>,
     /// The model to start from, by its name on Hugging Face, such as openai-community/gpt2-medium
     #[arg(long, value_name = "NAME", help_heading = "Model")]
@@ -357,18 +361,21 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
     /// Prompts at a time, fewer where memory is short
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20), requires = "prompts")]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20))]
+    #[arg(requires = "prompts")]
     pub batch: u64,
     /// Tokens to generate, unless the text ends before
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = count(1 << 20))]
     pub tokens: u64,
     /// Search for the most likely text with this many hypotheses in place of drawing it; 1 takes
     /// the most likely token
-    #[arg(long, value_name = "N", value_parser = count(1 << 10), conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
+    #[arg(long, value_name = "N", value_parser = count(1 << 10))]
+    #[arg(conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
     pub beams: Option<u64>,
     /// Exponent of the length by which log-probabilities are divided; more favours longer texts
     /// [default: 1]
-    #[arg(long, value_name = "A", allow_negative_numbers = true, value_parser = finite, requires = "beams")]
+    #[arg(long, value_name = "A", allow_negative_numbers = true, value_parser = finite)]
+    #[arg(requires = "beams")]
     pub length_penalty: Option<f64>,
     /// No N tokens in a row occur twice, prompt included; 0 for no such rule
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = count_or_zero(1 << 20))]
@@ -404,10 +411,18 @@ impl GenerateArgs {
     fn check(&self) -> Result<(), String> {
         let penalized = self.length_penalty.is_some_and(|a| a != 0.0);
         if penalized && self.beams == Some(1) {
-            return Err("--length-penalty compares the hypotheses of --beams 2 or more; leave one of them out".into());
+            return Err(
+                "--length-penalty compares the hypotheses of --beams 2 or more; leave one of \
+                 them out"
+                    .into(),
+            );
         }
         if self.temperature == 0.0 && (self.top_k != 40 || self.top_p != 1.0) {
-            return Err("--temperature 0 takes the most likely token, --top-k and --top-p draw among several".into());
+            return Err(
+                "--temperature 0 takes the most likely token, --top-k and --top-p draw among \
+                 several"
+                    .into(),
+            );
         }
         Ok(())
     }
@@ -422,7 +437,8 @@ pub struct DecodingArgs {
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = count(1 << 10))]
     pub beams: u64,
     /// Exponent of the length by which log-probabilities are divided; more favours longer texts
-    #[arg(long, value_name = "A", default_value_t = 0.9, allow_negative_numbers = true, value_parser = finite)]
+    #[arg(long, value_name = "A", default_value_t = 0.9, allow_negative_numbers = true)]
+    #[arg(value_parser = finite)]
     pub length_penalty: f64,
     /// No N tokens in a row occur twice, prompt included; 0 for no such rule
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = count_or_zero(1 << 20))]
@@ -552,7 +568,8 @@ pub struct PlanArgs {
     #[command(flatten)]
     pub optim: OptimArgs,
     /// Dropout of embeddings, attention and residuals
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = below_one, help_heading = "Model")]
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = below_one)]
+    #[arg(help_heading = "Model")]
     pub dropout: f64,
     /// Samples of a micro-batch
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20))]
@@ -753,9 +770,11 @@ mod tests {
             let help = Cli::try_parse_from(format!("bdia-lm {request}").split(' ')).unwrap_err();
             assert!(!help.use_stderr());
             let help = help.to_string();
-            let flags = "data weights config layers heads width context vocab mode checkpoint-every quantize gamma \
-                 gamma-sign frac-bits optimizer lr beta1 beta2 eps weight-decay schedule warmup min-lr clip steps batch \
-                 accumulate dropout seed threads memory eval-interval order backend verify out json resume \
+            let flags = "data weights config layers heads width context vocab mode checkpoint-every \
+                 quantize gamma gamma-sign frac-bits optimizer lr beta1 beta2 eps weight-decay schedule warmup \
+                 min-lr clip steps batch \
+                 accumulate dropout seed threads memory eval-interval order backend verify out \
+                 json resume \
                  checkpoint-interval";
             for flag in flags.split_whitespace() {
                 assert!(help.contains(&format!("--{flag}")), "{request}: {flag}");

@@ -30,7 +30,8 @@ pub enum DataError {
     Empty(PathBuf),
     /// A text that is none.
     #[error(
-        "{}: not UTF-8 text (byte {at} does not fit); expected plain text, or a token file whose name ends in .bin",
+        "{}: not UTF-8 text (byte {at} does not fit); expected plain text, or a token file whose \
+         name ends in .bin",
         path.display()
     )]
     NotText {
@@ -40,7 +41,10 @@ pub enum DataError {
         at: usize,
     },
     /// An odd number of bytes.
-    #[error("{}: {bytes} bytes, expected an even number (u16 tokens); the file is cut off or not a token file", path.display())]
+    #[error(
+        "{}: {bytes} bytes, expected an even number (u16 tokens); the file is cut off or not a \
+         token file", path.display()
+    )]
     Odd {
         /// The file.
         path: PathBuf,
@@ -61,7 +65,8 @@ pub enum DataError {
     },
     /// A token that the model does not have.
     #[error(
-        "{source_name}: token {token} at position {position} is outside the vocabulary of {vocab}; use the vocabulary the \
+        "{source_name}: token {token} at position {position} is outside the vocabulary of \
+         {vocab}; use the vocabulary the \
          tokens were made with (--vocab), or other data"
     )]
     Token {
@@ -76,7 +81,8 @@ pub enum DataError {
     },
     /// Too few tokens.
     #[error(
-        "{source_name}: {tokens} tokens to train on, expected at least {} (one context and the token after it); use a \
+        "{source_name}: {tokens} tokens to train on, expected at least {} (one context and the \
+         token after it); use a \
          smaller --context or more data", context + 1
     )]
     Short {
@@ -89,7 +95,8 @@ pub enum DataError {
     },
     /// Buffers of a batch that do not belong together.
     #[error(
-        "a batch of {tokens} tokens and {targets} targets: expected the same whole number of samples of {context}"
+        "a batch of {tokens} tokens and {targets} targets: expected the same whole number of \
+         samples of {context}"
     )]
     Shape {
         /// Tokens.
@@ -699,7 +706,8 @@ mod tests {
         assert_eq!([all(&one.train), all(&one.validation)].concat(), expected);
         assert_eq!(one.validation.len(), expected.len() as u64 / 10);
 
-        let few = "first\n<|endoftext|>\nsecond <|endoftext|> inside\r\n<|endoftext|>\r\n \n<|endoftext|>";
+        let few = "first\n<|endoftext|>\nsecond <|endoftext|> inside\r\n<|endoftext|>\r\n \n\
+                   <|endoftext|>";
         assert_eq!(documents(few), ["first\n", "second <|endoftext|> inside\r\n"]);
         let c = open(&dir.file("few.txt", few.as_bytes()), 4).unwrap();
         let tokens = [all(&c.train), all(&c.validation)].concat();

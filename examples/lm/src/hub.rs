@@ -10,8 +10,10 @@ use bdia_train::Failure;
 pub enum HubError {
     /// The program was built without downloads.
     #[error(
-        "--model {model}: this program was built without downloads from Hugging Face (cargo build --features hub). Or put \
-         config.json and model.safetensors of https://huggingface.co/{model} into a directory and name it with --weights"
+        "--model {model}: this program was built without downloads from Hugging Face (cargo build \
+         --features hub). Or put \
+         config.json and model.safetensors of https://huggingface.co/{model} into a directory and \
+         name it with --weights"
     )]
     Without {
         /// The name.
@@ -19,8 +21,10 @@ pub enum HubError {
     },
     /// Neither in the cache nor to be had.
     #[error(
-        "--model {model}: {file} is not in the cache ({}) and cannot be downloaded: {why}. Without a network, put config.json \
-         and model.safetensors of https://huggingface.co/{model} into a directory and name it with --weights",
+        "--model {model}: {file} is not in the cache ({}) and cannot be downloaded: {why}. \
+         Without a network, put config.json \
+         and model.safetensors of https://huggingface.co/{model} into a directory and name it \
+         with --weights",
         cache.display()
     )]
     Absent {

@@ -172,7 +172,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             };
             let Some((loss, tokens)) = found else {
                 return Err(Failure::Other(format!(
-                    "{}: {tokens} tokens to evaluate, expected more than a context of {}; use a smaller --context",
+                    "{}: {tokens} tokens to evaluate, expected more than a context of {}; use a \
+                     smaller --context",
                     self.name,
                     self.model.setup().context
                 )));
@@ -209,7 +210,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             let (cut, dropped) = pairs.truncated();
             if cut + dropped > 0 {
                 report::note!(
-                    "{cut} example(s) cut to {context} tokens, {dropped} dropped, whose prompt has no room"
+                    "{cut} example(s) cut to {context} tokens, {dropped} dropped, whose prompt \
+                     has no room"
                 );
             }
             let windows = pairs.len();
@@ -346,7 +348,8 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     let config = Gpt2Config::read_dir(&args.weights)?;
     if config.vocab_size != VOCAB {
         return Err(Failure::Other(format!(
-            "{}: the vocabulary has {} tokens, expected GPT-2's {VOCAB}: its tokens cannot be shown as text",
+            "{}: the vocabulary has {} tokens, expected GPT-2's {VOCAB}: its tokens cannot be \
+             shown as text",
             args.weights.display(),
             config.vocab_size
         )));

@@ -3,7 +3,7 @@
 //!
 //! | file | read as |
 //! |---|---|
-//! | `.csv` | a header, commas, quotes; quoted fields may have line breaks (the E2E challenge: `mr,ref`) |
+//! | `.csv` | a header, commas, quotes; quoted fields may have line breaks (E2E: `mr,ref`) |
 //! | `.tsv` | a header, tabs, no quotes |
 //! | `.jsonl` | one object with two strings a line |
 //!
@@ -50,7 +50,10 @@ pub enum PairsError {
     #[error("{}: expected a file whose name ends in .csv, .tsv or .jsonl", .0.display())]
     Kind(PathBuf),
     /// It is not text.
-    #[error("{}, line {line}: not valid UTF-8{hint}; convert the file, for example with iconv", path.display())]
+    #[error(
+        "{}, line {line}: not valid UTF-8{hint}; convert the file, for example with iconv",
+        path.display()
+    )]
     Encoding {
         /// The file.
         path: PathBuf,
@@ -88,7 +91,10 @@ pub enum PairsError {
         what: String,
     },
     /// There is nothing to learn.
-    #[error("{}, line {line}: the completion is empty; remove the pair or complete it", path.display())]
+    #[error(
+        "{}, line {line}: the completion is empty; remove the pair or complete it",
+        path.display()
+    )]
     Empty {
         /// The file.
         path: PathBuf,
@@ -104,7 +110,10 @@ pub enum PairsError {
         why: String,
     },
     /// A token that the model does not have.
-    #[error("{}: token {token} is outside the vocabulary of {vocab}: the model does not have GPT-2's", path.display())]
+    #[error(
+        "{}: token {token} is outside the vocabulary of {vocab}: the model does not have GPT-2's",
+        path.display()
+    )]
     Token {
         /// The file.
         path: PathBuf,
@@ -570,7 +579,8 @@ mod tests {
         let dir = TempDir::new();
         let path = dir.file(
             "x.jsonl",
-            b"{\"q\":\"a b\",\"a\":\"c d e\"}\n{\"q\":\"a\",\"a\":\"b\"}\n{\"q\":\"a b c d e f\",\"a\":\"g\"}\n",
+            b"{\"q\":\"a b\",\"a\":\"c d e\"}\n{\"q\":\"a\",\"a\":\"b\"}\n\
+              {\"q\":\"a b c d e f\",\"a\":\"g\"}\n",
         );
         Examples::open(&path, &columns(), loss_on, &Tokenizer::new(), 50_257).unwrap()
     }

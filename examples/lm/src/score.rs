@@ -96,7 +96,8 @@ pub fn score(args: &ScoreArgs) -> Result<(), Failure> {
     };
     let Found { bleu, nist, meteor, rouge_l, cider, prompts, references } = found;
     report::tell!(
-        "BLEU {bleu:.2}, NIST {nist:.3}, METEOR (exact, stem) {meteor:.4}, ROUGE-L {rouge_l:.4}, CIDEr {cider:.4}: {prompts} \
+        "BLEU {bleu:.2}, NIST {nist:.3}, METEOR (exact, stem) {meteor:.4}, ROUGE-L {rouge_l:.4}, \
+         CIDEr {cider:.4}: {prompts} \
          prompts with {references} references of {}",
         args.data.display()
     );
@@ -150,7 +151,8 @@ pub fn measure(args: &ScoreArgs) -> Result<Option<Found>, Failure> {
     let config = Gpt2Config::read_dir(&args.weights)?;
     if config.vocab_size != VOCAB {
         return Err(Failure::Other(format!(
-            "{}: the vocabulary has {} tokens, expected GPT-2's {VOCAB}: its tokens cannot be compared as text",
+            "{}: the vocabulary has {} tokens, expected GPT-2's {VOCAB}: its tokens cannot be \
+             compared as text",
             args.weights.display(),
             config.vocab_size
         )));

@@ -88,7 +88,9 @@ fn runs_go_on_with_the_same_bits() {
     let other = dir.at("other");
     let mut train = program();
     train.args(
-        "train --layers 2 --heads 2 --width 16 --context 16 --vocab 61 --steps 1 --batch 1 --threads 1".split(' '),
+        "train --layers 2 --heads 2 --width 16 --context 16 --vocab 61 --steps 1 --batch 1 \
+         --threads 1"
+            .split(' '),
     );
     good(train.arg("--data").arg(&tokens).arg("--out").arg(&other));
     wrong(

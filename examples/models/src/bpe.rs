@@ -31,7 +31,8 @@ const MOST_BYTES: u64 = 1 << 26;
 pub enum BpeError {
     /// A size that no vocabulary can have.
     #[error(
-        "a vocabulary of {0} pieces: expected from {FEWEST} (the bytes and the end of text) to {MOST}"
+        "a vocabulary of {0} pieces: expected from {FEWEST} (the bytes and the end of text) to \
+         {MOST}"
     )]
     Size(usize),
     /// The file could not be read or written.

@@ -80,7 +80,8 @@ pub enum ConfigError {
     },
     /// The model has more parameters than this machine can address.
     #[error(
-        "the model is too large for this machine's address space: vocab_size {vocab}, n_positions {positions}, n_embd \
+        "the model is too large for this machine's address space: vocab_size {vocab}, n_positions \
+         {positions}, n_embd \
          {width}, n_layer {layers}; make one of them smaller"
     )]
     TooLarge {

@@ -22,7 +22,8 @@ pub enum SampleError {
     Empty,
     /// A logit is NaN or infinite.
     #[error(
-        "the logit of token {token} is {value}, expected a finite number; the model's weights are not usable"
+        "the logit of token {token} is {value}, expected a finite number; the model's weights are \
+         not usable"
     )]
     NotFinite {
         /// The token.

@@ -32,7 +32,10 @@ pub enum WeightsError {
     #[error(transparent)]
     File(#[from] FileError),
     /// There is no model in the directory.
-    #[error("{}: found neither {FILE} nor {INDEX}; expected a directory in Hugging Face's layout", .0.display())]
+    #[error(
+        "{}: found neither {FILE} nor {INDEX}; expected a directory in Hugging Face's layout",
+        .0.display()
+    )]
     Absent(PathBuf),
     /// The header is not one.
     #[error("{}: not a safetensors file: {what}", path.display())]
@@ -66,7 +69,8 @@ pub enum WeightsError {
     },
     /// A weight that is NaN or infinite.
     #[error(
-        "{}, tensor {name}: element {at} is {value}, expected a finite number; the file is damaged or its training diverged",
+        "{}, tensor {name}: element {at} is {value}, expected a finite number; the file is \
+         damaged or its training diverged",
         path.display()
     )]
     NotFinite {
@@ -216,7 +220,8 @@ pub fn read_header(
         let shown = short(&name);
         if begin > end || end > data {
             return Err(wrong(format!(
-                "tensor {shown} lies at bytes {begin} to {end} of the data, which has {data}; the file is cut off or damaged"
+                "tensor {shown} lies at bytes {begin} to {end} of the data, which has {data}; the \
+                 file is cut off or damaged"
             )));
         }
         let unit = element_bytes(&dtype).ok_or_else(|| {
@@ -285,7 +290,8 @@ fn entries(path: &Path, reader: &mut impl Read, len: u64) -> Result<(Entries, u6
     if size > len - 8 || size > MOST_HEADER {
         let most = MOST_HEADER.min(len - 8);
         return Err(wrong(format!(
-            "the header claims {size} bytes, expected at most {most}; the file is cut off or foreign"
+            "the header claims {size} bytes, expected at most {most}; the file is cut off or \
+             foreign"
         )));
     }
     // The claim is not trusted with memory: what is there is read, up to it.

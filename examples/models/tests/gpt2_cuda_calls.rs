@@ -95,7 +95,8 @@ fn emulated_calls_of_a_step() {
         let each = counts[1] - counts[0];
         let batches = if accumulate == 1 { String::new() } else { format!(" x {accumulate}") };
         println!(
-            "{mode:?}{batches}: {} launches a step of 3 blocks in 2 chunks, {each} more for each block",
+            "{mode:?}{batches}: {} launches a step of 3 blocks in 2 chunks, {each} more for each \
+             block",
             counts[0]
         );
         // Forward and backward pass of two chunks of each batch, and the update of 12 tensors.

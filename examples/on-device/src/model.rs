@@ -2,7 +2,7 @@
 //! before the program runs, since [`Model::plan`] is `const`.
 //!
 //! ```text
-//! image 8×8 → 16 patches of 2×2 → x_0 = [0; patches·W] + positions      (row 0 of the positions is the class token)
+//! image 8×8 → 16 patches of 2×2 → x_0 = [0; patches·W] + positions   (row 0: the class token)
 //! x_0 → K transformer blocks → x_K → row 0 → norm → logits of 10 digits → cross-entropy
 //! ```
 
@@ -108,8 +108,8 @@ impl Job {
         }
     }
 
-    /// How the blocks keep gradients: those of one block at a time, or of all where they add up over
-    /// micro-batches.
+    /// How the blocks keep gradients: those of one block at a time, or of all where they add up
+    /// over micro-batches.
     const fn gradients(&self) -> Gradients {
         match self.trained {
             Trained::Head => Gradients::None,

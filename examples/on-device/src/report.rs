@@ -56,7 +56,8 @@ impl<'a> Request<'a> {
                 request.job = Some(word);
             } else {
                 return Err(Stop::Usage(
-                    "possible: a job (full, adamw, bias, head, standard, checkpoint, standard-micro, \
+                    "possible: a job (full, adamw, bias, head, standard, checkpoint, \
+                     standard-micro, \
                      checkpoint-micro) and --steps N",
                 ));
             }
@@ -204,7 +205,8 @@ pub fn run<P: Platform>(
     let d = &outcome.digests;
     writeln!(
         p,
-        "digests {}: activations {:016x}, side bits {:016x}, rebuilt {:016x}, losses {:016x}, parameters {:016x}",
+        "digests {}: activations {:016x}, side bits {:016x}, rebuilt {:016x}, losses {:016x}, \
+         parameters {:016x}",
         job.name, d.activations, d.side_bits, d.rebuilt, d.losses, d.parameters
     )?;
     Ok(outcome)
@@ -223,7 +225,8 @@ pub fn program<P: Platform>(
 ) -> Result<(), Stop> {
     writeln!(
         p,
-        "{BLOCKS} blocks, {TOKENS} tokens, batches of {BATCH}, chunks of {CHUNK}; {} samples to fine-tune with, {} to test",
+        "{BLOCKS} blocks, {TOKENS} tokens, batches of {BATCH}, chunks of {CHUNK}; {} samples to \
+         fine-tune with, {} to test",
         TUNE.len(),
         TEST.len()
     )?;

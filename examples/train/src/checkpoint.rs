@@ -2,7 +2,8 @@
 //! there.
 //!
 //! ```text
-//! "BDIACKPT"  version u32  header length u32  header (JSON)  tensors (f32, little endian)  xxh3-64 of all before
+//! "BDIACKPT"  version u32  header length u32  header (JSON)  tensors (f32, little endian)
+//! xxh3-64 of all before
 //! ```
 //! Tensors are what the program gives: the parameters and then the optimizer's state, in the order
 //! of the model's tensors.
@@ -72,7 +73,10 @@ pub enum CheckpointError {
         what: String,
     },
     /// There is none.
-    #[error("{}: no usable checkpoint; expected step-*.ckpt (is it the directory of a run?){tried}", dir.display())]
+    #[error(
+        "{}: no usable checkpoint; expected step-*.ckpt (is it the directory of a run?){tried}",
+        dir.display()
+    )]
     None {
         /// The directory.
         dir: PathBuf,
@@ -81,7 +85,8 @@ pub enum CheckpointError {
     },
     /// The training has gone astray; the earlier checkpoints stay.
     #[error(
-        "a parameter or an optimizer moment is not finite after step {step}: nothing is saved; start again with a lower \
+        "a parameter or an optimizer moment is not finite after step {step}: nothing is saved; \
+         start again with a lower \
          --lr, or with --clip"
     )]
     NotFinite {

@@ -128,7 +128,7 @@ pub enum ScheduleKind {
     Noam,
 }
 
-/// Who computes.
+/// The backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BackendKind {
@@ -246,7 +246,8 @@ pub struct OptimArgs {
     #[arg(long, default_value = "cosine")]
     pub schedule: ScheduleKind,
     /// Steps in which the learning rate rises from 0
-    #[arg(long, value_name = "STEPS", default_value_t = 20, value_parser = count_or_zero(u64::from(u32::MAX)))]
+    #[arg(long, value_name = "STEPS", default_value_t = 20)]
+    #[arg(value_parser = count_or_zero(u64::from(u32::MAX)))]
     pub warmup: u64,
     /// Learning rate at the end of schedules cosine and linear [default: a tenth of --lr]
     #[arg(long, value_parser = not_negative)]
@@ -320,7 +321,7 @@ pub struct MachineArgs {
     /// Memory that the plan may use, such as 2GB, 512MiB or bytes [default: no limit]
     #[arg(long, value_name = "BYTES", value_parser = memory)]
     pub memory: Option<u64>,
-    /// Who computes
+    /// Backend
     #[arg(long, default_value = "cpu")]
     pub backend: BackendKind,
     /// Number of the CUDA device
@@ -333,12 +334,14 @@ pub struct MachineArgs {
     pub precision: PrecisionKind,
     /// Of several ranks (mpirun): seconds to wait for another one, which must be able to write a
     /// checkpoint meanwhile
-    #[arg(long, value_name = "SECONDS", default_value_t = RANK_TIMEOUT, value_parser = count(86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = RANK_TIMEOUT)]
+    #[arg(value_parser = count(86_400))]
     #[serde(default = "rank_timeout")]
     pub rank_timeout: u64,
     /// Of several ranks: steps between comparisons of their parameters and optimizer states; each
     /// checkpoint has one too
-    #[arg(long, value_name = "N", default_value_t = COMPARE_INTERVAL, value_parser = count(u64::from(u32::MAX)))]
+    #[arg(long, value_name = "N", default_value_t = COMPARE_INTERVAL)]
+    #[arg(value_parser = count(u64::from(u32::MAX)))]
     #[serde(default = "compare_interval")]
     pub compare_interval: u64,
 }
@@ -394,7 +397,8 @@ impl MachineArgs {
 /// A resumed run was asked for something else than it was started with.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the run cannot be resumed with other settings: {}; leave these flags out, or start a new run with --out",
+    "the run cannot be resumed with other settings: {}; leave these flags out, or start a new run \
+     with --out",
     .0.join("; ")
 )]
 pub struct Contradiction(pub Vec<String>);
@@ -457,7 +461,9 @@ pub fn check_mode(mode: &ModeArgs, verify: bool) -> Result<(), String> {
     }
     if verify && matches!(mode.mode, Mode::Standard | Mode::Checkpoint) {
         return Err(
-            "--verify belongs to modes bdia and bdia-float; the others rebuild nothing that could differ".into()
+            "--verify belongs to modes bdia and bdia-float; the others rebuild nothing that could \
+             differ"
+                .into(),
         );
     }
     Ok(())
@@ -572,7 +578,8 @@ impl EpochArgs {
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct StepArgs {
     /// Dropout of embeddings, attention and residuals
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = below_one, help_heading = "Model")]
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = below_one)]
+    #[arg(help_heading = "Model")]
     pub dropout: f64,
     /// Label smoothing
     #[arg(
@@ -603,22 +610,27 @@ pub struct StepArgs {
     #[serde(flatten)]
     pub optim: OptimArgs,
     /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 130, value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 130)]
+    #[arg(value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
     pub steps: u64,
     /// Samples of a micro-batch, of all ranks together
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20))]
+    #[arg(help_heading = "Run")]
     pub batch: u64,
     /// Micro-batches of a step. More than one needs full gradient buffers
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10))]
+    #[arg(help_heading = "Run")]
     pub accumulate: u64,
     /// Everything random follows from it
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Run", value_parser = seed)]
     pub seed: u64,
     /// Steps between validations; 0 for one at the end
-    #[arg(long, value_name = "N", default_value_t = 50, value_parser = count_or_zero(u64::from(u32::MAX)), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    #[arg(value_parser = count_or_zero(u64::from(u32::MAX)), help_heading = "Run")]
     pub eval_interval: u64,
     /// Steps between checkpoints; 0 for one at the end
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = count_or_zero(u64::from(u32::MAX)), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(value_parser = count_or_zero(u64::from(u32::MAX)), help_heading = "Run")]
     pub checkpoint_interval: u64,
     /// Continue the run in this directory with its own settings
     #[arg(long, value_name = "DIR", help_heading = "Run", conflicts_with_all = ["out"])]

@@ -50,7 +50,8 @@ pub enum Failure {
     #[error("{}: {what}", path.display())]
     Run { path: PathBuf, what: String },
     #[error(
-        "the plan needs {plan} bytes, this machine has {available} left; use --memory, a smaller batch, input or model, \
+        "the plan needs {plan} bytes, this machine has {available} left; use --memory, a smaller \
+         batch, input or model, \
          or look at `plan` with the same flags"
     )]
     TooBig { plan: u64, available: u64 },

@@ -4,8 +4,8 @@
 //! In the order in which data flows: [`cli`] (flags that every program has, and their checks) →
 //! [`machine`] (threads, plan, backend), [`ranks`] (several machines) → [`run`] (directory of a
 //! run, resuming, stopping, progress) → [`checkpoint`], [`report`] (what a run leaves behind), over
-//! [`alloc`] and [`launcher`]; [`study`] makes many runs of one program. For models that write text: [`scores`]
-//! compares what they wrote.
+//! [`alloc`] and [`launcher`]; [`study`] makes many runs of one program. For models that write
+//! text: [`scores`] compares what they wrote.
 
 pub mod alloc;
 pub mod checkpoint;

@@ -38,7 +38,8 @@ pub fn device(args: &MachineArgs) -> usize {
 /// Joins the ranks that `mpirun` started; `None` where this process is the only one.
 ///
 /// # Errors
-/// [`Failure`]: a program that was built without MPI is one of several processes, or MPI does not start.
+/// [`Failure`]: a program that was built without MPI is one of several processes, or MPI does not
+/// start.
 pub fn join(args: &MachineArgs) -> Result<Option<Ranks>, Failure> {
     let Some(processes) = started().filter(|&n| n > 1) else { return Ok(None) };
     let ranks = open(args, processes)?;
@@ -57,7 +58,8 @@ pub fn join(args: &MachineArgs) -> Result<Option<Ranks>, Failure> {
 #[cfg(not(feature = "mpi"))]
 fn open(_: &MachineArgs, processes: u64) -> Result<Ranks, Failure> {
     Err(Failure::Other(format!(
-        "this is one of {processes} processes, and the program was built without MPI: build it with --features mpi, or \
+        "this is one of {processes} processes, and the program was built without MPI: build it \
+         with --features mpi, or \
          start it without mpirun"
     )))
 }

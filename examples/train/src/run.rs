@@ -39,7 +39,7 @@ pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCod
 /// Set by Ctrl-C: the step is finished, then the run is saved.
 static STOP: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C is a wish that [`interrupted`] tells.
+/// From now on Ctrl-C only makes [`interrupted`] true.
 pub fn catch_interrupt() {
     // It may have been claimed by a program around this one: then it ends at once, as before.
     let _ = ctrlc::set_handler(|| STOP.store(true, Ordering::SeqCst));
@@ -66,7 +66,8 @@ pub fn save<T: Serialize>(dir: &Path, args: &T) -> Result<(), Failure> {
 pub fn saved<T: DeserializeOwned>(dir: &Path) -> Result<T, Failure> {
     let path = dir.join("run.json");
     if dir.is_dir() && !path.exists() {
-        let what = "there is no such file, so this is not the directory of a run, or it was stopped before it began; \
+        let what = "there is no such file, so this is not the directory of a run, or it was \
+                    stopped before it began; \
                     start it with --out in place of --resume";
         return Err(Failure::Run { path, what: what.into() });
     }
@@ -78,7 +79,8 @@ pub fn saved<T: DeserializeOwned>(dir: &Path) -> Result<T, Failure> {
 /// which.
 ///
 /// # Errors
-/// [`Failure`]: flags that contradict the saved ones, a directory that is not that of a run, no usable checkpoint.
+/// [`Failure`]: flags that contradict the saved ones, a directory that is not that of a run, no
+/// usable checkpoint.
 pub fn begin<A: Flags>(args: &A) -> Result<(A, Option<(PathBuf, Header)>), Failure> {
     let mut args = args.clone();
     let run = args.run();
@@ -117,7 +119,8 @@ pub fn replace(dir: &Path) -> Result<(), FileError> {
 pub fn kept(out: &Path) -> String {
     match checkpoint::list(out).first() {
         Some((step, path)) => format!(
-            "; the checkpoint after step {step} is intact ({}). Resuming it repeats the same numbers: start a new run with a \
+            "; the checkpoint after step {step} is intact ({}). Resuming it repeats the same \
+             numbers: start a new run with a \
              lower --lr, or with --clip",
             path.display()
         ),

@@ -1,7 +1,7 @@
 //! Many runs of a program, and what they show: the machinery of its `experiment`.
 //!
 //! ```text
-//! DIR/runs/CELL/seed-N/        one run; result.json when it is finished, so that it is not repeated
+//! DIR/runs/CELL/seed-N/     one run; result.json when it is finished, so that it is not repeated
 //! DIR/NAME-runs.csv            every run of an experiment
 //! DIR/NAME.csv, DIR/NAME.svg   mean and standard deviation over seeds; the picture
 //! ```

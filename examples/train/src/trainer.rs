@@ -304,9 +304,9 @@ pub struct Planned {
     pub others: Vec<(String, Layout)>,
 }
 
-/// Lays a network of one process out within its budget, or as it was before (`from`), and in the modes
-/// that the table compares with the one that is used, the first of the pair; the second is the
-/// number of blocks. `setup` is the network in a mode.
+/// Lays a network of one process out within its budget, or as it was before (`from`), and in the
+/// modes that the table compares with the one that is used, the first of the pair; the second is
+/// the number of blocks. `setup` is the network in a mode.
 ///
 /// # Errors
 /// What does not fit together, or into the budget.

@@ -191,8 +191,8 @@ fn baselines() {
     assert_eq!(one["val_loss"].as_f64().unwrap().to_bits(), accuracies[0]);
 }
 
-/// Micro-batches see what one large batch sees: the same images, changed, mixed and dropped out of in
-/// the same way.
+/// Micro-batches see what one large batch sees: the same images, changed, mixed and dropped out of
+/// in the same way.
 #[test]
 fn micro_batches_are_one_batch() {
     let dir = TempDir::new();

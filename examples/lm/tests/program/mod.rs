@@ -47,7 +47,8 @@ impl Drop for Dir {
     }
 }
 
-pub const SMALL: &str = "--vocab 64 --layers 3 --heads 2 --width 16 --context 16 --batch 4 --eval-interval 20 --threads 2";
+pub const SMALL: &str = "--vocab 64 --layers 3 --heads 2 --width 16 --context 16 --batch 4 \
+                         --eval-interval 20 --threads 2";
 
 pub fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_bdia-lm"))

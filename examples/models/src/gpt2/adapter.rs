@@ -57,7 +57,8 @@ pub enum AdapterError {
     },
     /// The adapters were trained on other weights.
     #[error(
-        "{}: the adapters belong to another model: they were trained on weights with digest {expected}, these have {found}",
+        "{}: the adapters belong to another model: they were trained on weights with digest \
+         {expected}, these have {found}",
         path.display()
     )]
     OtherModel {
@@ -254,7 +255,7 @@ pub fn save<B: Backend<Real = f32>>(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rows,
-        "lora_alpha": if (2.0 * shape.alpha).fract() == 0.0 { json!((2.0 * shape.alpha) as u64) } else { json!(2.0 * shape.alpha) },
+        "lora_alpha": whole_or_not(2.0 * shape.alpha),
         "lora_dropout": 0.0,
         "target_modules": ["c_attn"],
         "fan_in_fan_out": true,
@@ -262,4 +263,9 @@ pub fn save<B: Backend<Real = f32>>(
         "inference_mode": true,
     });
     Ok(write_bytes(&dir.join(CONFIG), format!("{config:#}\n").as_bytes())?)
+}
+
+/// A number of a JSON file, without a fraction where it has none.
+fn whole_or_not(x: f64) -> serde_json::Value {
+    if x.fract() == 0.0 { json!(x as u64) } else { json!(x) }
 }

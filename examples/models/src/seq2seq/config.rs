@@ -84,7 +84,8 @@ impl TranslationConfig {
         }
         if c.positions < 2 || !c.width.is_multiple_of(c.heads) || c.bdia.frac_bits > 24 {
             return Err(wrong(format!(
-                "{} positions (expected 2 or more), width {} with {} heads (expected a multiple), frac_bits {} (expected 24 or less)",
+                "{} positions (expected 2 or more), width {} with {} heads (expected a multiple), \
+                 frac_bits {} (expected 24 or less)",
                 c.positions, c.width, c.heads, c.bdia.frac_bits
             )));
         }

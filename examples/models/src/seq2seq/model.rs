@@ -6,12 +6,12 @@
 //! and `L` blocks.
 //!
 //! ```text
-//! encoder.embed, forward   X_0 … X_K on the grid, K−1 planes of side bits; X_K and X_{K−1} are kept
+//! encoder.embed, forward   X_0 … X_K on the grid, K-1 planes of side bits; two are kept
 //! output.forward           memory = norm(x_K), [n, S, d]; its gradient = 0
 //! decoder.train            embed, forward, turn (head and loss), backward, embed_vjp: every block
 //!                          reads the memory, and adds to its gradient; updated as it is finished
 //! output.vjp               x_K again from X_K; ∂L/∂x_K from the memory's gradient
-//! encoder.backward         all K blocks are recomputed and rebuilt, down to X_0; updated as they are finished
+//! encoder.backward         all K blocks are recomputed, rebuilt and updated, down to X_0
 //! encoder.embed_vjp        then tables, positions and norms are updated
 //! ```
 //!
@@ -21,7 +21,7 @@
 //! | encoder: `X_K`, `X_{K−1}`, side bits | `2·n·S·d` integers, `(K−1)·n·S·d` bits |
 //! | decoder: `X_{L−1}`, `X_{L−2}`, side bits | `2·n·T·d` integers, `(L−2)·n·T·d` bits |
 //! | memory and its gradient | `2·n·S·d` reals |
-//! | `G` pair and workspace of one chunk | once: the decoder is over when the encoder's backward pass begins |
+//! | `G` pair and workspace of one chunk | once: the decoder is done before the encoder goes back |
 //!
 //! Nothing grows with the number of blocks but side bits and checksums. Batches have other `n`, `S`
 //! and `T` from step to step: a [`Part`] lays the same arenas out for one [`Shape`], behind the
@@ -117,8 +117,8 @@ impl Tokens {
     }
 }
 
-/// Parameter tensors outside the blocks: tables (2), positions (2), norms of encoder (2) and decoder
-/// (2).
+/// Parameter tensors outside the blocks: tables (2), positions (2), norms of encoder (2) and
+/// decoder (2).
 const ENDS: usize = 8;
 
 /// The arenas behind the parameters, laid out for batches of one shape.

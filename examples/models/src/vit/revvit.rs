@@ -2,8 +2,8 @@
 //! Vision Transformers", 2022), over the same attention and MLP branches as the ordinary stack.
 //!
 //! ```text
-//! y1 = x1 + f(x2)      y2 = x2 + g(y1)          both streams start as the embedding; the head reads y1 + y2
-//! x2 = y2 - g(y1)      x1 = y1 - f(x2)          the inverse: in float, so it is exact up to rounding only
+//! y1 = x1 + f(x2)   y2 = x2 + g(y1)   both streams start as the embedding; the head reads y1 + y2
+//! x2 = y2 - g(y1)   x1 = y1 - f(x2)   the inverse: in float, so it is exact up to rounding only
 //! ```
 //! The mean of the streams differs from their sum by a factor, which the head's norm takes out.
 

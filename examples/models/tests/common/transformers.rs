@@ -37,7 +37,8 @@ pub fn logits<B: Backend>(
 pub fn agrees(dir: &Path, base: Option<&Path>, context: usize) -> bool {
     let Some(python) = std::env::var_os("BDIA_PYTHON") else {
         println!(
-            "skipped: BDIA_PYTHON names no Python with torch, transformers and PEFT (tests/torch/README.md)"
+            "skipped: BDIA_PYTHON names no Python with torch, transformers and PEFT \
+             (tests/torch/README.md)"
         );
         return false;
     };
