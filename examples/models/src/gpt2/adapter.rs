@@ -266,6 +266,6 @@ pub fn save<B: Backend<Real = f32>>(
 }
 
 /// A number of a JSON file, without a fraction where it has none.
-fn whole_or_not(x: f64) -> serde_json::Value {
+fn whole_or_not(x: f64) -> Value {
     if x.fract() == 0.0 { json!(x as u64) } else { json!(x) }
 }
