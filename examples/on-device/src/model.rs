@@ -563,7 +563,7 @@ impl<'a> Network<Be<'a>> for Model {
     }
 
     fn pass(&mut self, be: &mut Be<'a>, pass: &Pass, micro: &Micro) -> Result<()> {
-        self.trunk.blocks.begin(micro);
+        self.trunk.blocks.begin(micro.updater, micro.last);
         self.head.scale = micro.scale;
         self.head.losses = self.losses.sub(micro.index * self.micro_batch, self.micro_batch);
         match self.trained {
