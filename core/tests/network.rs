@@ -490,9 +490,9 @@ fn a_step_whose_numbers_go_wrong_changes_nothing() {
 fn a_gradient_that_is_not_finite_stops_fused_updates() {
     let kept = Gradients::Fused(Rule::ADAM_W);
     let (lm, layout) = lay_out::<f32>(&training(BDIA, kept, 1), None);
-    let Lm { stack, blocks, input, head, ends, outside, trained } = lm;
+    let Lm { stack, blocks, input, head, ends, outside, trained, micro_batches } = lm;
     let head = Poisoned { head, poison: Poison::Gradient(f64::NAN) };
-    let mut net = Unlucky { stack, blocks, input, head, ends, outside, trained };
+    let mut net = Unlucky { stack, blocks, input, head, ends, outside, trained, micro_batches };
     let mut memory = Memory::<f32>::new(layout);
     let mut be = memory.backend();
     net.initialize(&mut be, 1).unwrap();
@@ -616,7 +616,7 @@ fn handles_of_another_layout_are_refused() {
     one_step(&mut lm, &mut be, &settings(0)).unwrap();
 
     // Parts of a handle belong where the whole does; a layout's clones are the layout itself.
-    let foreign = other.ends.parameter(0, &other.tensors[0]).value;
+    let foreign = other.ends.parameter(0, &other.outside[0]).value;
     assert!(matches!(be.reals(foreign.sub(1, 2)), Err(Error::Handle(_))));
     let mut clone = layout.clone();
     let behind = clone.reals(bdia_core::Category::Workspace, 1);

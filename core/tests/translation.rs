@@ -365,7 +365,7 @@ fn one_token_at_a_time_is_the_same_decoder() {
     };
     for k in 0..BLOCKS {
         let memory = m.output.context.value;
-        blocks.context_keys_values(&mut be, &call(k), memory, place(k, kv)).unwrap();
+        blocks.context_keys_values(&mut be, k, memory, place(k, kv)).unwrap();
     }
     for position in 0..TARGET {
         be.write_ints(lens, &[position as i32 + 1; BATCH * BEAMS]).unwrap();

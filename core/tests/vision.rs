@@ -220,7 +220,7 @@ fn frozen_parts_have_no_gradient() {
                 pairs.push((from.grad, to.grad));
             }
         };
-        for (a, b) in all.end_tensors.iter().zip(&m.end_tensors).filter(|(a, _)| !a.is_empty()) {
+        for (a, b) in all.outside.iter().zip(&m.outside).filter(|(a, _)| !a.is_empty()) {
             place((&all.ends, a), (&m.ends, b), 0);
         }
         let list = |blocks: &PreNorm| {
