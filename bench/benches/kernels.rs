@@ -42,7 +42,8 @@ fn kernels(c: &mut Criterion) {
     let threads = std::thread::available_parallelism().map_or(1, core::num::NonZero::get);
     let roof = Roof::measure(threads, 0.5).expect("the machine's limits");
     println!(
-        "roof with {threads} thread(s): {:.1} GFLOP/s in products, {:.1} GB/s read and written in a copy",
+        "roof with {threads} thread(s): {:.1} GFLOP/s in products, {:.1} GB/s read and written in \
+         a copy",
         roof.flops / 1e9,
         roof.bandwidth / 1e9
     );
@@ -77,7 +78,10 @@ fn kernels(c: &mut Criterion) {
 
 criterion_group! {
     name = benches;
-    config = Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2)).sample_size(10);
+    config = Criterion::default()
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2))
+        .sample_size(10);
     targets = kernels
 }
 criterion_main!(benches);

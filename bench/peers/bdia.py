@@ -1,11 +1,14 @@
-"""BDIA training in PyTorch: a stack of residual blocks that keeps two integer activations and one bit per value.
+"""BDIA training in PyTorch: a stack of residual blocks that keeps two integer activations and one
+bit per value.
 
     X_0     = Q(embedding)          X_1 = X_0 + Q(h_0(x_0))
-    X_{k+1} = s * (X_{k-1} + bit) / 2 + Q((1 - g) x_k + (1 + g) h_k(x_k)),   g = s / 2, s = +-1 per sample and block
+    X_{k+1} = s * (X_{k-1} + bit) / 2 + Q((1 - g) x_k + (1 + g) h_k(x_k))
+    g       = s / 2, s = +-1 per sample and block
 
-with x = 2^-l X and Q(y) = round(2^l y). The blocks 0 .. K-2 are one autograd function whose backward rebuilds their
-inputs; the last block is ordinary autograd, so K-1 blocks are computed twice and none more often. Written from the
-formulas, apart from the Rust code; the signs come from the same counter-based generator so that losses can be compared.
+with x = 2^-l X and Q(y) = round(2^l y). The blocks 0 .. K-2 are one autograd function whose
+backward rebuilds their inputs; the last block is ordinary autograd, so K-1 blocks are computed
+twice and none more often. Written from the formulas, apart from the Rust code; the signs come from
+the same counter-based generator, so that losses can be compared.
 """
 
 import torch
@@ -48,10 +51,12 @@ def unpack(bits, shape):
 
 
 class Stack:
-    """`residuals[k](x)` is h_k. `verify` keeps all X_k and counts the values that the backward pass rebuilt otherwise."""
+    """`residuals[k](x)` is h_k. `verify` keeps all X_k and counts the values that the backward pass
+    rebuilt differently."""
 
     def __init__(self, residuals, frac_bits, seed, verify=False):
-        self.residuals, self.scale, self.seed, self.verify = residuals, float(2**frac_bits), seed, verify
+        self.residuals, self.scale = residuals, float(2**frac_bits)
+        self.seed, self.verify = seed, verify
         self.step, self.mismatches = 0, 0
 
     def quantize(self, y):

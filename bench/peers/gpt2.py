@@ -1,4 +1,5 @@
-"""GPT-2 of transformers, trained on the CPU or on a CUDA device: everything stored, gradient checkpointing, or BDIA."""
+"""GPT-2 of transformers, trained on the CPU or on a CUDA device: everything stored, gradient
+checkpointing, or BDIA."""
 
 import peer
 
@@ -21,7 +22,8 @@ SIZES = {
 
 def main():
     p = peer.arguments(__doc__, ["store-all", "checkpointing", "bdia"])
-    p.add_argument("--model", default="gpt2", help=f"{', '.join(SIZES)}, or a name for the dimensions below")
+    names = f"{', '.join(SIZES)}, or a name for the dimensions below"
+    p.add_argument("--model", default="gpt2", help=names)
     p.add_argument("--context", type=int, default=256)
     for name in ["layers", "heads", "width", "positions", "vocab", "inner"]:
         p.add_argument(f"--{name}", type=int)
@@ -30,24 +32,24 @@ def main():
     device = peer.prepare(args)
 
     preset = SIZES.get(args.model, SIZES["tiny"])
-    layers, heads, width, positions, vocab = (
-        given or usual
-        for given, usual in zip([args.layers, args.heads, args.width, args.positions, args.vocab], preset)
-    )
+    asked = [args.layers, args.heads, args.width, args.positions, args.vocab]
+    layers, heads, width, positions, vocab = (given or usual for given, usual in zip(asked, preset))
     config = GPT2Config(
-        n_layer=layers, n_head=heads, n_embd=width, n_positions=positions, vocab_size=vocab, n_inner=args.inner,
+        n_layer=layers, n_head=heads, n_embd=width, n_inner=args.inner,
+        n_positions=positions, vocab_size=vocab, bos_token_id=None, eos_token_id=None,
         activation_function={"tanh": "gelu_new", "exact": "gelu"}[args.gelu], use_cache=False,
-        embd_pdrop=args.dropout, attn_pdrop=args.dropout, resid_pdrop=args.dropout, bos_token_id=None, eos_token_id=None,
+        embd_pdrop=args.dropout, attn_pdrop=args.dropout, resid_pdrop=args.dropout,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).to(device)
     body = model.transformer
     named = {name.removeprefix("transformer."): q for name, q in model.named_parameters()}
     if args.mode == "checkpointing":
+        how = {"use_reentrant": False}
         # Named so in newer versions of transformers.
         if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
         else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
     def residual(block):
         def h(x):
@@ -56,8 +58,10 @@ def main():
 
         return h
 
-    stack = bdia.Stack([residual(block) for block in body.h], args.frac_bits, args.seed, args.verify)
-    tokens, targets = (t.to(device) for t in peer.sequences(args.seed, args.batch, args.context, vocab))
+    blocks = [residual(block) for block in body.h]
+    stack = bdia.Stack(blocks, args.frac_bits, args.seed, args.verify)
+    batch = peer.sequences(args.seed, args.batch, args.context, vocab)
+    tokens, targets = (t.to(device) for t in batch)
     places = torch.arange(args.context, device=device)
 
     def step_loss(step):
@@ -69,7 +73,8 @@ def main():
             logits = model(tokens).logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    facts = {"model": args.model, "context": args.context, "unit": "tokens", "items": args.batch * args.context}
+    items = args.batch * args.context
+    facts = {"model": args.model, "context": args.context, "unit": "tokens", "items": items}
     peer.measure(args, model, named, step_loss, facts, stack)
 
 

@@ -1,7 +1,8 @@
-"""What all peers share: flags, data, weights, the timed loop, and the one JSON line that a run prints.
+"""What all peers share: flags, data, weights, the timed loop, and the one JSON line that a run
+prints.
 
-The Rust side (`bdia-bench run`) takes the same flags where it has the same notion, makes the same tokens, and prints the
-same fields, so a report can put the lines side by side.
+The Rust side (`bdia-bench run`) takes the same flags where it has the same notion, makes the same
+tokens, and prints the same fields, so a report can put the lines side by side.
 """
 
 import argparse
@@ -31,11 +32,14 @@ def arguments(description, modes):
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--mode", choices=modes, default=modes[0])
     p.add_argument("--device", default="cpu", help="cpu, or cuda:0 (not for mode bdia)")
-    p.add_argument("--precision", choices=["f32", "tf32", "bf16"], default="f32", help="bf16: autocast, parameters stay f32")
+    p.add_argument(
+        "--precision", choices=["f32", "tf32", "bf16"], default="f32",
+        help="bf16: autocast, parameters stay f32",
+    )  # fmt: skip
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--steps", type=int, default=5)
-    p.add_argument("--warmup", type=int, default=1, help="steps at the start that do not count in the rate")
+    p.add_argument("--warmup", type=int, default=1, help="first steps, left out of the rate")
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--lr", type=float, default=3e-4)
@@ -44,7 +48,9 @@ def arguments(description, modes):
     p.add_argument("--eps", type=float, default=1e-8)
     p.add_argument("--weight-decay", type=float, default=0.1)
     p.add_argument("--frac-bits", type=int, default=14, help="l of the grid 2^-l (mode bdia)")
-    p.add_argument("--verify", action="store_true", help="keep all X_k and count differing values (mode bdia)")
+    p.add_argument(
+        "--verify", action="store_true", help="keep all X_k and count differing values (mode bdia)"
+    )
     p.add_argument("--weights", help="start from this safetensors file (f32)")
     p.add_argument("--save", help="write the initial parameters to this safetensors file and stop")
     return p
@@ -70,24 +76,27 @@ def numbers(seed, n):
     import numpy as np
 
     with np.errstate(over="ignore"):
-        z = (np.arange(n, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+        z = np.arange(n, dtype=np.uint64) + np.uint64(1)
+        z = z * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
         z = (z ^ (z >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
         z = (z ^ (z >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
     return z ^ (z >> np.uint64(32))
 
 
 def sequences(seed, batch, context, vocab):
-    """Tokens and targets, [batch, context] each. Every step sees the same batch, so that the loss shows whether
-    gradients and updates agree."""
+    """Tokens and targets, [batch, context] each. Every step sees the same batch, so that the loss
+    shows whether gradients and updates agree."""
     import numpy as np
     import torch
 
-    words = (numbers(seed, batch * (context + 1)) % np.uint64(vocab)).astype(np.int64).reshape(batch, context + 1)
+    words = numbers(seed, batch * (context + 1)) % np.uint64(vocab)
+    words = words.astype(np.int64).reshape(batch, context + 1)
     return torch.from_numpy(words[:, :-1].copy()), torch.from_numpy(words[:, 1:].copy())
 
 
 def load(named, path):
-    """Reads f32 tensors into the parameters in place, without mapping the file: mapped pages would count as memory."""
+    """Reads f32 tensors into the parameters in place, without mapping the file: mapped pages would
+    count as memory."""
     import torch
 
     with open(path, "rb") as file:
@@ -96,16 +105,19 @@ def load(named, path):
         header.pop("__metadata__", None)
         header = {name.removeprefix("transformer."): entry for name, entry in header.items()}
         if set(header) != set(named):
-            raise SystemExit(f"{path}: tensors differ from the model's: {sorted(set(header) ^ set(named))[:5]}")
+            differing = sorted(set(header) ^ set(named))[:5]
+            raise SystemExit(f"{path}: tensors differ from the model's: {differing}")
         for name, parameter in named.items():
             entry = header[name]
-            if entry["dtype"] != "F32" or entry["shape"] != list(parameter.shape):
-                raise SystemExit(f"{path}: {name} is {entry['dtype']} {entry['shape']}, expected F32 {list(parameter.shape)}")
+            found, expected = (entry["dtype"], entry["shape"]), ("F32", list(parameter.shape))
+            if found != expected:
+                raise SystemExit(f"{path}: {name} is {found}, expected {expected}")
             file.seek(8 + length + entry["data_offsets"][0])
             if parameter.device.type == "cpu":
                 file.readinto(memoryview(parameter.detach().numpy()).cast("B"))
             else:
-                read = torch.frombuffer(bytearray(file.read(parameter.numel() * 4)), dtype=torch.float32)
+                values = bytearray(file.read(parameter.numel() * 4))
+                read = torch.frombuffer(values, dtype=torch.float32)
                 parameter.detach().copy_(read.view(parameter.shape))
 
 
@@ -113,7 +125,8 @@ def save(named, path):
     header, at = {}, 0
     for name, parameter in named.items():
         size = parameter.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(parameter.shape), "data_offsets": [at, at + size]}
+        place = [at, at + size]
+        header[name] = {"dtype": "F32", "shape": list(parameter.shape), "data_offsets": place}
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -129,13 +142,18 @@ def adamw(model, args):
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = (args.beta1, args.beta2)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=True)
 
 
 def measure(args, model, named, step_loss, facts, stack, loaded=lambda: None):
-    """Trains `args.steps` steps and prints the line. `step_loss(step)` gives the loss tensor; `facts` go into the line;
-    `stack` counted mismatches where it was asked to; `loaded` is called when the parameters come from a file."""
+    """Trains `args.steps` steps and prints the line. `step_loss(step)` gives the loss tensor;
+    `facts` go into the line; `stack` counted mismatches where it was asked to; `loaded` is called
+    when the parameters come from a file."""
     import torch
 
     if args.save:

@@ -1,5 +1,6 @@
-"""The paper's ViT (`vit_small`: 32x32 images, 9,622,512 parameters with 10 classes), trained on the CPU or on a CUDA device:
-everything stored, checkpointing, or BDIA. Dropout is at the embedding, in attention, inside the MLP, and behind both branches."""
+"""The paper's ViT (`vit_small`: 32x32 images, 9,622,512 parameters with 10 classes), trained on the
+CPU or on a CUDA device: everything stored, checkpointing, or BDIA. Dropout is at the embedding, in
+attention, inside the MLP, and behind both branches."""
 
 import math
 
@@ -29,13 +30,15 @@ class ShiftedPatches(nn.Module):
         self.norm, self.linear = nn.LayerNorm(values), nn.Linear(values, WIDTH)
 
     def forward(self, images):
-        shifted = [F.pad(images, pad) for pad in [(1, -1, 0, 0), (-1, 1, 0, 0), (0, 0, 1, -1), (0, 0, -1, 1)]]
-        patches = F.unfold(torch.cat([images, *shifted], dim=1), PATCH, stride=PATCH)  # [B, 15 * 16, 64]
+        shifts = [(1, -1, 0, 0), (-1, 1, 0, 0), (0, 0, 1, -1), (0, 0, -1, 1)]
+        copies = [images, *(F.pad(images, shift) for shift in shifts)]
+        patches = F.unfold(torch.cat(copies, dim=1), PATCH, stride=PATCH)  # [B, 15 * 16, 64]
         return self.linear(self.norm(patches.transpose(1, 2)))
 
 
 class Block(nn.Module):
-    """Locality self-attention (learned temperature, no token sees itself) and MLP, each behind its norm."""
+    """Locality self-attention (learned temperature, no token sees itself) and MLP, each behind its
+    norm."""
 
     def __init__(self, dropout):
         super().__init__()
@@ -56,7 +59,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(x).view(b, t, 3, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
         p = self.dropout if self.training else 0.0
         q = q * self.temperature.exp()
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.not_itself.to(q.dtype), dropout_p=p, scale=1.0)
+        mask = self.not_itself.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=1.0)
         return self.drop(self.out(mixed.transpose(1, 2).reshape(b, t, HEADS * HEAD_DIM)))
 
     def mlp(self, x):
@@ -96,7 +100,10 @@ class Vit(nn.Module):
             "patch_embed.norm": self.patches.norm, "patch_embed.proj": self.patches.linear,
             "norm": self.norm, "head": self.head,
         }  # fmt: skip
-        tensors = {"cls_token": flat(self.class_token).view(1, 1, -1), "pos_embed": self.positions.detach()[None]}
+        tensors = {
+            "cls_token": flat(self.class_token).view(1, 1, -1),
+            "pos_embed": self.positions.detach()[None],
+        }
         for k, b in enumerate(self.blocks):
             parts = {
                 "norm1": b.norm_1, "attn.qkv": b.qkv, "attn.proj": b.out,
@@ -109,7 +116,8 @@ class Vit(nn.Module):
         return tensors
 
     def reorder(self):
-        """Files have a patch as [row, column, copy, channel], `unfold` gives [copy, channel, row, column]."""
+        """Files have a patch as [row, column, copy, channel], `unfold` gives [copy, channel, row,
+        column]."""
         n = 5 * CHANNELS
         for p in [self.patches.norm.weight, self.patches.norm.bias, self.patches.linear.weight]:
             there = p.detach().view(-1, PATCH, PATCH, n)
@@ -125,7 +133,8 @@ def main():
     labels = torch.from_numpy((values[: args.batch] % CLASSES).astype("int64")).to(device)
     pixels = (values[args.batch :] >> 40).astype("float32") * 2.0**-23 - 1.0
     images = torch.from_numpy(pixels).view(args.batch, CHANNELS, SIZE, SIZE).to(device)
-    stack = bdia.Stack([block.residual for block in model.blocks], args.frac_bits, args.seed, args.verify)
+    residuals = [block.residual for block in model.blocks]
+    stack = bdia.Stack(residuals, args.frac_bits, args.seed, args.verify)
 
     def step_loss(step):
         x = model.embed(images)

@@ -9,17 +9,24 @@
 //! inner width `i`, vocabulary `V`, `K` blocks, `P` parameters, `pairs` of query and key over all
 //! samples, and heads of width `w`:
 //!
-//! | stage | products | other operations |
-//! |---|---|---|
-//! | block, forward | `2R(4d² + 2di) + 4·pairs·H·w` | norms `2·7Rd`, biases `R(5d+i)` (ViT `R(2d+i)`), GELU `9Ri` (exact 5), softmax `5·pairs·H + Rd`, sums `2Rd` |
-//! | block, backward | `4R(4d² + 2di) + 10·pairs·H·w` | norms `2·14Rd`, biases `R(5d+i)`, GELU `16Ri` (exact 11), softmax `6·pairs·H + 2Rd`, sums `2Rd` |
-//! | head, both (of the ViT: `R = B`) | `6RdV` | norm `21Rd`, cross-entropy `6RV` |
-//! | embedding, both | | `3Rd` |
-//! | patches, both (`N` of `v` values a sample) | `6BNvd` | `21BNv + 3Rd` |
-//! | update of X, forward (K blocks) and inverse (K−1) | | `6Rd` each: `(1-γ)x + (1+γ)h`, scale, round, and `x` from `X` |
-//! | gradient of the update | | `4Rd` a block |
-//! | AdamW with the norm of the gradient | | `16P` |
-//! | dropout | | `1` a value, in each pass |
+//! ```text
+//! block, forward       products  2R(4d² + 2di) + 4·pairs·H·w
+//!                      other     norms 2·7Rd, biases R(5d+i) (ViT R(2d+i)), GELU 9Ri (exact 5),
+//!                                softmax 5·pairs·H + Rd, sums 2Rd
+//! block, backward      products  4R(4d² + 2di) + 10·pairs·H·w
+//!                      other     norms 2·14Rd, biases as forward, GELU 16Ri (exact 11),
+//!                                softmax 6·pairs·H + 2Rd, sums 2Rd
+//! head, both           products  6RdV                 (of the ViT R = B)
+//!                      other     norm 21Rd, cross-entropy 6RV
+//! embedding, both      other     3Rd
+//! patches, both        products  6BNvd                (N of v values a sample)
+//!                      other     21BNv + 3Rd
+//! update of X          other     6Rd a block, forward (K) and inverse (K-1):
+//!                                (1-γ)x + (1+γ)h, scale, round, and x from X
+//! its gradient         other     4Rd a block
+//! AdamW, gradient norm other     16P
+//! dropout              other     1 a value, in each pass
+//! ```
 
 use bdia_core::backend::Gelu;
 use bdia_train::cli::Mode;

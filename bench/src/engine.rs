@@ -8,19 +8,23 @@ use std::time::Instant;
 
 use bdia_core::arena::{Category, Ints, Layout, Reals, Words};
 use bdia_core::backend::Backend;
+use bdia_core::layers::Gradients;
+use bdia_core::network::{Outcome, Step};
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
-use bdia_core::{Error, Gamma, Grid, Reference, Sign, stack};
+use bdia_core::{Error, Reference, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::Cuda;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::files as gpt2_files;
 use bdia_models::gpt2::model as gpt2;
+use bdia_models::named::Named;
+use bdia_models::plan::Plan;
 use bdia_models::vit::files as vit_files;
 use bdia_models::vit::model as vit;
 use bdia_models::weights::FILE;
 use bdia_train::alloc::Counting;
-use bdia_train::cli::{BackendKind, Mode};
+use bdia_train::cli::{BackendKind, GammaSign, Mode, ModeArgs};
 use bdia_train::machine;
 
 use crate::Failure;
@@ -31,37 +35,28 @@ const LR: f64 = 3e-4;
 const WEIGHT_DECAY: f64 = 0.1;
 const RULE: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 const FRAC_BITS: u32 = 14;
+const GAMMA: f64 = 0.5;
 
 /// Runs a job.
 ///
 /// # Errors
 /// Whatever the model's library reports: among it a plan that is larger than the machine's memory.
 pub fn run(job: &Job) -> Result<Record, Failure> {
-    let architecture = job.model.architecture(job);
     job.machine().check().map_err(bdia_train::Failure::Other)?;
-    let settings = settings(job)?;
-    match &architecture {
+    let gradients = Gradients::Fused(RULE);
+    match job.model.architecture(job) {
         Architecture::Gpt2(config) => {
-            let setup = gpt2(job, config, &settings);
-            let (choice, model, layout) =
-                machine::lay_out::<gpt2::Gpt2>(&setup, job.backend, 1, None, None)?;
-            on_backend(job, model, choice, &layout)
+            measure::<gpt2::Gpt2>(job, &gpt2(job, &config, job.batch(), gradients)?)
         }
         Architecture::Vit(dims) => {
-            let setup = vit(job, *dims, &settings);
-            let (choice, model, layout) =
-                machine::lay_out::<vit::Vit>(&setup, job.backend, 1, None, None)?;
-            on_backend(job, model, choice, &layout)
+            measure::<vit::Vit>(job, &vit(job, dims, job.batch(), gradients)?)
         }
     }
 }
 
-fn on_backend<N: Network>(
-    job: &Job,
-    model: N,
-    choice: Choice,
-    layout: &Layout,
-) -> Result<Record, Failure> {
+fn measure<N: Measured>(job: &Job, setup: &N::Setup) -> Result<Record, Failure> {
+    let (choice, model, layout) = machine::lay_out::<N>(setup, job.backend, 1, None, None)?;
+    let layout = &layout;
     let base = status("VmRSS");
     match job.backend {
         BackendKind::Cpu => {
@@ -99,110 +94,105 @@ fn on_backend<N: Network>(
 /// Files that cannot be written.
 pub fn init(job: &Job, dir: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(dir).map_err(|error| Failure::File { path: dir.into(), error })?;
-    let settings = settings(job)?;
     match job.model.architecture(job) {
         Architecture::Gpt2(config) => {
-            let setup = gpt2::Setup { rule: None, batch: 1, ..gpt2(job, &config, &settings) };
-            let (_, model, layout) =
-                machine::lay_out::<gpt2::Gpt2>(&setup, BackendKind::Cpu, 1, None, None)?;
-            let mut be = Cpu::new(&layout, job.threads).map_err(bdia_train::Failure::from)?;
-            model.initialize(&mut be, job.seed)?;
+            let (be, model) =
+                initialized::<gpt2::Gpt2>(job, &gpt2(job, &config, 1, Gradients::None)?)?;
             config.write_dir(dir).map_err(bdia_train::Failure::from)?;
             Ok(gpt2_files::save_weights(dir, &be, &model)?)
         }
         Architecture::Vit(dims) => {
-            let setup = vit::Setup { rule: None, batch: 1, ..vit(job, dims, &settings) };
-            let (_, model, layout) =
-                machine::lay_out::<vit::Vit>(&setup, BackendKind::Cpu, 1, None, None)?;
-            let mut be = Cpu::new(&layout, job.threads).map_err(bdia_train::Failure::from)?;
-            model.initialize(&mut be, job.seed)?;
+            let (be, model) = initialized::<vit::Vit>(job, &vit(job, dims, 1, Gradients::None)?)?;
             Ok(vit_files::save_weights(&dir.join(FILE), &be, &model)?)
         }
     }
 }
 
-/// What both models are set up with.
-struct Settings {
-    mode: stack::Mode,
-    grid: Option<Grid>,
-    gamma: Gamma,
-    library: usize,
+fn initialized<N: Measured>(job: &Job, setup: &N::Setup) -> Result<(Cpu, N), Failure> {
+    let (_, model, layout) = machine::lay_out::<N>(setup, BackendKind::Cpu, 1, None, None)?;
+    let mut be = Cpu::new(&layout, job.threads).map_err(bdia_train::Failure::from)?;
+    model.initialize(&mut be, &Job { weights: None, ..job.clone() })?;
+    Ok((be, model))
 }
 
-fn settings(job: &Job) -> Result<Settings, Failure> {
-    Ok(Settings {
-        mode: match job.mode {
-            Mode::Bdia => stack::Mode::Bdia,
-            Mode::Standard => stack::Mode::Standard,
-            Mode::Checkpoint => stack::Mode::Checkpoint { every: job.every() },
-            Mode::BdiaFloat => stack::Mode::BdiaFloat,
-        },
-        grid: if job.mode == Mode::Bdia { Some(Grid::new(FRAC_BITS)?) } else { None },
-        gamma: Gamma::new(0.5, Sign::Random)?,
+/// How the job's stack is trained.
+fn mode(job: &Job, layers: usize) -> Result<stack::Mode, Error> {
+    let args = ModeArgs {
+        mode: job.mode,
+        checkpoint_every: job.checkpoint_every,
+        quantize: false,
+        gamma: GAMMA,
+        gamma_sign: GammaSign::Random,
+        frac_bits: FRAC_BITS,
+    };
+    machine::mode(&args, layers, job.verify)
+}
+
+fn gpt2(
+    job: &Job,
+    config: &Gpt2Config,
+    batch: usize,
+    gradients: Gradients,
+) -> Result<gpt2::Setup, Error> {
+    Ok(gpt2::Setup {
+        dims: config.dims(),
+        batch,
+        accumulate: 1,
+        context: job.tokens(),
+        mode: mode(job, config.n_layer)?,
+        gradients,
+        adapters: None,
+        smoothing: 0.0,
+        threads: job.threads,
         library: machine::library(&job.machine(), job.threads),
     })
 }
 
-fn gpt2(job: &Job, config: &Gpt2Config, s: &Settings) -> gpt2::Setup {
-    gpt2::Setup {
-        dims: config.dims(),
-        batch: job.batch(),
-        accumulate: 1,
-        context: job.tokens(),
-        mode: s.mode,
-        grid: s.grid,
-        gamma: s.gamma,
-        rule: Some(RULE),
-        adapters: None,
-        fused: true,
-        verify: job.verify,
-        threads: job.threads,
-        library: s.library,
-    }
-}
-
-fn vit(job: &Job, dims: vit::Dims, s: &Settings) -> vit::Setup {
-    vit::Setup {
+fn vit(
+    job: &Job,
+    dims: vit::Dims,
+    batch: usize,
+    gradients: Gradients,
+) -> Result<vit::Setup, Error> {
+    Ok(vit::Setup {
         dims,
-        batch: job.batch(),
+        batch,
+        accumulate: 1,
         chunk: 1,
-        mode: s.mode,
-        grid: s.grid,
-        gamma: s.gamma,
-        rule: Some(RULE),
-        fused: true,
-        verify: job.verify,
+        mode: mode(job, dims.layers)?,
+        gradients,
         drop_path: 0.0,
         smoothing: 0.0,
         mixup: false,
         threads: job.threads,
-        library: s.library,
-    }
+        library: machine::library(&job.machine(), job.threads),
+    })
 }
 
 /// A model that is measured. Every step sees the same batch: then the losses show whether gradients
 /// and updates agree.
-trait Network {
-    fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure>;
+trait Measured: Plan {
+    /// The job's parameters: those of its file, or new ones.
+    fn initialize<B: Backend<Real = f32>>(&self, be: &mut B, job: &Job) -> Result<(), Failure>;
+
+    /// Makes what a step needs on the host, so that it allocates nothing.
     fn prepare(&mut self);
-    /// Loss and mismatches of a step.
+
     fn step<B: Backend<Real = f32>>(
         &mut self,
-        job: &Job,
         be: &mut B,
-        step: u32,
-    ) -> Result<(f64, u64), Failure>;
-    /// Values, gradient and optimizer state of every parameter tensor.
-    fn tensors(&self) -> Vec<(Reals, Reals, [Reals; 2])>;
+        job: &Job,
+        step: &Step,
+    ) -> Result<Outcome, Error>;
+
+    fn tensors(&self) -> Vec<Named>;
 }
 
-impl Network for gpt2::Gpt2 {
-    fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure> {
-        match (&job.weights, job.model.architecture(job)) {
-            (Some(dir), Architecture::Gpt2(config)) => {
-                gpt2_files::load_weights(dir, &config, be, self)?
-            }
-            _ => self.initialize(be, job.seed)?,
+impl Measured for gpt2::Gpt2 {
+    fn initialize<B: Backend<Real = f32>>(&self, be: &mut B, job: &Job) -> Result<(), Failure> {
+        match &job.weights {
+            Some(dir) => gpt2_files::load_weights(dir, be, self).map(drop)?,
+            None => self.initialize(be, job.seed)?,
         }
         Ok(())
     }
@@ -213,35 +203,31 @@ impl Network for gpt2::Gpt2 {
 
     fn step<B: Backend<Real = f32>>(
         &mut self,
-        job: &Job,
         be: &mut B,
-        step: u32,
-    ) -> Result<(f64, u64), Failure> {
-        let plan =
-            gpt2::Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0 };
+        job: &Job,
+        step: &Step,
+    ) -> Result<Outcome, Error> {
         let (context, vocab) = (job.tokens(), self.setup().dims.vocab as u64);
-        let outcome = self.train(be, &plan, |_, tokens, targets| {
-            for (i, (sample, next)) in
-                tokens.chunks_mut(context).zip(targets.chunks_mut(context)).enumerate()
-            {
-                let at =
-                    |t: usize| (number(job.seed, (i * (context + 1) + t) as u64) % vocab) as i32;
+        let token =
+            |i: usize, t: usize| (number(job.seed, (i * (context + 1) + t) as u64) % vocab) as i32;
+        self.train(be, step, |_, tokens, targets| {
+            let samples = tokens.chunks_mut(context).zip(targets.chunks_mut(context));
+            for (i, (sample, next)) in samples.enumerate() {
                 for t in 0..context {
-                    (sample[t], next[t]) = (at(t), at(t + 1));
+                    (sample[t], next[t]) = (token(i, t), token(i, t + 1));
                 }
             }
-            Ok::<(), Error>(())
-        })?;
-        Ok((outcome.loss, outcome.mismatches))
+            Ok(())
+        })
     }
 
-    fn tensors(&self) -> Vec<(Reals, Reals, [Reals; 2])> {
-        self.tensors().into_iter().map(|t| (t.values, t.gradient, t.state)).collect()
+    fn tensors(&self) -> Vec<Named> {
+        self.tensors()
     }
 }
 
-impl Network for vit::Vit {
-    fn initialize<B: Backend<Real = f32>>(&self, job: &Job, be: &mut B) -> Result<(), Failure> {
+impl Measured for vit::Vit {
+    fn initialize<B: Backend<Real = f32>>(&self, be: &mut B, job: &Job) -> Result<(), Failure> {
         match &job.weights {
             Some(dir) => vit_files::load_weights(&dir.join(FILE), be, self)?,
             None => self.initialize(be, job.seed)?,
@@ -255,34 +241,24 @@ impl Network for vit::Vit {
 
     fn step<B: Backend<Real = f32>>(
         &mut self,
-        job: &Job,
         be: &mut B,
-        step: u32,
-    ) -> Result<(f64, u64), Failure> {
-        let plan = vit::Step {
-            step,
-            seed: job.seed,
-            lr: LR,
-            weight_decay: WEIGHT_DECAY,
-            clip: 0.0,
-            share: 1.0,
-        };
+        job: &Job,
+        step: &Step,
+    ) -> Result<Outcome, Error> {
         let (batch, classes) = (job.batch(), self.setup().dims.classes as u64);
-        let outcome = self.train(be, &plan, |i, pixels| {
+        self.train(be, step, 1.0, |_, i, pixels| {
             let first = batch + i * pixels.len();
             for (at, pixel) in pixels.iter_mut().enumerate() {
                 // The upper 24 bits, from -1 to 1.
-                *pixel =
-                    (number(job.seed, (first + at) as u64) >> 40) as f64 / f64::from(1 << 23) - 1.0;
+                let bits = number(job.seed, (first + at) as u64) >> 40;
+                *pixel = bits as f64 / f64::from(1 << 23) - 1.0;
             }
-            let label = (number(job.seed, i as u64) % classes) as i32;
-            Ok::<_, Error>([label; 2])
-        })?;
-        Ok((outcome.loss, outcome.mismatches))
+            Ok([(number(job.seed, i as u64) % classes) as i32; 2])
+        })
     }
 
-    fn tensors(&self) -> Vec<(Reals, Reals, [Reals; 2])> {
-        self.tensors().into_iter().map(|t| (t.values, t.gradient, t.state)).collect()
+    fn tensors(&self) -> Vec<Named> {
+        self.tensors()
     }
 }
 
@@ -298,7 +274,7 @@ fn number(seed: u64, i: u64) -> u64 {
 /// Trains; also gives what the allocator gave during the steps at most, without what was there
 /// before, and the model. Where `take_times` is given, it is called before a further step, which is
 /// not measured.
-fn train<B: Backend<Real = f32>, N: Network>(
+fn train<B: Backend<Real = f32>, N: Measured>(
     job: &Job,
     be: &mut B,
     mut model: N,
@@ -307,24 +283,25 @@ fn train<B: Backend<Real = f32>, N: Network>(
     base_rss: u64,
     take_times: Option<fn(&mut B)>,
 ) -> Result<(Record, usize, N), Failure> {
-    model.initialize(job, be)?;
+    model.initialize(be, job)?;
     model.prepare();
+    let step = |step| Step { step, seed: job.seed, lr: LR, weight_decay: WEIGHT_DECAY, clip: 0.0 };
     let (mut seconds, mut losses, mut mismatches) = (Vec::new(), Vec::new(), 0);
     seconds.reserve_exact(job.steps);
     losses.reserve_exact(job.steps);
     let before = Counting::current();
     Counting::reset_peak();
-    for step in 0..job.steps as u32 {
+    for i in 0..job.steps as u32 {
         let clock = Instant::now();
-        let (loss, differing) = model.step(job, be, step)?;
+        let outcome = model.step(be, job, &step(i))?;
         seconds.push(clock.elapsed().as_secs_f64());
-        losses.push(loss);
-        mismatches += differing;
+        losses.push(outcome.loss);
+        mismatches += outcome.rebuilt.mismatches;
     }
     let scratch = Counting::peak().saturating_sub(before);
     if let Some(take_times) = take_times {
         take_times(be);
-        let _ = model.step(job, be, job.steps as u32)?;
+        model.step(be, job, &step(job.steps as u32))?;
     }
     let counted = median(&seconds[job.warmup.min(seconds.len().saturating_sub(1))..]);
     let record = Record {
@@ -344,7 +321,7 @@ fn train<B: Backend<Real = f32>, N: Network>(
         items_per_s: if counted > 0.0 { job.items() as f64 / counted } else { 0.0 },
         peak_rss: status("VmHWM"),
         base_rss,
-        parameters: model.tensors().iter().map(|t| t.0.len() as u64).sum(),
+        parameters: model.tensors().iter().map(|t| t.len() as u64).sum(),
         losses,
         mismatches: (job.verify && job.mode == Mode::Bdia).then_some(mismatches),
         version: machine::identity(be, concat!("bdia-bench ", env!("CARGO_PKG_VERSION"))),
@@ -358,7 +335,7 @@ fn train<B: Backend<Real = f32>, N: Network>(
 }
 
 /// Plan beside the pages that are there, by what can be told apart from outside.
-fn parts<N: Network>(
+fn parts<N: Measured>(
     be: &Cpu,
     model: &N,
     layout: &Layout,
@@ -369,13 +346,13 @@ fn parts<N: Network>(
     let mut pages = Pages::open()?;
     let [mut parameters, mut gradients, mut optimizer] = [0; 3];
     let mut seen = BTreeSet::new();
-    for (values, gradient, states) in model.tensors() {
-        parameters += pages.resident(be.reals(values)?)?;
+    for t in model.tensors() {
+        parameters += pages.resident(be.reals(t.values)?)?;
         // The blocks share one buffer, tensor by tensor; every place counts once.
-        if seen.insert(gradient.start()) {
-            gradients += pages.resident(be.reals(gradient)?)?;
+        if seen.insert(t.gradient.start()) {
+            gradients += pages.resident(be.reals(t.gradient)?)?;
         }
-        for state in states {
+        for state in t.state {
             optimizer += pages.resident(be.reals(state)?)?;
         }
     }

@@ -145,13 +145,13 @@ pub struct Job {
     /// of blocks]
     #[arg(long)]
     pub checkpoint_every: Option<u64>,
-    /// Who computes
+    /// Backend
     #[arg(long, value_enum, default_value = "cpu")]
     pub backend: BackendKind,
     /// Number of the CUDA device
     #[arg(long, default_value_t = 0)]
     pub device: u64,
-    /// Matrix products
+    /// Precision of matrix products
     #[arg(long, value_enum, default_value = "f32")]
     pub precision: PrecisionKind,
     /// Samples [default: the model's]
@@ -184,7 +184,7 @@ pub struct Job {
     /// Start from the parameters in this directory (`bdia-bench init`)
     #[arg(long)]
     pub weights: Option<PathBuf>,
-    /// Keep all activations besides and count those that were rebuilt otherwise
+    /// Keep all activations as well, and count values that were rebuilt differently
     #[arg(long)]
     pub verify: bool,
 }
@@ -350,7 +350,7 @@ pub struct Record {
     pub parameters: u64,
     /// Loss of every step.
     pub losses: Vec<f64>,
-    /// Values that were rebuilt otherwise, where they were counted.
+    /// Values that were rebuilt differently, where they were counted.
     pub mismatches: Option<u64>,
     /// Version of the engine.
     pub version: String,

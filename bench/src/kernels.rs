@@ -166,6 +166,7 @@ impl<B: Backend<Real = f32>> Bench<B> {
             mask: s.mask,
             key_lens: Ints::EMPTY,
             dropout: 0.0,
+            draw: Draw::AttentionDropout,
             temperature: Reals::EMPTY,
             temperature_grad: Reals::EMPTY,
         };
@@ -190,7 +191,7 @@ impl<B: Backend<Real = f32>> Bench<B> {
             global: 0,
             frame: 0,
         };
-        let (grid, gamma) = (Grid::new(14)?, Gamma::new(0.5, Sign::Random)?);
+        let (grid, gamma) = (Grid::new(14)?, Gamma::new(1, Sign::Random)?);
         let [f, g, h] = [a, b, c].map(|r| r.sub(0, streamed));
         let n = streamed as f64;
         let bytes = |k: f64| Work::Bytes(k * n);
@@ -218,7 +219,7 @@ impl<B: Backend<Real = f32>> Bench<B> {
             bytes(16.125),
             Box::new(move |be| be.inverse(&whole, grid, gamma, x, f, g, side, sum)),
         );
-        put("combine", bytes(20.0), Box::new(move |be| be.combine(&whole, gamma, f, g, h)));
+        put("combine", bytes(20.0), Box::new(move |be| be.combine(&whole, gamma.into(), f, g, h)));
         put("copy_reals", bytes(8.0), Box::new(move |be| be.copy_reals(f, h)));
         put("fill_reals", bytes(4.0), Box::new(move |be| be.fill_reals(h, 0.0)));
         put("add", bytes(12.0), Box::new(move |be| be.add(h, f)));

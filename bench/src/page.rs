@@ -69,17 +69,24 @@ pub fn markdown(title: &str, intro: &[String], sections: &[Section]) -> String {
 
 const STYLE: &str = "
 :root{--ink:#1b2430;--soft:#5b6675;--line:#dfe4ea;--back:#fbfcfd;--card:#fff;
---c0:#1f6feb;--c1:#e8833a;--c2:#2a9d6f;--c3:#a05cc8;--c4:#c94f6d;--c5:#7a8794;--c6:#d2a928;--c7:#3fb6c6;--c8:#8c5a3c;--c9:#b5c94f;--good:#1d8a5b;--bad:#c0392b}
-@media(prefers-color-scheme:dark){:root{--ink:#e6ebf1;--soft:#9aa6b4;--line:#2c3642;--back:#11161c;--card:#181f27;
---c0:#5b9cf5;--c1:#f0a068;--c2:#52c497;--c3:#bf8be0;--c4:#e67f97;--c5:#98a4b1;--c6:#e3c353;--c7:#6fd0dc;--c8:#c08a68;--c9:#cfe06f;--good:#52c497;--bad:#f07a6c}}
+--c0:#1f6feb;--c1:#e8833a;--c2:#2a9d6f;--c3:#a05cc8;--c4:#c94f6d;
+--c5:#7a8794;--c6:#d2a928;--c7:#3fb6c6;--c8:#8c5a3c;--c9:#b5c94f;
+--good:#1d8a5b;--bad:#c0392b}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e6ebf1;--soft:#9aa6b4;--line:#2c3642;--back:#11161c;--card:#181f27;
+--c0:#5b9cf5;--c1:#f0a068;--c2:#52c497;--c3:#bf8be0;--c4:#e67f97;
+--c5:#98a4b1;--c6:#e3c353;--c7:#6fd0dc;--c8:#c08a68;--c9:#cfe06f;
+--good:#52c497;--bad:#f07a6c}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--back);color:var(--ink);font:15px/1.55 system-ui,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif}
+body{margin:0;background:var(--back);color:var(--ink);
+font:15px/1.55 system-ui,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif}
 main{max-width:1280px;margin:0 auto;padding:36px 24px 80px}
 h1{font-size:28px;line-height:1.2;margin:0 0 14px}
 h2{font-size:19px;margin:0 0 8px}
 p{margin:0 0 8px;color:var(--soft);max-width:92ch}
 .intro p{margin:0 0 3px}
-section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:22px 24px;margin-top:22px}
+section{background:var(--card);border:1px solid var(--line);border-radius:10px;
+padding:22px 24px;margin-top:22px}
 .scroll{overflow-x:auto;margin-top:12px}
 table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
 th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:right}
@@ -99,8 +106,10 @@ code{font:13px ui-monospace,Menlo,Consolas,monospace}
 /// The report as a page.
 pub fn html(title: &str, intro: &[String], sections: &[Section]) -> String {
     let mut out = format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
-         content=\"width=device-width,initial-scale=1\"><title>{0}</title><style>{STYLE}</style></head><body><main><h1>{0}</h1>\n<div class=\"intro\">",
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\
+         <title>{0}</title><style>{STYLE}</style></head>\
+         <body><main><h1>{0}</h1>\n<div class=\"intro\">",
         escape(title)
     );
     intro.iter().for_each(|line| _ = writeln!(out, "<p>{}</p>", inline(line)));
@@ -159,7 +168,8 @@ const LEFT: f64 = 168.0;
 
 fn frame(title: &str, height: f64, body: &str) -> String {
     format!(
-        "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{0}\"><text class=\"name\" x=\"0\" y=\"14\">{0}</text>{body}</svg>\n",
+        "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{0}\">\
+         <text class=\"name\" x=\"0\" y=\"14\">{0}</text>{body}</svg>\n",
         escape(title)
     )
 }
@@ -174,7 +184,8 @@ pub fn bars(title: &str, rows: &[(String, f64, String, bool)]) -> String {
         let _ = write!(
             body,
             "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\
-             <rect x=\"{LEFT}\" y=\"{y:.1}\" width=\"{w:.1}\" height=\"18\" rx=\"3\" fill=\"var(--c{})\"/>\
+             <rect x=\"{LEFT}\" y=\"{y:.1}\" width=\"{w:.1}\" height=\"18\" rx=\"3\" \
+             fill=\"var(--c{})\"/>\
              <text class=\"soft\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
             LEFT - 8.0,
             y + 13.0,
@@ -207,7 +218,8 @@ pub fn stacked(title: &str, parts: &[String], rows: &[(String, Vec<f64>, String)
             if w > 0.05 {
                 let _ = write!(
                     body,
-                    "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{w:.2}\" height=\"18\" fill=\"var(--c{})\"/>",
+                    "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{w:.2}\" height=\"18\" \
+                     fill=\"var(--c{})\"/>",
                     j % 10
                 );
             }
@@ -229,7 +241,8 @@ pub fn stacked(title: &str, parts: &[String], rows: &[(String, Vec<f64>, String)
         }
         let _ = write!(
             body,
-            "<rect x=\"{x:.1}\" y=\"{:.1}\" width=\"10\" height=\"10\" rx=\"2\" fill=\"var(--c{})\"/>\
+            "<rect x=\"{x:.1}\" y=\"{:.1}\" width=\"10\" height=\"10\" rx=\"2\" \
+             fill=\"var(--c{})\"/>\
              <text class=\"soft\" x=\"{:.1}\" y=\"{y:.1}\">{}</text>",
             y - 9.0,
             j % 10,
@@ -325,7 +338,8 @@ pub fn lines(title: &str, x_name: &str, y_name: &str, series: &[Line]) -> String
         let y = below + 52.0;
         let _ = write!(
             body,
-            "<rect x=\"{at:.1}\" y=\"{:.1}\" width=\"10\" height=\"10\" rx=\"2\" fill=\"var(--c{})\"/>\
+            "<rect x=\"{at:.1}\" y=\"{:.1}\" width=\"10\" height=\"10\" rx=\"2\" \
+             fill=\"var(--c{})\"/>\
              <text class=\"soft\" x=\"{:.1}\" y=\"{y:.1}\">{}</text>",
             y - 9.0,
             i % 8,

@@ -520,16 +520,18 @@ impl Report {
             self.mode_targets(model, &found);
         }
         let text = format!(
-            "Median of the steps after the first. Share of peak: all floating-point operations of the step (counted below) \
-             per second, over the rate of an f32 matrix product with {} thread(s), the better of two that were measured just \
-             before and just after the configuration (the best of the whole run: {:.1} GFLOP/s). Peak memory: VmHWM of the \
+            "Median of the steps after the first. Share of peak: all floating-point operations of \
+             the step (counted below) per second, over the rate of an f32 matrix product with {} \
+             thread(s), the better of two that were measured just before and just after the \
+             configuration (the best of the whole run: {:.1} GFLOP/s). Peak memory: VmHWM of the \
              process.",
             self.threads,
             self.roof.flops / 1e9,
         );
         self.sections.push(Section { title: "Training steps".into(), text, table, charts });
-        let text = "Plan: what the layout says before anything is allocated. Found: pages of each part that are in memory after \
-                    the last step (/proc/self/pagemap); for the libraries the peak of the allocator within the steps."
+        let text = "Plan: what the layout says before anything is allocated. Found: pages of each \
+                    part that are in memory after the last step (/proc/self/pagemap); for the \
+                    libraries the peak of the allocator within the steps."
             .into();
         self.sections.push(Section {
             title: "Memory: plan and found".into(),
@@ -756,8 +758,9 @@ impl Report {
         // Chunks: what the planner turns, for the record.
         let choices = Rows::CACHED.choices(4, 256).count();
         let text = format!(
-            "{} in mode bdia unless a row says otherwise, B = {batch}. Context is varied on {}. The planner has {choices} \
-             choices of chunks for B = 4, T = 256; without a budget it takes the fastest.",
+            "{} in mode bdia unless a row says otherwise, B = {batch}. Context is varied on {}. \
+             The planner has {choices} choices of chunks for B = 4, T = 256; without a budget it \
+             takes the fastest.",
             base.name(),
             narrow.name()
         );
@@ -801,8 +804,9 @@ impl Report {
         }
         self.update_target("update kernels over the copy's bandwidth", worst);
         self.kernels.clone_from(&table.rows);
-        let text = "Bytes that one call must read and write, or operations of its products, per second. Block kernels work on one \
-                    chunk, which caches may hold: they can exceed the bandwidth of memory. `cargo bench -p bdia-bench` has them with \
+        let text = "Bytes that one call must read and write, or operations of its products, per \
+                    second. Block kernels work on one chunk, which caches may hold: they can \
+                    exceed the bandwidth of memory. `cargo bench -p bdia-bench` has them with \
                     confidence intervals."
             .into();
         self.sections.push(Section { title: "Kernels".into(), text, table, charts: Vec::new() });
@@ -842,7 +846,8 @@ impl Report {
             "ours / it",
         ]);
         if !bf16_products() {
-            let why = "not run: this processor has no bf16 products (AMX, AVX512-BF16), without them a step takes minutes";
+            let why = "not run: this processor has no bf16 products (AMX, AVX512-BF16), without \
+                       them a step takes minutes";
             self.checks.row([Peer::BF16.name(), "runs".into(), why.into()]);
         }
         let mut charts = Vec::new();
@@ -971,9 +976,11 @@ impl Report {
         }
         let _ = std::fs::remove_dir_all(&dir);
         let text = format!(
-            "Both sides run in turn, {all_rounds} round(s) (gpt2-medium, and what no target is about: one), each in a process of its own with {} thread(s); ratios are to ours of the same precision \
-             in the same round: the median, and the lowest and highest. Above parameters and state: peak less the process after its imports, parameters, \
-             gradients and optimizer state. AdamW (fused in PyTorch) on both sides, the same data.",
+            "Both sides run in turn, {all_rounds} round(s) (gpt2-medium, and what no target is \
+             about: one), each in a process of its own with {} thread(s); ratios are to ours of \
+             the same precision in the same round: the median, and the lowest and highest. Above \
+             parameters and state: peak less the process after its imports, parameters, gradients \
+             and optimizer state. AdamW (fused in PyTorch) on both sides, the same data.",
             self.threads
         );
         self.sections.push(Section { title: "Beside PyTorch".into(), text, table, charts });
@@ -1102,8 +1109,10 @@ impl Report {
                 format!("{:.3}", ratio(total(&list), standard)),
             ]);
         }
-        let text = "Every floating-point operation that a step in mode bdia must do. A multiply-add is two operations; a root, `exp`, `tanh` \
-                    or `erf` is one; integer work, random numbers and copies are none. The formulas are in `bench/src/count.rs`."
+        let text = "Every floating-point operation that a step in mode bdia must do. A \
+                    multiply-add is two operations; a root, `exp`, `tanh` or `erf` is one; integer \
+                    work, random numbers and copies are none. The formulas are in \
+                    `bench/src/count.rs`."
             .into();
         self.sections.push(Section {
             title: "Operations of a step".into(),
@@ -1129,9 +1138,10 @@ impl Report {
         sections.extend(self.sections.iter().cloned());
         sections.push(Section {
             title: "What was asserted before a time counted".into(),
-            text: "Losses of the timed run equal those of a run that keeps all activations, bit for bit, and that run finds no \
-                   value that was rebuilt otherwise. A cut-down model (3 blocks of the same width, 2 samples of 8 tokens or 2 \
-                   images, at most 512 words) gives the losses of the scalar reference backend."
+            text: "Losses of the timed run equal those of a run that keeps all activations, bit \
+                   for bit, and that run finds no value that was rebuilt differently. A cut-down \
+                   model (3 blocks of the same width, 2 samples of 8 tokens or 2 images, at most \
+                   512 words) gives the losses of the scalar reference backend."
                 .into(),
             table: self.checks.clone(),
             charts: Vec::new(),
@@ -1159,8 +1169,8 @@ impl Report {
                 took.as_secs_f64()
             ),
             format!(
-                "{machine}; {} thread(s); {} of memory. Limits measured in this run: {:.1} GFLOP/s in f32 matrix products, {:.1} GB/s read \
-                 and written by a copy.",
+                "{machine}; {} thread(s); {} of memory. Limits measured in this run: {:.1} GFLOP/s \
+                 in f32 matrix products, {:.1} GB/s read and written by a copy.",
                 self.threads,
                 bytes(memory_total()),
                 self.roof.flops / 1e9,
@@ -1224,8 +1234,9 @@ fn quoted(text: &str) -> String {
 
 /// One line a run, with every step's seconds and loss.
 fn csv(records: &[Record]) -> String {
-    let mut out = "engine,backend,model,layers,mode,precision,batch,context,threads,dropout,unit,items_per_s,seconds_per_step,peak_rss,\
-                   base_rss,parameters,planned,side_bits,mismatches,seconds,losses,version\n"
+    let mut out = "engine,backend,model,layers,mode,precision,batch,context,threads,dropout,\
+                   unit,items_per_s,seconds_per_step,peak_rss,base_rss,parameters,planned,\
+                   side_bits,mismatches,seconds,losses,version\n"
         .to_string();
     for r in records {
         let list =

@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! T(n) = 3·(α + (N-1)·o)          header, scatter, gather: a latency each, and o for every message
-//!      + 2·(N-1)/N·4n / β         bytes out (and as many in) over a link of β bytes a second and direction
+//!      + 2·(N-1)/N·4n / β         bytes out, and as many in, over a link of β bytes a second
+//!                                 and direction
 //!      + 4·4n / m                 taken away, added up, brought back: passes over memory
 //! ```
 //!
@@ -33,7 +34,8 @@ pub struct ScalingArgs {
     #[arg(long, value_name = "SIZE", default_value = "gpt2")]
     pub config: Gpt2Size,
     /// Tokens of a rank's part of a step
-    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     pub tokens: u64,
     /// Tokens a second of one machine, as `bdia-bench run` or a training measured it
     #[arg(long, value_name = "TOKENS", default_value_t = 1000.0)]
@@ -113,7 +115,8 @@ pub fn scaling(args: &ScalingArgs) -> Result<(), Failure> {
         ));
     }
     println!(
-        "{} tokens a rank and step, {} tokens a second on one rank; message: {} us and {} us of processor; memory {} GB/s",
+        "{} tokens a rank and step, {} tokens a second on one rank; message: {} us and {} us of \
+         processor; memory {} GB/s",
         args.tokens, args.speed, args.latency, args.overhead, args.memory
     );
     println!(

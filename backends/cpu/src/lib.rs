@@ -33,6 +33,7 @@
 mod memory;
 mod nn;
 mod optim;
+mod parts;
 mod processor;
 mod simd;
 mod update;
@@ -48,6 +49,7 @@ use rayon::prelude::*;
 use memory::{Arena, get, get_mut, split};
 
 pub use nn::matmul::{Precision, Products};
+pub use parts::{Inputs, Values};
 pub use processor::require_cpu;
 
 /// Elements of one piece of element-wise work: 64 KiB, half of an L2 cache with a few operands, and

@@ -1,4 +1,5 @@
-//! [`UpdateOps`]: the reversible update in lanes and threads, with the bits of [`bdia_core::update`].
+//! [`UpdateOps`]: the reversible update in lanes and threads, with the bits of
+//! [`bdia_core::update`].
 //!
 //! Kernels work on groups of 32 elements, one word of side bits; the last group of a sample is
 //! filled up with zeros, which change nothing. Products and sums are rounded separately: nothing

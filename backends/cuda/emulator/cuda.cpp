@@ -32,6 +32,15 @@ namespace kernels {
 #include "../kernels/optim.cu"
 } // namespace kernels
 
+#ifdef CUSTOM_KERNELS
+// Those of other crates stand behind what they may use and nothing else, as NVRTC gets them.
+namespace custom {
+#include "../kernels/common.cu"
+
+#include "custom.cu"
+} // namespace custom
+#endif
+
 namespace emulator {
 
 Now now;
@@ -231,6 +240,7 @@ struct Kernel {
 
 #define ENTRY(name) \
     {#name, [](void** args) { return bind(kernels::name, args); }}
+#define CUSTOM_ENTRY(name) {#name, [](void** args) { return bind(custom::name, args); }},
 
 static const Kernel table[] = {
     ENTRY(raise), ENTRY(quantize), ENTRY(dequantize), ENTRY(add_quantized), ENTRY(subtract_quantized), ENTRY(step),
@@ -245,6 +255,9 @@ static const Kernel table[] = {
     ENTRY(attention_dq_bf16_64), ENTRY(attention_dq_bf16_128), ENTRY(attention_dkv_bf16_32), ENTRY(attention_dkv_bf16_64),
     ENTRY(attention_dkv_bf16_128), ENTRY(add_total), ENTRY(squares), ENTRY(sgd),
     ENTRY(adam_w), ENTRY(set_adam_moments), ENTRY(set_adam_sums), ENTRY(set_adam_step),
+#ifdef CUSTOM_KERNELS
+#include "custom_table.inc"
+#endif
 };
 
 } // namespace emulator

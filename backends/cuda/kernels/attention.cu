@@ -1,9 +1,35 @@
-// Multi-head attention by tiles, with the logarithm of the softmax's denominator kept for the way back, where scores are
-// computed again. No array of queries × keys exists outside a tile. Blocks are one tile of one head of one sample; their
-// threads are 16 × 16, and each computes every 16th row and column of a tile.
+// Multi-head attention by tiles. No array of queries × keys exists outside a tile: the logarithm of
+// the softmax's denominator is kept for the way back, where scores are computed again.
 //
-//   s = scale·q·k, p = exp(s − max)/Σ, out = Σ p·factor·v                        factor: of dropout, 0 or 1/(1-p)
-//   ds = p·(factor·(dout·v) − dout·out), dq = Σ scale·ds·k, dk = Σ scale·ds·q, dv = Σ p·factor·dout
+// A block is 16 × 16 threads, each of which computes every 16th row and column of a tile. The idea,
+// for one tile of Q queries of one head of one sample (grid: tiles, heads, samples):
+//
+//   forward
+//     q[Q] -> shared memory, once
+//     o[Q] = 0, most[Q] = -inf, sum[Q] = 0                 in registers
+//     for each tile of 32 keys that one of the queries sees:
+//       k -> shared memory
+//       s = scale·q·k                                      in registers; 16 threads have a row
+//       now = max(most, max of s), c = exp(most - now)     shuffles within those 16
+//       p = exp(s - now)
+//       sum = c·sum + Σ p, o = c·o, most = now             what was gathered, by the new maximum
+//       p·factor -> shared memory; v -> shared memory, over k
+//       o += p·v
+//     out = o/sum, lse = most + ln(sum)
+//
+//   backward, after delta = dout·out of every row
+//     s and dp = dout·v of a tile again, p = exp(s - lse), ds = scale·p·(factor·dp - delta)
+//     backward_q    a block a tile of queries, over all keys:     dq = Σ ds·k
+//     backward_kv   a block a tile of keys, over all queries:     dk = Σ ds·q, dv = Σ p·factor·dout
+//
+// The way back has two kernels, each of which computes the scores, so that every sum belongs to one
+// block and has a fixed order; a single one would add to dq from many blocks at a time.
+//
+// What the code adds: masks and padding (a pair that is not seen has p = 0, tiles of which nothing is
+// seen are left out, a row that sees nothing has out = 0 and lse = -inf); dropout (factor 0 or
+// 1/(1-rate), drawn again from its place); the temperature (its gradient Σ q·dq, a part from each
+// block); heads narrower than their tile (the rest is 0); rows of D + 1 words in shared memory, so
+// that threads that read a column meet in different banks.
 
 enum { FULL_MASK = 0, CAUSAL = 1, OTHERS = 2 };
 

@@ -73,8 +73,6 @@ __device__ inline void report(const Report& r, u32 index, u32 kind, u32 payload)
     atomicMin(&r.status->detail, (u64)index << 34 | (u64)kind << 32 | payload);
 }
 
-KERNEL(32, 1) raise(Report r) { report(r, 0, REAL, 0); }
-
 // Philox 4x32-10 (bdia_core::rng).
 struct Quad {
     u32 w[4];

@@ -11,6 +11,9 @@ use cudarc::nvrtc::{result, sys};
 use crate::error::CudaError;
 use crate::library;
 
+/// What every kernel may use, those of other crates too.
+const COMMON: &str = include_str!("../kernels/common.cu");
+
 /// The kernels, one after another: a single program, so that they share what `common.cu` has.
 pub const SOURCE: &str = concat!(
     include_str!("../kernels/common.cu"),
@@ -40,6 +43,10 @@ pub enum Image {
 /// # Errors
 /// [`CudaError::Missing`], [`CudaError::Compile`] with what the compiler said.
 pub fn compile(capability: u32, image: Image) -> Result<Vec<u8>, CudaError> {
+    compile_text(SOURCE, capability, image)
+}
+
+fn compile_text(source: &str, capability: u32, image: Image) -> Result<Vec<u8>, CudaError> {
     let arch = match image {
         Image::Ptx => format!("compute_{capability}"),
         Image::Cubin => format!("sm_{capability}"),
@@ -47,7 +54,7 @@ pub fn compile(capability: u32, image: Image) -> Result<Vec<u8>, CudaError> {
     library::nvrtc()?;
     let failed = |log: String| CudaError::Compile { arch: arch.clone(), log };
     let source =
-        CString::new(SOURCE).map_err(|_| failed("the source contains a zero byte".into()))?;
+        CString::new(source).map_err(|_| failed("the source contains a zero byte".into()))?;
     let program = Program(
         result::create_program(&source, Some(c"bdia.cu"))
             .map_err(|e| failed(format!("{:?}", e.0)))?,
@@ -116,6 +123,11 @@ pub fn supported() -> Result<Vec<u32>, CudaError> {
     }
 }
 
+/// The text of another crate behind what it may use; lines are counted from its own first.
+pub(crate) fn custom(source: &str, name: &str) -> String {
+    format!("{COMMON}\n#line 1 \"{name}.cu\"\n{source}")
+}
+
 /// The image for a device, and the file in the cache that it came from.
 pub(crate) struct Kernels {
     /// Ends with a zero byte, as text must.
@@ -123,36 +135,44 @@ pub(crate) struct Kernels {
     pub cached: Option<PathBuf>,
 }
 
-/// The image for a device of a compute capability.
+/// The image of the backend's own kernels for a device of a compute capability.
+pub(crate) fn kernels(capability: u32) -> Result<Kernels, CudaError> {
+    match prebuilt() {
+        Some(text) => Ok(Kernels { image: terminated(text.as_bytes().to_vec()), cached: None }),
+        None => image(SOURCE, capability),
+    }
+}
+
+/// The image of a source for a device of a compute capability, from the cache where it is there.
 ///
 /// A device that is newer than NVRTC gets the newest text that NVRTC makes, and the driver does the
 /// rest.
-pub(crate) fn kernels(capability: u32) -> Result<Kernels, CudaError> {
-    if let Some(text) = prebuilt() {
-        return Ok(Kernels { image: terminated(text.as_bytes().to_vec()), cached: None });
-    }
+pub(crate) fn image(source: &str, capability: u32) -> Result<Kernels, CudaError> {
     library::nvrtc()?;
     // Of several threads that start one compiles, and the others find what it made.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let version = version();
-    let file =
-        cache_dir().map(|dir| dir.join(format!("{:032x}-{capability}.image", hash(version))));
+    let hash = hash(source, version());
+    let file = cache_dir().map(|dir| dir.join(format!("{hash:032x}-{capability}.image")));
     if let Some(file) = &file
         && let Ok(image) = std::fs::read(file)
     {
         return Ok(Kernels { image, cached: Some(file.clone()) });
     }
-    fresh(capability, file.as_deref()).map(|image| Kernels { image, cached: None })
+    fresh(source, capability, file.as_deref()).map(|image| Kernels { image, cached: None })
 }
 
 /// Compiles, and puts the image where the next process finds it. A cache that cannot be written is
 /// no error.
-pub(crate) fn fresh(capability: u32, file: Option<&Path>) -> Result<Vec<u8>, CudaError> {
+pub(crate) fn fresh(
+    source: &str,
+    capability: u32,
+    file: Option<&Path>,
+) -> Result<Vec<u8>, CudaError> {
     let archs = supported()?;
     let image = match archs.iter().filter(|&&a| a <= capability).max() {
-        Some(&arch) if arch == capability => compile(arch, Image::Cubin)?,
-        Some(&arch) => compile(arch, Image::Ptx)?,
+        Some(&arch) if arch == capability => compile_text(source, arch, Image::Cubin)?,
+        Some(&arch) => compile_text(source, arch, Image::Ptx)?,
         None => {
             let oldest = archs
                 .first()
@@ -213,11 +233,11 @@ fn cache_dir() -> Option<PathBuf> {
 }
 
 /// FNV-1a with 128 bits, of all that the image depends on.
-fn hash((major, minor): (c_int, c_int)) -> u128 {
+fn hash(source: &str, (major, minor): (c_int, c_int)) -> u128 {
     let compiler = format!("{major}.{minor} {OPTIONS:?} ");
     compiler
         .bytes()
-        .chain(SOURCE.bytes())
+        .chain(source.bytes())
         .fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |h, b| {
             (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013B)
         })
@@ -240,19 +260,39 @@ pub struct Listed {
 /// All kernels of the source.
 pub fn listed() -> Vec<Listed> {
     const TENSOR_SOURCE: &str = include_str!("../kernels/tensor.cu");
-    let mut all = vec![];
-    for part in SOURCE.split("\nKERNEL(").skip(1) {
-        // KERNEL(threads, blocks) name(parameters …
+    let number = |text: &str| threads(text).unwrap_or(1024) as usize;
+    let listed = |d: Declaration<'_>| Listed {
+        name: d.name.to_owned(),
+        threads: d.bounds.split(',').map(number).product(),
+        tensor: TENSOR_SOURCE.contains(&format!(") {}(", d.name)),
+    };
+    declarations(SOURCE).map(listed).collect()
+}
+
+/// `KERNEL(bounds) name(parameters)`, on a line of its own.
+pub(crate) struct Declaration<'a> {
+    /// Threads of a block, blocks on a multiprocessor.
+    pub bounds: &'a str,
+    pub name: &'a str,
+    pub parameters: &'a str,
+}
+
+/// Those of a source, in order.
+pub(crate) fn declarations(source: &str) -> impl Iterator<Item = Declaration<'_>> {
+    let first = source.strip_prefix("KERNEL(").into_iter();
+    first.chain(source.split("\nKERNEL(").skip(1)).map(|part| {
         let (bounds, rest) = part.split_once(')').unwrap_or_default();
-        let name = rest.split('(').next().unwrap_or_default().trim().to_owned();
-        let number = |text: &str| match text.trim() {
-            "THREADS" => 256,
-            "TENSOR_THREADS" => 128,
-            digits => digits.parse().unwrap_or(1024),
-        };
-        let threads = bounds.split(',').map(number).product();
-        let tensor = TENSOR_SOURCE.contains(&format!(") {name}("));
-        all.push(Listed { name, threads, tensor });
+        let (name, rest) = rest.split_once('(').unwrap_or_default();
+        let parameters = rest.split(')').next().unwrap_or_default();
+        Declaration { bounds, name: name.trim(), parameters }
+    })
+}
+
+/// A number of threads or blocks, by its digits or its name in the source.
+pub(crate) fn threads(text: &str) -> Option<u32> {
+    match text.trim() {
+        "THREADS" => Some(256),
+        "TENSOR_THREADS" => Some(128),
+        digits => digits.parse().ok(),
     }
-    all
 }

@@ -13,6 +13,7 @@ use bdia_core::{Error, Result};
 use cudarc::driver::{result, sys};
 
 use crate::compile;
+use crate::custom::{CustomKernel, Signature, Slot};
 use crate::error::CudaError;
 use crate::library;
 use crate::products::{Gemm, Lt, Precision, Room, WORKSPACE};
@@ -175,6 +176,14 @@ struct Stretch {
     end: sys::CUevent,
 }
 
+/// A kernel of another crate that is loaded.
+struct Custom {
+    kernel: CustomKernel,
+    module: sys::CUmodule,
+    function: sys::CUfunction,
+    signature: Signature,
+}
+
 pub(crate) struct Device {
     ordinal: sys::CUdevice,
     context: sys::CUcontext,
@@ -182,6 +191,8 @@ pub(crate) struct Device {
     module: Option<sys::CUmodule>,
     /// In the order of [`Kernel::ALL`]; none for kernels that an image for older devices lacks.
     functions: Vec<Option<sys::CUfunction>>,
+    /// Those of a text have one module.
+    custom: Vec<Custom>,
     lt: Mutex<Option<Lt>>,
     /// All that is used on the device, in one piece, and how much of it is handed out.
     block: Memory,
@@ -256,6 +267,7 @@ impl Device {
             stream: core::ptr::null_mut(),
             module: None,
             functions: vec![],
+            custom: vec![],
             lt: Mutex::new(None),
             block: Memory { at: 0, bytes: 0 },
             handed_out: 0,
@@ -273,7 +285,7 @@ impl Device {
         device.enter()?;
         device.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(call("cuStreamCreate"))?;
-        device.load(kernels)?;
+        device.load_own(kernels)?;
         device.allocate(bytes, plan)?;
         // SAFETY: the address is freed once, in `drop`.
         let staging = unsafe { result::malloc_host(STAGING, 0) };
@@ -283,15 +295,24 @@ impl Device {
         Ok(device)
     }
 
-    fn load(&mut self, kernels: compile::Kernels) -> core::result::Result<(), CudaError> {
+    /// Loads the image of a source.
+    fn module(
+        &self,
+        source: &str,
+        kernels: &compile::Kernels,
+    ) -> core::result::Result<sys::CUmodule, CudaError> {
         // SAFETY: the image ends with a zero byte, which text must and code may.
         let load = |image: &[u8]| unsafe { result::module::load_data(image.as_ptr().cast()) };
         let mut loaded = load(&kernels.image);
         if let (Err(_), Some(file)) = (&loaded, &kernels.cached) {
             // A file that was damaged: once more from the source.
-            loaded = load(&compile::fresh(self.capability, Some(file))?);
+            loaded = load(&compile::fresh(source, self.capability, Some(file))?);
         }
-        let module = loaded.map_err(call("cuModuleLoadData"))?;
+        loaded.map_err(call("cuModuleLoadData"))
+    }
+
+    fn load_own(&mut self, kernels: compile::Kernels) -> core::result::Result<(), CudaError> {
+        let module = self.module(compile::SOURCE, &kernels)?;
         self.module = Some(module);
         for kernel in Kernel::ALL {
             // SAFETY: the module is loaded.
@@ -303,6 +324,61 @@ impl Device {
             });
         }
         Ok(())
+    }
+
+    /// The place among those loaded of a kernel of another crate, which is compiled when it is asked
+    /// for first.
+    pub(crate) fn load_custom(
+        &mut self,
+        kernel: &CustomKernel,
+    ) -> core::result::Result<usize, CudaError> {
+        if let Some(loaded) = self.custom.iter().position(|c| c.kernel == *kernel) {
+            return Ok(loaded);
+        }
+        let failed = |log: String| {
+            let arch = format!("sm_{}", self.capability);
+            CudaError::Compile { arch, log }
+        };
+        let signature = Signature::of(kernel).ok_or_else(|| {
+            failed(format!(
+                "the source has no line KERNEL(threads, blocks) {}(parameters) with whole warps, and \
+                 parameters that are In<T> or Out<T> of float, i32 or u32, or float or u32",
+                kernel.name
+            ))
+        })?;
+        let name = CString::new(kernel.name).map_err(|_| failed("a name with a zero".into()))?;
+        self.enter()?;
+        let known = self.custom.iter().find(|c| c.kernel.source == kernel.source);
+        let module = match known.map(|c| c.module) {
+            Some(module) => module,
+            None => {
+                let source = compile::custom(kernel.source, kernel.name);
+                self.module(&source, &compile::image(&source, self.capability)?)?
+            }
+        };
+        // SAFETY: the module is loaded.
+        let function = unsafe { result::module::get_function(module, name) };
+        let function = function.map_err(call("cuModuleGetFunction"))?;
+        self.custom.push(Custom { kernel: *kernel, module, function, signature });
+        Ok(self.custom.len() - 1)
+    }
+
+    /// What a loaded kernel of another crate takes.
+    pub(crate) fn slots(&self, custom: usize) -> &[Slot] {
+        &self.custom[custom].signature.slots
+    }
+
+    /// Starts it with `grid` blocks. `args` are the addresses of its parameters.
+    pub(crate) fn launch_custom(
+        &self,
+        custom: usize,
+        grid: [usize; 3],
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
+        let Custom { kernel, function, signature, .. } = &self.custom[custom];
+        // It may write to any factor.
+        self.room().clear();
+        self.start(|| kernel.name.to_owned(), *function, grid, signature.threads, args)
     }
 
     /// Whether attention goes to tensor cores: with bf16, where the image has the kernels for it.
@@ -544,6 +620,25 @@ impl Device {
         threads: u32,
         args: &mut [*mut c_void],
     ) -> Result<()> {
+        let Some(function) = self.functions[kernel as usize] else {
+            return Err(Error::Device("this image of the kernels has none for tensor cores"));
+        };
+        if !kernel.leaves_factors() && !grid.contains(&0) {
+            self.room().clear();
+        }
+        let name = || kernel.name().to_string_lossy().into_owned();
+        self.start(name, function, grid, threads, args)
+    }
+
+    /// Starts a function of a loaded module; there is nothing to do for an empty grid.
+    fn start(
+        &self,
+        name: impl FnOnce() -> String,
+        function: sys::CUfunction,
+        grid: [usize; 3],
+        threads: u32,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
@@ -552,15 +647,8 @@ impl Device {
             return Err(Error::TooLarge("blocks of a kernel"));
         }
         let [x, y, z] = grid.map(|g| g as u32);
-        let Some(function) = self.functions[kernel as usize] else {
-            return Err(Error::Device("this image of the kernels has none for tensor cores"));
-        };
-        if !kernel.leaves_factors() {
-            self.room().clear();
-        }
-        let name = || kernel.name().to_string_lossy().into_owned();
-        // SAFETY: the functions are those of the loaded module, in the order of `Kernel::ALL`; the
-        // parameters are those of the source, and their spans lie within allocations.
+        // SAFETY: the function is one of a loaded module; the parameters are those of its source, and
+        // their spans lie within allocations.
         let mut work = || unsafe {
             result::launch_kernel(function, (x, y, z), (threads, 1, 1), 0, self.stream, args)
         };
@@ -591,7 +679,11 @@ impl Drop for Device {
             if !self.staging.is_null() {
                 let _ = result::free_host(self.staging.cast());
             }
-            if let Some(module) = self.module {
+            let mut modules: Vec<_> = self.custom.iter().map(|c| c.module).collect();
+            modules.extend(self.module);
+            modules.sort_unstable();
+            modules.dedup();
+            for module in modules {
                 let _ = result::module::unload(module);
             }
             if !self.stream.is_null() {

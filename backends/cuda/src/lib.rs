@@ -1,8 +1,10 @@
 #![doc = include_str!("../README.md")]
 
 pub mod compile;
+mod custom;
 mod device;
 mod error;
+mod launch;
 mod library;
 mod nn;
 mod optim;
@@ -21,6 +23,7 @@ use device::{Device, Kernel, Memory, THREADS, arg};
 use span::{Report, Span, Status};
 use status::{Cause, Code, NONE};
 
+pub use custom::{Arg, CustomKernel};
 pub use device::{Time, Times};
 pub use error::CudaError;
 pub use products::Precision;

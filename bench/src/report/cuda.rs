@@ -93,9 +93,11 @@ impl Report {
         }
         let _ = std::fs::remove_dir_all(&dir);
         let text = format!(
-            "{}; {rounds} round(s) in turn, each run in a process of its own, medians. Both sides start from one file and see the same \
-             data. Ours: the driver's count of free memory, without the context. PyTorch (eager, the attention of torch.nn.functional, \
-             fused AdamW): the most that its allocator had given out, which leaves out what it keeps in reserve.",
+            "{}; {rounds} round(s) in turn, each run in a process of its own, medians. Both sides \
+             start from one file and see the same data. Ours: the driver's count of free memory, \
+             without the context. PyTorch (eager, the attention of torch.nn.functional, fused \
+             AdamW): the most that its allocator had given out, which leaves out what it keeps in \
+             reserve.",
             roofs.first().map_or("", |r| r.1.name.as_str()),
         );
         self.sections.push(Section {
@@ -309,9 +311,11 @@ impl Report {
             .map(|(p, r)| format!("{} {:.1} GFLOP/s", bdia_train::cli::name_of(p), r.flops / 1e9))
             .collect();
         let text = format!(
-            "{}; median of the steps after the first. Share of peak: all floating-point operations of the step per second, over \
-             the best rate of the backend's own square product with the same precision, measured on this device in this run ({}). Plan and found: bytes on the device, by the plan and by the \
-             driver's count of free memory, without the context.",
+            "{}; median of the steps after the first. Share of peak: all floating-point operations \
+             of the step per second, over the best rate of the backend's own square product with \
+             the same precision, measured on this device in this run ({}). Plan and found: bytes \
+             on the device, by the plan and by the driver's count of free memory, without the \
+             context.",
             roofs.first().map_or("", |r| r.1.name.as_str()),
             limits.join(", "),
         );
@@ -321,9 +325,10 @@ impl Report {
             table,
             charts,
         });
-        let text = "Where the time of one more step in mode bdia goes, by events around each of its calls; they cost some time of their \
-                    own. Products have rows, columns and inner size. \u{201c}All\u{201d} is the device's time from the first call to the end \
-                    of the last: what is above the sum is gaps between calls."
+        let text = "Where the time of one more step in mode bdia goes, by events around each of \
+                    its calls; they cost some time of their own. Products have rows, columns and \
+                    inner size. \u{201c}All\u{201d} is the device's time from the first call to \
+                    the end of the last: what is above the sum is gaps between calls."
             .into();
         let title = "A step on a CUDA device, kernel by kernel".into();
         self.sections.push(Section { title, text, table: times, charts: Vec::new() });
@@ -380,9 +385,10 @@ impl Report {
             row
         };
         self.kernels.extend(table.rows.iter().map(of));
-        let text = "Calls are queued one after another and waited for together; with bf16 a product finds its factors rounded by the call \
-                    before. A product's roof is the device's best square product \
-                    with the same precision; the bandwidth that of its own copy."
+        let text = "Calls are queued one after another and waited for together; with bf16 a \
+                    product finds its factors rounded by the call before. A product's roof is the \
+                    device's best square product with the same precision; the bandwidth that of \
+                    its own copy."
             .into();
         self.sections.push(Section {
             title: "Kernels on a CUDA device".into(),

@@ -54,8 +54,8 @@ use core::fmt;
 
 use bdia_core::backend::Chunk;
 use bdia_core::rng::philox;
-use bdia_core::stack::{Blocks, Call, Config, Input, Mode, Needs, Pass, Stack, Tail};
-use bdia_core::{Fault, Gamma, Grid, Layout, Reals, Sign, Site, Storage};
+use bdia_core::stack::{self, Blocks, Call, Config, Input, Needs, Pass, Tail};
+use bdia_core::{Fault, Gamma, Grid, Layout, Policy, Reals, Sign, Site, Storage};
 use bdia_cpu::{Cpu, CpuError};
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
@@ -171,7 +171,7 @@ pub struct Reversible {
 #[derive(Debug)]
 struct Laid {
     dims: Vec<usize>,
-    stack: Stack,
+    stack: stack::Reversible,
     cpu: Cpu,
 }
 
@@ -212,10 +212,8 @@ impl Reversible {
         let laid = match self.laid.take().filter(same) {
             Some(laid) => laid,
             None => {
-                let mut layout = Layout::new(size_of::<f32>());
-                let stack =
-                    Stack::layout(config(&self.options, blocks.len(), &dims)?, &mut layout)?;
-                Laid { dims: dims.to_vec(), stack, cpu: Cpu::new(&layout.checked()?, 0)? }
+                let (stack, layout) = lay_out(&self.options, blocks.len(), &dims)?;
+                Laid { dims: dims.to_vec(), stack, cpu: Cpu::new(&layout, 0)? }
             }
         };
         let Laid { stack, cpu, .. } = self.laid.insert(laid);
@@ -246,21 +244,26 @@ impl Reversible {
     }
 }
 
-fn config(options: &Options, blocks: usize, dims: &[usize]) -> Result<Config> {
-    Ok(Config {
+fn lay_out(
+    options: &Options,
+    blocks: usize,
+    dims: &[usize],
+) -> Result<(stack::Reversible, Layout)> {
+    let config = Config {
         id: 0,
         batch: dims[0],
         per_sample: dims[1..].iter().product(),
         blocks,
         chunk: options.chunk,
-        mode: Mode::Bdia,
-        grid: Some(Grid::new(options.frac_bits)?),
-        gamma: Gamma::new(options.gamma, Sign::Random)?,
-        verify: options.verify,
         tail: Tail::Output,
         needs: Needs::default(),
         ends_scratch: 0,
-    })
+    };
+    let grid = Grid::new(options.frac_bits)?;
+    let gamma = Policy::fixed(Gamma::from_value(options.gamma, Sign::Random)?);
+    let mut layout = Layout::new(size_of::<f32>());
+    let stack = stack::Reversible::layout(&config, grid, gamma, options.verify, &mut layout)?;
+    Ok((stack, layout.checked()?))
 }
 
 fn fault(cpu: &mut Cpu) -> Result<()> {

@@ -86,7 +86,7 @@ fn straight_through(x: Tensor<B, 3>, frac_bits: u32, f: impl Fn(f64) -> f64) -> 
 /// blocks.
 fn by_burn(model: &Model<B>, options: &Options, n: usize) -> (Vec<f32>, f32, Vec<Vec<f32>>) {
     let (x, target) = data(n);
-    let gamma = Gamma::new(options.gamma, Sign::Random).unwrap();
+    let gamma = Gamma::from_value(options.gamma, Sign::Random).unwrap();
     let grid = |x| straight_through(x, options.frac_bits, f64::round_ties_even);
     let mut old = grid(model.embed.forward(x));
     let mut cur = old.clone() + grid(model.blocks[0].residual(old.clone()));

@@ -27,7 +27,7 @@ use core::panic::AssertUnwindSafe;
 use std::ffi::CString;
 use std::panic::catch_unwind;
 
-use bdia_core::{Error, Fault};
+use bdia_core::{Error, ErrorKind};
 
 pub use raw::*;
 pub use stack::*;
@@ -81,12 +81,14 @@ impl From<Error> for Failure {
         let status = match e {
             Error::Shape { .. } | Error::TooLarge(_) => Status::Size,
             Error::Setting { .. } => Status::Setting,
-            Error::Budget { .. } => Status::Memory,
-            Error::Fault(Fault::Checksum { .. }) => Status::Checksum,
-            Error::Fault(_) => Status::Range,
-            Error::Device(_) => Status::Machine,
-            Error::Foreign(_) => Status::Callback,
-            _ => Status::Internal,
+            _ => match e.kind() {
+                ErrorKind::Memory => Status::Memory,
+                ErrorKind::Numbers => Status::Range,
+                ErrorKind::Mismatch => Status::Checksum,
+                ErrorKind::Device => Status::Machine,
+                ErrorKind::Foreign => Status::Callback,
+                _ => Status::Internal,
+            },
         };
         Self::new(status, e)
     }

@@ -4,7 +4,7 @@
 //! Element by element with the functions of `bdia_core::update`, which define the bits that every
 //! backend gives.
 
-use bdia_core::update::{LIMIT, advance, checksum, combine, retreat};
+use bdia_core::update::{LIMIT, checksum, combine};
 use bdia_core::{Chunk, Error, Gamma, Grid, Sign, Site};
 
 use crate::pointer::{disjoint, input, one_mut, output, span, values};
@@ -30,9 +30,7 @@ fn outcome(first: Option<(usize, f64)>, per_sample: usize) -> Outcome {
 fn check_signs(sigma: &[i8]) -> Outcome {
     match sigma.iter().find(|&&s| s != 1 && s != -1) {
         None => Ok(()),
-        Some(&s) => {
-            Err(Error::Setting { what: "sigma", found: s.into(), possible: "1 or -1" }.into())
-        }
+        Some(&s) => Err(Error::setting("sigma", s.into(), "1 or -1").into()),
     }
 }
 
@@ -40,9 +38,9 @@ fn check_signs(sigma: &[i8]) -> Outcome {
 fn magnitude(gamma: f64) -> Result<Gamma, Failure> {
     if gamma < 0.0 {
         let possible = "0.5, 0.25 ... 2^-8; its sign is given by sigma";
-        return Err(Error::Setting { what: "gamma", found: gamma, possible }.into());
+        return Err(Error::setting("gamma", gamma, possible).into());
     }
-    Ok(Gamma::new(gamma, Sign::Plus)?)
+    Ok(Gamma::from_value(gamma, Sign::Plus)?)
 }
 
 /// x[i] = round_ties_even(y[i] * 2^frac_bits). Values that are not finite or beyond 2^30 become 0
@@ -150,7 +148,7 @@ pub unsafe extern "C" fn bdia_signs(
     border(|| {
         // SAFETY: promised by the caller.
         let sigma = unsafe { output("sigma", sigma, samples) }?;
-        let (gamma, site) = (Gamma::new(0.5, Sign::Random)?, Site::Block(block.into()));
+        let (gamma, site) = (Gamma::new(1, Sign::Random)?, Site::Block(block.into()));
         let chunk = Chunk { seed, step, stack: 0, site, first: 0, samples, global, frame: 0 };
         for (i, s) in sigma.iter_mut().enumerate() {
             *s = chunk.sigma(gamma, i) as i8;
@@ -163,7 +161,6 @@ pub unsafe extern "C" fn bdia_signs(
 struct Update<'a> {
     grid: Grid,
     gamma: Gamma,
-    m: u32,
     per_sample: usize,
     sigma: &'a [i8],
     x: &'a mut [i32],
@@ -200,27 +197,20 @@ impl<'a> Update<'a> {
             )
         };
         check_signs(sigma)?;
-        Ok((Self { grid, gamma, m: gamma.planes()?, per_sample, sigma, x, cur, h }, words))
+        Ok((Self { grid, gamma, per_sample, sigma, x, cur, h }, words))
     }
 
     /// Calls `f(index, sigma, index within the sample, x, mixed value, word and bit of the
     /// element's lowest plane)` for every element in turn. The words of a higher plane lie
     /// [`stride`](Self::stride) further each.
     fn each(&mut self, mut f: impl FnMut(usize, i32, usize, &mut i32, f32, (usize, usize))) {
-        let (p, stride) = (self.per_sample, self.stride());
+        let (p, words) = (self.per_sample, self.gamma.planes() as usize * self.stride());
         for (s, &sigma) in self.sigma.iter().enumerate() {
             let sigma = i32::from(sigma);
             for e in 0..p {
                 let i = s * p + e;
                 let mixed = self.gamma.mix(sigma, self.cur[i], self.h[i]);
-                f(
-                    i,
-                    sigma,
-                    e,
-                    &mut self.x[i],
-                    mixed,
-                    (s * self.m as usize * stride + e / 32, e % 32),
-                );
+                f(i, sigma, e, &mut self.x[i], mixed, (s * words + e / 32, e % 32));
             }
         }
     }
@@ -266,17 +256,17 @@ pub unsafe extern "C" fn bdia_step(
         // SAFETY: promised by the caller; it does not overlap the others.
         let side = unsafe { output("side", side, words) }?;
         side.fill(0);
-        let (grid, m, stride, mut first) = (u.grid, u.m, u.stride(), None);
+        let (grid, gamma, stride, mut first) = (u.grid, u.gamma, u.stride(), None);
         u.each(|i, sigma, e, x, mixed, (word, bit)| {
             let q = grid.quantize(mixed).unwrap_or_else(|| {
                 first.get_or_insert((i, f64::from(mixed)));
                 0
             });
-            let r = *x as u32 & ((1 << m) - 1);
-            for plane in 0..m {
+            let (next, r) = gamma.step(sigma, *x, q, e);
+            for plane in 0..gamma.planes() {
                 side[word + plane as usize * stride] |= (r >> plane & 1) << bit;
             }
-            *x = advance(m, sigma, *x, q, r, e);
+            *x = next;
             if x.unsigned_abs() > LIMIT as u32 {
                 first.get_or_insert((i, grid.dequantize(*x)));
             }
@@ -306,11 +296,11 @@ pub unsafe extern "C" fn bdia_inverse(
         }?;
         // SAFETY: promised by the caller.
         let side = unsafe { input("side", side, words) }?;
-        let (grid, m, stride) = (u.grid, u.m, u.stride());
+        let (grid, gamma, stride) = (u.grid, u.gamma, u.stride());
         u.each(|_, sigma, e, x, mixed, (word, bit)| {
-            let r = (0..m)
+            let r = (0..gamma.planes())
                 .fold(0, |r, plane| r | (side[word + plane as usize * stride] >> bit & 1) << plane);
-            *x = retreat(m, sigma, *x, grid.quantize(mixed).unwrap_or(0), r, e);
+            *x = gamma.inverse(sigma, *x, grid.quantize(mixed).unwrap_or(0), r, e);
         });
         Ok(())
     })

@@ -5,9 +5,9 @@ use core::ffi::{c_int, c_void};
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use bdia_core::stack::{Blocks, Config as CoreConfig, Input, Mode, Needs, Pass, Stack, Tail};
+use bdia_core::stack::{Blocks, Config as CoreConfig, Input, Needs, Pass, Reversible, Tail};
 use bdia_core::{
-    Category, Chunk, Error, Fault, Gamma, Grid, Layout, Reals, Sign, Site, Storage, UpdateOps,
+    Category, Chunk, Error, Fault, Gamma, Grid, Layout, Policy, Reals, Sign, Site, Storage,
 };
 use bdia_cpu::Cpu;
 
@@ -150,9 +150,9 @@ enum State {
 }
 
 struct Inner {
-    stack: Stack,
+    stack: Reversible,
     cpu: Cpu,
-    grid: Grid,
+    verify: bool,
     blocks: BlockTable,
     memory: Memory,
     state: State,
@@ -208,21 +208,16 @@ impl Handle {
 }
 
 /// The layout of a configuration.
-fn lay_out(c: &Config) -> Result<(Stack, Layout, Grid), Failure> {
+fn lay_out(c: &Config) -> Result<(Reversible, Layout), Failure> {
     let sign = match c.sign {
         0 => Sign::Random,
         1 => Sign::Plus,
         -1 => Sign::Minus,
         other => {
-            return Err(Error::Setting {
-                what: "sign",
-                found: other.into(),
-                possible: "0 (drawn), 1 or -1",
-            }
-            .into());
+            return Err(Error::setting("sign", other.into(), "0 (drawn), 1 or -1").into());
         }
     };
-    let grid = Grid::new(c.frac_bits)?;
+    let (grid, gamma) = (Grid::new(c.frac_bits)?, Gamma::from_value(c.gamma, sign)?);
     let mut layout = Layout::new(size_of::<f32>());
     let config = CoreConfig {
         id: 0,
@@ -230,16 +225,13 @@ fn lay_out(c: &Config) -> Result<(Stack, Layout, Grid), Failure> {
         per_sample: c.per_sample,
         blocks: c.blocks,
         chunk: if c.chunk == 0 { c.batch } else { c.chunk },
-        mode: Mode::Bdia,
-        grid: Some(grid),
-        gamma: Gamma::new(c.gamma, sign)?,
-        verify: c.verify != 0,
         tail: Tail::Output,
         needs: Needs { frame: c.frame, scratch: c.scratch, fixed: 0 },
         ends_scratch: 0,
     };
-    let stack = Stack::layout(config, &mut layout)?;
-    Ok((stack, layout.checked()?, grid))
+    let gamma = Policy::fixed(gamma);
+    let stack = Reversible::layout(&config, grid, gamma, c.verify != 0, &mut layout)?;
+    Ok((stack, layout.checked()?))
 }
 
 impl From<&Layout> for Memory {
@@ -358,7 +350,7 @@ impl Input<Cpu> for Given<'_> {
 }
 
 impl Inner {
-    fn callbacks(&mut self) -> (&mut Stack, &mut Cpu, Callbacks<'_>) {
+    fn callbacks(&mut self) -> (&mut Reversible, &mut Cpu, Callbacks<'_>) {
         let needs = self.stack.config().needs;
         self.fault = FaultInfo::default();
         let callbacks = Callbacks {
@@ -395,14 +387,11 @@ impl Inner {
     fn forward(&mut self, pass: Pass, x: &[f32]) -> Outcome {
         self.state = State::Broken;
         let per_sample = self.stack.config().per_sample;
-        let grid = self.grid;
         let (stack, cpu, mut callbacks) = self.callbacks();
         let result = (|| {
             stack.embed(cpu, &mut Given { x, per_sample }, &pass)?;
             stack.forward(cpu, &mut callbacks, &pass)?;
-            // G_K is free until the backward pass.
-            let k = stack.config().blocks;
-            cpu.dequantize(grid, stack.activation(k), stack.gradient(k))
+            stack.output(cpu).map(|_| ())
         })();
         self.state = State::Fresh;
         self.settle(result)?;
@@ -461,7 +450,7 @@ pub unsafe extern "C" fn bdia_plan(config: *const Config, memory: *mut Memory) -
     border(|| {
         // SAFETY: promised by the caller.
         let (config, memory) = unsafe { (one("config", config)?, one_mut("memory", memory)?) };
-        let (_, layout, _) = lay_out(config)?;
+        let (_, layout) = lay_out(config)?;
         *memory = (&layout).into();
         Ok(())
     })
@@ -487,11 +476,11 @@ pub unsafe extern "C" fn bdia_stack_new(
                 "blocks.residual and blocks.vjp may not be NULL",
             ));
         }
-        let (stack, layout, grid) = lay_out(config)?;
+        let (stack, layout) = lay_out(config)?;
         let inner = Inner {
             stack,
             cpu: Cpu::new(&layout, config.threads)?,
-            grid,
+            verify: config.verify != 0,
             blocks: *blocks,
             memory: (&layout).into(),
             state: State::Fresh,
@@ -666,12 +655,7 @@ pub unsafe extern "C" fn bdia_stack_activation(
                 }
             };
             if !kept.contains(&k) {
-                return Err(Error::Setting {
-                    what: "k",
-                    found: k as f64,
-                    possible: "K and K - 1, or 0 and 1",
-                }
-                .into());
+                return Err(Error::setting("k", k as f64, "K and K - 1, or 0 and 1").into());
             }
             // SAFETY: promised by the caller.
             Ok(s.cpu.read_ints(s.stack.activation(k), unsafe { output("x", x, len) }?)?)
@@ -688,7 +672,7 @@ pub unsafe extern "C" fn bdia_stack_mismatches(stack: *mut Handle, count: *mut u
         let (stack, count) =
             unsafe { (one("stack", stack.cast_const())?, one_mut("count", count)?) };
         stack.with(|s| {
-            if !s.stack.config().verify {
+            if !s.verify {
                 return Err(Failure::new(
                     Status::Setting,
                     "mismatches are counted only with config.verify = 1",
@@ -709,6 +693,6 @@ pub(crate) fn side_words(
     values(
         "side bits",
         samples,
-        values("side bits", per_sample.div_ceil(32), gamma.planes()? as usize)?,
+        values("side bits", per_sample.div_ceil(32), gamma.planes() as usize)?,
     )
 }

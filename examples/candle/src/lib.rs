@@ -28,9 +28,9 @@
 //!
 //! # What happens
 //! candle computes `h_k` and, with its own autograd on one block and a few samples at a time, its
-//! vector-Jacobian product; [`bdia_core::stack::Stack`] keeps two integer activation tensors and
-//! one bit per value and block, and rebuilds the rest. Below the tape candle's graph ends, above it
-//! the graph is candle's own.
+//! vector-Jacobian product; [`bdia_core::stack::Reversible`] keeps two integer activation tensors
+//! and one bit per value and block, and rebuilds the rest. Below the tape candle's graph ends,
+//! above it the graph is candle's own.
 //!
 //! # Guarantee
 //! Rebuilt activations equal the originals in every bit, or the backward pass is an error. A block
@@ -53,8 +53,8 @@ pub mod run;
 use core::fmt;
 
 use bdia_core::backend::Chunk;
-use bdia_core::stack::{Blocks, Call, Config, Input, Mode, Needs, Pass, Stack, Tail};
-use bdia_core::{Category, Fault, Gamma, Grid, Layout, Reals, Sign, Site, Storage};
+use bdia_core::stack::{self, Blocks, Call, Config, Input, Needs, Pass, Tail};
+use bdia_core::{Category, Fault, Gamma, Grid, Layout, Policy, Reals, Sign, Site, Storage};
 use bdia_cpu::{Cpu, CpuError};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, ModuleT, Storage as CandleStorage, Tensor, Var};
@@ -211,7 +211,7 @@ pub struct Reversible<M> {
 #[derive(Debug)]
 struct Laid {
     dims: Vec<usize>,
-    stack: Stack,
+    stack: stack::Reversible,
     layout: Layout,
     cpu: Cpu,
 }
@@ -222,8 +222,7 @@ impl<M: ModuleT> Reversible<M> {
     /// # Errors
     /// [`Error::Setting`] for options that are not possible, or no blocks.
     pub fn new(blocks: Vec<M>, options: Options) -> Result<Self> {
-        let mut layout = Layout::new(size_of::<f32>());
-        Stack::layout(config(&options, blocks.len(), &[1, 1])?, &mut layout)?;
+        lay_out(&options, blocks.len(), &[1, 1])?;
         Ok(Self { blocks, options, laid: None, mismatches: 0 })
     }
 
@@ -271,10 +270,7 @@ impl<M: ModuleT> Reversible<M> {
         }
         if self.laid.as_ref().is_none_or(|l| l.dims != x.dims()) {
             self.laid = None; // The old memory goes before the new one comes.
-            let mut layout = Layout::new(size_of::<f32>());
-            let stack =
-                Stack::layout(config(&self.options, self.blocks.len(), x.dims())?, &mut layout)?;
-            let layout = layout.checked()?;
+            let (stack, layout) = lay_out(&self.options, self.blocks.len(), x.dims())?;
             let cpu = Cpu::new(&layout, self.options.threads)?;
             self.laid = Some(Laid { dims: x.dims().to_vec(), stack, layout, cpu });
         }
@@ -299,21 +295,26 @@ impl<M: ModuleT> Reversible<M> {
     }
 }
 
-fn config(options: &Options, blocks: usize, dims: &[usize]) -> Result<Config> {
-    Ok(Config {
+fn lay_out(
+    options: &Options,
+    blocks: usize,
+    dims: &[usize],
+) -> Result<(stack::Reversible, Layout)> {
+    let config = Config {
         id: 0,
         batch: dims[0],
         per_sample: dims[1..].iter().product(),
         blocks,
         chunk: options.chunk,
-        mode: Mode::Bdia,
-        grid: Some(Grid::new(options.frac_bits)?),
-        gamma: Gamma::new(options.gamma, Sign::Random)?,
-        verify: options.verify,
         tail: Tail::Output,
         needs: Needs::default(),
         ends_scratch: 0,
-    })
+    };
+    let grid = Grid::new(options.frac_bits)?;
+    let gamma = Policy::fixed(Gamma::from_value(options.gamma, Sign::Random)?);
+    let mut layout = Layout::new(size_of::<f32>());
+    let stack = stack::Reversible::layout(&config, grid, gamma, options.verify, &mut layout)?;
+    Ok((stack, layout.checked()?))
 }
 
 fn fault(cpu: &mut Cpu) -> Result<()> {

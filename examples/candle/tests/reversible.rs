@@ -79,7 +79,7 @@ fn straight_through(x: &Tensor, frac_bits: u32, f: impl Fn(f64) -> f64) -> Tenso
 fn by_candle(c: &Config, options: &Options, n: usize) -> (f32, Named) {
     let (vars, ends, blocks) = model(c);
     let (images, classes) = images(n);
-    let gamma = Gamma::new(options.gamma, Sign::Random).unwrap();
+    let gamma = Gamma::from_value(options.gamma, Sign::Random).unwrap();
     let grid = |x: &Tensor| straight_through(x, options.frac_bits, f64::round_ties_even);
     let mut old = grid(&ends.embed(&images).unwrap());
     let mut cur = (&old + grid(&blocks[0].forward_t(&old, true).unwrap())).unwrap();

@@ -259,7 +259,7 @@ fn a_run_and_its_evaluation() {
     let out = dir.at("run");
     let json =
         good(&mut train(&data, &out, "--steps 30 --checkpoint-interval 8 --verify --json")).json();
-    numbers(&json, &["loss", "verify_mismatches", "tokens_per_s", "plan_bytes", "peak_bytes"]);
+    numbers(&json, &["loss", "verify_mismatches", "items_per_s", "plan_bytes", "peak_bytes"]);
     if cfg!(target_os = "linux") {
         numbers(&json, &["peak_rss_bytes"]);
     }
@@ -267,6 +267,7 @@ fn a_run_and_its_evaluation() {
     assert_eq!(metrics(&out).last().unwrap()["loss"], json["loss"]);
     let files: Vec<_> = content(&out).into_keys().collect();
     let expected = [
+        "best.safetensors",
         "config.json",
         "loss.svg",
         "metrics.jsonl",

@@ -111,7 +111,8 @@ fn checkpointed(dir: &Path) -> usize {
 /// The same parameters, optimizer state, losses and validation losses, bit for bit.
 fn same(a: &Path, b: &Path, steps: usize) {
     let last = format!("step-{steps:08}.ckpt");
-    for name in [last.as_str(), "model.safetensors", "config.json", "loss.svg"] {
+    let names = [last.as_str(), "model.safetensors", "best.safetensors", "config.json", "loss.svg"];
+    for name in names {
         let (a, b) = (std::fs::read(a.join(name)).unwrap(), std::fs::read(b.join(name)).unwrap());
         assert!(a == b, "{name} differs");
     }

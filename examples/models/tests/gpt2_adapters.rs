@@ -7,22 +7,28 @@ mod common;
 use std::path::PathBuf;
 
 use bdia_core::backend::Half;
-use bdia_core::layers::LoraShape;
+use bdia_core::layers::{Gradients, LoraShape};
+use bdia_core::network::Step;
 use bdia_core::optim::Rule;
 use bdia_core::plan::{Choice, fit};
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Gamma, NnOps, Reals, Reference, Sign, Storage};
+use bdia_core::{Error, NnOps, Reals, Reference, Sign, Storage};
 use bdia_cpu::Cpu;
 use bdia_models::files::testing::TempDir;
 use bdia_models::gpt2::adapter::{self, Adapter};
 use bdia_models::gpt2::config::{Gpt2Config, Size};
-use bdia_models::gpt2::files::load_base;
-use bdia_models::gpt2::model::{Adapters, Gpt2, Inference, Named, Setup, Step};
+use bdia_models::gpt2::files::load_weights;
+use bdia_models::gpt2::model::{Adapters, Gpt2, Setup};
+use bdia_models::named::Named;
 use bdia_models::weights::Weights;
-use common::{Memory, State, data, grid, lay_out, small, state};
+use common::{
+    Memory, SGD, STANDARD, State, bdia, bdia_float, checkpoint, data, float, lay_out, small, state,
+    verified,
+};
 
 const STEP: Step = Step { step: 0, seed: 3, lr: 0.0, weight_decay: 0.0, clip: 0.0 };
 const SHAPE: LoraShape = LoraShape { rank: 4, alpha: 32.0 };
+const ADAMW: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 
 /// Samples of the fixture: tokens and, shifted by one, targets.
 fn batch(s: &State) -> (Vec<i32>, Vec<i32>) {
@@ -43,22 +49,13 @@ fn length(s: &State, i: usize) -> usize {
 }
 
 fn setup(mode: Mode, adapters: Option<Adapters>) -> Setup {
-    let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
-    Setup {
-        dims: config.dims(),
-        batch: 3,
-        accumulate: 1,
-        context: 15,
-        mode,
-        grid: (mode == Mode::Bdia).then(grid).flatten(),
-        gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-        rule: Some(Rule::Sgd { momentum: 0.0 }),
-        adapters,
-        fused: false,
-        verify: false,
-        threads: 1,
-        library: 0,
-    }
+    let dims = Gpt2Config::read_dir(&data("hf_tied")).unwrap().dims();
+    Setup { gradients: Gradients::Full(SGD), adapters, ..common::setup(dims, 3, 15, mode) }
+}
+
+/// Mode `bdia`.
+fn reversible() -> Mode {
+    bdia(14, Sign::Random)
 }
 
 fn load(model: &Gpt2, be: &mut Reference<'_, f64>) {
@@ -91,10 +88,9 @@ fn load_adapter(model: &Gpt2) -> Vec<(Reals, Vec<f64>)> {
         .collect()
 }
 
+/// Below 1e-3 a gradient of this model is noise.
 fn difference(ours: &[f64], theirs: &[f64]) -> f64 {
-    assert_eq!(ours.len(), theirs.len());
-    let scale = theirs.iter().fold(1e-3_f64, |a, x| a.max(x.abs()));
-    ours.iter().zip(theirs).fold(0.0_f64, |a, (x, y)| a.max((x - y).abs())) / scale
+    common::difference(ours, theirs, 1e-3)
 }
 
 fn fill<'a>(
@@ -111,9 +107,9 @@ fn fill<'a>(
 /// are stored.
 #[test]
 fn a_masked_step_is_that_of_transformers() {
-    let s = state("finetune.safetensors");
+    let s = state("gpt2/finetune.safetensors");
     let batch = batch(&s);
-    let (mut model, layout) = lay_out::<f64>(&setup(Mode::Standard, None), 2, 7);
+    let (mut model, layout) = lay_out::<f64>(&setup(STANDARD, None), 2, 7);
     let mut memory = Memory::new(&layout);
     let mut be = memory.backend(&layout);
     load(&model, &mut be);
@@ -128,14 +124,10 @@ fn a_masked_step_is_that_of_transformers() {
 
 #[test]
 fn a_masked_step_with_adapters_is_that_of_peft() {
-    let s = state("finetune.safetensors");
+    let s = state("gpt2/finetune.safetensors");
     let batch = batch(&s);
     let adapters = Some(Adapters { shape: SHAPE, half: None });
-    for (mode, chunk) in [
-        (Mode::Standard, 3),
-        (Mode::Checkpoint { every: 2 }, 2),
-        (Mode::Checkpoint { every: 1 }, 1),
-    ] {
+    for (mode, chunk) in [(STANDARD, 3), (checkpoint(2), 2), (checkpoint(1), 1)] {
         let mut setup = setup(mode, adapters);
         let (mut model, layout) = lay_out::<f64>(&setup, chunk, 7);
         let mut memory = Memory::new(&layout);
@@ -144,10 +136,9 @@ fn a_masked_step_with_adapters_is_that_of_peft() {
         for (place, values) in load_adapter(&model) {
             be.write_reals(place, &values).unwrap();
         }
-        let float = Inference::Float(Gamma::new(0.0, Sign::Plus).unwrap());
         for (i, tokens) in batch.0.chunks(15).enumerate() {
             let n = length(&s, i);
-            let ours = model.logits(&mut be, tokens, 0..n, float).unwrap();
+            let ours = model.logits(&mut be, tokens, 0..n, float(0.0)).unwrap();
             let d = difference(&ours, &s.reals["lora.logits"][i * 16 * 61..][..n * 61]);
             assert!(d < 1e-12, "{mode:?}: logits of sample {i}: {d:e}");
         }
@@ -165,9 +156,8 @@ fn a_masked_step_with_adapters_is_that_of_peft() {
             assert!(d < 1e-11, "{mode:?}, {}: {d:e}", t.name);
         }
 
-        setup.rule = Some(Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 });
-        for fused in [true, false] {
-            setup.fused = fused;
+        for gradients in [Gradients::Fused(ADAMW), Gradients::Full(ADAMW)] {
+            setup.gradients = gradients;
             let (mut model, layout) = lay_out::<f64>(&setup, chunk, 7);
             let mut memory = Memory::new(&layout);
             let mut be = memory.backend(&layout);
@@ -182,7 +172,7 @@ fn a_masked_step_with_adapters_is_that_of_peft() {
                 let ours = model.train(&mut be, &step, fill(&batch)).unwrap().loss;
                 assert!(
                     (ours - theirs).abs() < 1e-10,
-                    "{mode:?}, fused {fused}: loss {i} is {ours}, theirs {theirs}"
+                    "{mode:?}, {gradients:?}: loss {i} is {ours}, theirs {theirs}"
                 );
             }
         }
@@ -193,9 +183,9 @@ fn a_masked_step_with_adapters_is_that_of_peft() {
 /// `dA = s·B·dWᵀ` and `dB = s·A·dW`, in a model in which they are merged.
 #[test]
 fn gradients_in_every_mode_follow_from_those_of_the_merged_weight() {
-    let batch = batch(&state("finetune.safetensors"));
+    let batch = batch(&state("gpt2/finetune.safetensors"));
     let (d, r, s) = (24, 4, SHAPE.scale());
-    for mode in [Mode::Bdia, Mode::BdiaFloat, Mode::Standard] {
+    for mode in [reversible(), bdia_float(Sign::Random), STANDARD] {
         let adapters = Some(Adapters { shape: SHAPE, half: None });
         let (mut model, layout) = lay_out::<f64>(&setup(mode, adapters), 2, 7);
         let (mut whole, whole_layout) = lay_out::<f64>(&setup(mode, None), 2, 7);
@@ -263,17 +253,16 @@ fn bits(be: &Cpu, tensors: &[Named]) -> Vec<u32> {
 
 /// Loss of six steps and the adapters after them, from a model's directory.
 fn trained(dir: &str, setup: &Setup, chunk: usize) -> (Vec<u64>, Vec<u32>, u64) {
-    let config = Gpt2Config::read_dir(&data(dir)).unwrap();
-    let batch = batch(&state("finetune.safetensors"));
+    let batch = batch(&state("gpt2/finetune.safetensors"));
     let (mut model, mut be) = on_cpu(setup, chunk);
-    load_base(&data(dir), &config, &mut be, &model).unwrap();
+    load_weights(&data(dir), &mut be, &model).unwrap();
     model.initialize_adapters(&mut be, 1).unwrap();
     let (mut losses, mut mismatches) = (Vec::new(), 0);
     for i in 0..6 {
         let outcome =
             model.train(&mut be, &Step { step: i, lr: 1e-2, ..STEP }, fill(&batch)).unwrap();
         losses.push(outcome.loss.to_bits());
-        mismatches += outcome.mismatches;
+        mismatches += outcome.rebuilt.mismatches;
     }
     (losses, bits(&be, &model.trained()), mismatches)
 }
@@ -283,25 +272,21 @@ fn trained(dir: &str, setup: &Setup, chunk: usize) -> (Vec<u64>, Vec<u32>, u64) 
 #[test]
 fn storage_in_16_bits_changes_no_bit() {
     for (dir, half) in [("hf_bf16", Half::Bf16), ("hf_f16", Half::F16)] {
-        for mode in [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 2 }, Mode::BdiaFloat] {
+        for mode in [verified(reversible()), STANDARD, checkpoint(2), bdia_float(Sign::Random)] {
             let adapters = |half| Some(Adapters { shape: SHAPE, half });
-            let rule = Some(Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 });
-            let of = |half, fused, threads| {
-                let verify = mode == Mode::Bdia;
-                trained(
-                    dir,
-                    &Setup { rule, fused, threads, verify, ..setup(mode, adapters(half)) },
-                    2,
-                )
+            let (fused, full) = (Gradients::Fused(ADAMW), Gradients::Full(ADAMW));
+            let of = |half, gradients, threads| {
+                let s = Setup { gradients, threads, ..setup(mode, adapters(half)) };
+                trained(dir, &s, 2)
             };
-            let (losses, adapters, mismatches) = of(None, true, 1);
+            let (losses, adapters, mismatches) = of(None, fused, 1);
             assert!(
                 f64::from_bits(losses[5]) < f64::from_bits(losses[0]) - 0.1,
                 "{dir}, {mode:?}: nothing is learned"
             );
             assert_eq!(mismatches, 0, "{dir}, {mode:?}");
             for other in
-                [of(Some(half), true, 1), of(Some(half), true, 3), of(Some(half), false, 1)]
+                [of(Some(half), fused, 1), of(Some(half), fused, 3), of(Some(half), full, 1)]
             {
                 assert!(other == (losses.clone(), adapters.clone(), 0), "{dir}, {mode:?}");
             }
@@ -312,12 +297,11 @@ fn storage_in_16_bits_changes_no_bit() {
 /// Weights that are not numbers of 16 bits are rounded to the nearest, and the matrices only.
 #[test]
 fn other_weights_are_rounded() {
-    let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     let weights = Weights::read_dir(&data("hf_tied")).unwrap();
     for half in [Half::Bf16, Half::F16] {
         let (model, mut be) =
-            on_cpu(&setup(Mode::Bdia, Some(Adapters { shape: SHAPE, half: Some(half) })), 1);
-        load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
+            on_cpu(&setup(reversible(), Some(Adapters { shape: SHAPE, half: Some(half) })), 1);
+        load_weights(&data("hf_tied"), &mut be, &model).unwrap();
         let mut narrow = 0;
         for t in model.tensors() {
             let mut values = vec![0.0; t.len()];
@@ -345,10 +329,9 @@ fn other_weights_are_rounded() {
 #[test]
 fn adapters_are_saved_as_peft_saves_them() {
     let dir = TempDir::new();
-    let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     let (model, mut be) =
-        on_cpu(&setup(Mode::Bdia, Some(Adapters { shape: SHAPE, half: None })), 1);
-    let digest = load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
+        on_cpu(&setup(reversible(), Some(Adapters { shape: SHAPE, half: None })), 1);
+    let digest = load_weights(&data("hf_tied"), &mut be, &model).unwrap();
     for (place, values) in load_adapter(&model) {
         be.write_reals(place, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()).unwrap();
     }
@@ -387,17 +370,16 @@ fn adapters_are_saved_as_peft_saves_them() {
 /// Logits of the model with an adapter merged into it, against PEFT's.
 #[test]
 fn merged_adapters_compute_what_peft_does() {
-    let s = state("finetune.safetensors");
+    let s = state("gpt2/finetune.safetensors");
     let (tokens, _) = batch(&s);
     let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     for (dir, key) in [("peft_qv", "lora.logits"), ("peft_full", "other.logits")] {
-        let (mut model, mut be) = on_cpu(&setup(Mode::Standard, None), 1);
-        let digest = load_base(&data("hf_tied"), &config, &mut be, &model).unwrap();
+        let (mut model, mut be) = on_cpu(&setup(STANDARD, None), 1);
+        let digest = load_weights(&data("hf_tied"), &mut be, &model).unwrap();
         Adapter::open(&data(dir), &config).unwrap().merge(&mut be, &model, &digest).unwrap();
         for (i, tokens) in tokens.chunks(15).enumerate() {
-            let float = Inference::Float(Gamma::new(0.0, Sign::Plus).unwrap());
             let n = length(&s, i);
-            let ours = model.logits(&mut be, tokens, 0..n, float).unwrap();
+            let ours = model.logits(&mut be, tokens, 0..n, float(0.0)).unwrap();
             let ours: Vec<f64> = ours.iter().map(|&x| x.into()).collect();
             let d = difference(&ours, &s.reals[key][i * 16 * 61..][..n * 61]);
             // f32 against f64 through three blocks.
@@ -415,11 +397,10 @@ fn plans_of_the_355m_model() {
             dims: config.dims(),
             batch: 4,
             context: 256,
-            rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }),
-            fused: true,
+            gradients: Gradients::Fused(ADAMW),
             threads: 2,
             library: Cpu::library_bytes(2),
-            ..setup(Mode::Bdia, adapters)
+            ..setup(reversible(), adapters)
         };
         let choices = Cpu::rows().choices(setup.batch, setup.context);
         fit(None, choices, |choice| Gpt2::layout::<Cpu>(&setup, choice)).unwrap().2.total()
@@ -437,7 +418,7 @@ fn plans_of_the_355m_model() {
 fn settings_that_do_not_fit() {
     let lay = |shape| {
         let adapters = Some(Adapters { shape, half: None });
-        let s = Setup { dims: small(), context: 8, ..setup(Mode::Bdia, adapters) };
+        let s = Setup { dims: small(), context: 8, ..setup(reversible(), adapters) };
         Gpt2::layout::<Cpu>(&s, Choice { chunk: 1, head_rows: 4 }).unwrap_err().to_string()
     };
     assert!(lay(LoraShape { rank: 0, ..SHAPE }).contains("LoRA rank"));

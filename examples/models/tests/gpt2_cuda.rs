@@ -6,64 +6,26 @@
 mod common;
 
 use bdia_core::backend::Half;
-use bdia_core::layers::LoraShape;
+use bdia_core::layers::{Gradients, LoraShape};
+use bdia_core::network::{Outcome, Step};
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Fault, Gamma, Sign, Site, Storage};
+use bdia_core::{Error, Fault, Sign, Site, Storage};
 use bdia_cuda::{Cuda, Options, Precision};
-use bdia_models::gpt2::model::{Adapters, Dims, Gpt2, Outcome, Setup, Step};
-use common::{Memory, grid, lay_out, small};
+use bdia_models::gpt2::model::{Adapters, Dims, Gpt2, Setup};
+use common::{ADAMW, Memory, STANDARD, bdia, checkpoint, lay_out, run, small, verified};
 
 const STEP: Step = Step { step: 0, seed: 11, lr: 3e-3, weight_decay: 0.1, clip: 0.0 };
 
 fn setup(mode: Mode) -> Setup {
-    Setup {
-        dims: Dims { dropout: [0.1; 3], ..small() },
-        batch: 4,
-        accumulate: 1,
-        context: 9,
-        mode,
-        grid: if mode == Mode::Bdia { grid() } else { None },
-        gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-        rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 }),
-        adapters: None,
-        fused: true,
-        verify: mode == Mode::Bdia,
-        threads: 1,
-        library: 0,
-    }
+    let dims = Dims { dropout: [0.1; 3], ..small() };
+    Setup { gradients: Gradients::Fused(ADAMW), ..common::setup(dims, 4, 9, mode) }
 }
 
-fn run<B: bdia_core::Backend>(
-    be: &mut B,
-    model: &mut Gpt2,
-    steps: u32,
-    step: Step,
-) -> (Vec<Outcome>, Vec<B::Real>) {
-    let (context, batch) = (model.setup().context, model.setup().batch);
-    model.initialize(be, 3).unwrap();
-    if model.setup().adapters.is_some() {
-        model.initialize_adapters(be, 3).unwrap();
-    }
-    let mut outcomes = vec![];
-    for i in 0..steps {
-        let outcome = model.train(be, &Step { step: i, ..step }, |micro, x, y| {
-            for j in 0..x.len() {
-                let (n, t) = (micro * batch + j / context, j % context);
-                (x[j], y[j]) = (((n * 5 + t * 3) % 19) as i32, ((n * 5 + (t + 1) * 3) % 19) as i32);
-            }
-            Ok::<(), Error>(())
-        });
-        outcomes.push(outcome.unwrap());
-    }
-    let mut all = vec![];
-    for t in model.trained() {
-        let mut v = vec![bdia_core::Real::of(0.0); t.values.len()];
-        be.read_reals(t.values, &mut v).unwrap();
-        all.extend(v);
-    }
-    (outcomes, all)
+/// Mode `bdia`, which counts the values that it rebuilds wrongly.
+fn exact() -> Mode {
+    verified(bdia(14, Sign::Random))
 }
 
 fn on_cuda(
@@ -76,25 +38,22 @@ fn on_cuda(
     let (mut model, layout) = Gpt2::layout::<Cuda>(s, Choice { chunk, head_rows: 9 }).unwrap();
     let mut be =
         Cuda::new(&layout, Options { device: 0, precision }).map_err(|e| e.to_string()).unwrap();
-    let (outcomes, values) = run(&mut be, &mut model, steps, step);
+    let (outcomes, values) = run(&mut be, &mut model, steps, step).unwrap();
     (outcomes, values.into_iter().map(f32::to_bits).collect())
 }
 
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn exact_and_like_the_reference() {
-    for rule in [
-        Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 },
-        Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 },
-    ] {
-        let s = Setup { rule: Some(rule), ..setup(Mode::Bdia) };
+    for rule in [ADAMW, Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 }] {
+        let s = Setup { gradients: Gradients::Fused(rule), ..setup(exact()) };
         let (mut model, layout) = lay_out::<f64>(&s, 4, 36);
         let mut memory = Memory::<f64>::new(&layout);
-        let (exact, _) = run(&mut memory.backend(&layout), &mut model, 3, STEP);
+        let (reference, _) = run(&mut memory.backend(&layout), &mut model, 3, STEP).unwrap();
         for chunk in [1, 4] {
             let (outcomes, bits) = on_cuda(&s, chunk, Precision::F32, 3, STEP);
-            for (a, b) in outcomes.iter().zip(&exact) {
-                assert_eq!(a.mismatches, 0);
+            for (a, b) in outcomes.iter().zip(&reference) {
+                assert_eq!(a.rebuilt.mismatches, 0);
                 // f32 against f64 through a grid of 2^-14, whose roundings may fall to the other
                 // side.
                 assert!((a.loss - b.loss).abs() < 2e-3, "chunk {chunk}: {} {}", a.loss, b.loss);
@@ -114,14 +73,14 @@ fn exact_and_like_the_reference() {
 fn adapters_are_trained() {
     for half in [None, Some(Half::Bf16), Some(Half::F16)] {
         let adapters = Some(Adapters { shape: LoraShape { rank: 3, alpha: 12.0 }, half });
-        let s = Setup { adapters, ..setup(Mode::Bdia) };
+        let s = Setup { adapters, ..setup(exact()) };
         let (mut model, layout) = lay_out::<f64>(&s, 4, 36);
         let mut memory = Memory::<f64>::new(&layout);
         let step = Step { lr: 3e-2, ..STEP };
-        let (exact, _) = run(&mut memory.backend(&layout), &mut model, 3, step);
+        let (reference, _) = run(&mut memory.backend(&layout), &mut model, 3, step).unwrap();
         let (outcomes, bits) = on_cuda(&s, 2, Precision::F32, 3, step);
-        for (a, b) in outcomes.iter().zip(&exact) {
-            assert_eq!(a.mismatches, 0);
+        for (a, b) in outcomes.iter().zip(&reference) {
+            assert_eq!(a.rebuilt.mismatches, 0);
             assert!((a.loss - b.loss).abs() < 2e-3, "{half:?}: {} {}", a.loss, b.loss);
         }
         assert_eq!(bits, on_cuda(&s, 2, Precision::F32, 3, step).1, "a run repeats its bits");
@@ -133,17 +92,14 @@ fn adapters_are_trained() {
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn modes_agree_bit_for_bit() {
-    let of = |mode, fused| on_cuda(&Setup { fused, ..setup(mode) }, 2, Precision::F32, 2, STEP);
-    let (standard, bits) = of(Mode::Standard, true);
-    assert_eq!(bits, of(Mode::Checkpoint { every: 2 }, true).1);
-    assert_eq!(bits, of(Mode::Standard, false).1);
-    let clipped = on_cuda(
-        &Setup { fused: false, ..setup(Mode::Standard) },
-        2,
-        Precision::F32,
-        2,
-        Step { clip: 0.01, ..STEP },
-    );
+    let (fused, full) = (Gradients::Fused(ADAMW), Gradients::Full(ADAMW));
+    let of = |mode, gradients, step| {
+        on_cuda(&Setup { gradients, ..setup(mode) }, 2, Precision::F32, 2, step)
+    };
+    let (standard, bits) = of(STANDARD, fused, STEP);
+    assert_eq!(bits, of(checkpoint(2), fused, STEP).1);
+    assert_eq!(bits, of(STANDARD, full, STEP).1);
+    let clipped = of(STANDARD, full, Step { clip: 0.01, ..STEP });
     assert!(
         standard[0].loss == clipped.0[0].loss && clipped.0[0].grad_norm > 0.01 && bits != clipped.1
     );
@@ -154,12 +110,12 @@ fn modes_agree_bit_for_bit() {
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn short_factors_are_exact_too() {
-    let s = Setup { dims: small(), ..setup(Mode::Bdia) };
+    let s = Setup { dims: small(), ..setup(exact()) };
     let step = Step { weight_decay: 0.0, lr: 1e-2, ..STEP };
     let (full, bits) = on_cuda(&s, 4, Precision::F32, 25, step);
     for precision in [Precision::Tf32, Precision::Bf16] {
         let (outcomes, short) = on_cuda(&s, 4, precision, 25, step);
-        assert!(outcomes.iter().all(|o| o.mismatches == 0), "{precision:?}");
+        assert!(outcomes.iter().all(|o| o.rebuilt.mismatches == 0), "{precision:?}");
         assert!(
             (outcomes[0].loss - full[0].loss).abs() < 0.02,
             "{precision:?}: {} {}",
@@ -177,9 +133,9 @@ fn short_factors_are_exact_too() {
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn faults_leave_parameters_untouched() {
     let (mut model, layout) =
-        Gpt2::layout::<Cuda>(&setup(Mode::Bdia), Choice { chunk: 2, head_rows: 9 }).unwrap();
+        Gpt2::layout::<Cuda>(&setup(exact()), Choice { chunk: 2, head_rows: 9 }).unwrap();
     let mut be = Cuda::new(&layout, Options::default()).map_err(|e| e.to_string()).unwrap();
-    let _ = run(&mut be, &mut model, 1, STEP);
+    run(&mut be, &mut model, 1, STEP).unwrap();
     let named = model.tensors();
     let snapshot = |be: &Cuda| -> Vec<u32> {
         let mut all = vec![];

@@ -4,13 +4,13 @@
 
 mod common;
 
-use bdia_core::optim::Rule;
+use bdia_core::layers::Gradients;
+use bdia_core::network::Step;
 use bdia_core::plan::Choice;
-use bdia_core::stack::Mode;
-use bdia_core::{Error, Gamma, Sign};
+use bdia_core::{Error, Sign};
 use bdia_cuda::{Cuda, Options};
-use bdia_models::gpt2::model::{Dims, Gpt2, Setup, Step};
-use common::{grid, small};
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
+use common::{ADAMW, STANDARD, bdia, checkpoint, small};
 
 /// Driver calls of the emulated device so far: kernels, products, uploads from page-locked and from
 /// other memory, copies to the host, waits with work before them, waits without. None on a real
@@ -41,31 +41,21 @@ fn calls() -> Option<[u64; 7]> {
 #[test]
 #[ignore = "needs the emulated device of .ci/cuda"]
 fn emulated_calls_of_a_step() {
+    let reversible = bdia(14, Sign::Random);
     let cases = [
-        (Mode::Standard, 1, 0.0),
-        (Mode::Checkpoint { every: 2 }, 1, 0.0),
-        (Mode::Bdia, 1, 0.0),
-        (Mode::Bdia, 1, 1.0),
-        (Mode::Bdia, 2, 1.0),
+        (STANDARD, 1, 0.0),
+        (checkpoint(2), 1, 0.0),
+        (reversible, 1, 0.0),
+        (reversible, 1, 1.0),
+        (reversible, 2, 1.0),
     ];
     for (mode, accumulate, clip) in cases {
         let mut counts = vec![];
         for layers in [3, 4] {
-            let s = Setup {
-                dims: Dims { layers, ..small() },
-                batch: 4,
-                accumulate,
-                context: 9,
-                mode,
-                grid: if mode == Mode::Bdia { grid() } else { None },
-                gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-                rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 }),
-                adapters: None,
-                fused: clip == 0.0,
-                verify: false,
-                threads: 1,
-                library: 0,
-            };
+            let gradients =
+                if clip == 0.0 { Gradients::Fused(ADAMW) } else { Gradients::Full(ADAMW) };
+            let dims = Dims { layers, ..small() };
+            let s = Setup { accumulate, gradients, ..common::setup(dims, 4, 9, mode) };
             let (mut model, layout) =
                 Gpt2::layout::<Cuda>(&s, Choice { chunk: 2, head_rows: 36 }).unwrap();
             let mut be = Cuda::new(&layout, Options::default()).map_err(|e| e.to_string()).unwrap();

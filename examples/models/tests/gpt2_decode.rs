@@ -9,36 +9,23 @@ use core::ops::ControlFlow;
 use bdia_core::backend::Backend;
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
-use bdia_core::stack::Mode;
 use bdia_core::{Error, Gamma, Layout, Real, Reference, Sign, Storage};
 use bdia_cpu::Cpu;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::decode::{DecodeError, Decoder, Decoding, How, Sizes};
-use bdia_models::gpt2::model::{Gpt2, Inference, Setup};
+use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::inference::Inference;
 use bdia_models::sample::Sampler;
 use bdia_models::search::Length;
 use bdia_models::weights::Weights;
-use common::{Memory, data, grid};
+use common::{Memory, bdia, data, float, quantized};
 use serde_json::Value;
 
 const MODEL: &str = "hf_generate";
 
 fn setup(context: usize, threads: usize) -> Setup {
-    Setup {
-        dims: Gpt2Config::read_dir(&data(MODEL)).unwrap().dims(),
-        batch: 1,
-        accumulate: 1,
-        adapters: None,
-        context,
-        mode: Mode::Bdia,
-        grid: grid(),
-        gamma: Gamma::new(0.5, Sign::Plus).unwrap(),
-        rule: None,
-        fused: true,
-        verify: false,
-        threads,
-        library: 0,
-    }
+    let dims = Gpt2Config::read_dir(&data(MODEL)).unwrap().dims();
+    Setup { threads, ..common::setup(dims, 1, context, bdia(14, Sign::Plus)) }
 }
 
 /// The model and its decoder over the same arenas.
@@ -61,14 +48,6 @@ fn load<B: Backend>(be: &mut B, model: &Gpt2) {
         )
         .unwrap();
     }
-}
-
-fn float(gamma: f64) -> Inference {
-    Inference::Float(Gamma::new(gamma, Sign::Plus).unwrap())
-}
-
-fn quantized(gamma: f64) -> Inference {
-    Inference::Quantized(Gamma::new(gamma, Sign::Plus).unwrap())
 }
 
 fn greedy(tokens: usize, inference: Inference) -> Decoding {
@@ -259,7 +238,8 @@ fn what_cannot_be_decoded() {
     assert!(refused(&[vec![1, 61]], &d).contains("vocabulary"), "{}", refused(&[vec![1, 61]], &d));
     let drawn = Decoding { how: How::Sample(Sampler::GREEDY, 1), ..d };
     assert!(refused(&[vec![1]], &drawn).contains("beams of a sample"));
-    assert!(refused(&[vec![1]], &Decoding { inference: quantized(0.3), ..d }).contains("0.3"));
+    // On the grid there is no such network.
+    assert!(Gamma::from_value(0.3, Sign::Plus).unwrap_err().to_string().contains("0.3"));
     assert!(decoder.decode(&mut be, &[], &d, |_, _| ControlFlow::Continue(())).unwrap().is_empty());
     assert_eq!(
         decoder

@@ -8,36 +8,23 @@ mod common;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use bdia_core::optim::Rule;
+use bdia_core::layers::Gradients;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Gamma, Grid, Layout, Sign, Storage};
+use bdia_core::{Error, Layout, Sign, Storage};
 use bdia_cpu::Cpu;
 use bdia_models::files::testing::TempDir;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::files::{self, load_weights, save_weights};
-use bdia_models::gpt2::model::{Gpt2, Setup, Step};
+use bdia_models::gpt2::files::{load_weights, save_weights};
+use bdia_models::gpt2::model::{Gpt2, Setup};
 use bdia_models::weights::{self, Weights, WeightsError};
 use common::transformers::{agrees, logits};
-use common::{Memory, data, state};
+use common::{Memory, SGD, STANDARD, STILL, bdia, data, state};
 
 /// A setup for inference, on one thread.
 fn setup(config: &Gpt2Config, batch: usize, context: usize, mode: Mode) -> Setup {
-    Setup {
-        dims: config.dims(),
-        batch,
-        accumulate: 1,
-        context,
-        mode,
-        grid: (mode == Mode::Bdia).then(|| Grid::new(14).unwrap()),
-        gamma: Gamma::new(0.5, Sign::Plus).unwrap(),
-        rule: None,
-        adapters: None,
-        fused: true,
-        verify: false,
-        threads: 1,
-        library: Cpu::library_bytes(1),
-    }
+    let library = Cpu::library_bytes(1);
+    Setup { library, ..common::setup(config.dims(), batch, context, mode) }
 }
 
 fn lay_out(setup: &Setup, choice: Choice) -> (Gpt2, Layout) {
@@ -46,23 +33,19 @@ fn lay_out(setup: &Setup, choice: Choice) -> (Gpt2, Layout) {
 
 /// Largest difference over the largest magnitude.
 fn difference(ours: &[f64], theirs: &[f64]) -> f64 {
-    assert_eq!(ours.len(), theirs.len());
-    let scale = theirs.iter().fold(0.0_f64, |a, x| a.max(x.abs()));
-    ours.iter().zip(theirs).fold(0.0_f64, |a, (x, y)| a.max((x - y).abs())) / scale
+    common::difference(ours, theirs, 0.0)
 }
 
 #[test]
 fn logits_are_those_of_transformers() {
     for name in ["hf_tied", "hf_untied", "hf_f16", "hf_bf16", "hf_sharded"] {
         let config = Gpt2Config::read_dir(&data(name)).unwrap();
-        let s = state(&format!("{name}/state.safetensors"));
-        for mode in [Mode::Standard, Mode::Bdia] {
-            let (mut model, layout) = lay_out(
-                &setup(&config, 1, 16, mode),
-                Choice { chunk: 1, head_rows: if mode == Mode::Bdia { 5 } else { 16 } },
-            );
+        let s = state(&format!("gpt2/{name}/state.safetensors"));
+        for (mode, head_rows) in [(STANDARD, 16), (bdia(14, Sign::Plus), 5)] {
+            let choice = Choice { chunk: 1, head_rows };
+            let (mut model, layout) = lay_out(&setup(&config, 1, 16, mode), choice);
             let mut be = Cpu::new(&layout, 1).unwrap();
-            load_weights(&data(name), &config, &mut be, &model).unwrap();
+            load_weights(&data(name), &mut be, &model).unwrap();
             let d =
                 difference(&logits(&mut be, &mut model, &s.ints["tokens"], 16), &s.reals["logits"]);
             println!("{name}, {mode:?}: logits differ by {d:.1e} of the largest");
@@ -75,18 +58,13 @@ fn logits_are_those_of_transformers() {
 fn loss_and_gradients_are_those_of_transformers() {
     for name in ["hf_tied", "hf_untied"] {
         let config = Gpt2Config::read_dir(&data(name)).unwrap();
-        let s = state(&format!("{name}/state.safetensors"));
-        let setup = Setup {
-            rule: Some(Rule::Sgd { momentum: 0.0 }),
-            fused: false,
-            ..setup(&config, 2, 16, Mode::Standard)
-        };
+        let s = state(&format!("gpt2/{name}/state.safetensors"));
+        let setup = Setup { gradients: Gradients::Full(SGD), ..setup(&config, 2, 16, STANDARD) };
         let (mut model, layout) = lay_out(&setup, Choice { chunk: 2, head_rows: 32 });
         let mut be = Cpu::new(&layout, 1).unwrap();
-        load_weights(&data(name), &config, &mut be, &model).unwrap();
-        let step = Step { step: 0, seed: 0, lr: 0.0, weight_decay: 0.0, clip: 0.0 };
+        load_weights(&data(name), &mut be, &model).unwrap();
         let outcome = model
-            .train(&mut be, &step, |_, x, y| {
+            .train(&mut be, &STILL, |_, x, y| {
                 x.copy_from_slice(&s.ints["tokens"]);
                 y.copy_from_slice(&s.ints["targets"]);
                 Ok::<(), Error>(())
@@ -155,9 +133,9 @@ fn tensors_that_do_not_fit_are_all_named() {
     let tied = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     let untied = Gpt2Config { tie_word_embeddings: false, ..tied };
     let (model, layout) =
-        lay_out(&setup(&untied, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
+        lay_out(&setup(&untied, 1, 16, STANDARD), Choice { chunk: 1, head_rows: 16 });
     let mut be = Cpu::new(&layout, 1).unwrap();
-    let error = load_weights(&data("hf_tied"), &untied, &mut be, &model).unwrap_err().to_string();
+    let error = load_weights(&data("hf_tied"), &mut be, &model).unwrap_err().to_string();
     assert!(error.contains("missing: lm_head.weight"), "{error}");
 }
 
@@ -165,9 +143,9 @@ fn tensors_that_do_not_fit_are_all_named() {
 fn save_again(name: &str, dir: &Path) -> Vec<f32> {
     let config = Gpt2Config::read_dir(&data(name)).unwrap();
     let (model, layout) =
-        lay_out(&setup(&config, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
+        lay_out(&setup(&config, 1, 16, STANDARD), Choice { chunk: 1, head_rows: 16 });
     let mut be = Cpu::new(&layout, 1).unwrap();
-    load_weights(&data(name), &config, &mut be, &model).unwrap();
+    load_weights(&data(name), &mut be, &model).unwrap();
     save_weights(dir, &be, &model).unwrap();
     config.write_dir(dir).unwrap();
     read(&be, &model)
@@ -191,9 +169,9 @@ fn what_we_save_is_read_back_the_same() {
         let config = Gpt2Config::read_dir(dir.path()).unwrap();
         assert_eq!(config, Gpt2Config::read_dir(&data(name)).unwrap());
         let (model, layout) =
-            lay_out(&setup(&config, 1, 16, Mode::Standard), Choice { chunk: 1, head_rows: 16 });
+            lay_out(&setup(&config, 1, 16, STANDARD), Choice { chunk: 1, head_rows: 16 });
         let mut be = Cpu::new(&layout, 1).unwrap();
-        load_weights(dir.path(), &config, &mut be, &model).unwrap();
+        load_weights(dir.path(), &mut be, &model).unwrap();
         let again = read(&be, &model);
         assert!(saved.iter().map(|x| x.to_bits()).eq(again.iter().map(|x| x.to_bits())), "{name}");
     }
@@ -288,7 +266,7 @@ fn a_published_model_gives_its_stored_logits() {
 
     let dir = TempDir::new();
     let shapes = config.tensors();
-    files::write::<WeightsError>(&dir.path().join(weights::FILE), &shapes, |i, sink| {
+    weights::write::<WeightsError>(&dir.path().join(weights::FILE), &shapes, |i, sink| {
         let (name, shape) = &shapes[i];
         if name.ends_with("c_attn.bias") {
             return sink.put(&json[&format!("transformer.{name}")]);
@@ -314,7 +292,7 @@ fn a_published_model_gives_its_stored_logits() {
         |ours: &[f64]| ours.iter().zip(&stored).fold(0.0_f64, |a, (x, y)| a.max((x - y).abs()));
 
     let config = Gpt2Config::read_dir(dir.path()).unwrap();
-    let setup = setup(&config, 1, 11, Mode::Standard);
+    let setup = setup(&config, 1, 11, STANDARD);
     // In f64: what is left is the rounding of the stored values, which PyTorch computed in f32.
     let choice = Choice { chunk: 1, head_rows: 11 };
     let (mut model, layout) = common::lay_out::<f64>(&setup, choice.chunk, choice.head_rows);
@@ -334,7 +312,7 @@ fn a_published_model_gives_its_stored_logits() {
     // In f32, which rounds as much as PyTorch's program did.
     let (mut model, layout) = lay_out(&setup, choice);
     let mut be = Cpu::new(&layout, 1).unwrap();
-    load_weights(dir.path(), &config, &mut be, &model).unwrap();
+    load_weights(dir.path(), &mut be, &model).unwrap();
     let ours = logits(&mut be, &mut model, &tokens, 11);
     let (absolute, relative) = (most(&ours), difference(&ours, &stored));
     println!("f32: logits differ by {absolute:.2e}, {relative:.2e} of the largest");

@@ -6,36 +6,36 @@ mod common;
 
 use core::time::Duration;
 
-use bdia_core::optim::Rule;
+use bdia_core::layers::Gradients;
+use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Exchange, Fault, Gamma, Halt, Sign, Site, Storage};
+use bdia_core::{Error, Exchange, Fault, Halt, Sign, Site, Storage};
 use bdia_cpu::Cpu;
-use bdia_models::gpt2::model::{Dims, Gpt2, Outcome, Setup, Step};
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
+use bdia_models::plan::Plan;
 use bdia_ranks::{Local, Ranks, Replica};
-use common::{grid, small};
+use common::{ADAMW, STANDARD, bdia, bdia_float, checkpoint, small, verified};
 
 /// Samples of a micro-batch, of all ranks.
 const BATCH: usize = 4;
 const STEPS: u32 = 4;
 const STEP: Step = Step { step: 0, seed: 11, lr: 1e-3, weight_decay: 0.1, clip: 0.0 };
 
-fn setup(mode: Mode, fused: bool) -> Setup {
+fn setup(mode: Mode, gradients: Gradients) -> Setup {
     Setup {
-        dims: Dims { dropout: [0.1; 3], ..small() },
-        batch: BATCH,
-        accumulate: if fused { 1 } else { 2 },
-        context: 9,
-        mode,
-        grid: if mode == Mode::Bdia { grid() } else { None },
-        gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-        rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 }),
-        adapters: None,
-        fused,
-        verify: mode == Mode::Bdia,
-        threads: 1,
-        library: 0,
+        accumulate: if gradients.fused() { 1 } else { 2 },
+        gradients,
+        ..common::setup(Dims { dropout: [0.1; 3], ..small() }, BATCH, 9, mode)
     }
+}
+
+const FUSED: Gradients = Gradients::Fused(ADAMW);
+const FULL: Gradients = Gradients::Full(ADAMW);
+
+/// Mode `bdia`, which counts the values that it rebuilds wrongly.
+fn exact() -> Mode {
+    verified(bdia(14, Sign::Random))
 }
 
 /// Sample `i` of the global batch: lengths differ, so ranks have different numbers of targets.
@@ -63,7 +63,7 @@ fn on<T: Send>(
                         Gpt2::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 9 }).unwrap();
                     let mut be = Cpu::new(&layout, 1).unwrap();
                     let mut ranks = Ranks::start(move || Ok(link)).unwrap();
-                    ranks.reserve(&model.exchanged());
+                    ranks.reserve(&[model.exchanged()]);
                     let result = work(&mut Replica::new(&mut be, &mut ranks), &mut model);
                     ranks.close();
                     result
@@ -124,14 +124,14 @@ fn train(ranks: usize, setup: &Setup, plan: &Step) -> (Vec<Outcome>, Vec<u32>) {
 #[test]
 fn losses_do_not_depend_on_the_number_of_ranks() {
     let clipped = Step { clip: 0.5, ..STEP };
-    for (mode, fused, plan) in [
-        (Mode::Bdia, true, STEP),
-        (Mode::Bdia, false, clipped),
-        (Mode::Standard, true, STEP),
-        (Mode::Checkpoint { every: 2 }, true, STEP),
-        (Mode::BdiaFloat, false, clipped),
+    for (mode, gradients, plan) in [
+        (exact(), FUSED, STEP),
+        (exact(), FULL, clipped),
+        (STANDARD, FUSED, STEP),
+        (checkpoint(2), FUSED, STEP),
+        (bdia_float(Sign::Random), FULL, clipped),
     ] {
-        let setup = setup(mode, fused);
+        let setup = setup(mode, gradients);
         let (one, start) = train(1, &setup, &plan);
         for ranks in [2, 4] {
             let (several, end) = train(ranks, &setup, &plan);
@@ -153,7 +153,7 @@ fn losses_do_not_depend_on_the_number_of_ranks() {
                     (a.grad_norm - b.grad_norm).abs() <= 1e-4 * a.grad_norm,
                     "{mode:?}: {a:?} {b:?}"
                 );
-                assert_eq!((a.mismatches, b.mismatches), (0, 0));
+                assert_eq!((a.rebuilt.mismatches, b.rebuilt.mismatches), (0, 0));
             }
             assert_eq!(start.len(), end.len());
         }
@@ -165,8 +165,8 @@ fn losses_do_not_depend_on_the_number_of_ranks() {
 #[test]
 fn a_fault_of_one_rank_stops_all_before_an_update() {
     for (ranks, wrong) in [(2, 3), (2, 0), (4, 2)] {
-        for fused in [true, false] {
-            let ends = on(ranks, &setup(Mode::Bdia, fused), |be, model| {
+        for gradients in [FUSED, FULL] {
+            let ends = on(ranks, &setup(exact(), gradients), |be, model| {
                 model.initialize(be, 3).unwrap();
                 step(be, model, &STEP, None).unwrap();
                 let before = parameters(be, model);
@@ -187,7 +187,7 @@ fn a_fault_of_one_rank_stops_all_before_an_update() {
 /// A gradient that is too large on one rank is too large in the sum: all stop alike.
 #[test]
 fn a_gradient_that_is_too_large_stops_all() {
-    let ends = on(2, &setup(Mode::Standard, true), |be, model| {
+    let ends = on(2, &setup(STANDARD, FUSED), |be, model| {
         model.initialize(be, 3).unwrap();
         // Activations of 1e30 and weights of 1e-30: what is computed stays as it is, the weights'
         // gradient does not.

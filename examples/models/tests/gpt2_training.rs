@@ -4,66 +4,29 @@
 
 mod common;
 
-use bdia_core::backend::Backend;
+use bdia_core::layers::Gradients;
+use bdia_core::network::{Outcome, Step};
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::{Error, Fault, Gamma, Reference, Sign, Site};
 use bdia_cpu::Cpu;
-use bdia_models::gpt2::model::{Dims, Gpt2, Inference, Outcome, Setup, Step};
-use common::{Memory, grid, lay_out, small};
-
-fn setup(mode: Mode) -> Setup {
-    Setup {
-        dims: small(),
-        batch: 4,
-        accumulate: 1,
-        context: 9,
-        mode,
-        grid: if mode == Mode::Bdia { grid() } else { None },
-        gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-        rule: Some(Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 }),
-        adapters: None,
-        fused: true,
-        verify: mode == Mode::Bdia,
-        threads: 3,
-        library: 0,
-    }
-}
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
+use common::{
+    ADAMW, Memory, SGD, STANDARD, bdia, bdia_float, bits, checkpoint, float, lay_out, quantized,
+    run, sample, small, verified,
+};
 
 const STEP: Step = Step { step: 0, seed: 11, lr: 1e-2, weight_decay: 0.1, clip: 0.0 };
 
-/// Sample `i` of the global batch: a sequence that can be learnt.
-fn sample(i: usize, x: &mut [i32], y: &mut [i32]) {
-    for (t, (x, y)) in x.iter_mut().zip(y).enumerate() {
-        (*x, *y) = (((i * 5 + t * 3) % 19) as i32, ((i * 5 + (t + 1) * 3) % 19) as i32);
-    }
+/// Mode `bdia`, which counts the values that it rebuilds wrongly.
+fn exact() -> Mode {
+    verified(bdia(14, Sign::Random))
 }
 
-fn run<B: Backend>(
-    be: &mut B,
-    model: &mut Gpt2,
-    steps: u32,
-    step: Step,
-) -> Result<(Vec<Outcome>, Vec<B::Real>), Error> {
-    let (context, batch) = (model.setup().context, model.setup().batch);
-    model.initialize(be, 3)?;
-    let mut outcomes = Vec::new();
-    for i in 0..steps {
-        outcomes.push(model.train(be, &Step { step: i, ..step }, |micro, x, y| {
-            for (j, (x, y)) in x.chunks_mut(context).zip(y.chunks_mut(context)).enumerate() {
-                sample(micro * batch + j, x, y);
-            }
-            Ok::<(), Error>(())
-        })?);
-    }
-    let mut all = Vec::new();
-    for t in model.tensors() {
-        let mut v = vec![bdia_core::Real::of(0.0); t.values.len()];
-        be.read_reals(t.values, &mut v)?;
-        all.extend(v);
-    }
-    Ok((outcomes, all))
+fn setup(mode: Mode) -> Setup {
+    let gradients = Gradients::Fused(ADAMW);
+    Setup { gradients, threads: 3, ..common::setup(small(), 4, 9, mode) }
 }
 
 fn on_cpu(
@@ -78,14 +41,10 @@ fn on_cpu(
     run(&mut be, &mut model, steps, step).unwrap()
 }
 
-fn bits(v: &[f32]) -> Vec<u32> {
-    v.iter().map(|x| x.to_bits()).collect()
-}
-
 /// Whole runs give the same bits for 1, 2 and 3 threads, in every mode, with dropout.
 #[test]
 fn threads_change_no_bit() {
-    for mode in [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 2 }, Mode::BdiaFloat] {
+    for mode in [exact(), STANDARD, checkpoint(2), bdia_float(Sign::Random)] {
         let dims = Dims { width: 48, heads: 3, inner: 96, dropout: [0.1; 3], ..small() };
         let s = Setup { dims, ..setup(mode) };
         let choice = Choice { chunk: 2, head_rows: 8 };
@@ -96,7 +55,7 @@ fn threads_change_no_bit() {
             let loss = |r: &[Outcome]| r.iter().map(|o| o.loss.to_bits()).collect::<Vec<_>>();
             assert_eq!(loss(&one.0), loss(&more.0), "{mode:?}");
         }
-        assert!(one.0.iter().all(|o| o.mismatches == 0));
+        assert!(one.0.iter().all(|o| o.rebuilt.mismatches == 0));
     }
 }
 
@@ -105,7 +64,7 @@ fn threads_change_no_bit() {
 #[test]
 fn chunks_and_backends() {
     let dims = Dims { dropout: [0.2; 3], ..small() };
-    let s = Setup { dims, ..setup(Mode::Bdia) };
+    let s = Setup { dims, ..setup(exact()) };
     let (mut model, layout) = lay_out::<f64>(&s, 4, 36);
     let mut memory = Memory::<f64>::new(&layout);
     let (exact, reference) = run(&mut memory.backend(&layout), &mut model, 3, STEP).unwrap();
@@ -113,7 +72,7 @@ fn chunks_and_backends() {
         let (mut model, layout) = lay_out::<f64>(&s, chunk, 5);
         let mut memory = Memory::<f64>::new(&layout);
         let (outcomes, values) = run(&mut memory.backend(&layout), &mut model, 3, STEP).unwrap();
-        assert!(outcomes.iter().all(|o| o.mismatches == 0));
+        assert!(outcomes.iter().all(|o| o.rebuilt.mismatches == 0));
         // Only sums of gradients are ordered otherwise: 1e-15 of each, and Adam divides by small
         // roots.
         for (a, b) in values.iter().zip(&reference) {
@@ -121,7 +80,7 @@ fn chunks_and_backends() {
         }
         let (outcomes, _) = on_cpu(&s, Choice { chunk, head_rows: 5 }, 2, 3, STEP);
         for (a, b) in outcomes.iter().zip(&exact) {
-            assert_eq!(a.mismatches, 0);
+            assert_eq!(a.rebuilt.mismatches, 0);
             // f32 against f64 through a grid of 2^-14, whose roundings may fall to the other side.
             assert!((a.loss - b.loss).abs() < 2e-3, "chunk {chunk}: {} {}", a.loss, b.loss);
         }
@@ -132,7 +91,7 @@ fn chunks_and_backends() {
 #[test]
 fn accumulation_is_the_same_step() {
     let dims = Dims { dropout: [0.1; 3], ..small() };
-    let mut s = Setup { dims, fused: false, ..setup(Mode::Bdia) };
+    let mut s = Setup { dims, gradients: Gradients::Full(ADAMW), ..setup(exact()) };
     let mut results = Vec::new();
     for (batch, accumulate) in [(4, 1), (2, 2), (1, 4)] {
         (s.batch, s.accumulate) = (batch, accumulate);
@@ -148,18 +107,16 @@ fn accumulation_is_the_same_step() {
     // Full gradient buffers and fused updates are the same bits: the order of every sum is the
     // same.
     let whole = Setup { batch: 4, accumulate: 1, ..s };
-    let (a, b) = (
-        on_cpu(&whole, Choice { chunk: 2, head_rows: 9 }, 2, 3, STEP).1,
-        on_cpu(&Setup { fused: true, ..whole }, Choice { chunk: 2, head_rows: 9 }, 2, 3, STEP).1,
-    );
-    assert_eq!(bits(&a), bits(&b));
+    let fused = Setup { gradients: Gradients::Fused(ADAMW), ..whole };
+    let choice = Choice { chunk: 2, head_rows: 9 };
+    let of = |s| bits(&on_cpu(s, choice, 2, 3, STEP).1);
+    assert_eq!(of(&whole), of(&fused));
 }
 
 /// Clipping scales the gradient to the norm; with SGD the step is then that long.
 #[test]
 fn clipping() {
-    let rule = Some(Rule::Sgd { momentum: 0.0 });
-    let s = Setup { fused: false, rule, ..setup(Mode::Standard) };
+    let s = Setup { gradients: Gradients::Full(SGD), ..setup(STANDARD) };
     let distance = |clip: f64| {
         let (mut model, layout) = lay_out::<f64>(&s, 4, 36);
         let mut memory = Memory::<f64>::new(&layout);
@@ -179,13 +136,13 @@ fn clipping() {
 /// The network learns, in every mode and with every optimizer, to the same quality.
 #[test]
 fn every_mode_learns() {
-    for mode in [Mode::Bdia, Mode::Standard, Mode::Checkpoint { every: 3 }, Mode::BdiaFloat] {
+    for mode in [exact(), STANDARD, checkpoint(3), bdia_float(Sign::Random)] {
         for rule in [
-            Rule::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8 },
+            ADAMW,
             Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 },
             Rule::Sgd { momentum: 0.9 },
         ] {
-            let s = Setup { rule: Some(rule), ..setup(mode) };
+            let s = Setup { gradients: Gradients::Fused(rule), ..setup(mode) };
             let lr = if matches!(rule, Rule::Sgd { .. }) { 0.1 } else { 3e-3 };
             let step = Step { lr, weight_decay: 0.0, ..STEP };
             let (outcomes, _) = on_cpu(&s, Choice { chunk: 4, head_rows: 36 }, 2, 150, step);
@@ -199,28 +156,15 @@ fn every_mode_learns() {
 #[test]
 fn checkpointing_changes_no_bit() {
     let dims = Dims { dropout: [0.1; 3], ..small() };
-    for grid in [None, grid()] {
+    for grid in [None, Some(common::grid())] {
         let of = |mode| {
-            let s = Setup { dims, grid, ..setup(mode) };
-            bits(
-                &on_cpu(
-                    &Setup { verify: false, ..s },
-                    Choice { chunk: 2, head_rows: 9 },
-                    2,
-                    3,
-                    STEP,
-                )
-                .1,
-            )
+            let choice = Choice { chunk: 2, head_rows: 9 };
+            bits(&on_cpu(&Setup { dims, ..setup(mode) }, choice, 2, 3, STEP).1)
         };
-        let standard = of(Mode::Standard);
+        let standard = of(Mode::Standard { grid });
         for every in 1..=4 {
-            assert_eq!(
-                standard,
-                of(Mode::Checkpoint { every }),
-                "every {every}, grid {}",
-                grid.is_some()
-            );
+            let other = of(Mode::Checkpoint { every, grid });
+            assert_eq!(standard, other, "every {every}, grid {}", grid.is_some());
         }
     }
 }
@@ -228,7 +172,7 @@ fn checkpointing_changes_no_bit() {
 /// What goes wrong in the numbers stops the step and leaves parameters as they were.
 #[test]
 fn faults_leave_parameters_untouched() {
-    let s = setup(Mode::Bdia);
+    let s = setup(exact());
     let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice { chunk: 2, head_rows: 9 }).unwrap();
     let mut be = Cpu::new(&layout, 3).unwrap();
     let (_, before) = run(&mut be, &mut model, 2, STEP).unwrap();
@@ -292,7 +236,7 @@ fn faults_leave_parameters_untouched() {
 /// network.
 #[test]
 fn inference() {
-    let s = setup(Mode::Bdia);
+    let s = setup(exact());
     let (mut model, layout) = lay_out::<f64>(&s, 2, 18);
     let mut memory = Memory::<f64>::new(&layout);
     let mut be: Reference<'_, f64> = memory.backend(&layout);
@@ -301,28 +245,25 @@ fn inference() {
     for i in 0..2 {
         sample(i, &mut x[i * 9..][..9], &mut y[i * 9..][..9]);
     }
-    let gamma = |g: f64| Gamma::new(g, Sign::Plus).unwrap();
     let mut loss = |inference| model.evaluate(&mut be, &x, &y, inference).unwrap();
-    let (float, n) = loss(Inference::Float(gamma(0.0)));
+    let (standard, n) = loss(float(0.0));
     assert_eq!(n, 18);
-    let (quantized, _) = loss(Inference::Quantized(gamma(0.0)));
-    assert!((float - quantized).abs() < 1e-2 && float != quantized, "{float} {quantized}");
-    let (plus, minus) =
-        (loss(Inference::Float(gamma(0.5))).0, loss(Inference::Float(gamma(-0.5))).0);
-    assert!(plus != float && minus != float && plus.is_finite() && minus.is_finite());
-    let on_grid = loss(Inference::Quantized(gamma(0.5))).0;
+    let (rounded, _) = loss(quantized(0.0));
+    assert!((standard - rounded).abs() < 1e-2 && standard != rounded, "{standard} {rounded}");
+    let (plus, minus) = (loss(float(0.5)).0, loss(float(-0.5)).0);
+    assert!(plus != standard && minus != standard && plus.is_finite() && minus.is_finite());
+    let on_grid = loss(quantized(0.5)).0;
     assert!((plus - on_grid).abs() < 1e-2, "{plus} {on_grid}");
 
     // Logits of single positions are those that the loss is made of, and do not see what follows.
-    let none = Inference::Float(gamma(0.0));
-    let all = model.logits(&mut be, &x[..9], 0..9, none).unwrap();
-    let some = model.logits(&mut be, &x[..5], 3..5, none).unwrap();
+    let all = model.logits(&mut be, &x[..9], 0..9, float(0.0)).unwrap();
+    let some = model.logits(&mut be, &x[..5], 3..5, float(0.0)).unwrap();
     assert_eq!(all[3 * 19..5 * 19], some[..]);
     let mut sum = 0.0;
     for (row, &target) in all.chunks(19).zip(&y[..9]) {
         sum += row.iter().map(|l| l.exp()).sum::<f64>().ln() - row[target as usize];
     }
-    let (expected, _) = model.evaluate(&mut be, &x[..9], &y[..9], none).unwrap();
+    let (expected, _) = model.evaluate(&mut be, &x[..9], &y[..9], float(0.0)).unwrap();
     assert!((sum - expected).abs() < 1e-9);
 }
 
@@ -333,7 +274,7 @@ fn refusals() {
     let lay = |s: &Setup| {
         Gpt2::layout::<Cpu>(s, choice).and_then(|(_, l)| l.checked()).unwrap_err().to_string()
     };
-    let s = setup(Mode::Bdia);
+    let s = setup(exact());
     assert!(lay(&Setup { context: 11, ..s }).contains("expected 10, found 11"));
     assert!(
         lay(&Setup { dims: Dims { heads: 5, ..small() }, ..s }).contains("divisor of the width")
@@ -344,11 +285,12 @@ fn refusals() {
             .contains("address space")
     );
     assert!(lay(&Setup { batch: usize::MAX / 8, ..s }).contains("address space"));
-    assert!(lay(&Setup { gamma: Gamma::new(0.3, Sign::Plus).unwrap(), ..s }).contains("0.5, 0.25"));
+    let gamma = Gamma::from_value(0.3, Sign::Plus).unwrap_err();
+    assert!(gamma.to_string().contains("0.5, 0.25"));
     let (mut model, layout) =
         Gpt2::layout::<Cpu>(&Setup { accumulate: 2, ..s }, Choice { chunk: 2, head_rows: 9 })
             .unwrap();
     let mut be = Cpu::new(&layout, 1).unwrap();
     let error = run(&mut be, &mut model, 1, STEP).unwrap_err();
-    assert!(error.to_string().contains("full gradient buffers"));
+    assert!(error.to_string().contains("the gradients of all groups"), "{error}");
 }

@@ -2,128 +2,57 @@
 //! (`torch/translation_f64.py`), in f64.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::HashMap;
-use std::path::PathBuf;
+mod common;
 
-use bdia_core::backend::Backend;
-use bdia_core::optim::Rule;
+use bdia_core::layers::Gradients;
+use bdia_core::network::Step;
 use bdia_core::stack::Mode;
-use bdia_core::{Gamma, Grid, Layout, Real, Reference, Sign};
+use bdia_core::{Reference, Sign};
+use bdia_models::inference::Inference;
 use bdia_models::seq2seq::decode::{Search, Sizes};
-use bdia_models::seq2seq::model::{Dims, Inference, Piece, Setup, Step, Tokens, Translator};
-use safetensors::SafeTensors;
+use bdia_models::seq2seq::model::{Dims, Setup, Tokens, Translator};
+use common::{Memory, SGD, STANDARD, STILL, State, bdia, bdia_float, verified};
 
-struct State {
-    reals: HashMap<String, Vec<f64>>,
-    meta: HashMap<String, String>,
-    pairs: Vec<Tokens>,
-}
-
-fn state(name: &str) -> State {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data/seq2seq")
-        .join(format!("{name}_f64.safetensors"));
-    let bytes = std::fs::read(path).unwrap();
-    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
-    let reals = (SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter())
-        .map(|(name, t)| {
-            (name, t.data().chunks(8).map(|c| f64::from_le_bytes(c.try_into().unwrap())).collect())
-        })
-        .collect();
-    let meta = header.metadata().clone().unwrap();
+/// A state file and its sentences.
+fn state(name: &str) -> (State, Vec<Tokens>) {
+    let s = common::state(&format!("seq2seq/{name}_f64.safetensors"));
     let rows = |key: &str| -> Vec<Vec<i32>> {
-        meta[key]
+        s.meta[key]
             .split(';')
             .map(|row| row.split(' ').map(|t| t.parse().unwrap()).collect())
             .collect()
     };
     let pairs = rows("sources").into_iter().zip(rows("targets"));
     let pairs = pairs.map(|(source, target)| Tokens { source, target }).collect();
-    State { reals, meta, pairs }
+    (s, pairs)
 }
 
-impl State {
-    fn size(&self, key: &str) -> usize {
-        self.meta[key].parse().unwrap()
-    }
-
-    fn setup(&self, mode: Mode) -> Setup {
-        let vocab = [self.size("source_vocab"), self.size("target_vocab")];
-        Setup {
-            dims: Dims {
-                vocab,
-                shared: vocab[0] == vocab[1],
-                longest: self.size("longest"),
-                width: self.size("width"),
-                layers: [self.size("encoder_layers"), self.size("decoder_layers")],
-                heads: self.size("heads"),
-                inner: self.size("mlp"),
-                eps: 1e-5,
-                dropout: [0.0; 4],
-            },
-            mode,
-            grid: (mode == Mode::Bdia).then(|| Grid::new(20).unwrap()),
-            gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-            // The learning rate is 0, so that the parameters stay; gradients are kept in full
-            // buffers.
-            rule: Some(Rule::Sgd { momentum: 0.0 }),
-            fused: false,
-            verify: true,
-            smoothing: self.meta["smoothing"].parse().unwrap(),
-            head_rows: 5,
-            threads: 1,
-            library: 0,
-        }
-    }
-
-    fn batch(&self) -> Vec<&Tokens> {
-        self.pairs.iter().collect()
+fn setup(s: &State, mode: Mode) -> Setup {
+    let vocab = [s.size("source_vocab"), s.size("target_vocab")];
+    Setup {
+        dims: Dims {
+            vocab,
+            shared: vocab[0] == vocab[1],
+            longest: s.size("longest"),
+            width: s.size("width"),
+            layers: [s.size("encoder_layers"), s.size("decoder_layers")],
+            heads: s.size("heads"),
+            inner: s.size("mlp"),
+            eps: 1e-5,
+            dropout: [0.0; 4],
+        },
+        mode,
+        // The learning rate is 0, so that the parameters stay; gradients are kept in full
+        // buffers.
+        gradients: Gradients::Full(SGD),
+        smoothing: s.number("smoothing"),
+        head_rows: 5,
+        threads: 1,
+        library: 0,
     }
 }
 
-struct Memory<R>(Vec<i32>, Vec<R>, Vec<u32>);
-
-impl<R: Real> Memory<R> {
-    fn new(layout: &Layout) -> Self {
-        let (i, r, w) = layout.arenas();
-        Self(vec![-7; i], vec![R::nan(); r], vec![0xDEAD_BEEF; w])
-    }
-
-    fn backend(&mut self, layout: &Layout) -> Reference<'_, R> {
-        Reference::new(layout, &mut self.0, &mut self.1, &mut self.2).unwrap()
-    }
-}
-
-/// The pieces of a tensor of the file as the model holds them.
-fn ours<'a>(pieces: &'a [Piece], file: &'a [f64]) -> impl Iterator<Item = (&'a Piece, Vec<f64>)> {
-    let mut rest = file;
-    pieces.iter().map(move |p| {
-        let (piece, after) = rest.split_at(p.values.len());
-        rest = after;
-        match p.transposed {
-            None => (p, piece.to_vec()),
-            Some([rows, cols]) => {
-                (p, (0..rows * cols).map(|at| piece[at % cols * rows + at / cols]).collect())
-            }
-        }
-    })
-}
-
-fn write<B: Backend>(be: &mut B, model: &Translator, s: &State) {
-    for t in model.tensors() {
-        let file = &s.reals[&format!("param.{}", t.name)];
-        assert_eq!(t.shape.iter().product::<usize>(), file.len(), "{}", t.name);
-        for (p, values) in ours(&t.pieces, file) {
-            be.write_reals(p.values, &values.iter().map(|&x| B::Real::of(x)).collect::<Vec<_>>())
-                .unwrap();
-            for state in p.state {
-                be.fill_reals(state, B::Real::of(0.0)).unwrap();
-            }
-        }
-    }
-}
-
-const STEP: Step = Step { step: 0, seed: 1, lr: 0.0, weight_decay: 0.0, clip: 0.0 };
+const STEP: Step = Step { seed: 1, ..STILL };
 
 /// Both add in f64, in different orders: a few hundred roundings of 1e-16.
 fn close(a: f64, b: f64) -> bool {
@@ -134,25 +63,23 @@ fn close(a: f64, b: f64) -> bool {
 fn logits_loss_and_all_gradients_are_those_of_pytorch() {
     for name in ["shared", "separate"] {
         for chunk in [1, 3, 4] {
-            let s = state(name);
-            let batch = s.batch();
+            let (s, pairs) = state(name);
+            let batch: Vec<_> = pairs.iter().collect();
             let shape = Translator::shape_of(&batch, chunk);
-            let (mut model, layout) = Translator::layout::<Reference<'_, f64>>(
-                &s.setup(Mode::Standard),
-                &[shape],
-                |_| Ok(Vec::new()),
-            )
-            .unwrap();
+            let (mut model, layout) =
+                Translator::layout::<Reference<'_, f64>>(&setup(&s, STANDARD), &[shape], |_| {
+                    Ok(Vec::new())
+                })
+                .unwrap();
             let mut memory = Memory::<f64>::new(&layout);
             let mut be = memory.backend(&layout);
-            let expected = s.reals.keys().filter(|n| n.starts_with("param.")).count();
-            assert_eq!(model.tensors().len(), expected, "{name}: the tensors");
-            write(&mut be, &model, &s);
+            let tensors = model.tensors();
+            s.load(&mut be, &tensors);
 
             let (vocab, width) = (s.size("target_vocab"), s.size("width"));
             let mut seen = 0;
             model
-                .evaluate(&mut be, &batch, chunk, Inference::Float, |be, part, first, x| {
+                .evaluate(&mut be, &batch, chunk, Inference::STANDARD, |be, part, first, x| {
                     let rows = x.len() / width;
                     for row in 0..rows {
                         let (sample, position) = (first + row / shape.target, row % shape.target);
@@ -177,19 +104,17 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
                 .unwrap();
             assert_eq!(seen, vocab * batch.iter().map(|t| t.target.len() + 1).sum::<usize>());
 
-            let outcome = model.train(&mut be, &STEP, &batch, chunk).unwrap();
+            let outcome = model.train(&mut be, &STEP, &[(&batch, chunk)]).unwrap();
             assert!(
                 close(outcome.loss, s.reals["loss"][0]),
                 "{name}: {} {}",
                 outcome.loss,
                 s.reals["loss"][0]
             );
-            for t in model.tensors() {
-                for (p, expected) in ours(&t.pieces, &s.reals[&format!("grad.{}", t.name)]) {
-                    let found = be.reals(p.gradient).unwrap();
-                    for (i, (&a, &b)) in found.iter().zip(&expected).enumerate() {
-                        assert!(close(a, b), "{name}: gradient of {}[{i}]: {a} {b}", t.name);
-                    }
+            for (t, expected) in tensors.iter().zip(s.of("grad", &tensors)) {
+                let found = be.reals(t.gradient).unwrap();
+                for (i, (&a, &b)) in found.iter().zip(&expected).enumerate() {
+                    assert!(close(a, b), "{name}: gradient of {}[{i}]: {a} {b}", t.name);
                 }
             }
         }
@@ -200,22 +125,23 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
 /// stacks is exact.
 #[test]
 fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
-    let s = state("shared");
-    let batch = s.batch();
+    let (s, pairs) = state("shared");
+    let batch: Vec<_> = pairs.iter().collect();
     let mut all = Vec::new();
-    for mode in [Mode::Bdia, Mode::BdiaFloat] {
+    for mode in [bdia(20, Sign::Random), bdia_float(Sign::Random)] {
         let shape = Translator::shape_of(&batch, 3);
         let (mut model, layout) =
-            Translator::layout::<Reference<'_, f64>>(&s.setup(mode), &[shape], |_| Ok(Vec::new()))
-                .unwrap();
+            Translator::layout::<Reference<'_, f64>>(&setup(&s, verified(mode)), &[shape], |_| {
+                Ok(Vec::new())
+            })
+            .unwrap();
         let mut memory = Memory::<f64>::new(&layout);
         let mut be = memory.backend(&layout);
-        write(&mut be, &model, &s);
-        let outcome = model.train(&mut be, &STEP, &batch, 3).unwrap();
-        assert_eq!(outcome.mismatches, 0);
-        let pieces: Vec<_> = model.tensors().into_iter().flat_map(|t| t.pieces).collect();
+        s.load(&mut be, &model.tensors());
+        let outcome = model.train(&mut be, &STEP, &[(&batch, 3)]).unwrap();
+        assert_eq!(outcome.rebuilt.mismatches, 0);
         let grads: Vec<f64> =
-            pieces.iter().flat_map(|p| be.reals(p.gradient).unwrap().to_vec()).collect();
+            model.tensors().iter().flat_map(|t| be.reals(t.gradient).unwrap().to_vec()).collect();
         all.push((outcome.loss, grads));
     }
     // Rounding to 2^-20 at every block, with slopes of order one.
@@ -227,19 +153,19 @@ fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
 /// decoder, again and again.
 #[test]
 fn the_cache_changes_no_translation() {
-    let s = state("separate");
+    let (s, pairs) = state("separate");
     let sizes = Sizes { sentences: 4, beams: 3, longest: s.size("longest") };
     let one = |t: &Tokens| Translator::shape_of(&[t], 1);
     let shapes = [one(&Tokens { source: vec![3; 6], target: vec![3; 6] })];
     let (mut model, layout) =
-        Translator::layout::<Reference<'_, f64>>(&s.setup(Mode::Standard), &shapes, |m| {
+        Translator::layout::<Reference<'_, f64>>(&setup(&s, STANDARD), &shapes, |m| {
             Ok(vec![m.decoding_layout::<Reference<'_, f64>>(&sizes)?])
         })
         .unwrap();
     let mut memory = Memory::<f64>::new(&layout);
     let mut be = memory.backend(&layout);
-    write(&mut be, &model, &s);
-    let sources: Vec<_> = s.pairs.iter().map(|p| p.source.as_slice()).collect();
+    s.load(&mut be, &model.tensors());
+    let sources: Vec<_> = pairs.iter().map(|p| p.source.as_slice()).collect();
     let (vocab, width) = (s.size("target_vocab"), s.size("width"));
 
     // Log-probabilities of what follows a prefix, through the whole decoder.
@@ -247,7 +173,7 @@ fn the_cache_changes_no_translation() {
         let pair = Tokens { source: source.to_vec(), target: prefix.to_vec() };
         let mut out = Vec::new();
         model
-            .evaluate(be, &[&pair], 1, Inference::Float, |be, part, _, x| {
+            .evaluate(be, &[&pair], 1, Inference::STANDARD, |be, part, _, x| {
                 let last = x.sub(x.len() - width, width);
                 let logits = part.head.logits(be, last, part.scratch())?;
                 out = be.reals(logits)?.to_vec();
@@ -298,14 +224,14 @@ fn the_cache_changes_no_translation() {
     }
     let mut found = Vec::new();
     for beams in [1, 3] {
-        let search = Search { beams, alpha: 0.6, inference: Inference::Float };
+        let search = Search { beams, alpha: 0.6, inference: Inference::STANDARD };
         found.extend(
             model.translate(&mut be, &sources, &Sizes { beams, ..sizes }, &search).unwrap(),
         );
     }
     assert_eq!(found, expected);
     // Too many, too long.
-    let search = Search { beams: 3, alpha: 0.6, inference: Inference::Float };
+    let search = Search { beams: 3, alpha: 0.6, inference: Inference::STANDARD };
     let long = [3; 7];
     let error = model.translate(&mut be, &[&long], &sizes, &search).unwrap_err().to_string();
     assert!(error.contains("positions of a sentence"), "{error}");

@@ -3,169 +3,95 @@
 //! two-stream one.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::HashMap;
-use std::path::PathBuf;
+mod common;
 
-use bdia_core::backend::Backend;
-use bdia_core::layers::Patches;
-use bdia_core::optim::Rule;
-use bdia_core::stack::Mode;
-use bdia_core::{Error, Gamma, Grid, Layout, Real, Reference, Sign, Storage};
+use bdia_core::layers::{Gradients, Patches};
+use bdia_core::network::Step;
+use bdia_core::{Error, Reference, Sign, Storage};
+use bdia_models::inference::Inference;
 use bdia_models::vit::files;
-use bdia_models::vit::model::{Dims, Inference, Named, Setup, Step, Vit};
+use bdia_models::vit::model::{Dims, Setup, Vit};
 use bdia_models::weights::{self, WeightsError};
-use safetensors::{Dtype, SafeTensors};
-
-struct State {
-    reals: HashMap<String, Vec<f64>>,
-    labels: Vec<i32>,
-    meta: HashMap<String, String>,
-}
+use common::{Memory, SGD, STANDARD, STILL, State, bdia, bdia_float, verified};
 
 fn state(name: &str) -> State {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data/vit")
-        .join(format!("{name}_f64.safetensors"));
-    let bytes = std::fs::read(path).unwrap();
-    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
-    let (mut reals, mut labels) = (HashMap::new(), Vec::new());
-    for (name, t) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
-        match t.dtype() {
-            Dtype::F64 => {
-                reals.insert(
-                    name,
-                    t.data().chunks(8).map(|c| f64::from_le_bytes(c.try_into().unwrap())).collect(),
-                );
-            }
-            _ => {
-                labels =
-                    t.data().chunks(4).map(|c| i32::from_le_bytes(c.try_into().unwrap())).collect()
-            }
-        }
-    }
-    State { reals, labels, meta: header.metadata().clone().unwrap() }
+    common::state(&format!("vit/{name}_f64.safetensors"))
 }
 
-impl State {
-    fn size(&self, key: &str) -> usize {
-        self.meta[key].parse().unwrap()
-    }
-
-    fn setup(&self) -> Setup {
-        let small = self.meta["small"] == "true";
-        let side = self.size("side");
-        Setup {
-            dims: Dims {
-                patches: Patches {
-                    channels: self.size("channels"),
-                    height: side,
-                    width: side,
-                    patch: self.size("patch"),
-                    shifted: small,
-                },
-                classes: self.size("classes"),
-                width: self.size("width"),
-                layers: self.size("layers"),
-                heads: self.size("heads"),
-                inner: self.size("mlp"),
-                eps: 1e-5,
-                locality: small,
-                dropout: [0.0; 4],
-                two_streams: self.meta["two_streams"] == "true",
+fn setup(s: &State) -> Setup {
+    let (small, side) = (s.is("small"), s.size("side"));
+    let two_streams = s.is("two_streams");
+    Setup {
+        dims: Dims {
+            patches: Patches {
+                channels: s.size("channels"),
+                height: side,
+                width: side,
+                patch: s.size("patch"),
+                shifted: small,
             },
-            batch: self.size("batch"),
-            chunk: 3,
-            mode: Mode::Standard,
-            grid: None,
-            gamma: Gamma::new(0.5, Sign::Random).unwrap(),
-            // The learning rate is 0, so that the parameters stay; gradients are kept in full
-            // buffers.
-            rule: Some(Rule::Sgd { momentum: 0.0 }),
-            fused: false,
-            verify: true,
-            drop_path: 0.0,
-            smoothing: self.meta["smoothing"].parse().unwrap(),
-            mixup: false,
-            threads: 1,
-            library: 0,
-        }
+            classes: s.size("classes"),
+            width: s.size("width"),
+            layers: s.size("layers"),
+            heads: s.size("heads"),
+            inner: s.size("mlp"),
+            eps: 1e-5,
+            locality: small,
+            dropout: [0.0; 4],
+            two_streams,
+        },
+        batch: s.size("batch"),
+        accumulate: 1,
+        chunk: 3,
+        // The network with two streams takes from it whether it verifies.
+        mode: if two_streams { verified(bdia_float(Sign::Random)) } else { STANDARD },
+        // The learning rate is 0, so that the parameters stay; gradients are kept in full
+        // buffers.
+        gradients: Gradients::Full(SGD),
+        drop_path: 0.0,
+        smoothing: s.number("smoothing"),
+        mixup: false,
+        threads: 1,
+        library: 0,
     }
 }
 
-struct Memory<R>(Vec<i32>, Vec<R>, Vec<u32>);
+const STEP: Step = Step { seed: 1, ..STILL };
 
-impl<R: Real> Memory<R> {
-    fn new(layout: &Layout) -> Self {
-        let (i, r, w) = layout.arenas();
-        Self(vec![-7; i], vec![R::nan(); r], vec![0xDEAD_BEEF; w])
-    }
-
-    fn backend(&mut self, layout: &Layout) -> Reference<'_, R> {
-        Reference::new(layout, &mut self.0, &mut self.1, &mut self.2).unwrap()
-    }
-}
-
-/// A tensor of the file as the model holds it.
-fn ours(t: &Named, file: &[f64]) -> Vec<f64> {
-    let Some([rows, cols]) = t.transposed else { return file.to_vec() };
-    (0..rows * cols).map(|at| file[at % cols * rows + at / cols]).collect()
-}
-
-fn write<B: Backend>(be: &mut B, model: &Vit, s: &State) {
-    for t in model.tensors() {
-        let values: Vec<_> = ours(&t, &s.reals[&format!("param.{}", t.name)])
-            .iter()
-            .map(|&x| B::Real::of(x))
-            .collect();
-        be.write_reals(t.values, &values).unwrap();
-        for state in t.state {
-            be.fill_reals(state, B::Real::of(0.0)).unwrap();
-        }
-    }
-}
-
-const STEP: Step = Step { step: 0, seed: 1, lr: 0.0, weight_decay: 0.0, clip: 0.0, share: 1.0 };
-
-fn image(s: &State) -> impl FnMut(usize, &mut [f64]) -> Result<[i32; 2], Error> + '_ {
-    |i, out| {
-        out.copy_from_slice(&s.reals["images"][i * out.len()..(i + 1) * out.len()]);
-        Ok([s.labels[i]; 2])
-    }
+fn image(s: &State, i: usize, out: &mut [f64]) -> Result<[i32; 2], Error> {
+    out.copy_from_slice(&s.reals["images"][i * out.len()..(i + 1) * out.len()]);
+    Ok([s.ints["labels"][i]; 2])
 }
 
 #[test]
 fn logits_loss_and_all_gradients_are_those_of_pytorch() {
     for name in ["small", "plain", "revvit"] {
         let s = state(name);
-        let (mut model, layout) = Vit::layout::<Reference<'_, f64>>(&s.setup()).unwrap();
+        let (mut model, layout) = Vit::layout::<Reference<'_, f64>>(&setup(&s)).unwrap();
         let mut memory = Memory::<f64>::new(&layout);
         let mut be = memory.backend(&layout);
-        let expected = s.reals.keys().filter(|n| n.starts_with("param.")).count();
-        assert_eq!(model.tensors().len(), expected, "{name}: the tensors");
-        write(&mut be, &model, &s);
+        let tensors = model.tensors();
+        s.load(&mut be, &tensors);
         // Both add in f64, in different orders: a few hundred roundings of 1e-16.
         let close = |a: f64, b: f64| (a - b).abs() < 1e-11 * (1.0 + b.abs());
         let classes = s.size("classes");
         for (first, n) in [(0, 3), (3, 1)] {
-            let mut at = image(&s);
-            let standard = Inference::standard().unwrap();
-            let (logits, _) =
-                model.evaluate(&mut be, n, standard, |i, out| at(first + i, out)).unwrap();
+            let image = |i, out: &mut [f64]| image(&s, first + i, out);
+            let (logits, _) = model.evaluate(&mut be, n, Inference::STANDARD, image).unwrap();
             for (i, (&a, &b)) in
                 logits.iter().zip(&s.reals["logits"][first * classes..]).enumerate()
             {
                 assert!(close(a, b), "{name} logit {i}: {a} {b}");
             }
         }
-        let outcome = model.train(&mut be, &STEP, image(&s)).unwrap();
+        let outcome = model.train(&mut be, &STEP, 1.0, |_, i, out| image(&s, i, out)).unwrap();
         assert!(
             close(outcome.loss, s.reals["loss"][0]),
             "{name}: {} {}",
             outcome.loss,
             s.reals["loss"][0]
         );
-        for t in model.tensors() {
-            let expected = ours(&t, &s.reals[&format!("grad.{}", t.name)]);
+        for (t, expected) in tensors.iter().zip(s.of("grad", &tensors)) {
             let found = be.reals(t.gradient).unwrap();
             for (i, (&a, &b)) in found.iter().zip(&expected).enumerate() {
                 assert!(close(a, b), "{name}: gradient of {}[{i}]: {a} {b}", t.name);
@@ -173,11 +99,8 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
         }
         if name == "revvit" {
             // Three blocks of order one in f64, up and down again.
-            assert!(
-                outcome.rebuild_error > 0.0 && outcome.rebuild_error < 1e-13,
-                "{}",
-                outcome.rebuild_error
-            );
+            let error = outcome.rebuilt.error;
+            assert!(error > 0.0 && error < 1e-13, "{error}");
         }
     }
 }
@@ -188,15 +111,14 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
 fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
     let s = state("small");
     let mut losses = Vec::new();
-    for (mode, grid) in [(Mode::Bdia, true), (Mode::BdiaFloat, false)] {
-        let grid = grid.then(|| Grid::new(20).unwrap());
-        let setup = Setup { mode, grid, ..s.setup() };
+    for mode in [bdia(20, Sign::Random), bdia_float(Sign::Random)] {
+        let setup = Setup { mode: verified(mode), ..setup(&s) };
         let (mut model, layout) = Vit::layout::<Reference<'_, f64>>(&setup).unwrap();
         let mut memory = Memory::<f64>::new(&layout);
         let mut be = memory.backend(&layout);
-        write(&mut be, &model, &s);
-        let outcome = model.train(&mut be, &STEP, image(&s)).unwrap();
-        assert_eq!(outcome.mismatches, 0);
+        s.load(&mut be, &model.tensors());
+        let outcome = model.train(&mut be, &STEP, 1.0, |_, i, out| image(&s, i, out)).unwrap();
+        assert_eq!(outcome.rebuilt.mismatches, 0);
         let all: Vec<f64> =
             model.tensors().iter().flat_map(|t| be.reals(t.gradient).unwrap().to_vec()).collect();
         losses.push((outcome.loss, all));
@@ -211,7 +133,7 @@ fn reversible_training_gives_the_gradients_of_its_own_forward_pass() {
 #[test]
 fn a_convolutions_kernel_is_read_as_patches() {
     let s = state("plain");
-    let (model, layout) = Vit::layout::<Reference<'_, f32>>(&s.setup()).unwrap();
+    let (model, layout) = Vit::layout::<Reference<'_, f32>>(&setup(&s)).unwrap();
     let (c, p) = (s.size("channels"), s.size("patch"));
     assert!(c > 1 && p > 1, "otherwise the order does not show");
     let named = model.tensors();
@@ -243,8 +165,7 @@ fn a_convolutions_kernel_is_read_as_patches() {
     let mut memory = Memory::<f32>::new(&layout);
     let mut be = memory.backend(&layout);
     files::load_weights(&path, &mut be, &model).unwrap();
-    for t in &named {
-        let expected = ours(t, &s.reals[&format!("param.{}", t.name)]);
+    for (t, expected) in named.iter().zip(s.of("param", &named)) {
         let mut found = vec![0.0_f32; t.values.len()];
         be.read_reals(t.values, &mut found).unwrap();
         assert!(
@@ -266,9 +187,9 @@ fn the_papers_network_has_its_number_of_parameters() {
         layers: 6,
         heads: 8,
         inner: 512,
-        ..s.setup().dims
+        ..setup(&s).dims
     };
-    let (model, _) = Vit::layout::<Reference<'_, f32>>(&Setup { dims, ..s.setup() }).unwrap();
+    let (model, _) = Vit::layout::<Reference<'_, f32>>(&Setup { dims, ..setup(&s) }).unwrap();
     assert_eq!(model.parameters(), 9_622_512);
 }
 
@@ -277,16 +198,17 @@ fn the_papers_network_has_its_number_of_parameters() {
 #[test]
 fn stochastic_depth_is_replayed() {
     let s = state("small");
-    let setup =
-        Setup { mode: Mode::Bdia, grid: Some(Grid::new(14).unwrap()), drop_path: 0.7, ..s.setup() };
+    let mode = verified(bdia(14, Sign::Random));
+    let setup = Setup { mode, drop_path: 0.7, ..setup(&s) };
     let (mut model, layout) = Vit::layout::<Reference<'_, f32>>(&setup).unwrap();
     let mut memory = Memory::<f32>::new(&layout);
     let mut be = memory.backend(&layout);
-    write(&mut be, &model, &s);
+    s.load(&mut be, &model.tensors());
     let mut losses = Vec::new();
     for step in 0..4 {
-        let outcome = model.train(&mut be, &Step { step, ..STEP }, image(&s)).unwrap();
-        assert_eq!(outcome.mismatches, 0);
+        let step = Step { step, ..STEP };
+        let outcome = model.train(&mut be, &step, 1.0, |_, i, out| image(&s, i, out)).unwrap();
+        assert_eq!(outcome.rebuilt.mismatches, 0);
         losses.push(outcome.loss.to_bits());
     }
     losses.dedup();

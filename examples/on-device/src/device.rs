@@ -5,8 +5,8 @@
 use core::fmt;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use bdia_on_device::jobs::{ARENA, Arena};
-use bdia_on_device::report::{Platform, Request, Used, program};
+use bdia_mcu::jobs::{ARENA, Arena};
+use bdia_mcu::report::{Platform, Request, Used, program};
 use cortex_m::peripheral::{SYST, syst::SystClkSource};
 use cortex_m_rt::{entry, exception};
 use cortex_m_semihosting::{debug, hio};

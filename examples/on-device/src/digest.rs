@@ -21,3 +21,9 @@ pub struct Digests {
     /// Parameters at the end.
     pub parameters: u64,
 }
+
+impl Digests {
+    /// Of nothing.
+    pub const NONE: Self =
+        Self { activations: 0, side_bits: 0, rebuilt: 0, losses: 0, parameters: 0 };
+}

@@ -5,11 +5,11 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use bdia_core::optim::Rule;
-use bdia_on_device::data::Samples;
-use bdia_on_device::jobs::{ADAM, Arena, FULL, arena};
-use bdia_on_device::model::{Job, Model};
-use bdia_on_device::report::{Platform, Request, Stop, Used, program};
-use bdia_on_device::train::Session;
+use bdia_mcu::data::Samples;
+use bdia_mcu::jobs::{ADAM, Arena, FULL, arena};
+use bdia_mcu::model::{Job, Model};
+use bdia_mcu::report::{Platform, Request, Stop, Used, program};
+use bdia_mcu::train::Session;
 use half::f16;
 
 /// Standard output.

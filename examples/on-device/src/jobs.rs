@@ -7,7 +7,7 @@ use bdia_core::reference::Reference;
 use bdia_core::stack::Mode;
 
 use crate::data::{Samples, Weights};
-use crate::model::{BATCH, Be, Job, Model, Trained};
+use crate::model::{BATCH, BDIA, Be, Job, Model, Trained};
 
 /// RAM of the device, in bytes.
 pub const RAM: usize = 256 * 1024;
@@ -21,12 +21,15 @@ pub const TUNE: Samples = Samples(include_bytes!(concat!(env!("OUT_DIR"), "/tune
 /// Seen by the new sensor, to test.
 pub const TEST: Samples = Samples(include_bytes!(concat!(env!("OUT_DIR"), "/test")));
 
-/// Pretrained on the host (`bdia-on-device pretrain`).
+/// Pretrained on the host (`bdia-mcu pretrain`).
 const WIDTH_24: Weights = Weights(include_bytes!("../weights/width-24.f16"));
 const WIDTH_16: Weights = Weights(include_bytes!("../weights/width-16.f16"));
 
 const SGD: Rule = Rule::Sgd { momentum: 0.0 };
 const ADAM_W: Rule = Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+
+const STANDARD: Mode = Mode::Standard { grid: None };
+const CHECKPOINT: Mode = Mode::Checkpoint { every: 1, grid: None };
 
 /// All blocks, with stochastic gradient descent.
 pub const FULL: Job = Job {
@@ -35,7 +38,7 @@ pub const FULL: Job = Job {
     heads: 2,
     inner: 48,
     trained: Trained::All,
-    mode: Mode::Bdia,
+    mode: BDIA,
     micro_batch: BATCH,
     rule: SGD,
     lr: 0.1,
@@ -67,10 +70,10 @@ pub const JOBS: [Job; 4] = [FULL, ADAM, VECTORS, HEAD];
 /// What does not fit: the same training without the reversible update, whole or one sample at a
 /// time.
 pub const REFUSED: [Job; 4] = [
-    Job { name: "standard", mode: Mode::Standard, ..FULL },
-    Job { name: "checkpoint", mode: Mode::Checkpoint { every: 1 }, ..FULL },
-    Job { name: "standard-micro", mode: Mode::Standard, micro_batch: 1, ..FULL },
-    Job { name: "checkpoint-micro", mode: Mode::Checkpoint { every: 1 }, micro_batch: 1, ..FULL },
+    Job { name: "standard", mode: STANDARD, ..FULL },
+    Job { name: "checkpoint", mode: CHECKPOINT, ..FULL },
+    Job { name: "standard-micro", mode: STANDARD, micro_batch: 1, ..FULL },
+    Job { name: "checkpoint-micro", mode: CHECKPOINT, micro_batch: 1, ..FULL },
 ];
 
 /// The values that the largest plan of `jobs` asks for.

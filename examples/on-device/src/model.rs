@@ -6,19 +6,21 @@
 //! x_0 → K transformer blocks → x_K → row 0 → norm → logits of 10 digits → cross-entropy
 //! ```
 
+use bdia_core::Reference;
 use bdia_core::arena::{Category, Layout, Reals};
-use bdia_core::backend::{Chunk, CrossEntropy, Gelu, Mask, NnOps, Order, Product, Storage};
+use bdia_core::backend::{Chunk, Gelu, Mask, NnOps, Order, Product, Storage};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BLOCK_TENSORS, BlockShape, Params, Tensor, TransformerBlocks, linear, linear_vjp, place,
+    BlockShape, ClassHead, Freeze, Gradients, Home, Init, Matrix, Parameter, Params, PreNorm, Room,
+    Scheme, Tensor, Tensors, linear_vjp,
 };
+use bdia_core::network::{Group, Micro, Network, Owner, Rebuilt, sum};
 use bdia_core::optim::Rule;
-use bdia_core::stack::{Blocks, Call, Config, Head, Input, Mode, Stack, Tail};
-use bdia_core::update::{Gamma, Grid, Sign};
-use bdia_core::{Ints, Reference};
+use bdia_core::stack::{Blocks, Call, Config, Head, Input, Mode, Pass, Stack, Tail};
+use bdia_core::update::{FloatGamma, Gamma, Grid, Policy, Sign};
 
 use crate::data::{Samples, Weights};
-use crate::digest::fold;
+use crate::digest::{Digests, fold};
 
 /// Rows and columns of an image.
 pub const SIDE: usize = 8;
@@ -38,8 +40,11 @@ pub const BLOCKS: usize = 6;
 pub const BATCH: usize = 8;
 /// Samples processed together inside a block.
 pub const CHUNK: usize = 1;
-/// Fractional bits `l` of the grid.
-pub const FRAC_BITS: u32 = 14;
+/// Exact reversible training on a grid of 14 fractional bits, with γ = ±½.
+pub const BDIA: Mode = match (Grid::new(14), Gamma::new(1, Sign::Random)) {
+    (Ok(grid), Ok(gamma)) => Mode::Bdia { grid, gamma: Policy::fixed(gamma), verify: false },
+    _ => panic!("there is such a grid, and such a γ"),
+};
 
 /// The backend: scalar loops over static memory.
 pub type Be<'a> = Reference<'a, f32>;
@@ -99,50 +104,52 @@ impl Job {
             hidden_dropout: 0.0,
             qkv_bias: true,
             temperature: false,
+            init: Scheme::InverseRoot,
+        }
+    }
+
+    /// How the blocks keep gradients: those of one block at a time, or of all where they add up over
+    /// micro-batches.
+    const fn gradients(&self) -> Gradients {
+        match self.trained {
+            Trained::Head => Gradients::None,
+            _ if self.micro_batch == BATCH => Gradients::Fused(self.rule),
+            _ => Gradients::Full(self.rule),
         }
     }
 }
 
-const fn tensor(name: &'static str, rows: usize, cols: usize, matrix: bool) -> Tensor {
-    Tensor { name, rows, cols, matrix, offset: 0 }
-}
-
-/// Which tensors of a block are vectors.
-const VECTORS: [usize; 8] = [0, 1, 3, 5, 6, 7, 9, 11];
-
 /// One group of tensors outside the blocks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Part<const N: usize> {
-    /// Values, gradients and state.
-    pub params: Params,
-    /// The tensors.
-    pub tensors: [Tensor; N],
+    params: Params,
+    tensors: [Tensor; N],
 }
 
 impl<const N: usize> Part<N> {
+    /// The group is trained by `rule`, or frozen.
     const fn plan(
         mut tensors: [Tensor; N],
-        groups: usize,
         rule: Option<Rule>,
         layout: &mut Layout,
     ) -> Result<Self> {
-        let len = place(&mut tensors);
-        match Params::layout(layout, groups, len, N, rule, true) {
+        let (freeze, gradients) = match rule {
+            Some(rule) => (Freeze::Nothing, Gradients::Full(rule)),
+            None => (Freeze::All(None), Gradients::None),
+        };
+        let room = Room::NONE.place(&mut tensors, freeze);
+        match Params::layout(1, room, freeze, gradients, layout) {
             Ok(params) => Ok(Self { params, tensors }),
             Err(error) => Err(error),
         }
     }
 
-    const fn value(&self, i: usize) -> Reals {
-        self.tensors[i].of(self.params.group(0))
+    const fn parameter(&self, i: usize) -> Parameter {
+        self.params.parameter(0, &self.tensors[i])
     }
 
-    const fn gradient(&self, i: usize) -> Reals {
-        self.tensors[i].of(self.params.gradient(0))
-    }
-
-    fn weight(&self, i: usize) -> (Reals, Tensor) {
-        (self.params.group(0), self.tensors[i])
+    const fn group(&self, site: Site) -> Group<'_> {
+        Group { params: &self.params, tensors: &self.tensors, of: Owner::Ends(site) }
     }
 }
 
@@ -151,18 +158,26 @@ impl<const N: usize> Part<N> {
 pub struct Patches {
     width: usize,
     /// `[4, d]`.
-    pub weight: Part<1>,
+    weight: Parameter,
     /// `[T, d]`; row 0 is the class token, the others are also the bias of the patches.
-    pub positions: Part<1>,
+    positions: Parameter,
     /// The images.
-    pub samples: Samples,
-    /// Which of them the batch consists of.
-    pub batch: [usize; BATCH],
+    samples: Samples,
+    /// Which of them the (micro-)batch consists of.
+    batch: [usize; BATCH],
 }
 
 impl Patches {
     /// Reals of scratch.
     const SCRATCH: usize = PIXELS;
+
+    const fn tensors(width: usize) -> [Tensor; 2] {
+        let normal = Init::Normal(0.1);
+        [
+            Tensor::matrix("patches.weight", PATCH * PATCH, width, Init::InverseRoot),
+            Tensor { matrix: false, ..Tensor::matrix("positions", TOKENS, width, normal) },
+        ]
+    }
 
     /// The image of sample `i` of the chunk as rows of patches `[16, 4]`, from −1 to 1.
     fn patches(&self, be: &mut Be<'_>, chunk: &Chunk, i: usize, scratch: Reals) -> Result<Reals> {
@@ -204,187 +219,85 @@ impl<'a> Input<Be<'a>> for Patches {
             let patches = self.patches(be, chunk, i, scratch)?;
             let (class, rest) = self.rows(x, i);
             be.fill_reals(class, 0.0)?;
-            be.matmul(&p, patches, self.weight.value(0), None, rest)?;
-            be.add(x.sub(i * TOKENS * self.width, TOKENS * self.width), self.positions.value(0))?;
+            be.matmul(&p, patches, self.weight.value, None, rest)?;
+            be.add(x.sub(i * TOKENS * self.width, TOKENS * self.width), self.positions.value)?;
         }
         Ok(())
     }
 
     fn vjp(&mut self, be: &mut Be<'a>, chunk: &Chunk, gx: Reals, scratch: Reals) -> Result<()> {
+        let Parameter { value: values, grad } = self.weight;
+        let weight = Matrix { values, inputs: PATCH * PATCH, outputs: self.width };
         for i in 0..chunk.samples {
-            let (_, rest) = self.rows(gx, i);
-            if !self.weight.params.gradients.is_empty() {
-                let patches = self.patches(be, chunk, i, scratch)?;
-                let grads = (self.weight.gradient(0), Reals::EMPTY);
-                linear_vjp(be, PATCHES, self.weight.weight(0), grads, patches, rest, Reals::EMPTY)?;
+            if !grad.is_empty() {
+                let (patches, (_, rest)) = (self.patches(be, chunk, i, scratch)?, self.rows(gx, i));
+                let grads = (grad, Reals::EMPTY);
+                linear_vjp(be, PATCHES, weight, grads, patches, rest, Reals::EMPTY)?;
             }
-            if !self.positions.params.gradients.is_empty() {
-                be.add(
-                    self.positions.gradient(0),
-                    gx.sub(i * TOKENS * self.width, TOKENS * self.width),
-                )?;
+            if !self.positions.grad.is_empty() {
+                let sample = gx.sub(i * TOKENS * self.width, TOKENS * self.width);
+                be.add(self.positions.grad, sample)?;
             }
         }
         Ok(())
     }
 }
 
-/// From `x_K` to the loss, by the class token.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ClassHead {
-    width: usize,
-    /// Norm weight and bias `[d]`, weight `[d, 10]`, bias `[10]`.
-    pub part: Part<4>,
-    /// `[B]`.
-    pub targets: Ints,
-    /// `[B]`: the loss of every sample.
-    pub losses: Reals,
-}
-
-impl ClassHead {
-    const EPS: f64 = 1e-5;
-
-    /// Reals of scratch: norm, its gradient, statistics, logits.
-    const fn scratch(width: usize) -> usize {
-        2 * width + 2 + CLASSES
-    }
-
-    /// Logits of the class token `x[d]`: their place, the normalized token's, and that of the
-    /// statistics.
-    pub fn logits(
-        &self,
-        be: &mut Be<'_>,
-        x: Reals,
-        scratch: Reals,
-    ) -> Result<(Reals, Reals, Reals)> {
-        let (y, stats) = (scratch.sub(0, self.width), scratch.sub(2 * self.width, 2));
-        let logits = scratch.sub(2 * self.width + 2, CLASSES);
-        be.layer_norm(Self::EPS, self.part.value(0), self.part.value(1), x, y, stats)?;
-        linear(be, 1, self.part.weight(2), self.part.value(3), y, logits)?;
-        Ok((logits, y, stats))
-    }
-
-    /// Sets the loss of sample `chunk.first + i`; its logits become their gradient.
-    pub fn loss(&self, be: &mut Be<'_>, chunk: &Chunk, i: usize, logits: Reals) -> Result<()> {
-        let at = chunk.first.saturating_add(i);
-        let ce = CrossEntropy {
-            vocab: CLASSES,
-            tokens: 1,
-            row: i,
-            scale: 1.0 / BATCH as f64,
-            smoothing: 0.0,
-        };
-        be.cross_entropy(chunk, &ce, logits, self.targets.sub(at, 1), self.losses.sub(at, 1))
-    }
-}
-
-impl<'a> Head<Be<'a>> for ClassHead {
-    fn forward_backward(
-        &mut self,
-        be: &mut Be<'a>,
-        chunk: &Chunk,
-        x: Reals,
-        gx: Reals,
-        scratch: Reals,
-    ) -> Result<()> {
-        be.fill_reals(gx, 0.0)?;
-        let dy = scratch.sub(self.width, self.width);
-        for i in 0..chunk.samples {
-            let at = i * TOKENS * self.width;
-            let (class, gclass) = (x.sub(at, self.width), gx.sub(at, self.width));
-            let (logits, y, stats) = self.logits(be, class, scratch)?;
-            self.loss(be, chunk, i, logits)?;
-            let (p, g) = (&self.part, |i| self.part.gradient(i));
-            linear_vjp(be, 1, p.weight(2), (g(2), g(3)), y, logits, dy)?;
-            be.layer_norm_vjp(p.value(0), class, stats, dy, gclass, g(0), g(1))?;
-        }
-        Ok(())
-    }
-}
-
-/// The transformer blocks: all in RAM, or one at a time from flash.
+/// The transformer blocks. What is frozen lies in flash and is in RAM one block at a time.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Trunk {
-    /// The blocks; a single one where weights stay in flash.
-    pub blocks: TransformerBlocks,
-    /// Vectors of all blocks, where only they are trained.
-    pub vectors: Option<Part<8>>,
+    /// The blocks.
+    pub blocks: PreNorm,
     /// Frozen weights in flash and index of their first value.
     flash: Option<(Weights, usize)>,
-    /// Which block is in RAM.
+    /// Whose frozen weights are in RAM.
     loaded: Option<usize>,
     /// Digest of the inputs of all blocks as the backward pass sees them.
-    pub rebuilt: u64,
+    rebuilt: u64,
 }
 
 impl Trunk {
     const fn plan(job: &Job, layout: &mut Layout) -> Result<Self> {
-        let all = matches!(job.trained, Trained::All);
-        let (groups, rule) = if all { (BLOCKS, Some(job.rule)) } else { (1, None) };
-        let fused = job.micro_batch == BATCH;
-        let mut blocks = match TransformerBlocks::layout(job.shape(), groups, rule, fused, layout) {
-            Ok(blocks) => blocks,
-            Err(error) => return Err(error),
+        let freeze = match job.trained {
+            Trained::All => Freeze::Nothing,
+            Trained::Vectors => Freeze::Matrices,
+            Trained::Head => Freeze::All(None),
         };
-        let mut vectors = None;
-        if matches!(job.trained, Trained::Vectors) {
-            let mut tensors = [tensor("", 0, 0, false); VECTORS.len()];
-            let mut i = 0;
-            while i < tensors.len() {
-                tensors[i] = blocks.tensors()[VECTORS[i]];
-                i += 1;
-            }
-            let part = match Part::plan(tensors, BLOCKS, Some(job.rule), layout) {
-                Ok(part) => part,
-                Err(error) => return Err(error),
-            };
-            let mut gradients = [Reals::EMPTY; BLOCK_TENSORS];
-            let mut i = 0;
-            while i < VECTORS.len() {
-                gradients[VECTORS[i]] = part.gradient(i);
-                i += 1;
-            }
-            blocks.gradients = Some(gradients);
-            vectors = Some(part);
-        }
         let flash = match job.weights {
-            Some(weights) if !all => Some((weights, (PATCH * PATCH + TOKENS) * job.width)),
+            Some(weights) if !matches!(job.trained, Trained::All) => {
+                Some((weights, (PATCH * PATCH + TOKENS) * job.width))
+            }
             _ => None,
         };
-        Ok(Self { blocks, vectors, flash, loaded: None, rebuilt: 0 })
+        let (shape, gradients) = (job.shape(), job.gradients());
+        let resident = if flash.is_some() { 1 } else { BLOCKS };
+        match PreNorm::layout_paged(&shape, BLOCKS, resident, None, freeze, gradients, layout) {
+            Ok(blocks) => Ok(Self { blocks, flash, loaded: None, rebuilt: 0 }),
+            Err(error) => Err(error),
+        }
     }
 
-    /// Number of values of a block in flash.
-    fn flash_len(&self) -> usize {
-        self.blocks.tensors().iter().map(|t| t.rows * t.cols).sum()
-    }
-
-    /// Brings block `k` to RAM, if it is not there.
+    /// Brings the frozen weights of block `k` to RAM, if they are not there.
     fn page(&mut self, be: &mut Be<'_>, k: usize) -> Result<()> {
-        let Some((weights, mut at)) = self.flash.filter(|_| self.loaded != Some(k)) else {
+        let Some((weights, first)) = self.flash.filter(|_| self.loaded != Some(k)) else {
             return Ok(());
         };
-        at += k * self.flash_len();
-        for t in self.blocks.tensors() {
-            let to = t.of(self.blocks.params.group(0));
-            if t.matrix || self.vectors.is_none() {
-                weights.read(be, at, to)?;
+        let (blocks, mut len) = (&self.blocks, 0);
+        blocks.each(&mut |t| {
+            len += t.len();
+            Ok(())
+        })?;
+        let mut at = first + k * len;
+        blocks.each(&mut |t| {
+            let from = at;
+            at += t.len();
+            match t.home {
+                Home::Trained => Ok(()),
+                _ => weights.read(be, from, blocks.params.value(k, t)),
             }
-            at += to.len();
-        }
-        if let Some(part) = &self.vectors {
-            for (t, i) in part.tensors.iter().zip(VECTORS) {
-                let to = self.blocks.tensors()[i].of(self.blocks.params.group(0));
-                be.copy_reals(t.of(part.params.group(k)), to)?;
-            }
-        }
+        })?;
         self.loaded = Some(k);
         Ok(())
-    }
-
-    /// The call as the blocks in RAM know it.
-    fn in_ram(&self, call: &Call) -> Call {
-        Call { block: if self.flash.is_some() { 0 } else { call.block }, ..*call }
     }
 }
 
@@ -394,26 +307,15 @@ impl<'a> Blocks<Be<'a>> for Trunk {
             self.rebuilt = fold(self.rebuilt, be.reals(call.x)?.iter().map(|x| x.to_bits()));
         }
         self.page(be, call.block)?;
-        let call = self.in_ram(call);
-        self.blocks.residual(be, &call, h)
+        self.blocks.residual(be, call, h)
     }
 
     fn vjp(&mut self, be: &mut Be<'a>, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
-        let call = self.in_ram(call);
-        self.blocks.vjp(be, &call, gh, gx)
+        self.page(be, call.block)?;
+        self.blocks.vjp(be, call, gh, gx)
     }
 
     fn done(&mut self, be: &mut Be<'a>, k: usize) -> Result<()> {
-        if let Some(part) = &self.vectors {
-            self.loaded = None;
-            return part.params.finished(
-                be,
-                &self.blocks.updater,
-                Site::Block(k),
-                k,
-                &part.tensors,
-            );
-        }
         self.blocks.done(be, k)
     }
 }
@@ -423,14 +325,20 @@ impl<'a> Blocks<Be<'a>> for Trunk {
 pub struct Model {
     /// Bytes by category, lengths of the arenas.
     pub layout: Layout,
-    /// The reversible stack.
-    pub stack: Stack,
-    /// Its blocks.
-    pub trunk: Trunk,
-    /// Its input.
-    pub patches: Patches,
-    /// Its head.
-    pub head: ClassHead,
+    /// Digests of the passes so far.
+    pub digests: Digests,
+    trained: Trained,
+    micro_batch: usize,
+    stack: Stack,
+    trunk: Trunk,
+    patches: Patches,
+    head: ClassHead,
+    /// Parameters outside the blocks: those of the patches, of the positions, and of the head.
+    weight: Part<1>,
+    positions: Part<1>,
+    top: Part<4>,
+    /// `[B]`: the loss of every sample of a step.
+    losses: Reals,
 }
 
 /// `?` for constant functions.
@@ -449,87 +357,226 @@ impl Model {
     /// # Errors
     /// [`Error::Setting`] for a job that does not fit together.
     pub const fn plan(job: &Job) -> Result<Self> {
-        let (d, mut layout) = (job.width, Layout::new(size_of::<f32>()));
+        if !BATCH.is_multiple_of(job.micro_batch) {
+            return Err(Error::setting("micro-batch", job.micro_batch as f64, "a divisor of 8"));
+        }
+        let (d, mut layout) = (job.width, Layout::constant(size_of::<f32>()));
         let l = &mut layout;
         let trunk = ok!(Trunk::plan(job, l));
         let all = if matches!(job.trained, Trained::All) { Some(job.rule) } else { None };
         let not_head = if matches!(job.trained, Trained::Head) { None } else { Some(job.rule) };
+        let [weight, positions] = Patches::tensors(d);
+        let weight = ok!(Part::plan([weight], all, l));
+        let positions = ok!(Part::plan([positions], not_head, l));
+        let top = ok!(Part::plan(ClassHead::tensors(d, CLASSES), Some(job.rule), l));
         let patches = Patches {
             width: d,
-            weight: ok!(Part::plan([tensor("patches.weight", PATCH * PATCH, d, true)], 1, all, l)),
-            positions: ok!(Part::plan([tensor("positions", TOKENS, d, false)], 1, not_head, l)),
+            weight: weight.parameter(0),
+            positions: positions.parameter(0),
             samples: Samples(&[]),
             batch: [0; BATCH],
         };
-        let tensors = [
-            tensor("ln_f.weight", 1, d, false),
-            tensor("ln_f.bias", 1, d, false),
-            tensor("head.weight", d, CLASSES, true),
-            tensor("head.bias", 1, CLASSES, false),
-        ];
+        let labels = l.ints(Category::Head, BATCH);
+        let losses = l.reals(Category::Head, BATCH);
         let head = ClassHead {
             width: d,
-            part: ok!(Part::plan(tensors, 1, Some(job.rule), l)),
-            targets: l.ints(Category::Head, BATCH),
-            losses: l.reals(Category::Head, BATCH),
+            per_sample: TOKENS,
+            eps: job.shape().eps,
+            norm: [top.parameter(0), top.parameter(1)],
+            weight: top.parameter(2),
+            bias: top.parameter(3),
+            labels,
+            losses,
+            scale: 1.0,
+            smoothing: 0.0,
+            mixup: None,
         };
-        let (at_input, at_head) = (Patches::SCRATCH, ClassHead::scratch(d));
+        let (at_input, at_head) = (Patches::SCRATCH, ClassHead::scratch(d, CLASSES, CHUNK));
         // Where only the head is trained, nothing but one sample's inference goes through the
         // stack.
         let batch = if matches!(job.trained, Trained::Head) { CHUNK } else { job.micro_batch };
-        let reversible = matches!(job.mode, Mode::Bdia);
         let config = Config {
             id: 0,
             batch,
             per_sample: TOKENS * d,
             blocks: BLOCKS,
             chunk: CHUNK,
-            mode: job.mode,
-            grid: if reversible { Some(ok!(Grid::new(FRAC_BITS))) } else { None },
-            gamma: ok!(Gamma::new(0.5, Sign::Random)),
-            verify: false,
             tail: Tail::Head,
             // The reference backend's attention needs one row of scores.
-            needs: job.shape().needs_with(TOKENS),
+            needs: trunk.blocks.needs_with(TOKENS),
             ends_scratch: if at_input > at_head { at_input } else { at_head },
         };
-        let stack = ok!(Stack::layout(config, l));
-        Ok(Self { layout: ok!(layout.checked()), stack, trunk, patches, head })
+        let stack = ok!(Stack::layout(&config, &job.mode, l));
+        Ok(Self {
+            layout: ok!(layout.checked()),
+            digests: Digests::NONE,
+            trained: job.trained,
+            micro_batch: job.micro_batch,
+            stack,
+            trunk,
+            patches,
+            head,
+            weight,
+            positions,
+            top,
+            losses,
+        })
     }
 
-    /// Every tensor that is in RAM, in the order that they have in flash; `fill` gets its handle
-    /// and its place there.
+    /// Samples that go through the network at a time.
+    pub const fn micro_batch(&self) -> usize {
+        self.micro_batch
+    }
+
+    /// `[B]`: the loss of every sample of the last step.
+    pub const fn losses(&self) -> Reals {
+        self.losses
+    }
+
+    /// Every tensor that is in RAM for the whole job, in the order that they have in flash; `fill`
+    /// gets its handle and its place there.
     ///
     /// # Errors
     /// Those of `fill`.
     pub fn load(&self, mut fill: impl FnMut(&Tensor, Reals, usize) -> Result<()>) -> Result<()> {
-        let mut at = 0;
-        let mut next = |t: &Tensor, group: Option<Reals>| {
-            let (from, len) = (at, t.rows * t.cols);
-            at += len;
-            // A tensor that these blocks do not have.
-            if len == 0 {
-                return Ok(());
-            }
-            group.map_or(Ok(()), |group| fill(t, t.of(group), from))
+        let (blocks, paged, mut at) = (&self.trunk.blocks, self.trunk.flash.is_some(), 0);
+        let mut next = |t: &Tensor, values: Reals, there: bool| {
+            let from = at;
+            at += t.len();
+            // Some tensors these blocks do not have.
+            if there && !t.is_empty() { fill(t, values, from) } else { Ok(()) }
         };
-        next(&self.patches.weight.tensors[0], Some(self.patches.weight.params.group(0)))?;
-        next(&self.patches.positions.tensors[0], Some(self.patches.positions.params.group(0)))?;
+        let [weight] = &self.weight.tensors;
+        next(weight, self.weight.parameter(0).value, true)?;
+        let [positions] = &self.positions.tensors;
+        next(positions, self.positions.parameter(0).value, true)?;
         for k in 0..BLOCKS {
-            for (i, t) in self.trunk.blocks.tensors().iter().enumerate() {
-                match (&self.trunk.vectors, self.trunk.flash) {
-                    (Some(part), _) => {
-                        let vector = VECTORS.iter().position(|&v| v == i).map(|v| part.tensors[v]);
-                        next(vector.as_ref().unwrap_or(t), vector.map(|_| part.params.group(k)))?;
-                    }
-                    (None, Some(_)) => next(t, None)?,
-                    (None, None) => next(t, Some(self.trunk.blocks.params.group(k)))?,
-                }
-            }
+            blocks.each(&mut |t| {
+                next(t, blocks.params.value(k, t), !paged || t.home == Home::Trained)
+            })?;
         }
-        for t in &self.head.part.tensors {
-            next(t, Some(self.head.part.params.group(0)))?;
+        for t in &self.top.tensors {
+            next(t, self.top.params.value(0, t), true)?;
         }
         Ok(())
+    }
+
+    /// Makes some of `samples` the (micro-)batch.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a sample that does not exist, or more than fit.
+    pub fn put(&mut self, be: &mut Be<'_>, samples: Samples, batch: &[usize]) -> Result<()> {
+        self.patches.samples = samples;
+        for (i, &sample) in batch.iter().enumerate() {
+            be.write_ints(self.head.labels.sub(i, 1), &[i32::from(samples.get(sample)?.1)])?;
+            if let Some(place) = self.patches.batch.get_mut(i) {
+                *place = sample;
+            }
+        }
+        Ok(())
+    }
+
+    /// `x_K` of sample `i` of the batch, by the standard transformer that the network is at
+    /// inference.
+    fn infer(&mut self, be: &mut Be<'_>, i: usize) -> Result<Reals> {
+        let mut alone = self.patches;
+        alone.batch[0] = self.patches.batch[i];
+        self.stack.infer(be, &mut self.trunk, &mut alone, 1, FloatGamma::ZERO)
+    }
+
+    /// The most probable class of the first sample of the batch, and its loss.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn classify(&mut self, be: &mut Be<'_>) -> Result<(usize, f32)> {
+        let (x, chunk) = (self.infer(be, 0)?, at_head(&Pass { seed: 0, step: 0, global: 0 }, 0));
+        let logits = self.head.logits(be, &chunk, x, self.stack.scratch())?;
+        let mut best = (0, f32::NEG_INFINITY);
+        for (class, &logit) in be.reals(logits)?.iter().enumerate() {
+            if logit > best.1 {
+                best = (class, logit);
+            }
+        }
+        self.head.loss(be, &chunk, logits)?;
+        Ok((best.0, be.reals(self.head.losses.sub(0, 1))?.iter().sum()))
+    }
+
+    /// Forward and backward pass through the stack; its stages are those of [`Stack::train`].
+    fn all_blocks(&mut self, be: &mut Be<'_>, pass: &Pass) -> Result<()> {
+        let Self { stack, trunk, patches, head, digests, .. } = self;
+        stack.embed(be, patches, pass)?;
+        stack.forward(be, trunk, pass)?;
+        if let Stack::Reversible(stack) = stack {
+            for k in [BLOCKS - 1, BLOCKS - 2] {
+                let x = be.ints(stack.activation(k))?;
+                digests.activations = fold(digests.activations, x.iter().map(|&x| x as u32));
+            }
+            let side = be.words(stack.side_bits())?;
+            digests.side_bits = fold(digests.side_bits, side.iter().copied());
+        }
+        stack.turn(be, trunk, head, pass)?;
+        stack.backward(be, trunk, pass)?;
+        digests.rebuilt = trunk.rebuilt;
+        stack.embed_vjp(be, patches, pass)
+    }
+
+    /// Inference, and the head's gradient.
+    fn head_only(&mut self, be: &mut Be<'_>, pass: &Pass) -> Result<()> {
+        for i in 0..self.micro_batch {
+            let (x, chunk) = (self.infer(be, i)?, at_head(pass, i));
+            let Self { stack, head, .. } = self;
+            head.forward_backward(be, &chunk, x, stack.gradient(BLOCKS), stack.scratch())?;
+        }
+        Ok(())
+    }
+}
+
+/// Sample `i` of a pass, at the head.
+const fn at_head(pass: &Pass, i: usize) -> Chunk {
+    Chunk {
+        seed: pass.seed,
+        step: pass.step,
+        stack: 0,
+        site: Site::Head,
+        first: i,
+        samples: 1,
+        global: pass.global.wrapping_add(i as u32),
+        frame: 0,
+    }
+}
+
+impl<'a> Network<Be<'a>> for Model {
+    fn groups(&self, each: &mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()> {
+        let blocks = &self.trunk.blocks;
+        each(&Group { params: &blocks.params, tensors: blocks, of: Owner::Blocks })?;
+        each(&self.weight.group(Site::Embedding))?;
+        each(&self.positions.group(Site::Embedding))?;
+        each(&self.top.group(Site::Head))
+    }
+
+    fn trained(&self) -> usize {
+        self.layout.trained()
+    }
+
+    fn micro_batches(&self) -> usize {
+        BATCH / self.micro_batch
+    }
+
+    fn pass(&mut self, be: &mut Be<'a>, pass: &Pass, micro: &Micro) -> Result<()> {
+        self.trunk.blocks.begin(micro);
+        self.head.scale = micro.scale;
+        self.head.losses = self.losses.sub(micro.index * self.micro_batch, self.micro_batch);
+        match self.trained {
+            Trained::Head => self.head_only(be, pass),
+            _ => self.all_blocks(be, pass),
+        }
+    }
+
+    fn loss(&self, be: &Be<'a>) -> Result<f64> {
+        sum(be, self.losses)
+    }
+
+    fn rebuilt(&self, be: &Be<'a>) -> Result<Rebuilt> {
+        Rebuilt::of(be, &self.stack)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use bdia_on_device::report::Outcome;
+use bdia_mcu::report::Outcome;
 
 const COLORS: [&str; 4] = ["#1b6ca8", "#c0392b", "#2e8b57", "#8e6bb0"];
 const LEFT: f64 = 60.0;

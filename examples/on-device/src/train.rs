@@ -2,20 +2,19 @@
 
 use core::fmt;
 
-use bdia_core::arena::Layout;
-use bdia_core::backend::{Chunk, Exchange, OptimOps, Storage};
-use bdia_core::error::{Error, Result, Site};
-use bdia_core::layers::Updater;
+use bdia_core::Real;
+use bdia_core::arena::{Layout, Reals};
+use bdia_core::backend::Storage;
+use bdia_core::error::{Error, Result};
+use bdia_core::layers::{Init, Tensor};
+use bdia_core::network::{self, Loaded, Step};
 use bdia_core::optim::{Decay, Schedule};
 use bdia_core::plan::{Choice, fit};
 use bdia_core::rng::{Draw, Stream};
-use bdia_core::stack::{Head, Pass};
-use bdia_core::update::{Gamma, Sign};
-use bdia_core::{Real, Reals};
 
 use crate::data::Samples;
 use crate::digest::{Digests, fold};
-use crate::model::{BATCH, BLOCKS, Be, CHUNK, Job, Model, Part, Trained};
+use crate::model::{BATCH, Be, CHUNK, Job, Model};
 
 /// Key of all random numbers.
 pub const SEED: u64 = 2025;
@@ -60,8 +59,6 @@ pub struct Session<'j> {
     model: Model,
     tune: Samples,
     step: u32,
-    /// What has been computed so far.
-    pub digests: Digests,
 }
 
 impl<'j> Session<'j> {
@@ -82,7 +79,7 @@ impl<'j> Session<'j> {
             end = at + values.len();
             match job.weights {
                 Some(weights) => weights.read(be, at, values),
-                None => draw(be, tensor.name, tensor.rows, values, at),
+                None => draw(be, tensor, values, at),
             }
         })?;
         match job.weights {
@@ -91,7 +88,7 @@ impl<'j> Session<'j> {
                 expected: end,
                 found: weights.0.len() / 2,
             }),
-            _ => Ok(Self { job, model, tune, step: 0, digests: Digests::default() }),
+            _ => Ok(Self { job, model, tune, step: 0 }),
         }
     }
 
@@ -129,15 +126,10 @@ impl<'j> Session<'j> {
     /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says.
     pub fn step(&mut self, be: &mut Be<'_>) -> Result<f64> {
         let (epoch, within) = (self.step / self.steps(), (self.step % self.steps()) as usize);
-        let mut targets = [0; BATCH];
-        for (i, target) in targets.iter_mut().enumerate() {
-            let sample = self.sample(epoch, within * BATCH + i);
-            self.model.patches.batch[i] = sample;
-            *target = i32::from(self.tune.get(sample)?.1);
+        let mut batch = [0; BATCH];
+        for (i, sample) in batch.iter_mut().enumerate() {
+            *sample = self.sample(epoch, within * BATCH + i);
         }
-        self.model.patches.samples = self.tune;
-        be.write_ints(self.model.head.targets, &targets)?;
-
         let steps = self.steps() * self.job.epochs;
         let schedule = Schedule {
             lr: self.job.lr,
@@ -146,83 +138,19 @@ impl<'j> Session<'j> {
             steps,
             decay: Decay::Linear,
         };
-        let updater = &mut self.model.trunk.blocks.updater;
-        *updater = Updater {
-            rule: self.job.rule,
-            lr: schedule.at(self.step),
-            t: self.step + 1,
-            ..*updater
-        };
-        updater.fused = true;
-        let updater = *updater;
-
-        if self.job.trained == Trained::Head {
-            self.head_only(be)?
-        } else {
-            self.all_blocks(be)?
-        }
-        finish(be, &updater, Site::Embedding, &self.model.patches.weight)?;
-        finish(be, &updater, Site::Embedding, &self.model.patches.positions)?;
-        finish(be, &updater, Site::Head, &self.model.head.part)?;
-        if let Some(fault) = be.take_fault()? {
-            return Err(fault.into());
-        }
+        let (step, lr) = (self.step, schedule.at(self.step));
+        let step = Step { step, seed: SEED, lr, weight_decay: 0.0, clip: 0.0 };
+        let (tune, n) = (self.tune, self.model.micro_batch());
+        let outcome = network::step(&mut self.model, be, &step, |model, be, i| -> Result<_> {
+            let first = i * n;
+            model.put(be, tune, batch.get(first..first + n).unwrap_or_default())?;
+            Ok(Loaded { first: first as u32, targets: n, items: n })
+        })?;
         self.step += 1;
 
-        let losses = be.reals(self.model.head.losses)?;
-        self.digests.losses = fold(self.digests.losses, losses.iter().map(|l| l.to_bits()));
-        Ok(losses.iter().map(|&l| f64::from(l)).sum::<f64>() / BATCH as f64)
-    }
-
-    /// Forward and backward pass through the reversible stack; its stages are those of
-    /// `Stack::train`.
-    fn all_blocks(&mut self, be: &mut Be<'_>) -> Result<()> {
-        let Model { stack, trunk, patches, head, .. } = &mut self.model;
-        let pass = Pass { seed: SEED, step: self.step, global: 0 };
-        stack.embed(be, patches, &pass)?;
-        stack.forward(be, trunk, &pass)?;
-        for k in [BLOCKS - 1, BLOCKS - 2] {
-            let x = be.ints(stack.activation(k))?;
-            self.digests.activations = fold(self.digests.activations, x.iter().map(|&x| x as u32));
-        }
-        let side = be.words(stack.side_bits())?;
-        self.digests.side_bits = fold(self.digests.side_bits, side.iter().copied());
-        trunk.rebuilt = self.digests.rebuilt;
-        stack.turn(be, trunk, head, &pass)?;
-        stack.backward(be, trunk, &pass)?;
-        self.digests.rebuilt = trunk.rebuilt;
-        stack.embed_vjp(be, patches, &pass)
-    }
-
-    /// Inference, and the head's gradient.
-    fn head_only(&mut self, be: &mut Be<'_>) -> Result<()> {
-        for i in 0..BATCH {
-            let (x, chunk) = self.infer(be, i)?;
-            let Model { stack, head, .. } = &mut self.model;
-            head.forward_backward(be, &chunk, x, stack.gradient(BLOCKS), stack.scratch())?;
-        }
-        Ok(())
-    }
-
-    /// `x_K` of sample `i` of the batch, by the standard transformer that the network is at
-    /// inference.
-    fn infer(&mut self, be: &mut Be<'_>, i: usize) -> Result<(Reals, Chunk)> {
-        let Model { stack, trunk, patches, .. } = &mut self.model;
-        let batch = patches.batch;
-        patches.batch[0] = batch[i];
-        let x = stack.infer(be, trunk, patches, 1, Gamma::new(0.0, Sign::Plus)?);
-        patches.batch = batch;
-        let chunk = Chunk {
-            seed: SEED,
-            step: self.step,
-            stack: 0,
-            site: Site::Head,
-            first: i,
-            samples: 1,
-            global: i as u32,
-            frame: 0,
-        };
-        Ok((x?, chunk))
+        let (losses, digests) = (be.reals(self.model.losses())?, &mut self.model.digests);
+        digests.losses = fold(digests.losses, losses.iter().map(|l| l.to_bits()));
+        Ok(outcome.loss)
     }
 
     /// Loss and accuracy over `samples`, one at a time.
@@ -231,24 +159,11 @@ impl<'j> Session<'j> {
     /// Those of the backend.
     pub fn evaluate(&mut self, be: &mut Be<'_>, samples: Samples) -> Result<Score> {
         let mut score = Score { samples: samples.len(), ..Score::default() };
-        self.model.patches.samples = samples;
         for sample in 0..samples.len() {
-            let label = samples.get(sample)?.1;
-            self.model.patches.batch[0] = sample;
-            be.write_ints(self.model.head.targets.sub(0, 1), &[i32::from(label)])?;
-            let (x, chunk) = self.infer(be, 0)?;
-            let Model { stack, head, .. } = &self.model;
-            let class_token = x.sub(0, self.job.width);
-            let (logits, ..) = head.logits(be, class_token, stack.scratch())?;
-            let mut best = (0, f32::NEG_INFINITY);
-            for (class, &logit) in be.reals(logits)?.iter().enumerate() {
-                if logit > best.1 {
-                    best = (class, logit);
-                }
-            }
-            score.right += usize::from(best.0 == usize::from(label));
-            head.loss(be, &chunk, 0, logits)?;
-            score.loss += f64::from(be.reals(head.losses.sub(0, 1))?.iter().sum::<f32>());
+            self.model.put(be, samples, &[sample])?;
+            let (class, loss) = self.model.classify(be)?;
+            score.right += usize::from(class == usize::from(samples.get(sample)?.1));
+            score.loss += f64::from(loss);
         }
         score.loss /= samples.len().max(1) as f64;
         match be.take_fault()? {
@@ -262,7 +177,7 @@ impl<'j> Session<'j> {
     /// # Errors
     /// Those of the backend.
     pub fn digests(&self, be: &Be<'_>) -> Result<Digests> {
-        let mut digests = self.digests;
+        let mut digests = self.model.digests;
         self.model.load(|_, values, _| {
             digests.parameters =
                 fold(digests.parameters, be.reals(values)?.iter().map(|p| p.to_bits()));
@@ -272,30 +187,18 @@ impl<'j> Session<'j> {
     }
 }
 
-fn finish<const N: usize>(
-    be: &mut (impl OptimOps + Exchange),
-    updater: &Updater,
-    site: Site,
-    part: &Part<N>,
-) -> Result<()> {
-    part.params.finished(be, updater, site, 0, &part.tensors)
-}
-
-/// Initial values: norms are 1, biases 0, matrices normal with the deviation `1/√rows`.
-fn draw(be: &mut Be<'_>, name: &str, rows: usize, values: Reals, at: usize) -> Result<()> {
+/// Initial values: norms are 1, biases 0, matrices normal with the deviation `1/√rows`. Numbers are
+/// drawn by the tensor's place in flash.
+fn draw(be: &mut Be<'_>, tensor: &Tensor, values: Reals, at: usize) -> Result<()> {
     let stream = Stream::new(SEED, 0, 0, 0, 0, Draw::Init);
-    let deviation = match name {
-        "positions" => 0.1,
-        _ => 1.0 / Real::root(rows as f64),
+    let deviation = match tensor.init {
+        Init::Zeros => return be.fill_reals(values, 0.0),
+        Init::Ones => return be.fill_reals(values, 1.0),
+        Init::Normal(deviation) => deviation,
+        _ => 1.0 / Real::root(tensor.rows as f64),
     };
     for (i, value) in be.reals_mut(values)?.iter_mut().enumerate() {
-        *value = if name.starts_with("ln_") {
-            if name.ends_with("weight") { 1.0 } else { 0.0 }
-        } else if name.ends_with("bias") {
-            0.0
-        } else {
-            (deviation * stream.normal((at + i) as u32)) as f32
-        };
+        *value = (deviation * stream.normal((at + i) as u32)) as f32;
     }
     Ok(())
 }

@@ -5,12 +5,12 @@ use bdia_core::arena::{Category, Reals};
 use bdia_core::optim::Rule;
 use bdia_core::stack::Mode;
 use bdia_core::{Error, Fault};
-use bdia_on_device::data::{Samples, Weights};
-use bdia_on_device::jobs::{
+use bdia_mcu::data::{Samples, Weights};
+use bdia_mcu::jobs::{
     ADAM, ARENA, Arena, BUDGET, FULL, HEAD, JOBS, RAM, REFUSED, TEST, TUNE, VECTORS, arena,
 };
-use bdia_on_device::model::{Be, Job, Model};
-use bdia_on_device::train::{Session, plan};
+use bdia_mcu::model::{Be, Job, Model};
+use bdia_mcu::train::{Session, plan};
 
 /// Values of one tensor, with its place in flash.
 type Tensors = Vec<(usize, Vec<f32>)>;
@@ -57,7 +57,8 @@ fn first_step<const N: usize>(
 /// and head.
 #[test]
 fn gradients_against_finite_differences() {
-    const PLAIN: Job = Job { mode: Mode::Standard, lr: 1.0, epochs: 0, weights: None, ..FULL };
+    const STANDARD: Mode = Mode::Standard { grid: None };
+    const PLAIN: Job = Job { mode: STANDARD, lr: 1.0, epochs: 0, weights: None, ..FULL };
     let mut memory = Box::new(Arena::<{ arena(&[PLAIN]) }>::new());
     let (_, start, after) = first_step(&PLAIN, &mut memory, None);
     for i in 0..start.len() {
@@ -104,6 +105,23 @@ fn frozen_matrices_change_nothing_else() {
         vectors += 1;
     }
     assert_eq!(vectors, 1 + 6 * 8 + 4);
+}
+
+/// One sample at a time: the same losses and the same parameters, bit for bit, since gradients add
+/// up in the same order.
+#[test]
+fn micro_batches_add_up() {
+    const MICRO: Job = Job { micro_batch: 1, ..FULL };
+    let mut memory = Box::new(Arena::<{ arena(&[FULL, MICRO]) }>::new());
+    let (loss, _, whole) = first_step(&FULL, &mut memory, None);
+    let (same, _, parts) = first_step(&MICRO, &mut memory, None);
+    assert_eq!(loss.to_bits(), same.to_bits());
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    for ((at, whole), (_, parts)) in whole.iter().zip(&parts) {
+        assert_eq!(bits(whole), bits(parts), "the tensor at {at}");
+    }
+    let error = Model::plan(&Job { micro_batch: 3, ..FULL }).unwrap_err();
+    assert!(matches!(error, Error::Setting { what: "micro-batch", .. }));
 }
 
 #[test]

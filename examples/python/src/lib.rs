@@ -24,7 +24,7 @@ fn signs(
     sign: &str,
     py: Python<'_>,
 ) -> PyResult<Vec<i8>> {
-    let gamma = Gamma::new(0.5, pass::sign(py, sign)?).map_err(|e| refused(py, e))?;
+    let gamma = Gamma::new(1, pass::sign(py, sign)?).map_err(|e| refused(py, e))?;
     let site = Site::Block(block.into());
     let chunk = Chunk { seed, step: 0, stack: 0, site, first: 0, samples, global: first, frame: 0 };
     Ok((0..samples).map(|i| chunk.sigma(gamma, i) as i8).collect())

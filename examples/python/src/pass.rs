@@ -5,12 +5,12 @@ use std::collections::hash_map::Entry;
 use std::sync::Mutex;
 
 use bdia_core::arena::Words;
-use bdia_core::stack::{Blocks, Call, Config, Input, Mode, Needs, Pass as Place, Stack, Tail};
+use bdia_core::stack::{Blocks, Call, Config, Input, Needs, Pass as Place, Reversible, Tail};
 use bdia_core::{
-    Category, Chunk, Error, Fault, Gamma, Grid, Ints, Layout, Reals, Reference, Sign, Site,
+    Category, Chunk, Error, Fault, Gamma, Grid, Ints, Layout, Policy, Reals, Reference, Sign, Site,
     Storage, UpdateOps,
 };
-use bdia_cpu::Cpu;
+use bdia_cpu::{Cpu, CpuError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -26,9 +26,14 @@ fn raise(py: Python<'_>, class: &str, args: impl for<'py> pyo3::call::PyCallArgs
 pub(crate) fn refused(py: Python<'_>, e: Error) -> PyErr {
     match e {
         Error::Fault(fault) => broken(py, fault),
-        Error::Device("not enough memory") => {
-            pyo3::exceptions::PyMemoryError::new_err(e.to_string())
-        }
+        _ => raise(py, "SettingError", (e.to_string(),)),
+    }
+}
+
+/// A machine that cannot carry a request out.
+fn unable(py: Python<'_>, e: CpuError) -> PyErr {
+    match e {
+        CpuError::Memory { .. } => pyo3::exceptions::PyMemoryError::new_err(e.to_string()),
         _ => raise(py, "SettingError", (e.to_string(),)),
     }
 }
@@ -102,7 +107,7 @@ macro_rules! with {
 }
 
 impl Engine {
-    fn single(layout: &Layout, threads: usize) -> Result<Self, bdia_cpu::CpuError> {
+    fn single(layout: &Layout, threads: usize) -> Result<Self, CpuError> {
         // Threads are started once for every number of them, and again in a process that was forked
         // off.
         static TEAMS: Mutex<Option<HashMap<(u32, usize), Cpu>>> = Mutex::new(None);
@@ -116,10 +121,10 @@ impl Engine {
         Ok(Self::Single(team.sibling(layout)?))
     }
 
-    fn double(layout: &Layout) -> Result<Self, bdia_cpu::CpuError> {
+    fn double(layout: &Layout) -> Result<Self, CpuError> {
         let (i, r, w) = layout.arenas();
         let (mut ints, mut reals, mut words) = (Vec::new(), Vec::new(), Vec::new());
-        let refused = |bytes| move |_| bdia_cpu::CpuError::Memory { bytes };
+        let refused = |bytes| move |_| CpuError::Memory { bytes };
         ints.try_reserve_exact(i).map_err(refused(i * 4))?;
         reals.try_reserve_exact(r).map_err(refused(r * 8))?;
         words.try_reserve_exact(w).map_err(refused(w * 4))?;
@@ -149,7 +154,7 @@ enum State {
 /// One pass through the stack: forward once, then backward once.
 #[pyclass]
 pub(crate) struct Pass {
-    stack: Stack,
+    stack: Reversible,
     engine: Engine,
     layout: Layout,
     state: State,
@@ -225,7 +230,7 @@ impl<B: Exposed> Blocks<B> for Hooks<'_, '_> {
 
 /// Forward: `X_0` from the input, then all blocks.
 fn forward<B: Exposed>(
-    stack: &mut Stack,
+    stack: &mut Reversible,
     be: &mut B,
     hooks: &mut Hooks<'_, '_>,
     place: &Place,
@@ -237,7 +242,7 @@ fn forward<B: Exposed>(
 
 /// Backward: from `G_K`, which is in its place.
 fn backward<B: Exposed>(
-    stack: &mut Stack,
+    stack: &mut Reversible,
     be: &mut B,
     hooks: &mut Hooks<'_, '_>,
     place: &Place,
@@ -260,7 +265,7 @@ impl Pass {
         let mut hooks =
             Hooks { object, pass: slf, real_bytes: this.engine.real_bytes(), exception: None };
         let place = Place { seed, step: 0, global: 0 };
-        let way = |stack: &mut Stack, engine: &mut Engine, hooks: &mut Hooks<'_, '_>| with!(engine, be => if back { backward(stack, be, hooks, &place) } else { forward(stack, be, hooks, &place) });
+        let way = |stack: &mut Reversible, engine: &mut Engine, hooks: &mut Hooks<'_, '_>| with!(engine, be => if back { backward(stack, be, hooks, &place) } else { forward(stack, be, hooks, &place) });
         let result = way(&mut this.stack, &mut this.engine, &mut hooks);
         match (hooks.exception, result) {
             (Some(exception), _) => Err(exception),
@@ -293,6 +298,8 @@ impl Pass {
     ) -> PyResult<Self> {
         let sign = self::sign(py, sign)?;
         let refuse = |e| refused(py, e);
+        let grid = Grid::new(frac_bits).map_err(refuse)?;
+        let gamma = Policy::fixed(Gamma::from_value(gamma, sign).map_err(refuse)?);
         let mut layout = Layout::new(if double { 8 } else { 4 });
         let config = Config {
             id: 0,
@@ -300,24 +307,16 @@ impl Pass {
             per_sample,
             blocks,
             chunk,
-            mode: Mode::Bdia,
-            grid: Some(Grid::new(frac_bits).map_err(refuse)?),
-            gamma: Gamma::new(gamma, sign).map_err(refuse)?,
-            verify,
             tail: Tail::Output,
             needs: Needs::default(),
             ends_scratch: 0,
         };
-        let stack = Stack::layout(config, &mut layout).map_err(refuse)?;
+        let stack =
+            Reversible::layout(&config, grid, gamma, verify, &mut layout).map_err(refuse)?;
         let layout = layout.checked().map_err(refuse)?;
         let engine =
             if double { Engine::double(&layout) } else { Engine::single(&layout, threads) };
-        Ok(Self {
-            stack,
-            engine: engine.map_err(|e| refused(py, e.into()))?,
-            layout,
-            state: State::Fresh,
-        })
+        Ok(Self { stack, engine: engine.map_err(|e| unable(py, e))?, layout, state: State::Fresh })
     }
 
     /// Calls `object.input(first, samples, x)` and `object.residual(block, first, samples, x, h,

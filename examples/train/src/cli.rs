@@ -488,6 +488,86 @@ pub struct RunFlags<'a> {
     pub inputs: Vec<&'a mut PathBuf>,
 }
 
+/// The flags of a run over data that it sees again and again, whose intervals are epochs.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Run")]
+pub struct EpochArgs {
+    /// How activations are kept.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub mode: ModeArgs,
+    /// The optimizer.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub optim: OptimArgs,
+    /// Passes over the training data
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count(1 << 20))]
+    pub epochs: u64,
+    /// Optimizer steps, in place of --epochs
+    #[arg(long, value_name = "N", value_parser = count(u64::from(u32::MAX) - 1))]
+    #[arg(conflicts_with = "epochs")]
+    pub steps: Option<u64>,
+    /// Micro-batches of a step. More than one needs full gradient buffers
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10))]
+    pub accumulate: u64,
+    /// Everything random follows from it
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = seed)]
+    pub seed: u64,
+    /// Epochs between evaluations; 0 for one at the end
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count_or_zero(1 << 20))]
+    pub eval_interval: u64,
+    /// Epochs between checkpoints; 0 for one at the end
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count_or_zero(1 << 20))]
+    pub checkpoint_interval: u64,
+    /// Continue the run in this directory with its own settings
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["out"])]
+    pub resume: Option<PathBuf>,
+    /// Keep every activation as well and count the rebuilt values that differ
+    #[arg(long)]
+    pub verify: bool,
+    /// Directory of the run's files
+    #[arg(long, value_name = "DIR", default_value = "runs/latest")]
+    pub out: PathBuf,
+    /// The last line of standard output is one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Threads, memory, backend.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub machine: MachineArgs,
+    /// Names (as in `weight_decay`) of the flags that the user gave.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub given: BTreeSet<String>,
+}
+
+impl EpochArgs {
+    /// Those that every program has, with the files and directories that the run reads.
+    pub fn flags<'a>(&'a mut self, inputs: Vec<&'a mut PathBuf>) -> RunFlags<'a> {
+        RunFlags {
+            seed: &mut self.seed,
+            checkpoint_interval: &mut self.checkpoint_interval,
+            resume: &mut self.resume,
+            verify: &mut self.verify,
+            out: &mut self.out,
+            json: &mut self.json,
+            mode: &mut self.mode,
+            machine: &mut self.machine,
+            given: &mut self.given,
+            inputs,
+        }
+    }
+
+    /// What single flags cannot show to be wrong.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn check(&self) -> Result<(), String> {
+        check_mode(&self.mode, self.verify)?;
+        self.optim.check()
+    }
+}
+
 /// The flags of a program's runs.
 pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     /// Flags that may differ from the saved ones when a run is resumed: they change no number.

@@ -98,6 +98,13 @@ pub struct Summary {
     pub out: PathBuf,
 }
 
+impl Summary {
+    /// A score by its name; NaN where it was not measured.
+    pub fn score(&self, name: &str) -> f64 {
+        self.scores.get(name).copied().unwrap_or(f64::NAN)
+    }
+}
+
 /// A measurement on the validation data.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Validation {
@@ -134,6 +141,9 @@ pub struct Picture {
 /// What a run learns, from where it starts and what it leaves behind: all that its loop does not
 /// know.
 pub trait Task {
+    /// What [`digest`](Self::digest) identifies, for messages.
+    const DATA: &'static str = "the training data";
+
     /// What the plan and the network are said to be: the first lines of a run.
     fn describe(&self) -> String;
 
@@ -165,6 +175,9 @@ pub trait Task {
 
     /// Makes the buffers on the host that the plan counts.
     fn prepare(&mut self);
+
+    /// Chooses the data of the next step, in memory that the plan does not count.
+    fn choose(&mut self, _step: u32) {}
 
     /// One optimizer step.
     ///
@@ -267,6 +280,17 @@ pub struct Planned {
     pub layout: Layout,
     /// Plans of the same training in the other modes.
     pub others: Vec<(String, Layout)>,
+}
+
+/// Optimizer steps of a run: as many as asked for, or those of some epochs.
+///
+/// # Errors
+/// More than can be counted.
+pub fn steps(per_epoch: u32, epochs: u64, asked: Option<u64>) -> Result<u32, Failure> {
+    (asked.or_else(|| u64::from(per_epoch).checked_mul(epochs)))
+        .and_then(|n| u32::try_from(n).ok())
+        .filter(|&n| n < u32::MAX)
+        .ok_or_else(|| Failure::Other("more steps than can be counted; use fewer --epochs".into()))
 }
 
 /// Refuses a checkpoint that does not fit the run: too many steps, or a choice of chunks that is
@@ -389,6 +413,7 @@ impl<A: Flags, T: Task> Work for Run<'_, A, T> {
                 weight_decay: self.settings.optim.weight_decay,
                 clip: self.settings.optim.clip,
             };
+            self.task.choose(step);
             let others = Counting::current().saturating_sub(own);
             Counting::reset_peak();
             let outcome = match self.task.step(be, &plan) {
@@ -500,7 +525,7 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
             return Ok((0, Vec::new()));
         };
         if header.data != digest {
-            let what = "the training data is not the same".into();
+            let what = format!("{} is not the same", T::DATA);
             return Err(Failure::Run { path: path.clone(), what });
         }
         let warn = |before: String, now: String| {

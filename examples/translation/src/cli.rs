@@ -1,6 +1,5 @@
 //! The command line.
 
-use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -49,13 +48,15 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", value_parser = count(1 << 32), help_heading = "Data")]
     pub held: Option<u64>,
     /// Entries of a vocabulary, at most
-    #[arg(long, value_name = "N", default_value_t = 8000, value_parser = vocabulary, help_heading = "Data")]
+    #[arg(long, value_name = "N", default_value_t = 8000)]
+    #[arg(value_parser = vocabulary, help_heading = "Data")]
     pub vocab: u64,
     /// Vocabularies and tables of embeddings
     #[arg(long, default_value = "shared", help_heading = "Data")]
     pub embeddings: Embeddings,
     /// Tokens of the longest sentence, with its end; longer pairs are left out and counted
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = longest, help_heading = "Data")]
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(value_parser = longest, help_heading = "Data")]
     pub longest: u64,
     /// Size of the model [default: base; mini for number words]
     #[arg(long, value_name = "SIZE", help_heading = "Model")]
@@ -79,60 +80,29 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub weights: Option<PathBuf>,
     /// Dropout of embeddings, attention, residuals, and inside the MLPs
-    #[arg(long, value_name = "P", default_value_t = 0.1, value_parser = below_one, help_heading = "Regularization")]
+    #[arg(long, value_name = "P", default_value_t = 0.1)]
+    #[arg(value_parser = below_one, help_heading = "Regularization")]
     pub dropout: f64,
     /// Label smoothing
-    #[arg(long, value_name = "E", default_value_t = 0.1, value_parser = below_one, help_heading = "Regularization")]
+    #[arg(long, value_name = "E", default_value_t = 0.1)]
+    #[arg(value_parser = below_one, help_heading = "Regularization")]
     pub smoothing: f64,
-    /// How activations are kept.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub mode: ModeArgs,
-    /// The optimizer.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub optim: OptimArgs,
-    /// Passes over the pairs
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count(1 << 20), help_heading = "Run")]
-    pub epochs: u64,
-    /// Positions of a step on each side, padding counted
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = count(1 << 24), help_heading = "Run")]
+    /// Positions of a batch on each side, padding counted
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(value_parser = count(1 << 24), help_heading = "Run")]
     pub batch_tokens: u64,
-    /// Everything random follows from it
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Run", value_parser = seed)]
-    pub seed: u64,
-    /// Epochs between evaluations; 0 for one at the end
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count_or_zero(1 << 20), help_heading = "Run")]
-    pub eval_interval: u64,
     /// Held-out sentences that are translated (greedily) in an evaluation; at the end all are
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = count_or_zero(1 << 32), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(value_parser = count_or_zero(1 << 32), help_heading = "Run")]
     pub translate: u64,
     /// Hypotheses of the search at the end; 1 is greedy
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(64), help_heading = "Run")]
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = count(64), help_heading = "Run")]
     pub beams: u64,
-    /// Epochs between checkpoints; 0 for one at the end
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = count_or_zero(1 << 20), help_heading = "Run")]
-    pub checkpoint_interval: u64,
-    /// Continue the run in this directory with its own settings
-    #[arg(long, value_name = "DIR", help_heading = "Run", conflicts_with_all = ["out"])]
-    pub resume: Option<PathBuf>,
-    /// Keep every activation as well and count the rebuilt values that differ
-    #[arg(long, help_heading = "Run")]
-    pub verify: bool,
-    /// Directory of the run's files
-    #[arg(long, value_name = "DIR", default_value = "runs/translation", help_heading = "Run")]
-    pub out: PathBuf,
-    /// The last line of standard output is one JSON object
-    #[arg(long, help_heading = "Run")]
-    pub json: bool,
-    /// Threads, memory, backend.
+    /// Mode, optimizer, run, machine.
     #[command(flatten)]
     #[serde(flatten)]
-    pub machine: MachineArgs,
-    /// Names (as in `weight_decay`) of the flags that the user gave.
-    #[arg(skip)]
-    #[serde(skip)]
-    pub given: BTreeSet<String>,
+    pub run: EpochArgs,
 }
 
 fn vocabulary(s: &str) -> Result<u64, String> {
@@ -146,23 +116,8 @@ fn longest(s: &str) -> Result<u64, String> {
 
 impl Flags for TrainArgs {
     fn run(&mut self) -> RunFlags<'_> {
-        RunFlags {
-            seed: &mut self.seed,
-            checkpoint_interval: &mut self.checkpoint_interval,
-            resume: &mut self.resume,
-            verify: &mut self.verify,
-            out: &mut self.out,
-            json: &mut self.json,
-            mode: &mut self.mode,
-            machine: &mut self.machine,
-            given: &mut self.given,
-            inputs: self
-                .data
-                .iter_mut()
-                .chain(&mut self.held_out)
-                .chain(&mut self.weights)
-                .collect(),
-        }
+        let inputs = self.data.iter_mut().chain(&mut self.held_out).chain(&mut self.weights);
+        self.run.flags(inputs.collect())
     }
 }
 
@@ -172,12 +127,11 @@ impl TrainArgs {
     /// # Errors
     /// A sentence.
     pub fn check(&self) -> Result<(), String> {
-        check_mode(&self.mode, self.verify)?;
-        self.optim.check()?;
+        self.run.check()?;
         if self.data.is_empty() && !self.held_out.is_empty() {
             return Err("--held-out belongs to --data; number words are split by themselves".into());
         }
-        if self.weights.is_some() && self.given.contains("vocab") {
+        if self.weights.is_some() && self.run.given.contains("vocab") {
             return Err("--weights comes with its vocabulary; leave --vocab out".into());
         }
         if self.batch_tokens < self.longest {
@@ -300,9 +254,13 @@ struct Raw {
 /// The defaults that differ from those of text.
 fn defaults(command: clap::Command) -> clap::Command {
     let mut command = command;
-    for (flag, value) in
-        [("lr", "0.002"), ("weight_decay", "0.01"), ("warmup", "200"), ("beta2", "0.98")]
-    {
+    for (flag, value) in [
+        ("lr", "0.002"),
+        ("weight_decay", "0.01"),
+        ("warmup", "200"),
+        ("beta2", "0.98"),
+        ("out", "runs/translation"),
+    ] {
         command = command.mut_arg(flag, |a| a.default_value(value));
     }
     command
@@ -331,7 +289,7 @@ impl Cli {
             Command::Eval(_) | Command::Translate(_) => None,
         };
         if let Some(flags) = flags {
-            flags.given = given(sub.unwrap_or(&matches));
+            flags.run.given = given(sub.unwrap_or(&matches));
             flags.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         }
         Ok(Self { command: parsed })
@@ -363,21 +321,21 @@ mod tests {
         for arguments in ["", "train"] {
             let Command::Train(t) = read(arguments).unwrap() else { panic!("{arguments}") };
             assert_eq!(
-                (t.optim.optimizer, t.optim.beta2, t.smoothing),
+                (t.run.optim.optimizer, t.run.optim.beta2, t.smoothing),
                 (Optimizer::Adamw, 0.98, 0.1)
             );
-            assert!(t.given.is_empty() && t.data.is_empty() && t.mode.mode == Mode::Bdia);
+            assert!(t.run.given.is_empty() && t.data.is_empty() && t.run.mode.mode == Mode::Bdia);
         }
         let Command::Experiment(e) = read("experiment --epochs 2 --seeds 1").unwrap() else {
             panic!()
         };
-        assert_eq!((e.train.epochs, e.seeds, e.train.optim.warmup), (2, 1, 200));
+        assert_eq!((e.train.run.epochs, e.seeds, e.train.run.optim.warmup), (2, 1, 200));
         let Command::Train(t) =
             read("--data a.en a.fr --schedule noam --optimizer set-adam").unwrap()
         else {
             panic!()
         };
-        assert_eq!((t.data.len(), t.optim.schedule), (2, ScheduleKind::Noam));
+        assert_eq!((t.data.len(), t.run.optim.schedule), (2, ScheduleKind::Noam));
     }
 
     /// What changes no number is not compared, and neither is the way to a file.

@@ -3,9 +3,9 @@
 //!
 //! | files | read as |
 //! |---|---|
-//! | one, ending in `.csv` | two columns with a header, commas, quotes (Kaggle's English-French table) |
+//! | one, ending in `.csv` | two columns with a header, commas, quotes (Kaggle's table) |
 //! | one, ending otherwise | lines `source TAB target`, further columns ignored (manythings.org) |
-//! | one of that kind whose first line is numbered | lines `number TAB source TAB number TAB target` (Tatoeba's pairs) |
+//! | one of that kind whose first line is numbered | `number TAB source TAB number TAB target` |
 //! | two | aligned lines: the n-th of one is the translation of the n-th of the other |
 //!
 //! Each may be packed with gzip, which its first bytes tell. Text is UTF-8. White space at both
@@ -54,7 +54,10 @@ pub enum DataError {
         limit: u64,
     },
     /// A line is not text.
-    #[error("{}, line {line}: not valid UTF-8; convert the file, for example with iconv", path.display())]
+    #[error(
+        "{}, line {line}: not valid UTF-8; convert the file, for example with iconv",
+        path.display()
+    )]
     Encoding {
         /// The file.
         path: PathBuf,
@@ -74,7 +77,10 @@ pub enum DataError {
         expected: &'static str,
     },
     /// A language is missing.
-    #[error("{}, line {line}: the {side} sentence is empty; remove the pair or complete it", path.display())]
+    #[error(
+        "{}, line {line}: the {side} sentence is empty; remove the pair or complete it",
+        path.display()
+    )]
     Empty {
         /// The file.
         path: PathBuf,
@@ -85,7 +91,8 @@ pub enum DataError {
     },
     /// Two files are not aligned.
     #[error(
-        "{}, line {line}: the file ends here or before, but {} goes on; expected as many lines in both",
+        "{}, line {line}: the file ends here or before, but {} goes on; expected as many \
+         lines in both",
         short.display(), long.display()
     )]
     Aligned {

@@ -6,9 +6,10 @@ use bdia_train::Failure;
 use bdia_train::cli::Mode;
 use bdia_train::report;
 use bdia_train::study::{self, Study, Table};
+use bdia_train::trainer::{Metric, Summary};
 
 use crate::cli::{ExperimentArgs, TrainArgs};
-use crate::train::{Metric, Summary, train};
+use crate::train::train;
 
 /// The standard transformer, with more dropout, on the grid without γ, and BDIA: loss and BLEU over
 /// epochs, for every seed.
@@ -21,15 +22,15 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
         Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
     let more = args.more_dropout;
     let mut cells = vec![
-        study.cell("standard", 0.0, |a| a.mode.mode = Mode::Standard),
+        study.cell("standard", 0.0, |a| a.run.mode.mode = Mode::Standard),
         study.cell(format!("standard-dropout-{more}"), 1.0, |a| {
-            (a.mode.mode, a.dropout) = (Mode::Standard, more)
+            (a.run.mode.mode, a.dropout) = (Mode::Standard, more)
         }),
-        study.cell("bdia", 2.0, |a| a.mode.mode = Mode::Bdia),
+        study.cell("bdia", 2.0, |a| a.run.mode.mode = Mode::Bdia),
     ];
     if args.grid {
         cells.push(study.cell("standard-grid", 3.0, |a| {
-            (a.mode.mode, a.mode.quantize) = (Mode::Standard, true)
+            (a.run.mode.mode, a.run.mode.quantize) = (Mode::Standard, true)
         }));
     }
     let results = study.results(&cells)?;
@@ -46,12 +47,12 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
     ];
     let mut table = Table::of_runs(&columns, &cells, &results, |s| {
         vec![
-            s.val_loss,
-            s.best_val_loss,
-            s.loss,
-            s.bleu,
-            s.chrf,
-            s.exact,
+            s.val_loss.unwrap_or(f64::NAN),
+            s.best_val_loss.unwrap_or(f64::NAN),
+            s.loss.unwrap_or(f64::NAN),
+            s.score("bleu"),
+            s.score("chrf"),
+            s.score("exact"),
             s.activation_bytes as f64,
             s.plan_bytes as f64,
             s.peak_bytes as f64,
@@ -60,12 +61,13 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
     let speeds = study.speeds(
         &cells,
         |a| {
-            (a.epochs, a.eval_interval, a.translate, a.checkpoint_interval) = (1, 0, 0, 0);
+            (a.run.steps, a.run.epochs, a.run.eval_interval) = (None, 1, 0);
+            (a.translate, a.run.checkpoint_interval) = (0, 0);
             // The vocabulary of all pairs: logits take a good part of the time.
             a.weights = Some(study.run_dir("standard", 1));
             (a.pairs, a.held) = (Some(a.pairs.unwrap_or(u64::MAX).min(1000)), Some(20));
         },
-        |s| 1e6 / s.tokens_per_s,
+        |s| 1e6 / s.items_per_s.unwrap_or(f64::NAN),
     )?;
     table.push("us_per_token", speeds);
     table.csv(study.dir, "regularizers")?;
@@ -77,7 +79,7 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
         "loss (nats a token)",
         &loss,
     )?;
-    let bleu = study.curves(&cells, |m: &Metric| m.bleu)?;
+    let bleu = study.curves(&cells, |m: &Metric| m.scores.get("bleu").copied())?;
     study.draw("regularizers-bleu", "BLEU in training", "optimizer step", "BLEU, greedy", &bleu)?;
     report::tell!("tables and pictures: {}/regularizers*.csv, .svg", args.dir.display());
     Ok(())

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! config.json, model.safetensors       the model after the last epoch, under PyTorch's names
-//! tokenizer.json                       its vocabulary (or tokenizer.source.json and tokenizer.target.json)
+//! tokenizer.json                       its vocabulary (or tokenizer.{source,target}.json)
 //! best.safetensors                     the weights of the evaluation with the lowest loss
 //! held-out.{source,reference,translation}.txt   what was translated at the end, line by line
 //! run.json                             the flags of the run
@@ -11,105 +11,31 @@
 //! ```
 
 use core::fmt::Write as _;
-use std::io::{IsTerminal, Write};
 use std::path::Path;
-use std::time::Instant;
 
 use bdia_core::backend::Backend;
+use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::{Choice, fit};
-use bdia_core::{Gamma, Grid, Layout, Sign, stack};
-use bdia_models::files::{FileError, write_bytes};
+use bdia_core::{Layout, Reals};
+use bdia_models::files::write_bytes;
+use bdia_models::inference::Inference;
 use bdia_models::seq2seq::config::TranslationConfig;
 use bdia_models::seq2seq::decode::{Search, Sizes};
 use bdia_models::seq2seq::files::{load_weights, save_weights};
-use bdia_models::seq2seq::model::{Inference, Setup, Shape, Step, Tokens, Translator};
+use bdia_models::seq2seq::model::{Setup, Shape, Tokens, Translator};
 use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
 use bdia_models::weights;
-use bdia_train::alloc::{Counting, peak_rss_bytes};
-use bdia_train::checkpoint::{self, Header};
-use bdia_train::cli::{BackendKind, Mode, name_of};
-use bdia_train::machine::{self, Work, for_kind};
-use bdia_train::report::{self, Chart, Metrics, Record, Series};
-use bdia_train::{Failure, ranks, run};
-use serde::{Deserialize, Serialize};
+use bdia_train::cli::BackendKind;
+use bdia_train::machine::{self, for_kind};
+use bdia_train::trainer::{
+    self, Picture, Planned, Settings, Summary, Task, Validation, Verify, When,
+};
+use bdia_train::{Failure, ranks, report, run};
 
-use crate::batch::{Batches, chunk_of};
+use crate::batch::{Batch, Batches, chunk_of};
 use crate::cli::{Embeddings, Size, TrainArgs};
 use crate::data::Dataset;
 use crate::translate::{Encoded, Sentence, TOGETHER, dataset, digest, loss, score, translations};
-
-/// A line of `metrics.jsonl`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Metric {
-    /// Steps done, from 1.
-    pub step: u64,
-    /// Training loss of the step, with label smoothing.
-    pub loss: f64,
-    /// Its learning rate.
-    pub lr: f64,
-    /// Norm of its gradient.
-    pub grad_norm: f64,
-    /// Speed: tokens of both sides, without padding.
-    pub tokens_per_s: f64,
-    /// Held-out loss without smoothing, where measured.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub val_loss: Option<f64>,
-    /// BLEU of some held-out sentences, where measured.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bleu: Option<f64>,
-    /// Share of them that are exactly right.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub exact: Option<f64>,
-}
-
-impl Record for Metric {
-    fn step(&self) -> u64 {
-        self.step
-    }
-}
-
-/// What a run ended with.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Summary {
-    /// Held-out loss after the last epoch, nats a token.
-    pub val_loss: f64,
-    /// The lowest of all evaluations.
-    pub best_val_loss: f64,
-    /// BLEU of all held-out sentences.
-    pub bleu: f64,
-    /// chrF of them.
-    pub chrf: f64,
-    /// Share of them whose translation is exactly right.
-    pub exact: f64,
-    /// How many they are.
-    pub sentences: usize,
-    /// Mean training loss of the last epoch's steps.
-    pub loss: f64,
-    /// Rebuilt values of both stacks that differed, with `--verify` in mode bdia.
-    pub verify_mismatches: Option<u64>,
-    /// Largest error of rebuilding, with `--verify` without a grid.
-    pub rebuild_error: Option<f64>,
-    /// Speed of training.
-    pub tokens_per_s: f64,
-    /// Pairs to learn from.
-    pub pairs: usize,
-    /// Pairs that were too long.
-    pub too_long: usize,
-    /// Parameters.
-    pub parameters: usize,
-    /// Bytes of the plan.
-    pub plan_bytes: usize,
-    /// Bytes of activations, their gradients, side bits and workspace.
-    pub activation_bytes: usize,
-    /// Measured peak of what the plan covers.
-    pub peak_bytes: usize,
-    /// Peak of the whole process.
-    pub peak_rss_bytes: Option<u64>,
-    /// Optimizer steps.
-    pub steps: u32,
-    /// The directory.
-    pub out: std::path::PathBuf,
-}
 
 /// The pairs that the flags name, their vocabulary, the model for them.
 #[derive(Debug)]
@@ -126,18 +52,11 @@ struct Prepared {
 }
 
 impl Prepared {
-    /// A number that changes with the pairs and with the vocabulary.
-    fn digest(&self) -> Result<u64, Failure> {
-        digest(&self.data, &self.vocabularies)
-    }
-
-    fn tell_too_long(&self) {
-        let too_long = self.train.too_long + self.held.too_long;
-        if too_long > 0 {
-            report::note!(
-                "{too_long} pairs of more than {} tokens are left out",
-                self.config.positions
-            );
+    /// A line about the pairs that are left out, if there are any.
+    fn too_long(&self) -> String {
+        match self.train.too_long + self.held.too_long {
+            0 => String::new(),
+            n => format!("\n{n} pairs of more than {} tokens are left out", self.config.positions),
         }
     }
 }
@@ -168,7 +87,8 @@ fn prepare(args: &TrainArgs, vocabulary: Option<&Path>, ranks: usize) -> Result<
     let held = Encoded::new(&data.held, &vocabularies, longest)?;
     if train.tokens.is_empty() || held.tokens.is_empty() {
         return Err(Failure::Other(format!(
-            "{}: every pair on one side of the split has more than {longest} tokens; use a larger --longest",
+            "{}: every pair on one side of the split has more than {longest} tokens; use a \
+             larger --longest",
             data.name
         )));
     }
@@ -190,7 +110,7 @@ fn prepare(args: &TrainArgs, vocabulary: Option<&Path>, ranks: usize) -> Result<
         heads: or(args.heads, heads),
         mlp: or(args.mlp, mlp),
         dropout: args.dropout,
-        bdia: args.mode.training()?,
+        bdia: args.run.mode.training()?,
     };
     let tokens = args.batch_tokens as usize;
     let batches = Batches::new(&train.tokens, tokens, longest);
@@ -201,19 +121,16 @@ fn prepare(args: &TrainArgs, vocabulary: Option<&Path>, ranks: usize) -> Result<
 
 /// How the flags train a model.
 fn setup(args: &TrainArgs, config: &TranslationConfig) -> Result<Setup, Failure> {
-    let threads = machine::threads(&args.machine);
+    let threads = machine::threads(&args.run.machine);
+    let layers = config.encoder_layers.max(config.decoder_layers);
     Ok(Setup {
         dims: config.dims(),
-        mode: machine::stack_mode(&args.mode, config.encoder_layers.max(config.decoder_layers)),
-        grid: machine::grid(&args.mode)?,
-        gamma: args.mode.gamma()?,
-        rule: Some(args.optim.rule()),
-        fused: args.optim.clip == 0.0,
-        verify: args.verify,
+        mode: machine::mode(&args.run.mode, layers, args.run.verify)?,
+        gradients: machine::gradients(&args.run.optim, args.run.accumulate),
         smoothing: args.smoothing,
-        head_rows: machine::rows(args.machine.backend).head,
+        head_rows: machine::rows(args.run.machine.backend).head,
         threads,
-        library: machine::library(&args.machine, threads),
+        library: machine::library(&args.run.machine, threads),
     })
 }
 
@@ -273,7 +190,7 @@ fn lay_out(
             sizes = fits(&training, TOGETHER, &one)?;
             Translator::layout::<B>(&setup, &shapes, |_| Ok(vec![one(&sizes)?]))
         })?;
-        ranks::plan(&mut layout, &model.exchanged(), p.ranks);
+        ranks::plan(&mut layout, model.exchanged(), p.ranks);
         Ok(((chunk, sizes, model), layout))
     };
     let (choice, (chunk, sizes, model), layout) = match fixed {
@@ -294,35 +211,28 @@ fn other_plans(
     kind: BackendKind,
     choice: Choice,
 ) -> Result<Vec<(String, Layout)>, Failure> {
-    use stack::Mode as M;
-    let every = machine::checkpoint_every(None, setup.dims.layers[0].max(setup.dims.layers[1]));
-    let mut plans = Vec::new();
-    for (name, mode) in [
-        ("bdia".to_string(), M::Bdia),
-        ("standard".into(), M::Standard),
-        (format!("checkpoint {every}"), M::Checkpoint { every }),
-    ] {
-        if mode == setup.mode {
-            continue;
-        }
-        let grid = if mode == M::Bdia { Some(Grid::new(14)?) } else { None };
-        let other =
-            Setup { mode, grid, gamma: Gamma::new(0.5, Sign::Random)?, verify: false, ..*setup };
-        plans.push((name, lay_out(&other, p, (kind, 1), None, Some(choice))?.layout));
-    }
-    Ok(plans)
+    let plan = |(name, mode)| {
+        let other = Setup { mode, ..*setup };
+        Ok((name, lay_out(&other, p, (kind, 1), None, Some(choice))?.layout))
+    };
+    let layers = setup.dims.layers[0].max(setup.dims.layers[1]);
+    machine::other_modes(&setup.mode, layers)?.into_iter().map(plan).collect()
 }
 
-/// Everything that is known before memory is allocated.
-struct Run<'a> {
+/// What is learned: the pairs, and the network.
+struct Training {
     args: TrainArgs,
     prepared: Prepared,
-    laid: Laid,
-    others: Vec<(String, Layout)>,
-    /// The checkpoint to go on from.
-    from: Option<(std::path::PathBuf, Header)>,
-    /// Where the summary goes; none if Ctrl-C stopped the run.
-    summary: &'a mut Option<Summary>,
+    choice: Choice,
+    sizes: Sizes,
+    model: Translator,
+    per_epoch: u32,
+    /// The batches of the epoch.
+    order: Vec<Batch>,
+    /// The sentences that are translated on the way.
+    some: Vec<Sentence>,
+    /// The sentences that are translated at the end, and their translations.
+    end: (Vec<Sentence>, Vec<String>),
 }
 
 /// Trains. The summary is `None` where Ctrl-C stopped the run.
@@ -331,300 +241,213 @@ struct Run<'a> {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let (args, from) = run::begin(args)?;
-    let mut joined = ranks::join(&args.machine)?;
+    let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
-    let vocabulary = if from.is_some() { Some(args.out.clone()) } else { args.weights.clone() };
+    let vocabulary = if from.is_some() { Some(args.run.out.clone()) } else { args.weights.clone() };
     let prepared = prepare(&args, vocabulary.as_deref(), count)?;
     let setup = setup(&args, &prepared.config)?;
-    let steps = steps(&args, &prepared)?;
-    args.optim.schedule(steps).check()?;
-    let fixed = match &from {
-        Some((path, h)) => {
-            if h.step > steps || h.chunk == 0 || h.head_rows == 0 {
-                let what = format!(
-                    "step {} and chunks of {} sentences do not fit this run",
-                    h.step, h.chunk
-                );
-                return Err(Failure::Run { path: path.clone(), what });
-            }
-            (h.ranks == count).then_some(Choice { chunk: h.chunk, head_rows: h.head_rows })
-        }
-        None => None,
-    };
-    let (kind, beams) = (args.machine.backend, args.beams as usize);
-    let laid = lay_out(&setup, &prepared, (kind, beams), args.machine.memory, fixed)?;
+    let per_epoch = prepared.batches.per_epoch().div_ceil(args.run.accumulate as usize) as u32;
+    let steps = trainer::steps(per_epoch, args.run.epochs, args.run.steps)?;
+    let fits = |c: Choice| c.chunk > 0 && c.head_rows > 0;
+    let fixed = trainer::fixed_choice(from.as_ref(), steps, count, fits)?;
+    let (kind, beams) = (args.run.machine.backend, args.beams as usize);
+    let Laid { choice, sizes, model, layout } =
+        lay_out(&setup, &prepared, (kind, beams), args.run.machine.memory, fixed)?;
     if let Some(joined) = &mut joined {
-        joined.reserve(&laid.model.exchanged());
+        joined.reserve(&[model.exchanged()]);
     }
     // The table is told by the first rank alone.
-    let others =
-        if rank == 0 { other_plans(&setup, &prepared, kind, laid.choice)? } else { Vec::new() };
-    let mut summary = None;
-    let layout = laid.layout.clone();
-    let place = args.machine.clone();
-    let work = Run { args, prepared, laid, others, from, summary: &mut summary };
-    machine::run_on(&place, setup.threads, &layout, joined, work)?;
-    Ok(summary)
+    let others = if rank == 0 { other_plans(&setup, &prepared, kind, choice)? } else { Vec::new() };
+    let every = |epochs: u64| (epochs as u32).saturating_mul(per_epoch);
+    let settings = Settings {
+        command: "bdia-translate train",
+        program: concat!("bdia-translate ", env!("CARGO_PKG_VERSION")),
+        steps,
+        epoch: Some(per_epoch),
+        seed: args.run.seed,
+        optim: args.run.optim.clone(),
+        eval_every: every(args.run.eval_interval),
+        save_every: every(args.run.checkpoint_interval),
+        mode: trainer::mode_name(args.run.mode.mode),
+        verify: Verify::of(args.run.verify, args.run.mode.mode),
+        items: ["tokens", "tokens"],
+        pictures: &[Picture {
+            file: "bleu.svg",
+            title: "Translations of validation sentences",
+            y: "0 to 100",
+            scores: &[("bleu", "BLEU", 1.0), ("exact", "exactly right (%)", 100.0)],
+        }],
+    };
+    let some = prepared.held.sentences(args.translate as usize);
+    let task = Training {
+        args: args.clone(),
+        prepared,
+        choice,
+        sizes,
+        model,
+        per_epoch,
+        order: Vec::new(),
+        some,
+        end: Default::default(),
+    };
+    trainer::train(args, settings, Planned { choice, layout, others }, task, from, joined)
 }
 
-fn steps(args: &TrainArgs, p: &Prepared) -> Result<u32, Failure> {
-    (p.batches.per_epoch() as u64)
-        .checked_mul(args.epochs)
-        .and_then(|n| u32::try_from(n).ok())
-        .filter(|&n| n < u32::MAX)
-        .ok_or_else(|| Failure::Other("more steps than can be counted; use fewer --epochs".into()))
-}
+impl Task for Training {
+    const DATA: &'static str = "the training data or its vocabulary";
 
-impl Work for Run<'_> {
-    fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
-        let out = self.args.out.clone();
-        // Files are the first rank's.
-        let (first_rank, ranks) = (be.rank() == 0, be.ranks());
-        if first_rank {
-            std::fs::create_dir_all(&out)
-                .map_err(|e| FileError::io(&out, "create the directory", e))?;
-        }
-        let identity = machine::identity(be, concat!("bdia-translate ", env!("CARGO_PKG_VERSION")));
-        let digest = self.prepared.digest()?;
-        let (mut first, mut validation) = (0, Vec::new());
-        match &self.from {
-            Some((path, header)) => {
-                if header.data != digest {
-                    return Err(Failure::Run {
-                        path: path.clone(),
-                        what: "the pairs or the vocabulary are not the same".into(),
-                    });
-                }
-                if header.identity != identity {
-                    report::note!(
-                        "warning: the run was computed by \"{}\", this is \"{identity}\": it goes on, with other rounding",
-                        header.identity
-                    );
-                }
-                if header.ranks != ranks {
-                    report::note!(
-                        "warning: the run was computed by {} rank(s), these are {ranks}: it goes on, with other rounding",
-                        header.ranks
-                    );
-                }
-                checkpoint::load(path, be, &self.laid.model.saved())?;
-                first = header.step;
-                validation.clone_from(&header.validation);
-            }
-            None => {
-                self.laid.model.initialize(be, self.args.seed)?;
-                if let Some(dir) = &self.args.weights {
-                    load_weights(&dir.join(weights::FILE), be, &self.laid.model)?;
-                }
-                if first_rank {
-                    run::replace(&out)?;
-                    self.prepared.config.write_dir(&out)?;
-                    self.prepared.vocabularies.write(&out)?;
-                    run::save(&out, &self.args)?;
-                }
-            }
-        }
-        let saved = self.laid.model.saved();
-        ranks::begin(be, &self.args, (digest, first), &saved)?;
-        let log = out.join("metrics.jsonl");
-        let (mut metrics, mut curve) = (None, Vec::new());
-        if first_rank {
-            checkpoint::sweep(&out);
-            metrics = Some(Metrics::<Metric>::resume(&log, u64::from(first))?);
-            curve = Metrics::<Metric>::read(&log)?;
-        }
+    fn describe(&self) -> String {
+        let (p, c) = (&self.prepared, &self.prepared.config);
+        format!(
+            "{} parameters, {} + {} blocks, width {}, vocabulary {}, {} thread(s); {} pairs to \
+             learn from, {} held out, of {}{}",
+            self.model.parameters(),
+            c.encoder_layers,
+            c.decoder_layers,
+            c.width,
+            if c.shared {
+                c.vocab[0].to_string()
+            } else {
+                format!("{} and {}", c.vocab[0], c.vocab[1])
+            },
+            self.model.setup().threads,
+            p.train.tokens.len(),
+            p.held.tokens.len(),
+            p.data.name,
+            p.too_long(),
+        )
+    }
 
-        let per_epoch = self.prepared.batches.per_epoch() as u32;
-        let steps = steps(&self.args, &self.prepared)?;
-        self.announce(first, steps, &identity);
-        run::catch_interrupt();
-        let bar = run::progress(steps, first);
-        let schedule = self.args.optim.schedule(steps);
-        let longest = self.prepared.config.positions;
-        let some = self.prepared.held.sentences(self.args.translate as usize);
-        let mut order = self.prepared.batches.epoch(self.args.seed, first / per_epoch);
-        let (mut seconds, mut tokens, mut mismatches, mut worst) = (0.0, 0, 0_u64, 0.0_f64);
-        let mut best = validation.iter().map(|v: &(u32, f64)| v.1).fold(f64::INFINITY, f64::min);
-        let before_staging = Counting::current();
-        self.laid.model.prepare(&shapes(&self.prepared, 1).0);
-        let own = arenas + Counting::current().saturating_sub(before_staging);
-        let mut peak = own;
+    fn digest(&self) -> Result<u64, Failure> {
+        digest(&self.prepared.data, &self.prepared.vocabularies)
+    }
 
-        for step in first..steps {
-            let clock = Instant::now();
-            let (epoch, within) = (step / per_epoch, step % per_epoch);
-            if within == 0 {
-                order = self.prepared.batches.epoch(self.args.seed, epoch);
-            }
-            let plan = Step {
-                step,
-                seed: self.args.seed,
-                lr: schedule.at(step),
-                weight_decay: self.args.optim.weight_decay,
-                clip: self.args.optim.clip,
-            };
-            let batch = &order[within as usize];
-            let pairs: Vec<&Tokens> =
-                batch.members.iter().map(|&i| &self.prepared.train.tokens[i as usize]).collect();
-            let chunk = chunk_of(self.laid.choice.chunk, longest, batch.longest);
-            let others = Counting::current().saturating_sub(own);
-            Counting::reset_peak();
-            let outcome = match self.laid.model.train(be, &plan, &pairs, chunk) {
-                Ok(outcome) => outcome,
-                Err(error) => {
-                    bar.abandon();
-                    return Err(Failure::Step { step, error, kept: run::kept(&out) });
-                }
-            };
-            peak = peak.max(Counting::peak().saturating_sub(others));
-            let took = clock.elapsed().as_secs_f64();
-            seconds += took;
-            tokens += outcome.tokens;
-            mismatches += outcome.mismatches;
-            worst = worst.max(outcome.rebuild_error);
-
-            let done = step + 1;
-            let epoch_done = done % per_epoch == 0;
-            let epochs = done / per_epoch;
-            let every = self.args.eval_interval as u32;
-            let mut metric = Metric {
-                step: u64::from(done),
-                loss: outcome.loss,
-                lr: plan.lr,
-                grad_norm: outcome.grad_norm,
-                tokens_per_s: outcome.tokens as f64 / took,
-                val_loss: None,
-                bleu: None,
-                exact: None,
-            };
-            if done == steps || (epoch_done && every > 0 && epochs.is_multiple_of(every)) {
-                let loss = self.held_loss(be)?;
-                metric.val_loss = Some(loss);
-                validation.push((done, loss));
-                if loss < best {
-                    best = loss;
-                    if first_rank {
-                        save_weights(&out.join("best.safetensors"), be, &self.laid.model)?;
-                    }
-                }
-                let mut text = format!(
-                    "epoch {epochs:>4}  loss {:.4}  held out: loss {loss:.4}",
-                    outcome.loss
-                );
-                if !some.is_empty() {
-                    let s = score(&some, &self.translate(be, &some, 1)?);
-                    (metric.bleu, metric.exact) = (Some(s.bleu), Some(s.exact));
-                    let _ = write!(
-                        text,
-                        ", BLEU {:.2}, exactly right {:.1} %",
-                        s.bleu,
-                        100.0 * s.exact
-                    );
-                }
-                if std::io::stderr().is_terminal() {
-                    bar.println(text);
-                } else {
-                    report::note!("{text}");
-                }
-            }
-            curve.push(metric);
-            if let Some(metrics) = &mut metrics {
-                metrics.push(&metric)?;
-            }
-            let shown =
-                validation.last().map_or(String::new(), |(_, v)| format!("held out {v:.3} "));
-            bar.set_message(format!(
-                "loss {:.3} {shown}{:.0} tokens/s",
-                outcome.loss,
-                tokens as f64 / seconds
-            ));
-            bar.inc(1);
-
-            let stop = ranks::any(be, run::interrupted())?;
-            let every = self.args.checkpoint_interval as u32;
-            let save =
-                done == steps || stop || (epoch_done && every > 0 && epochs.is_multiple_of(every));
-            if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
-                ranks::same(be, &saved).map_err(|error| Failure::Step {
-                    step,
-                    error,
-                    kept: run::kept(&out),
-                })?;
-            }
-            if let Some(metrics) = metrics.as_ref().filter(|_| save) {
-                let header = Header {
-                    step: done,
-                    chunk: self.laid.choice.chunk,
-                    head_rows: self.laid.choice.head_rows,
-                    identity: identity.clone(),
-                    ranks,
-                    lens: Vec::new(),
-                    data: digest,
-                    validation: validation.clone(),
-                };
-                metrics.sync()?;
-                checkpoint::save(&out, be, &saved, header)?;
-            }
-            if stop && done < steps {
-                bar.abandon();
-                report::tell!(
-                    "stopped after step {done} of {steps}; to go on:  bdia-translate train --resume {}",
-                    out.display()
-                );
-                return Ok(());
-            }
-        }
-        bar.finish_and_clear();
-        if !first_rank {
+    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure> {
+        if resumed {
             return Ok(());
         }
-
-        self.prepared.config.write_dir(&out)?;
-        save_weights(&out.join(weights::FILE), be, &self.laid.model)?;
-        draw(&out, &curve, per_epoch)?;
-        let val_loss = self.held_loss(be)?;
-        let all = self.prepared.held.sentences(usize::MAX);
-        let found = self.translate(be, &all, self.args.beams as usize)?;
-        write_lines(&out, "source", all.iter().map(|s| s.source.as_str()))?;
-        write_lines(
-            &out,
-            "reference",
-            all.iter().filter_map(|s| s.references.first()).map(String::as_str),
-        )?;
-        write_lines(&out, "translation", found.iter().map(String::as_str))?;
-        let scores = score(&all, &found);
-        let last: Vec<f64> = curve.iter().rev().take(per_epoch as usize).map(|m| m.loss).collect();
-        let bytes = |c| self.laid.layout.bytes(c);
-        use bdia_core::Category as C;
-        let summary = Summary {
-            val_loss,
-            best_val_loss: best.min(val_loss),
-            bleu: scores.bleu,
-            chrf: scores.chrf,
-            exact: scores.exact,
-            sentences: all.len(),
-            loss: last.iter().sum::<f64>() / last.len().max(1) as f64,
-            verify_mismatches: (self.args.verify && self.args.mode.mode == Mode::Bdia)
-                .then_some(mismatches),
-            rebuild_error: (self.args.verify && self.args.mode.mode == Mode::BdiaFloat)
-                .then_some(worst),
-            tokens_per_s: if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
-            pairs: self.prepared.train.tokens.len(),
-            too_long: self.prepared.train.too_long + self.prepared.held.too_long,
-            parameters: self.laid.model.parameters(),
-            plan_bytes: self.laid.layout.total(),
-            activation_bytes: bytes(C::Activations)
-                + bytes(C::ActivationGradients)
-                + bytes(C::SideBits)
-                + bytes(C::Workspace),
-            peak_bytes: peak,
-            peak_rss_bytes: peak_rss_bytes(),
-            steps,
-            out: out.clone(),
-        };
-        self.tell(&summary, &all, &found);
-        *self.summary = Some(summary);
+        self.model.initialize(be, self.args.run.seed)?;
+        if let Some(dir) = &self.args.weights {
+            load_weights(&dir.join(weights::FILE), be, &self.model)?;
+        }
         Ok(())
+    }
+
+    fn record(&self, out: &Path) -> Result<(), Failure> {
+        self.prepared.config.write_dir(out)?;
+        Ok(self.prepared.vocabularies.write(out)?)
+    }
+
+    fn parameters(&self) -> [usize; 2] {
+        [self.model.parameters(); 2]
+    }
+
+    fn saved(&self) -> Vec<Reals> {
+        self.model.saved()
+    }
+
+    fn prepare(&mut self) {
+        self.model.prepare(&shapes(&self.prepared, 1).0);
+    }
+
+    fn choose(&mut self, step: u32) {
+        if self.order.is_empty() || step.is_multiple_of(self.per_epoch) {
+            let epoch = step / self.per_epoch;
+            self.order = self.prepared.batches.epoch(self.args.run.seed, epoch);
+        }
+    }
+
+    fn step<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        step: &Step,
+    ) -> Result<Outcome, Failure> {
+        let (tokens, longest) = (&self.prepared.train.tokens, self.prepared.config.positions);
+        let each = self.args.run.accumulate as usize;
+        let first = (step.step % self.per_epoch) as usize * each;
+        let batches: Vec<(Vec<&Tokens>, usize)> = (self.order[first..].iter().take(each))
+            .map(|b| {
+                let pairs = b.members.iter().map(|&i| &tokens[i as usize]).collect();
+                (pairs, chunk_of(self.choice.chunk, longest, b.longest))
+            })
+            .collect();
+        let batches: Vec<_> = batches.iter().map(|(pairs, n)| (pairs.as_slice(), *n)).collect();
+        Ok(self.model.train(be, step, &batches)?)
+    }
+
+    fn validate<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        when: When,
+    ) -> Result<Option<Validation>, Failure> {
+        let (p, at_once) = (&self.prepared, (self.choice.chunk, self.prepared.config.positions));
+        let (tokens, batches) = (&p.held.tokens, &p.held_batches);
+        let loss = loss(be, &mut self.model, tokens, batches, at_once, Inference::STANDARD)?.0;
+        let mut v = Validation { loss, text: format!("loss {loss:.4}"), ..Validation::default() };
+        let all;
+        let (sentences, beams) = match when {
+            When::Curve => (&self.some, 1),
+            When::End => {
+                all = p.held.sentences(usize::MAX);
+                (&all, self.args.beams as usize)
+            }
+        };
+        if sentences.is_empty() {
+            return Ok(Some(v));
+        }
+        let sources: Vec<_> = sentences.iter().map(|s| s.tokens.as_slice()).collect();
+        let search = Search { beams, alpha: 0.6, inference: Inference::STANDARD };
+        let sizes = Sizes { beams, ..self.sizes };
+        let vocabulary = p.vocabularies.target();
+        let found = translations(be, &self.model, vocabulary, &sources, &sizes, &search)?;
+        let s = score(sentences, &found);
+        v.scores = [("bleu", s.bleu), ("chrf", s.chrf), ("exact", s.exact)]
+            .map(|(name, score)| (name.to_string(), score))
+            .into();
+        // Writing to a string does not fail.
+        let _ = write!(
+            v.text,
+            ", {} sentences: BLEU {:.2}, chrF {:.2}, exactly right {:.2} %",
+            sentences.len(),
+            s.bleu,
+            s.chrf,
+            100.0 * s.exact
+        );
+        if when == When::End {
+            self.end = (sentences.clone(), found);
+        }
+        Ok(Some(v))
+    }
+
+    fn save<B: Backend<Real = f32>>(&self, be: &B, path: &Path) -> Result<(), Failure> {
+        Ok(save_weights(path, be, &self.model)?)
+    }
+
+    fn finish<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        out: &Path,
+        _: Option<&Validation>,
+    ) -> Result<(String, &'static str), Failure> {
+        self.prepared.config.write_dir(out)?;
+        save_weights(&out.join(weights::FILE), be, &self.model)?;
+        let (all, found) = &self.end;
+        write_lines(out, "source", all.iter().map(|s| s.source.as_str()))?;
+        let references = all.iter().filter_map(|s| s.references.first());
+        write_lines(out, "reference", references.map(String::as_str))?;
+        write_lines(out, "translation", found.iter().map(String::as_str))?;
+        let mut text = String::new();
+        for (sentence, translation) in all.iter().zip(found).take(3) {
+            let right = if sentence.references.contains(translation) {
+                "right"
+            } else {
+                "not a known translation"
+            };
+            let _ = writeln!(text, "  {}\n    {translation}  ({right})", sentence.source);
+        }
+        let files =
+            "model.safetensors, best.safetensors, config.json, tokenizer*.json, held-out.*.txt";
+        Ok((text, files))
     }
 }
 
@@ -641,176 +464,38 @@ fn write_lines<'a>(
     Ok(write_bytes(&out.join(format!("held-out.{what}.txt")), text.as_bytes())?)
 }
 
-/// `loss.svg` and `bleu.svg`, over epochs.
-fn draw(out: &Path, curve: &[Metric], per_epoch: u32) -> Result<(), Failure> {
-    let epoch = |m: &Metric| m.step as f64 / f64::from(per_epoch);
-    let points = |f: &dyn Fn(&Metric) -> Option<f64>| {
-        curve.iter().filter_map(|m| Some((epoch(m), f(m)?))).collect()
-    };
-    let train = Series {
-        name: "training, smoothed",
-        points: points(&|m| Some(m.loss)),
-        ..Series::default()
-    };
-    let held = Series {
-        name: "held out",
-        points: points(&|m| m.val_loss),
-        marks: true,
-        ..Series::default()
-    };
-    let chart = Chart {
-        title: "Training and held-out loss",
-        x: "epoch",
-        y: "loss (nats)",
-        series: &[train, held],
-    };
-    report::svg(&out.join("loss.svg"), &chart)?;
-    let bleu =
-        Series { name: "BLEU", points: points(&|m| m.bleu), marks: true, ..Series::default() };
-    let right = points(&|m| m.exact.map(|e| 100.0 * e));
-    let right =
-        Series { name: "exactly right (%)", points: right, marks: true, ..Series::default() };
-    let chart =
-        Chart { title: "Held-out translations", x: "epoch", y: "0 to 100", series: &[bleu, right] };
-    Ok(report::svg(&out.join("bleu.svg"), &chart)?)
-}
-
-impl Run<'_> {
-    fn held_loss<B: Backend>(&mut self, be: &mut B) -> Result<f64, Failure> {
-        let (p, at_once) =
-            (&self.prepared, (self.laid.choice.chunk, self.prepared.config.positions));
-        let (tokens, batches) = (&p.held.tokens, &p.held_batches);
-        Ok(loss(be, &mut self.laid.model, tokens, batches, at_once, Inference::Float)?.0)
-    }
-
-    fn translate<B: Backend>(
-        &self,
-        be: &mut B,
-        of: &[Sentence],
-        beams: usize,
-    ) -> Result<Vec<String>, Failure> {
-        let sources: Vec<_> = of.iter().map(|s| s.tokens.as_slice()).collect();
-        let search = Search { beams, alpha: 0.6, inference: Inference::Float };
-        let sizes = Sizes { beams, ..self.laid.sizes };
-        translations(
-            be,
-            &self.laid.model,
-            self.prepared.vocabularies.target(),
-            &sources,
-            &sizes,
-            &search,
-        )
-    }
-
-    fn announce(&self, first: u32, steps: u32, identity: &str) {
-        let (p, c, s) = (&self.prepared, &self.prepared.config, self.laid.model.setup());
-        report::note!(
-            "{} parameters, {} + {} blocks, width {}, vocabulary {}, mode {}; {} pairs to learn from, {} held out, of {}",
-            self.laid.model.parameters(),
-            c.encoder_layers,
-            c.decoder_layers,
-            c.width,
-            if c.shared {
-                c.vocab[0].to_string()
-            } else {
-                format!("{} and {}", c.vocab[0], c.vocab[1])
-            },
-            name_of(&self.args.mode.mode),
-            p.train.tokens.len(),
-            p.held.tokens.len(),
-            p.data.name,
-        );
-        p.tell_too_long();
-        report::note!(
-            "{identity}, {} thread(s); plan {}, batches of {} tokens, chunks of {} sentence(s) of {}",
-            s.threads,
-            report::bytes(self.laid.layout.total() as u64),
-            self.args.batch_tokens,
-            self.laid.choice.chunk,
-            c.positions
-        );
-        if first > 0 {
-            report::note!("goes on after step {first} of {steps}");
-        }
-    }
-
-    fn tell(&self, s: &Summary, all: &[Sentence], found: &[String]) {
-        let mut text = String::new();
-        for (sentence, translation) in all.iter().zip(found).take(3) {
-            let right = if sentence.references.contains(translation) {
-                "right"
-            } else {
-                "not a known translation"
-            };
-            // Writing to a string does not fail.
-            let _ = writeln!(text, "  {}\n    {translation}  ({right})", sentence.source);
-        }
-        let _ = writeln!(
-            text,
-            "\nheld out: loss {:.4}, {} sentences: BLEU {:.2}, chrF {:.2}, exactly right {:.2} %; training loss {:.4}",
-            s.val_loss,
-            s.sentences,
-            s.bleu,
-            s.chrf,
-            100.0 * s.exact,
-            s.loss
-        );
-        if let Some(n) = s.verify_mismatches {
-            let _ = writeln!(text, "verified: {n} rebuilt values differ from the originals");
-        }
-        if let Some(e) = s.rebuild_error {
-            let _ = writeln!(text, "rebuilding without a grid: largest error {e:.3e}");
-        }
-        let plans: Vec<_> =
-            core::iter::once((name_of(&self.args.mode.mode), self.laid.layout.clone()))
-                .chain(self.others.clone())
-                .collect();
-        let _ = writeln!(text, "\n{}", machine::memory_table(&plans, Some(s.peak_bytes as u64)));
-        let _ = writeln!(
-            text,
-            "peak of the whole process, with data and vocabulary: {}\n\nfiles in {}: model.safetensors, best.safetensors, \
-             config.json, tokenizer*.json, held-out.*.txt, metrics.jsonl, loss.svg, bleu.svg, step-*.ckpt",
-            s.peak_rss_bytes.map_or("unknown".into(), report::bytes),
-            s.out.display()
-        );
-        // Nobody is left to tell if the terminal is gone.
-        let _ = std::io::stdout().lock().write_all(text.as_bytes());
-        if self.args.json
-            && let Ok(json) = serde_json::to_string(s)
-        {
-            report::tell!("{json}");
-        }
-    }
-}
-
 /// `plan`.
 ///
 /// # Errors
 /// [`Failure`]
 pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
-    if args.resume.is_some() {
+    if args.run.resume.is_some() {
         return Err(Failure::Other(
             "plan lays out a new run; leave --resume out and give the run's flags".into(),
         ));
     }
     let prepared = prepare(args, args.weights.as_deref(), 1)?;
     let setup = setup(args, &prepared.config)?;
-    let kind = args.machine.backend;
-    let laid = lay_out(&setup, &prepared, (kind, args.beams as usize), args.machine.memory, None)?;
-    let mut plans = vec![(name_of(&args.mode.mode), laid.layout.clone())];
+    let kind = args.run.machine.backend;
+    let laid =
+        lay_out(&setup, &prepared, (kind, args.beams as usize), args.run.machine.memory, None)?;
+    let mut plans = vec![(trainer::mode_name(args.run.mode.mode), laid.layout.clone())];
     plans.extend(other_plans(&setup, &prepared, kind, laid.choice)?);
     let c = &prepared.config;
     report::tell!(
-        "{} parameters; chunks of {} sentence(s) of {} tokens; {} sentences translated at a time\n",
+        "{} parameters; chunks of {} sentence(s) of {} tokens; {} sentences translated at a \
+         time{}\n",
         laid.model.parameters(),
         laid.choice.chunk,
         c.positions,
-        laid.sizes.sentences
+        laid.sizes.sentences,
+        prepared.too_long(),
     );
-    prepared.tell_too_long();
     report::tell!("{}", machine::memory_table(&plans, None));
-    if args.json {
-        let json = serde_json::json!({"parameters": laid.model.parameters(), "plan_bytes": laid.layout.total()});
+    if args.run.json {
+        let json = serde_json::json!({
+            "parameters": laid.model.parameters(), "plan_bytes": laid.layout.total(),
+        });
         report::tell!("{json}");
     }
     Ok(())

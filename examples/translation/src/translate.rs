@@ -3,12 +3,15 @@
 use std::io::{BufRead, BufReader, Write};
 
 use bdia_core::backend::Backend;
-use bdia_core::{Gamma, Grid, Layout, Sign, stack};
+use bdia_core::layers::Gradients;
+use bdia_core::stack::Mode;
+use bdia_core::{Gamma, Grid, Layout, Policy, Sign};
 use bdia_models::files::write_bytes;
+use bdia_models::inference::Inference;
 use bdia_models::seq2seq::config::TranslationConfig;
 use bdia_models::seq2seq::decode::{Search, Sizes};
 use bdia_models::seq2seq::files::load_weights;
-use bdia_models::seq2seq::model::{Inference, Setup, Tokens, Translator};
+use bdia_models::seq2seq::model::{Setup, Tokens, Translator};
 use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
 use bdia_models::weights;
 use bdia_train::cli::{self, BackendKind};
@@ -187,24 +190,24 @@ impl Trained {
             );
             return Err(Failure::Run { path: args.weights.clone(), what });
         }
-        let grid = Grid::new(config.bdia.frac_bits)?;
+        let mode = Mode::Bdia {
+            grid: Grid::new(config.bdia.frac_bits)?,
+            gamma: Policy::fixed(Gamma::new(1, Sign::Plus)?),
+            verify: false,
+        };
         let threads = machine::threads(&args.machine);
         let setup = Setup {
             dims: config.dims(),
-            mode: stack::Mode::Bdia,
-            grid: Some(grid),
-            gamma: Gamma::new(0.5, Sign::Plus)?,
-            rule: None,
-            fused: true,
-            verify: false,
+            mode,
+            gradients: Gradients::None,
             smoothing: 0.0,
             head_rows: machine::rows(args.machine.backend).head,
             threads,
             library: machine::library(&args.machine, threads),
         };
         let inference = match args.inference {
-            cli::Inference::Float => Inference::Float,
-            cli::Inference::Quantized => Inference::Quantized(grid),
+            cli::Inference::Float => Inference::STANDARD,
+            cli::Inference::Quantized => Inference::Quantized(None),
         };
         let search = Search { beams: args.beams as usize, alpha: args.alpha, inference };
         let sizes = Sizes { sentences: TOGETHER, beams: search.beams, longest: config.positions };
@@ -289,7 +292,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             }
             let s = score(&sentences, &found);
             report::tell!(
-                "loss {loss:.4} over {tokens} tokens; {} sentences: BLEU {:.2}, chrF {:.2}, exactly right {:.2} %",
+                "loss {loss:.4} over {tokens} tokens; {} sentences: BLEU {:.2}, chrF {:.2}, \
+                 exactly right {:.2} %",
                 sentences.len(),
                 s.bleu,
                 s.chrf,
@@ -297,7 +301,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             );
             if self.args.json {
                 let json = serde_json::json!({
-                    "loss": loss, "bleu": s.bleu, "chrf": s.chrf, "exact": s.exact, "sentences": sentences.len(),
+                    "loss": loss, "bleu": s.bleu, "chrf": s.chrf, "exact": s.exact,
+                    "sentences": sentences.len(),
                     "too_long": self.encoded.too_long,
                 });
                 report::tell!("{json}");

@@ -31,7 +31,8 @@ fn packed(bytes: &[u8]) -> Vec<u8> {
 #[test]
 fn tables_of_two_columns() {
     let dir = TempDir::new();
-    let good = "\u{feff}English,French\nHi.,Salut !\n\"Well, no.\",\"Eh bien, \"\"non\"\".\"\n\"two\nlines\",deux\r\n";
+    let good = "\u{feff}English,French\nHi.,Salut !\n\
+        \"Well, no.\",\"Eh bien, \"\"non\"\".\"\n\"two\nlines\",deux\r\n";
     let expected =
         pairs(&[("Hi.", "Salut !"), ("Well, no.", "Eh bien, \"non\"."), ("two lines", "deux")]);
     assert_eq!(read(&[dir.file("a.csv", good.as_bytes())]).unwrap(), expected);

@@ -12,8 +12,8 @@ use serde_json::Value;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_bdia-translate");
 
-const SMALL: &str = "--pairs 200 --held 40 --vocab 300 --layers 2 --decoder-layers 3 --width 16 --heads 2 --mlp 24 \
-                     --longest 48 --batch-tokens 400 --translate 10 --threads 2";
+const SMALL: &str = "--pairs 200 --held 40 --vocab 300 --layers 2 --decoder-layers 3 --width 16 \
+                     --heads 2 --mlp 24 --longest 48 --batch-tokens 400 --translate 10 --threads 2";
 
 fn command(arguments: &str) -> Command {
     let mut c = Command::new(env!("CARGO_BIN_EXE_bdia-translate"));
@@ -88,7 +88,7 @@ fn training_is_exact_and_resumes_exactly() {
             "{file}"
         );
     }
-    assert_eq!(metrics(&a, "tokens_per_s"), metrics(&b, "tokens_per_s"));
+    assert_eq!(metrics(&a, "items_per_s"), metrics(&b, "items_per_s"));
 
     // Another vocabulary of the same size is not the run's.
     let c = dir.path().join("c");
@@ -160,16 +160,22 @@ fn baselines() {
         "--gamma 0.25 --verify",
         "--embeddings separate --verify",
         "--clip 1 --optimizer set-adam --schedule noam",
+        "--accumulate 3 --verify",
+        "--steps 5 --verify",
     ]
     .iter()
     .enumerate()
     {
         let out = dir.path().join(i.to_string());
-        let v = json(&good(&out, &format!("train {SMALL} --epochs 1 {flags} --json")));
+        let epochs = if flags.starts_with("--steps") { "" } else { "--epochs 1" };
+        let v = json(&good(&out, &format!("train {SMALL} {epochs} {flags} --json")));
         assert!(v["val_loss"].as_f64().unwrap().is_finite(), "{flags}");
         assert!(v["verify_mismatches"].is_null() || v["verify_mismatches"] == 0, "{flags}");
         if let Some(e) = v["rebuild_error"].as_f64() {
             assert!(e > 0.0 && e < 1e-2, "{flags}: {e}");
+        }
+        if flags.starts_with("--steps") {
+            assert_eq!((v["steps"].as_u64(), metrics(&out, "items_per_s").len()), (Some(5), 5));
         }
         losses.push(v["val_loss"].as_f64().unwrap().to_bits());
         if i == 5 {
@@ -266,11 +272,11 @@ fn files_of_the_user_are_learned_from() {
     let told = String::from_utf8_lossy(&o.stderr).into_owned();
     assert!(o.status.success(), "{told}");
     assert!(told.contains("1 pairs of more than 48 tokens are left out"), "{told}");
+    assert!(told.contains("120 pairs to learn from, 1 held out"), "{told}");
     let v = json(&String::from_utf8(o.stdout).unwrap());
-    assert_eq!(
-        (v["pairs"].as_u64(), v["sentences"].as_u64(), v["too_long"].as_u64()),
-        (Some(120), Some(1), Some(1))
-    );
+    assert!(v["bleu"].as_f64().is_some() && v["best_chrf"].as_f64().is_some(), "{v}");
+    let sources = std::fs::read_to_string(dir.path().join("run/held-out.source.txt")).unwrap();
+    assert_eq!(sources, "I have 1 dog.\n");
 }
 
 #[test]

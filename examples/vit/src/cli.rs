@@ -1,6 +1,5 @@
 //! The command line.
 
-use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -55,7 +54,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", value_parser = count(1 << 32), help_heading = "Data")]
     pub test_subset: Option<u64>,
     /// Rows and columns that pictures of class folders are scaled to
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = count(4096), help_heading = "Data")]
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(value_parser = count(4096), help_heading = "Data")]
     pub image_size: u64,
     /// What training changes of images [default: none below 16 rows, else crop-flip for colour
     /// images, crop for others]
@@ -65,7 +65,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", value_parser = count_or_zero(1024), help_heading = "Data")]
     pub padding: Option<u64>,
     /// Mix pairs of images, with shares from Beta(A, A); 0 for none
-    #[arg(long, value_name = "A", default_value_t = 0.0, value_parser = up_to_one, help_heading = "Data")]
+    #[arg(long, value_name = "A", default_value_t = 0.0)]
+    #[arg(value_parser = up_to_one, help_heading = "Data")]
     pub mixup: f64,
     /// Size of the model [default: mini below 16 rows, else small]
     #[arg(long, value_name = "SIZE", help_heading = "Model")]
@@ -95,57 +96,25 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub weights: Option<PathBuf>,
     /// Dropout of embedding, attention, residuals, and inside the MLP
-    #[arg(long, value_name = "P", default_value_t = 0.1, value_parser = below_one, help_heading = "Regularization")]
+    #[arg(long, value_name = "P", default_value_t = 0.1)]
+    #[arg(value_parser = below_one, help_heading = "Regularization")]
     pub dropout: f64,
     /// Stochastic depth: probability of dropping the last block, less in proportion below it
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = below_one, help_heading = "Regularization")]
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(value_parser = below_one, help_heading = "Regularization")]
     pub drop_path: f64,
     /// Label smoothing
-    #[arg(long, value_name = "E", default_value_t = 0.0, value_parser = below_one, help_heading = "Regularization")]
+    #[arg(long, value_name = "E", default_value_t = 0.0)]
+    #[arg(value_parser = below_one, help_heading = "Regularization")]
     pub smoothing: f64,
-    /// How activations are kept.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub mode: ModeArgs,
-    /// The optimizer.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub optim: OptimArgs,
-    /// Passes over the training images
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = count(1 << 20), help_heading = "Run")]
-    pub epochs: u64,
-    /// Images of a step
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = count(1 << 20), help_heading = "Run")]
+    /// Images of a micro-batch, of all ranks together
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(value_parser = count(1 << 20), help_heading = "Run")]
     pub batch: u64,
-    /// Everything random follows from it
-    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Run", value_parser = seed)]
-    pub seed: u64,
-    /// Epochs between evaluations; 0 for one at the end
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count_or_zero(1 << 20), help_heading = "Run")]
-    pub eval_interval: u64,
-    /// Epochs between checkpoints; 0 for one at the end
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = count_or_zero(1 << 20), help_heading = "Run")]
-    pub checkpoint_interval: u64,
-    /// Continue the run in this directory with its own settings
-    #[arg(long, value_name = "DIR", help_heading = "Run", conflicts_with_all = ["out"])]
-    pub resume: Option<PathBuf>,
-    /// Keep every activation as well and count the rebuilt values that differ
-    #[arg(long, help_heading = "Run")]
-    pub verify: bool,
-    /// Directory of the run's files
-    #[arg(long, value_name = "DIR", default_value = "runs/vit", help_heading = "Run")]
-    pub out: PathBuf,
-    /// The last line of standard output is one JSON object
-    #[arg(long, help_heading = "Run")]
-    pub json: bool,
-    /// Threads, memory, backend.
+    /// Mode, optimizer, run, machine.
     #[command(flatten)]
     #[serde(flatten)]
-    pub machine: MachineArgs,
-    /// Names (as in `weight_decay`) of the flags that the user gave.
-    #[arg(skip)]
-    #[serde(skip)]
-    pub given: BTreeSet<String>,
+    pub run: EpochArgs,
 }
 
 fn up_to_one(s: &str) -> Result<f64, String> {
@@ -154,18 +123,8 @@ fn up_to_one(s: &str) -> Result<f64, String> {
 
 impl Flags for TrainArgs {
     fn run(&mut self) -> RunFlags<'_> {
-        RunFlags {
-            seed: &mut self.seed,
-            checkpoint_interval: &mut self.checkpoint_interval,
-            resume: &mut self.resume,
-            verify: &mut self.verify,
-            out: &mut self.out,
-            json: &mut self.json,
-            mode: &mut self.mode,
-            machine: &mut self.machine,
-            given: &mut self.given,
-            inputs: self.data.iter_mut().chain(&mut self.weights).collect(),
-        }
+        let inputs = self.data.iter_mut().chain(&mut self.weights);
+        self.run.flags(inputs.collect())
     }
 }
 
@@ -175,10 +134,15 @@ impl TrainArgs {
     /// # Errors
     /// A sentence.
     pub fn check(&self) -> Result<(), String> {
-        check_mode(&self.mode, self.verify)?;
-        self.optim.check()?;
-        if self.network == Network::Revvit && (self.given.contains("mode") || self.mode.quantize) {
-            return Err("--mode and --quantize belong to --network vit; revvit has a backward pass of its own".into());
+        self.run.check()?;
+        if self.network == Network::Revvit
+            && (self.run.given.contains("mode") || self.run.mode.quantize)
+        {
+            return Err(
+                "--mode and --quantize belong to --network vit; revvit has a backward pass \
+                        of its own"
+                    .into(),
+            );
         }
         if self.network == Network::Revvit && self.drop_path > 0.0 {
             return Err("--drop-path belongs to --network vit; leave it out".into());
@@ -289,9 +253,15 @@ struct Raw {
 /// The defaults that differ from those of text: the paper's optimizer, no weight decay.
 fn defaults(command: clap::Command) -> clap::Command {
     let mut command = command;
-    for (flag, value) in
-        [("optimizer", "set-adam"), ("lr", "0.002"), ("weight_decay", "0"), ("warmup", "50")]
-    {
+    for (flag, value) in [
+        ("optimizer", "set-adam"),
+        ("lr", "0.002"),
+        ("weight_decay", "0"),
+        ("warmup", "50"),
+        ("epochs", "30"),
+        ("checkpoint_interval", "10"),
+        ("out", "runs/vit"),
+    ] {
         command = command.mut_arg(flag, |a| a.default_value(value));
     }
     command
@@ -320,7 +290,7 @@ impl Cli {
             Command::Eval(_) => None,
         };
         if let Some(flags) = flags {
-            flags.given = given(sub.unwrap_or(&matches));
+            flags.run.given = given(sub.unwrap_or(&matches));
             flags.check().map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         }
         Ok(Self { command: parsed })
@@ -352,15 +322,18 @@ mod tests {
         for arguments in ["", "train"] {
             let Command::Train(t) = read(arguments).unwrap() else { panic!("{arguments}") };
             assert_eq!(
-                (t.optim.optimizer, t.optim.weight_decay, t.optim.eps()),
+                (t.run.optim.optimizer, t.run.optim.weight_decay, t.run.optim.eps()),
                 (Optimizer::SetAdam, 0.0, 1e-18)
             );
-            assert!(t.given.is_empty() && t.mode.mode == Mode::Bdia);
+            assert!(t.run.given.is_empty() && t.run.mode.mode == Mode::Bdia);
         }
         let Command::Experiment(e) = read("experiment gamma --epochs 2 --seeds 1").unwrap() else {
             panic!()
         };
-        assert_eq!((e.name, e.train.epochs, e.train.optim.lr), (Experiment::Gamma, 2, 2e-3));
+        assert_eq!(
+            (e.name, e.train.run.epochs, e.train.run.optim.lr),
+            (Experiment::Gamma, 2, 2e-3)
+        );
     }
 
     #[test]

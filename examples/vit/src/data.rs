@@ -5,7 +5,7 @@
 //! | `data_batch_*.bin`, `test_batch.bin` | CIFAR-10, records of 1 + 3072 bytes |
 //! | `train.bin`, `test.bin` | CIFAR-100, records of 2 + 3072 bytes, fine labels |
 //! | `train-images-idx3-ubyte`, …, plain or `.gz` | MNIST and relatives |
-//! | folders of folders | a class a folder, PNG and JPEG; `train` and `test` (or `val`) above them where they are there |
+//! | folders of folders | a class a folder, PNG and JPEG; `train` and `test` or `val` above |
 
 use std::fs::File;
 use std::io::{Read, Take};
@@ -136,7 +136,11 @@ pub enum DataError {
     #[error(transparent)]
     File(#[from] FileError),
     /// A file has another size than its records.
-    #[error("{}: {found} bytes, expected a multiple of {record} (whole records); the file is cut off or of another kind", path.display())]
+    #[error(
+        "{}: {found} bytes, expected a multiple of {record} (whole records); the file is cut off \
+         or of another kind",
+        path.display()
+    )]
     Size {
         /// The file.
         path: PathBuf,
@@ -444,7 +448,8 @@ fn folders(dir: &Path, side: usize) -> Result<Dataset, DataError> {
     let classes: Vec<String> = entries(&train_dir, true)?.iter().map(|p| name_of(p)).collect();
     if classes.len() < 2 || classes.len() > MOST_CLASSES {
         let what = format!(
-            "{} class folders, expected 2 to {MOST_CLASSES}, each with PNG or JPEG files (or CIFAR's .bin files, or IDX files)",
+            "{} class folders, expected 2 to {MOST_CLASSES}, each with PNG or JPEG files (or \
+             CIFAR's .bin files, or IDX files)",
             classes.len()
         );
         return Err(format(&train_dir, what));

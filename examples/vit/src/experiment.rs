@@ -1,24 +1,25 @@
 //! `experiment`: many runs, and what they show. The files are those of [`bdia_train::study`].
 
-use bdia_core::{Gamma, Sign};
-use bdia_models::vit::model::Inference;
+use bdia_core::{FloatGamma, Sign};
+use bdia_models::inference::Inference;
 use bdia_train::Failure;
 use bdia_train::cli::{GammaSign, Mode, name_of};
 use bdia_train::report::{self, Series};
 use bdia_train::study::{self, Table};
+use bdia_train::trainer::{Metric, Summary};
 
 use crate::cli::{Experiment, ExperimentArgs, Network, TrainArgs};
-use crate::train::{self, Metric, Summary};
+use crate::train;
 
 type Study<'a> = study::Study<'a, TrainArgs, Summary>;
 type Cell = study::Cell<TrainArgs>;
 
 fn standard(study: &Study<'_>) -> Cell {
-    study.cell("vit", 0.0, |a| a.mode.mode = Mode::Standard)
+    study.cell("vit", 0.0, |a| a.run.mode.mode = Mode::Standard)
 }
 
 fn bdia(study: &Study<'_>) -> Cell {
-    study.cell("bdia", 0.5, |a| a.mode.mode = Mode::Bdia)
+    study.cell("bdia", 0.5, |a| a.run.mode.mode = Mode::Bdia)
 }
 
 /// What a run tells in every experiment.
@@ -34,10 +35,10 @@ fn of_runs(cells: &[Cell], results: &[Vec<Summary>]) -> Table {
     ];
     Table::of_runs(&columns, cells, results, |s| {
         vec![
-            s.accuracy,
-            s.best_accuracy,
-            s.val_loss,
-            s.loss,
+            s.score("accuracy"),
+            s.score("best_accuracy"),
+            s.val_loss.unwrap_or(f64::NAN),
+            s.loss.unwrap_or(f64::NAN),
             s.activation_bytes as f64,
             s.plan_bytes as f64,
             s.peak_bytes as f64,
@@ -67,27 +68,31 @@ pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
 
 /// Held-out accuracy over steps, by cell: mean and deviation over seeds.
 fn curves<'s>(study: &Study<'_>, cells: &'s [Cell]) -> Result<Vec<Series<'s>>, Failure> {
-    study.curves(cells, |m: &Metric| m.accuracy.map(|a| 100.0 * a))
+    study.curves(cells, |m: &Metric| m.scores.get("accuracy").map(|a| 100.0 * a))
 }
 
 /// ViT, the same with the grid, RevViT, BDIA with one and with two bits.
 fn accuracy(study: &Study<'_>) -> Result<(), Failure> {
     let cells = [
         standard(study),
-        study.cell("vit-grid", 1.0, |a| (a.mode.mode, a.mode.quantize) = (Mode::Standard, true)),
+        study.cell("vit-grid", 1.0, |a| {
+            (a.run.mode.mode, a.run.mode.quantize) = (Mode::Standard, true)
+        }),
         study.cell("revvit", 2.0, |a| a.network = Network::Revvit),
         bdia(study),
-        study.cell("bdia-m2", 0.25, |a| a.mode.gamma = 0.25),
+        study.cell("bdia-m2", 0.25, |a| a.run.mode.gamma = 0.25),
     ];
     let results = study.results(&cells)?;
     let mut table = of_runs(&cells, &results);
     let speeds = study.speeds(
         &cells,
         |a| {
-            (a.epochs, a.eval_interval, a.checkpoint_interval) = (1, 0, 0);
-            (a.train_subset, a.test_subset) = (Some(a.batch * 8), Some(a.batch));
+            (a.run.steps, a.run.epochs, a.run.eval_interval, a.run.checkpoint_interval) =
+                (None, 1, 0, 0);
+            let images = a.batch * a.run.accumulate;
+            (a.train_subset, a.test_subset) = (Some(images * 8), Some(images));
         },
-        |s| 1000.0 / s.images_per_s,
+        |s| 1000.0 / s.items_per_s.unwrap_or(f64::NAN),
     )?;
     table.push("ms_per_image", speeds);
     table.csv(study.dir, "accuracy")?;
@@ -100,14 +105,14 @@ fn gamma(study: &Study<'_>) -> Result<(), Failure> {
     let mut cells = Vec::new();
     for g in [0.0, 0.25, 0.5, 0.6] {
         cells.push(study.cell(format!("float-{g}"), g, |a| {
-            (a.mode.mode, a.mode.gamma, a.mode.gamma_sign) =
+            (a.run.mode.mode, a.run.mode.gamma, a.run.mode.gamma_sign) =
                 (Mode::BdiaFloat, g, GammaSign::Random);
         }));
     }
-    cells.push(
-        study.cell("vit-grid", 0.0, |a| (a.mode.mode, a.mode.quantize) = (Mode::Standard, true)),
-    );
-    cells.push(study.cell("bdia-m2", 0.25, |a| a.mode.gamma = 0.25));
+    cells.push(study.cell("vit-grid", 0.0, |a| {
+        (a.run.mode.mode, a.run.mode.quantize) = (Mode::Standard, true)
+    }));
+    cells.push(study.cell("bdia-m2", 0.25, |a| a.run.mode.gamma = 0.25));
     cells.push(bdia(study));
     let results = study.results(&cells)?;
     let table = of_runs(&cells, &results);
@@ -131,7 +136,7 @@ fn robustness(study: &Study<'_>) -> Result<(), Failure> {
     let gammas: Vec<f64> = (-5..=5).map(|i| f64::from(i) / 10.0).collect();
     let inferences = gammas
         .iter()
-        .map(|&g| Ok(Inference::Float(Gamma::new(g, Sign::Plus)?)))
+        .map(|&g| Ok(Inference::Float(FloatGamma::new(g, Sign::Plus)?)))
         .collect::<Result<Vec<_>, Failure>>()?;
     let mut table = Table { columns: vec!["accuracy", "val_loss"], rows: Vec::new() };
     let cells = [standard(study), bdia(study)];
@@ -140,7 +145,8 @@ fn robustness(study: &Study<'_>) -> Result<(), Failure> {
         let mut rows = vec![Vec::new(); gammas.len()];
         for seed in 1..=study.seeds {
             let dir = study.run_dir(&cell.name, seed);
-            let all = train::evaluation(&dir, None, false, &inferences, &study.base.machine, None)?;
+            let all =
+                train::evaluation(&dir, None, false, &inferences, &study.base.run.machine, None)?;
             for (row, e) in rows.iter_mut().zip(all) {
                 row.push(vec![e.accuracy, e.loss]);
             }
@@ -164,16 +170,17 @@ fn reconstruction(study: &Study<'_>) -> Result<(), Failure> {
         columns: vec!["largest_error", "log10_largest_error", "differing"],
         rows: Vec::new(),
     };
-    let images = study.base.batch * 4;
+    let images = study.base.batch * study.base.run.accumulate * 4;
     for layers in [2_u64, 4, 8, 16, 24] {
         let change = |a: &mut TrainArgs| {
-            (a.layers, a.verify, a.epochs, a.train_subset) = (Some(layers), true, 1, Some(images));
-            (a.eval_interval, a.checkpoint_interval) = (0, 0);
+            (a.layers, a.run.verify, a.train_subset) = (Some(layers), true, Some(images));
+            (a.run.steps, a.run.epochs, a.run.eval_interval, a.run.checkpoint_interval) =
+                (None, 1, 0, 0);
         };
         let cells = [
             study.cell(format!("rebuild-float-{layers}"), layers as f64, |a| {
                 change(a);
-                a.mode.mode = Mode::BdiaFloat;
+                a.run.mode.mode = Mode::BdiaFloat;
             }),
             study.cell(format!("rebuild-revvit-{layers}"), layers as f64, |a| {
                 change(a);
@@ -206,15 +213,17 @@ fn precision(study: &Study<'_>) -> Result<(), Failure> {
     let all: Vec<u32> = (5..=18).collect();
     let cells: Vec<_> = all
         .iter()
-        .map(|&l| study.cell(format!("grid-{l}"), f64::from(l), |a| a.mode.frac_bits = l))
+        .map(|&l| study.cell(format!("grid-{l}"), f64::from(l), |a| a.run.mode.frac_bits = l))
         .collect();
     let results = study.results(&cells)?;
     let mut table = of_runs(&cells, &results);
     table.columns.extend(["largest_activation", "margin_bits"]);
     for ((_, l, rows), cell) in table.rows.iter_mut().zip(&cells) {
         for (row, seed) in rows.iter_mut().zip(1..) {
-            let largest =
-                train::largest_activation(&study.run_dir(&cell.name, seed), &study.base.machine)?;
+            let largest = train::largest_activation(
+                &study.run_dir(&cell.name, seed),
+                &study.base.run.machine,
+            )?;
             row.extend([largest, 30.0 - *l - largest.log2()]);
         }
     }
@@ -231,7 +240,6 @@ fn precision(study: &Study<'_>) -> Result<(), Failure> {
 
 /// The same weights in float and on grids.
 fn inference(study: &Study<'_>) -> Result<(), Failure> {
-    let zero = Gamma::new(0.0, Sign::Plus)?;
     let grids = [5, 6, 7, 8, 9, 10, 12, 14];
     let cells = [standard(study), bdia(study)];
     study.results(&cells)?;
@@ -243,13 +251,13 @@ fn inference(study: &Study<'_>) -> Result<(), Failure> {
             let dir = study.run_dir(&cell.name, seed);
             let one = |inference, l| {
                 let all =
-                    train::evaluation(&dir, None, false, &[inference], &study.base.machine, l)?;
+                    train::evaluation(&dir, None, false, &[inference], &study.base.run.machine, l)?;
                 all.into_iter().next().ok_or_else(|| Failure::Other("no evaluation".into()))
             };
-            let float = one(Inference::Float(zero), None)?;
+            let float = one(Inference::STANDARD, None)?;
             rows[grids.len()].push(vec![float.accuracy, float.loss, 0.0]);
             for (row, &l) in rows.iter_mut().zip(&grids) {
-                let e = one(Inference::Quantized(zero), Some(l))?;
+                let e = one(Inference::Quantized(None), Some(l))?;
                 row.push(vec![e.accuracy, e.loss, e.accuracy - float.accuracy]);
             }
         }
@@ -273,7 +281,7 @@ fn inference(study: &Study<'_>) -> Result<(), Failure> {
 fn regularizers(study: &Study<'_>) -> Result<(), Failure> {
     let with = |name: &str, x: f64, change: &dyn Fn(&mut TrainArgs)| {
         study.cell(name, x, |a| {
-            a.mode.mode = Mode::Standard;
+            a.run.mode.mode = Mode::Standard;
             change(a);
         })
     };
@@ -282,7 +290,9 @@ fn regularizers(study: &Study<'_>) -> Result<(), Failure> {
         with("vit-dropout-0.1", 1.0, &|a| a.dropout = 0.1),
         with("vit-dropout-0.3", 2.0, &|a| a.dropout = 0.3),
         with("vit-drop-path-0.2", 3.0, &|a| (a.dropout, a.drop_path) = (0.0, 0.2)),
-        with("vit-weight-decay-0.05", 4.0, &|a| (a.dropout, a.optim.weight_decay) = (0.0, 0.05)),
+        with("vit-weight-decay-0.05", 4.0, &|a| {
+            (a.dropout, a.run.optim.weight_decay) = (0.0, 0.05)
+        }),
         study.cell("bdia-plain", 5.0, |a| a.dropout = 0.0),
         study.cell("bdia-dropout-0.1", 6.0, |a| a.dropout = 0.1),
     ];

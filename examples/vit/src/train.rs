@@ -8,91 +8,32 @@
 //! step-*.ckpt                          the last two checkpoints
 //! ```
 
-use core::fmt::Write as _;
-use std::io::{IsTerminal, Write};
 use std::path::Path;
-use std::time::Instant;
 
 use bdia_core::backend::Backend;
+use bdia_core::layers::Gradients;
+use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
-use bdia_core::{Gamma, Grid, Layout, Sign, stack};
-use bdia_models::files::FileError;
+use bdia_core::stack::Mode as StackMode;
+use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
+use bdia_core::{Grid, Layout, Reals};
+use bdia_models::inference::Inference;
+use bdia_models::plan::Plan;
 use bdia_models::vit::config::VitConfig;
 use bdia_models::vit::files::{load_weights, save_weights};
-use bdia_models::vit::model::{Inference, Outcome, Setup, Step, Vit};
+use bdia_models::vit::model::{Setup, Vit};
 use bdia_models::weights;
-use bdia_train::alloc::{Counting, peak_rss_bytes};
-use bdia_train::checkpoint::{self, Header};
-use bdia_train::cli::{self, BackendKind, MachineArgs, Mode, name_of};
+use bdia_train::cli::{self, BackendKind, MachineArgs, Mode};
 use bdia_train::machine::{self, Work};
-use bdia_train::report::{self, Chart, Metrics, Record, Series};
-use bdia_train::{Failure, ranks, run};
-use serde::{Deserialize, Serialize};
+use bdia_train::trainer::{
+    self, Picture, Planned, Settings, Summary, Task, Validation, Verify, When,
+};
+use bdia_train::{Failure, ranks, report, run};
 
 use crate::augment::{Augment, apply};
 use crate::cli::{AugmentKind, EvalArgs, Network, Size, TrainArgs};
 use crate::data::{Dataset, Images};
-
-/// A line of `metrics.jsonl`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Metric {
-    /// Steps done, from 1.
-    pub step: u64,
-    /// Training loss of the step.
-    pub loss: f64,
-    /// Its learning rate.
-    pub lr: f64,
-    /// Norm of its gradient.
-    pub grad_norm: f64,
-    /// Speed.
-    pub images_per_s: f64,
-    /// Held-out loss, where measured.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub val_loss: Option<f64>,
-    /// Held-out accuracy, where measured.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub accuracy: Option<f64>,
-}
-
-impl Record for Metric {
-    fn step(&self) -> u64 {
-        self.step
-    }
-}
-
-/// What a run ended with.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Summary {
-    /// Held-out accuracy after the last epoch, 0 to 1.
-    pub accuracy: f64,
-    /// The best epoch's.
-    pub best_accuracy: f64,
-    /// Held-out loss after the last epoch.
-    pub val_loss: f64,
-    /// Mean training loss of the last epoch's steps.
-    pub loss: f64,
-    /// Rebuilt values that differed, with `--verify` in mode bdia.
-    pub verify_mismatches: Option<u64>,
-    /// Largest error of rebuilding, with `--verify` without a grid.
-    pub rebuild_error: Option<f64>,
-    /// Speed of training.
-    pub images_per_s: f64,
-    /// Parameters.
-    pub parameters: usize,
-    /// Bytes of the plan.
-    pub plan_bytes: usize,
-    /// Bytes of activations, their gradients, side bits and workspace.
-    pub activation_bytes: usize,
-    /// Measured peak of what the plan covers.
-    pub peak_bytes: usize,
-    /// Peak of the whole process.
-    pub peak_rss_bytes: Option<u64>,
-    /// Optimizer steps.
-    pub steps: u32,
-    /// The directory.
-    pub out: std::path::PathBuf,
-}
 
 /// The images that the flags name, the model for them, and how training changes them.
 ///
@@ -132,7 +73,7 @@ pub fn prepare(args: &TrainArgs) -> Result<(Dataset, VitConfig, Augment), Failur
         classes: data.classes.clone(),
         mean,
         std,
-        bdia: args.mode.training()?,
+        bdia: args.run.mode.training()?,
     };
     let kind = args.augment.unwrap_or(match channels {
         // Eight pixels across: a crop loses more than it teaches.
@@ -151,77 +92,74 @@ pub fn prepare(args: &TrainArgs) -> Result<(Dataset, VitConfig, Augment), Failur
 
 /// How the flags train a model.
 fn setup(args: &TrainArgs, config: &VitConfig, ranks: usize) -> Result<Setup, Failure> {
-    let threads = machine::threads(&args.machine);
+    let threads = machine::threads(&args.run.machine);
+    // Two streams keep activations in their own way, which is nobody else's in the table.
+    let mode = if config.two_streams {
+        StackMode::BdiaFloat { gamma: FloatGamma::ZERO, verify: args.run.verify }
+    } else {
+        machine::mode(&args.run.mode, config.layers, args.run.verify)?
+    };
     Ok(Setup {
         dims: config.dims(),
         batch: ranks::part(args.batch as usize, ranks)?,
+        accumulate: args.run.accumulate as usize,
         chunk: 1,
-        mode: machine::stack_mode(&args.mode, config.layers),
-        grid: machine::grid(&args.mode)?,
-        gamma: args.mode.gamma()?,
-        rule: Some(args.optim.rule()),
-        fused: args.optim.clip == 0.0,
-        verify: args.verify,
+        mode,
+        gradients: machine::gradients(&args.run.optim, args.run.accumulate),
         drop_path: args.drop_path,
         smoothing: args.smoothing,
         mixup: args.mixup > 0.0,
         threads,
-        library: machine::library(&args.machine, threads),
+        library: machine::library(&args.run.machine, threads),
     })
-}
-
-/// The chunk of a run; the head has no such choice.
-const fn fixed(chunk: usize) -> Option<Choice> {
-    Some(Choice { chunk, head_rows: 1 })
 }
 
 /// The plans of the modes that are not used, for the table: with this run's chunks.
 fn other_plans(
     setup: &Setup,
     kind: BackendKind,
-    chunk: usize,
+    choice: Choice,
 ) -> Result<Vec<(String, Layout)>, Failure> {
-    use stack::Mode as M;
-    let mut plans = Vec::new();
-    let every = machine::checkpoint_every(None, setup.dims.layers);
-    for (name, mode, two_streams) in [
-        ("bdia".to_string(), M::Bdia, false),
-        ("standard".into(), M::Standard, false),
-        (format!("checkpoint {every}"), M::Checkpoint { every }, false),
-        ("revvit".into(), M::Standard, true),
-    ] {
-        let used =
-            if setup.dims.two_streams { two_streams } else { !two_streams && mode == setup.mode };
-        if used {
-            continue;
-        }
-        let grid = if mode == M::Bdia { Some(Grid::new(14)?) } else { None };
-        let mut other = Setup { mode, grid, verify: false, drop_path: 0.0, ..*setup };
-        other.gamma = Gamma::new(0.5, Sign::Random)?;
-        other.dims.two_streams = two_streams;
-        plans.push((name, machine::lay_out::<Vit>(&other, kind, 1, None, fixed(chunk))?.2));
+    let mut others: Vec<_> = (machine::other_modes(&setup.mode, setup.dims.layers)?.into_iter())
+        .map(|(name, mode)| (name, mode, false))
+        .collect();
+    if !setup.dims.two_streams {
+        others.push(("revvit".into(), StackMode::Standard { grid: None }, true));
     }
-    Ok(plans)
+    let plan = |(name, mode, two_streams)| {
+        let mut other = Setup { mode, drop_path: 0.0, ..*setup };
+        other.dims.two_streams = two_streams;
+        Ok((name, machine::lay_out::<Vit>(&other, kind, 1, None, Some(choice))?.2))
+    };
+    others.into_iter().map(plan).collect()
 }
 
 fn mode_name(args: &TrainArgs) -> String {
-    if args.network == Network::Revvit { "revvit".into() } else { name_of(&args.mode.mode) }
+    match args.network {
+        Network::Vit => trainer::mode_name(args.run.mode.mode),
+        Network::Revvit => "revvit".into(),
+    }
 }
 
-/// Everything that is known before memory is allocated.
-struct Run<'a> {
+/// Images of an optimizer step.
+const fn step_images(args: &TrainArgs) -> usize {
+    (args.batch * args.run.accumulate) as usize
+}
+
+/// What is learned: the images, and the network.
+struct Training {
     args: TrainArgs,
     config: VitConfig,
     data: Dataset,
     augment: Augment,
-    choice: Choice,
-    layout: Layout,
     model: Vit,
-    others: Vec<(String, Layout)>,
-    /// The checkpoint to go on from.
-    from: Option<(std::path::PathBuf, Header)>,
-    /// Where the summary goes; none if Ctrl-C stopped the run.
-    summary: &'a mut Option<Summary>,
+    per_epoch: u32,
+    /// The order of the epoch's images.
+    order: Vec<u32>,
+    /// An image as it is, and two that are mixed.
+    pixels: [Vec<f64>; 3],
+    /// Of the last validation.
+    confusion: Vec<Vec<u32>>,
 }
 
 /// Trains. The summary is `None` where Ctrl-C stopped the run.
@@ -230,71 +168,71 @@ struct Run<'a> {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let (args, from) = run::begin(args)?;
-    let mut joined = ranks::join(&args.machine)?;
+    let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
     let (data, config, augment) = prepare(&args)?;
     let setup = setup(&args, &config, count)?;
-    let steps = steps(&args, &data)?;
-    args.optim.schedule(steps).check()?;
-    let chosen = match &from {
-        Some((path, h)) => {
-            let same = h.ranks == count;
-            if h.step > steps || (same && !(1..=setup.batch).contains(&h.chunk)) {
-                let what =
-                    format!("step {} and chunks of {} images do not fit this run", h.step, h.chunk);
-                return Err(Failure::Run { path: path.clone(), what });
-            }
-            fixed(h.chunk).filter(|_| same)
-        }
-        None => None,
-    };
-    let kind = args.machine.backend;
+    let per_epoch = steps_per_epoch(&args, &data)?;
+    let steps = trainer::steps(per_epoch, args.run.epochs, args.run.steps)?;
+    let fits = |c: Choice| (1..=setup.batch).contains(&c.chunk) && c.head_rows > 0;
+    let fixed = trainer::fixed_choice(from.as_ref(), steps, count, fits)?;
+    let kind = args.run.machine.backend;
     let (choice, model, layout) =
-        machine::lay_out::<Vit>(&setup, kind, count, args.machine.memory, chosen)?;
+        machine::lay_out::<Vit>(&setup, kind, count, args.run.machine.memory, fixed)?;
     if let Some(joined) = &mut joined {
-        joined.reserve(&model.exchanged());
+        joined.reserve(&[model.exchanged()]);
     }
     // The table is told by the first rank alone.
-    let others = if rank == 0 { other_plans(&setup, kind, choice.chunk)? } else { Vec::new() };
-    let (mut summary, place) = (None, args.machine.clone());
-    let work = Run {
-        args,
+    let others = if rank == 0 { other_plans(&setup, kind, choice)? } else { Vec::new() };
+    let every = |epochs: u64| (epochs as u32).saturating_mul(per_epoch);
+    let settings = Settings {
+        command: "bdia-vit train",
+        program: concat!("bdia-vit ", env!("CARGO_PKG_VERSION")),
+        steps,
+        epoch: Some(per_epoch),
+        seed: args.run.seed,
+        optim: args.run.optim.clone(),
+        eval_every: every(args.run.eval_interval),
+        save_every: every(args.run.checkpoint_interval),
+        mode: mode_name(&args),
+        verify: match args.network {
+            Network::Vit => Verify::of(args.run.verify, args.run.mode.mode),
+            Network::Revvit => Verify::of(args.run.verify, Mode::BdiaFloat),
+        },
+        items: ["images", "img"],
+        pictures: &[Picture {
+            file: "accuracy.svg",
+            title: "Validation accuracy",
+            y: "accuracy (%)",
+            scores: &[("accuracy", "validation", 100.0)],
+        }],
+    };
+    let pixels = data.train.shape.iter().product();
+    let task = Training {
+        args: args.clone(),
         config,
         data,
         augment,
-        choice,
-        layout: layout.clone(),
         model,
-        others,
-        from,
-        summary: &mut summary,
+        per_epoch,
+        order: Vec::new(),
+        pixels: [0; 3].map(|_| vec![0.0; pixels]),
+        confusion: Vec::new(),
     };
-    machine::run_on(&place, setup.threads, &layout, joined, work)?;
-    Ok(summary)
+    trainer::train(args, settings, Planned { choice, layout, others }, task, from, joined)
 }
 
-/// Steps of an epoch: whole batches only.
+/// Steps of an epoch: whole ones only.
 fn steps_per_epoch(args: &TrainArgs, data: &Dataset) -> Result<u32, Failure> {
-    let n = data.train.len() / args.batch as usize;
-    if n == 0 {
-        let what = format!(
-            "{} training images, expected at least a batch of {}",
-            data.train.len(),
-            args.batch
-        );
-        return Err(Failure::Other(format!("{}: {what}; use a smaller --batch", data.name)));
+    let (images, of_step) = (data.train.len(), step_images(args));
+    if images < of_step {
+        let what = format!("{images} training images, expected at least a batch of {of_step}");
+        let do_ = "use a smaller --batch or --accumulate";
+        return Err(Failure::Other(format!("{}: {what}; {do_}", data.name)));
     }
-    u32::try_from(n).map_err(|_| {
+    u32::try_from(images / of_step).map_err(|_| {
         Failure::Other(format!("{}: more images than steps can be counted", data.name))
     })
-}
-
-fn steps(args: &TrainArgs, data: &Dataset) -> Result<u32, Failure> {
-    u64::from(steps_per_epoch(args, data)?)
-        .checked_mul(args.epochs)
-        .and_then(|n| u32::try_from(n).ok())
-        .filter(|&n| n < u32::MAX)
-        .ok_or_else(|| Failure::Other("more steps than can be counted; use fewer --epochs".into()))
 }
 
 /// The order of an epoch's images: a permutation by Fisher and Yates.
@@ -367,358 +305,139 @@ fn percent(x: f64) -> String {
     format!("{:.2} %", 100.0 * x)
 }
 
-impl Work for Run<'_> {
-    fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
-        let out = self.args.out.clone();
-        // Files are the first rank's.
-        let (first_rank, ranks) = (be.rank() == 0, be.ranks());
-        if first_rank {
-            std::fs::create_dir_all(&out)
-                .map_err(|e| FileError::io(&out, "create the directory", e))?;
-        }
-        let identity = machine::identity(be, concat!("bdia-vit ", env!("CARGO_PKG_VERSION")));
-        let digest = self.data.digest();
-        let (mut first, mut validation) = (0, Vec::new());
-        match &self.from {
-            Some((path, header)) => {
-                if header.data != digest {
-                    return Err(Failure::Run {
-                        path: path.clone(),
-                        what: "the images are not the same".into(),
-                    });
-                }
-                if header.identity != identity {
-                    report::note!(
-                        "warning: the run was computed by \"{}\", this is \"{identity}\": it goes on, with other rounding",
-                        header.identity
-                    );
-                }
-                if header.ranks != ranks {
-                    report::note!(
-                        "warning: the run was computed by {} rank(s), these are {ranks}: it goes on, with other rounding",
-                        header.ranks
-                    );
-                }
-                checkpoint::load(path, be, &self.model.saved())?;
-                first = header.step;
-                validation.clone_from(&header.validation);
-            }
-            None => {
-                self.model.initialize(be, self.args.seed)?;
-                if let Some(dir) = &self.args.weights {
-                    load_weights(&dir.join(weights::FILE), be, &self.model)?;
-                }
-                if first_rank {
-                    run::replace(&out)?;
-                    self.config.write_dir(&out)?;
-                    run::save(&out, &self.args)?;
-                }
-            }
-        }
-        let saved = self.model.saved();
-        ranks::begin(be, &self.args, (digest, first), &saved)?;
-        let log = out.join("metrics.jsonl");
-        let (mut metrics, mut curve) = (None, Vec::new());
-        if first_rank {
-            checkpoint::sweep(&out);
-            metrics = Some(Metrics::<Metric>::resume(&log, u64::from(first))?);
-            curve = Metrics::<Metric>::read(&log)?;
-        }
-
-        let per_epoch = steps_per_epoch(&self.args, &self.data)?;
-        let steps = steps(&self.args, &self.data)?;
-        self.announce(first, steps, &identity);
-        run::catch_interrupt();
-        let bar = run::progress(steps, first);
-        let schedule = self.args.optim.schedule(steps);
-        let batch = self.args.batch as usize;
-        let part = be.rank() * (batch / ranks);
-        let pixels = self.data.train.shape.iter().product();
-        let [mut one, mut two, mut raw] = [0; 3].map(|_| vec![0.0; pixels]);
-        let mut images = order(self.args.seed, first / per_epoch, self.data.train.len());
-        let (mut seconds, mut mismatches, mut worst) = (0.0, 0_u64, 0.0_f64);
-        let mut best = validation.iter().map(|v: &(u32, f64)| v.1).fold(0.0, f64::max);
-        let before_staging = Counting::current();
-        self.model.prepare();
-        let own = arenas + Counting::current().saturating_sub(before_staging);
-        let mut peak = own;
-
-        for step in first..steps {
-            let clock = Instant::now();
-            let (epoch, within) = (step / per_epoch, step % per_epoch);
-            if within == 0 {
-                images = order(self.args.seed, epoch, self.data.train.len());
-            }
-            let (seed, augment) = (self.args.seed, self.augment);
-            let share = augment.share(seed, step);
-            let plan = Step {
-                step,
-                seed,
-                lr: schedule.at(step),
-                weight_decay: self.args.optim.weight_decay,
-                clip: self.args.optim.clip,
-                share,
-            };
-            let others = Counting::current().saturating_sub(own);
-            Counting::reset_peak();
-            let (config, train) = (&self.config, &self.data.train);
-            let load = |i: usize, raw: &mut Vec<f64>, to: &mut [f64]| {
-                let at = images[within as usize * batch + i] as usize;
-                normalized(config, train.image(at), raw);
-                apply(augment.change(seed, step, i as u32), train.shape, raw, to);
-                i32::from(train.labels[at])
-            };
-            let outcome: Result<Outcome, Failure> = self.model.train(be, &plan, |i, pixels| {
-                let i = part + i;
-                let label = load(i, &mut raw, &mut one);
-                if augment.mixup <= 0.0 {
-                    pixels.copy_from_slice(&one);
-                    return Ok([label; 2]);
-                }
-                let other = load(batch - 1 - i, &mut raw, &mut two);
-                for ((p, a), b) in pixels.iter_mut().zip(&one).zip(&two) {
-                    *p = share * a + (1.0 - share) * b;
-                }
-                Ok([label, other])
-            });
-            let outcome = match outcome {
-                Ok(outcome) => outcome,
-                Err(Failure::Core(error)) => {
-                    bar.abandon();
-                    return Err(Failure::Step { step, error, kept: run::kept(&out) });
-                }
-                Err(other) => return Err(other),
-            };
-            peak = peak.max(Counting::peak().saturating_sub(others));
-            let took = clock.elapsed().as_secs_f64();
-            seconds += took;
-            mismatches += outcome.mismatches;
-            worst = worst.max(outcome.rebuild_error);
-
-            let done = step + 1;
-            let epoch_done = done % per_epoch == 0;
-            let epochs = done / per_epoch;
-            let every = self.args.eval_interval as u32;
-            let mut metric = Metric {
-                step: u64::from(done),
-                loss: outcome.loss,
-                lr: plan.lr,
-                grad_norm: outcome.grad_norm,
-                images_per_s: batch as f64 / took,
-                val_loss: None,
-                accuracy: None,
-            };
-            if done == steps || (epoch_done && every > 0 && epochs % every == 0) {
-                let e = evaluate(
-                    be,
-                    &mut self.model,
-                    &self.config,
-                    &self.data.test,
-                    Inference::standard()?,
-                )?;
-                (metric.val_loss, metric.accuracy) = (Some(e.loss), Some(e.accuracy));
-                validation.push((done, e.accuracy));
-                if e.accuracy > best {
-                    best = e.accuracy;
-                    if first_rank {
-                        save_weights(&out.join("best.safetensors"), be, &self.model)?;
-                    }
-                }
-                let text = format!(
-                    "epoch {epochs:>4}  loss {:.4}  held out: loss {:.4}, {}",
-                    outcome.loss,
-                    e.loss,
-                    percent(e.accuracy)
-                );
-                if std::io::stderr().is_terminal() {
-                    bar.println(text);
-                } else {
-                    report::note!("{text}");
-                }
-            }
-            curve.push(metric);
-            if let Some(metrics) = &mut metrics {
-                metrics.push(&metric)?;
-            }
-            let shown =
-                validation.last().map_or(String::new(), |(_, v)| format!("{} ", percent(*v)));
-            let speed = (batch * (done - first) as usize) as f64 / seconds;
-            bar.set_message(format!("loss {:.3} {shown}{speed:.0} img/s", outcome.loss));
-            bar.inc(1);
-
-            let stop = ranks::any(be, run::interrupted())?;
-            let every = self.args.checkpoint_interval as u32;
-            let save = done == steps || stop || (epoch_done && every > 0 && epochs % every == 0);
-            if save || u64::from(done).is_multiple_of(self.args.machine.compare_interval) {
-                ranks::same(be, &saved).map_err(|error| Failure::Step {
-                    step,
-                    error,
-                    kept: run::kept(&out),
-                })?;
-            }
-            if let Some(metrics) = metrics.as_ref().filter(|_| save) {
-                let header = Header {
-                    step: done,
-                    chunk: self.choice.chunk,
-                    head_rows: 1,
-                    identity: identity.clone(),
-                    ranks,
-                    lens: Vec::new(),
-                    data: digest,
-                    validation: validation.clone(),
-                };
-                metrics.sync()?;
-                checkpoint::save(&out, be, &saved, header)?;
-            }
-            if stop && done < steps {
-                bar.abandon();
-                report::tell!(
-                    "stopped after step {done} of {steps}; to go on:  bdia-vit train --resume {}",
-                    out.display()
-                );
-                return Ok(());
-            }
-        }
-        bar.finish_and_clear();
-        if !first_rank {
-            return Ok(());
-        }
-
-        self.config.write_dir(&out)?;
-        save_weights(&out.join(weights::FILE), be, &self.model)?;
-        draw(&out, &curve, per_epoch)?;
-        let whole =
-            evaluate(be, &mut self.model, &self.config, &self.data.test, Inference::standard()?)?;
-        let last: Vec<f64> = curve.iter().rev().take(per_epoch as usize).map(|m| m.loss).collect();
-        let float = self.args.mode.mode == Mode::BdiaFloat || self.config.two_streams;
-        let exact = self.args.mode.mode == Mode::Bdia && !self.config.two_streams;
-        let bytes = |c| self.layout.bytes(c);
-        use bdia_core::Category as C;
-        let summary = Summary {
-            accuracy: whole.accuracy,
-            best_accuracy: best.max(whole.accuracy),
-            val_loss: whole.loss,
-            loss: last.iter().sum::<f64>() / last.len().max(1) as f64,
-            verify_mismatches: (self.args.verify && exact).then_some(mismatches),
-            rebuild_error: (self.args.verify && float).then_some(worst),
-            images_per_s: if seconds > 0.0 {
-                (batch * (steps - first) as usize) as f64 / seconds
-            } else {
-                0.0
-            },
-            parameters: self.model.parameters(),
-            plan_bytes: self.layout.total(),
-            activation_bytes: bytes(C::Activations)
-                + bytes(C::ActivationGradients)
-                + bytes(C::SideBits)
-                + bytes(C::Workspace),
-            peak_bytes: peak,
-            peak_rss_bytes: peak_rss_bytes(),
-            steps,
-            out: out.clone(),
-        };
-        self.tell(&summary, &whole);
-        *self.summary = Some(summary);
-        Ok(())
-    }
-}
-
-/// `loss.svg` and `accuracy.svg`, over epochs.
-fn draw(out: &Path, curve: &[Metric], per_epoch: u32) -> Result<(), Failure> {
-    let epoch = |m: &Metric| m.step as f64 / f64::from(per_epoch);
-    let points = |f: &dyn Fn(&Metric) -> Option<f64>| {
-        curve.iter().filter_map(|m| Some((epoch(m), f(m)?))).collect()
-    };
-    let train = Series { name: "training", points: points(&|m| Some(m.loss)), ..Series::default() };
-    let held = Series {
-        name: "held out",
-        points: points(&|m| m.val_loss),
-        marks: true,
-        ..Series::default()
-    };
-    let chart = Chart {
-        title: "Training and held-out loss",
-        x: "epoch",
-        y: "loss (nats)",
-        series: &[train, held],
-    };
-    report::svg(&out.join("loss.svg"), &chart)?;
-    let points = points(&|m| m.accuracy.map(|a| 100.0 * a));
-    let accuracy = Series { name: "held out", points, marks: true, ..Series::default() };
-    let chart =
-        Chart { title: "Held-out accuracy", x: "epoch", y: "accuracy (%)", series: &[accuracy] };
-    Ok(report::svg(&out.join("accuracy.svg"), &chart)?)
-}
-
-impl Run<'_> {
-    fn announce(&self, first: u32, steps: u32, identity: &str) {
+impl Task for Training {
+    fn describe(&self) -> String {
         let (c, s) = (&self.config, self.model.setup());
-        report::note!(
-            "{} parameters, {} blocks, width {}, {} patches, batch {}, mode {}; {} training and {} held-out images of {}",
+        format!(
+            "{} parameters, {} blocks, width {}, {} patches, batch {}, {} thread(s); {} training \
+             and {} held-out images of {}",
             self.model.parameters(),
             c.layers,
             c.width,
             s.dims.patches.count(),
-            self.args.batch,
-            mode_name(&self.args),
+            step_images(&self.args),
+            s.threads,
             self.data.train.len(),
             self.data.test.len(),
             self.data.name,
-        );
-        report::note!(
-            "{identity}, {} thread(s); plan {}, chunks of {} image(s)",
-            s.threads,
-            report::bytes(self.layout.total() as u64),
-            self.choice.chunk
-        );
-        if first > 0 {
-            report::note!("goes on after step {first} of {steps}");
+        )
+    }
+
+    fn digest(&self) -> Result<u64, Failure> {
+        Ok(self.data.digest())
+    }
+
+    fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure> {
+        if resumed {
+            return Ok(());
+        }
+        self.model.initialize(be, self.args.run.seed)?;
+        if let Some(dir) = &self.args.weights {
+            load_weights(&dir.join(weights::FILE), be, &self.model)?;
+        }
+        Ok(())
+    }
+
+    fn record(&self, out: &Path) -> Result<(), Failure> {
+        Ok(self.config.write_dir(out)?)
+    }
+
+    fn parameters(&self) -> [usize; 2] {
+        [self.model.parameters(); 2]
+    }
+
+    fn saved(&self) -> Vec<Reals> {
+        self.model.saved()
+    }
+
+    fn prepare(&mut self) {
+        self.model.prepare();
+    }
+
+    fn choose(&mut self, step: u32) {
+        if self.order.is_empty() || step.is_multiple_of(self.per_epoch) {
+            let epoch = step / self.per_epoch;
+            self.order = order(self.args.run.seed, epoch, self.data.train.len());
         }
     }
 
-    fn tell(&self, s: &Summary, whole: &Evaluation) {
-        let mut text = String::new();
-        if self.config.classes.len() <= 20 {
-            text += &confusion_table(&self.config.classes, &whole.confusion);
-        }
-        // Writing to a string does not fail.
-        let _ = writeln!(
-            text,
-            "\nheld-out accuracy {} (best epoch {}), loss {:.4}; training loss {:.4}",
-            percent(s.accuracy),
-            percent(s.best_accuracy),
-            s.val_loss,
-            s.loss
-        );
-        if let Some(n) = s.verify_mismatches {
-            let _ = writeln!(text, "verified: {n} rebuilt values differ from the originals");
-        }
-        if let Some(e) = s.rebuild_error {
-            let _ = writeln!(text, "rebuilding without a grid: largest error {e:.3e}");
-        }
-        let plans: Vec<_> = core::iter::once((mode_name(&self.args), self.layout.clone()))
-            .chain(self.others.clone())
-            .collect();
-        let _ = writeln!(text, "\n{}", machine::memory_table(&plans, Some(s.peak_bytes as u64)));
-        let _ = writeln!(
-            text,
-            "peak of the whole process, with data: {}\n\nfiles in {}: model.safetensors, best.safetensors, config.json, \
-             metrics.jsonl, loss.svg, accuracy.svg, step-*.ckpt",
-            s.peak_rss_bytes.map_or("unknown".into(), report::bytes),
-            s.out.display()
-        );
-        // Nobody is left to tell if the terminal is gone.
-        let _ = std::io::stdout().lock().write_all(text.as_bytes());
-        if self.args.json
-            && let Ok(json) = serde_json::to_string(s)
-        {
-            report::tell!("{json}");
-        }
+    fn step<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        step: &Step,
+    ) -> Result<Outcome, Failure> {
+        let (batch, all) = (self.args.batch as usize, step_images(&self.args));
+        let rank_first = be.rank() * (batch / be.ranks());
+        let within = (step.step % self.per_epoch) as usize;
+        let (order, augment) = (&self.order[within * all..][..all], self.augment);
+        let (config, train) = (&self.config, &self.data.train);
+        let share = augment.share(step.seed, step.step);
+        let load = |i: usize, raw: &mut [f64], to: &mut [f64]| {
+            let at = order[i] as usize;
+            normalized(config, train.image(at), raw);
+            apply(augment.change(step.seed, step.step, i as u32), train.shape, raw, to);
+            i32::from(train.labels[at])
+        };
+        let [raw, one, two] = &mut self.pixels;
+        self.model.train(be, step, share, |micro, i, pixels| {
+            let i = micro * batch + rank_first + i;
+            let label = load(i, raw, one);
+            if augment.mixup <= 0.0 {
+                pixels.copy_from_slice(one);
+                return Ok([label; 2]);
+            }
+            let other = load(all - 1 - i, raw, two);
+            for ((p, a), b) in pixels.iter_mut().zip(&*one).zip(&*two) {
+                *p = share * a + (1.0 - share) * b;
+            }
+            Ok([label, other])
+        })
+    }
+
+    fn validate<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        _: When,
+    ) -> Result<Option<Validation>, Failure> {
+        let images = &self.data.test;
+        let e = evaluate(be, &mut self.model, &self.config, images, Inference::STANDARD)?;
+        self.confusion = e.confusion;
+        Ok(Some(Validation {
+            loss: e.loss,
+            scores: [("accuracy".into(), e.accuracy)].into(),
+            text: format!("loss {:.4}, accuracy {}", e.loss, percent(e.accuracy)),
+        }))
+    }
+
+    /// By accuracy.
+    fn better(&self, v: &Validation, before: &[f64]) -> (bool, f64) {
+        let accuracy = v.scores.get("accuracy").copied().unwrap_or(0.0);
+        (before.iter().all(|&b| accuracy > b), accuracy)
+    }
+
+    fn save<B: Backend<Real = f32>>(&self, be: &B, path: &Path) -> Result<(), Failure> {
+        Ok(save_weights(path, be, &self.model)?)
+    }
+
+    fn finish<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        out: &Path,
+        _: Option<&Validation>,
+    ) -> Result<(String, &'static str), Failure> {
+        self.config.write_dir(out)?;
+        save_weights(&out.join(weights::FILE), be, &self.model)?;
+        let table = confusion_table(&self.config.classes, &self.confusion);
+        Ok((table, "model.safetensors, best.safetensors, config.json"))
     }
 }
 
-/// How often images of the class of a row were taken for the class of a column.
+/// How often images of the class of a row were taken for the class of a column, where there are not
+/// too many classes for a table.
 fn confusion_table(classes: &[String], confusion: &[Vec<u32>]) -> String {
+    if classes.len() > 20 {
+        return String::new();
+    }
     let width = classes.iter().map(|c| c.chars().count()).max().unwrap_or(1).clamp(4, 12);
     let short = |c: &str| c.chars().take(width).collect::<String>();
     let mut text = format!("\nconfusion (rows: the class, columns: the answer)\n{:width$}", "");
@@ -741,7 +460,7 @@ fn with_model(
     best: bool,
     machine_args: &MachineArgs,
     frac_bits: Option<u32>,
-    task: impl Task,
+    task: impl OnModel,
 ) -> Result<(), Failure> {
     struct Eval<T> {
         path: std::path::PathBuf,
@@ -750,7 +469,7 @@ fn with_model(
         model: Vit,
         task: T,
     }
-    impl<T: Task> Work for Eval<T> {
+    impl<T: OnModel> Work for Eval<T> {
         fn on<B: Backend<Real = f32>>(mut self, be: &mut B, _: usize) -> Result<(), Failure> {
             load_weights(&self.path, be, &self.model)?;
             self.task.on(be, &mut self.model, &self.config, &self.images)
@@ -772,13 +491,14 @@ fn with_model(
     let setup = Setup {
         dims: config.dims(),
         batch,
+        accumulate: 1,
         chunk: batch,
-        mode: stack::Mode::Bdia,
-        grid: Some(Grid::new(frac_bits.unwrap_or(config.bdia.frac_bits))?),
-        gamma: Gamma::new(0.5, Sign::Plus)?,
-        rule: None,
-        fused: true,
-        verify: false,
+        mode: StackMode::Bdia {
+            grid: Grid::new(frac_bits.unwrap_or(config.bdia.frac_bits))?,
+            gamma: Policy::fixed(Gamma::new(1, Sign::Plus)?),
+            verify: false,
+        },
+        gradients: Gradients::None,
         drop_path: 0.0,
         smoothing: 0.0,
         mixup: false,
@@ -792,7 +512,7 @@ fn with_model(
 }
 
 /// What is done with a trained model.
-trait Task {
+trait OnModel {
     fn on<B: Backend<Real = f32>>(
         self,
         be: &mut B,
@@ -815,7 +535,7 @@ pub fn evaluation(
     frac_bits: Option<u32>,
 ) -> Result<Vec<Evaluation>, Failure> {
     struct All<'a>(&'a [Inference], &'a mut Vec<Evaluation>);
-    impl Task for All<'_> {
+    impl OnModel for All<'_> {
         fn on<B: Backend<Real = f32>>(
             self,
             be: &mut B,
@@ -841,7 +561,7 @@ pub fn evaluation(
 /// [`Failure`]
 pub fn largest_activation(dir: &Path, machine_args: &MachineArgs) -> Result<f64, Failure> {
     struct Largest<'a>(&'a mut f64);
-    impl Task for Largest<'_> {
+    impl OnModel for Largest<'_> {
         fn on<B: Backend<Real = f32>>(
             self,
             be: &mut B,
@@ -867,10 +587,12 @@ pub fn largest_activation(dir: &Path, machine_args: &MachineArgs) -> Result<f64,
 /// # Errors
 /// [`Failure`]
 pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
-    let gamma = Gamma::new(args.gamma, Sign::Plus)?;
     let inference = match args.inference {
-        cli::Inference::Float => Inference::Float(gamma),
-        cli::Inference::Quantized => Inference::Quantized(gamma),
+        cli::Inference::Float => Inference::Float(FloatGamma::new(args.gamma, Sign::Plus)?),
+        cli::Inference::Quantized if args.gamma == 0.0 => Inference::Quantized(None),
+        cli::Inference::Quantized => {
+            Inference::Quantized(Some(Gamma::from_value(args.gamma, Sign::Plus)?))
+        }
     };
     let all = evaluation(
         &args.weights,
@@ -882,9 +604,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     )?;
     let config = VitConfig::read_dir(&args.weights)?;
     for e in all {
-        if config.classes.len() <= 20 {
-            report::tell!("{}", confusion_table(&config.classes, &e.confusion));
-        }
+        report::tell!("{}", confusion_table(&config.classes, &e.confusion));
         report::tell!("accuracy {}, loss {:.4}", percent(e.accuracy), e.loss);
         if args.json {
             report::tell!("{}", serde_json::json!({"accuracy": e.accuracy, "loss": e.loss}));
@@ -900,14 +620,14 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
 pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
     let (_, config, _) = prepare(args)?;
     let setup = setup(args, &config, 1)?;
-    let kind = args.machine.backend;
+    let kind = args.run.machine.backend;
     let (choice, model, layout) =
-        machine::lay_out::<Vit>(&setup, kind, 1, args.machine.memory, None)?;
+        machine::lay_out::<Vit>(&setup, kind, 1, args.run.machine.memory, None)?;
     let mut plans = vec![(mode_name(args), layout.clone())];
-    plans.extend(other_plans(&setup, kind, choice.chunk)?);
+    plans.extend(other_plans(&setup, kind, choice)?);
     report::tell!("{} parameters; chunks of {} image(s)\n", model.parameters(), choice.chunk);
     report::tell!("{}", machine::memory_table(&plans, None));
-    if args.json {
+    if args.run.json {
         let json =
             serde_json::json!({"parameters": model.parameters(), "plan_bytes": layout.total()});
         report::tell!("{json}");

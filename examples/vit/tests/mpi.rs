@@ -10,8 +10,9 @@ use bdia_train::testing::{close, json, metrics, mpirun};
 
 /// Augmentation, mixed images, dropped blocks, dropout: everything that is drawn, by the sample's
 /// place in the batch. Small steps, which amplify the rounding of gradients little.
-const SMALL: &str = "--train-subset 80 --test-subset 40 --layers 3 --width 16 --heads 2 --mlp 16 --batch 16 --threads 1 \
-                     --augment crop-flip --dropout 0.1 --mixup 0.2 --lr 2e-4";
+const SMALL: &str = "--train-subset 80 --test-subset 40 --layers 3 --width 16 --heads 2 --mlp 16 \
+                     --batch 16 --threads 1 --augment crop-flip --dropout 0.1 --mixup 0.2 \
+                     --lr 2e-4";
 
 fn good(ranks: usize, out: &Path, arguments: &str) -> String {
     let mut c = mpirun(ranks);
@@ -38,7 +39,7 @@ fn ranks_agree_and_a_run_goes_on_with_others() {
             );
             let said = good(ranks, &at(ranks), &flags);
             assert!(json(&said)["verify_mismatches"].as_u64().is_none_or(|n| n == 0), "{said}");
-            metrics(&at(ranks), "images_per_s")
+            metrics(&at(ranks), "items_per_s")
         };
         let one = of(1);
         // Losses of ten steps, whose gradients are summed up in another order.
@@ -46,6 +47,6 @@ fn ranks_agree_and_a_run_goes_on_with_others() {
         close(&one, &of(4), 1e-4);
         std::fs::remove_file(at(4).join("step-00000010.ckpt")).unwrap();
         good(2, &at(4), "train --resume");
-        close(&one, &metrics(&at(4), "images_per_s"), 1e-4);
+        close(&one, &metrics(&at(4), "items_per_s"), 1e-4);
     }
 }

@@ -9,7 +9,8 @@ use bdia_train::testing::{self, json, metrics};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_bdia-vit");
 
-const SMALL: &str = "--train-subset 80 --test-subset 40 --layers 3 --width 16 --heads 2 --mlp 16 --batch 16 --threads 2";
+const SMALL: &str = "--train-subset 80 --test-subset 40 --layers 3 --width 16 --heads 2 --mlp 16 \
+                     --batch 16 --threads 2";
 
 fn run(out: &Path, arguments: &str) -> Output {
     testing::run(PROGRAM, out, arguments)
@@ -24,7 +25,8 @@ fn training_is_exact_and_resumes_exactly() {
     let dir = TempDir::new();
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
     let flags = format!(
-        "train {SMALL} --epochs 4 --checkpoint-interval 1 --mixup 0.2 --smoothing 0.1 --drop-path 0.1"
+        "train {SMALL} --epochs 4 --checkpoint-interval 1 --mixup 0.2 --smoothing 0.1 \
+         --drop-path 0.1"
     );
     let whole = json(&good(&a, &format!("{flags} --verify --json")));
     assert_eq!(whole["verify_mismatches"], 0);
@@ -60,7 +62,7 @@ fn training_is_exact_and_resumes_exactly() {
             "{file}"
         );
     }
-    assert_eq!(metrics(&a, "images_per_s"), metrics(&b, "images_per_s"));
+    assert_eq!(metrics(&a, "items_per_s"), metrics(&b, "items_per_s"));
 
     // Other settings are refused, by name.
     let o = Command::new(env!("CARGO_BIN_EXE_bdia-vit"))
@@ -144,7 +146,7 @@ fn killed_runs_end_the_same() {
             "{file}"
         );
     }
-    assert_eq!(metrics(&a, "images_per_s"), metrics(&b, "images_per_s"));
+    assert_eq!(metrics(&a, "items_per_s"), metrics(&b, "items_per_s"));
 }
 
 /// Every baseline trains, from the same data in the same order; more threads give the same bits.
@@ -162,12 +164,15 @@ fn baselines() {
         "--mode standard --drop-path 0.3",
         "--plain",
         "--clip 1 --optimizer adamw",
+        "--accumulate 2 --mixup 0.2 --verify",
+        "--steps 7",
     ]
     .iter()
     .enumerate()
     {
         let out = dir.path().join(i.to_string());
-        let v = json(&good(&out, &format!("train {SMALL} --epochs 2 {flags} --json")));
+        let epochs = if flags.starts_with("--steps") { "" } else { "--epochs 2" };
+        let v = json(&good(&out, &format!("train {SMALL} {epochs} {flags} --json")));
         assert!(v["val_loss"].as_f64().unwrap().is_finite(), "{flags}");
         if let Some(e) = v["rebuild_error"].as_f64() {
             assert!(e > 0.0 && e < 1e-2, "{flags}: {e}");

@@ -1,12 +1,44 @@
-//! Attention in tiles of queries: per head, 64 rows of scores at a time exist, in the scratch of
+//! Attention in tiles of queries: of a head, 64 rows of scores exist at a time, in the scratch of
 //! one thread.
+//!
+//! # The idea
+//! ```text
+//! forward, for each sample, head and tile of 64 queries:      a piece of work, one thread
+//!   S = Q[tile]·Kᵀ                                            [64, keys], in the thread's scratch
+//!   for each row s of S:
+//!     p = exp(scale·s − max), lse = max + ln Σp, p /= Σp      lse is kept, S and P are not
+//!   O[tile] = P·V
+//!
+//! backward, for each sample and head:                         a piece of work, one thread
+//!   dK = dV = 0
+//!   for each tile of 64 queries:
+//!     S = Q[tile]·Kᵀ, dP = dO[tile]·Vᵀ                        two tiles of scores
+//!     for each row: p = exp(scale·s − lse)                    neither maximum nor sum again
+//!                   ds = scale·p∘(dp − δ)                     δ = dO·O of the row = Σ p∘dp
+//!     dV += Pᵀ·dO[tile], dQ[tile] = dS·K, dK += dSᵀ·Q[tile]
+//! ```
+//!
+//! The products are small ones ([`product`]): the thread packs both operands into its own memory.
+//!
+//! # What the code adds
+//! 1. Masks. A causal tile multiplies only the keys up to its last query, padding ends a sample's
+//!    keys earlier, and a row's weights beyond what its query sees are 0. The one key that a query
+//!    of [`Mask::Others`] does not see gets the score −∞. A query that sees nothing has output 0,
+//!    gradient 0 and lse −∞.
+//! 2. Dropout: `p` becomes `p∘f`, and `dp` becomes `f∘dp`, with `f` = 0 or 1/(1−rate), drawn again
+//!    on the way back.
+//! 3. The learned temperature τ: scale = e^τ, and dτ = Σ q·dq, since the scores are linear in e^τ.
+//!
+//! Backward, a piece is a whole head, so that no sum of `dK` or `dV` crosses threads: the bits are
+//! the same for any number of them.
 
 use bdia_core::backend::{Attention, Columns, Mask};
 use bdia_core::{Chunk, Reals, Result};
 use wide::f32x8;
 
 use super::dropout::Dropout;
-use super::matmul::{View, own_scratch, product};
+use super::matmul::{own_scratch, product};
+use super::view::View;
 use crate::memory::{Shared, get};
 use crate::simd::{LANES, exp, fold_sum, fold_sum2, load_part, map, max_of};
 use crate::{Cpu, actual_threads};
@@ -251,8 +283,9 @@ pub(super) fn backward(
             let d_out = view(dout.start() + o_at, width, 1);
             let p_tile = pointer(scratch.start() + slot * slot_len);
             let ds_tile = p_tile.wrapping_add(stride * rows);
-            // S = Q·Kᵀ, dP = dO·Vᵀ SAFETY: the operands were checked, and the slot is this thread's
-            // while the piece runs.
+            // S = Q·Kᵀ, dP = dO·Vᵀ
+            // SAFETY: the operands were checked, and the slot is this thread's while the piece
+            // runs.
             unsafe {
                 product(
                     products,

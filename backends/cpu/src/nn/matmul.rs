@@ -4,10 +4,10 @@
 //! Products go through [`super::packed`], which packs nothing twice; without fused multiply-add
 //! `gemm` serves, which chooses at run time what a build cannot.
 
-use bdia_core::backend::Order;
 use gemm::Parallelism;
 use gemm_common::cache::CACHE_INFO;
 
+use super::view::{View, cut};
 use crate::Team;
 use crate::memory::Shared;
 
@@ -27,41 +27,6 @@ pub(crate) fn thread_bytes() -> usize {
     const MICRO_COLS: usize = 8;
     let packed = (ROWS + MICRO_COLS).max(128 * MICRO_COLS) + (COLS + MICRO_ROWS);
     packed * INNER * size_of::<f32>() + CACHE_INFO[1].cache_bytes + 4096
-}
-
-/// A matrix that is read.
-#[derive(Clone, Copy)]
-pub(crate) struct View {
-    pub(crate) start: *const f32,
-    /// From one row to the next.
-    pub(crate) row: usize,
-    /// From one column to the next.
-    pub(crate) col: usize,
-}
-
-// SAFETY: it is only read, and whoever reads it promises that the memory is there.
-unsafe impl Send for View {}
-// SAFETY: as above.
-unsafe impl Sync for View {}
-
-impl View {
-    /// A dense operand `[rows, cols]`.
-    pub(crate) fn dense(x: &[f32], order: Order, rows: usize, cols: usize) -> Self {
-        let (row, col) = match order {
-            Order::Plain => (cols, 1),
-            Order::Transposed => (1, rows),
-        };
-        Self { start: x.as_ptr(), row, col }
-    }
-
-    pub(super) fn at(self, row: usize, col: usize) -> Self {
-        Self { start: self.start.wrapping_add(row * self.row + col * self.col), ..self }
-    }
-}
-
-/// How a dimension is cut: into equal pieces of at most `most`, a multiple of `step`.
-pub(super) fn cut(len: usize, most: usize, step: usize) -> usize {
-    len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(step).max(step)
 }
 
 /// `C = A·B`, or `C += A·B`, in this thread. The rows of `c` are `stride` apart; `memory` is

@@ -5,6 +5,7 @@ mod dropout;
 mod gelu;
 pub(crate) mod matmul;
 mod packed;
+mod view;
 
 use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Half, Product};
 use bdia_core::rng::Draw;
@@ -12,7 +13,7 @@ use bdia_core::{Chunk, Fault, Ints, NnOps, Reals, Result, Words};
 use wide::f32x8;
 
 use self::dropout::Dropout;
-use self::matmul::View;
+use self::view::View;
 use crate::memory::{Arena, Shared, get, split};
 use crate::simd::{exp, fold_sum, fold_sum2, map, map2, map3, max_of};
 use crate::update::Pieces;

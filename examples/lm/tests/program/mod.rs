@@ -178,7 +178,7 @@ pub fn metrics(dir: &Path) -> Vec<Value> {
     text.lines()
         .map(|l| {
             let mut v: Value = serde_json::from_str(l).unwrap();
-            v.as_object_mut().unwrap().remove("tokens_per_s").unwrap();
+            v.as_object_mut().unwrap().remove("items_per_s").unwrap();
             v
         })
         .collect()

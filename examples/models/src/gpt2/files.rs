@@ -56,6 +56,7 @@ pub fn save_weights<B: Backend<Real = f32>>(
 mod tests {
     use super::*;
     use crate::files::testing::TempDir;
+    use crate::gpt2::config::Gpt2Config;
     use crate::weights::FILE;
 
     #[test]
@@ -65,7 +66,7 @@ mod tests {
         let tensors =
             vec![("ln_f.bias".to_string(), vec![1]), ("lm_head.weight".into(), vec![1, 2])];
         let size = |i: usize| tensors[i].1.iter().product();
-        write(&path, &tensors, |i, sink| sink.put(&vec![0.5; size(i)])).unwrap();
+        weights::write(&path, &tensors, |i, sink| sink.put(&vec![0.5; size(i)])).unwrap();
         Weights::read_dir(dir.path()).unwrap().check(&tensors).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();

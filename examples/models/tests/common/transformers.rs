@@ -4,16 +4,18 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
+use bdia_core::Real;
 use bdia_core::backend::Backend;
+use bdia_core::layers::Gradients;
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::Mode;
-use bdia_core::{Gamma, Real, Sign};
 use bdia_cpu::Cpu;
 use bdia_models::gpt2::adapter::Adapter;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::files::load_base;
-use bdia_models::gpt2::model::{Gpt2, Inference, Setup};
+use bdia_models::gpt2::files::load_weights;
+use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::inference::Inference;
 
 /// The logits of samples of `context` tokens, as a standard transformer computes them.
 pub fn logits<B: Backend>(
@@ -22,10 +24,9 @@ pub fn logits<B: Backend>(
     tokens: &[i32],
     context: usize,
 ) -> Vec<f64> {
-    let gamma = Gamma::new(0.0, Sign::Plus).unwrap();
     let mut all = Vec::new();
     for sample in tokens.chunks(context) {
-        let logits = model.logits(be, sample, 0..sample.len(), Inference::Float(gamma)).unwrap();
+        let logits = model.logits(be, sample, 0..sample.len(), Inference::STANDARD).unwrap();
         all.extend(logits.iter().map(|x| x.wide()));
     }
     all
@@ -47,20 +48,17 @@ pub fn agrees(dir: &Path, base: Option<&Path>, context: usize) -> bool {
         batch: 1,
         accumulate: 1,
         context,
-        mode: Mode::Standard,
-        grid: None,
-        gamma: Gamma::new(0.5, Sign::Plus).unwrap(),
-        rule: None,
+        mode: Mode::Standard { grid: None },
+        gradients: Gradients::None,
         adapters: None,
-        fused: true,
-        verify: false,
+        smoothing: 0.0,
         threads: 1,
         library: Cpu::library_bytes(1),
     };
     let (mut model, layout) =
         Gpt2::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 16 }).unwrap();
     let mut be = Cpu::new(&layout, 1).unwrap();
-    let digest = load_base(weights, &config, &mut be, &model).unwrap();
+    let digest = load_weights(weights, &mut be, &model).unwrap();
     if base.is_some() {
         Adapter::open(dir, &config).unwrap().merge(&mut be, &model, &digest).unwrap();
     }

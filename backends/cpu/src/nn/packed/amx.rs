@@ -7,7 +7,7 @@ use core::arch::x86_64::{
 
 use super::bf16::{SIDE, TERMS, WIDE, first, pack, start};
 use super::{Kernel, Left, Place};
-use crate::nn::matmul::View;
+use crate::nn::view::View;
 
 /// See the module. Only where [`is_available`].
 pub(in crate::nn) struct Amx;

@@ -7,7 +7,7 @@ use core::arch::x86_64::{
 };
 
 use super::{Kernel, Left, Place, pack, prefetch};
-use crate::nn::matmul::View;
+use crate::nn::view::View;
 
 /// Rows of the tile.
 const MR: usize = 8;

@@ -14,7 +14,7 @@ use core::arch::x86_64::{
 };
 
 use super::{Kernel, Left, Place, prefetch};
-use crate::nn::matmul::View;
+use crate::nn::view::View;
 
 /// Rows or columns of a panel.
 pub(super) const SIDE: usize = 32;

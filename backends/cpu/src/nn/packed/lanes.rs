@@ -3,7 +3,7 @@
 use wide::f32x8;
 
 use super::{Kernel, Left, Place, pack, prefetch};
-use crate::nn::matmul::View;
+use crate::nn::view::View;
 use crate::simd::LANES;
 
 /// Rows of the tile.

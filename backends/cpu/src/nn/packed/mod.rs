@@ -1,10 +1,46 @@
 //! Matrix products over packed panels: each operand is copied once into the order in which the
 //! micro-kernel reads it.
 //!
-//! The shorter side of `C` is packed for all threads, then pieces of the longer side are packed and
-//! multiplied by one thread each. So nothing is packed twice, and pieces may be narrow. An element
-//! of `C` is a sum over [`Kernel::DEPTH`] inner terms at a time, in their order, whichever piece it
-//! lies in: the bits are the same for any number of threads.
+//! # The idea
+//! `C[rows, cols] = A[rows, inner]·B[inner, cols]` with more rows than columns; otherwise `A` and
+//! `B` change places. A tile of `C`, `MR × NR`, is kept in registers; `DEPTH` is the number of
+//! inner terms of a panel, `PIECE` the most rows of a piece.
+//!
+//! ```text
+//! for cols' in cols, 1536 at a time:
+//!   for terms' in inner, as many times DEPTH as 4 MiB hold:
+//!     all threads: pack B[terms', cols'] into panels [term][NR]   shared: the last cache
+//!     each thread, for its pieces of at most PIECE rows:
+//!       for terms in terms', DEPTH at a time:
+//!         pack A[piece, terms] into panels [term][MR]             own: at most 768 KiB
+//!         for blocks of the piece and of cols' (BLOCK):           their panels fit in the L2
+//!           for each panel b of the block:                        from the L1, or (AVX-512) the L2
+//!             for each panel a of the block:                      from the L2
+//!               sums[MR][NR] = 0                                  registers
+//!               for each term t: sums += a[t]·b[t]                MR values times NR values
+//!               C[tile] += sums
+//! ```
+//!
+//! The shorter side is packed for all threads and the longer one piece by piece by whoever
+//! multiplies it, so nothing is packed twice, and pieces may be narrow enough for every thread to
+//! have some.
+//!
+//! # What the code adds
+//! 1. Edges. Panels are filled up with zeros to whole ones; a tile is cut off where `C` ends.
+//! 2. Requests ahead: for the tile of `C` while its sums are made ([`Place::prefetch`]), for the
+//!    next terms while a panel is packed, and for the piece that is packed next while this one is
+//!    multiplied ([`Ahead`]).
+//! 3. Rows of `A` that lie side by side are not packed where a kernel reads them as fast where they
+//!    are ([`Kernel::IN_PLACE`]).
+//! 4. bf16: a panel's unit is several terms of a row, in the order that the instructions take
+//!    ([`Kernel::UNIT`]).
+//! 5. [`small`]: one thread packs both operands into its own memory, for attention, which has many
+//!    small products at a time.
+//!
+//! # The same bits for any number of threads
+//! An element of `C` is a sum over at most [`Kernel::DEPTH`] terms in their order, added to what
+//! the terms before them gave, whichever tile, piece or thread it is in. The number of threads only
+//! decides how the longer side is cut.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod amx;
@@ -17,7 +53,7 @@ pub(super) mod rounded;
 
 use wide::f32x8;
 
-use super::matmul::{View, cut};
+use super::view::{View, cut};
 use crate::Team;
 use crate::memory::Shared;
 use crate::simd::LANES;

@@ -4,7 +4,7 @@
 use core::marker::PhantomData;
 
 use super::{Kernel, Left, Place};
-use crate::nn::matmul::View;
+use crate::nn::view::View;
 
 /// A kernel whose operands are rounded to the nearest bf16, ties to even, when they are packed. NaN
 /// stays NaN.
