@@ -162,7 +162,8 @@ impl fmt::Display for Failure {
         let Self { op, case, sizes: [a, b, c, d], what, index, expected, found } = self;
         write!(
             f,
-            "{op}, case \"{case}\" with sizes {a}, {b}, {c}, {d}: {what}[{index}]: expected {expected}, found {found}"
+            "{op}, case \"{case}\" with sizes {a}, {b}, {c}, {d}: {what}[{index}]: expected \
+             {expected}, found {found}"
         )
     }
 }
