@@ -1,20 +1,21 @@
 //! Memory as a plan: handles into three arenas, handed out before anything is allocated.
 //!
-//! A model is laid out once: every buffer is asked of a [`Layout`], which returns a handle and adds
-//! its bytes to a category. Handing out and counting are the same act, so the plan cannot differ
-//! from what is used. The finished layout says how long the arenas of a backend must be. Laying out
-//! is `const`, so that arenas can be `static`s whose lengths the compiler takes from the plan.
+//! A model is laid out once: every buffer is requested from a [`Layout`], which returns a handle
+//! and adds its bytes to a category. Handing out and counting are the same act, so the plan cannot
+//! differ from what is used. The finished layout says how long the arenas of a backend must be.
+//! Laying out is `const`, so that arenas can be `static`s whose lengths the compiler takes from the
+//! plan.
 
 use core::fmt;
 
 use crate::error::{Error, Result};
 
-/// Which layout handed a handle out: a backend refuses those of another one.
+/// The layout that a handle comes from. A backend refuses handles of another layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LayoutId(u32);
 
 impl LayoutId {
-    /// Of no layout in particular: hand-made handles, and layouts made by [`Layout::constant`].
+    /// No layout in particular: that of handles made by hand and of [`Layout::constant`].
     pub const ANY: Self = Self(0);
 
     /// Whether a handle of this layout may be used where `other` is laid out.
@@ -22,7 +23,7 @@ impl LayoutId {
         self.0 == 0 || other.0 == 0 || self.0 == other.0
     }
 
-    /// A number that no layout of this program has had (until 2^32 have been made).
+    /// An id that no other layout of this program has, until 2^32 of them have been made.
     fn next() -> Self {
         #[cfg(target_has_atomic = "32")]
         {
@@ -115,7 +116,7 @@ pub enum Category {
     Parameters,
     /// Values of the network that stay as they are.
     Frozen,
-    /// Their gradients.
+    /// Gradients of trained values.
     Gradients,
     /// Moments of the optimizer.
     Optimizer,
@@ -189,7 +190,7 @@ pub struct Layout {
     overflow: bool,
 }
 
-/// Two layouts are equal where the same was laid out, whoever asked.
+/// Layouts are equal if the same has been laid out in them, whatever their ids.
 impl PartialEq for Layout {
     fn eq(&self, other: &Self) -> bool {
         self.arenas() == other.arenas()
@@ -210,7 +211,8 @@ impl Layout {
         Self { id: LayoutId::next(), ..Self::constant(real_bytes) }
     }
 
-    /// The same for plans that the compiler computes. Such layouts are not told apart.
+    /// An empty layout for a plan that is computed at compile time. All of these have the same id,
+    /// so that handles of one are accepted by a backend for another.
     pub const fn constant(real_bytes: usize) -> Self {
         Self {
             id: LayoutId::ANY,
@@ -224,7 +226,7 @@ impl Layout {
         }
     }
 
-    /// What its handles carry.
+    /// The id that its handles carry.
     pub const fn id(&self) -> LayoutId {
         self.id
     }
@@ -292,9 +294,10 @@ impl Layout {
         Words { start, len, layout: self.id }
     }
 
-    /// Makes room for another layout over the same arenas, of something that is used at another
-    /// time: both began as the same layout, and what they claimed after that may overlap. Where the
-    /// other's arenas are longer, the difference is counted as workspace; start with the largest.
+    /// Makes room in the same arenas for another layout, of something that is used at another time.
+    /// Both began as clones of one layout; what they have claimed since then may overlap. Where the
+    /// other's arenas are longer, the difference is counted as workspace, so start with the
+    /// largest.
     pub const fn cover(&mut self, other: &Self) {
         let mut claims = [
             (&mut self.ints, other.ints, 4),
@@ -363,7 +366,7 @@ impl Layout {
 /// `a·b·c·…` or [`Error::TooLarge`].
 ///
 /// # Errors
-/// The product does not fit `usize`.
+/// [`Error::TooLarge`] where the product does not fit `usize`.
 pub const fn product(what: &'static str, factors: &[usize]) -> Result<usize> {
     let (mut p, mut i) = (1_usize, 0);
     while i < factors.len() {

@@ -1,9 +1,9 @@
-//! Checks of operands: what every backend asks before it touches anything, in one place.
+//! Checks of operands: what every backend makes sure of before it touches anything, in one place.
 //!
 //! [`Arenas`] knows how long a backend's arenas are. For each operation of the
 //! [traits](crate::backend) it has a function of the same name that takes the operation's operands
-//! and tells whether sizes agree, handles lie inside, outputs overlap nothing else, and settings
-//! are possible. It returns the sizes that follow from the operands' lengths. After it, an
+//! and checks that sizes agree, handles lie inside, outputs overlap nothing else, and settings are
+//! possible. It returns the sizes that follow from the operands' lengths. After it, an
 //! operation cannot fail for its operands.
 
 use core::ops::Range;
@@ -91,14 +91,14 @@ pub struct Arenas {
     pub reals: usize,
     /// Words.
     pub words: usize,
-    /// The layout that they are for.
+    /// The layout that they were made for.
     pub layout: LayoutId,
 }
 
 /// The errors of all functions are those of [`same`].
 #[allow(clippy::missing_errors_doc)]
 impl Arenas {
-    /// Those of a layout.
+    /// The arenas of a layout.
     pub const fn of(layout: &Layout) -> Self {
         let (ints, reals, words) = layout.arenas();
         Self { ints, reals, words, layout: layout.id() }

@@ -32,18 +32,18 @@ pub enum Error {
     Shape {
         /// The quantity that is wrong.
         what: &'static str,
-        /// The size that fits.
+        /// The size that is needed.
         expected: usize,
-        /// The size that came.
+        /// The size that was given.
         found: usize,
     },
     /// A setting outside what it may be.
     Setting {
         /// Its name.
         what: &'static str,
-        /// What came.
+        /// What was given.
         found: Found,
-        /// What is possible.
+        /// What is accepted.
         possible: &'static str,
     },
     /// A size whose byte count does not fit the address space.
@@ -60,8 +60,8 @@ pub enum Error {
     /// The device below a backend failed.
     Device(&'static str),
     /// A block, an input or a head of another framework failed. This type is plain data, so the
-    /// adapter keeps that framework's own error (an exception, a status) and gives it to its caller
-    /// when the pass has returned.
+    /// adapter keeps that framework's own error (an exception, a status) and hands it to its caller
+    /// once the pass has returned.
     Foreign(Site),
     /// One of several machines that train together stopped all of them.
     Rank {
@@ -72,7 +72,7 @@ pub enum Error {
     },
 }
 
-/// What was found in the place of a setting.
+/// What was given as a setting.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Found {
     /// A number.
@@ -90,8 +90,8 @@ impl fmt::Display for Found {
     }
 }
 
-/// What an [`Error`] is about: what an adapter of another language or framework chooses its own
-/// error by.
+/// What an [`Error`] is about. An adapter to another language or framework chooses its own error by
+/// this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -117,7 +117,7 @@ impl Error {
         Self::Setting { what, found: Found::Number(found), possible }
     }
 
-    /// A setting that is something else, in words that go on after "is".
+    /// A setting that is not a number; `found` reads on after "is".
     pub const fn unfit(what: &'static str, found: &'static str, possible: &'static str) -> Self {
         Self::Setting { what, found: Found::Words(found), possible }
     }
@@ -159,19 +159,18 @@ impl fmt::Display for Halt {
             Self::Silent(seconds) => {
                 write!(
                     f,
-                    "no answer for {seconds} seconds: it died, hangs, or is slower than the \
-                     others by more than that"
+                    "no answer for {seconds} seconds: it died, hangs, or is slower than the others \
+                     by more than that"
                 )
             }
             Self::Gone => f.write_str("it can no longer be reached"),
             Self::Astray => f.write_str(
-                "it does something else than the others; all need the same program, flags, data \
-                     and files",
+                "it does something else than the others; all need the same program, flags, \
+                     data and files",
             ),
             Self::Differs => f.write_str(
                 "its parameters or its optimizer state differ from the others': memory was \
-                 changed, or its processor \
-                 computes other bits; go back to the last checkpoint",
+                 changed, or its processor computes other bits; go back to the last checkpoint",
             ),
         }
     }
@@ -290,16 +289,14 @@ impl fmt::Display for Fault {
             Self::Range { site, sample, value } => write!(
                 f,
                 "{site}, sample {sample}: the value {value:e} is not finite or outside the range \
-                 of the grid; \
-                 no parameter was updated (a lower learning rate, clipping, or fewer fractional \
-                 bits help)"
+                 of the grid; no parameter was updated (a lower learning rate, clipping, or fewer \
+                 fractional bits help)"
             ),
             Self::Checksum { activation, block } => write!(
                 f,
                 "rebuilding with block {block} gave another X_{activation} than the forward pass: \
-                 memory was changed, \
-                 or the block does not repeat itself; blocks above may have been updated, go back \
-                 to the last checkpoint"
+                 memory was changed, or the block does not repeat itself; blocks above may have \
+                 been updated, go back to the last checkpoint"
             ),
             Self::Gradient { site } => write!(
                 f,

@@ -35,16 +35,16 @@
 //! Exactness is then a property of arithmetic: integer sums have no rounding, parity is a bit test,
 //! overflow can be tested for. The kernel input `x_k` is a pure function of `X_k`, so the inverse
 //! subtracts exactly what the step added, *if* `h_k` is recomputed to the same bits. That is the
-//! one thing a block must promise ([`stack::Blocks`]); a checksum per activation tells when it is
-//! broken.
+//! one thing a block must promise ([`stack::Blocks`]); a checksum per activation detects when the
+//! promise is broken.
 //!
 //! # One example
 //! ```
 //! use bdia_core::update::{Gamma, Grid, Sign};
 //!
-//! let (grid, gamma) = (Grid::new(14)?, Gamma::new(1, Sign::Random)?);
-//! let h = |x: f32| 0.1 * x + 0.25;                                  // some block
-//! let mut x = [grid.quantize(1.0_f32).unwrap(), grid.quantize(1.35_f32).unwrap()]; // X_0 and X_1
+//! let (grid, gamma) = (Grid::DEFAULT, Gamma::new(1, Sign::Random)?);
+//! let h = |x: f32| 0.1 * x + 0.25; // some block
+//! let mut x = [1.0_f32, 1.35].map(|x| grid.quantize(x).unwrap()); // X_0 and X_1
 //! let (start, mut bits) = (x, Vec::new());
 //!
 //! // Forward: X_{k+1} over X_{k-1}, one bit each.
@@ -52,8 +52,8 @@
 //!     let sigma = gamma.sigma(7, 0, 0, 0, k);
 //!     let [old, cur] = x;
 //!     let y = grid.dequantize(cur);
-//!     let mixed = grid.quantize(gamma.mix(sigma, y, h(y))).unwrap();
-//!     let (next, s) = gamma.step(sigma, old, mixed, 0);
+//!     let q = grid.quantize(gamma.mix(sigma, y, h(y))).unwrap();
+//!     let (next, s) = gamma.step(sigma, old, q, 0);
 //!     bits.push(s);
 //!     x = [cur, next];
 //! }
@@ -72,21 +72,23 @@
 //! # The layers of this crate, from the bottom up
 //! | module | what it guarantees |
 //! |---|---|
-//! | [`update`] | the step is inverted exactly; nothing overflows within [`update::LIMIT`] |
-//! | [`rng`] | a random number is a function of its place: nothing depends on chunks or threads |
+//! | [`update`] | every step has an exact inverse; within [`update::LIMIT`] nothing overflows |
+//! | [`rng`] | a random number is a function of its place: independent of chunks and threads |
 //! | [`arena`] | memory is handles; what is handed out is counted, so the plan is what is used |
 //! | [`backend`] | traits in layers; update operations give the same bits on every backend |
 //! | [`check`] | what is refused before anything is touched, for all backends |
 //! | [`mod@reference`] | the scalar backend over memory that the caller supplies |
-//! | [`stack`] | rebuilt activations are exact or the step stops; four modes over the same blocks |
+//! | [`stack`] | rebuilt activations are exact or the step stops; four modes over one block code |
 //! | [`layers`] | transformer layers with hand-written vector-Jacobian products |
+//! | [`network`] | one optimizer step for every network; nothing is forgotten in silence |
 //! | [`optim`], [`plan`] | optimizers and schedules as values; fitting a step into a budget |
 //! | `testing` | (feature) the conformance suite that a backend runs |
 //!
+//! The smallest language model that is trained with this crate is the first page of the [`guide`].
 //! Framework authors need [`Storage`], [`UpdateOps`], [`stack::Stack`] and an implementation of
-//! [`stack::Blocks`] over blocks of their own: [`guide`] ("BDIA in your framework") is a whole
-//! program. Nothing here panics on input: requests that cannot be carried out give an [`Error`],
-//! numbers that go wrong a [`Fault`].
+//! [`stack::Blocks`] over blocks of their own: the guide's second part, "BDIA in your framework",
+//! is a whole program. Nothing here panics on input: requests that cannot be carried out give an
+//! [`Error`], numbers that go wrong a [`Fault`].
 //!
 //! # Features
 //! `testing` (off by default) adds the conformance suite, and nothing else.

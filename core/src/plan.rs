@@ -1,12 +1,12 @@
 //! Fitting a step into a memory budget.
 //!
-//! The plan itself is the [`Layout`] that a model's buffers are asked of; here it is decided which
-//! of the possible layouts is used.
+//! The plan itself is the [`Layout`] that a model's buffers come from; here it is decided which of
+//! the possible layouts is used.
 
 use crate::arena::Layout;
 use crate::error::{Error, Result};
 
-/// What can be turned without changing what is computed, except the rounding of gradient sums.
+/// What can be chosen without changing what is computed, except the rounding of gradient sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Choice {
     /// Samples processed together inside a block.
@@ -15,7 +15,7 @@ pub struct Choice {
     pub head_rows: usize,
 }
 
-/// What a backend is fastest with, where memory is no question ([`crate::NnOps::rows`]).
+/// What a backend is fastest with, where memory does not matter ([`crate::NnOps::rows`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rows {
     /// Rows of a chunk.

@@ -19,7 +19,7 @@
 //!
 //! // l = 2 (a grid of quarters), γ = +1/2. X_{k-1} = 7 is odd, so s = 1 and (7 + 1) / 2 = 4.
 //! let (grid, gamma) = (Grid::new(2)?, Gamma::new(1, Sign::Plus)?);
-//! // Q(0.5·1.25 + 1.5·0.5) = Q(1.375) = 6: a tie goes to the even number.
+//! // Q(0.5·1.25 + 1.5·0.5) = Q(1.375) = 6 (5.5, ties to even)
 //! let (x_cur, h) = (1.25_f32, 0.5_f32);
 //! let q = grid.quantize(gamma.mix(1, x_cur, h)).unwrap();
 //! assert_eq!(q, 6);
@@ -105,8 +105,8 @@ pub enum Sign {
     Minus,
 }
 
-/// γ on the grid: `σ·2^-m`, whose step has an exact inverse. No other γ is one of these; that of a
-/// network without a grid is a [`FloatGamma`].
+/// γ on the grid: `σ·2^-m`, whose step has an exact inverse. Any other γ, of a network without a
+/// grid, is a [`FloatGamma`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gamma {
     planes: u32,
@@ -159,7 +159,7 @@ impl Gamma {
         self.sign
     }
 
-    /// The same number without its promise.
+    /// The same number, without the promise of an inverse.
     pub const fn float(self) -> FloatGamma {
         FloatGamma { magnitude: 1.0 / (1_u32 << self.planes) as f64, sign: self.sign }
     }

@@ -74,7 +74,7 @@ impl<R: Real> Memory<R> {
 /// none of the first sample, one of three of the others.
 fn token(step: u32, i: usize, t: usize) -> (i32, bool) {
     let word = philox(9, [step, i as u32, t as u32, 0])[0] as usize;
-    ((word % VOCAB) as i32, i > 0 && word % 3 == 0)
+    ((word % VOCAB) as i32, i > 0 && word.is_multiple_of(3))
 }
 
 /// The micro-batch `index` of a step.

@@ -5,7 +5,7 @@
 //! the backend's arenas ([`crate::arena`]), so no buffer is borrowed across a call and nothing is
 //! allocated.
 //!
-//! # For those who write a backend
+//! # Writing a backend
 //! * **Same bits from recomputation.** An operation gives the same bits for the same inputs and
 //!   shapes, always: reduction orders are fixed, sums use no atomics, and the number of threads
 //!   changes nothing.
@@ -29,8 +29,8 @@ use crate::error::{Error, Result, Site};
 use crate::rng::Draw;
 use crate::update::FloatGamma;
 
-/// Who computed: recorded with a run, because a resumed run repeats its bits only on the same
-/// identity.
+/// What computed: it is recorded with a run, because a resumed run repeats its bits only on the
+/// same identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
     /// Name of the backend.
@@ -222,7 +222,7 @@ pub enum Gelu {
     Exact,
 }
 
-/// Rows of logits that a loss is taken of.
+/// The loss of some rows of logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CrossEntropy {
     /// Columns of the logits.
@@ -238,10 +238,10 @@ pub struct CrossEntropy {
 }
 
 /// Machines that train one model together ("ranks"), each with its part of every batch. A backend
-/// of one machine takes all of it as it is here.
+/// for one machine keeps the default methods.
 ///
 /// All ranks make the same calls in the same order. What a rank gets is the same, bit for bit, on
-/// every rank, and does not depend on who was first.
+/// every rank, and does not depend on which of them was first.
 ///
 /// A fault of one rank travels with its gradients: when the sums come back, every rank has it, and
 /// no [`update`](OptimOps::update) after that does anything. From then on [`Storage::take_fault`]
@@ -258,10 +258,10 @@ pub trait Exchange: Storage {
         1
     }
 
-    /// Sends gradients on their way and fetches others: takes the values of `own`, which are added
-    /// up over all ranks while the caller goes on, and sets `sum` to the sums of the earliest
-    /// values that were taken and have not come back (it is as long as those). Both may be the same
-    /// buffer, whose own values are taken first; either may be empty.
+    /// Sends gradients and collects sums. The values of `own` are taken, to be added up over all
+    /// ranks while the caller goes on. `sum` is set to the sums of the earliest values that were
+    /// taken and have not been collected yet; it is as long as they are. Both may be the same
+    /// buffer, whose values are taken first; either may be empty.
     ///
     /// # Errors
     /// [`Error::Setting`] where there is no other rank; [`Error::Rank`] for one that does not
@@ -271,8 +271,8 @@ pub trait Exchange: Storage {
         Err(Error::setting("ranks", 1.0, "2 or more, to exchange gradients"))
     }
 
-    /// Gives `each` the numbers of every rank, in the order of ranks. Nothing is on its way
-    /// meanwhile ([`exchange`](Self::exchange)).
+    /// Calls `each` with the numbers of every rank, in the order of ranks. All sums of
+    /// [`exchange`](Self::exchange) have been collected before.
     ///
     /// # Errors
     /// As [`exchange`](Self::exchange).
@@ -282,7 +282,7 @@ pub trait Exchange: Storage {
     }
 }
 
-/// Everything: what the layers of this crate and whole models need.
+/// All operations: what the layers of this crate and whole models need.
 pub trait Backend: UpdateOps + NnOps + OptimOps + Exchange {}
 
 impl<T: UpdateOps + NnOps + OptimOps + Exchange> Backend for T {}

@@ -1,4 +1,4 @@
-//! The list of operations: the traits of a backend, and what forwards all of them.
+//! The list of operations, and what is made of it: the traits of a backend, and [`Wrapper`].
 
 use super::{Attention, Chunk, Columns, CrossEntropy, Gelu, Half, Identity, Product};
 use crate::arena::{Ints, Reals, Words};
@@ -11,9 +11,9 @@ use crate::real::Real;
 use crate::rng::Draw;
 use crate::update::{FloatGamma, Gamma, Grid};
 
-/// From one list: the traits, [`Wrapper`] with every operation as a default that forwards, and the
-/// traits for every wrapper. What a trait has beside operations, or with a default of its own,
-/// stands under `as they are`.
+/// Makes from one list: the traits; [`Wrapper`], whose default for every operation forwards it; and
+/// the traits' implementations for every wrapper. What a trait has besides operations, or with a
+/// default of its own, stands under `as they are`.
 macro_rules! operations {
     ($(
         $(#[$about:meta])*
@@ -49,19 +49,19 @@ macro_rules! operations {
         /// Every operation goes to [`inner`](Self::inner) unless the wrapper has its own, and the
         /// wrapper is a backend by that alone (with an [`Exchange`](super::Exchange) of its own).
         pub trait Wrapper: Sized {
-            /// What is around.
+            /// The type of the backend inside.
             type Inner: UpdateOps + NnOps + OptimOps;
 
             /// The backend inside.
             fn inner(&self) -> &Self::Inner;
 
-            /// The backend inside, to be changed.
+            /// The backend inside, mutably.
             fn inner_mut(&mut self) -> &mut Self::Inner;
 
             /// [`Storage::clear_fault`]
             ///
             /// # Errors
-            /// Those of the backend inside.
+            /// Any error of the backend inside.
             fn clear_fault(&mut self) -> Result<()> {
                 self.inner_mut().clear_fault()
             }
@@ -69,7 +69,7 @@ macro_rules! operations {
             /// [`Storage::peek_fault`]
             ///
             /// # Errors
-            /// Those of the backend inside.
+            /// Any error of the backend inside.
             fn peek_fault(&mut self) -> Result<Option<Fault>> {
                 self.inner_mut().peek_fault()
             }
@@ -147,14 +147,14 @@ operations! {
             /// The floating-point type.
             type Real: Real;
 
-            /// Clears the status, whatever it was: what an abandoned step left is not the next
-            /// one's. A device need not wait for it.
+            /// Clears the status, whatever it was, so that what an abandoned step left behind does
+            /// not stop the next one. A device need not wait for this.
             fn clear_fault(&mut self) -> Result<()> {
                 self.take_fault().map(|_| ())
             }
 
-            /// Reads the status and leaves it: what a foreign optimizer asks before it changes
-            /// parameters.
+            /// Reads the status without clearing it. A foreign optimizer asks this before it
+            /// changes parameters.
             fn peek_fault(&mut self) -> Result<Option<Fault>> {
                 let fault = self.take_fault()?;
                 if let Some(fault) = fault {
@@ -164,14 +164,14 @@ operations! {
             }
         }
         reads {
-            /// Who computes.
+            /// Which backend this is.
             fn identity(&self) -> Identity;
 
             /// Copies values to the host.
             ///
             /// # Errors
-            /// As all operations of the traits here: a handle outside its arena, a wrong length,
-            /// overlapping operands.
+            /// As all operations of these traits: for a handle outside its arena or of another
+            /// layout, a wrong length, operands that overlap.
             fn read_reals(&self, src: Reals, dst: &mut [<Self as Storage>::Real]) -> Result<()>;
 
             /// Copies values to the host.
@@ -342,7 +342,7 @@ operations! {
     trait NnOps: Storage {
         as they are {
             /// Scratch values that [`attention`](Self::attention) and its product need: linear in
-            /// the number of tokens, nothing of size `samples·heads·tokens²`. Asked before a
+            /// the number of tokens, nothing of size `samples·heads·tokens²`. It is asked before a
             /// backend exists, so that plans need no memory.
             fn attention_scratch(a: &Attention, samples: usize, threads: usize) -> usize
             where

@@ -42,9 +42,9 @@ pub struct Cached<'a> {
     pub keys: usize,
     /// The place of the token that is added, from 0, for every sample.
     pub positions: &'a [usize],
-    /// Tokens with that one, for every sample.
+    /// Tokens including that one, for every sample.
     pub lens: Ints,
-    /// Those of the context, where the block reads one.
+    /// Keys and values of the context, where the block reads one.
     pub context: Option<CachedContext>,
 }
 
@@ -88,7 +88,7 @@ impl At<'_> {
     /// One of the block's matrices ([`Params::matrix`]).
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn matrix<B: NnOps>(&self, be: &mut B, t: &Tensor) -> Result<Matrix> {
         self.params.matrix(be, self.call.block, t)
     }
@@ -96,7 +96,7 @@ impl At<'_> {
     /// Dropout of `x` in place, in training. It is its own vector-Jacobian product.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn dropout<B: NnOps>(&self, be: &mut B, draw: Draw, p: f64, x: Reals) -> Result<()> {
         if self.call.train && p > 0.0 { be.dropout(&self.call.chunk, draw, p, x) } else { Ok(()) }
     }
@@ -104,7 +104,7 @@ impl At<'_> {
     /// The place of `x` after dropout: `copy`, or that of `x` itself where nothing is dropped.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn dropped<B: NnOps>(
         &self,
         be: &mut B,
@@ -124,26 +124,26 @@ impl At<'_> {
 
 /// A branch of a residual block.
 pub trait Branch<B: Backend> {
-    /// What it needs for chunks of `chunk` samples.
+    /// What it needs for chunks of `chunk` samples. [`Needs::frame`] does not depend on these.
     fn needs(&self, chunk: usize, threads: usize) -> Needs;
 
     /// Sets `y`. Intermediates go to the frame.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     fn forward(&self, be: &mut B, at: &At<'_>, x: Reals, y: Reals) -> Result<()>;
 
-    /// *Adds* `Jᵀ·gy` to `gx` and the parameters' parts to their gradients. `gy` stays as it is.
+    /// *Adds* `Jᵀ·gy` to `gx`, and to the gradients of its parameters. `gy` stays as it is.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     fn vjp(&self, be: &mut B, at: &At<'_>, x: Reals, gy: Reals, gx: Reals) -> Result<()>;
 
     /// [`forward`](Self::forward) for one more token of each sample, at inference: `x` and `y` are
     /// `[samples, d]`. What looks at other tokens finds them in `cached`, and adds this one.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     fn next(&self, be: &mut B, at: &At<'_>, cached: &Cached<'_>, x: Reals, y: Reals) -> Result<()> {
         let _ = cached;
         self.forward(be, at, x, y)
@@ -152,7 +152,7 @@ pub trait Branch<B: Backend> {
 
 /// The branches of a block, from the first to the last.
 pub trait Branches {
-    /// How many.
+    /// How many there are.
     const COUNT: usize;
 
     /// Branch `i`.
@@ -322,8 +322,8 @@ const fn larger(a: usize, b: usize) -> usize {
     if a > b { a } else { b }
 }
 
-/// `K` blocks of the same branches with their parameters, one group a block: a user of
-/// [`crate::stack::Stack`].
+/// `K` blocks of the same branches with their parameters, one group a block: what a
+/// [`Stack`](crate::stack::Stack) runs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Residual<P> {
     tokens: usize,
@@ -346,11 +346,11 @@ pub type PreNorm = Residual<(SelfAttention, Mlp)>;
 pub type Decoder = Residual<(SelfAttention, CrossAttention, Mlp)>;
 
 impl PreNorm {
-    /// Lays out parameters, gradients and optimizer state of `blocks` blocks. With `lora` it is
-    /// adapters that are trained; `freeze` then is [`Freeze::All`].
+    /// Lays out parameters, gradients and optimizer state of `blocks` blocks. `freeze` says what of
+    /// them stays as it is; the adapters of `lora` are trained in any case.
     ///
     /// # Errors
-    /// Those of [`BlockShape::check`], [`SelfAttention::new`] and [`Params::layout`].
+    /// As [`BlockShape::check`], [`SelfAttention::new`] and [`Params::layout`].
     pub const fn layout(
         shape: &BlockShape,
         blocks: usize,
@@ -362,7 +362,7 @@ impl PreNorm {
         Self::layout_paged(shape, blocks, blocks, lora, freeze, gradients, layout)
     }
 
-    /// The same where the frozen values of only `resident` blocks are in memory
+    /// As [`layout`](Self::layout), with the frozen values of only `resident` blocks in memory
     /// ([`Params::layout_paged`]).
     ///
     /// # Errors
@@ -438,7 +438,7 @@ impl Decoder {
     /// Keys and values of some rows of the context in block `k`: `[rows, 2 d]`.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn context_keys_values<B: Backend>(
         &self,
         be: &mut B,
@@ -522,7 +522,7 @@ impl<P: Branches> Residual<P> {
     /// Branch `i` alone, for residual networks of another shape: `y = branch(x)`, both `[rows, d]`.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn branch<B: Backend>(
         &self,
         be: &mut B,
@@ -535,11 +535,11 @@ impl<P: Branches> Residual<P> {
         self.branches.branch(i).forward(be, &at, x, y)
     }
 
-    /// Its vector-Jacobian product ([`Branch::vjp`]), with the frame that [`branch`](Self::branch)
-    /// left.
+    /// The vector-Jacobian product of branch `i` alone ([`Branch::vjp`]), with the frame that
+    /// [`branch`](Self::branch) left.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn branch_vjp<B: Backend>(
         &self,
         be: &mut B,
@@ -585,7 +585,7 @@ impl<P: Branches> Residual<P> {
     /// token: `h = h_k(x)` for `[samples, d]`.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn next<B: Backend>(
         &self,
         be: &mut B,

@@ -115,7 +115,7 @@ impl ClassHead {
     /// Logits of the chunk, `[n, classes]`: their place in the scratch.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn logits<B: Backend>(
         &self,
         be: &mut B,
@@ -130,7 +130,7 @@ impl ClassHead {
     /// overwritten.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn loss<B: Backend>(&self, be: &mut B, chunk: &Chunk, logits: Reals) -> Result<()> {
         self.cross_entropy(be, chunk, logits, (self.labels, self.losses), 0.0, self.scale)
     }

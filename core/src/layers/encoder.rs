@@ -7,8 +7,8 @@ use crate::error::Result;
 use crate::real::Real;
 use crate::stack::{Context, Stack};
 
-/// What lies between an encoder and its decoder: `memory = norm(x_K)`, and the way back. Parameters
-/// and gradients belong to the model.
+/// The memory of a decoder, `norm(x_K)` of its encoder, and the way back. Parameters and gradients
+/// belong to the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EncoderOutput {
     /// `ε` of the norm.
@@ -33,17 +33,17 @@ impl EncoderOutput {
     /// The memory from the result of the encoder's forward pass; its gradient becomes 0.
     ///
     /// # Errors
-    /// Those of the backend and of [`Stack::output`].
+    /// Any error of the backend or of [`Stack::output`].
     pub fn forward<B: Backend>(&self, be: &mut B, encoder: &Stack) -> Result<()> {
         let x = encoder.output(be)?;
         self.normalize(be, x, self.context.value, self.stats)?;
         be.fill_reals(self.context.grad, B::Real::of(0.0))
     }
 
-    /// The norm alone, of some rows.
+    /// The norm of some rows alone.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn normalize<B: Backend>(
         &self,
         be: &mut B,
@@ -56,10 +56,10 @@ impl EncoderOutput {
     }
 
     /// After the decoder's backward pass: the gradient of the encoder's result, where its backward
-    /// pass expects it. The memory is over.
+    /// pass expects it. The memory is overwritten.
     ///
     /// # Errors
-    /// Those of the backend and of [`Stack::output`].
+    /// Any error of the backend or of [`Stack::output`].
     pub fn vjp<B: Backend>(&self, be: &mut B, encoder: &Stack) -> Result<()> {
         let (x, Context { value, grad }) = (encoder.output(be)?, self.context);
         be.fill_reals(value, B::Real::of(0.0))?;

@@ -22,7 +22,7 @@ pub struct LmHead {
     pub eps: f64,
     /// Weight and bias of the norm, `[d]` each.
     pub norm: [Parameter; 2],
-    /// `[vocab, d]`. Its gradient, or all, may be empty: then they are left out.
+    /// `[vocab, d]`. Gradients that are empty are not computed.
     pub weight: Parameter,
     /// `[B, T]`; negative: masked.
     pub targets: Ints,
@@ -110,7 +110,7 @@ impl LmHead {
     /// Losses of the chunk without gradients, for evaluation.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn loss<B: Backend>(
         &self,
         be: &mut B,
@@ -131,7 +131,7 @@ impl LmHead {
     /// Logits of the rows `x` (at most those that exist at a time): the place of `[rows, vocab]`.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn logits<B: Backend>(&self, be: &mut B, x: Reals, scratch: Reals) -> Result<Reals> {
         let (y, ..) = self.normalize(be, x, scratch)?;
         self.logits_of(be, x.len().checked_div(self.width).unwrap_or(0), y)

@@ -8,7 +8,7 @@ use crate::error::Result;
 /// `y[rows, out] = x[rows, in]·W[in, out] + b`, without the bias where that is empty.
 ///
 /// # Errors
-/// Those of the backend.
+/// Any error of the backend.
 pub fn linear<B: NnOps>(
     be: &mut B,
     rows: usize,
@@ -23,11 +23,11 @@ pub fn linear<B: NnOps>(
     be.matmul(&p, x, w.values, Some(b).filter(|b| !b.is_empty()), y)
 }
 
-/// Its gradients: `dW += xᵀ·dy`, `db += Σ dy`, and `dx = dy·Wᵀ`; each is left out where its handle
-/// is empty.
+/// The gradients of [`linear`]: `dW += xᵀ·dy`, `db += Σ dy`, and `dx = dy·Wᵀ`; each is left out
+/// where its handle is empty.
 ///
 /// # Errors
-/// Those of the backend.
+/// Any error of the backend.
 pub fn linear_vjp<B: NnOps>(
     be: &mut B,
     rows: usize,

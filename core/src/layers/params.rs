@@ -29,7 +29,7 @@ pub enum Init {
         /// Width of a head.
         head_dim: usize,
     },
-    /// Uniform in `±1/√columns`, from numbers that no other tensor has: the `A` of an adapter.
+    /// Uniform in `±1/√columns`, from random numbers of its own: the `A` of an adapter.
     Adapter,
 }
 
@@ -53,7 +53,7 @@ impl Scheme {
         Self::Gpt2 { projections: 0.02 / libm::sqrt(2.0 * blocks as f64) }
     }
 
-    /// Of a matrix whose layers have `outputs` columns each.
+    /// Initial values of a matrix whose layers have `outputs` columns each.
     pub const fn matrix(self, outputs: usize) -> Init {
         match self {
             Self::Gpt2 { .. } => Init::Normal(0.02),
@@ -62,7 +62,7 @@ impl Scheme {
         }
     }
 
-    /// Of the matrix that ends a residual branch.
+    /// Initial values of the matrix that ends a residual branch.
     pub const fn projection(self, outputs: usize) -> Init {
         match self {
             Self::Gpt2 { projections } => Init::Normal(projections),
@@ -112,7 +112,7 @@ impl Tensor {
         Self { name, rows, cols, matrix: true, init, home: Home::Trained, offset: 0 }
     }
 
-    /// The tensor, or none.
+    /// The tensor if it is `there`; otherwise one that the group does not have.
     #[must_use]
     pub const fn when(mut self, there: bool) -> Self {
         if !there {
@@ -131,7 +131,7 @@ impl Tensor {
         self.rows.wrapping_mul(self.cols)
     }
 
-    /// The tensor's values in its group's.
+    /// The tensor's values within those of its group.
     pub const fn of(&self, group: Reals) -> Reals {
         group.sub(self.offset, self.len())
     }
@@ -141,7 +141,7 @@ impl Tensor {
         self.draw_from(seed, index, (row, 0), out);
     }
 
-    /// The same from column `col` of the row on.
+    /// As [`draw`](Self::draw), from column `col` of the row on.
     fn draw_from<R: Real>(&self, seed: u64, index: u32, (row, col): (usize, usize), out: &mut [R]) {
         let first = col as u32;
         let stream = Stream::new(seed, index, row as u32, 0, 0, Draw::Init);
@@ -176,10 +176,10 @@ impl Tensor {
 
 /// The tensors of a group, one after another.
 pub trait Tensors {
-    /// Calls `f` with each; those that the group does not have are among them.
+    /// Calls `f` with each tensor, also with those that the group does not have.
     ///
     /// # Errors
-    /// The first of `f`.
+    /// The first error of `f`.
     fn each(&self, f: &mut dyn FnMut(&Tensor) -> Result<()>) -> Result<()>;
 }
 
@@ -201,7 +201,7 @@ impl<const N: usize> Tensors for [Tensor; N] {
     }
 }
 
-/// What stays as it is of a network that is trained.
+/// Which parameters of a network stay as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Freeze {
     /// Nothing: everything is trained.
@@ -225,10 +225,10 @@ pub struct Room {
 }
 
 impl Room {
-    /// None.
+    /// No room.
     pub const NONE: Self = Self { trained: 0, slots: 0, frozen: 0, narrow: 0, largest: 0 };
 
-    /// Gives tensors their homes and their places there, each aligned, behind those before.
+    /// Gives tensors their homes, and aligned places there behind those that were placed before.
     #[must_use]
     pub const fn place(mut self, tensors: &mut [Tensor], freeze: Freeze) -> Self {
         // Sizes that overflow are caught where the network's dimensions are checked.
@@ -278,11 +278,11 @@ pub struct Updater {
 /// How gradients are kept.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Gradients {
-    /// Not at all: inference.
+    /// None are kept: inference.
     None,
-    /// Those of one group at a time: each is updated by the rule as soon as it is finished.
+    /// Those of one group at a time: a group is updated by the rule as soon as it is finished.
     Fused(Rule),
-    /// Those of all groups, until the step is complete: for clipping and for micro-batches.
+    /// Those of all groups, until the step is complete: for clipping and micro-batches.
     Full(Rule),
 }
 
@@ -322,7 +322,7 @@ struct Narrow {
     wide: Reals,
 }
 
-/// A matrix that can be multiplied with.
+/// A matrix, ready for a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Matrix {
     /// `[inputs, outputs]`.
@@ -362,8 +362,7 @@ pub struct Params {
 }
 
 impl Params {
-    /// Lays out `groups` groups of tensors that take `room`. `half` is the storage of those in 16
-    /// bits.
+    /// Lays out `groups` groups of tensors that take `room`.
     ///
     /// # Errors
     /// [`Error::Setting`] for constants of a rule that are out of range, [`Error::TooLarge`].
@@ -377,8 +376,8 @@ impl Params {
         Self::layout_paged(groups, groups, room, freeze, gradients, layout)
     }
 
-    /// The same where the frozen values of only `resident` groups are in memory: all, or one, which
-    /// the user of the parameters brings in.
+    /// As [`layout`](Self::layout), with the frozen values of only `resident` groups in memory:
+    /// all, or one, which the caller brings in before it is used.
     ///
     /// # Errors
     /// As [`layout`](Self::layout).
@@ -458,7 +457,7 @@ impl Params {
         self.room.trained
     }
 
-    /// Values of a tensor of group `k`; none for one in 16 bits ([`words`](Self::words)).
+    /// Values of a tensor of group `k`; empty for one in 16 bits ([`words`](Self::words)).
     pub const fn value(&self, k: usize, t: &Tensor) -> Reals {
         match t.home {
             Home::Trained => t.of(self.values.sub(k * self.room.trained, self.room.trained)),
@@ -472,7 +471,7 @@ impl Params {
         Parameter { value: self.value(k, t), grad: self.gradient(k, t) }
     }
 
-    /// A tensor in 16 bits: its words, `ceil(n/2)` for `n` values, and how they are stored.
+    /// The words of a tensor in 16 bits, `ceil(n/2)` for `n` values, and their format.
     pub const fn words(&self, k: usize, t: &Tensor) -> Option<(Half, Words)> {
         match &self.narrow {
             Some(narrow) if matches!(t.home, Home::Narrow) => {
@@ -483,7 +482,7 @@ impl Params {
         }
     }
 
-    /// Gradient of a tensor of group `k`; with [`Gradients::Fused`] the buffer of all groups; none
+    /// Gradient of a tensor of group `k`; with [`Gradients::Fused`] all groups have the same. Empty
     /// for what is frozen.
     pub const fn gradient(&self, k: usize, t: &Tensor) -> Reals {
         match t.home {
@@ -504,11 +503,10 @@ impl Params {
         })
     }
 
-    /// A matrix of group `k`. One that is stored in 16 bits is there until the next one is asked
-    /// for.
+    /// A matrix of group `k`. One that is stored in 16 bits stays until the next one is asked for.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn matrix<B: NnOps>(&self, be: &mut B, k: usize, t: &Tensor) -> Result<Matrix> {
         let values = match (&self.narrow, self.words(k, t)) {
             (Some(narrow), Some((half, words))) => {
@@ -570,10 +568,10 @@ impl Params {
         one_of(self.gradients, k, self.room.trained)
     }
 
-    /// Sets gradients to zero: those of all groups.
+    /// Sets the gradients of all groups to zero.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn zero_gradients<B: OptimOps>(&self, be: &mut B) -> Result<()> {
         be.fill_reals(self.gradients, B::Real::of(0.0))
     }
@@ -586,7 +584,7 @@ impl Params {
     /// Sums of squares of group `k`'s gradients; a value that is not finite raises a fault.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn measure<B: OptimOps>(
         &self,
         be: &mut B,
@@ -607,7 +605,7 @@ impl Params {
     /// Updates group `k`.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn update<B: OptimOps>(
         &self,
         be: &mut B,
@@ -637,7 +635,7 @@ impl Params {
     /// 0.
     ///
     /// # Errors
-    /// Those of the backend; [`Error::Setting`] with fused updates and no optimizer for them.
+    /// Any error of the backend; [`Error::Setting`] with fused updates and no optimizer for them.
     pub fn finished<B: OptimOps + Exchange>(
         &self,
         be: &mut B,
@@ -703,7 +701,7 @@ impl Params {
     /// after the other.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     pub fn sum_over_ranks<B: Exchange>(&self, be: &mut B, piece: usize) -> Result<()> {
         if be.ranks() == 1 || self.gradients.is_empty() {
             return Ok(());

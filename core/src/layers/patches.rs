@@ -154,15 +154,15 @@ impl PatchEmbedding {
 
     /// Reals of scratch for chunks of `samples` samples.
     pub const fn scratch(values: usize, count: usize, width: usize, samples: usize) -> usize {
-        // Normalized patches, their gradients, gradients of the patches that nobody wants;
-        // embeddings; statistics.
+        // Normalized patches, their gradients, gradients of the patches themselves, which nothing
+        // uses; embeddings; statistics.
         samples
             .saturating_mul(count)
             .saturating_mul(values.saturating_mul(3).saturating_add(width).saturating_add(2))
     }
 
-    /// The chunk's patches, and what is embedded of them: normalized patches in the scratch, or the
-    /// patches.
+    /// The chunk's patches, and what is embedded: the normalized patches in the scratch, or the
+    /// patches themselves.
     fn embedded<B: Backend>(&self, be: &mut B, chunk: &Chunk, scratch: Reals) -> Result<Parts> {
         let (values, rows) = (self.values(), chunk.samples * self.count);
         let raw = self.patches.sub(chunk.first * self.count * values, rows * values);

@@ -66,7 +66,7 @@ pub struct Micro {
     pub updater: Updater,
 }
 
-/// What a step's passes rebuilt, where the stack was asked to verify.
+/// What a step's passes rebuilt, where the stack verifies.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Rebuilt {
     /// Elements in which rebuilt activations differed from the originals (mode `bdia`).
@@ -76,22 +76,22 @@ pub struct Rebuilt {
 }
 
 impl Rebuilt {
-    /// That of a stack's last pass.
+    /// What a stack's last pass rebuilt.
     ///
     /// # Errors
-    /// Those of reading.
+    /// Any error of the backend.
     pub fn of<B: Storage>(be: &B, stack: &Stack) -> Result<Self> {
         Ok(Self { mismatches: stack.mismatches(be)?, error: stack.rebuild_error() })
     }
 
-    /// That of two stacks.
+    /// Both together.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         Self { mismatches: self.mismatches + other.mismatches, error: self.error.max(other.error) }
     }
 }
 
-/// What an optimizer step gives: over all ranks.
+/// The result of an optimizer step, over all ranks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outcome {
     /// Mean loss over the unmasked targets.
@@ -102,7 +102,7 @@ pub struct Outcome {
     pub items: usize,
     /// Norm of the whole gradient, before clipping.
     pub grad_norm: f64,
-    /// Where the stack was asked to verify.
+    /// What was rebuilt, where the stack verifies.
     pub rebuilt: Rebuilt,
 }
 
@@ -166,7 +166,7 @@ pub trait Network<B: Backend> {
     /// Calls `each` with every group of parameters.
     ///
     /// # Errors
-    /// The first of `each`.
+    /// The first error of `each`.
     fn groups(&self, each: &mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()>;
 
     /// Values that have a gradient in the network's [`Layout`](crate::Layout::trained). [`step`]
@@ -180,30 +180,30 @@ pub trait Network<B: Backend> {
     /// One forward and backward pass over the loaded micro-batch.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Any error of the backend.
     fn pass(&mut self, be: &mut B, pass: &Pass, micro: &Micro) -> Result<()>;
 
-    /// The sum of the losses of all micro-batches of this rank. Nothing waits for it before.
+    /// The sum of the losses of all micro-batches of this rank, read once, after the last pass.
     ///
     /// # Errors
-    /// Those of reading.
+    /// Any error of the backend.
     fn loss(&self, be: &B) -> Result<f64>;
 
     /// What the last pass rebuilt.
     ///
     /// # Errors
-    /// Those of reading.
+    /// Any error of the backend.
     fn rebuilt(&self, be: &B) -> Result<Rebuilt>;
 }
 
-/// One optimizer step. `load` loads micro-batch `i` of this rank, and may be asked for it twice.
-/// Of several ranks every one makes the step with its part of the batch; the outcome is that of
-/// all.
+/// One optimizer step. `load` loads micro-batch `i` of this rank, and may be called twice for it.
+/// Of several ranks each makes the step with its part of the batch; the outcome is that of all.
 ///
 /// # Errors
 /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says.
-/// [`Error::Setting`] for a network without optimizer, one whose groups are not all there, and for
-/// clipping or micro-batches without the gradients of all groups. What `load` returns.
+/// [`Error::Setting`] for a network without optimizer, and for clipping or micro-batches without
+/// the gradients of all groups; [`Error::Shape`] for a network that leaves out a group or a tensor.
+/// Any error of `load`.
 pub fn step<B: Backend, N: Network<B>, E: From<Error>>(
     net: &mut N,
     be: &mut B,
@@ -297,7 +297,7 @@ pub fn exchanged(groups: impl Fn(&mut dyn FnMut(&Group<'_>) -> Result<()>) -> Re
 /// The sum of some values, from the first to the last in `f64`, piece by piece through the host.
 ///
 /// # Errors
-/// Those of reading.
+/// Any error of the backend.
 pub fn sum<B: Storage>(be: &B, values: Reals) -> Result<f64> {
     let (mut total, mut piece) = (0.0, [B::Real::of(0.0); 64]);
     for at in (0..values.len()).step_by(piece.len()) {

@@ -11,7 +11,7 @@ pub struct Needs {
     pub frame: usize,
     /// Free for use within one call.
     pub scratch: usize,
-    /// The same, but once and not per sample.
+    /// Free for use within one call, but once and not per sample.
     pub fixed: usize,
 }
 
@@ -60,14 +60,14 @@ pub trait Blocks<B: Storage> {
     /// `h = h_k(x)`. The same bits for the same call, whatever `keep` says.
     ///
     /// # Errors
-    /// What the backend or the block reports; it stops the step.
+    /// Any error of the backend or the block; it stops the step.
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()>;
 
     /// Adds `J_{h_k}(x)ᵀ·gh` to `gx` and the parameters' parts to their gradients; `gh` may be
     /// overwritten.
     ///
     /// # Errors
-    /// What the backend or the block reports; it stops the step.
+    /// Any error of the backend or the block; it stops the step.
     fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()>;
 
     /// All chunks of block `k` are through and its checksum has been compared: its gradient is
@@ -76,7 +76,7 @@ pub trait Blocks<B: Storage> {
     /// set.
     ///
     /// # Errors
-    /// What the backend or the block reports; it stops the step.
+    /// Any error of the backend or the block; it stops the step.
     fn done(&mut self, be: &mut B, block: usize) -> Result<()> {
         let _ = (be, block);
         Ok(())
@@ -88,7 +88,7 @@ pub trait Input<B: Storage> {
     /// Sets `x`, the chunk's input of block 0.
     ///
     /// # Errors
-    /// What the backend or the input reports; it stops the step.
+    /// Any error of the backend or the input; it stops the step.
     fn forward(
         &mut self,
         be: &mut B,
@@ -101,7 +101,7 @@ pub trait Input<B: Storage> {
     /// Takes the gradient with respect to `x`, which may be overwritten.
     ///
     /// # Errors
-    /// What the backend or the input reports; it stops the step.
+    /// Any error of the backend or the input; it stops the step.
     fn vjp(&mut self, be: &mut B, chunk: &Chunk, gx: Reals, scratch: Reals) -> Result<()>;
 }
 
@@ -110,7 +110,7 @@ pub trait Head<B: Storage> {
     /// Loss of the chunk's `x_K` and its gradient: sets `gx`. `x` may be overwritten.
     ///
     /// # Errors
-    /// What the backend or the head reports; it stops the step.
+    /// Any error of the backend or the head; it stops the step.
     fn forward_backward(
         &mut self,
         be: &mut B,

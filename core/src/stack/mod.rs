@@ -7,14 +7,14 @@
 //! embed      X_0 = Q(input)
 //! forward    X_1 … X_{K-1}, side bits; X_{k+1} overwrites X_{k-1}
 //! turn       chunk by chunk: last block → x_K → head forward and backward → VJP of the last block
-//! backward   k = K-2 … 0: recompute h_k once, for the inverse (X_{k-1} over X_{k+1}) and for the
-//!            VJP; block done
+//! backward   k = K-2 … 0: recompute h_k once, for the inverse (X_{k-1} over X_{k+1}) and the VJP;
+//!            block done
 //! embed_vjp  from G_0
 //! ```
 //!
-//! That is [`Reversible`]. [`Segmented`] runs the modes that store: its steps have the same names,
-//! over *segments* of blocks whose intermediates are kept. [`Stack`] is one of the two, chosen at
-//! run time by its [`Mode`].
+//! That is [`Reversible`]. [`Segmented`] runs the modes that store activations: its steps have the
+//! same names, over *segments* of blocks whose intermediates are kept. [`Stack`] is one of the two,
+//! chosen at run time by its [`Mode`].
 //!
 //! # Guarantee
 //! Every `X_k` that [`Reversible`] rebuilds equals the original in every bit, provided that
@@ -37,7 +37,7 @@ use crate::backend::{Storage, UpdateOps};
 use crate::error::{Error, Result, ok};
 use crate::update::{FloatGamma, Gamma, Grid, Policy, Sign};
 
-/// How a stack is trained, with all that this needs and nothing else.
+/// How a stack is trained, with the settings that this takes and no others.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Mode {
     /// Exact reversible training: two `X` tensors and side bits.
@@ -63,7 +63,7 @@ pub enum Mode {
     },
     /// The BDIA update without a grid; everything is stored.
     BdiaFloat {
-        /// Any γ.
+        /// γ, on the grid or not.
         gamma: FloatGamma,
         /// Rebuild the activations as mode `bdia` would, and measure the error.
         verify: bool,
@@ -151,7 +151,7 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// Nothing is drawn at inference.
+    /// At inference nothing is drawn.
     const INFERENCE: Self = Self { seed: 0, step: 0, global: 0 };
 }
 
@@ -165,7 +165,7 @@ pub enum Stack {
     Segmented(Segmented),
 }
 
-/// The same call of whichever machine it is.
+/// The same call on either machine.
 macro_rules! either {
     ($stack:expr, $machine:ident => $call:expr) => {
         match $stack {
@@ -228,7 +228,7 @@ impl Stack {
     /// As [`Reversible::mismatches`]; 0 in modes that rebuild nothing.
     ///
     /// # Errors
-    /// Those of reading.
+    /// Any error of the backend.
     pub fn mismatches<B: Storage>(&self, be: &B) -> Result<u64> {
         match self {
             Self::Reversible(s) => s.mismatches(be),
@@ -244,10 +244,10 @@ impl Stack {
         }
     }
 
-    /// One forward and backward pass ([`Reversible::train`]).
+    /// As [`Reversible::train`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Reversible::train`].
     pub fn train<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -262,7 +262,7 @@ impl Stack {
     /// As [`Reversible::embed`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Reversible::embed`].
     pub fn embed<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -275,7 +275,7 @@ impl Stack {
     /// As [`Reversible::forward`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Reversible::forward`].
     pub fn forward<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -288,7 +288,7 @@ impl Stack {
     /// As [`Reversible::output`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Reversible::output`].
     pub fn output<B: UpdateOps>(&self, be: &mut B) -> Result<Reals> {
         either!(self, s => s.output(be))
     }
@@ -296,7 +296,7 @@ impl Stack {
     /// As [`Reversible::turn`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Reversible::turn`].
     pub fn turn<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -310,7 +310,7 @@ impl Stack {
     /// As [`Reversible::backward`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Reversible::backward`].
     pub fn backward<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -323,7 +323,7 @@ impl Stack {
     /// As [`Reversible::embed_vjp`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Reversible::embed_vjp`].
     pub fn embed_vjp<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -336,7 +336,7 @@ impl Stack {
     /// As [`Reversible::infer`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Reversible::infer`].
     pub fn infer<B: UpdateOps>(
         &self,
         be: &mut B,
@@ -351,7 +351,8 @@ impl Stack {
     /// As [`Reversible::infer_quantized`].
     ///
     /// # Errors
-    /// As there; [`Error::Setting`] in the other modes, which have no integers to compute with.
+    /// As [`Reversible::infer_quantized`]; [`Error::Setting`] in the other modes, which have no
+    /// integers to compute with.
     pub fn infer_quantized<B: UpdateOps>(
         &self,
         be: &mut B,

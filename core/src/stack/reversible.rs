@@ -28,7 +28,7 @@ pub struct Reversible {
     verify: Option<Originals>,
 }
 
-/// What `verify` keeps besides.
+/// What `verify` keeps in addition.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Originals {
     /// `X_0 … X_{n-1}`, whole batch, where `n` planes are stored.
@@ -128,7 +128,7 @@ impl Reversible {
     /// [`embed`](Self::embed), with `verify`.
     ///
     /// # Errors
-    /// Those of reading.
+    /// Any error of the backend.
     pub fn mismatches<B: Storage>(&self, be: &B) -> Result<u64> {
         let Some(originals) = &self.verify else { return Ok(0) };
         let mut words = [0; 2];
@@ -140,7 +140,7 @@ impl Reversible {
     /// whether it is good.
     ///
     /// # Errors
-    /// What the backend, the blocks or the ends report.
+    /// Any error of the backend, the blocks, the input or the head.
     pub fn train<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -159,7 +159,7 @@ impl Reversible {
     /// `X_0` from the input.
     ///
     /// # Errors
-    /// What the backend or the input report.
+    /// Any error of the backend or the input.
     pub fn embed<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -183,7 +183,7 @@ impl Reversible {
     /// The blocks below the last one; all of them with [`Tail::Output`].
     ///
     /// # Errors
-    /// What the backend or the blocks report.
+    /// Any error of the backend or the blocks.
     pub fn forward<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -226,7 +226,7 @@ impl Reversible {
     /// The last block, the head and the way back through the last block, chunk by chunk.
     ///
     /// # Errors
-    /// What the backend, the blocks or the head report.
+    /// Any error of the backend, the blocks or the head.
     pub fn turn<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -258,7 +258,7 @@ impl Reversible {
     /// From the last two activations and `G_K` back to `G_0`.
     ///
     /// # Errors
-    /// What the backend or the blocks report.
+    /// Any error of the backend or the blocks.
     pub fn backward<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -308,7 +308,7 @@ impl Reversible {
     /// Gives `G_0` to the input.
     ///
     /// # Errors
-    /// What the backend or the input report.
+    /// Any error of the backend or the input.
     pub fn embed_vjp<B: UpdateOps>(
         &mut self,
         be: &mut B,

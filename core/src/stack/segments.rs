@@ -18,7 +18,7 @@ pub struct Segmented {
     pub(super) common: Common,
     mode: Mode,
     flow: Flow,
-    /// `G_k`; with γ that of even `k`.
+    /// `G_k`; with γ only of even `k`.
     g: Reals,
     /// With [`Tail::Output`]: `x_K`.
     output: Reals,
@@ -45,7 +45,7 @@ enum Flow {
         gamma: FloatGamma,
         /// `G_k` of odd `k`.
         odd: Reals,
-        /// With `verify`: an input and a frame besides.
+        /// With `verify`: an input and a frame in addition.
         spare: Option<[Reals; 2]>,
         /// Largest difference between rebuilt and original activations of the last step.
         rebuild_error: f64,
@@ -137,7 +137,7 @@ impl Segmented {
     /// whether it is good.
     ///
     /// # Errors
-    /// What the backend, the blocks or the ends report.
+    /// Any error of the backend, the blocks, the input or the head.
     pub fn train<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -156,7 +156,7 @@ impl Segmented {
     /// `x_0` from the input.
     ///
     /// # Errors
-    /// What the backend or the input report.
+    /// Any error of the backend or the input.
     pub fn embed<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -189,7 +189,7 @@ impl Segmented {
     /// The segments below the last one; all of them with [`Tail::Output`].
     ///
     /// # Errors
-    /// What the backend or the blocks report.
+    /// Any error of the backend or the blocks.
     pub fn forward<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -228,7 +228,7 @@ impl Segmented {
     /// The last segment, the head and the way back through the last segment, chunk by chunk.
     ///
     /// # Errors
-    /// What the backend, the blocks or the head report.
+    /// Any error of the backend, the blocks or the head.
     pub fn turn<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -258,7 +258,7 @@ impl Segmented {
     /// From `G_K` back to `G_0`.
     ///
     /// # Errors
-    /// What the backend or the blocks report.
+    /// Any error of the backend or the blocks.
     pub fn backward<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -290,7 +290,7 @@ impl Segmented {
     /// Gives `G_0` to the input.
     ///
     /// # Errors
-    /// What the backend or the input report.
+    /// Any error of the backend or the input.
     pub fn embed_vjp<B: UpdateOps>(
         &mut self,
         be: &mut B,
@@ -303,7 +303,7 @@ impl Segmented {
     /// As [`Reversible::infer`](super::Reversible::infer).
     ///
     /// # Errors
-    /// As there.
+    /// As [`Reversible::infer`](super::Reversible::infer).
     pub fn infer<B: UpdateOps>(
         &self,
         be: &mut B,
@@ -488,7 +488,7 @@ impl Segmented {
 /// Largest `|a − b|`, piece by piece through the host; infinite where one of them is not a number.
 ///
 /// # Errors
-/// Those of reading.
+/// Any error of the backend.
 pub fn largest_difference<B: Storage>(be: &B, a: Reals, b: Reals) -> Result<f64> {
     let (mut pa, mut pb) = ([B::Real::of(0.0); 64], [B::Real::of(0.0); 64]);
     let (mut worst, mut at) = (0.0_f64, 0);

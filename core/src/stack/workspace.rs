@@ -8,8 +8,8 @@ use crate::error::{Error, Result, Site, ok};
 use crate::update::FloatGamma;
 
 /// What stacks that run one after the other share, such as an encoder and its decoder: the memory
-/// of one chunk, and the gradients `G`, whose content is over when a stack's backward pass is. (The
-/// intermediates that modes other than `bdia` and `checkpoint 1` store are each stack's own.)
+/// of one chunk, and the gradients `G`, which are free again after a stack's backward pass. (The
+/// intermediates that modes other than `bdia` and `checkpoint 1` store belong to each stack alone.)
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Workspace {
     pub(super) g: [Reals; 2],
