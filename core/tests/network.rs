@@ -504,6 +504,42 @@ fn a_gradient_that_is_not_finite_stops_fused_updates() {
     assert!(state(&lm, &be) == before);
 }
 
+/// A pass that nobody prepared does not use the learning rate of the step before.
+#[test]
+fn blocks_do_not_update_themselves_twice() {
+    let (mut lm, layout) = lay_out::<f32>(&training(BDIA, Gradients::Fused(Rule::ADAM_W), 1), None);
+    let mut memory = Memory::<f32>::new(layout);
+    let mut be = memory.backend();
+    lm.initialize(&mut be, 1).unwrap();
+    one_step(&mut lm, &mut be, &settings(0)).unwrap();
+    let before = state(&lm, &be);
+    load(&lm, &mut be, 1, 0).unwrap();
+    let Lm { stack, blocks, input, head, .. } = &mut lm;
+    let pass = Pass { seed: 3, step: 1, global: 0 };
+    let error = stack.train(&mut be, blocks, input, head, &pass).unwrap_err();
+    assert!(matches!(error, Error::Setting { what: "optimizer of the step", .. }), "{error}");
+    assert!(state(&lm, &be) == before);
+}
+
+/// Micro-batches that change between counting and training would have another scale.
+#[test]
+fn micro_batches_that_change_are_refused() {
+    let rule = Gradients::Full(Rule::ADAM_W);
+    let (mut lm, layout) = lay_out::<f32>(&training(BDIA, rule, 2), None);
+    let mut memory = Memory::<f32>::new(layout);
+    let mut be = memory.backend();
+    lm.initialize(&mut be, 1).unwrap();
+    let before = state(&lm, &be);
+    let mut calls = 0;
+    let error = network::step(&mut lm, &mut be, &settings(0), |lm, be, index| {
+        calls += 1;
+        load(lm, be, calls, index)
+    });
+    let what = "targets of the micro-batches, loaded again";
+    assert!(matches!(error, Err(Error::Shape { what: w, .. }) if w == what), "{error:?}");
+    assert!(state(&lm, &be) == before);
+}
+
 /// What cannot be loaded ends the step with the loader's own error.
 #[test]
 fn a_loader_has_errors_of_its_own() {

@@ -218,6 +218,20 @@ fn two_branches_against_finite_differences() {
             Freeze::Nothing,
             all + 1 - 3 * WIDTH,
         ),
+        (
+            "frozen temperature",
+            BlockShape { temperature: true, mask: Mask::Others, ..dropped() },
+            lora,
+            Freeze::All(Some(Half::F16)),
+            adapters,
+        ),
+        (
+            "temperature among frozen matrices",
+            BlockShape { temperature: true, mask: Mask::Full, ..dropped() },
+            None,
+            Freeze::Matrices,
+            vectors + 1,
+        ),
         ("frozen matrices", dropped(), None, Freeze::Matrices, vectors),
         ("frozen", dropped(), None, Freeze::All(None), 0),
         ("frozen in bf16", dropped(), None, Freeze::All(Some(Half::Bf16)), 0),
@@ -242,6 +256,20 @@ fn three_branches_against_finite_differences() {
             b.blocks.branches.1.context_lens = b.lens[1];
         };
         check(name, blocks, pad, true);
+    }
+    // Frozen as in two branches.
+    let lora = Some(LoraShape { rank: 2, alpha: 3.0 });
+    let (vectors, adapters) = (6 * WIDTH + 3 * WIDTH + 5 * WIDTH + 6 + WIDTH, 2 * 4 * WIDTH);
+    for (name, lora, freeze, trained) in [
+        ("frozen matrices", None, Freeze::Matrices, vectors),
+        ("frozen", None, Freeze::All(None), 0),
+        ("adapters of bf16", lora, Freeze::All(Some(Half::Bf16)), adapters),
+        ("adapters and vectors", lora, Freeze::Matrices, vectors + adapters),
+    ] {
+        let blocks = |l: &mut Layout| {
+            Decoder::layout_frozen(&dropped(), KEYS, BLOCKS, lora, freeze, KEPT, l).unwrap()
+        };
+        assert_eq!(check(name, blocks, |_| {}, true), trained, "{name}");
     }
 }
 

@@ -50,7 +50,14 @@ macro_rules! kernels {
             /// Whether the factors of products stay as they are: it writes to none, or its caller
             /// says to which.
             const fn leaves_factors(self) -> bool {
-                matches!(self, Self::ToBf16 | Self::Unpad | Self::SumRows | Self::AddParts | Self::CrossEntropy)
+                matches!(
+                    self,
+                    Self::ToBf16
+                        | Self::Unpad
+                        | Self::SumRows
+                        | Self::AddParts
+                        | Self::CrossEntropy
+                )
             }
 
             const fn name(self) -> &'static CStr {

@@ -2,7 +2,7 @@
 
 use super::block::{At, Branch, Cached, Cut};
 use super::lora::{Lora, LoraShape};
-use super::{Freeze, Init, Params, Room, Scheme, Tensor, linear, linear_vjp};
+use super::{Freeze, Home, Init, Params, Room, Scheme, Tensor, linear, linear_vjp};
 use crate::arena::{Ints, Reals};
 use crate::backend::{Attention, Backend, Chunk, Columns, Mask, Order, Product};
 use crate::error::{Error, Result};
@@ -78,7 +78,7 @@ impl SelfAttention {
     /// The branch; its tensors take their places in `room`.
     ///
     /// # Errors
-    /// [`Error::Setting`] for adapters that do not fit, and for a frozen temperature.
+    /// [`Error::Setting`] for adapters that do not fit.
     pub const fn new(
         shape: AttentionShape,
         lora: Option<LoraShape>,
@@ -87,9 +87,6 @@ impl SelfAttention {
     ) -> Result<(Self, Room)> {
         let (d, init) = (shape.width, shape.init);
         let temperature = Init::Temperature { head_dim: shape.head_dim() };
-        if shape.temperature && !matches!(freeze, Freeze::Nothing) {
-            return Err(Error::unfit("temperature", "learned", "a fixed one in frozen blocks"));
-        }
         let mut own = [
             Tensor::vector("ln_1.weight", d, Init::Ones),
             Tensor::vector("ln_1.bias", d, Init::Zeros),
@@ -163,11 +160,14 @@ impl SelfAttention {
             None => (0, 0),
         };
         let adapters = t.saturating_mul(rows);
+        let slope = self.frozen_temperature() as usize;
         Needs {
-            // ln_1, qkv, attention: 5 d; statistics of the norm; lse; the adapters' input.
+            // ln_1, qkv, attention: 5 d; statistics of the norm; lse; the adapters' input; a place
+            // for the gradient of a temperature that is not trained.
             frame: t
                 .saturating_mul(d.saturating_mul(5).saturating_add(self.shape.heads + 2))
-                .saturating_add(adapters),
+                .saturating_add(adapters)
+                .saturating_add(slope),
             // Backward: d, dqkv and dattn.
             scratch: t.saturating_mul(d).saturating_mul(5).saturating_add(adapters),
             fixed: attention.saturating_add(2 * whole),
@@ -185,7 +185,13 @@ impl SelfAttention {
             lse: cut.take(rows * self.shape.heads),
             stats: cut.take(2 * rows),
             lora: cut.take(rows * self.lora.map_or(0, |l| l.rows())),
+            slope: cut.take(usize::from(self.frozen_temperature())),
         }
+    }
+
+    const fn frozen_temperature(&self) -> bool {
+        let temperature = &self.tensors[6];
+        !temperature.is_empty() && !matches!(temperature.home, Home::Trained)
     }
 
     fn columns(&self, of: Reals) -> [Columns; 3] {
@@ -200,7 +206,11 @@ impl SelfAttention {
             dropout: if at.call.train { self.shape.dropout } else { 0.0 },
             temperature: at.value(&self.tensors[6]),
             // Without training there is no gradient, and the handle is empty.
-            temperature_grad: at.slope(&self.tensors[6]),
+            temperature_grad: if self.frozen_temperature() {
+                self.frame(at).slope
+            } else {
+                at.slope(&self.tensors[6])
+            },
             ..self.attention()
         }
     }
@@ -253,6 +263,8 @@ struct SelfFrame {
     stats: Reals,
     /// `[rows, 2r]` of adapters.
     lora: Reals,
+    /// Takes the gradient of a temperature that is not trained; nothing reads it.
+    slope: Reals,
 }
 
 impl<B: Backend> Branch<B> for SelfAttention {

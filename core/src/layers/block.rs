@@ -333,10 +333,10 @@ pub struct Residual<P> {
     /// Parameters.
     pub params: Params,
     /// The optimizer of the running step.
-    pub updater: Option<Updater>,
+    updater: Option<Updater>,
     /// Whether a block that is done is [finished](Params::finished): its gradient has all that the
     /// step adds to it. Not so in the micro-batches of a step before the last.
-    pub finishes: bool,
+    finishes: bool,
 }
 
 /// Blocks of attention and MLP.
@@ -415,9 +415,25 @@ impl Decoder {
         gradients: Gradients,
         layout: &mut Layout,
     ) -> Result<Self> {
+        Self::layout_frozen(shape, keys, blocks, None, Freeze::Nothing, gradients, layout)
+    }
+
+    /// As [`layout`](Self::layout), where `freeze` says what stays as it is; the adapters of
+    /// `lora`, in self-attention, are trained in any case.
+    ///
+    /// # Errors
+    /// As [`layout`](Self::layout).
+    pub const fn layout_frozen(
+        shape: &BlockShape,
+        keys: usize,
+        blocks: usize,
+        lora: Option<LoraShape>,
+        freeze: Freeze,
+        gradients: Gradients,
+        layout: &mut Layout,
+    ) -> Result<Self> {
         ok!(shape.check());
-        let freeze = Freeze::Nothing;
-        let (own, room) = ok!(SelfAttention::new(shape.attention(), None, freeze, Room::NONE));
+        let (own, room) = ok!(SelfAttention::new(shape.attention(), lora, freeze, Room::NONE));
         let (cross, room) = ok!(CrossAttention::new(shape.attention(), keys, freeze, room));
         let (mlp, room) = Mlp::new(shape.mlp(), freeze, room);
         let params = ok!(Params::layout(blocks, room, freeze, gradients, layout));
@@ -484,6 +500,7 @@ impl<P: Branches> Residual<P> {
     }
 
     /// Prepares a pass: sets the optimizer of the step, and whether this is the step's last pass.
+    /// It holds for one step: blocks that update themselves refuse to do so a second time.
     pub const fn begin(&mut self, updater: Updater, last: bool) {
         (self.updater, self.finishes) = (Some(updater), last);
     }
@@ -647,6 +664,12 @@ impl<B: Backend, P: Branches> Blocks<B> for Residual<P> {
         }
         let u = self.updater.as_ref();
         self.params.finished(be, u, Site::Block(block), block, self)?;
-        if block == 0 { self.params.settle(be, u, Site::Block(0), self) } else { Ok(()) }
+        if block > 0 {
+            return Ok(());
+        }
+        self.params.settle(be, u, Site::Block(0), self)?;
+        // The next step has a learning rate of its own.
+        self.updater = None;
+        Ok(())
     }
 }

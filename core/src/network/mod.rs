@@ -196,13 +196,15 @@ pub trait Network<B: Backend> {
     fn rebuilt(&self, be: &B) -> Result<Rebuilt>;
 }
 
-/// One optimizer step. `load` loads micro-batch `i` of this rank, and may be called twice for it.
-/// Of several ranks each makes the step with its part of the batch; the outcome is that of all.
+/// One optimizer step. `load` loads micro-batch `i` of this rank, and may be called twice for it:
+/// it then loads the same again. Of several ranks each makes the step with its part of the batch;
+/// the outcome is that of all.
 ///
 /// # Errors
 /// [`Error::Fault`] when the numbers went wrong; parameters are then as the fault says.
 /// [`Error::Setting`] for a network without optimizer, and for clipping or micro-batches without
-/// the gradients of all groups; [`Error::Shape`] for a network that leaves out a group or a tensor.
+/// the gradients of all groups; [`Error::Shape`] for a network that leaves out a group or a tensor,
+/// and for micro-batches that are not the same when they are loaded again.
 /// Any error of `load`.
 pub fn step<B: Backend, N: Network<B>, E: From<Error>>(
     net: &mut N,
@@ -217,20 +219,20 @@ pub fn step<B: Backend, N: Network<B>, E: From<Error>>(
     net.groups(&mut |group| group.params.zero_gradients(be))?;
 
     // The mean is over the whole step, so its targets are counted first.
-    let (mut targets, mut items, mut loaded) = (0, 0, None);
+    let (mut counted, mut items, mut loaded) = (0, 0, None);
     for i in 0..micro_batches {
         let batch = load(net, be, i)?;
-        targets += batch.targets;
+        counted += batch.targets;
         items += batch.items;
         loaded = Some(batch);
     }
-    let own = [targets as f64, items as f64, 0.0, 0.0];
+    let own = [counted as f64, items as f64, 0.0, 0.0];
     let (mut targets, mut items) = (0.0_f64, 0.0_f64);
     be.gather(own, &mut |[t, n, ..]| (targets, items) = (targets + t, items + n))?;
 
     let &Step { lr, weight_decay, .. } = step;
     let updater = Updater { weight_decay, lr, t: step.step.wrapping_add(1), scale: 1.0 };
-    let mut rebuilt = Rebuilt::default();
+    let (mut rebuilt, mut trained) = (Rebuilt::default(), 0);
     for i in 0..micro_batches {
         // A single one is still there.
         let batch = match loaded.filter(|_| micro_batches == 1) {
@@ -242,6 +244,11 @@ pub fn step<B: Backend, N: Network<B>, E: From<Error>>(
         let pass = Pass { seed: step.seed, step: step.step, global: batch.first };
         net.pass(be, &pass, &micro)?;
         rebuilt = rebuilt.and(net.rebuilt(be)?);
+        trained += batch.targets;
+    }
+    if trained != counted {
+        let what = "targets of the micro-batches, loaded again";
+        return Err(Error::Shape { what, expected: counted, found: trained }.into());
     }
 
     let (piece, mut fused) = (exchanged(|each| net.groups(each)), false);

@@ -35,7 +35,7 @@ pub use workspace::Workspace;
 use crate::arena::{Layout, Reals};
 use crate::backend::{Storage, UpdateOps};
 use crate::error::{Error, Result, ok};
-use crate::update::{FloatGamma, Gamma, Grid, Policy, Sign};
+use crate::update::{FloatGamma, Gamma, Grid, Policy};
 
 /// How a stack is trained, with the settings that this takes and no others.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -71,23 +71,17 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// The default grid of [`on_grid`](Self::on_grid): its range is ±2^16.
-    const FRAC_BITS: u32 = 14;
-
-    /// Mode `bdia` with this mode's grid where it has one: the only one that can run inference both
-    /// in float and on the grid.
-    ///
-    /// # Errors
-    /// None: the values are those of this mode, or constants.
-    pub const fn on_grid(&self) -> Result<Self> {
+    /// Mode `bdia` with this mode's grid, or the default one: the only mode that can run inference
+    /// both in float and on the grid.
+    #[must_use]
+    pub const fn on_grid(&self) -> Self {
         let grid = match self {
             Self::Bdia { grid, .. }
             | Self::Standard { grid: Some(grid) }
             | Self::Checkpoint { grid: Some(grid), .. } => *grid,
-            _ => ok!(Grid::new(Self::FRAC_BITS)),
+            _ => Grid::DEFAULT,
         };
-        let gamma = Policy::fixed(ok!(Gamma::new(1, Sign::Plus)));
-        Ok(Self::Bdia { grid, gamma, verify: false })
+        Self::Bdia { grid, gamma: Policy::PAPER, verify: false }
     }
 }
 

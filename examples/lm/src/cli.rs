@@ -770,8 +770,9 @@ mod tests {
             let help = Cli::try_parse_from(format!("bdia-lm {request}").split(' ')).unwrap_err();
             assert!(!help.use_stderr());
             let help = help.to_string();
-            let flags = "data weights config layers heads width context vocab mode checkpoint-every \
-                 quantize gamma gamma-sign frac-bits optimizer lr beta1 beta2 eps weight-decay schedule warmup \
+            let flags = "data weights config layers heads width context vocab mode \
+                 checkpoint-every quantize gamma gamma-sign frac-bits optimizer lr beta1 beta2 \
+                 eps weight-decay schedule warmup \
                  min-lr clip steps batch \
                  accumulate dropout seed threads memory eval-interval order backend verify out \
                  json resume \

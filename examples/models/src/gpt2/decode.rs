@@ -338,7 +338,7 @@ impl Decoder {
             ends_scratch: ends,
         };
         // The only machine that can run on the grid and in float.
-        Stack::layout(&config, &self.setup.mode.on_grid()?, layout)
+        Stack::layout(&config, &self.setup.mode.on_grid(), layout)
     }
 
     /// The stack of one sample of some tokens.

@@ -93,7 +93,7 @@ impl Translator {
             })
         };
         // The only machine that can run on the grid and in float.
-        let mode = s.mode.on_grid()?;
+        let mode = s.mode.on_grid();
         let stack =
             Stack::layout(&config(0, n, source, encoder.needs::<B>(n, s.threads), 0)?, &mode, l)?;
         let one = Shape { samples: rows, source, target: 1, chunk: rows };
