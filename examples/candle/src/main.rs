@@ -126,8 +126,10 @@ fn run(args: &Train) -> Result<(), Error> {
     if json {
         let mode = if standard { "standard" } else { "bdia" };
         println!(
-            "{{\"mode\":\"{mode}\",\"blocks\":{blocks},\"parameters\":{parameters},\"steps\":{steps},\"loss\":{loss},\
-             \"{kept}_accuracy\":{accuracy},\"verify\":{verify},\"verify_mismatches\":{mismatches},\"rebuilt\":{rebuilt},\
+            "{{\"mode\":\"{mode}\",\"blocks\":{blocks},\"parameters\":{parameters},\
+             \"steps\":{steps},\"loss\":{loss},\
+             \"{kept}_accuracy\":{accuracy},\"verify\":{verify},\
+             \"verify_mismatches\":{mismatches},\"rebuilt\":{rebuilt},\
              \"peak_bytes\":{peak}}}"
         );
     } else {

@@ -21,10 +21,8 @@ pub fn svg(curves: &[(&str, Outcome)]) -> Result<String, std::fmt::Error> {
     let x = |epoch: usize| LEFT + WIDTH * epoch as f64 / last as f64;
     let y = |accuracy: f64| TOP + HEIGHT * (1.0 - accuracy);
     let mut s = String::new();
-    writeln!(
-        s,
-        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 330" font-family="sans-serif" font-size="13">"#
-    )?;
+    write!(s, r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 330" "#)?;
+    writeln!(s, r#"font-family="sans-serif" font-size="13">"#)?;
     writeln!(s, r#"<rect width="680" height="330" fill="white"/>"#)?;
     for percent in (0..=100).step_by(20) {
         let at = y(f64::from(percent) / 100.0);

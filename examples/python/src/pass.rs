@@ -265,7 +265,13 @@ impl Pass {
         let mut hooks =
             Hooks { object, pass: slf, real_bytes: this.engine.real_bytes(), exception: None };
         let place = Place { seed, step: 0, global: 0 };
-        let way = |stack: &mut Reversible, engine: &mut Engine, hooks: &mut Hooks<'_, '_>| with!(engine, be => if back { backward(stack, be, hooks, &place) } else { forward(stack, be, hooks, &place) });
+        let way = |stack: &mut Reversible, engine: &mut Engine, hooks: &mut Hooks<'_, '_>| {
+            with!(engine, be => if back {
+                backward(stack, be, hooks, &place)
+            } else {
+                forward(stack, be, hooks, &place)
+            })
+        };
         let result = way(&mut this.stack, &mut this.engine, &mut hooks);
         match (hooks.exception, result) {
             (Some(exception), _) => Err(exception),
@@ -282,7 +288,9 @@ impl Pass {
 impl Pass {
     /// Lays a pass out and allocates its memory. `double`: `f64` instead of `f32`.
     #[new]
-    #[pyo3(signature = (*, batch, per_sample, blocks, chunk, frac_bits, gamma, sign, verify, threads, double))]
+    #[pyo3(signature = (
+        *, batch, per_sample, blocks, chunk, frac_bits, gamma, sign, verify, threads, double
+    ))]
     fn new(
         py: Python<'_>,
         batch: usize,
