@@ -240,8 +240,8 @@ impl Task for Learner {
         let found = decode::of_directory(out, &[END.into()], tokens, sampler, |l| {
             Ok::<_, Failure>(Cpu::new(l, 1)?)
         })?;
-        let sample = vocabulary.decode(&found)?;
-        let sample = format!("\nA sample:\n  {}\n", sample.trim().replace('\n', "\n  "));
+        let sample = vocabulary.decode(&found)?.trim().replace('\n', "\n  ");
+        let sample = if tokens > 0 { format!("\nA sample:\n  {sample}\n") } else { sample };
         Ok((sample, "model.safetensors, config.json, tokenizer.json"))
     }
 }

@@ -1,5 +1,5 @@
-//! GPT-2 trained with exact reversible backpropagation: see `bdia-lm --help` and the repository's
-//! README.
+//! GPT-2 trained with exact reversible backpropagation: see `bdia-lm --help` and the README beside
+//! it.
 
 use std::process::ExitCode;
 

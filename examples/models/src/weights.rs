@@ -783,9 +783,8 @@ mod tests {
         let dir = TempDir::new();
         let one = |r: &str| format!(r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":{r}}}}}"#);
         let two = |r: &str, s: &str| {
-            format!(
-                r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":{r}}},"b":{{"dtype":"F32","shape":[2],"data_offsets":{s}}}}}"#
-            )
+            let tensor = r#""dtype":"F32","shape":[2],"data_offsets""#;
+            format!(r#"{{"a":{{{tensor}:{r}}},"b":{{{tensor}:{s}}}}}"#)
         };
         let mut claims = raw("{}", 0);
         claims[..8].copy_from_slice(&(1_u64 << 62).to_le_bytes());
@@ -831,7 +830,11 @@ mod tests {
         // No tensors, or empty ones, are no mistake of the file.
         dir.file(
             FILE,
-            &raw(r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}"#, 0),
+            &raw(
+                r#"{"__metadata__":{"format":"pt"},
+                    "a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}"#,
+                0,
+            ),
         );
         let w = Weights::read_dir(dir.path()).unwrap();
         assert!(w.get("a").unwrap().is_empty());

@@ -246,7 +246,8 @@ fn a_published_model_gives_its_stored_logits() {
     let theirs = Weights::read_dir(&folder).unwrap();
     let json = tensors(&folder.join("gpt-nano-sort-model.json"));
     let config = Gpt2Config::from_json(
-        br#"{"vocab_size":3,"n_positions":11,"n_embd":48,"n_layer":3,"n_head":3,"tie_word_embeddings":false}"#,
+        br#"{"vocab_size":3,"n_positions":11,"n_embd":48,"n_layer":3,"n_head":3,
+            "tie_word_embeddings":false}"#,
     )
     .unwrap();
 

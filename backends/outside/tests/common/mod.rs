@@ -46,7 +46,7 @@ impl Operands {
     }
 
     /// Runs both operations and gives `y`, `rstd`, `dx` and `dw`.
-    pub fn run(&self, be: &mut (impl RmsNorm + Storage<Real = f32>)) -> [Vec<f32>; 4] {
+    pub fn run(&self, be: &mut impl RmsNorm<Real = f32>) -> [Vec<f32>; 4] {
         self.fill(be);
         be.rms_norm(EPS, self.w, self.x, self.y, self.rstd).unwrap();
         be.rms_norm_vjp(self.w, self.x, self.rstd, self.dy, self.dx, self.dw).unwrap();

@@ -93,7 +93,9 @@ mod tests {
         let tensors =
             vec![("ln_f.bias".to_string(), vec![1]), ("lm_head.weight".into(), vec![1, 2])];
         let size = |i: usize| tensors[i].1.iter().product();
-        weights::write(&path, &tensors, |i, sink| sink.put(&vec![0.5; size(i)])).unwrap();
+        let named: Vec<_> =
+            tensors.iter().map(|(name, shape)| (full_name(name), shape.clone())).collect();
+        weights::write(&path, &named, |i, sink| sink.put(&vec![0.5; size(i)])).unwrap();
         Weights::read_dir(dir.path()).unwrap().check(&tensors).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
