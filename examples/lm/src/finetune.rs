@@ -1,5 +1,5 @@
 //! `finetune`: a pretrained model, a task, and all of it or adapters that are trained. The run is
-//! [`train`]'s.
+//! [`train`](crate::train)'s.
 //!
 //! ```text
 //! method full    config.json, model.safetensors and tokenizer files, as `train` leaves them

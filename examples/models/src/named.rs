@@ -156,9 +156,19 @@ pub fn initialize<B: Backend>(
                 draw(first, &mut piece);
             } else {
                 std::thread::scope(|scope| {
-                    for (part, values) in piece.chunks_mut((share * t.cols).max(1)).enumerate() {
-                        let draw = &draw;
-                        scope.spawn(move || draw(first + part * share, values));
+                    let parts = piece.chunks_mut((share * t.cols).max(1)).enumerate();
+                    let draw = &draw;
+                    let workers: Vec<_> = parts
+                        .map(|(part, values)| {
+                            scope.spawn(move || draw(first + part * share, values))
+                        })
+                        .collect();
+                    // Joined one by one: the end of the scope does not wait until the memory of a
+                    // thread itself is free.
+                    for worker in workers {
+                        if let Err(panic) = worker.join() {
+                            std::panic::resume_unwind(panic);
+                        }
                     }
                 });
             }

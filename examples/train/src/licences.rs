@@ -6,10 +6,10 @@
 //! every validation text would have a twin among the training texts, and the validation loss would
 //! measure memory. So they are dealt out by *family*:
 //!
-//! 1. A text is the set of its shingles, the sequences of [`SHINGLE`] words.
-//! 2. Two texts are related if their sets overlap, `|A ∩ B| ≥ |A ∪ B| / `[`RELATED`].
+//! 1. A text is the set of its shingles, its sequences of 8 words.
+//! 2. Two texts are related if their sets overlap, `|A ∩ B| ≥ |A ∪ B| / 10`.
 //! 3. A family is what is connected by such pairs (union-find).
-//! 4. Of the families, in the order of their size, every [`EVERY`]th is for validation. Its longest
+//! 4. Of the families, in the order of their size, every tenth is for validation. Its longest
 //!    text stands for it, so that no near-copy is measured twice; the others are in neither part.
 //!
 //! Texts that are not in English are left out: there are too few of them to learn their languages

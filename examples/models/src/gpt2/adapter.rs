@@ -2,8 +2,8 @@
 //!
 //! PEFT has one adapter for all of `c_attn`. Ours of queries and values, of rank `r` and factor
 //! `α/r` each, are such a one of rank `2r` and factor `2α/2r` whose `lora_B` is zero where it does
-//! not belong to them ([`bdia_core::layers::Lora`]). `lora_A.weight` is `[R, d]`, `lora_B.weight`
-//! `[3d, R]`.
+//! not belong to them ([`bdia_core::layers::LoraShape`]). `lora_A.weight` is `[R, d]`,
+//! `lora_B.weight` `[3d, R]`.
 //!
 //! The file of the tensors notes a digest of the weights that the adapters were trained on, so that
 //! those of another model are refused. Adapters by PEFT have no such note; their shapes are all
