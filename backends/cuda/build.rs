@@ -2,8 +2,10 @@
 
 fn main() {
     println!("cargo::rustc-check-cfg=cfg(bdia_prebuilt)");
-    println!("cargo::rerun-if-changed=prebuilt/kernels.ptx");
-    if std::env::var_os("CARGO_FEATURE_PREBUILT").is_some() {
+    // A file that is named and not there would make every build begin anew.
+    let prebuilt = std::env::var_os("CARGO_FEATURE_PREBUILT").is_some();
+    println!("cargo::rerun-if-changed={}", if prebuilt { "." } else { "build.rs" });
+    if prebuilt {
         if std::path::Path::new("prebuilt/kernels.ptx").exists() {
             println!("cargo::rustc-cfg=bdia_prebuilt");
         } else {

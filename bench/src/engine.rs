@@ -161,6 +161,7 @@ fn vit(
         chunk: 1,
         mode: mode(job, dims.layers)?,
         gradients,
+        adapters: None,
         drop_path: 0.0,
         smoothing: 0.0,
         mixup: false,

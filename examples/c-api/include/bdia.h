@@ -30,15 +30,18 @@ typedef enum bdia_status {
   BDIA_STATUS_SETTING = 3,
   // Not enough memory.
   BDIA_STATUS_MEMORY = 4,
-  // The processor lacks instructions that the library was compiled for, or threads could not be started.
+  // The processor lacks instructions that the library was compiled for, or threads could not be
+  // started.
   BDIA_STATUS_MACHINE = 5,
   // A value is not finite or leaves the range of the grid. bdia_stack_fault has its place.
   BDIA_STATUS_RANGE = 6,
-  // A rebuilt activation differs from the original: memory was changed, or a block does not repeat itself.
+  // A rebuilt activation differs from the original: memory was changed, or a block does not
+  // repeat itself.
   BDIA_STATUS_CHECKSUM = 7,
   // A callback returned a number other than 0.
   BDIA_STATUS_CALLBACK = 8,
-  // The call does not come in its turn (backward without a forward), or from within a callback of the same stack.
+  // The call does not come in its turn (backward without a forward), or from within a callback
+  // of the same stack.
   BDIA_STATUS_STATE = 9,
   // A mistake in this library. The stack it happened in can only be freed.
   BDIA_STATUS_INTERNAL = 10,
@@ -55,7 +58,8 @@ typedef struct bdia_config {
   size_t per_sample;
   // Residual blocks K, 1 to 65536.
   size_t blocks;
-  // Samples that go through a block together; 0: the whole batch. Fewer need a smaller workspace.
+  // Samples that go through a block together; 0: the whole batch. Fewer need a smaller
+  // workspace.
   size_t chunk;
   // Floats per sample that a block keeps from residual to vjp (bdia_call.frame).
   size_t frame;
@@ -69,7 +73,8 @@ typedef struct bdia_config {
   uint32_t frac_bits;
   // Sign of gamma: 0 drawn per sample and block, 1 always plus, -1 always minus.
   int32_t sign;
-  // 1: keep all activations besides and count values that are rebuilt wrongly (bdia_stack_mismatches). 0: do not.
+  // 1: keep all activations besides and count values that are rebuilt wrongly
+  // (bdia_stack_mismatches). 0: do not.
   int32_t verify;
 } bdia_config;
 
@@ -97,14 +102,15 @@ typedef struct bdia_call {
   size_t first;
   // Number of samples.
   size_t samples;
-  // As given to bdia_stack_forward. Random numbers of a block must be a function of seed, step, global, block and
-  // element, so that the recomputation draws the same.
+  // As given to bdia_stack_forward. Random numbers of a block must be a function of seed, step,
+  // global, block and element, so that the recomputation draws the same.
   uint64_t seed;
   // As given to bdia_stack_forward.
   uint32_t step;
   // Index in the global batch of the first sample.
   uint32_t global;
-  // In residual: whether vjp of the same frame follows. The result must be the same bits either way.
+  // In residual: whether vjp of the same frame follows. The result must be the same bits either
+  // way.
   int32_t keep;
   // bdia_config.frame times samples floats, which stay from residual to vjp.
   float *frame;
@@ -112,21 +118,22 @@ typedef struct bdia_call {
   float *scratch;
 } bdia_call;
 
-// The residual blocks, all behind one table. Every callback returns 0, or another number to stop the pass, which then
-// ends with BDIA_STATUS_CALLBACK. Arrays hold samples times per_sample floats, sample by sample, and are only good
-// during the callback. A callback runs in the thread that called, and calls no function on the same stack.
+// The residual blocks, all behind one table. Every callback returns 0, or another number to stop
+// the pass, which then ends with BDIA_STATUS_CALLBACK. Arrays hold samples times per_sample
+// floats, sample by sample, and are only good during the callback. A callback runs in the thread
+// that called, and calls no function on the same stack.
 typedef struct bdia_blocks {
   // Given to every callback; may be NULL.
   void *user;
-  // h = h_k(x). The same bits for the same call, whenever it is called: no uninitialized memory, no order of sums
-  // that changes between calls. x may not be changed.
+  // h = h_k(x). The same bits for the same call, whenever it is called: no uninitialized memory,
+  // no order of sums that changes between calls. x may not be changed.
   int (*residual)(void *user, const struct bdia_call *call, const float *x, float *h);
-  // gx += J(x)^T gh, where J is the Jacobian of h_k; adds the gradients of the block's parameters to wherever they
-  // are kept. gh may be overwritten.
+  // gx += J(x)^T gh, where J is the Jacobian of h_k; adds the gradients of the block's
+  // parameters to wherever they are kept. gh may be overwritten.
   int (*vjp)(void *user, const struct bdia_call *call, const float *x, float *gh, float *gx);
-  // Block k is finished: its gradient is complete, its activations have been compared, nothing reads its parameters
-  // again in this step. An optimizer may update them here and use the gradient's memory again for block k - 1. May
-  // be NULL.
+  // Block k is finished: its gradient is complete, its activations have been compared, nothing
+  // reads its parameters again in this step. An optimizer may update them here and use the
+  // gradient's memory again for block k - 1. May be NULL.
   int (*done)(void *user, size_t block);
 } bdia_blocks;
 
@@ -144,29 +151,27 @@ typedef struct bdia_fault {
 extern "C" {
 #endif // __cplusplus
 
-// Words for the last failure in this thread: what was expected, what was found, what to do. Empty before the first
-// one. Valid until the next failure in this thread or its end; never NULL.
+// Words for the last failure in this thread: what was expected, what was found, what to do. Empty
+// before the first one. Valid until the next failure in this thread or its end; never NULL.
 const char *bdia_last_message(void);
 
-// x[i] = round_ties_even(y[i] * 2^frac_bits). Values that are not finite or beyond 2^30 become 0 and give
-// BDIA_STATUS_RANGE; the message names the first.
+// x[i] = round_ties_even(y[i] * 2^frac_bits). Values that are not finite or beyond 2^30 become 0
+// and give BDIA_STATUS_RANGE; the message names the first.
 enum bdia_status bdia_quantize(uint32_t frac_bits, const float *y, int32_t *x, size_t n);
 
 // y[i] = x[i] * 2^-frac_bits.
 enum bdia_status bdia_dequantize(uint32_t frac_bits, const int32_t *x, float *y, size_t n);
 
-// x[i] += round_ties_even(h[i] * 2^frac_bits): the step of block 0, and of a network without gamma. Range as in
-// bdia_step.
-enum bdia_status bdia_add_quantized(uint32_t frac_bits,
-                                    int32_t *x,
-                                    const float *h,
-                                    size_t n);
+// x[i] += round_ties_even(h[i] * 2^frac_bits): the step of block 0, and of a network without
+// gamma. Range as in bdia_step.
+enum bdia_status bdia_add_quantized(uint32_t frac_bits, int32_t *x, const float *h, size_t n);
 
-// The number of 32-bit words of side bits that bdia_step writes: samples * m * ceil(per_sample / 32) with
-// gamma = 2^-m.
+// The number of 32-bit words of side bits that bdia_step writes: samples * m * ceil(per_sample /
+// 32) with gamma = 2^-m.
 enum bdia_status bdia_side_words(double gamma, size_t samples, size_t per_sample, size_t *words);
 
-// The signs that a stack draws for the samples global ... global + samples - 1: sigma[i] = 1 or -1.
+// The signs that a stack draws for the samples global ... global + samples - 1: sigma[i] = 1 or
+// -1.
 enum bdia_status bdia_signs(uint64_t seed,
                             uint32_t step,
                             uint32_t global,
@@ -175,11 +180,12 @@ enum bdia_status bdia_signs(uint64_t seed,
                             size_t samples);
 
 // The step, in place: x holds X_{k-1} and becomes
-//     X_{k+1} = sigma (X_{k-1} + s) / 2^m + Q((1 - gamma) cur + (1 + gamma) h),   with gamma = sigma 2^-m,
-// where cur is x_k and h is h_k(x_k), all samples times per_sample values; sigma has one sign (1 or -1) per sample.
-// side (bdia_side_words of them) takes the low m bits of X_{k-1}, in the order that bdia_stack_side_bits describes.
-// What is out of range counts as 0 in Q, the sum is kept as it is, and BDIA_STATUS_RANGE is returned. No two arrays
-// may overlap.
+//     X_{k+1} = sigma (X_{k-1} + s) / 2^m + Q((1 - gamma) cur + (1 + gamma) h),
+//     with gamma = sigma 2^-m,
+// where cur is x_k and h is h_k(x_k), all samples times per_sample values; sigma has one sign (1
+// or -1) per sample. side (bdia_side_words of them) takes the low m bits of X_{k-1}, in the order
+// that bdia_stack_side_bits describes. What is out of range counts as 0 in Q, the sum is kept as
+// it is, and BDIA_STATUS_RANGE is returned. No two arrays may overlap.
 enum bdia_status bdia_step(uint32_t frac_bits,
                            double gamma,
                            size_t samples,
@@ -190,8 +196,8 @@ enum bdia_status bdia_step(uint32_t frac_bits,
                            const float *h,
                            uint32_t *side);
 
-// The inverse of bdia_step, in place: x holds X_{k+1} and becomes X_{k-1}, in every bit, if all other arrays are the
-// same bits as in the step (side is what it wrote, and is not changed).
+// The inverse of bdia_step, in place: x holds X_{k+1} and becomes X_{k-1}, in every bit, if all
+// other arrays are the same bits as in the step (side is what it wrote, and is not changed).
 enum bdia_status bdia_inverse(uint32_t frac_bits,
                               double gamma,
                               size_t samples,
@@ -202,9 +208,10 @@ enum bdia_status bdia_inverse(uint32_t frac_bits,
                               const float *h,
                               const uint32_t *side);
 
-// The gradient of the step: next holds G_{k+1} and becomes gamma G_{k+1}, the first part of G_{k-1};
-// cur += (1 - gamma) G_{k+1}; h becomes (1 + gamma) G_{k+1}, what the vector-Jacobian product of the block is applied
-// to, its result to be added to cur. Sizes and signs as in bdia_step.
+// The gradient of the step: next holds G_{k+1} and becomes gamma G_{k+1}, the first part of
+// G_{k-1}; cur += (1 - gamma) G_{k+1}; h becomes (1 + gamma) G_{k+1}, what the vector-Jacobian
+// product of the block is applied to, its result to be added to cur. Sizes and signs as in
+// bdia_step.
 enum bdia_status bdia_step_gradient(double gamma,
                                     size_t samples,
                                     size_t per_sample,
@@ -213,21 +220,19 @@ enum bdia_status bdia_step_gradient(double gamma,
                                     float *cur,
                                     float *h);
 
-// The checksum of n integers: a change of any one of them changes it. Sums of parts add up to the sum of the whole if
-// first is the index of the part's first value in the whole.
-enum bdia_status bdia_checksum(const int32_t *x,
-                               size_t n,
-                               size_t first,
-                               uint64_t *sum);
+// The checksum of n integers: a change of any one of them changes it. Sums of parts add up to the
+// sum of the whole if first is the index of the part's first value in the whole.
+enum bdia_status bdia_checksum(const int32_t *x, size_t n, size_t first, uint64_t *sum);
 
-// Fills in: 14 fractional bits, gamma 0.5 with drawn signs, whole batches as chunks, threads as cores; sizes 0.
+// Fills in: 14 fractional bits, gamma 0.5 with drawn signs, whole batches as chunks, threads as
+// cores; sizes 0.
 enum bdia_status bdia_config_default(struct bdia_config *config);
 
 // The bytes that a stack will have, before anything is allocated.
 enum bdia_status bdia_plan(const struct bdia_config *config, struct bdia_memory *memory);
 
-// A new stack in *stack (NULL there after a failure). The table is copied; what user points to is not. All memory
-// is allocated here and none in a pass.
+// A new stack in *stack (NULL there after a failure). The table is copied; what user points to is
+// not. All memory is allocated here and none in a pass.
 enum bdia_status bdia_stack_new(const struct bdia_config *config,
                                 const struct bdia_blocks *blocks,
                                 struct bdia_stack **stack);
@@ -235,10 +240,10 @@ enum bdia_status bdia_stack_new(const struct bdia_config *config,
 // Frees a stack; NULL is fine. Not from within its own callbacks.
 enum bdia_status bdia_stack_free(struct bdia_stack *stack);
 
-// The forward pass of training: from x_0 to x_K, both batch times per_sample floats (they may be the same array).
-// seed, step and global place the random signs: another step, other signs; the same, the same. global is the index
-// in the global batch of the first sample. Any number of forward passes may come before a backward pass, which then
-// belongs to the last one.
+// The forward pass of training: from x_0 to x_K, both batch times per_sample floats (they may be
+// the same array). seed, step and global place the random signs: another step, other signs; the
+// same, the same. global is the index in the global batch of the first sample. Any number of
+// forward passes may come before a backward pass, which then belongs to the last one.
 enum bdia_status bdia_stack_forward(struct bdia_stack *stack,
                                     uint64_t seed,
                                     uint32_t step,
@@ -246,13 +251,12 @@ enum bdia_status bdia_stack_forward(struct bdia_stack *stack,
                                     const float *x0,
                                     float *xk);
 
-// The backward pass: from gk, the gradient with respect to x_K, to g0, the one with respect to x_0 (they may be the
-// same array; g0 may be NULL). On the way residual and vjp are called for every block and chunk, then done. It ends
-// with BDIA_STATUS_CHECKSUM where a rebuilt activation differs from the original by any bit: the block that
-// bdia_stack_fault names, and those below it, have not been told that they are done.
-enum bdia_status bdia_stack_backward(struct bdia_stack *stack,
-                                     const float *gk,
-                                     float *g0);
+// The backward pass: from gk, the gradient with respect to x_K, to g0, the one with respect to x_0
+// (they may be the same array; g0 may be NULL). On the way residual and vjp are called for every
+// block and chunk, then done. It ends with BDIA_STATUS_CHECKSUM where a rebuilt activation differs
+// from the original by any bit: the block that bdia_stack_fault names, and those below it, have
+// not been told that they are done.
+enum bdia_status bdia_stack_backward(struct bdia_stack *stack, const float *gk, float *g0);
 
 // Where the last pass went wrong.
 enum bdia_status bdia_stack_fault(struct bdia_stack *stack, struct bdia_fault *fault);
@@ -263,22 +267,18 @@ enum bdia_status bdia_stack_memory(struct bdia_stack *stack, struct bdia_memory 
 // How many 32-bit words of side bits the stack keeps: (K - 1) * batch * m * ceil(per_sample / 32).
 enum bdia_status bdia_stack_side_words(struct bdia_stack *stack, size_t *words);
 
-// Copies the side bits: block by block, sample by sample, bit plane by bit plane (the lowest first); value i of a
-// sample in bit i mod 32 of word i / 32. len must be what bdia_stack_side_words says.
-enum bdia_status bdia_stack_side_bits(struct bdia_stack *stack,
-                                      uint32_t *bits,
-                                      size_t len);
+// Copies the side bits: block by block, sample by sample, bit plane by bit plane (the lowest
+// first); value i of a sample in bit i mod 32 of word i / 32. len must be what
+// bdia_stack_side_words says.
+enum bdia_status bdia_stack_side_bits(struct bdia_stack *stack, uint32_t *bits, size_t len);
 
-// Copies one of the two integer activation tensors that are kept, x_k times 2^l: k = K and K - 1 after a forward
-// pass, 0 and 1 after a backward pass. len must be batch times per_sample.
-enum bdia_status bdia_stack_activation(struct bdia_stack *stack,
-                                       size_t k,
-                                       int32_t *x,
-                                       size_t len);
+// Copies one of the two integer activation tensors that are kept, x_k times 2^l: k = K and K - 1
+// after a forward pass, 0 and 1 after a backward pass. len must be batch times per_sample.
+enum bdia_status bdia_stack_activation(struct bdia_stack *stack, size_t k, int32_t *x, size_t len);
 
-// Counts the values that the last backward pass rebuilt differently from the originals: 0. Needs bdia_config.verify.
-enum bdia_status bdia_stack_mismatches(struct bdia_stack *stack,
-                                       uint64_t *count);
+// Counts the values that the last backward pass rebuilt differently from the originals: 0. Needs
+// bdia_config.verify.
+enum bdia_status bdia_stack_mismatches(struct bdia_stack *stack, uint64_t *count);
 
 #ifdef __cplusplus
 }  // extern "C"

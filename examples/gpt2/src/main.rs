@@ -38,13 +38,13 @@ struct Args {
     #[arg(long, default_value_t = 2000, value_parser = count(1 << 16), help_heading = "Model")]
     vocab: u64,
     /// Blocks
-    #[arg(long, default_value_t = 12, value_parser = count(1000), help_heading = "Model")]
+    #[arg(long, default_value_t = 6, value_parser = count(1000), help_heading = "Model")]
     layers: u64,
     /// Attention heads
     #[arg(long, default_value_t = 4, value_parser = count(1 << 10), help_heading = "Model")]
     heads: u64,
     /// Width: values of a token
-    #[arg(long, default_value_t = 64, value_parser = count(1 << 20), help_heading = "Model")]
+    #[arg(long, default_value_t = 32, value_parser = count(1 << 20), help_heading = "Model")]
     width: u64,
     /// Tokens of a sample
     #[arg(long, default_value_t = 256, value_parser = count(1 << 20), help_heading = "Model")]
@@ -62,9 +62,8 @@ impl Flags for Args {
 }
 
 fn main() -> ExitCode {
-    let defaults = [("out", "runs/gpt2"), ("steps", "600"), ("batch", "4"), ("lr", "4e-3")];
-    let command = defaults
-        .into_iter()
+    let own = [("out", "runs/gpt2"), ("batch", "4"), ("lr", "8e-3"), ("steps", "2200")];
+    let command = (own.into_iter().chain([("eval_interval", "200"), ("sample", "120")]))
         .fold(Args::command(), |c, (flag, value)| c.mut_arg(flag, |a| a.default_value(value)));
     let matches = command.get_matches();
     let mut args = or_exit(Args::from_arg_matches(&matches));
@@ -115,7 +114,6 @@ fn train(args: &Args) -> Done {
     ranks::alone("the steps of bdia-gpt2")?;
     let (args, from) = run::begin(args)?;
     args.run.check().map_err(Failure::Other)?;
-
     let text = Text::licences(args.vocab as usize)?;
     let (run, tokens, layers) = (&args.run, args.context as usize, args.layers as usize);
     let block = BlockShape {
@@ -185,7 +183,7 @@ impl Task for Learner {
     }
 
     fn record(&self, out: &Path) -> Done {
-        self.text.vocabulary.write(&out.join("tokenizer.json"))?;
+        self.text.write(out)?;
         Ok(self.config.write_dir(out)?)
     }
 
@@ -233,16 +231,17 @@ impl Task for Learner {
         _: Option<&Validation>,
     ) -> Done<(String, &'static str)> {
         files::save_tensors(out, be, &files::tensors(&self.net.0))?;
-        // The file is that of a standard GPT-2: it is read as any other.
-        let (vocabulary, sampler) =
-            (&self.text.vocabulary, Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 });
-        let tokens = self.args.run.sample as usize;
-        let found = decode::of_directory(out, &[END.into()], tokens, sampler, |l| {
-            Ok::<_, Failure>(Cpu::new(l, 1)?)
-        })?;
-        let sample = vocabulary.decode(&found)?.trim().replace('\n', "\n  ");
-        let sample = if tokens > 0 { format!("\nA sample:\n  {sample}\n") } else { sample };
-        Ok((sample, "model.safetensors, config.json, tokenizer.json"))
+        let (vocabulary, tokens) = (&self.text.vocabulary, self.args.run.sample as usize);
+        let sampler = Sampler { temperature: 0.7, top_k: 20, top_p: 1.0 };
+        let start: Vec<i32> = vocabulary.encode("You may")?.into_iter().map(i32::from).collect();
+        // The file is read as that of any other GPT-2.
+        let cpu = |l: &Layout| Ok::<_, Failure>(Cpu::new(l, 1)?);
+        let found =
+            decode::of_directory(out, &[&[END.into()], &*start].concat(), tokens, sampler, cpu)?;
+        let all: Vec<u32> = start.into_iter().map(|t| t as u32).chain(found).collect();
+        let text = vocabulary.decode(&all)?.replace('\n', "\n  ");
+        let text = if tokens > 0 { format!("\nA sample:\n  {text}\n") } else { String::new() };
+        Ok((text, "model.safetensors, config.json, tokenizer.json, train.bin, validation.bin"))
     }
 }
 

@@ -32,6 +32,12 @@ fn trains_and_writes_a_gpt2() {
     {
         assert!(out.join(file).is_file(), "{file}");
     }
+    // The tokens that were said to be learned from and measured on, for other programs.
+    let told = String::from_utf8(done.stderr).unwrap();
+    let tokens = |name: &str| std::fs::metadata(out.join(name)).unwrap().len() / 2;
+    let (train, validation) = (tokens("train.bin"), tokens("validation.bin"));
+    let expected = format!("{train} training and {validation} validation tokens");
+    assert!(told.contains(&expected), "{expected}: {told}");
 }
 
 #[test]

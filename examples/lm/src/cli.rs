@@ -4,11 +4,8 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use bdia_core::backend::Half;
-use bdia_core::layers::LoraShape;
 use bdia_models::config::ConfigError;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::model::Adapters;
 use bdia_train::cli::*;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -155,76 +152,6 @@ impl PairArgs {
         if task == TaskKind::Text && self.loss_on.is_some() {
             return Err(
                 "--loss-on belongs to tasks of pairs; in text every token is learned".into()
-            );
-        }
-        Ok(())
-    }
-}
-
-/// What is trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum MethodKind {
-    /// Every parameter.
-    Full,
-    /// Low-rank adapters of the attention's queries and values; the model stays as it is.
-    Lora,
-}
-
-/// How the parameters of a model that stays as it is are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FrozenKind {
-    /// 32 bits.
-    F32,
-    /// The matrices of the blocks in 16 bits, with the exponents of f32.
-    Bf16,
-    /// The matrices of the blocks in 16 bits, with three more bits of fraction.
-    F16,
-}
-
-/// What is trained, and how the rest is stored.
-#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
-#[command(next_help_heading = "Method")]
-pub struct MethodArgs {
-    /// What is trained
-    #[arg(long, default_value = "full")]
-    pub method: MethodKind,
-    /// Rank of the adapters of queries and of values [default: 4]
-    #[arg(long, value_name = "R", value_parser = count(1 << 16))]
-    pub lora_rank: Option<u64>,
-    /// Adapters are multiplied by alpha/rank [default: 32]
-    #[arg(long, value_name = "A", value_parser = positive)]
-    pub lora_alpha: Option<f64>,
-    /// How the parameters that are not trained are stored [default: f32]
-    #[arg(long, value_name = "TYPE")]
-    pub frozen_dtype: Option<FrozenKind>,
-}
-
-impl MethodArgs {
-    /// Adapters, where those are trained.
-    pub fn adapters(&self) -> Option<Adapters> {
-        (self.method == MethodKind::Lora).then(|| Adapters {
-            shape: LoraShape {
-                rank: self.lora_rank.unwrap_or(4) as usize,
-                alpha: self.lora_alpha.unwrap_or(32.0),
-            },
-            half: match self.frozen_dtype {
-                None | Some(FrozenKind::F32) => None,
-                Some(FrozenKind::Bf16) => Some(Half::Bf16),
-                Some(FrozenKind::F16) => Some(Half::F16),
-            },
-        })
-    }
-
-    fn check(&self) -> Result<(), String> {
-        let lora =
-            self.lora_rank.is_some() || self.lora_alpha.is_some() || self.frozen_dtype.is_some();
-        if self.method == MethodKind::Full && lora {
-            return Err(
-                "--lora-rank, --lora-alpha and --frozen-dtype belong to --method lora; add that \
-                 or leave them out"
-                    .into(),
             );
         }
         Ok(())
@@ -894,7 +821,10 @@ mod tests {
             (adapters.shape.rank, adapters.shape.alpha, adapters.shape.scale()),
             (4, 32.0, 8.0)
         );
-        assert_eq!((adapters.half, f.run.optim.lr, f.epochs), (Some(Half::F16), 1.0, Some(2.5)));
+        assert_eq!(
+            (adapters.half, f.run.optim.lr, f.epochs),
+            (Some(bdia_core::backend::Half::F16), 1.0, Some(2.5))
+        );
         let columns = |flags: &str| {
             let f = finetune(&format!("--data a --weights b {flags}"));
             f.pairs.columns(f.task).map(|c| [c.prompt, c.completion])

@@ -4,16 +4,15 @@ use std::path::PathBuf;
 
 use bdia_models::files::{read_limited, write_bytes};
 use bdia_train::Failure;
-use bdia_train::cli::{Inference, Mode};
+use bdia_train::cli::{FrozenKind, Inference, MethodKind, Mode};
 use bdia_train::report;
 use bdia_train::study::{self, Cell, Study, Table};
 use bdia_train::trainer::{Metric, Summary};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{
-    DecodingArgs, FinetuneArgs, FinetuneStudyArgs, FrozenKind, MethodKind, ScoreArgs,
+    DecodingArgs, FinetuneArgs, FinetuneStudyArgs, ScoreArgs, SmallDataArgs, TrainArgs,
 };
-use crate::cli::{SmallDataArgs, TrainArgs};
 use crate::finetune;
 use crate::score::{self, Found};
 use crate::train::train;

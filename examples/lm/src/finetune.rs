@@ -10,10 +10,11 @@ use std::path::Path;
 
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::tokenizer::Tokenizer;
+use bdia_train::cli::MethodKind;
 use bdia_train::trainer::Summary;
 use bdia_train::{Failure, ranks, report, run};
 
-use crate::cli::{FinetuneArgs, MethodKind};
+use crate::cli::FinetuneArgs;
 use crate::data::{Corpus, DataError, Order};
 use crate::hub;
 use crate::pairs::Examples;

@@ -11,12 +11,11 @@ use bdia_models::gpt2::adapter;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::gpt2::files::{load_weights, save_weights};
-use bdia_models::gpt2::model::{Adapters, Gpt2, Setup};
+use bdia_models::gpt2::model::{Gpt2, Setup};
 use bdia_models::inference::Inference;
-use bdia_models::named::{self, Named};
+use bdia_models::named::{self, Adapters, Named};
 use bdia_models::sample::Sampler;
 use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
-use bdia_models::weights::WeightsError;
 use bdia_train::checkpoint::Header;
 use bdia_train::machine::{self, for_kind};
 use bdia_train::trainer::{self, Planned, Settings, Summary, Task, Validation, When, fixed_choice};
@@ -26,7 +25,7 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::cli::{FinetuneArgs, TrainArgs};
 use crate::data::{Batches, Corpus, Order, Part};
 use crate::pairs::Examples;
-use bdia_train::cli::StepArgs;
+use bdia_train::cli::{MethodArgs, StepArgs};
 
 /// Validation tokens of the curve, and of the measurement at the end; `eval` has no such limit.
 const CURVE_TOKENS: usize = 8192;
@@ -268,8 +267,7 @@ impl Task for Learner {
     fn describe(&self) -> String {
         let s = self.model.setup();
         let [parameters, trained] = self.parameters();
-        let adapters =
-            if s.adapters.is_some() { format!(", {trained} in adapters") } else { String::new() };
+        let adapters = trainer::adapters(s.adapters.is_some(), trained);
         let times = if self.run.accumulate > 1 {
             format!(" x {}", self.run.accumulate)
         } else {
@@ -314,12 +312,7 @@ impl Task for Learner {
         let Start::Weights(dir) = &self.start else {
             return Ok(self.model.initialize(be, self.run.seed)?);
         };
-        let found = load_weights(dir, be, &self.model).map_err(|error| match error {
-            WeightsError::Narrow { .. } => {
-                Failure::Other(format!("{error}; use another --frozen-dtype"))
-            }
-            other => other.into(),
-        })?;
+        let found = load_weights(dir, be, &self.model).map_err(MethodArgs::unreadable)?;
         if let Asked::Finetune(args) = &self.asked
             && let Some(expected) = args.base.as_ref().filter(|e| **e != found)
         {

@@ -1,5 +1,5 @@
-//! The fuzz targets' functions over the committed seeds and mutations of them. `fuzz/README.md`
-//! says how to search further.
+//! The fuzz targets' functions over the committed seeds and mutations of them.
+//! `examples/fuzz/README.md` says how to search further.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../fuzz/targets.rs"]

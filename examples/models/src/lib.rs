@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod bpe;
+mod cache;
 pub mod config;
 pub mod files;
 pub mod gpt2;

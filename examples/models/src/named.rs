@@ -6,12 +6,37 @@ use bdia_core::Real;
 use bdia_core::arena::{Reals, Words};
 use bdia_core::backend::{Backend, Half};
 use bdia_core::error::Result;
-use bdia_core::layers::{Branches, Init, Params, Residual, Tensor, Tensors};
+use bdia_core::layers::{
+    Branches, Freeze, Home, Init, LoraShape, Params, Residual, Tensor, Tensors,
+};
 
 use crate::weights::{self, Sink, Weights, WeightsError};
 
 /// Values that are copied at a time.
 const PIECE: usize = 1 << 14;
+
+/// What is trained in place of the blocks of a network, which stay as they are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Adapters {
+    /// Rank and factor of the adapters of queries and values.
+    pub shape: LoraShape,
+    /// Storage of the blocks' matrices, where it is 16 bits; norms, biases and what is outside the
+    /// blocks always are reals.
+    pub half: Option<Half>,
+}
+
+impl Adapters {
+    /// The adapters of the blocks, and what is frozen there.
+    pub fn of_blocks(adapters: Option<Self>) -> (Option<LoraShape>, Freeze) {
+        let freeze = adapters.map_or(Freeze::Nothing, |a| Freeze::All(a.half));
+        (adapters.map(|a| a.shape), freeze)
+    }
+
+    /// What is frozen outside the blocks.
+    pub fn of_ends(adapters: Option<Self>) -> Freeze {
+        adapters.map_or(Freeze::Nothing, |_| Freeze::All(None))
+    }
+}
 
 /// A parameter tensor of a network. Tensors of one name that follow one another are parts of one
 /// tensor of the file, along its first dimension.
@@ -70,6 +95,16 @@ impl Named {
         self.tensor.is_empty()
     }
 
+    /// Whether it is trained.
+    pub fn is_trained(&self) -> bool {
+        self.tensor.home == Home::Trained
+    }
+
+    /// Whether it is a part of an adapter.
+    pub fn is_adapter(&self) -> bool {
+        self.tensor.name.contains(".lora_")
+    }
+
     /// Whether a finite value stays finite as the tensor is stored.
     pub fn holds(&self, x: f32) -> bool {
         self.narrow.is_none_or(|(half, _)| half.value(rounded(half, x)).is_finite())
@@ -92,6 +127,22 @@ impl Named {
                 *word = bits(pair[0]) | pair.get(1).map_or(0, |&x| bits(x) << 16);
             }
             be.write_words(words.sub(at / 2 + i * 256, piece.len()), piece)?;
+        }
+        Ok(())
+    }
+
+    /// Reads values from index `at` on, an even one.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn get<B: Backend<Real = f32>>(&self, be: &B, at: usize, out: &mut [f32]) -> Result<()> {
+        let Some((half, words)) = self.narrow else {
+            return be.read_reals(self.values.sub(at, out.len()), out);
+        };
+        let mut pairs = vec![0; out.len().div_ceil(2)];
+        be.read_words(words.sub(at / 2, pairs.len()), &mut pairs)?;
+        for (i, x) in out.iter_mut().enumerate() {
+            *x = half.value(pairs[i / 2] >> (i % 2 * 16) & 0xFFFF);
         }
         Ok(())
     }
@@ -227,6 +278,12 @@ pub fn read<B: Backend<Real = f32>>(
         let mut file = vec![0.0; shape.iter().product()];
         weights.read(&name, &mut file)?;
         each(&name, &file);
+        let narrow = |t: &Named| t.narrow.is_some();
+        if parts.iter().any(narrow)
+            && let Some(&value) = file.iter().find(|v| parts.iter().any(|t| !t.holds(**v)))
+        {
+            return Err(WeightsError::Narrow { name, value });
+        }
         let mut rest = file.as_slice();
         for t in parts {
             let (part, after) = rest.split_at(t.len());
@@ -262,6 +319,60 @@ pub fn write<B: Backend<Real = f32>>(
     })
 }
 
+/// Writes a network and its adapters as an ordinary network: `W += s·(B·A)ᵀ`, summed in `f64`.
+/// `tensors` has the adapters of every block, in the order of the blocks.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_merged<B: Backend<Real = f32>>(
+    path: &Path,
+    tensors: Vec<Named>,
+    adapters: Option<Adapters>,
+    be: &B,
+) -> core::result::Result<(), WeightsError> {
+    let (parts, tensors): (Vec<_>, Vec<_>) = tensors.into_iter().partition(Named::is_adapter);
+    let (file, mut pairs) = (of_file(&tensors), parts.chunks_exact(2));
+    weights::write::<WeightsError>(path, &shapes(&tensors), |i, sink| {
+        for t in &tensors[file[i].2.clone()] {
+            let pair = if t.tensor.name == "attn.c_attn.weight" { pairs.next() } else { None };
+            let (Some(adapters), Some([a, b])) = (adapters, pair) else {
+                put(t, be, sink)?;
+                continue;
+            };
+            let values = with_adapter(t, a, b, adapters.shape, be)?;
+            sink.put(&if t.transposed { transpose(&values, t.tensor.rows) } else { values })?;
+        }
+        Ok(())
+    })
+}
+
+/// The values of `c_attn` with its adapter.
+fn with_adapter<B: Backend<Real = f32>>(
+    t: &Named,
+    a: &Named,
+    b: &Named,
+    shape: LoraShape,
+    be: &B,
+) -> Result<Vec<f32>> {
+    let (d, r, all) = (t.tensor.rows, shape.rank, t.tensor.cols);
+    let (mut values, mut down, mut up) =
+        (vec![0.0; t.len()], vec![0.0; a.len()], vec![0.0; b.len()]);
+    t.get(be, 0, &mut values)?;
+    a.get(be, 0, &mut down)?;
+    b.get(be, 0, &mut up)?;
+    for (i, row) in values.chunks_exact_mut(all).enumerate() {
+        // Queries have the first r rows of both, values the others; keys have none.
+        for (rows, at) in [(0..r, 0), (r..2 * r, 2 * d)] {
+            for (j, x) in row[at..at + d].iter_mut().enumerate() {
+                let product = |q: usize| f64::from(down[q * d + i]) * f64::from(up[q * d + j]);
+                let sum = rows.clone().map(product).sum::<f64>();
+                *x = (f64::from(*x) + shape.scale() * sum) as f32;
+            }
+        }
+    }
+    Ok(values)
+}
+
 fn put<B: Backend<Real = f32>>(
     t: &Named,
     be: &B,
@@ -269,13 +380,13 @@ fn put<B: Backend<Real = f32>>(
 ) -> core::result::Result<(), WeightsError> {
     if t.transposed {
         let mut ours = vec![0.0; t.len()];
-        be.read_reals(t.values, &mut ours)?;
+        t.get(be, 0, &mut ours)?;
         return sink.put(&transpose(&ours, t.tensor.rows));
     }
     let mut piece = vec![0.0; PIECE.min(t.len())];
     for at in (0..t.len()).step_by(PIECE) {
         let piece = &mut piece[..PIECE.min(t.len() - at)];
-        be.read_reals(t.values.sub(at, piece.len()), piece)?;
+        t.get(be, at, piece)?;
         sink.put(piece)?;
     }
     Ok(())

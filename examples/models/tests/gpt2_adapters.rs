@@ -18,8 +18,8 @@ use bdia_models::files::testing::TempDir;
 use bdia_models::gpt2::adapter::{self, Adapter};
 use bdia_models::gpt2::config::{Gpt2Config, Size};
 use bdia_models::gpt2::files::load_weights;
-use bdia_models::gpt2::model::{Adapters, Gpt2, Setup};
-use bdia_models::named::Named;
+use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::named::{Adapters, Named};
 use bdia_models::weights::Weights;
 use common::{
     Memory, SGD, STANDARD, State, bdia, bdia_float, checkpoint, data, float, lay_out, small, state,

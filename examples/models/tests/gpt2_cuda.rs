@@ -13,7 +13,8 @@ use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::{Error, Fault, Sign, Site, Storage};
 use bdia_cuda::{Cuda, Options, Precision};
-use bdia_models::gpt2::model::{Adapters, Dims, Gpt2, Setup};
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
+use bdia_models::named::Adapters;
 use common::{ADAMW, Memory, STANDARD, bdia, checkpoint, lay_out, run, small, verified};
 
 const STEP: Step = Step { step: 0, seed: 11, lr: 3e-3, weight_decay: 0.1, clip: 0.0 };

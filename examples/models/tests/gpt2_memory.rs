@@ -19,8 +19,8 @@ use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::{Category, Error, Layout, Sign};
 use bdia_cpu::Cpu;
-use bdia_models::gpt2::model::{Adapters, Dims, Gpt2, Setup};
-use bdia_models::named::Named;
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
+use bdia_models::named::{Adapters, Named};
 use common::{Memory, bdia, bdia_float, float, grid, lay_out, small};
 
 #[global_allocator]

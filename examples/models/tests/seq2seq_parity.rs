@@ -45,6 +45,7 @@ fn setup(s: &State, mode: Mode) -> Setup {
         // The learning rate is 0, so that the parameters stay; gradients are kept in full
         // buffers.
         gradients: Gradients::Full(SGD),
+        adapters: None,
         smoothing: s.number("smoothing"),
         head_rows: 5,
         threads: 1,
@@ -116,6 +117,49 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
                 for (i, (&a, &b)) in found.iter().zip(&expected).enumerate() {
                     assert!(close(a, b), "{name}: gradient of {}[{i}]: {a} {b}", t.name);
                 }
+            }
+        }
+    }
+}
+
+/// A network with adapters computes what the network computes whose matrices they were added to,
+/// of which PyTorch says that it is right.
+#[test]
+fn adapters_have_the_gradients_of_the_merged_network() {
+    for name in ["shared", "separate"] {
+        let (s, pairs) = state(name);
+        let batch: Vec<_> = pairs.iter().collect();
+        let shape = Translator::shape_of(&batch, 3);
+        let lay_out = |setup: &Setup| {
+            let none = |_: &Translator| Ok(Vec::new());
+            Translator::layout::<Reference<'_, f64>>(setup, &[shape], none).unwrap()
+        };
+        let plain = setup(&s, STANDARD);
+        let (mut model, layout) = lay_out(&Setup { adapters: Some(common::ADAPTERS), ..plain });
+        let mut memory = Memory::<f64>::new(&layout);
+        let mut be = memory.backend(&layout);
+        s.load(&mut be, &model.tensors());
+        let trained = model.trained();
+        assert!(trained.iter().all(|t| t.is_adapter()));
+        let adapters = common::set_adapters(&mut be, &trained);
+        assert_eq!(adapters.len(), 2 * plain.dims.layers.iter().sum::<usize>());
+        let outcome = model.train(&mut be, &STEP, &[(&batch, 3)]).unwrap();
+
+        let (mut whole, layout) = lay_out(&plain);
+        let mut memory = Memory::<f64>::new(&layout);
+        let mut merged = memory.backend(&layout);
+        let tensors = whole.tensors();
+        s.load(&mut merged, &tensors);
+        common::add_adapters(&mut merged, &tensors, &adapters);
+        let expected = whole.train(&mut merged, &STEP, &[(&batch, 3)]).unwrap();
+        assert!(close(outcome.loss, expected.loss), "{name}: {outcome:?} {expected:?}");
+        let all = common::gradients_of_adapters(&merged, &tensors, &adapters);
+        assert_eq!(all.len(), trained.len());
+        for (t, expected) in trained.iter().zip(all) {
+            let found = be.reals(t.gradient).unwrap();
+            assert_eq!(found.len(), expected.len());
+            for (i, (&a, &b)) in found.iter().zip(&expected).enumerate() {
+                assert!(close(a, b), "{name}: gradient of {}[{i}]: {a} {b}", t.name);
             }
         }
     }

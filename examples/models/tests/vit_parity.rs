@@ -48,6 +48,7 @@ fn setup(s: &State) -> Setup {
         // The learning rate is 0, so that the parameters stay; gradients are kept in full
         // buffers.
         gradients: Gradients::Full(SGD),
+        adapters: None,
         drop_path: 0.0,
         smoothing: s.number("smoothing"),
         mixup: false,
@@ -102,6 +103,52 @@ fn logits_loss_and_all_gradients_are_those_of_pytorch() {
             let error = outcome.rebuilt.error;
             assert!(error > 0.0 && error < 1e-13, "{error}");
         }
+    }
+}
+
+/// A network with adapters computes what the network computes whose matrices they were added to,
+/// of which PyTorch says that it is right; what is frozen has no gradient, the head has one.
+#[test]
+fn adapters_and_the_head_have_the_gradients_of_the_merged_network() {
+    for name in ["small", "plain"] {
+        let s = state(name);
+        let close = |a: f64, b: f64| (a - b).abs() < 1e-11 * (1.0 + b.abs());
+        let with = Setup { adapters: Some(common::ADAPTERS), ..setup(&s) };
+        let (mut model, layout) = Vit::layout::<Reference<'_, f64>>(&with).unwrap();
+        let mut memory = Memory::<f64>::new(&layout);
+        let mut be = memory.backend(&layout);
+        s.load(&mut be, &model.tensors());
+        let trained = model.trained();
+        let adapters = common::set_adapters(&mut be, &trained);
+        let outcome = model.train(&mut be, &STEP, 1.0, |_, i, out| image(&s, i, out)).unwrap();
+
+        let (mut whole, layout) = Vit::layout::<Reference<'_, f64>>(&setup(&s)).unwrap();
+        let mut memory = Memory::<f64>::new(&layout);
+        let mut merged = memory.backend(&layout);
+        let tensors = whole.tensors();
+        s.load(&mut merged, &tensors);
+        common::add_adapters(&mut merged, &tensors, &adapters);
+        let expected = whole.train(&mut merged, &STEP, 1.0, |_, i, out| image(&s, i, out)).unwrap();
+        assert!(close(outcome.loss, expected.loss), "{name}: {outcome:?} {expected:?}");
+
+        let of_adapters = common::gradients_of_adapters(&merged, &tensors, &adapters);
+        let (mut blocks, mut others) = (of_adapters.into_iter(), Vec::new());
+        for t in &trained {
+            let found = be.reals(t.gradient).unwrap();
+            let expected = if t.is_adapter() {
+                blocks.next().unwrap()
+            } else {
+                others.push(t.name.as_str());
+                let same = tensors.iter().find(|other| other.name == t.name).unwrap();
+                merged.reals(same.gradient).unwrap().to_vec()
+            };
+            assert_eq!(found.len(), expected.len());
+            for (i, (&a, &b)) in found.iter().zip(&expected).enumerate() {
+                assert!(close(a, b), "{name}: gradient of {}[{i}]: {a} {b}", t.name);
+            }
+        }
+        assert_eq!(others, ["norm.weight", "norm.bias", "head.weight", "head.bias"]);
+        assert!(model.tensors().iter().filter(|t| !t.is_trained()).all(|t| t.gradient.is_empty()));
     }
 }
 

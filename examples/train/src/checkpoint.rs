@@ -181,6 +181,21 @@ pub fn save<B: Backend<Real = f32>>(
     Ok(path)
 }
 
+/// Digest of a whole file.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn digest_of(path: &Path) -> Result<u64, FileError> {
+    let mut file = File::open(path).map_err(|e| FileError::io(path, "open it", e))?;
+    let (mut hash, mut piece) = (Xxh3::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut piece).map_err(|e| FileError::io(path, "read it", e))? {
+            0 => return Ok(hash.digest()),
+            n => hash.update(&piece[..n]),
+        }
+    }
+}
+
 fn damaged(path: &Path, what: impl Into<String>) -> CheckpointError {
     CheckpointError::Damaged { path: path.to_path_buf(), what: what.into() }
 }

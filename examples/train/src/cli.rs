@@ -1,17 +1,23 @@
 //! Flags that every training program has, their checks, and what a resumed run may change.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use bdia_core::backend::Half;
+use bdia_core::layers::LoraShape;
 use bdia_core::optim::{Decay, Rule, Schedule};
 use bdia_core::{FloatGamma, Gamma, Grid, Sign};
 use bdia_models::config::{self, Training};
 use bdia_models::gpt2::config as gpt2;
+use bdia_models::named::Adapters;
+use bdia_models::weights::WeightsError;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, ValueEnum};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+use crate::error::Failure;
 
 /// How activations are kept for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -492,6 +498,119 @@ pub struct RunFlags<'a> {
     pub given: &'a mut BTreeSet<String>,
     /// Files and directories that the run reads.
     pub inputs: Vec<&'a mut PathBuf>,
+}
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MethodKind {
+    /// Every parameter.
+    #[default]
+    Full,
+    /// Low-rank adapters of self-attention's queries and values, and of a classifier its head; all
+    /// else stays as it is.
+    Lora,
+}
+
+/// How the parameters of a model that stays as it is are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrozenKind {
+    /// 32 bits.
+    F32,
+    /// The matrices of the blocks in 16 bits, with the exponents of f32.
+    Bf16,
+    /// The matrices of the blocks in 16 bits, with three more bits of fraction.
+    F16,
+}
+
+/// What is trained, and how the rest is stored.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Method")]
+pub struct MethodArgs {
+    /// What is trained
+    #[arg(long, default_value = "full")]
+    #[serde(default)]
+    pub method: MethodKind,
+    /// Rank of the adapters of queries and of values [default: 4]
+    #[arg(long, value_name = "R", value_parser = count(1 << 16))]
+    pub lora_rank: Option<u64>,
+    /// Adapters are multiplied by alpha/rank [default: 32]
+    #[arg(long, value_name = "A", value_parser = positive)]
+    pub lora_alpha: Option<f64>,
+    /// How the parameters that are not trained are stored [default: f32]
+    #[arg(long, value_name = "TYPE")]
+    pub frozen_dtype: Option<FrozenKind>,
+}
+
+impl MethodArgs {
+    /// Adapters, where those are trained.
+    pub fn adapters(&self) -> Option<Adapters> {
+        (self.method == MethodKind::Lora).then(|| Adapters {
+            shape: LoraShape {
+                rank: self.lora_rank.unwrap_or(4) as usize,
+                alpha: self.lora_alpha.unwrap_or(32.0),
+            },
+            half: match self.frozen_dtype {
+                None | Some(FrozenKind::F32) => None,
+                Some(FrozenKind::Bf16) => Some(Half::Bf16),
+                Some(FrozenKind::F16) => Some(Half::F16),
+            },
+        })
+    }
+
+    /// Checks that adapters have a network to start from, which the run does not overwrite.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn check_start(&self, weights: Option<&Path>, out: &Path) -> Result<(), Failure> {
+        if self.method != MethodKind::Lora {
+            return Ok(());
+        }
+        let Some(weights) = weights else {
+            return Err(Failure::Other(
+                "--method lora needs --weights, the network that its adapters are for; add that, \
+                 or leave --method out"
+                    .into(),
+            ));
+        };
+        let place = |dir: &Path| dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+        if place(weights) == place(out) {
+            return Err(Failure::Other(format!(
+                "--out is {}, as --weights is: the network that the adapters are for would be \
+                 overwritten; name another directory",
+                out.display()
+            )));
+        }
+        Ok(())
+    }
+
+    /// The error of weights that a network cannot be read from.
+    pub fn unreadable(error: WeightsError) -> Failure {
+        match error {
+            WeightsError::Narrow { .. } => {
+                Failure::Other(format!("{error}; use another --frozen-dtype"))
+            }
+            other => other.into(),
+        }
+    }
+
+    /// What single flags cannot show to be wrong.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn check(&self) -> Result<(), String> {
+        let lora =
+            self.lora_rank.is_some() || self.lora_alpha.is_some() || self.frozen_dtype.is_some();
+        if self.method == MethodKind::Full && lora {
+            return Err(
+                "--lora-rank, --lora-alpha and --frozen-dtype belong to --method lora; add that \
+                 or leave them out"
+                    .into(),
+            );
+        }
+        Ok(())
+    }
 }
 
 /// The flags of a run over data that it sees again and again, whose intervals are epochs.

@@ -17,10 +17,12 @@
 
 use core::fmt;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use bdia_core::network::Step;
 use bdia_core::rng::{Draw, Stream};
 use bdia_models::bpe::Bpe;
+use bdia_models::files::write_bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::Failure;
@@ -117,10 +119,20 @@ impl Text {
         })
     }
 
+    /// Writes what another program needs to learn from the same: `tokenizer.json`, and the tokens
+    /// of both parts as 16-bit numbers without a header, `train.bin` and `validation.bin`.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    pub fn write(&self, dir: &Path) -> Result<(), Failure> {
+        self.vocabulary.write(&dir.join("tokenizer.json"))?;
+        write_bytes(&dir.join("train.bin"), &bytes(&self.train))?;
+        Ok(write_bytes(&dir.join("validation.bin"), &bytes(&self.validation))?)
+    }
+
     /// Identifies the training tokens.
     pub fn digest(&self) -> u64 {
-        let bytes: Vec<u8> = self.train.iter().flat_map(|t| t.to_le_bytes()).collect();
-        xxh3_64(&bytes)
+        xxh3_64(&bytes(&self.train))
     }
 
     /// Samples `first`, `first + 1`, … of a step, as many of `context` tokens as the buffers hold.
@@ -164,6 +176,10 @@ impl Text {
         let text = format!("loss {loss:.4} ({bits:.3} bits per byte) over {count} tokens");
         Ok(Validation { loss, text, ..Validation::default() })
     }
+}
+
+fn bytes(tokens: &[u16]) -> Vec<u8> {
+    tokens.iter().flat_map(|t| t.to_le_bytes()).collect()
 }
 
 /// Tokens of a text, and as targets those that follow; behind its end there are none.

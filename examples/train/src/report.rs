@@ -377,7 +377,9 @@ impl fmt::Display for MemoryTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::trainer::Metric;
     use bdia_models::files::testing::TempDir;
+    use std::collections::BTreeMap;
 
     #[test]
     fn every_chart_is_drawn() {
@@ -408,6 +410,46 @@ mod tests {
             svg(&dir.path().join("a/b.svg"), &Chart { title: "", x: "", y: "", series: &[] })
                 .is_err()
         );
+    }
+
+    #[test]
+    fn metrics_have_each_step_once_after_a_resume() {
+        let metric = |step: u64| Metric {
+            step,
+            loss: 4.0 - step as f64 / 10.0,
+            lr: 1e-3,
+            grad_norm: 0.5,
+            items_per_s: 1234.5,
+            val_loss: (step == 2).then_some(3.5),
+            scores: BTreeMap::new(),
+        };
+        let dir = TempDir::new();
+        let path = dir.path().join("metrics.jsonl");
+        let mut m = Metrics::<Metric>::create(&path).unwrap();
+        for step in 1..=5 {
+            m.push(&metric(step)).unwrap();
+        }
+        drop(m);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(
+            text.lines().next().unwrap(),
+            r#"{"step":1,"loss":3.9,"lr":0.001,"grad_norm":0.5,"items_per_s":1234.5}"#
+        );
+        assert!(text.lines().nth(1).unwrap().ends_with(r#""val_loss":3.5}"#));
+        // Killed in the middle of a line.
+        std::fs::write(&path, &text[..text.len() - 9]).unwrap();
+        let mut m = Metrics::<Metric>::resume(&path, 3).unwrap();
+        for step in 4..=6 {
+            m.push(&metric(step)).unwrap();
+        }
+        let read = |path: &Path| Metrics::<Metric>::read(path).unwrap();
+        assert_eq!(read(&path), (1..=6).map(metric).collect::<Vec<_>>());
+        assert_eq!(read(&dir.path().join("none")), []);
+        dir.file("metrics.jsonl", b"\xff\n[]\n{\"step\":1}\n");
+        assert_eq!(read(&path), []);
+        Metrics::<Metric>::create(&path).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"");
+        assert!(Metrics::<Metric>::create(&dir.path().join("a/b")).is_err());
     }
 
     #[test]

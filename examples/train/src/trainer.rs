@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::alloc::{Counting, peak_rss_bytes};
 use crate::checkpoint::{self, Header};
-use crate::cli::{Flags, Mode, OptimArgs, StepArgs, name_of};
+use crate::cli::{Flags, MethodArgs, MethodKind, Mode, OptimArgs, StepArgs, name_of};
 use crate::error::Failure;
 use crate::machine::{self, Work};
 use crate::report::{self, Chart, Metrics, Record, Series};
@@ -764,4 +764,23 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
 /// The name of a mode in the table.
 pub fn mode_name(mode: Mode) -> String {
     name_of(&mode)
+}
+
+/// How many parameters are trained, where they are those of adapters.
+pub fn adapters(there: bool, trained: usize) -> String {
+    if there { format!(", {trained} of adapters (and head) trained") } else { String::new() }
+}
+
+/// Identifies the data of a run, and the weights that its adapters belong to, which are read again
+/// when the run goes on.
+///
+/// # Errors
+/// Weights that cannot be read.
+pub fn digest(data: u64, method: &MethodArgs, weights: Option<&Path>) -> Result<u64, Failure> {
+    match (method.method, weights) {
+        (MethodKind::Lora, Some(dir)) => {
+            Ok(data ^ checkpoint::digest_of(&dir.join(bdia_models::weights::FILE))?)
+        }
+        _ => Ok(data),
+    }
 }

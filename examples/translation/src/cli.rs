@@ -99,6 +99,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[arg(value_parser = count(64), help_heading = "Run")]
     pub beams: u64,
+    /// What is trained.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub method: MethodArgs,
     /// Mode, optimizer, run, machine.
     #[command(flatten)]
     #[serde(flatten)]
@@ -128,6 +132,7 @@ impl TrainArgs {
     /// A sentence.
     pub fn check(&self) -> Result<(), String> {
         self.run.check()?;
+        self.method.check()?;
         if self.data.is_empty() && !self.held_out.is_empty() {
             return Err("--held-out belongs to --data; number words are split by themselves".into());
         }

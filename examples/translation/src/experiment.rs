@@ -17,7 +17,7 @@ use crate::train::train;
 /// # Errors
 /// [`Failure`]; what is finished stays, and the same command goes on.
 pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
-    study::begin(&args.dir, &args.train, &[])?;
+    study::begin(&args.dir, &args.train, &["method"])?;
     let study: Study<'_, TrainArgs, Summary> =
         Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train };
     let more = args.more_dropout;

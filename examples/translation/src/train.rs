@@ -19,13 +19,14 @@ use bdia_core::plan::{Choice, fit};
 use bdia_core::{Layout, Reals};
 use bdia_models::files::write_bytes;
 use bdia_models::inference::Inference;
+use bdia_models::named::Named;
 use bdia_models::seq2seq::config::TranslationConfig;
 use bdia_models::seq2seq::decode::{Search, Sizes};
 use bdia_models::seq2seq::files::{load_weights, save_weights};
 use bdia_models::seq2seq::model::{Setup, Shape, Tokens, Translator};
 use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
 use bdia_models::weights;
-use bdia_train::cli::BackendKind;
+use bdia_train::cli::{BackendKind, MethodArgs};
 use bdia_train::machine::{self, for_kind};
 use bdia_train::trainer::{
     self, Picture, Planned, Settings, Summary, Task, Validation, Verify, When,
@@ -127,6 +128,7 @@ fn setup(args: &TrainArgs, config: &TranslationConfig) -> Result<Setup, Failure>
         dims: config.dims(),
         mode: machine::mode(&args.run.mode, layers, args.run.verify)?,
         gradients: machine::gradients(&args.run.optim, args.run.accumulate),
+        adapters: args.method.adapters(),
         smoothing: args.smoothing,
         head_rows: machine::rows(args.run.machine.backend).head,
         threads,
@@ -241,6 +243,7 @@ struct Training {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let (args, from) = run::begin(args)?;
+    args.method.check_start(args.weights.as_deref(), &args.run.out)?;
     let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
     let vocabulary = if from.is_some() { Some(args.run.out.clone()) } else { args.weights.clone() };
@@ -294,14 +297,17 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
 }
 
 impl Task for Training {
-    const DATA: &'static str = "the training data or its vocabulary";
+    const DATA: &'static str =
+        "the training data, its vocabulary, or the model whose adapters are trained,";
 
     fn describe(&self) -> String {
         let (p, c) = (&self.prepared, &self.prepared.config);
+        let (adapters, [parameters, trained]) =
+            (self.model.setup().adapters.is_some(), self.parameters());
         format!(
-            "{} parameters, {} + {} blocks, width {}, vocabulary {}, {} thread(s); {} pairs to \
-             learn from, {} held out, of {}{}",
-            self.model.parameters(),
+            "{parameters} parameters{}, {} + {} blocks, width {}, vocabulary {}, {} \
+             thread(s); {} pairs to learn from, {} held out, of {}{}",
+            trainer::adapters(adapters, trained),
             c.encoder_layers,
             c.decoder_layers,
             c.width,
@@ -319,16 +325,19 @@ impl Task for Training {
     }
 
     fn digest(&self) -> Result<u64, Failure> {
-        digest(&self.prepared.data, &self.prepared.vocabularies)
+        let data = digest(&self.prepared.data, &self.prepared.vocabularies)?;
+        trainer::digest(data, &self.args.method, self.args.weights.as_deref())
     }
 
     fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure> {
-        if resumed {
+        // What is frozen is in no checkpoint.
+        if resumed && self.model.setup().adapters.is_none() {
             return Ok(());
         }
         self.model.initialize(be, self.args.run.seed)?;
         if let Some(dir) = &self.args.weights {
-            load_weights(&dir.join(weights::FILE), be, &self.model)?;
+            load_weights(&dir.join(weights::FILE), be, &self.model)
+                .map_err(MethodArgs::unreadable)?;
         }
         Ok(())
     }
@@ -339,7 +348,7 @@ impl Task for Training {
     }
 
     fn parameters(&self) -> [usize; 2] {
-        [self.model.parameters(); 2]
+        [self.model.parameters(), self.model.trained().iter().map(Named::len).sum()]
     }
 
     fn saved(&self) -> Vec<Reals> {

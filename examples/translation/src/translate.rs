@@ -17,7 +17,7 @@ use bdia_models::weights;
 use bdia_train::cli::{self, BackendKind};
 use bdia_train::machine::{self, Work, for_kind};
 use bdia_train::scores::{bleu, chrf};
-use bdia_train::{Failure, checkpoint, report, run};
+use bdia_train::{Failure, checkpoint, report, run, trainer};
 
 use crate::batch::{Batches, chunk_of};
 use crate::cli::{EvalArgs, SearchArgs, TrainArgs, TranslateArgs};
@@ -200,6 +200,7 @@ impl Trained {
             dims: config.dims(),
             mode,
             gradients: Gradients::None,
+            adapters: None,
             smoothing: 0.0,
             head_rows: machine::rows(args.machine.backend).head,
             threads,
@@ -313,10 +314,16 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let mut trained = Trained::read(&args.search)?;
     let pairs = if args.data.is_empty() {
         let dir = &args.search.weights;
-        let data = dataset(&run::saved::<TrainArgs>(dir)?)?;
-        // What was learned from must not be what is asked for.
+        let args = run::saved::<TrainArgs>(dir)?;
+        let data = dataset(&args)?;
+        let own = || {
+            let data = digest(&data, &trained.vocabularies)?;
+            trainer::digest(data, &args.method, args.weights.as_deref())
+        };
+        // What was learned from must not be what is asked for. The network of merged adapters may
+        // be gone: then that is not known.
         if let Ok((path, header, _)) = checkpoint::newest(dir)
-            && header.data != digest(&data, &trained.vocabularies)?
+            && own().is_ok_and(|own| header.data != own)
         {
             let what =
                 "the pairs or the vocabulary have changed since; --data names pairs to evaluate";

@@ -145,6 +145,42 @@ fn training_is_exact_and_resumes_exactly() {
     );
 }
 
+/// Adapters of a trained network: all else stays, the result is an ordinary network, and a run goes
+/// on exactly.
+#[test]
+fn adapters_are_trained_on_frozen_weights() {
+    let dir = TempDir::new();
+    let [base, a, b] = ["base", "a", "b"].map(|name| dir.path().join(name));
+    good(&base, &format!("train {SMALL} --epochs 1"));
+    let small = SMALL.replace("--vocab 300 ", "");
+    let flags = format!(
+        "train {small} --epochs 2 --checkpoint-interval 1 --method lora --frozen-dtype f16 \
+         --weights {}",
+        base.display()
+    );
+    let whole = json(&good(&a, &format!("{flags} --verify --json")));
+    assert_eq!(whole["verify_mismatches"], 0);
+    // Five blocks, two adapters of rank 4 each, A and B.
+    assert_eq!(whole["trained_parameters"], 5 * 2 * 2 * 4 * 16);
+    let float = command("eval --json --weights").arg(&a).output().unwrap();
+    let float = json(&String::from_utf8(float.stdout).unwrap());
+    let (x, y) = (float["loss"].as_f64().unwrap(), whole["val_loss"].as_f64().unwrap());
+    assert!((x - y).abs() < 1e-5 * y, "{x} {y}");
+    good(&b, &flags);
+    let steps = whole["steps"].as_u64().unwrap();
+    std::fs::remove_file(b.join(format!("step-{steps:08}.ckpt"))).unwrap();
+    std::fs::remove_file(b.join("model.safetensors")).unwrap();
+    let o = command("train --resume").arg(&b).output().unwrap();
+    assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+    for file in ["model.safetensors", "best.safetensors"] {
+        assert_eq!(
+            std::fs::read(a.join(file)).unwrap(),
+            std::fs::read(b.join(file)).unwrap(),
+            "{file}"
+        );
+    }
+}
+
 /// Every mode and option trains; storing and recomputing give the same bits, and so do more
 /// threads.
 #[test]

@@ -111,6 +111,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 32)]
     #[arg(value_parser = count(1 << 20), help_heading = "Run")]
     pub batch: u64,
+    /// What is trained.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub method: MethodArgs,
     /// Mode, optimizer, run, machine.
     #[command(flatten)]
     #[serde(flatten)]
@@ -135,6 +139,10 @@ impl TrainArgs {
     /// A sentence.
     pub fn check(&self) -> Result<(), String> {
         self.run.check()?;
+        self.method.check()?;
+        if self.network == Network::Revvit && self.method.method == MethodKind::Lora {
+            return Err("--method lora belongs to --network vit; leave one of them out".into());
+        }
         if self.network == Network::Revvit
             && (self.run.given.contains("mode") || self.run.mode.quantize)
         {

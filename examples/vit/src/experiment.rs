@@ -51,7 +51,7 @@ fn of_runs(cells: &[Cell], results: &[Vec<Summary>]) -> Table {
 /// # Errors
 /// [`Failure`]; what is finished stays.
 pub fn run(args: &ExperimentArgs) -> Result<(), Failure> {
-    study::begin(&args.dir, &args.train, &["network"])?;
+    study::begin(&args.dir, &args.train, &["network", "method"])?;
     let study = Study { dir: &args.dir, seeds: args.seeds, base: &args.train, train: train::train };
     match args.name {
         Experiment::Accuracy => accuracy(&study),

@@ -19,12 +19,13 @@ use bdia_core::stack::Mode as StackMode;
 use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
 use bdia_core::{Grid, Layout, Reals};
 use bdia_models::inference::Inference;
+use bdia_models::named::Named;
 use bdia_models::plan::Plan;
 use bdia_models::vit::config::VitConfig;
 use bdia_models::vit::files::{load_weights, save_weights};
 use bdia_models::vit::model::{Setup, Vit};
 use bdia_models::weights;
-use bdia_train::cli::{self, BackendKind, MachineArgs, Mode};
+use bdia_train::cli::{self, BackendKind, MachineArgs, MethodArgs, Mode};
 use bdia_train::machine::{self, Work};
 use bdia_train::trainer::{
     self, Picture, Planned, Settings, Summary, Task, Validation, Verify, When,
@@ -106,6 +107,7 @@ fn setup(args: &TrainArgs, config: &VitConfig, ranks: usize) -> Result<Setup, Fa
         chunk: 1,
         mode,
         gradients: machine::gradients(&args.run.optim, args.run.accumulate),
+        adapters: args.method.adapters(),
         drop_path: args.drop_path,
         smoothing: args.smoothing,
         mixup: args.mixup > 0.0,
@@ -168,6 +170,7 @@ struct Training {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     let (args, from) = run::begin(args)?;
+    args.method.check_start(args.weights.as_deref(), &args.run.out)?;
     let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
     let (data, config, augment) = prepare(&args)?;
@@ -306,12 +309,14 @@ fn percent(x: f64) -> String {
 }
 
 impl Task for Training {
+    const DATA: &'static str = "the training data, or the model whose adapters are trained,";
+
     fn describe(&self) -> String {
-        let (c, s) = (&self.config, self.model.setup());
+        let (c, s, [parameters, trained]) = (&self.config, self.model.setup(), self.parameters());
         format!(
-            "{} parameters, {} blocks, width {}, {} patches, batch {}, {} thread(s); {} training \
-             and {} held-out images of {}",
-            self.model.parameters(),
+            "{parameters} parameters{}, {} blocks, width {}, {} patches, batch {}, {} \
+             thread(s); {} training and {} held-out images of {}",
+            trainer::adapters(s.adapters.is_some(), trained),
             c.layers,
             c.width,
             s.dims.patches.count(),
@@ -324,16 +329,18 @@ impl Task for Training {
     }
 
     fn digest(&self) -> Result<u64, Failure> {
-        Ok(self.data.digest())
+        trainer::digest(self.data.digest(), &self.args.method, self.args.weights.as_deref())
     }
 
     fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure> {
-        if resumed {
+        // What is frozen is in no checkpoint.
+        if resumed && self.model.setup().adapters.is_none() {
             return Ok(());
         }
         self.model.initialize(be, self.args.run.seed)?;
         if let Some(dir) = &self.args.weights {
-            load_weights(&dir.join(weights::FILE), be, &self.model)?;
+            load_weights(&dir.join(weights::FILE), be, &self.model)
+                .map_err(MethodArgs::unreadable)?;
         }
         Ok(())
     }
@@ -343,7 +350,7 @@ impl Task for Training {
     }
 
     fn parameters(&self) -> [usize; 2] {
-        [self.model.parameters(); 2]
+        [self.model.parameters(), self.model.trained().iter().map(Named::len).sum()]
     }
 
     fn saved(&self) -> Vec<Reals> {
@@ -499,6 +506,7 @@ fn with_model(
             verify: false,
         },
         gradients: Gradients::None,
+        adapters: None,
         drop_path: 0.0,
         smoothing: 0.0,
         mixup: false,

@@ -89,6 +89,82 @@ fn training_is_exact_and_resumes_exactly() {
     }
 }
 
+/// Adapters and head of a trained network: what is frozen stays, the result is an ordinary network,
+/// and a run goes on exactly, on the weights that it began with.
+#[test]
+fn adapters_are_trained_on_frozen_weights() {
+    let dir = TempDir::new();
+    let [base, a, b] = ["base", "a", "b"].map(|name| dir.path().join(name));
+    good(&base, &format!("train {SMALL} --epochs 2"));
+    let flags = format!(
+        "train {SMALL} --epochs 3 --checkpoint-interval 1 --method lora --lora-rank 2 --weights {}",
+        base.display()
+    );
+    let o = run(&a, &format!("train {SMALL} --method lora"));
+    assert_eq!(o.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("--method lora needs --weights"));
+
+    for frozen in ["f32", "bf16"] {
+        let flags = format!("{flags} --frozen-dtype {frozen}");
+        let whole = json(&good(&a, &format!("{flags} --verify --json")));
+        assert_eq!(whole["verify_mismatches"], 0);
+        let trained = whole["trained_parameters"].as_u64().unwrap();
+        // Three blocks, two adapters of rank 2 each, A and B; norm and head.
+        assert_eq!(trained, 3 * 2 * 2 * 2 * 16 + 2 * 16 + 16 * 10 + 10);
+
+        let read = |dir: &Path| {
+            let path = vec![dir.join("model.safetensors")];
+            bdia_models::weights::Weights::read_files(path).unwrap()
+        };
+        let (before, after) = (read(&base), read(&a));
+        for (name, tensor) in before.tensors() {
+            let mut values = [vec![0.0; tensor.len()], vec![0.0; tensor.len()]];
+            before.read(name, &mut values[0]).unwrap();
+            after.read(name, &mut values[1]).unwrap();
+            if frozen == "bf16" && name.starts_with("blocks") && tensor.shape.len() == 2 {
+                for x in &mut values[0] {
+                    // To nearest, ties to even.
+                    let bits = x.to_bits();
+                    *x = f32::from_bits((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF_0000);
+                }
+            }
+            let ends = ["norm.weight", "norm.bias", "head.weight", "head.bias"];
+            let changes = name.ends_with("qkv.weight") || ends.contains(&name);
+            assert_eq!(values[0] != values[1], changes, "{frozen}: {name}");
+            if name.contains("qkv.weight") {
+                // Keys have no adapter.
+                assert_eq!(values[0][16 * 16..32 * 16], values[1][16 * 16..32 * 16], "{name}");
+            }
+        }
+        // What was written is what was measured, up to the roundings of the sum.
+        let o = Command::new(PROGRAM).args(["eval", "--json", "--weights"]).arg(&a).output();
+        let found = json(&String::from_utf8(o.unwrap().stdout).unwrap());
+        let (x, y) = (found["loss"].as_f64().unwrap(), whole["val_loss"].as_f64().unwrap());
+        assert!((x - y).abs() < 1e-5 * y, "{x} {y}");
+
+        // The last epoch again.
+        good(&b, &flags);
+        std::fs::remove_file(b.join("step-00000015.ckpt")).unwrap();
+        std::fs::remove_file(b.join("model.safetensors")).unwrap();
+        let resume = || Command::new(PROGRAM).args(["train", "--resume"]).arg(&b).output().unwrap();
+        let o = resume();
+        assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+        for file in ["model.safetensors", "best.safetensors"] {
+            assert_eq!(
+                std::fs::read(a.join(file)).unwrap(),
+                std::fs::read(b.join(file)).unwrap(),
+                "{frozen}: {file}"
+            );
+        }
+        if frozen == "bf16" {
+            good(&base, &format!("train {SMALL} --epochs 1"));
+            let o = resume();
+            let told = String::from_utf8_lossy(&o.stderr).into_owned();
+            assert!(o.status.code() == Some(1) && told.contains("whose adapters"), "{told}");
+        }
+    }
+}
+
 /// Killed at many moments, while checkpoints are written too, a run ends with the bits of one that
 /// was left alone.
 #[test]

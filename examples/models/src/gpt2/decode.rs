@@ -17,7 +17,7 @@ use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::{Backend, Chunk};
 use bdia_core::error::{Error, Result};
-use bdia_core::layers::{Cached, LmHead, PreNorm, TokenEmbedding};
+use bdia_core::layers::{LmHead, PreNorm, TokenEmbedding};
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Blocks, Call, Config as StackConfig, Input, Needs, Stack, Tail};
@@ -25,6 +25,7 @@ use bdia_core::stack::{Blocks, Call, Config as StackConfig, Input, Needs, Stack,
 use super::config::Gpt2Config;
 use super::files::load_weights;
 use super::model::{Gpt2, Setup};
+use crate::cache::{Cache, NO_TRAINING, Next};
 use crate::config::ConfigError;
 use crate::inference::Inference;
 use crate::sample::{SampleError, Sampler};
@@ -121,10 +122,7 @@ pub struct Decoder {
     lens: Ints,
     /// `[rows, d]`: the rows' position embeddings.
     places: Reals,
-    /// `[blocks][rows, context, 2 d]`.
-    cache: Reals,
-    /// `[beams, context, 2 d]`, to change the order of a prompt's rows.
-    spare: Reals,
+    cache: Cache,
 }
 
 /// What the model in a directory writes after a prompt, drawn token by token. `backend` makes the
@@ -283,12 +281,6 @@ impl Decoder {
             });
         }
         let rows = product("hypotheses", &[sizes.prompts, sizes.beams])?;
-        let cache = product("cache", &[rows, sizes.context, 2, d.width])?;
-        let spare = if sizes.beams > 1 {
-            product("cache", &[sizes.beams, sizes.context, 2, d.width])?
-        } else {
-            0
-        };
         let logits = product("logits", &[rows, d.vocab])?;
         let input = TokenEmbedding { dropout: 0.0, ..model.input };
         let mut decoder = Self {
@@ -300,8 +292,7 @@ impl Decoder {
             lens: l.ints(Category::Head, rows),
             head: LmHead { logits: l.reals(Category::Head, logits), ..model.head },
             places: l.reals(Category::Workspace, product("activations", &[rows, d.width])?),
-            cache: l.reals(Category::Workspace, product("cache", &[d.layers, cache])?),
-            spare: l.reals(Category::Workspace, spare),
+            cache: Cache::layout(d.layers, [rows, sizes.beams], sizes.context, d.width, l)?,
             rows: model.stack,
             base: Layout::new(B::Real::BYTES),
         };
@@ -494,8 +485,13 @@ impl Decoder {
         be.write_ints(self.tokens.sub(0, next.len()), next)?;
         be.write_ints(self.lens, &lens)?;
         let mut input = Places { decoder: self, positions: &positions };
-        let mut blocks =
-            Next { decoder: self, blocks: self.blocks.with_tokens(1), positions: &positions };
+        let mut blocks = Next {
+            blocks: &self.blocks.with_tokens(1),
+            cache: &self.cache,
+            positions: &positions,
+            lens: self.lens,
+            context: None,
+        };
         let x = inference.run(be, &self.rows, &mut blocks, &mut input, next.len())?;
         self.head.logits(be, x, self.rows.scratch())?;
         Ok(())
@@ -548,45 +544,19 @@ impl Decoder {
         texts: &[Option<Text<'_>>],
         order: &[usize],
     ) -> Result<()> {
-        let (beams, width) = (self.sizes.beams, 2 * self.setup.dims.width);
-        let per = self.sizes.context * width;
+        let beams = self.sizes.beams;
         for (slot, text) in
             texts.iter().enumerate().filter_map(|(slot, text)| Some((slot, text.as_ref()?)))
         {
-            let order = &order[slot * beams..(slot + 1) * beams];
-            // The newest token has no keys yet.
-            let (from, to) = (text.prompt.len(), text.length() - 1);
-            if from == to
-                || to >= self.sizes.context
-                || order.iter().zip(0..).all(|(&from, row)| from == row)
-            {
-                continue;
-            }
-            let (at, used) = (from * width, (to - from) * width);
-            for k in 0..self.setup.dims.layers {
-                let cache = self.of_block(k).sub(slot * beams * per, beams * per);
-                let moved = || (0..).zip(order).filter(|&(row, &from)| row != from);
-                for (_, &from) in moved() {
-                    be.copy_reals(
-                        cache.sub(from * per + at, used),
-                        self.spare.sub(from * per + at, used),
-                    )?;
-                }
-                for (row, &from) in moved() {
-                    be.copy_reals(
-                        self.spare.sub(from * per + at, used),
-                        cache.sub(row * per + at, used),
-                    )?;
-                }
+            // The newest token has no keys yet. A text that has outgrown the context goes through
+            // the model anew.
+            let tokens = text.prompt.len()..text.length() - 1;
+            if tokens.end < self.sizes.context {
+                let order = &order[slot * beams..(slot + 1) * beams];
+                self.cache.reorder(be, slot * beams, order, tokens)?;
             }
         }
         Ok(())
-    }
-
-    /// A block's part of the cache.
-    fn of_block(&self, k: usize) -> Reals {
-        let per = self.cache.len() / self.setup.dims.layers;
-        self.cache.sub(k * per, per)
     }
 }
 
@@ -620,46 +590,18 @@ struct Whole<'a> {
 impl<B: Backend> Blocks<B> for Whole<'_> {
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
         self.blocks.residual(be, call, h)?;
-        let (found, cache) =
-            (self.blocks.keys_values::<B>(call), self.decoder.of_block(call.block));
-        let width = 2 * self.decoder.setup.dims.width;
-        let per = self.decoder.sizes.context * width;
-        let first = cache.sub(self.rows.start * per, self.tokens * width);
+        let found = self.blocks.keys_values::<B>(call);
+        let (cache, width) = (&self.decoder.cache, 2 * self.decoder.setup.dims.width);
+        let row = |row| cache.tokens(call.block, row, 0..self.tokens);
+        let first = row(self.rows.start);
         for t in 0..self.tokens {
-            be.copy_reals(
-                found.of.sub(t * found.stride + found.at, width),
-                first.sub(t * width, width),
-            )?;
+            let one = found.of.sub(t * found.stride + found.at, width);
+            be.copy_reals(one, first.sub(t * width, width))?;
         }
-        for row in self.rows.clone().skip(1) {
-            be.copy_reals(first, cache.sub(row * per, self.tokens * width))?;
+        for other in self.rows.clone().skip(1) {
+            be.copy_reals(first, row(other))?;
         }
         Ok(())
-    }
-
-    fn vjp(&mut self, _: &mut B, _: &Call, _: Reals, _: Reals) -> Result<()> {
-        Err(NO_TRAINING)
-    }
-
-    fn done(&mut self, _: &mut B, _: usize) -> Result<()> {
-        Err(NO_TRAINING)
-    }
-}
-
-/// The blocks for one more token of every row.
-struct Next<'a> {
-    decoder: &'a Decoder,
-    blocks: PreNorm,
-    positions: &'a [usize],
-}
-
-impl<B: Backend> Blocks<B> for Next<'_> {
-    fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
-        let Self { decoder, positions, .. } = *self;
-        let of = decoder.of_block(call.block);
-        let (keys, lens) = (decoder.sizes.context, decoder.lens);
-        let cached = Cached { of, keys, positions, lens, context: None };
-        self.blocks.next(be, call, &cached, h)
     }
 
     fn vjp(&mut self, _: &mut B, _: &Call, _: Reals, _: Reals) -> Result<()> {
@@ -693,5 +635,3 @@ impl<B: Backend> Input<B> for Places<'_> {
         Err(NO_TRAINING)
     }
 }
-
-const NO_TRAINING: Error = Error::unfit("pass", "training", "inference, in a decoder");

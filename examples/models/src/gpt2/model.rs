@@ -2,11 +2,10 @@
 
 use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
-use bdia_core::backend::{Backend, Gelu, Half, Mask};
+use bdia_core::backend::{Backend, Gelu, Mask};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BlockShape, Freeze, Gradients, LmHead, LoraShape, Params, PreNorm, Room, Scheme, Tensor,
-    TokenEmbedding,
+    BlockShape, Gradients, LmHead, Params, PreNorm, Room, Scheme, Tensor, TokenEmbedding,
 };
 use bdia_core::network::{
     self, Group, Loaded, Loss, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
@@ -15,7 +14,7 @@ use bdia_core::plan::Choice;
 use bdia_core::stack::{Config as StackConfig, Mode, Pass, Stack, Tail};
 
 use crate::inference::{Inference, at_head};
-use crate::named::{self, Named};
+use crate::named::{self, Adapters, Named};
 use crate::plan::Plan;
 
 /// The architecture.
@@ -63,16 +62,6 @@ impl Dims {
             init: Scheme::Gpt2 { projections: 0.02 / (2.0 * self.layers as f64).sqrt() },
         }
     }
-}
-
-/// What is trained in place of the model's own parameters, which stay as they are.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Adapters {
-    /// Rank and factor of the adapters of queries and values.
-    pub shape: LoraShape,
-    /// Storage of the blocks' matrices, where it is 16 bits; embeddings, norms and biases always
-    /// are reals.
-    pub half: Option<Half>,
 }
 
 /// How it is trained.
@@ -181,12 +170,10 @@ impl Gpt2 {
         }
         product("parameters", &[d.vocab.max(d.positions), d.width])?;
 
-        let freeze = setup.adapters.map_or(Freeze::Nothing, |a| Freeze::All(a.half));
-        let lora = setup.adapters.map(|a| a.shape);
+        let (lora, freeze) = Adapters::of_blocks(setup.adapters);
         let shape = d.block(setup.context);
         let blocks = PreNorm::layout(&shape, d.layers, lora, freeze, setup.gradients, l)?;
-        // What is outside the blocks is never in 16 bits.
-        let freeze = setup.adapters.map_or(Freeze::Nothing, |_| Freeze::All(None));
+        let freeze = Adapters::of_ends(setup.adapters);
         let mut tensors = Self::outside(d);
         let there = if d.tied { ENDS - 1 } else { ENDS };
         let room = Room::NONE.place(&mut tensors[..there], freeze);
@@ -289,14 +276,13 @@ impl Gpt2 {
     /// All tensors of the model, in the order of the file; adapters are not among them. Names are
     /// Hugging Face's, without `transformer.`.
     pub fn tensors(&self) -> Vec<Named> {
-        self.all().into_iter().filter(|t| !t.name.contains(".lora_")).collect()
+        self.all().into_iter().filter(|t| !t.is_adapter()).collect()
     }
 
     /// The tensors that are trained: all, or the adapters (`h.N.attn.c_attn.lora_A` and `lora_B`,
     /// `[2r, d]` both).
     pub fn trained(&self) -> Vec<Named> {
-        let adapters = self.setup.adapters.is_some();
-        self.all().into_iter().filter(|t| t.name.contains(".lora_") == adapters).collect()
+        self.all().into_iter().filter(Named::is_trained).collect()
     }
 
     /// All tensors of a checkpoint, in order: what is trained, then the optimizer's state.

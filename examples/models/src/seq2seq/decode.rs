@@ -8,13 +8,12 @@ use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::Backend;
 use bdia_core::error::{Error, Result};
-use bdia_core::layers::{
-    Cached, CachedContext, Decoder as Blocks, EncoderOutput, LmHead, PreNorm, TokenEmbedding,
-};
-use bdia_core::stack::{self, Call, Config as StackConfig, Context, Stack, Tail};
+use bdia_core::layers::{Decoder as Blocks, EncoderOutput, LmHead, PreNorm, TokenEmbedding};
+use bdia_core::stack::{Config as StackConfig, Context, Stack, Tail};
 
 use super::model::{Shape, Translator};
 use super::vocab::{BEGIN, END, PAD};
+use crate::cache::{Cache, Next, part};
 use crate::inference::Inference;
 use crate::search::{self, Length, Stop};
 
@@ -58,10 +57,7 @@ struct Decoder {
     lens: Ints,
     /// `[blocks][sentences, S, 2 d]`.
     cross: Reals,
-    /// `[blocks][rows, T, 2 d]`.
-    cache: Reals,
-    /// As large as one block's cache, to change the order of rows.
-    spare: Reals,
+    cache: Cache,
 }
 
 impl Translator {
@@ -113,6 +109,7 @@ impl Translator {
         let at_head = LmHead::scratch(d.width, 1, rows);
         let rows_stack = Stack::layout(&config(1, rows, 1, needs, at_head)?, &mode, l)?;
         let logits = l.reals(Category::Head, product("logits", &[rows, d.vocab[1]])?);
+        let cache = Cache::layout(d.layers[1], [rows, sizes.beams], target, d.width, l)?;
         let mut take = |what, sizes: &[usize]| {
             Ok::<_, Error>(l.reals(Category::Workspace, product(what, sizes)?))
         };
@@ -120,8 +117,7 @@ impl Translator {
         let stats = take("statistics", &[n, source, 2])?;
         let decoder = Decoder {
             cross: take("keys and values", &[d.layers[1], n, source, 2, d.width])?,
-            cache: take("cache", &[d.layers[1], rows, target, 2, d.width])?,
-            spare: take("cache", &[if sizes.beams > 1 { rows } else { 0 }, target, 2, d.width])?,
+            cache,
             head: LmHead { logits, ..self.head() },
             output: EncoderOutput { stats, ..self.output(Context { value, grad: Reals::EMPTY }) },
             stack,
@@ -195,9 +191,8 @@ impl Translator {
             for (i, (search, (order, tokens))) in searches.iter_mut().zip(places).enumerate() {
                 let logits = &logits[i * beams * vocab..(i + 1) * beams * vocab];
                 search.advance(logits, &[PAD, BEGIN], order, tokens);
-                order.iter_mut().for_each(|row| *row += i * beams);
+                decoder.cache.reorder(be, i * beams, order, 0..position + 1)?;
             }
-            self.reorder(be, &decoder, &order, &sizes, position + 1)?;
         }
         if let Some(fault) = be.take_fault()? {
             return Err(fault.into());
@@ -226,16 +221,11 @@ impl Translator {
         let x = inference.run(be, &d.stack, &mut d.encoder, &mut d.input, sources.len())?;
         d.output.normalize(be, x, d.output.context.value, d.output.stats)?;
         for k in 0..self.setup.dims.layers[1] {
-            let (memory, kv) = (d.output.context.value, self.of_block(d.cross, k));
+            let (memory, kv) =
+                (d.output.context.value, part(d.cross, k, self.setup.dims.layers[1]));
             d.blocks.context_keys_values(be, k, memory, kv)?;
         }
         Ok(())
-    }
-
-    /// A block's part of what every block has.
-    fn of_block(&self, all: Reals, k: usize) -> Reals {
-        let per = all.len() / self.setup.dims.layers[1];
-        all.sub(k * per, per)
     }
 
     /// Logits of the token that follows `tokens`, which are at `position`.
@@ -255,63 +245,15 @@ impl Translator {
         let mut wpe = d.target.wpe;
         wpe.value = wpe.value.sub(position * width, width);
         let mut input = TokenEmbedding { wpe, ..d.target };
-        let keys = d.cache.len() / (self.setup.dims.layers[1] * rows * 2 * width);
-        let positions = &*vec![position; rows];
-        let mut blocks = Next { translator: self, decoder: d, positions, keys, beams };
+        let mut blocks = Next {
+            blocks: &d.blocks,
+            cache: &d.cache,
+            positions: &vec![position; rows],
+            lens: d.lens,
+            context: Some((d.cross, beams)),
+        };
         let x = inference.run(be, &d.rows, &mut blocks, &mut input, rows)?;
         d.head.logits(be, x, d.rows.scratch())?;
         Ok(())
-    }
-
-    /// Row `r` of every cache becomes what row `order[r]` was; `positions` of them are in use.
-    fn reorder<B: Backend>(
-        &self,
-        be: &mut B,
-        d: &Decoder,
-        order: &[usize],
-        sizes: &Sizes,
-        positions: usize,
-    ) -> Result<()> {
-        if order.iter().enumerate().all(|(row, &from)| row == from) {
-            return Ok(());
-        }
-        let width = 2 * self.setup.dims.width;
-        let (per, used) = (sizes.longest * width, positions * width);
-        for k in 0..self.setup.dims.layers[1] {
-            let cache = self.of_block(d.cache, k);
-            be.copy_reals(cache, d.spare)?;
-            for (row, &from) in order.iter().enumerate().filter(|(row, from)| row != *from) {
-                be.copy_reals(d.spare.sub(from * per, used), cache.sub(row * per, used))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The decoder's blocks for one more token of every row.
-struct Next<'a> {
-    translator: &'a Translator,
-    decoder: &'a Decoder,
-    positions: &'a [usize],
-    keys: usize,
-    beams: usize,
-}
-
-impl<B: Backend> stack::Blocks<B> for Next<'_> {
-    fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
-        let (d, k) = (self.decoder, call.block);
-        let keys_values = self.translator.of_block(d.cross, k);
-        let cached = Cached {
-            of: self.translator.of_block(d.cache, k),
-            keys: self.keys,
-            positions: self.positions,
-            lens: d.lens,
-            context: Some(CachedContext { keys_values, beams: self.beams }),
-        };
-        d.blocks.next(be, call, &cached, h)
-    }
-
-    fn vjp(&mut self, _: &mut B, _: &Call, _: Reals, _: Reals) -> Result<()> {
-        Err(Error::unfit("pass", "training", "inference, in a decoder"))
     }
 }

@@ -21,7 +21,7 @@ pub fn load_weights<B: Backend<Real = f32>>(
     named::read(&weights, &model.tensors(), be, |_, _| {})
 }
 
-/// Writes a model's weights as safetensors, under PyTorch's names.
+/// Writes a model's weights as safetensors, under PyTorch's names, with its adapters merged.
 ///
 /// # Errors
 /// A file that cannot be written; an existing one is untouched then.
@@ -30,5 +30,5 @@ pub fn save_weights<B: Backend<Real = f32>>(
     be: &B,
     model: &Translator,
 ) -> Result<(), WeightsError> {
-    named::write(path, &model.tensors(), be, str::to_owned)
+    named::write_merged(path, model.all(), model.setup().adapters, be)
 }

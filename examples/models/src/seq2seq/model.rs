@@ -33,8 +33,8 @@ use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::{Backend, Gelu, Mask};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BlockShape, Decoder, EncoderOutput, Freeze, Gradients, Init, LmHead, Parameter, Params,
-    PreNorm, Room, Scheme, Tensor, TokenEmbedding,
+    BlockShape, Decoder, EncoderOutput, Gradients, Init, LmHead, Parameter, Params, PreNorm, Room,
+    Scheme, Tensor, TokenEmbedding,
 };
 use bdia_core::network::{
     self, Group, Loaded, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
@@ -43,7 +43,7 @@ use bdia_core::stack::{Config as StackConfig, Context, Mode, Pass, Stack, Tail, 
 
 use super::vocab::{BEGIN, END, PAD};
 use crate::inference::{Inference, at_head};
-use crate::named::{self, Named};
+use crate::named::{self, Adapters, Named};
 
 /// The architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -78,6 +78,8 @@ pub struct Setup {
     pub mode: Mode,
     /// How gradients are kept, and the optimizer.
     pub gradients: Gradients,
+    /// Adapters of self-attention, where those are trained.
+    pub adapters: Option<Adapters>,
     /// Label smoothing.
     pub smoothing: f64,
     /// Rows of logits at a time.
@@ -208,11 +210,12 @@ impl Translator {
             init: Scheme::Glorot,
         };
         product("parameters", &[d.vocab[0].max(d.vocab[1]).max(d.longest), d.width])?;
-        let (freeze, gradients) = (Freeze::Nothing, setup.gradients);
-        let shapes_of = [shape(Mask::Full), shape(Mask::Causal)];
-        let encoder = PreNorm::layout(&shapes_of[0], d.layers[0], None, freeze, gradients, l)?;
-        let decoder = Decoder::layout(&shapes_of[1], d.longest, d.layers[1], gradients, l)?;
-        let mut outside = outside(d);
+        let ((lora, freeze), gradients) = (Adapters::of_blocks(setup.adapters), setup.gradients);
+        let of = [shape(Mask::Full), shape(Mask::Causal)];
+        let encoder = PreNorm::layout(&of[0], d.layers[0], lora, freeze, gradients, l)?;
+        let (longest, layers) = (d.longest, d.layers[1]);
+        let decoder = Decoder::layout_frozen(&of[1], longest, layers, lora, freeze, gradients, l)?;
+        let (mut outside, freeze) = (outside(d), Adapters::of_ends(setup.adapters));
         let room = Room::NONE.place(&mut outside, freeze);
         let ends = Params::layout(1, room, freeze, gradients.full(), l)?;
         // The staging buffer on the host: the tokens of a batch.
@@ -366,9 +369,8 @@ impl Translator {
     }
 
     /// All parameter tensors, in the order of the file: tables and positions, encoder, its norm,
-    /// decoder, its norm. Names are those of `torch.nn.Transformer(norm_first=True,
-    /// activation="gelu")` for blocks and norms.
-    pub fn tensors(&self) -> Vec<Named> {
+    /// decoder, its norm; adapters in their blocks.
+    pub(super) fn all(&self) -> Vec<Named> {
         let end = |range: core::ops::Range<usize>| {
             let tensors = self.outside[range].iter().filter(|t| !t.is_empty());
             tensors.map(|t| Named::new(t.name.into(), &self.ends, 0, t))
@@ -396,17 +398,23 @@ impl Translator {
         end(0..4).chain(encoder).chain(end(4..6)).chain(decoder).chain(end(6..8)).collect()
     }
 
-    /// The tensors that are trained: all.
+    /// All tensors of the model, in the order of the file; adapters are not among them. Names are
+    /// those of `torch.nn.Transformer(norm_first=True, activation="gelu")` for blocks and norms.
+    pub fn tensors(&self) -> Vec<Named> {
+        self.all().into_iter().filter(|t| !t.is_adapter()).collect()
+    }
+
+    /// The tensors that are trained: all, or the adapters.
     pub fn trained(&self) -> Vec<Named> {
-        self.tensors()
+        self.all().into_iter().filter(Named::is_trained).collect()
     }
 
     /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
     pub fn saved(&self) -> Vec<Reals> {
-        named::saved(&self.tensors())
+        named::saved(&self.trained())
     }
 
-    /// Number of parameters.
+    /// Number of the model's parameters, without adapters.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(Named::len).sum()
     }
@@ -431,7 +439,7 @@ impl Translator {
     /// # Errors
     /// Those of writing.
     pub fn initialize<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
-        named::initialize(be, &self.tensors(), seed, self.setup.threads)
+        named::initialize(be, &self.all(), seed, self.setup.threads)
     }
 
     /// Makes the staging buffer for batches of these shapes, so that a step allocates nothing that

@@ -44,7 +44,7 @@ pub fn load_weights<B: Backend<Real = f32>>(
 
 const PATCHES: &str = "patch_embed.proj.weight";
 
-/// Writes a model's weights as safetensors, under timm's names.
+/// Writes a model's weights as safetensors, under timm's names, with its adapters merged.
 ///
 /// # Errors
 /// A file that cannot be written; an existing one is untouched then.
@@ -53,5 +53,5 @@ pub fn save_weights<B: Backend<Real = f32>>(
     be: &B,
     model: &Vit,
 ) -> Result<(), WeightsError> {
-    named::write(path, &model.tensors(), be, str::to_owned)
+    named::write_merged(path, model.all(), model.setup().adapters, be)
 }

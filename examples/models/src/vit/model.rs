@@ -19,7 +19,7 @@ use bdia_core::update::{FloatGamma, Sign};
 
 use super::revvit::RevStack;
 use crate::inference::{Inference, at_head};
-use crate::named::{self, Named};
+use crate::named::{self, Adapters, Named};
 use crate::plan::Plan;
 
 /// The architecture.
@@ -65,6 +65,8 @@ pub struct Setup {
     pub mode: Mode,
     /// How gradients are kept, and the optimizer.
     pub gradients: Gradients,
+    /// Adapters, where they and the head are trained.
+    pub adapters: Option<Adapters>,
     /// Stochastic depth (Huang et al., 2016): probability of dropping the last block's residual;
     /// those below it have less, in proportion.
     pub drop_path: f64,
@@ -85,8 +87,10 @@ enum Trunk {
     Two(RevStack),
 }
 
-/// Parameter tensors outside the blocks: embedding (6), head (4).
+/// Parameter tensors outside the blocks: embedding, then head (4).
 const ENDS: usize = 10;
+/// Those of the embedding.
+const INPUT: usize = 6;
 
 /// A vision transformer laid out in the arenas of a backend.
 #[derive(Debug, Clone)]
@@ -168,10 +172,13 @@ impl Vit {
         };
         product("parameters", &[values.max(d.classes).max(tokens), d.width])?;
 
-        let freeze = Freeze::Nothing;
-        let blocks = PreNorm::layout(&shape, d.layers, None, freeze, setup.gradients, l)?;
+        let (lora, freeze) = Adapters::of_blocks(setup.adapters);
+        let blocks = PreNorm::layout(&shape, d.layers, lora, freeze, setup.gradients, l)?;
         let mut tensors = Self::outside(d);
-        let room = Room::NONE.place(&mut tensors, freeze);
+        // The head is trained in any case.
+        let (input, head) = tensors.split_at_mut(INPUT);
+        let freeze = Adapters::of_ends(setup.adapters);
+        let room = Room::NONE.place(input, freeze).place(head, Freeze::Nothing);
         let ends = Params::layout(1, room, freeze, setup.gradients.full(), l)?;
         let trained = l.trained();
         let patches =
@@ -292,10 +299,10 @@ impl Vit {
         }
     }
 
-    /// All parameter tensors, in the order of the file: embedding, blocks, head. Names are those
-    /// of timm's vision transformers.
-    pub fn tensors(&self) -> Vec<Named> {
-        let (first, last) = self.outside.split_at(6);
+    /// All parameter tensors, in the order of the file: embedding, blocks, head; adapters after
+    /// the matrix that they belong to.
+    pub(super) fn all(&self) -> Vec<Named> {
+        let (first, last) = self.outside.split_at(INPUT);
         let end = |t: &&Tensor| {
             let named = Named::new(t.name.into(), &self.ends, 0, t);
             match t.name {
@@ -315,17 +322,23 @@ impl Vit {
         first.map(|t| end(&t)).chain(blocks).chain(last.map(|t| end(&t))).collect()
     }
 
-    /// The tensors that are trained: all.
+    /// All tensors of the model, in the order of the file; adapters are not among them. Names are
+    /// those of timm's vision transformers.
+    pub fn tensors(&self) -> Vec<Named> {
+        self.all().into_iter().filter(|t| !t.is_adapter()).collect()
+    }
+
+    /// The tensors that are trained: all, or adapters and head.
     pub fn trained(&self) -> Vec<Named> {
-        self.tensors()
+        self.all().into_iter().filter(Named::is_trained).collect()
     }
 
     /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
     pub fn saved(&self) -> Vec<Reals> {
-        named::saved(&self.tensors())
+        named::saved(&self.trained())
     }
 
-    /// Number of parameters.
+    /// Number of the model's parameters, without adapters.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(Named::len).sum()
     }
@@ -336,7 +349,7 @@ impl Vit {
     /// # Errors
     /// Those of writing.
     pub fn initialize<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
-        named::initialize(be, &self.tensors(), seed, self.setup.threads)
+        named::initialize(be, &self.all(), seed, self.setup.threads)
     }
 
     /// One optimizer step. `image` writes the pixels `[C, height, width]` of a sample of a

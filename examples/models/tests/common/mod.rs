@@ -7,15 +7,15 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bdia_core::backend::{Backend, Gelu};
-use bdia_core::layers::Gradients;
+use bdia_core::layers::{Gradients, LoraShape};
 use bdia_core::network::{Outcome, Step};
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
-use bdia_core::{Error, FloatGamma, Gamma, Grid, Layout, Policy, Real, Reference, Sign};
+use bdia_core::{Error, FloatGamma, Gamma, Grid, Layout, Policy, Real, Reference, Sign, Storage};
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use bdia_models::inference::Inference;
-use bdia_models::named::{self, Named};
+use bdia_models::named::{self, Adapters, Named};
 use safetensors::{Dtype, SafeTensors};
 
 /// A state file in memory: reals and integers and the metadata.
@@ -269,4 +269,68 @@ impl<R: Real> Memory<R> {
 
 pub fn lay_out<R: Real>(setup: &Setup, chunk: usize, head_rows: usize) -> (Gpt2, Layout) {
     Gpt2::layout::<Reference<'_, R>>(setup, Choice { chunk, head_rows }).unwrap()
+}
+
+/// Adapters of a small network.
+pub const ADAPTERS: Adapters = Adapters { shape: LoraShape { rank: 2, alpha: 3.0 }, half: None };
+
+fn of_adapters(tensors: &[Named]) -> Vec<&Named> {
+    tensors.iter().filter(|t| t.is_adapter()).collect()
+}
+
+/// Gives the adapters among what is trained some values; returns them: `A` and `B` of every block.
+pub fn set_adapters(be: &mut Reference<'_, f64>, trained: &[Named]) -> Vec<Vec<f64>> {
+    let mut all = Vec::new();
+    for (n, t) in of_adapters(trained).into_iter().enumerate() {
+        let values: Vec<f64> = (0..t.len()).map(|i| 0.3 * ((7 * i + n) as f64).sin()).collect();
+        be.write_reals(t.values, &values).unwrap();
+        all.push(values);
+    }
+    all
+}
+
+/// The matrices that have adapters, in the order of the blocks.
+fn adapted(tensors: &[Named]) -> impl Iterator<Item = &Named> {
+    tensors.iter().filter(|t| t.tensor.name == "attn.c_attn.weight")
+}
+
+/// Calls with the places in `W`, `A` and `B` of every product of the sum `W += s·(B·A)ᵀ`.
+fn products(t: &Named, mut each: impl FnMut(usize, usize, usize)) {
+    let (d, all, r) = (t.tensor.rows, t.tensor.cols, ADAPTERS.shape.rank);
+    for (rows, at) in [(0..r, 0), (r..2 * r, 2 * d)] {
+        for q in rows {
+            for (i, j) in (0..d).flat_map(|i| (0..d).map(move |j| (i, j))) {
+                each(i * all + at + j, q * d + i, q * d + j);
+            }
+        }
+    }
+}
+
+/// Adds adapters to the matrices of a network without any.
+pub fn add_adapters(be: &mut Reference<'_, f64>, tensors: &[Named], adapters: &[Vec<f64>]) {
+    for (t, ab) in adapted(tensors).zip(adapters.chunks(2)) {
+        let mut values = be.reals(t.values).unwrap().to_vec();
+        products(t, |w, a, b| values[w] += ADAPTERS.shape.scale() * ab[0][a] * ab[1][b]);
+        be.write_reals(t.values, &values).unwrap();
+    }
+}
+
+/// The gradients of adapters by the chain rule, from those of the matrices that they were added
+/// to: in the order of [`set_adapters`].
+pub fn gradients_of_adapters(
+    be: &Reference<'_, f64>,
+    tensors: &[Named],
+    adapters: &[Vec<f64>],
+) -> Vec<Vec<f64>> {
+    let mut all = Vec::new();
+    for (t, ab) in adapted(tensors).zip(adapters.chunks(2)) {
+        let (scale, slope) = (ADAPTERS.shape.scale(), be.reals(t.gradient).unwrap());
+        let (mut da, mut db) = (vec![0.0; ab[0].len()], vec![0.0; ab[1].len()]);
+        products(t, |w, a, b| {
+            da[a] += scale * slope[w] * ab[1][b];
+            db[b] += scale * slope[w] * ab[0][a];
+        });
+        all.extend([da, db]);
+    }
+    all
 }
