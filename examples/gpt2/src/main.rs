@@ -232,8 +232,8 @@ impl Task for Learner {
     ) -> Done<(String, &'static str)> {
         files::save_tensors(out, be, &files::tensors(&self.net.0))?;
         let (vocabulary, tokens) = (&self.text.vocabulary, self.args.run.sample as usize);
-        let sampler = Sampler { temperature: 0.7, top_k: 20, top_p: 1.0 };
-        let start: Vec<i32> = vocabulary.encode("You may")?.into_iter().map(i32::from).collect();
+        let sampler = Sampler { temperature: 0.5, top_k: 40, top_p: 1.0 };
+        let start: Vec<i32> = vocabulary.encode("Permission")?.into_iter().map(i32::from).collect();
         // The file is read as that of any other GPT-2.
         let cpu = |l: &Layout| Ok::<_, Failure>(Cpu::new(l, 1)?);
         let found =

@@ -323,7 +323,7 @@ pub fn write<B: Backend<Real = f32>>(
 /// `tensors` has the adapters of every block, in the order of the blocks.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_merged<B: Backend<Real = f32>>(
     path: &Path,
     tensors: Vec<Named>,

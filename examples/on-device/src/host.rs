@@ -48,9 +48,9 @@ const LARGE: usize = arena(&[NETWORKS[0].0, NETWORKS[1].0]);
 
 /// Pretrains a network from random values; its weights as they lie in flash.
 fn pretrain(job: &Job, memory: &mut Arena<LARGE>) -> Result<Vec<u8>, Stop> {
-    let model = Model::plan(job)?;
+    let mut model = Model::plan(job)?;
     let mut be = memory.backend(&model.layout)?;
-    let mut session = Session::new(job, model, &mut be, PRETRAIN)?;
+    let mut session = Session::new(job, &mut model, &mut be, PRETRAIN)?;
     for epoch in 1..=job.epochs {
         let mut loss = 0.0;
         for _ in 0..session.steps() {

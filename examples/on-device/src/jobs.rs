@@ -12,7 +12,7 @@ use crate::model::{BATCH, BDIA, Be, Job, Model, Trained};
 /// RAM of the device, in bytes.
 pub const RAM: usize = 256 * 1024;
 /// What the linker script reserves for the stack.
-pub const STACK: usize = 20 * 1024;
+pub const STACK: usize = 22 * 1024;
 /// What is left for a plan: all but the stack and one KiB for other variables.
 pub const BUDGET: usize = RAM - STACK - 1024;
 

@@ -161,7 +161,7 @@ fn table(out: &mut impl Write) -> Result<(), Stop> {
 pub fn run<P: Platform>(
     job: &Job,
     be: &mut Be<'_>,
-    model: Model,
+    model: &mut Model,
     steps: Option<u32>,
     p: &mut P,
 ) -> Result<Outcome, Stop> {
@@ -212,6 +212,48 @@ pub fn run<P: Platform>(
     Ok(outcome)
 }
 
+/// What is said of the plans that do not fit, of which one may have been asked for.
+// Not inlined, as `planned` is not: networks are large values, which would lie side by side on the
+// stack.
+#[inline(never)]
+fn refused<P: Platform>(asked: Option<&str>, p: &mut P) -> Result<(), Stop> {
+    for job in &REFUSED {
+        match plan(job, BUDGET) {
+            Err(error) if asked == Some(job.name) => return Err(error.into()),
+            Err(error) => writeln!(p, "{}: {error}", job.name)?,
+            Ok(_) => writeln!(p, "{}: fits", job.name)?,
+        }
+    }
+    Ok(())
+}
+
+/// A job from its plan to its end.
+#[inline(never)]
+fn planned<P: Platform>(
+    job: &Job,
+    memory: &mut Arena<ARENA>,
+    steps: Option<u32>,
+    p: &mut P,
+) -> Result<Outcome, Stop> {
+    let mut model = plan(job, BUDGET)?;
+    let total = model.layout.total();
+    writeln!(
+        p,
+        "\n{}: width {}, MLP {}, {:?}, {:?}",
+        job.name, job.width, job.inner, job.trained, job.rule
+    )?;
+    let mut be = memory.backend(&model.layout)?;
+    let outcome = run(job, &mut be, &mut model, steps, p)?;
+    if let Some(used) = p.memory() {
+        writeln!(
+            p,
+            "plan {} bytes; stack so far {} of {} bytes",
+            total, used.stack, used.stack_limit
+        )?;
+    }
+    Ok(outcome)
+}
+
 /// The whole program; `done` gets what became of each job.
 ///
 /// # Errors
@@ -232,30 +274,9 @@ pub fn program<P: Platform>(
     )?;
     table(p)?;
     writeln!(p, "available for a plan: {BUDGET} of {RAM} bytes")?;
-    for job in &REFUSED {
-        match plan(job, BUDGET) {
-            Err(error) if request.job == Some(job.name) => return Err(error.into()),
-            Err(error) => writeln!(p, "{}: {error}", job.name)?,
-            Ok(_) => writeln!(p, "{}: fits", job.name)?,
-        }
-    }
+    refused(request.job, p)?;
     for job in JOBS.iter().filter(|job| request.job.is_none_or(|name| name == job.name)) {
-        let model = plan(job, BUDGET)?;
-        let total = model.layout.total();
-        writeln!(
-            p,
-            "\n{}: width {}, MLP {}, {:?}, {:?}",
-            job.name, job.width, job.inner, job.trained, job.rule
-        )?;
-        let mut be = memory.backend(&model.layout)?;
-        done(job.name, run(job, &mut be, model, request.steps, p)?);
-        if let Some(used) = p.memory() {
-            writeln!(
-                p,
-                "plan {} bytes; stack so far {} of {} bytes",
-                total, used.stack, used.stack_limit
-            )?;
-        }
+        done(job.name, planned(job, memory, request.steps, p)?);
     }
     if let Some(used) = p.memory() {
         let arenas = size_of::<Arena<ARENA>>();

@@ -9,12 +9,11 @@ use bdia_core::error::{Error, Result};
 use bdia_core::layers::{Init, Tensor};
 use bdia_core::network::{self, Loaded, Step};
 use bdia_core::optim::{Decay, Schedule};
-use bdia_core::plan::{Choice, fit};
 use bdia_core::rng::{Draw, Stream};
 
 use crate::data::Samples;
 use crate::digest::{Digests, fold};
-use crate::model::{BATCH, Be, CHUNK, Job, Model};
+use crate::model::{BATCH, Be, Job, Model};
 
 /// Key of all random numbers.
 pub const SEED: u64 = 2025;
@@ -25,13 +24,11 @@ pub const SEED: u64 = 2025;
 /// [`Error::Budget`] says what is available and what is needed; the other errors of a plan.
 pub fn plan(job: &Job, budget: usize) -> Result<Model> {
     // Chunks are as small as they can be: there is nothing to choose.
-    let only = Choice { chunk: CHUNK, head_rows: 1 };
-    let make = |_| {
-        let model = Model::plan(job)?;
-        let layout = model.layout.clone();
-        Ok((model, layout))
-    };
-    fit(Some(budget), core::iter::once(only), make).map(|(_, model, _)| model)
+    let model = Model::plan(job)?;
+    match model.layout.total() {
+        bytes if bytes <= budget => Ok(model),
+        minimum => Err(Error::Budget { budget, minimum }),
+    }
 }
 
 /// Loss and accuracy over a set of samples.
@@ -56,7 +53,7 @@ impl fmt::Display for Score {
 #[derive(Debug)]
 pub struct Session<'j> {
     job: &'j Job,
-    model: Model,
+    model: &'j mut Model,
     tune: Samples,
     step: u32,
 }
@@ -66,7 +63,7 @@ impl<'j> Session<'j> {
     ///
     /// # Errors
     /// [`Error::Shape`] for weights of another network or fewer samples than a batch.
-    pub fn new(job: &'j Job, model: Model, be: &mut Be<'_>, tune: Samples) -> Result<Self> {
+    pub fn new(job: &'j Job, model: &'j mut Model, be: &mut Be<'_>, tune: Samples) -> Result<Self> {
         if tune.len() < BATCH {
             return Err(Error::Shape {
                 what: "samples to train with",
@@ -99,7 +96,7 @@ impl<'j> Session<'j> {
 
     /// The network.
     pub const fn model(&self) -> &Model {
-        &self.model
+        self.model
     }
 
     /// Steps of one epoch.
@@ -141,7 +138,7 @@ impl<'j> Session<'j> {
         let (step, lr) = (self.step, schedule.at(self.step));
         let step = Step { step, seed: SEED, lr, weight_decay: 0.0, clip: 0.0 };
         let (tune, n) = (self.tune, self.model.micro_batch());
-        let outcome = network::step(&mut self.model, be, &step, |model, be, i| -> Result<_> {
+        let outcome = network::step(self.model, be, &step, |model, be, i| -> Result<_> {
             let first = i * n;
             model.put(be, tune, batch.get(first..first + n).unwrap_or_default())?;
             Ok(Loaded { first: first as u32, targets: n, items: n })

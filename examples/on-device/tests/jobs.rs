@@ -41,9 +41,9 @@ fn first_step<const N: usize>(
     memory: &mut Arena<N>,
     start: Option<&Tensors>,
 ) -> (f64, Tensors, Tensors) {
-    let model = Model::plan(job).unwrap();
+    let mut model = Model::plan(job).unwrap();
     let mut be = memory.backend(&model.layout).unwrap();
-    let mut session = Session::new(job, model, &mut be, TUNE).unwrap();
+    let mut session = Session::new(job, &mut model, &mut be, TUNE).unwrap();
     if let Some(start) = start {
         set(&session, &mut be, start);
     }
@@ -147,9 +147,9 @@ fn plans_that_do_not_fit_are_refused_with_their_size() {
 fn what_goes_wrong_is_an_error() {
     let mut memory = Box::new(Arena::<ARENA>::new());
     let mut start = |job: &Job, tune| {
-        let model = Model::plan(job).unwrap();
+        let mut model = Model::plan(job).unwrap();
         let mut be = memory.backend(&model.layout).unwrap();
-        let mut session = Session::new(job, model, &mut be, tune)?;
+        let mut session = Session::new(job, &mut model, &mut be, tune)?;
         (0..40).try_for_each(|_| session.step(&mut be).map(|_| ()))
     };
     // Too high a learning rate.
@@ -179,9 +179,9 @@ fn what_goes_wrong_is_an_error() {
 fn fine_tuning_helps() {
     let mut memory = Box::new(Arena::<ARENA>::new());
     for (job, gain) in JOBS.iter().zip([0.4, 0.4, 0.25, 0.15]) {
-        let model = plan(job, BUDGET).unwrap();
+        let mut model = plan(job, BUDGET).unwrap();
         let mut be = memory.backend(&model.layout).unwrap();
-        let mut session = Session::new(job, model, &mut be, TUNE).unwrap();
+        let mut session = Session::new(job, &mut model, &mut be, TUNE).unwrap();
         let before = session.evaluate(&mut be, TEST).unwrap();
         for _ in 0..session.steps() * job.epochs {
             session.step(&mut be).unwrap();
