@@ -10,6 +10,7 @@ not.
 
 import argparse
 import json
+import lzma
 import math
 import time
 from pathlib import Path
@@ -64,6 +65,15 @@ def bits_per_byte(model, tokens, lengths, context):
     return nats / math.log(2) / lengths[tokens].sum().item()
 
 
+def raw(vocab, tokens):
+    """The bytes that tokens stand for: byte-level BPE writes each of them as a character."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(0x100) if b not in plain]
+    byte = {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
+    pieces = {i: b"" if p.startswith("<|") else bytes(byte[c] for c in p) for p, i in vocab.items()}
+    return b"".join(pieces[t] for t in tokens.tolist())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
@@ -78,11 +88,14 @@ def main():
     flags = json.loads((args.run / "run.json").read_text())
     for flag, value in {"accumulate": 1, "clip": 0, "smoothing": 0, "dropout": 0, "optimizer": "adamw"}.items():
         assert flags[flag] == value, f"{flag} of the run is {flags[flag]}, expected {value}"
-    text = (args.run / "tokenizer.json").read_text(encoding="utf-8")
-    vocab = json.loads(text)["model"]["vocab"]
+    tokenizer = (args.run / "tokenizer.json").read_text(encoding="utf-8")
+    vocab = json.loads(tokenizer)["model"]["vocab"]
     read = lambda name: torch.from_numpy(np.fromfile(args.run / name, "<u2").astype("int64"))
     train, validation = read("train.bin"), read("validation.bin")
-    # A character of a piece stands for a byte; the end of a text is none.
+    text = raw(vocab, validation)
+    packed = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    print(f"xz -9e: {8 * packed / len(text):.3f} bits per byte of {len(text)}", flush=True)
+    # The end of a text is no byte.
     lengths = torch.zeros(config["vocab_size"], dtype=torch.int64)
     for piece, i in vocab.items():
         lengths[i] = 0 if piece.startswith("<|") else len(piece)

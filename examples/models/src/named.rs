@@ -278,10 +278,7 @@ pub fn read<B: Backend<Real = f32>>(
         let mut file = vec![0.0; shape.iter().product()];
         weights.read(&name, &mut file)?;
         each(&name, &file);
-        let narrow = |t: &Named| t.narrow.is_some();
-        if parts.iter().any(narrow)
-            && let Some(&value) = file.iter().find(|v| parts.iter().any(|t| !t.holds(**v)))
-        {
+        if let Some(&value) = file.iter().find(|v| parts.iter().any(|t| !t.holds(**v))) {
             return Err(WeightsError::Narrow { name, value });
         }
         let mut rest = file.as_slice();
@@ -346,6 +343,12 @@ pub fn write_merged<B: Backend<Real = f32>>(
     })
 }
 
+/// A value of a matrix with what an adapter adds: `x + s·Σ a·b`, summed in `f64`.
+pub(crate) fn with_products(x: f32, s: f64, factors: impl Iterator<Item = (f32, f32)>) -> f32 {
+    let sum = factors.map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>();
+    (f64::from(x) + s * sum) as f32
+}
+
 /// The values of `c_attn` with its adapter.
 fn with_adapter<B: Backend<Real = f32>>(
     t: &Named,
@@ -364,9 +367,8 @@ fn with_adapter<B: Backend<Real = f32>>(
         // Queries have the first r rows of both, values the others; keys have none.
         for (rows, at) in [(0..r, 0), (r..2 * r, 2 * d)] {
             for (j, x) in row[at..at + d].iter_mut().enumerate() {
-                let product = |q: usize| f64::from(down[q * d + i]) * f64::from(up[q * d + j]);
-                let sum = rows.clone().map(product).sum::<f64>();
-                *x = (f64::from(*x) + shape.scale() * sum) as f32;
+                let factors = rows.clone().map(|q| (down[q * d + i], up[q * d + j]));
+                *x = with_products(*x, shape.scale(), factors);
             }
         }
     }

@@ -54,6 +54,31 @@ pub fn metrics(dir: &Path, clock: &str) -> Vec<Value> {
     text.lines().map(line).collect()
 }
 
+/// Files of two runs are the same in every byte.
+///
+/// # Panics
+/// Where they are not.
+pub fn same_files(a: &Path, b: &Path, files: &[&str]) {
+    for file in files {
+        let [a, b] = [a, b].map(|dir| std::fs::read(dir.join(file)).unwrap());
+        assert!(a == b, "{file}");
+    }
+}
+
+/// Lets a run that has ended go on once more from the checkpoint before its last, after step
+/// `last`; `command` resumes a run.
+///
+/// # Panics
+/// Where it does not.
+pub fn repeat_the_end(command: &mut Command, run: &Path, last: u64) -> String {
+    std::fs::remove_file(run.join(format!("step-{last:08}.ckpt"))).unwrap();
+    std::fs::remove_file(run.join("model.safetensors")).unwrap();
+    let o = command.arg(run).output().unwrap();
+    let told = String::from_utf8(o.stderr).unwrap();
+    assert!(o.status.success(), "{told}");
+    told
+}
+
 /// The launcher of `ranks` ranks, to which the program and its arguments are added: `BDIA_MPIRUN`
 /// with its flags, or Open MPI's, which may run as root and on few cores.
 ///

@@ -766,9 +766,9 @@ pub fn mode_name(mode: Mode) -> String {
     name_of(&mode)
 }
 
-/// How many parameters are trained, where they are those of adapters.
+/// How many parameters are trained, where these are not the model's own alone.
 pub fn adapters(there: bool, trained: usize) -> String {
-    if there { format!(", {trained} of adapters (and head) trained") } else { String::new() }
+    if there { format!(", {trained} trained") } else { String::new() }
 }
 
 /// Identifies the data of a run, and the weights that its adapters belong to, which are read again

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use bdia_models::files::testing::TempDir;
-use bdia_train::testing::{self, close, json, metrics};
+use bdia_train::testing::{self, close, json, metrics, repeat_the_end, same_files};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_bdia-vit");
 
@@ -18,6 +18,13 @@ fn run(out: &Path, arguments: &str) -> Output {
 
 fn good(out: &Path, arguments: &str) -> String {
     testing::good(PROGRAM, out, arguments)
+}
+
+/// The directory of a run is to be added.
+fn resume() -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.args(["train", "--resume"]);
+    command
 }
 
 #[test]
@@ -46,22 +53,9 @@ fn training_is_exact_and_resumes_exactly() {
     }
     // The last epoch again, from the checkpoint before it.
     good(&b, &flags);
-    std::fs::remove_file(b.join("step-00000020.ckpt")).unwrap();
-    std::fs::remove_file(b.join("model.safetensors")).unwrap();
-    let o = Command::new(env!("CARGO_BIN_EXE_bdia-vit"))
-        .args(["train", "--resume"])
-        .arg(&b)
-        .output()
-        .unwrap();
-    assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
-    assert!(String::from_utf8_lossy(&o.stderr).contains("goes on after step 15"));
-    for file in ["model.safetensors", "best.safetensors"] {
-        assert_eq!(
-            std::fs::read(a.join(file)).unwrap(),
-            std::fs::read(b.join(file)).unwrap(),
-            "{file}"
-        );
-    }
+    let told = repeat_the_end(&mut resume(), &b, 20);
+    assert!(told.contains("goes on after step 15"), "{told}");
+    same_files(&a, &b, &["model.safetensors", "best.safetensors"]);
     assert_eq!(metrics(&a, "items_per_s"), metrics(&b, "items_per_s"));
 
     // Other settings are refused, by name.
@@ -144,23 +138,17 @@ fn adapters_are_trained_on_frozen_weights() {
 
         // The last epoch again.
         good(&b, &flags);
-        std::fs::remove_file(b.join("step-00000015.ckpt")).unwrap();
-        std::fs::remove_file(b.join("model.safetensors")).unwrap();
-        let resume = || Command::new(PROGRAM).args(["train", "--resume"]).arg(&b).output().unwrap();
-        let o = resume();
-        assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
-        for file in ["model.safetensors", "best.safetensors"] {
-            assert_eq!(
-                std::fs::read(a.join(file)).unwrap(),
-                std::fs::read(b.join(file)).unwrap(),
-                "{frozen}: {file}"
-            );
-        }
+        repeat_the_end(&mut resume(), &b, 15);
+        same_files(&a, &b, &["model.safetensors", "best.safetensors"]);
         if frozen == "bf16" {
             good(&base, &format!("train {SMALL} --epochs 1"));
-            let o = resume();
+            let o = resume().arg(&b).output().unwrap();
             let told = String::from_utf8_lossy(&o.stderr).into_owned();
             assert!(o.status.code() == Some(1) && told.contains("whose adapters"), "{told}");
+            // A run does not overwrite what it starts from.
+            let o = run(&base, &flags);
+            let told = String::from_utf8_lossy(&o.stderr).into_owned();
+            assert!(o.status.code() == Some(1) && told.contains("would be overwritten"), "{told}");
         }
     }
 }
@@ -215,13 +203,9 @@ fn killed_runs_end_the_same() {
     }
     assert!(kills >= 4, "killed only {kills} times");
     assert_eq!(names(&a), names(&b));
-    for file in names(&a).iter().filter(|n| n.ends_with("safetensors") || n.ends_with("ckpt")) {
-        assert_eq!(
-            std::fs::read(a.join(file)).unwrap(),
-            std::fs::read(b.join(file)).unwrap(),
-            "{file}"
-        );
-    }
+    let names = names(&a);
+    let files = names.iter().filter(|n| n.ends_with("safetensors") || n.ends_with("ckpt"));
+    same_files(&a, &b, &files.map(String::as_str).collect::<Vec<_>>());
     assert_eq!(metrics(&a, "items_per_s"), metrics(&b, "items_per_s"));
 }
 

@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 use super::config::Gpt2Config;
 use super::model::Gpt2;
 use crate::files::{FileError, read_limited, write_bytes};
+use crate::named::with_products;
 use crate::weights::{self, Weights, WeightsError, write_noted};
 
 /// The tensors.
@@ -142,10 +143,8 @@ impl Adapter {
                 let place = t.values.sub(i * 3 * d, 3 * d);
                 be.read_reals(place, &mut row)?;
                 for (j, x) in row.iter_mut().enumerate() {
-                    let sum = (0..r)
-                        .map(|q| f64::from(a[q * d + i]) * f64::from(b[j * r + q]))
-                        .sum::<f64>();
-                    *x = (f64::from(*x) + self.scale * sum) as f32;
+                    let factors = (0..r).map(|q| (a[q * d + i], b[j * r + q]));
+                    *x = with_products(*x, self.scale, factors);
                 }
                 be.write_reals(place, &row)?;
             }
