@@ -112,9 +112,10 @@ impl Plan for Net {
 
 fn train(args: &Args) -> Done {
     ranks::alone("the steps of bdia-gpt2")?;
-    let (args, from) = run::begin(args)?;
+    let (mut args, from) = run::begin(args)?;
     args.run.check().map_err(Failure::Other)?;
     let text = Text::licences(args.vocab as usize)?;
+    args.run.count_passes(text.samples(args.context as usize))?;
     let (run, tokens, layers) = (&args.run, args.context as usize, args.layers as usize);
     let block = BlockShape {
         attention_dropout: run.dropout,
@@ -224,13 +225,12 @@ impl Task for Learner {
         Ok(named::write(path, &files::tensors(&self.net.0), be, str::to_owned)?)
     }
 
-    fn finish<B: Backend<Real = f32>>(
-        &mut self,
-        be: &mut B,
-        out: &Path,
-        _: Option<&Validation>,
-    ) -> Done<(String, &'static str)> {
+    fn write<B: Backend<Real = f32>>(&self, be: &B, out: &Path) -> Done<&'static str> {
         files::save_tensors(out, be, &files::tensors(&self.net.0))?;
+        Ok("model.safetensors, config.json, tokenizer.json, train.bin, validation.bin")
+    }
+
+    fn tell<B: Backend<Real = f32>>(&mut self, _: &mut B, out: &Path) -> Done<String> {
         let (vocabulary, tokens) = (&self.text.vocabulary, self.args.run.sample as usize);
         let sampler = Sampler { temperature: 0.5, top_k: 40, top_p: 1.0 };
         let start: Vec<i32> = vocabulary.encode("Permission")?.into_iter().map(i32::from).collect();
@@ -240,8 +240,7 @@ impl Task for Learner {
             decode::of_directory(out, &[&[END.into()], &*start].concat(), tokens, sampler, cpu)?;
         let all: Vec<u32> = start.into_iter().map(|t| t as u32).chain(found).collect();
         let text = vocabulary.decode(&all)?.replace('\n', "\n  ");
-        let text = if tokens > 0 { format!("\nA sample:\n  {text}\n") } else { String::new() };
-        Ok((text, "model.safetensors, config.json, tokenizer.json, train.bin, validation.bin"))
+        Ok(if tokens > 0 { format!("\nA sample:\n  {text}\n") } else { String::new() })
     }
 }
 

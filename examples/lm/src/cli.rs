@@ -88,6 +88,8 @@ pub struct TrainArgs {
 }
 
 impl Flags for TrainArgs {
+    const INPUTS: &'static [&'static str] = &["data", "weights"];
+
     fn run(&mut self) -> RunFlags<'_> {
         self.run.flags(self.data.iter_mut().chain(&mut self.weights).collect())
     }
@@ -174,10 +176,6 @@ pub struct FinetuneArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub pairs: PairArgs,
-    /// Passes over the data, in place of --steps
-    #[arg(long, value_name = "X", value_parser = positive, help_heading = "Data")]
-    #[arg(conflicts_with = "steps")]
-    pub epochs: Option<f64>,
     /// The model to start from, in Hugging Face's layout (config.json and model.safetensors)
     #[arg(long, value_name = "DIR", help_heading = "Model", conflicts_with = "model")]
     #[arg(required_unless_present_any = ["model", "resume"])]
@@ -204,6 +202,8 @@ pub struct FinetuneArgs {
 }
 
 impl Flags for FinetuneArgs {
+    const INPUTS: &'static [&'static str] = &["data", "validation", "weights"];
+
     fn run(&mut self) -> RunFlags<'_> {
         self.run.flags(
             self.data.iter_mut().chain(&mut self.validation).chain(&mut self.weights).collect(),
@@ -212,9 +212,6 @@ impl Flags for FinetuneArgs {
 
     fn forget(&mut self) {
         self.base = None;
-        if self.epochs.is_some() {
-            self.run.steps = 0;
-        }
     }
 }
 
@@ -233,7 +230,8 @@ impl FinetuneArgs {
 /// Flags of `eval`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct EvalArgs {
-    /// The model: a run's directory, or one in Hugging Face's layout
+    /// The model: a run's directory, or one in Hugging Face's layout; without this flag, the last
+    /// run without --out
     #[arg(long, value_name = "DIR", default_value = "runs/lm")]
     pub weights: PathBuf,
     /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
@@ -274,7 +272,8 @@ pub struct EvalArgs {
 /// Flags of `generate`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct GenerateArgs {
-    /// The model: a run's directory, or one in Hugging Face's layout
+    /// The model: a run's directory, or one in Hugging Face's layout; without this flag, the last
+    /// run without --out
     #[arg(long, value_name = "DIR", default_value = "runs/lm")]
     pub weights: PathBuf,
     /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
@@ -614,8 +613,14 @@ impl Cli {
             Command::Plan(plan) => {
                 plan.method.check().and_then(|()| check_mode(&plan.mode, plan.verify))
             }
-            Command::Eval(eval) => eval.pairs.check(eval.task),
-            Command::Generate(generate) => generate.check(),
+            Command::Eval(eval) => {
+                newest(sub, &mut eval.weights);
+                eval.pairs.check(eval.task)
+            }
+            Command::Generate(generate) => {
+                newest(sub, &mut generate.weights);
+                generate.check()
+            }
             Command::Score(score) => score.pairs.check(score.task),
             Command::Experiment { experiment } => {
                 let own =
@@ -822,7 +827,7 @@ mod tests {
             (4, 32.0, 8.0)
         );
         assert_eq!(
-            (adapters.half, f.run.optim.lr, f.epochs),
+            (adapters.half, f.run.optim.lr, f.run.epochs),
             (Some(bdia_core::backend::Half::F16), 1.0, Some(2.5))
         );
         let columns = |flags: &str| {

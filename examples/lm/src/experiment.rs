@@ -84,7 +84,8 @@ pub fn finetune(args: &FinetuneStudyArgs) -> Result<(), Failure> {
         push("cider", |f| f.cider);
     }
     let short = |a: &mut FinetuneArgs| {
-        (a.run.steps, a.epochs, a.run.eval_interval, a.run.checkpoint_interval) = (6, None, 0, 0);
+        (a.run.steps, a.run.epochs, a.run.eval_interval, a.run.checkpoint_interval) =
+            (6, None, 0, 0);
     };
     table.push("us_per_token", study.speeds(&cells, short, us_per_token)?);
     table.csv(study.dir, "finetune")?;

@@ -20,17 +20,17 @@ use crate::hub;
 use crate::pairs::Examples;
 use crate::train::{Asked, Lesson, Source, Start, batches};
 
-/// Fine-tunes. The summary is `None` where Ctrl-C stopped the run.
+/// Fine-tunes.
 ///
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
-pub fn finetune(args: &FinetuneArgs) -> Result<Option<Summary>, Failure> {
+pub fn finetune(args: &FinetuneArgs) -> Result<Summary, Failure> {
     let (mut args, from) = run::begin(args)?;
     let joined = ranks::join(&args.run.machine)?;
     let full = args.method.method == MethodKind::Full;
-    let weights = match (&args.weights, &args.model, &args.run.resume) {
+    let weights = match (&args.weights, &args.model, &from) {
         // All that it trains is in its checkpoints.
-        (_, _, Some(dir)) if full => dir.clone(),
+        (_, _, Some(_)) if full => args.run.out.clone(),
         (Some(dir), ..) => dir.clone(),
         (None, Some(name), _) => hub::locate(name)?,
         (None, None, _) => {
@@ -115,16 +115,6 @@ fn open(
             (Source::Text { train, validation, batches }, context, samples)
         }
     };
-    if let Some(epochs) = args.epochs {
-        let steps =
-            (epochs * samples / (args.run.batch * args.run.accumulate) as f64).ceil().max(1.0);
-        if steps >= f64::from(u32::MAX) {
-            return Err(Failure::Other(format!(
-                "--epochs {epochs} are {steps} steps, expected less than {}",
-                u32::MAX
-            )));
-        }
-        args.run.steps = steps as u64;
-    }
+    args.run.count_passes(samples)?;
     Ok((source, context))
 }

@@ -294,7 +294,7 @@ pub(crate) fn decode<B: Backend<Real = f32>>(
     prompts: &[Vec<i32>],
     decoding: &Decoding,
 ) -> Result<Vec<Vec<i32>>, Failure> {
-    run::catch_interrupt();
+    run::catch_signals();
     let bar = run::bar("prompt", prompts.len() as u64, 0);
     let found = decoder.decode(be, prompts, decoding, |finished, tokens| {
         bar.set_position(finished as u64);

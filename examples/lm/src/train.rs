@@ -88,16 +88,16 @@ pub struct Learner {
     sample: Option<Decoder>,
 }
 
-/// Trains. The summary is `None` where Ctrl-C stopped the run.
+/// Trains.
 ///
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
-pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
-    let (args, from) = run::begin(args)?;
+pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
+    let (mut args, from) = run::begin(args)?;
     let joined = ranks::join(&args.run.machine)?;
     let tokenizer = Tokenizer::new();
-    let mut config = match (&args.weights, &args.run.resume) {
-        (_, Some(dir)) => Gpt2Config::read_dir(dir)?,
+    let mut config = match (&args.weights, &from) {
+        (_, Some(_)) => Gpt2Config::read_dir(&args.run.out)?,
         (Some(dir), None) => {
             let mut config = Gpt2Config::read_dir(dir)?;
             // Dropout is a choice of the training; the file's is what somebody else chose.
@@ -109,6 +109,7 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
     config.bdia = Some(args.run.mode.training()?);
     let context = args.model.context.map_or(config.n_positions, |c| c as usize);
     let corpus = Corpus::open(args.data.as_deref(), &tokenizer, config.vocab_size, context)?;
+    args.run.count_passes(corpus.train.len() as f64 / context as f64)?;
     let batches = batches(&args.run, args.order, context);
     let name = corpus.name.to_string();
     let (train, validation) = (corpus.train, corpus.validation);
@@ -154,7 +155,7 @@ pub struct Lesson {
 }
 
 impl Lesson {
-    /// Plans the run and does it. The summary is `None` where Ctrl-C stopped it.
+    /// Plans the run and does it.
     ///
     /// # Errors
     /// [`Failure`]; what was saved before stays good.
@@ -164,7 +165,7 @@ impl Lesson {
         command: &'static str,
         from: Option<(PathBuf, Header)>,
         mut joined: Option<bdia_ranks::Ranks>,
-    ) -> Result<Option<Summary>, Failure> {
+    ) -> Result<Summary, Failure> {
         let (rank, count) = ranks::place(joined.as_ref());
         let (run, context, kind) = (&self.run, self.context, self.run.machine.backend);
         let dims = self.config.dims();
@@ -293,15 +294,22 @@ impl Task for Learner {
     }
 
     fn digest(&self) -> Result<u64, Failure> {
+        let mut hash = Xxh3::new();
         match &self.source {
-            Source::Text { train, .. } => digest(train),
-            Source::Pairs { train, .. } => {
-                let (mut hash, (tokens, cuts)) = (Xxh3::new(), train.content());
-                tokens.iter().for_each(|t| hash.update(&t.to_le_bytes()));
-                cuts.flatten().for_each(|n| hash.update(&n.to_le_bytes()));
-                Ok(hash.digest())
+            Source::Text { train, validation, .. } => {
+                digest(train, &mut hash)?;
+                digest(validation, &mut hash)?;
+            }
+            Source::Pairs { train, validation } => {
+                for (tokens, cuts) in
+                    [Some(train), validation.as_ref()].into_iter().flatten().map(Examples::content)
+                {
+                    tokens.iter().for_each(|t| hash.update(&t.to_le_bytes()));
+                    cuts.flatten().for_each(|n| hash.update(&n.to_le_bytes()));
+                }
             }
         }
+        Ok(hash.digest())
     }
 
     fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure> {
@@ -408,13 +416,7 @@ impl Task for Learner {
         Ok(named::write(path, &self.model.trained(), be, str::to_owned)?)
     }
 
-    fn finish<B: Backend<Real = f32>>(
-        &mut self,
-        be: &mut B,
-        out: &Path,
-        _: Option<&Validation>,
-    ) -> Result<(String, &'static str), Failure> {
-        let sample = self.sample(be)?;
+    fn write<B: Backend<Real = f32>>(&self, be: &B, out: &Path) -> Result<&'static str, Failure> {
         if let (Asked::Finetune(args), Some(digest), Some(_)) =
             (&self.asked, self.base.as_deref(), self.model.setup().adapters)
         {
@@ -424,23 +426,23 @@ impl Task for Learner {
             };
             let base = args.model.clone().unwrap_or(dir);
             adapter::save(out, be, &self.model, &base, digest)?;
-            return Ok((sample, "adapter_model.safetensors, adapter_config.json"));
+            return Ok("adapter_model.safetensors, adapter_config.json");
         }
         self.config.write_dir(out)?;
         save_weights(out, be, &self.model)?;
         if self.config.vocab_size == VOCAB {
             self.tokenizer.write_hf_files(out, self.config.n_positions)?;
         }
-        Ok((sample, "model.safetensors, config.json"))
+        Ok("model.safetensors, config.json")
+    }
+
+    fn tell<B: Backend<Real = f32>>(&mut self, be: &mut B, _: &Path) -> Result<String, Failure> {
+        self.sample(be)
     }
 }
 
-/// Identifies a text that is trained on.
-///
-/// # Errors
-/// A file that cannot be read.
-pub fn digest(part: &Part) -> Result<u64, Failure> {
-    let mut hash = Xxh3::new();
+/// Identifies a text.
+fn digest(part: &Part, hash: &mut Xxh3) -> Result<(), Failure> {
     hash.update(&part.len().to_le_bytes());
     let mut buffer = [0_i32; 4096];
     // All of it, but of a file of many gigabytes only a part of every megabyte.
@@ -452,7 +454,7 @@ pub fn digest(part: &Part) -> Result<u64, Failure> {
         buffer[..n].iter().for_each(|t| hash.update(&t.to_le_bytes()));
         from += stride;
     }
-    Ok(hash.digest())
+    Ok(())
 }
 
 /// Mean loss over the first `windows` windows of a part and the number of its targets; `None` if it
@@ -473,6 +475,7 @@ pub fn evaluate<B: Backend<Real = f32>>(
     // Of several ranks each takes a part of the windows.
     let mut starts =
         part.windows(context).take(windows).skip(be.rank()).step_by(be.ranks()).peekable();
+    // All ranks meet behind the loop, also those that were interrupted.
     while let Some(from) = starts.next().filter(|_| !run::interrupted()) {
         let range = filled * context..(filled + 1) * context;
         part.window(from, &mut tokens[range.clone()], &mut targets[range.clone()])?;
@@ -490,6 +493,7 @@ pub fn evaluate<B: Backend<Real = f32>>(
         sum += s;
         count += n as usize;
     })?;
+    run::go_on()?;
     Ok((count > 0).then(|| (sum / count as f64, count)))
 }
 
@@ -510,9 +514,7 @@ pub fn evaluate_pairs<B: Backend<Real = f32>>(
     let n = samples.min(examples.len());
     let (mut sum, mut count) = (0.0, 0);
     for first in (0..n).step_by(at_once) {
-        if run::interrupted() {
-            break;
-        }
+        run::go_on()?;
         let here = at_once.min(n - first);
         for i in 0..here {
             let range = i * context..(i + 1) * context;

@@ -46,13 +46,9 @@ fn train_killed(data: &Path, out: &Path, flags: &str, kills: u32, seed: u64) -> 
     let mut killed = 0;
     for i in 0..200 {
         let repeated = format!("{} {flags}", program::SMALL);
-        let mut command = match (checkpoints(out).is_empty(), i % 2) {
-            (true, _) => {
-                if out.join("run.json").exists() {
-                    bad(&mut resume(out, ""), &["no usable checkpoint"]);
-                }
-                train(data, out, flags)
-            }
+        let mut command = match (out.join("run.json").exists(), i % 2) {
+            // It was killed before it had written anything.
+            (false, _) => train(data, out, flags),
             (_, 0) => resume(out, ""),
             _ => {
                 let mut c = resume(out, &repeated);
@@ -70,7 +66,7 @@ fn train_killed(data: &Path, out: &Path, flags: &str, kills: u32, seed: u64) -> 
                     let after = lines(out) + moments.below(5) as usize;
                     wait_for(&mut child, || {
                         lines(out) >= after
-                            && content_names(out).iter().any(|n| n.ends_with(".ckpt.tmp"))
+                            && content_names(out).iter().any(|n| n.starts_with(".step-"))
                     });
                 }
                 // After some steps.
@@ -188,7 +184,7 @@ fn other_threads_and_checkpoint_interval_change_no_bit() {
     let dir = Dir::new();
     let (whole, out) = cut_short(&dir);
     // What a kill in the middle of a write leaves behind.
-    std::fs::write(out.join("step-00000057.ckpt.tmp"), b"BDIACKPT").unwrap();
+    std::fs::write(out.join(".step-00000057.ckpt.1a2b3c.tmp"), b"BDIACKPT").unwrap();
     good(&mut resume(&out, "--threads 1 --checkpoint-interval 3 --verify"));
     same(&whole, &out, 60);
 }
@@ -201,17 +197,17 @@ fn contradicting_flags_are_named_and_nothing_changes() {
     good(&mut train(&data, &out, FLAGS));
     let before = content(&out);
     let said = bad(
-        &mut resume(&out, "--lr 0.5 --steps 100 --batch 4"),
-        &["--lr is 0.5", "--steps is 100", "has 60"],
+        &mut resume(&out, "--lr 0.5 --steps 59 --batch 4"),
+        &["--lr is 0.5", "--steps is 59", "has 60"],
     );
     assert!(!said.err.contains("--batch"));
-    let other = dir.file("other.bin", &[1; 4000]);
-    bad(resume(&out, "").arg("--data").arg(&other), &["--data", "other.bin"]);
+    let other = dir.file("other.bin", &[1, 0].repeat(3000));
+    bad(resume(&out, "").arg("--data").arg(&other), &["step-00000060.ckpt", "the data"]);
     assert!(before == content(&out));
 
     // The same name, other tokens.
     std::fs::write(&data, [1, 0].repeat(4000)).unwrap();
-    bad(&mut resume(&out, ""), &["step-00000060.ckpt", "training data"]);
+    bad(&mut resume(&out, ""), &["step-00000060.ckpt", "the data"]);
     assert!(before == content(&out));
 }
 
@@ -239,7 +235,7 @@ fn interrupted_by_ctrl_c() {
     let kill = format!("kill -INT {}", child.id());
     assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
     let said = program::Said::from(child.wait_with_output().unwrap());
-    assert_eq!(said.code, Some(0), "{}", said.err);
+    assert_eq!(said.code, Some(3), "{}", said.err);
     let done = checkpointed(&out);
     assert!((3..250).contains(&done));
     assert_eq!(lines(&out), done);
@@ -247,7 +243,15 @@ fn interrupted_by_ctrl_c() {
         "stopped after step {done} of 250; to go on:  bdia-lm train --resume {}",
         out.display()
     );
-    assert!(said.out.contains(&sentence), "{}", said.out);
+    assert!(said.err.contains(&sentence), "{}", said.err);
+    // What was stopped can be used as it is.
+    good(
+        program::program()
+            .args(["eval", "--context", "16", "--weights"])
+            .arg(&out)
+            .arg("--data")
+            .arg(&data),
+    );
     good(&mut resume(&out, ""));
     same(&whole, &out, 250);
 }
@@ -351,6 +355,10 @@ fn other_headers() {
         |h| h["lens"] = serde_json::json!([33_610]),
         |h| h["lens"] = serde_json::json!([u64::MAX, 1]),
         |h| h["data"] = 1.into(),
+        |h| h["metrics"] = 1.into(),
+        |h| h["settings"]["lr"] = 0.5.into(),
+        |h| h["config"]["n_head"] = 4.into(),
+        |h| h["waiting"] = "a step".into(),
     ] {
         std::fs::write(&path, with_header(&bytes, change)).unwrap();
         let before = content(&out);
@@ -403,14 +411,28 @@ fn a_full_disk_leaves_the_last_checkpoint() {
         eprintln!("skipped: a full disk needs the right to mount a tmpfs");
         return;
     }
-    good(&mut train(&data, &whole, FLAGS));
+    let flags = "--steps 400 --checkpoint-interval 7";
+    good(&mut train(&data, &whole, flags));
     let out = disk.join("run");
-    bad(&mut train(&data, &out, FLAGS), &["step-00000014.ckpt", "No space left"]);
-    assert_eq!(checkpoints(&out), ["step-00000007.ckpt"]);
-    bad(&mut resume(&out, ""), &["No space left"]);
+    // Known beforehand.
+    bad(&mut train(&data, &out, flags), &["the run needs", "are free", "--keep-checkpoints"]);
     assert!(mount.size("8m", true));
+    // Somebody else takes what is left while the run is on.
+    let mut child = spawn(&mut resume(&out, ""));
+    wait_for(&mut child, || checkpointed(&out) > 0);
+    let signal = |name: &str| {
+        let kill = format!("kill -{name} {}", child.id());
+        assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+    };
+    signal("STOP");
+    assert!(std::fs::write(disk.join("filler"), vec![1; 16 << 20]).is_err());
+    signal("CONT");
+    let said = program::Said::from(child.wait_with_output().unwrap());
+    assert!(said.code == Some(1) && said.err.contains("No space left"), "{}", said.err);
+    assert!(checkpointed(&out) > 0);
+    std::fs::remove_file(disk.join("filler")).unwrap();
     good(&mut resume(&out, ""));
-    same(&whole, &out, 60);
+    same(&whole, &out, 400);
 }
 
 /// A terminal that goes away does not end a run.
@@ -422,7 +444,8 @@ fn nobody_listens() {
     good(&mut train(&data, &whole, FLAGS));
     let mut child = spawn(train(&data, &out, FLAGS).arg("--json"));
     drop((child.stdout.take(), child.stderr.take()));
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    // What was to be told has not been told.
+    assert_eq!(child.wait().unwrap().code(), Some(1));
     same(&whole, &out, 60);
 }
 

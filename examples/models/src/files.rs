@@ -1,8 +1,10 @@
 //! Reading within limits and writing atomically.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
 
 /// A file that could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -63,34 +65,71 @@ pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
 
 /// Writes a file so that `path` has either its old content or all of the new one, whenever the
 /// process or the machine stops: a temporary file beside it, `fsync`, rename, `fsync` of the
-/// directory.
+/// directory. The temporary name is random and exclusive, and a link at `path` is replaced, not
+/// followed.
 ///
 /// # Errors
 /// [`FileError`], or what `write` returns; the temporary file is removed and `path` is untouched
 /// then.
 pub fn write_atomic<E: From<FileError>>(
     path: &Path,
-    write: impl FnOnce(&mut BufWriter<File>) -> Result<(), E>,
+    write: impl FnOnce(&mut BufWriter<Temporary>) -> Result<(), E>,
 ) -> Result<(), E> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(".tmp");
-    let tmp = path.with_file_name(name);
-    let result = (|| {
-        let file = File::create(&tmp).map_err(|e| FileError::io(&tmp, "create it", e))?;
-        let mut out = BufWriter::with_capacity(1 << 18, file);
-        write(&mut out)?;
-        out.flush().map_err(|e| FileError::io(&tmp, "write it", e))?;
-        out.get_ref().sync_all().map_err(|e| FileError::io(&tmp, "write it to disk", e))?;
-        drop(out);
-        fs::rename(&tmp, path).map_err(|e| FileError::io(path, "replace it", e))?;
-        sync_directory(path)?;
-        Ok(())
-    })();
-    if result.is_err() {
-        // Best effort: the error above is the one that matters.
-        let _ = fs::remove_file(&tmp);
+    let failed = |what| move |e| FileError::io(path, what, e);
+    let tmp = Temporary::beside(path).map_err(failed("create a temporary file for it"))?;
+    let mut out = BufWriter::with_capacity(1 << 18, tmp);
+    write(&mut out)?;
+    let tmp = out.into_inner().map_err(|e| FileError::io(path, "write it", e.into_error()))?;
+    tmp.replace(path).map_err(failed("replace it"))?;
+    Ok(disk::sync_directory(directory_of(path)).map_err(failed("write its directory to disk"))?)
+}
+
+/// The directory that a path is in.
+pub fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A file that is not there yet under its name; it goes when this is dropped.
+#[derive(Debug)]
+pub struct Temporary(NamedTempFile);
+
+impl Temporary {
+    fn beside(path: &Path) -> io::Result<Self> {
+        disk::point()?;
+        let mut name = std::ffi::OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(".");
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(&name).suffix(Self::SUFFIX);
+        // What the file has in the end: anybody may read what the umask lets them read.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        builder.tempfile_in(directory_of(path)).map(Self)
     }
-    result
+
+    /// How the names of these files end. They begin with a dot.
+    pub const SUFFIX: &'static str = ".tmp";
+
+    /// Puts it on disk and then in the place of `path`.
+    fn replace(self, path: &Path) -> io::Result<()> {
+        disk::point()?;
+        self.0.as_file().sync_all()?;
+        if disk::rename_point()? {
+            self.0.persist(path).map_err(|e| e.error)?;
+        }
+        Ok(())
+    }
+}
+
+impl Write for Temporary {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = disk::write_point(bytes.len())?;
+        self.0.write(&bytes[..n])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 /// [`write_atomic`] of bytes that are at hand.
@@ -101,18 +140,204 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     write_atomic(path, |out| out.write_all(bytes).map_err(|e| FileError::io(path, "write it", e)))
 }
 
-/// A rename is durable only once the directory is on disk.
-fn sync_directory(path: &Path) -> Result<(), FileError> {
-    #[cfg(unix)]
-    {
-        let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(dir)
-            .and_then(|d| d.sync_all())
-            .map_err(|e| FileError::io(dir, "write the directory to disk", e))?;
+/// Every other call that changes what is on disk, so that tests can let the n-th one fail.
+pub mod disk {
+    use std::fs::{self, File};
+    use std::io;
+    use std::path::Path;
+
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) use super::faults::{point, rename_point, write_point};
+    #[cfg(not(any(test, feature = "testing")))]
+    pub(super) use none::{point, rename_point, write_point};
+
+    #[cfg(not(any(test, feature = "testing")))]
+    mod none {
+        pub fn point() -> std::io::Result<()> {
+            Ok(())
+        }
+        pub fn rename_point() -> std::io::Result<bool> {
+            Ok(true)
+        }
+        pub fn write_point(len: usize) -> std::io::Result<usize> {
+            Ok(len)
+        }
     }
-    #[cfg(not(unix))]
-    let _ = path;
-    Ok(())
+
+    /// A rename is durable only once the directory is on disk.
+    ///
+    /// # Errors
+    /// The operating system's, as all here.
+    pub fn sync_directory(dir: &Path) -> io::Result<()> {
+        point()?;
+        #[cfg(unix)]
+        File::open(dir)?.sync_all()?;
+        #[cfg(not(unix))]
+        let _ = dir;
+        Ok(())
+    }
+
+    /// Makes a directory that is not there yet.
+    ///
+    /// # Errors
+    /// Also where it is there.
+    pub fn create_dir(dir: &Path) -> io::Result<()> {
+        point()?;
+        fs::create_dir(dir)
+    }
+
+    /// Makes a directory and those that it is in, where they are missing.
+    ///
+    /// # Errors
+    /// See [`sync_directory`].
+    pub fn create_dir_all(dir: &Path) -> io::Result<()> {
+        point()?;
+        fs::create_dir_all(dir)
+    }
+
+    /// Two directories take each other's place; nobody sees a moment in which one is missing.
+    ///
+    /// # Errors
+    /// Also where the system or the file system cannot do that.
+    pub fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+        if !rename_point()? {
+            return Ok(());
+        }
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{CWD, RenameFlags, renameat_with};
+            renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?;
+            Ok(())
+        }
+        #[cfg(not(target_os = "linux"))]
+        Err(io::Error::new(io::ErrorKind::Unsupported, format!("{one:?}, {other:?}")))
+    }
+
+    /// Renames.
+    ///
+    /// # Errors
+    /// See [`sync_directory`].
+    pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+        if rename_point()? { fs::rename(from, to) } else { Ok(()) }
+    }
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// See [`sync_directory`].
+    pub fn remove_file(path: &Path) -> io::Result<()> {
+        point()?;
+        fs::remove_file(path)
+    }
+
+    /// Removes a directory with all that is in it.
+    ///
+    /// # Errors
+    /// See [`sync_directory`].
+    pub fn remove_dir_all(dir: &Path) -> io::Result<()> {
+        point()?;
+        fs::remove_dir_all(dir)
+    }
+
+    /// Writes at the end of a file that was opened for that.
+    ///
+    /// # Errors
+    /// See [`sync_directory`].
+    pub fn append(file: &mut File, bytes: &[u8]) -> io::Result<()> {
+        use std::io::Write as _;
+        let n = write_point(bytes.len())?;
+        file.write_all(&bytes[..n])?;
+        if n < bytes.len() {
+            point()?;
+            file.write_all(&bytes[n..])?;
+        }
+        Ok(())
+    }
+}
+
+/// Disks that fail, for tests: of the calls that change what is on disk, one goes wrong.
+#[cfg(any(test, feature = "testing"))]
+#[allow(missing_docs)]
+pub mod faults {
+    use core::cell::Cell;
+    use std::io;
+
+    /// What goes wrong.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Fault {
+        /// The call is refused: the disk is full. Later calls work.
+        Refused,
+        /// The same, and a write has written half before.
+        Short,
+        /// The machine stops before the call: it and all later ones are refused.
+        Stopped,
+        /// The call, a rename, claims to have worked and has not; then the machine stops.
+        Lost,
+    }
+
+    thread_local! {
+        static NEXT: Cell<Option<(Fault, u32)>> = const { Cell::new(None) };
+        static HALTED: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// The `n`-th call from now on this thread, from 0, goes wrong.
+    pub fn arm(fault: Fault, n: u32) {
+        HALTED.set(false);
+        NEXT.set(Some((fault, n)));
+    }
+
+    /// Disks work again; whether a fault had happened.
+    pub fn disarm() -> bool {
+        HALTED.set(false);
+        NEXT.take().is_none()
+    }
+
+    fn next() -> io::Result<Option<Fault>> {
+        if HALTED.get() {
+            return Err(refusal());
+        }
+        match NEXT.get() {
+            Some((fault, 0)) => {
+                NEXT.set(None);
+                HALTED.set(matches!(fault, Fault::Stopped | Fault::Lost));
+                Ok(Some(fault))
+            }
+            Some((fault, n)) => {
+                NEXT.set(Some((fault, n - 1)));
+                Ok(None)
+            }
+            None => Ok(None),
+        }
+    }
+
+    fn refusal() -> io::Error {
+        io::Error::new(io::ErrorKind::StorageFull, "a fault of the test: no space left")
+    }
+
+    pub fn point() -> io::Result<()> {
+        next()?.map_or(Ok(()), |_| Err(refusal()))
+    }
+
+    /// Whether the rename is done.
+    pub fn rename_point() -> io::Result<bool> {
+        match next()? {
+            None => Ok(true),
+            Some(Fault::Lost) => Ok(false),
+            Some(_) => Err(refusal()),
+        }
+    }
+
+    /// How many of `len` bytes are written; the rest is refused.
+    pub fn write_point(len: usize) -> io::Result<usize> {
+        match next()? {
+            None => Ok(len),
+            Some(Fault::Short) if len > 1 => {
+                NEXT.set(Some((Fault::Refused, 0)));
+                Ok(len / 2)
+            }
+            Some(_) => Err(refusal()),
+        }
+    }
 }
 
 /// A directory of its own for one test, removed at its end.
@@ -162,6 +387,7 @@ pub mod testing {
 mod tests {
     use super::testing::TempDir;
     use super::*;
+    use std::fs;
 
     #[test]
     fn a_failed_write_leaves_the_old_content() {
@@ -176,6 +402,43 @@ mod tests {
         write_bytes(&path, b"new").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn every_fault_of_the_disk_leaves_the_old_content_or_the_new() {
+        use super::faults::{Fault, arm, disarm};
+        for fault in [Fault::Refused, Fault::Short, Fault::Stopped, Fault::Lost] {
+            for n in 0.. {
+                let dir = TempDir::new();
+                let path = dir.file("a", b"old");
+                arm(fault, n);
+                let done = write_bytes(&path, b"the new");
+                let happened = disarm();
+                let found = fs::read(&path).unwrap();
+                assert!(found == b"old" || found == b"the new", "{fault:?} {n}");
+                // Only a directory that cannot be synced leaves the question open.
+                assert!(done.is_err() || fault == Fault::Lost || found == b"the new");
+                if !happened {
+                    assert!(n > 3 && done.is_ok());
+                    break;
+                }
+                write_bytes(&path, b"the new").unwrap();
+                assert_eq!(fs::read(&path).unwrap(), b"the new");
+            }
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_not_followed() {
+        let dir = TempDir::new();
+        let (other, path) = (dir.file("other", b"other"), dir.path().join("a"));
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        // A name that the old version would have used.
+        std::os::unix::fs::symlink(&other, dir.path().join("a.tmp")).unwrap();
+        write_bytes(&path, b"new").unwrap();
+        assert_eq!(fs::read(&other).unwrap(), b"other");
+        assert!(!fs::symlink_metadata(&path).unwrap().is_symlink());
     }
 
     #[test]

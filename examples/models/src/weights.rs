@@ -12,13 +12,19 @@ use std::path::{Path, PathBuf};
 
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
-use crate::files::{FileError, read_limited, write_atomic};
+use crate::files::{FileError, Temporary, read_limited, write_atomic};
 
 /// The file of an unsharded model.
 pub const FILE: &str = "model.safetensors";
 /// The index of a sharded one.
 pub const INDEX: &str = "model.safetensors.index.json";
+
+/// The note by which a file knows the configuration that it was written with.
+const NOTE: &str = "bdia_config";
+/// The largest configuration that is looked at.
+const MOST_CONFIG: u64 = 1 << 24;
 
 /// The largest header that is read, as in the safetensors library.
 const MOST_HEADER: u64 = 100_000_000;
@@ -52,6 +58,18 @@ pub enum WeightsError {
         path: PathBuf,
         /// What is wrong.
         what: String,
+    },
+    /// The configuration beside the weights is not the one that they were written with.
+    #[error(
+        "{}: config.json beside it is not the one that it was written with: {}; put that one back",
+        path.display(),
+        .differs.join("; ")
+    )]
+    Configuration {
+        /// The weights.
+        path: PathBuf,
+        /// What differs, by name.
+        differs: Vec<String>,
     },
     /// The tensors are not those of the model.
     #[error("the weights do not fit the configuration: {}", .0.join("; "))]
@@ -385,7 +403,9 @@ impl Weights {
         for (i, path) in files.iter().enumerate() {
             let mut file = File::open(path).map_err(|e| FileError::io(path, "open it", e))?;
             let len = file.metadata().map_err(|e| FileError::io(path, "read its size", e))?.len();
-            for (name, tensor) in read_header(path, &mut file, len, i)? {
+            let tensors_of_file = read_header(path, &mut file, len, i)?;
+            check_configuration(path, &notes(path)?)?;
+            for (name, tensor) in tensors_of_file {
                 let plain = plain_name(&name);
                 if !is_buffer(plain) && tensors.insert(plain.to_string(), tensor).is_some() {
                     let what = format!(
@@ -546,7 +566,7 @@ fn list(names: Vec<String>) -> String {
 
 /// Takes the values of one tensor, in any number of pieces.
 pub struct Sink<'a> {
-    out: &'a mut BufWriter<File>,
+    out: &'a mut BufWriter<Temporary>,
     path: &'a Path,
     count: usize,
 }
@@ -571,6 +591,35 @@ impl Sink<'_> {
         self.count += values.len();
         Ok(())
     }
+}
+
+/// What says what a model is in the `config.json` beside a file of weights: all but how it was
+/// trained. Nothing where there is none.
+fn configuration(weights: &Path) -> Option<Map<String, Value>> {
+    let path = weights.with_file_name("config.json");
+    let bytes = read_limited(&path, MOST_CONFIG).ok()?;
+    let mut all: Map<String, Value> = serde_json::from_slice(&bytes).ok()?;
+    all.retain(|key, _| key != "bdia" && !key.ends_with("_pdrop") && key != "dropout");
+    Some(all)
+}
+
+/// Refuses weights beside another configuration than the one that they were written with. Files
+/// that were not written here know nothing of that.
+fn check_configuration(path: &Path, notes: &BTreeMap<String, String>) -> Result<(), WeightsError> {
+    let then = notes.get(NOTE).and_then(|n| serde_json::from_str::<Map<String, Value>>(n).ok());
+    let (Some(then), Some(now)) = (then, configuration(path)) else { return Ok(()) };
+    let keys: BTreeSet<_> = now.keys().chain(then.keys()).collect();
+    let shown = |v: Option<&Value>| v.map_or("not there".into(), ToString::to_string);
+    let differs: Vec<_> = (keys.into_iter().filter(|key| now.get(*key) != then.get(*key)))
+        .map(|key| {
+            let (now, then) = (shown(now.get(key)), shown(then.get(key)));
+            format!("{} is {}, it was {}", short(key), short(&now), short(&then))
+        })
+        .collect();
+    if differs.is_empty() {
+        return Ok(());
+    }
+    Err(WeightsError::Configuration { path: path.into(), differs })
 }
 
 /// Writes a safetensors file in f32, atomically: `values` is called once for each tensor, in order,
@@ -630,8 +679,10 @@ fn header(
         data_offsets: [u64; 2],
     }
     let wrong = |what: &str| WeightsError::Header { path: path.into(), what: what.into() };
-    let mut map = serde_json::Map::new();
-    let notes: BTreeMap<_, _> = notes.iter().copied().chain([("format", "pt")]).collect();
+    let mut map = Map::new();
+    let config = configuration(path).map(|c| Value::Object(c).to_string());
+    let own = [("format", "pt")].into_iter().chain(config.as_deref().map(|c| (NOTE, c)));
+    let notes: BTreeMap<_, _> = notes.iter().copied().chain(own).collect();
     map.insert("__metadata__".into(), serde_json::json!(notes));
     let mut at = 0_u64;
     for (name, shape) in tensors {
@@ -645,7 +696,7 @@ fn header(
         }
         at = end;
     }
-    let mut header = serde_json::Value::Object(map).to_string();
+    let mut header = Value::Object(map).to_string();
     // Data begins at a multiple of 8, so that readers may map it into memory.
     while !header.len().is_multiple_of(8) {
         header.push(' ');

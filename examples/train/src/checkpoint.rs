@@ -14,12 +14,13 @@ use std::path::{Path, PathBuf};
 
 use bdia_core::Reals;
 use bdia_core::backend::Backend;
-use bdia_models::files::{FileError, write_atomic};
+use bdia_models::files::{FileError, disk, write_atomic};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
 const MAGIC: &[u8; 8] = b"BDIACKPT";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_LIMIT: u32 = 1 << 26;
 /// Values that are copied at a time.
 const PIECE: usize = 1 << 14;
@@ -40,10 +41,19 @@ pub struct Header {
     pub ranks: usize,
     /// Number of values of each tensor that follows.
     pub lens: Vec<usize>,
-    /// Digest of the training data.
+    /// Digest of the data.
     pub data: u64,
     /// Validation so far: step and loss (or accuracy, where the program measures that).
     pub validation: Vec<(u32, f64)>,
+    /// The settings of the run on which numbers depend.
+    pub settings: Map<String, Value>,
+    /// The `config.json` of the run.
+    pub config: Map<String, Value>,
+    /// xxh3-64 of the lines of `metrics.jsonl` up to this step, without what depends on the clock.
+    pub metrics: u64,
+    /// The line of the last step, whose validation was cut short and is made when the run goes on.
+    #[serde(default)]
+    pub waiting: Option<Value>,
 }
 
 const fn one() -> usize {
@@ -64,6 +74,19 @@ pub enum CheckpointError {
         /// What is wrong.
         what: String,
     },
+    /// Another version of the program wrote it.
+    #[error(
+        "{}: a checkpoint of format {found}, this program reads format {VERSION}; go on with the \
+         version of the program that wrote it{}",
+        path.display(),
+        if *found == 1 { " (0.1.0)" } else { "" }
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
     /// It belongs to another model.
     #[error("{}: the checkpoint is of another model ({what})", path.display())]
     Other {
@@ -74,7 +97,7 @@ pub enum CheckpointError {
     },
     /// There is none.
     #[error(
-        "{}: no usable checkpoint; expected step-*.ckpt (is it the directory of a run?){tried}",
+        "{}: no usable checkpoint; put a good step-*.ckpt there, or start a new run{tried}",
         dir.display()
     )]
     None {
@@ -118,18 +141,7 @@ pub fn list(dir: &Path) -> Vec<(u32, PathBuf)> {
     all
 }
 
-/// Removes what a killed run left of a checkpoint that it did not finish.
-pub fn sweep(dir: &Path) {
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        if name.to_str().is_some_and(|n| n.starts_with("step-") && n.ends_with(".ckpt.tmp")) {
-            // It only takes room.
-            let _ = std::fs::remove_file(entry.path());
-        }
-    }
-}
-
-/// Writes a checkpoint atomically, then removes all but the last two.
+/// Writes a checkpoint atomically, then removes all but the last `keep`.
 ///
 /// # Errors
 /// [`CheckpointError`]; the earlier checkpoints are then untouched.
@@ -138,6 +150,7 @@ pub fn save<B: Backend<Real = f32>>(
     be: &B,
     tensors: &[Reals],
     mut header: Header,
+    keep: usize,
 ) -> Result<PathBuf, CheckpointError> {
     header.lens = tensors.iter().map(|t| t.len()).collect();
     let path = dir.join(file_name(header.step));
@@ -171,14 +184,19 @@ pub fn save<B: Backend<Real = f32>>(
         out.write_all(&digest.to_le_bytes()).map_err(io)?;
         Ok(())
     })?;
-    // Two are kept. Newer ones than this were found to be damaged: they would only push good ones
-    // out. One that cannot be removed only takes room.
+    // Newer ones than this were found to be damaged: they would only push good ones out. One that
+    // cannot be removed only takes room.
     let all = list(dir);
     let newer = all.iter().take_while(|(step, _)| *step > header.step).count();
-    for (_, old) in all.iter().take(newer).chain(all.iter().skip(newer + 2)) {
-        let _ = std::fs::remove_file(old);
+    for (_, old) in all.iter().take(newer).chain(all.iter().skip(newer + keep.max(1))) {
+        let _ = disk::remove_file(old);
     }
     Ok(path)
+}
+
+/// Bytes of a checkpoint of these tensors, its header apart.
+pub fn bytes(tensors: &[Reals]) -> u64 {
+    tensors.iter().map(|t| 4 * t.len() as u64).sum()
 }
 
 /// Digest of a whole file.
@@ -229,7 +247,7 @@ fn open(path: &Path) -> Result<(Hashing<BufReader<File>>, Header), CheckpointErr
     let word =
         |at: usize| u32::from_le_bytes([start[at], start[at + 1], start[at + 2], start[at + 3]]);
     if word(8) != VERSION {
-        return Err(damaged(path, format!("it has version {}, expected {VERSION}", word(8))));
+        return Err(CheckpointError::Version { path: path.to_path_buf(), found: word(8) });
     }
     if word(12) > HEADER_LIMIT {
         return Err(damaged(
@@ -272,15 +290,19 @@ pub fn check(path: &Path) -> Result<Header, CheckpointError> {
     Ok(header)
 }
 
-/// The newest checkpoint of a directory that is good, with warnings about those that are not.
+/// The newest checkpoint of a directory that is good, with warnings about those that are not;
+/// nothing where there is none at all.
 ///
 /// # Errors
-/// [`CheckpointError::None`]
-pub fn newest(dir: &Path) -> Result<(PathBuf, Header, Vec<String>), CheckpointError> {
-    let mut warnings = Vec::new();
-    for (_, path) in list(dir) {
+/// [`CheckpointError::None`] where there are some, and none is good.
+pub fn newest(dir: &Path) -> Result<Option<(PathBuf, Header, Vec<String>)>, CheckpointError> {
+    let (mut warnings, all) = (Vec::new(), list(dir));
+    if all.is_empty() {
+        return Ok(None);
+    }
+    for (_, path) in all {
         match check(&path) {
-            Ok(header) => return Ok((path, header, warnings)),
+            Ok(header) => return Ok(Some((path, header, warnings))),
             Err(e) => warnings.push(e.to_string()),
         }
     }

@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::directory;
 use crate::error::Failure;
 
 /// How activations are kept for the backward pass.
@@ -421,19 +422,23 @@ fn contradictions<T: Serialize>(
     free: &[&str],
 ) -> Result<(), Contradiction> {
     let (new, old) = (settings(new), settings(saved));
-    let show = |v: Option<&Value>| match v {
-        None | Some(Value::Null) => "nothing".to_string(),
-        Some(Value::String(s)) => s.clone(),
-        Some(other) => other.to_string(),
-    };
     let wrong: Vec<_> = (given.iter())
         .filter(|name| !free.contains(&name.as_str()) && new.get(*name) != old.get(*name))
         .map(|name| {
-            let (new, old) = (show(new.get(name)), show(old.get(name)));
+            let (new, old) = (shown(new.get(name)), shown(old.get(name)));
             format!("--{} is {new}, the run has {old}", name.replace('_', "-"))
         })
         .collect();
     if wrong.is_empty() { Ok(()) } else { Err(Contradiction(wrong)) }
+}
+
+/// A value of a setting, as a message shows it.
+pub fn shown(value: Option<&Value>) -> String {
+    match value {
+        None | Some(Value::Null) => "nothing".to_string(),
+        Some(Value::String(s)) => s.clone(),
+        Some(other) => other.to_string(),
+    }
 }
 
 fn settings<T: Serialize>(args: &T) -> Map<String, Value> {
@@ -490,6 +495,10 @@ pub struct RunFlags<'a> {
     pub out: &'a mut PathBuf,
     /// `--json`
     pub json: &'a mut bool,
+    /// What a run keeps.
+    pub saving: &'a mut SavingArgs,
+    /// The number of steps, where it follows from a number of passes.
+    pub derived: Option<&'a mut u64>,
     /// How activations are kept.
     pub mode: &'a mut ModeArgs,
     /// Threads, memory, backend.
@@ -613,6 +622,39 @@ impl MethodArgs {
     }
 }
 
+/// What a run keeps, and whether it may end early.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Run")]
+pub struct SavingArgs {
+    /// Minutes between checkpoints, beside those of --checkpoint-interval; 0 for none
+    #[arg(long, value_name = "N", default_value_t = MINUTES, value_parser = not_negative)]
+    #[serde(default = "minutes")]
+    pub checkpoint_minutes: f64,
+    /// Checkpoints that are kept: the last ones
+    #[arg(long, value_name = "N", default_value_t = KEPT, value_parser = count(1 << 20))]
+    #[serde(default = "kept")]
+    pub keep_checkpoints: u64,
+    /// Evaluations in a row without a better one after which the run ends; 0 for no such end
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = count_or_zero(1 << 20))]
+    #[serde(default)]
+    pub patience: u64,
+    /// Replace the run or the model that is in --out, once the new run has something to show
+    #[arg(long, conflicts_with = "resume")]
+    #[serde(skip)]
+    pub replace: bool,
+}
+
+const MINUTES: f64 = 10.0;
+const KEPT: u64 = 2;
+
+const fn minutes() -> f64 {
+    MINUTES
+}
+
+const fn kept() -> u64 {
+    KEPT
+}
+
 /// The flags of a run over data that it sees again and again, whose intervals are epochs.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Run")]
@@ -650,12 +692,16 @@ pub struct EpochArgs {
     /// Keep every activation as well and count the rebuilt values that differ
     #[arg(long)]
     pub verify: bool,
-    /// Directory of the run's files
+    /// Directory of the run's files; without this flag the next number that is free is added
     #[arg(long, value_name = "DIR", default_value = "runs/latest")]
     pub out: PathBuf,
     /// The last line of standard output is one JSON object
     #[arg(long)]
     pub json: bool,
+    /// What the run keeps.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub saving: SavingArgs,
     /// Threads, memory, backend.
     #[command(flatten)]
     #[serde(flatten)]
@@ -676,6 +722,8 @@ impl EpochArgs {
             verify: &mut self.verify,
             out: &mut self.out,
             json: &mut self.json,
+            saving: &mut self.saving,
+            derived: None,
             mode: &mut self.mode,
             machine: &mut self.machine,
             given: &mut self.given,
@@ -732,6 +780,11 @@ pub struct StepArgs {
     #[arg(long, value_name = "N", default_value_t = 130)]
     #[arg(value_parser = count(u64::from(u32::MAX) - 1), help_heading = "Run")]
     pub steps: u64,
+    /// Passes over the training data, in place of --steps
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Run")]
+    #[arg(conflicts_with = "steps")]
+    #[serde(default)]
+    pub epochs: Option<f64>,
     /// Samples of a micro-batch, of all ranks together
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20))]
     #[arg(help_heading = "Run")]
@@ -757,12 +810,16 @@ pub struct StepArgs {
     /// Keep every activation as well and count the rebuilt values that differ
     #[arg(long, help_heading = "Run")]
     pub verify: bool,
-    /// Directory of the run's files
+    /// Directory of the run's files; without this flag the next number that is free is added
     #[arg(long, value_name = "DIR", default_value = "runs/lm", help_heading = "Run")]
     pub out: PathBuf,
     /// The last line of standard output is one JSON object
     #[arg(long, help_heading = "Run")]
     pub json: bool,
+    /// What the run keeps.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub saving: SavingArgs,
     /// Threads, memory, backend.
     #[command(flatten)]
     #[serde(flatten)]
@@ -783,6 +840,8 @@ impl StepArgs {
             verify: &mut self.verify,
             out: &mut self.out,
             json: &mut self.json,
+            saving: &mut self.saving,
+            derived: self.epochs.is_some().then_some(&mut self.steps),
             mode: &mut self.mode,
             machine: &mut self.machine,
             given: &mut self.given,
@@ -800,25 +859,53 @@ impl StepArgs {
     }
 }
 
+impl StepArgs {
+    /// Sets the number of steps where passes over so many samples were asked for.
+    ///
+    /// # Errors
+    /// More steps than can be counted.
+    pub fn count_passes(&mut self, samples: f64) -> Result<(), Failure> {
+        let Some(epochs) = self.epochs else { return Ok(()) };
+        let steps = (epochs * samples / (self.batch * self.accumulate) as f64).ceil().max(1.0);
+        if steps >= f64::from(u32::MAX) {
+            let most = u32::MAX;
+            let what = format!("--epochs {epochs} are {steps} steps, expected less than {most}");
+            return Err(Failure::Other(what));
+        }
+        self.steps = steps as u64;
+        Ok(())
+    }
+}
+
 impl Flags for StepArgs {
     fn run(&mut self) -> RunFlags<'_> {
         self.flags(Vec::new())
     }
 }
 
+/// How long a run is; a run may be made longer.
+pub const LENGTHS: [&str; 2] = ["steps", "epochs"];
+
 /// The flags of a program's runs.
 pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     /// Flags that may differ from the saved ones when a run is resumed: they change no number.
-    const FREE: [&'static str; 8] = [
+    const FREE: [&'static str; 11] = [
         "resume",
+        "out",
         "json",
         "threads",
         "device",
         "rank_timeout",
         "compare_interval",
         "checkpoint_interval",
+        "checkpoint_minutes",
+        "keep_checkpoints",
         "verify",
     ];
+
+    /// Names of the flags that say where data is. It may move: what it is stays the same, which is
+    /// known from its digest.
+    const INPUTS: &'static [&'static str] = &[];
 
     /// Those that every program has.
     fn run(&mut self) -> RunFlags<'_>;
@@ -827,29 +914,38 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
     fn forget(&mut self) {}
 
     /// The settings with which a saved run goes on: the saved ones, and those of
-    /// [`FREE`](Self::FREE) that were given.
+    /// [`FREE`](Self::FREE), [`INPUTS`](Self::INPUTS) and [`LENGTHS`] that were given.
     ///
     /// # Errors
-    /// [`Contradiction`] names every other flag that was given with another value.
-    fn resumed(&self, saved: &Self) -> Result<Self, Contradiction> {
-        let (mut new, mut out) = (self.clone(), saved.clone());
-        let (new, run) = (new.run(), out.run());
-        contradictions(new.given, self, saved, &Self::FREE)?;
+    /// [`Contradiction`] names every other flag that was given with another value, and a length
+    /// that is smaller than the saved one.
+    fn resumed(&self, saved: &Self) -> Result<Self, Failure> {
+        let mut new = self.clone();
+        let new = new.run();
+        let (given, mut map) = (settings(self), settings(saved));
+        let is_given = |name: &str| new.given.contains(name);
+        for &name in Self::FREE.iter().chain(Self::INPUTS).filter(|name| is_given(name)) {
+            if let Some(value) = given.get(name) {
+                map.insert(name.into(), value.clone());
+            }
+        }
+        for name in LENGTHS.into_iter().filter(|name| is_given(name)) {
+            let number = |value: Option<&Value>| value.and_then(Value::as_f64);
+            if number(given.get(name)) >= number(map.get(name)) {
+                map.insert(name.into(), given.get(name).cloned().unwrap_or_default());
+                // One of the two says how long the run is.
+                let other = if name == "steps" { "epochs" } else { "steps" };
+                if map.get(other).is_some_and(|_| is_optional(self, other)) {
+                    map.insert(other.into(), Value::Null);
+                }
+            }
+        }
+        let free: Vec<_> = Self::FREE.iter().chain(Self::INPUTS).copied().collect();
+        let mut out: Self = serde_json::from_value(Value::Object(map))
+            .map_err(|e| Failure::Other(e.to_string()))?;
+        contradictions(new.given, self, &out, &free)?;
+        let run = out.run();
         *run.json = *new.json;
-        *run.verify |= *new.verify;
-        run.machine.threads = new.machine.threads.or(run.machine.threads);
-        if new.given.contains("device") {
-            run.machine.device = new.machine.device;
-        }
-        if new.given.contains("rank_timeout") {
-            run.machine.rank_timeout = new.machine.rank_timeout;
-        }
-        if new.given.contains("compare_interval") {
-            run.machine.compare_interval = new.machine.compare_interval;
-        }
-        if new.given.contains("checkpoint_interval") {
-            *run.checkpoint_interval = *new.checkpoint_interval;
-        }
         if let Some(dir) = new.resume {
             run.out.clone_from(dir);
         }
@@ -868,6 +964,11 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
         (run.machine.threads, run.machine.device, *run.checkpoint_interval) = (None, 0, 0);
         (run.machine.rank_timeout, run.machine.compare_interval) = (RANK_TIMEOUT, COMPARE_INTERVAL);
         (*run.resume, *run.verify, *run.out, *run.json) = (None, false, PathBuf::new(), false);
+        (run.saving.checkpoint_minutes, run.saving.keep_checkpoints) = (MINUTES, KEPT);
+        run.saving.replace = false;
+        if let Some(steps) = run.derived {
+            *steps = 0;
+        }
         run.given.clear();
         for path in run.inputs {
             // The same place by another path; what is gone keeps the name that it was given.
@@ -875,6 +976,20 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
         }
         a
     }
+
+    /// The settings by name on which the numbers of a run depend, beside its data.
+    fn settings(&self) -> Map<String, Value> {
+        let mut map = settings(&self.comparable());
+        map.retain(|name, _| !Self::FREE.iter().chain(Self::INPUTS).any(|free| free == name));
+        map
+    }
+}
+
+/// Whether a flag can be left out.
+fn is_optional<T: Serialize + DeserializeOwned>(args: &T, name: &str) -> bool {
+    let mut map = settings(args);
+    map.insert(name.into(), Value::Null);
+    serde_json::from_value::<T>(Value::Object(map)).is_ok()
 }
 
 /// What clap read; a wrong argument prints what is wrong and ends the process with code 1, a
@@ -898,6 +1013,13 @@ pub fn given(matches: &ArgMatches) -> BTreeSet<String> {
         .filter(|id| !id.chars().any(char::is_uppercase))
         .map(str::to_owned)
         .collect()
+}
+
+/// Where the model is when nobody has said it: what a run without `--out` left last.
+pub fn newest(matches: Option<&ArgMatches>, weights: &mut PathBuf) {
+    if !matches.is_some_and(|m| given(m).contains("weights")) {
+        *weights = directory::newest(weights);
+    }
 }
 
 /// Reads a whole number from 1 to `most`.

@@ -13,6 +13,7 @@ use bdia_models::weights::WeightsError;
 
 use crate::checkpoint::CheckpointError;
 use crate::cli::Contradiction;
+use crate::directory::DirectoryError;
 use crate::report::ReportError;
 
 /// Everything that can go wrong. Programs put their own typed errors into [`Failure::Program`].
@@ -47,6 +48,23 @@ pub enum Failure {
     Report(#[from] ReportError),
     #[error("{0}")]
     Contradiction(#[from] Contradiction),
+    #[error("{0}")]
+    Directory(#[from] DirectoryError),
+    #[error("standard output cannot be written: {0}")]
+    Output(&'static std::io::Error),
+    #[error("interrupted")]
+    Interrupted,
+    #[error(
+        "stopped after step {step} of {steps}; to go on:  {command} --resume {}",
+        out.display()
+    )]
+    Stopped { step: u32, steps: u32, command: &'static str, out: PathBuf },
+    #[error(
+        "{}: the run needs {needed} bytes for its checkpoints and models, {free} are free; use \
+         --out on another disk, or --keep-checkpoints 1",
+        path.display()
+    )]
+    DiskFull { path: PathBuf, needed: u64, free: u64 },
     #[error("{}: {what}", path.display())]
     Run { path: PathBuf, what: String },
     #[error(

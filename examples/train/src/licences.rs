@@ -26,6 +26,7 @@ use bdia_models::files::write_bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::Failure;
+use crate::run;
 use crate::trainer::Validation;
 
 /// Words of a shingle.
@@ -130,9 +131,14 @@ impl Text {
         Ok(write_bytes(&dir.join("validation.bin"), &bytes(&self.validation))?)
     }
 
-    /// Identifies the training tokens.
+    /// Identifies the tokens.
     pub fn digest(&self) -> u64 {
-        xxh3_64(&bytes(&self.train))
+        xxh3_64(&[bytes(&self.train), bytes(&self.validation)].concat())
+    }
+
+    /// Samples of `context` tokens in the training text.
+    pub fn samples(&self, context: usize) -> f64 {
+        self.train.len() as f64 / context as f64
     }
 
     /// Samples `first`, `first + 1`, … of a step, as many of `context` tokens as the buffers hold.
@@ -167,6 +173,7 @@ impl Text {
         let (mut tokens, mut targets) = (vec![0; context], vec![0; context]);
         let (mut nats, mut count) = (0.0, 0);
         for from in (0..self.validation.len()).step_by(context.max(1)) {
+            run::go_on()?;
             fill(&self.validation[from..], &mut tokens, &mut targets);
             nats += loss(&tokens, &targets)?;
             count += targets.iter().filter(|t| **t >= 0).count();

@@ -101,13 +101,20 @@ pub fn plan(layout: &mut Layout, len: usize, ranks: usize) {
     }
 }
 
-/// Whether any rank says so.
+/// Whether any rank says so, of up to four things.
 ///
 /// # Errors
 /// A rank that does not answer.
-pub fn any(be: &mut impl Exchange, own: bool) -> Result<bool, Error> {
-    let mut any = false;
-    be.gather([f64::from(u8::from(own)), 0.0, 0.0, 0.0], &mut |[x, ..]| any |= x != 0.0)?;
+pub fn any<const N: usize>(be: &mut impl Exchange, own: [bool; N]) -> Result<[bool; N], Error> {
+    let (mut said, mut any) = ([0.0; 4], [false; N]);
+    for (said, own) in said.iter_mut().zip(own) {
+        *said = f64::from(u8::from(own));
+    }
+    be.gather(said, &mut |said| {
+        for (any, said) in any.iter_mut().zip(said) {
+            *any |= said != 0.0;
+        }
+    })?;
     Ok(any)
 }
 

@@ -3,24 +3,23 @@
 use core::fmt;
 use core::marker::PhantomData;
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use bdia_models::files::{FileError, write_atomic, write_bytes};
+use bdia_models::files::{FileError, disk, write_bytes};
 use plotters::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use xxhash_rust::xxh3::Xxh3;
 
-/// `println!` that goes on where the reader is gone: a run does not end with its terminal. Of
-/// several ranks the first speaks.
+/// `println!` that goes on where standard output cannot be written: what a run computes and saves
+/// is whole, and its exit code tells ([`lost`]). Of several ranks the first speaks.
 #[macro_export]
 macro_rules! tell {
-    ($($arg:tt)*) => {{
-        use std::io::Write as _;
-        if $crate::launcher::rank() == 0 {
-            let _ = writeln!(std::io::stdout(), $($arg)*);
-        }
-    }};
+    ($($arg:tt)*) => {
+        $crate::report::out(format_args!("{}\n", format_args!($($arg)*)))
+    };
 }
 /// `eprintln!` that goes on where the reader is gone. Of several ranks the first speaks.
 #[macro_export]
@@ -33,6 +32,24 @@ macro_rules! note {
     }};
 }
 pub use {note, tell};
+
+static LOST: OnceLock<io::Error> = OnceLock::new();
+
+/// Writes to standard output, as [`tell!`] does.
+pub fn out(text: fmt::Arguments<'_>) {
+    if crate::launcher::rank() == 0 {
+        let mut out = io::stdout().lock();
+        if let Err(error) = out.write_fmt(text).and_then(|()| out.flush()) {
+            // The first one is told.
+            let _ = LOST.set(error);
+        }
+    }
+}
+
+/// Why something that was told did not reach standard output, if that is so.
+pub fn lost() -> Option<&'static io::Error> {
+    LOST.get()
+}
 
 /// Why a report could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -54,45 +71,58 @@ pub enum ReportError {
 pub trait Record: Serialize + DeserializeOwned {
     /// Steps done, from 1; it rises from line to line.
     fn step(&self) -> u64;
+
+    /// The same without what depends on the clock.
+    #[must_use]
+    fn timeless(&self) -> Self;
 }
 
 /// `metrics.jsonl`, one object a line and a step.
-#[derive(Debug)]
 pub struct Metrics<M> {
     path: PathBuf,
     out: File,
+    /// Of all lines, without what depends on the clock.
+    hash: Xxh3,
     of: PhantomData<M>,
 }
 
-impl<M: Record> Metrics<M> {
-    /// Starts an empty file.
-    ///
-    /// # Errors
-    /// [`FileError`]
-    pub fn create(path: &Path) -> Result<Self, FileError> {
-        Self::resume(path, 0)
+impl<M> fmt::Debug for Metrics<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").field("path", &self.path).finish_non_exhaustive()
     }
+}
 
+impl<M: Record> Metrics<M> {
     /// Goes on after step `last`: what a killed run wrote beyond it, and a line that it did not
-    /// finish, go; every step is there once.
+    /// finish, go; every step is there once. Also gives what was kept.
     ///
     /// # Errors
     /// [`FileError`]
-    pub fn resume(path: &Path, last: u64) -> Result<Self, FileError> {
-        let mut kept = if last == 0 { Vec::new() } else { Self::read(path)? };
-        kept.retain(|m| m.step() <= last);
-        write_atomic(path, |out: &mut BufWriter<File>| {
-            for metric in &kept {
-                out.write_all(line(metric).as_bytes())
-                    .map_err(|e| FileError::io(path, "write it", e))?;
-            }
-            Ok::<(), FileError>(())
-        })?;
+    pub fn resume(path: &Path, last: u64) -> Result<(Self, Vec<M>), FileError> {
+        let (kept, hash) = Self::up_to(path, last)?;
+        write_bytes(path, kept.iter().map(line).collect::<String>().as_bytes())?;
         let out = OpenOptions::new()
             .append(true)
             .open(path)
             .map_err(|e| FileError::io(path, "open it", e))?;
-        Ok(Self { path: path.into(), out, of: PhantomData })
+        Ok((Self { path: path.into(), out, hash, of: PhantomData }, kept))
+    }
+
+    /// What a file says of the steps up to `last`, and the hash of that.
+    fn up_to(path: &Path, last: u64) -> Result<(Vec<M>, Xxh3), FileError> {
+        let mut kept = if last == 0 { Vec::new() } else { Self::read(path)? };
+        kept.retain(|m| m.step() <= last);
+        let mut hash = Xxh3::new();
+        kept.iter().for_each(|m| hash.update(line(&m.timeless()).as_bytes()));
+        Ok((kept, hash))
+    }
+
+    /// The [`digest`](Self::digest) of the lines of a file up to step `last`.
+    ///
+    /// # Errors
+    /// [`FileError`]
+    pub fn digest_of(path: &Path, last: u64) -> Result<u64, FileError> {
+        Ok(Self::up_to(path, last)?.1.digest())
     }
 
     /// Appends a line. It is with the operating system when this returns.
@@ -100,9 +130,14 @@ impl<M: Record> Metrics<M> {
     /// # Errors
     /// [`FileError`]
     pub fn push(&mut self, metric: &M) -> Result<(), FileError> {
-        self.out
-            .write_all(line(metric).as_bytes())
+        self.hash.update(line(&metric.timeless()).as_bytes());
+        disk::append(&mut self.out, line(metric).as_bytes())
             .map_err(|e| FileError::io(&self.path, "append to it", e))
+    }
+
+    /// xxh3-64 of all lines, without what depends on the clock.
+    pub fn digest(&self) -> u64 {
+        self.hash.digest()
     }
 
     /// Puts what was pushed on disk.
@@ -113,7 +148,7 @@ impl<M: Record> Metrics<M> {
         self.out.sync_data().map_err(|e| FileError::io(&self.path, "write it to disk", e))
     }
 
-    /// The complete lines of a file, of steps that only rise; none if there is no file.
+    /// What the complete lines of a file say, of steps that only rise; none if there is no file.
     ///
     /// # Errors
     /// [`FileError`]
@@ -121,7 +156,7 @@ impl<M: Record> Metrics<M> {
         let failed = |e| FileError::io(path, "read it", e);
         let file = match File::open(path) {
             Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => return Err(failed(e)),
         };
         let mut all: Vec<M> = Vec::new();
@@ -425,12 +460,16 @@ mod tests {
         };
         let dir = TempDir::new();
         let path = dir.path().join("metrics.jsonl");
-        let mut m = Metrics::<Metric>::create(&path).unwrap();
+        let (mut m, kept) = Metrics::<Metric>::resume(&path, 0).unwrap();
+        assert_eq!(kept, []);
         for step in 1..=5 {
             m.push(&metric(step)).unwrap();
         }
+        let whole = m.digest();
         drop(m);
         let text = std::fs::read_to_string(&path).unwrap();
+        let timeless = text.replace("1234.5", "0.0");
+        assert_eq!(whole, xxhash_rust::xxh3::xxh3_64(timeless.as_bytes()));
         assert_eq!(
             text.lines().next().unwrap(),
             r#"{"step":1,"loss":3.9,"lr":0.001,"grad_norm":0.5,"items_per_s":1234.5}"#
@@ -438,18 +477,22 @@ mod tests {
         assert!(text.lines().nth(1).unwrap().ends_with(r#""val_loss":3.5}"#));
         // Killed in the middle of a line.
         std::fs::write(&path, &text[..text.len() - 9]).unwrap();
-        let mut m = Metrics::<Metric>::resume(&path, 3).unwrap();
+        let (mut m, kept) = Metrics::<Metric>::resume(&path, 3).unwrap();
+        assert_eq!(kept, (1..=3).map(metric).collect::<Vec<_>>());
         for step in 4..=6 {
             m.push(&metric(step)).unwrap();
+            if step == 5 {
+                assert_eq!(m.digest(), whole);
+            }
         }
         let read = |path: &Path| Metrics::<Metric>::read(path).unwrap();
         assert_eq!(read(&path), (1..=6).map(metric).collect::<Vec<_>>());
         assert_eq!(read(&dir.path().join("none")), []);
         dir.file("metrics.jsonl", b"\xff\n[]\n{\"step\":1}\n");
         assert_eq!(read(&path), []);
-        Metrics::<Metric>::create(&path).unwrap();
+        Metrics::<Metric>::resume(&path, 0).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"");
-        assert!(Metrics::<Metric>::create(&dir.path().join("a/b")).is_err());
+        assert!(Metrics::<Metric>::resume(&dir.path().join("a/b"), 0).is_err());
     }
 
     #[test]

@@ -1,30 +1,45 @@
 //! A program and the directory of its run: flags, what resumes it, what stops it, and the bar that
 //! shows it.
 
-use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
 
 use bdia_models::files::{FileError, read_limited, write_bytes};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use signal_hook::{consts, flag};
 
 use crate::checkpoint::{self, Header};
-use crate::cli::{Flags, check_mode};
+use crate::cli::{Flags, LENGTHS, RunFlags, check_mode, shown};
+use crate::directory::{Claim, Directory};
 use crate::error::Failure;
 use crate::{launcher, report};
 
-/// The whole of a program: 0 where the work was done, otherwise 1 after a line that says why.
-pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCode {
+/// The exit code of a run that was stopped and can go on.
+pub const STOPPED: u8 = 3;
+
+/// The whole of a program: 0 where the work was done, [`STOPPED`] where a run was stopped, otherwise
+/// 1 after a line that says why.
+pub fn program(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
     // Before anything that a wide register might be used for.
-    let done = bdia_cpu::require_cpu()
-        .map_err(|e| e.to_string())
-        .and_then(|()| work().map_err(|e| e.to_string()));
+    let done = bdia_cpu::require_cpu().map_err(Failure::from).and_then(|()| work());
+    let done = done.and_then(|()| match report::lost() {
+        // Whoever closes a pipe has read enough.
+        Some(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Output(e)),
+        _ => Ok(()),
+    });
     match done {
         Ok(()) => ExitCode::SUCCESS,
+        Err(stopped @ Failure::Stopped { .. }) => {
+            report::note!("{stopped}");
+            ExitCode::from(STOPPED)
+        }
         Err(error) => {
             // Where nobody can read it, the exit code is still there.
             let _ = match launcher::rank() {
@@ -36,18 +51,51 @@ pub fn program<E: fmt::Display>(work: impl FnOnce() -> Result<(), E>) -> ExitCod
     }
 }
 
-/// Set by Ctrl-C: the step is finished, then the run is saved.
-static STOP: AtomicBool = AtomicBool::new(false);
-
-/// From now on Ctrl-C only makes [`interrupted`] true.
-pub fn catch_interrupt() {
-    // It may have been claimed by a program around this one: then it ends at once, as before.
-    let _ = ctrlc::set_handler(|| STOP.store(true, Ordering::SeqCst));
+/// Set by signals.
+struct Signals {
+    /// The step is finished, then the run is saved and ends.
+    stop: Arc<AtomicBool>,
+    /// The step is finished, then the run is saved and goes on.
+    save: Arc<AtomicBool>,
 }
 
-/// Whether Ctrl-C was pressed.
+static SIGNALS: OnceLock<Signals> = OnceLock::new();
+
+/// From now on Ctrl-C, SIGTERM and SIGHUP only make [`interrupted`] true, and SIGUSR1 makes
+/// [`asked_to_save`] true. A second Ctrl-C ends the process at once.
+pub fn catch_signals() {
+    SIGNALS.get_or_init(|| {
+        let signals = Signals { stop: Arc::default(), save: Arc::default() };
+        // One that cannot be caught ends the process, as before.
+        let stop = || signals.stop.clone();
+        let _ = flag::register_conditional_shutdown(consts::SIGINT, 130, stop());
+        let _ = flag::register(consts::SIGINT, stop());
+        let _ = flag::register(consts::SIGTERM, stop());
+        #[cfg(unix)]
+        {
+            let _ = flag::register(consts::SIGHUP, stop());
+            let _ = flag::register(consts::SIGUSR1, signals.save.clone());
+        }
+        signals
+    });
+}
+
+/// Whether the run is to be saved and to end.
 pub fn interrupted() -> bool {
-    STOP.load(Ordering::SeqCst)
+    SIGNALS.get().is_some_and(|s| s.stop.load(Ordering::SeqCst))
+}
+
+/// Whether the run is to be saved and to go on, since this was last asked.
+pub fn asked_to_save() -> bool {
+    SIGNALS.get().is_some_and(|s| s.save.swap(false, Ordering::SeqCst))
+}
+
+/// Ends a validation that nobody waits for any more.
+///
+/// # Errors
+/// [`Failure::Interrupted`], which the trainer understands.
+pub fn go_on() -> Result<(), Failure> {
+    if interrupted() { Err(Failure::Interrupted) } else { Ok(()) }
 }
 
 /// Writes the flags of a run, `run.json`.
@@ -76,11 +124,11 @@ pub fn saved<T: DeserializeOwned>(dir: &Path) -> Result<T, Failure> {
 }
 
 /// The settings of a run that begins, or those with which it goes on, and then the checkpoint from
-/// which.
+/// which; none where the run was killed before its first.
 ///
 /// # Errors
-/// [`Failure`]: flags that contradict the saved ones, a directory that is not that of a run, no
-/// usable checkpoint.
+/// [`Failure`]: flags that contradict the saved ones, a directory that is not that of a run or has
+/// something in it that a new run would overwrite, no usable checkpoint.
 pub fn begin<A: Flags>(args: &A) -> Result<(A, Option<(PathBuf, Header)>), Failure> {
     let mut args = args.clone();
     let run = args.run();
@@ -88,31 +136,79 @@ pub fn begin<A: Flags>(args: &A) -> Result<(A, Option<(PathBuf, Header)>), Failu
     for path in run.inputs {
         *path = std::path::absolute(&*path).map_err(|e| FileError::io(path, "find it", e))?;
     }
-    let Some(dir) = run.resume.clone() else { return Ok((args, None)) };
+    let Some(dir) = run.resume.clone() else {
+        // Before anything that takes time.
+        Directory::check(&claim(&args.clone().run()))?;
+        return Ok((args, None));
+    };
     let mut args = args.resumed(&saved(&dir)?)?;
     let run = args.run();
     check_mode(run.mode, *run.verify).map_err(Failure::Other)?;
-    let (path, header, warnings) = checkpoint::newest(&dir)?;
+    let Some((path, header, warnings)) = checkpoint::newest(&dir)? else {
+        let model = dir.join(bdia_models::weights::FILE);
+        if model.exists() {
+            let what = "the run has a model and no checkpoint, so it cannot go on, and from its \
+                        start it would overwrite the model; start a new run with --out"
+                .into();
+            return Err(Failure::Run { path: model, what });
+        }
+        return Ok((args, None));
+    };
     for warning in warnings {
         report::note!("warning: {warning}");
     }
+    check_settings(&path, &dir, &args.settings(), &header)?;
     Ok((args, Some((path, header))))
 }
 
-/// A new run in an old directory, once nothing speaks against it: the old checkpoints must not be
-/// taken for this one's.
+/// What a new run asks for.
+pub fn claim<'a>(run: &'a RunFlags<'_>) -> Claim<'a> {
+    Claim { out: run.out, named: run.given.contains("out"), replace: run.saving.replace }
+}
+
+/// Refuses to go on with other settings or another configuration than those of the checkpoint.
+fn check_settings(
+    path: &Path,
+    dir: &Path,
+    settings: &Map<String, Value>,
+    header: &Header,
+) -> Result<(), Failure> {
+    let mut wrong = Vec::new();
+    let mut compare = |file: &str, now: &Map<String, Value>, then: &Map<String, Value>| {
+        let keys: BTreeSet<_> = now.keys().chain(then.keys()).collect();
+        for key in keys.into_iter().filter(|key| now.get(*key) != then.get(*key)) {
+            let (now, then) = (shown(now.get(key)), shown(then.get(key)));
+            wrong.push(format!("{key} is {now} in {file}, the checkpoint was made with {then}"));
+        }
+    };
+    let mut then = header.settings.clone();
+    for length in LENGTHS {
+        // A run may be made longer.
+        let (now, old) = (settings.get(length), then.get(length));
+        if now.and_then(Value::as_f64) >= old.and_then(Value::as_f64) {
+            then.insert(length.into(), now.cloned().unwrap_or_default());
+        }
+    }
+    compare("run.json", settings, &then);
+    compare("config.json", &config(dir)?, &header.config);
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    let what = format!("{}; put the files of the run back", wrong.join("; "));
+    Err(Failure::Run { path: path.into(), what })
+}
+
+/// The `config.json` of a run; empty where it has none.
 ///
 /// # Errors
-/// [`FileError`]
-pub fn replace(dir: &Path) -> Result<(), FileError> {
-    let old = checkpoint::list(dir);
-    if !old.is_empty() {
-        report::note!("the run that was in {} is replaced by this one", dir.display());
+/// [`Failure`]
+pub fn config(dir: &Path) -> Result<Map<String, Value>, Failure> {
+    let path = dir.join("config.json");
+    if !path.exists() {
+        return Ok(Map::new());
     }
-    for (_, old) in old {
-        std::fs::remove_file(&old).map_err(|e| FileError::io(&old, "remove it", e))?;
-    }
-    Ok(())
+    serde_json::from_slice(&read_limited(&path, 1 << 24)?)
+        .map_err(|e| Failure::Run { path, what: format!("not a configuration: {e}") })
 }
 
 /// What is left after a step that failed.
@@ -125,6 +221,20 @@ pub fn kept(out: &Path) -> String {
             path.display()
         ),
         None => "; no checkpoint had been written yet".into(),
+    }
+}
+
+/// Bytes that are free where a directory is, where the system says so.
+pub fn free_space(dir: &Path) -> Option<u64> {
+    #[cfg(unix)]
+    {
+        let found = rustix::fs::statvfs(dir).ok()?;
+        found.f_bavail.checked_mul(found.f_frsize)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = dir;
+        None
     }
 }
 

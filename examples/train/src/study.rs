@@ -14,7 +14,6 @@ use bdia_models::files::{FileError, read_limited, write_bytes};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint;
 use crate::cli::{Flags, Mode};
 use crate::error::Failure;
 use crate::report::{self, Chart, Metrics, Record, Series};
@@ -46,8 +45,8 @@ pub struct Study<'a, A, S> {
     pub seeds: u64,
     /// The flags.
     pub base: &'a A,
-    /// Trains; nothing where Ctrl-C stopped it.
-    pub train: fn(&A) -> Result<Option<S>, Failure>,
+    /// Trains.
+    pub train: fn(&A) -> Result<S, Failure>,
 }
 
 /// Mean and standard deviation (of a sample; 0 for one value).
@@ -117,7 +116,7 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
             return if same(&finished.args) { Ok(finished.summary) } else { Err(other(path)) };
         }
         report::note!("\n{} with seed {seed}", cell.name);
-        let begun = !checkpoint::list(&out).is_empty();
+        let begun = out.join("run.json").exists();
         if begun {
             let path = out.join("run.json");
             if !same(&crate::run::saved::<A>(&out)?) {
@@ -126,9 +125,8 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
         }
         let mut go = args.clone();
         *go.run().resume = begun.then_some(out);
-        let Some(summary) = (self.train)(&go)? else {
-            return Err(Failure::Other("stopped; the same command goes on from here".into()));
-        };
+        go.run().given.insert("out".into());
+        let summary = (self.train)(&go)?;
         let finished = Finished { args, summary: summary.clone() };
         let json =
             serde_json::to_vec_pretty(&finished).map_err(|e| Failure::Other(e.to_string()))?;

@@ -5,7 +5,8 @@
 //! best.safetensors                 the weights of the best evaluation
 //! run.json                         the flags of the run
 //! metrics.jsonl, *.svg             one object a step; the curves
-//! step-*.ckpt                      the last two checkpoints
+//! step-*.ckpt                      the last checkpoints
+//! run.lock                         locked while the run lives
 //! ```
 //! A program brings a [`Task`]: its data, its network, what is measured and written. Everything
 //! else of a run is here, once: resuming, progress, evaluations, checkpoints, stopping, ranks, the
@@ -13,7 +14,7 @@
 
 use core::fmt::Write as _;
 use std::collections::BTreeMap;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -22,13 +23,14 @@ use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode as StackMode;
 use bdia_core::{Category, Layout, Reals};
-use bdia_models::files::FileError;
 use bdia_models::plan::Plan;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::alloc::{Counting, peak_rss_bytes};
 use crate::checkpoint::{self, Header};
-use crate::cli::{Flags, MethodArgs, MethodKind, Mode, OptimArgs, StepArgs, name_of};
+use crate::cli::{Flags, MethodArgs, MethodKind, Mode, OptimArgs, SavingArgs, StepArgs, name_of};
+use crate::directory::Directory;
 use crate::error::Failure;
 use crate::machine::{self, Work};
 use crate::report::{self, Chart, Metrics, Record, Series};
@@ -58,6 +60,10 @@ pub struct Metric {
 impl Record for Metric {
     fn step(&self) -> u64 {
         self.step
+    }
+
+    fn timeless(&self) -> Self {
+        Self { items_per_s: 0.0, ..self.clone() }
     }
 }
 
@@ -94,8 +100,10 @@ pub struct Summary {
     pub peak_bytes: usize,
     /// Peak of the whole process.
     pub peak_rss_bytes: Option<u64>,
-    /// Optimizer steps.
+    /// Optimizer steps that were made.
     pub steps: u32,
+    /// Whether the run was stopped and can go on.
+    pub stopped: bool,
     /// The directory.
     pub out: PathBuf,
 }
@@ -144,12 +152,14 @@ pub struct Picture {
 /// know.
 pub trait Task {
     /// What [`digest`](Self::digest) identifies, for messages.
-    const DATA: &'static str = "the training data";
+    const DATA: &'static str = "the data";
+    /// Whether a better validation has a higher key.
+    const HIGHER: bool = false;
 
     /// What the plan and the network are said to be: the first lines of a run.
     fn describe(&self) -> String;
 
-    /// Identifies the training data of a run.
+    /// Identifies the data of a run.
     ///
     /// # Errors
     /// Data that cannot be read.
@@ -191,16 +201,17 @@ pub trait Task {
     /// Measures the model on validation data; `None` without any.
     ///
     /// # Errors
-    /// Data that cannot be read, values that are not finite.
+    /// Data that cannot be read, values that are not finite; [`Failure::Interrupted`] from
+    /// [`run::go_on`].
     fn validate<B: Backend<Real = f32>>(
         &mut self,
         be: &mut B,
         when: When,
     ) -> Result<Option<Validation>, Failure>;
 
-    /// Whether a validation is better than all before it, whose keys are `before`; its own key.
-    fn better(&self, v: &Validation, before: &[f64]) -> (bool, f64) {
-        (before.iter().all(|&b| v.loss < b), v.loss)
+    /// What validations are compared by: the loss, unless a task knows better.
+    fn key(&self, v: &Validation) -> f64 {
+        v.loss
     }
 
     /// Writes the weights as they are to a file.
@@ -209,17 +220,18 @@ pub trait Task {
     /// A file that cannot be written.
     fn save<B: Backend<Real = f32>>(&self, be: &B, path: &Path) -> Result<(), Failure>;
 
-    /// Writes the result of a finished run; returns what is told before the losses, and the names
-    /// of the files.
+    /// Writes the model as it is, with all that belongs to it; returns the names of the files.
     ///
     /// # Errors
     /// Files that cannot be written.
-    fn finish<B: Backend<Real = f32>>(
-        &mut self,
-        be: &mut B,
-        out: &Path,
-        end: Option<&Validation>,
-    ) -> Result<(String, &'static str), Failure>;
+    fn write<B: Backend<Real = f32>>(&self, be: &B, out: &Path) -> Result<&'static str, Failure>;
+
+    /// What is told of a finished run, whose model has been written, before the losses. May write
+    /// more.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    fn tell<B: Backend<Real = f32>>(&mut self, be: &mut B, out: &Path) -> Result<String, Failure>;
 }
 
 /// The settings of a run that its loop needs.
@@ -370,11 +382,10 @@ pub fn fixed_choice(
     Ok(Some(choice))
 }
 
-/// Makes a backend for a plan and does the run on it. The summary is `None` where Ctrl-C stopped
-/// it.
+/// Makes a backend for a plan and does the run on it.
 ///
 /// # Errors
-/// [`Failure`]; what was saved before stays good.
+/// [`Failure`], among them [`Failure::Stopped`]; what was saved before stays good.
 pub fn train<A: Flags>(
     mut args: A,
     settings: Settings,
@@ -382,15 +393,34 @@ pub fn train<A: Flags>(
     task: impl Task,
     from: Option<(PathBuf, Header)>,
     joined: Option<bdia_ranks::Ranks>,
-) -> Result<Option<Summary>, Failure> {
+) -> Result<Summary, Failure> {
     settings.optim.schedule(settings.steps).check()?;
     let (place, out) = (args.run().machine.clone(), args.run().out.clone());
-    let json = *args.run().json;
-    let (threads, layout) = (machine::threads(&place), planned.layout.clone());
-    let mut summary = None;
-    let run = Run { args, settings, planned, task, from, out, json, summary: &mut summary };
+    let (json, saving) = (*args.run().json, args.run().saving.clone());
+    let (threads, layout, command) =
+        (machine::threads(&place), planned.layout.clone(), settings.command);
+    let (mut ended, steps) = (None, settings.steps);
+    let run = Run {
+        args,
+        settings,
+        planned,
+        task,
+        from,
+        out,
+        directory: None,
+        config: Map::new(),
+        json,
+        saving,
+        ended: &mut ended,
+    };
     machine::run_on(&place, threads, &layout, joined, run)?;
-    Ok(summary)
+    let summary = ended.ok_or(Failure::Interrupted)?;
+    if summary.stopped {
+        let (step, out) = (summary.steps, summary.out);
+        return Err(Failure::Stopped { step, steps, command, out });
+    }
+    // The files are whole; nobody may have seen what was told.
+    report::lost().map_or(Ok(summary), |e| Err(Failure::Output(e)))
 }
 
 /// Everything that is known before memory is allocated.
@@ -402,14 +432,23 @@ struct Run<'a, A, T> {
     /// The checkpoint to go on from.
     from: Option<(PathBuf, Header)>,
     out: PathBuf,
+    /// Of the first rank, once the run has begun.
+    directory: Option<Directory>,
+    /// Its `config.json`.
+    config: Map<String, Value>,
     json: bool,
+    saving: SavingArgs,
     /// Where the summary goes.
-    summary: &'a mut Option<Summary>,
+    ended: &'a mut Option<Summary>,
 }
 
 /// What has come of the steps so far.
 #[derive(Default)]
 struct Progress {
+    /// Steps that are done.
+    step: u32,
+    /// The last step, where its validation was cut short.
+    waiting: Option<Metric>,
     /// Steps and keys of the validations.
     validation: Vec<(u32, f64)>,
     curve: Vec<Metric>,
@@ -423,27 +462,33 @@ struct Progress {
 impl<A: Flags, T: Task> Work for Run<'_, A, T> {
     fn on<B: Backend<Real = f32>>(mut self, be: &mut B, arenas: usize) -> Result<(), Failure> {
         // Files are the first rank's.
-        let (first_rank, ranks) = (be.rank() == 0, be.ranks());
-        if first_rank {
-            std::fs::create_dir_all(&self.out)
-                .map_err(|e| FileError::io(&self.out, "create the directory", e))?;
-        }
+        let first_rank = be.rank() == 0;
         let identity = machine::identity(be, self.settings.program);
         let digest = self.task.digest()?;
-        let (first, validation) = self.begin(be, &identity, digest)?;
-        let saved = self.task.saved();
+        let mut so_far = self.begin(be, &identity, digest)?;
+        let (first, saved) = (so_far.step, self.task.saved());
         ranks::begin(be, &self.args, (digest, first), &saved)?;
-        let log = self.out.join("metrics.jsonl");
         let mut metrics = None;
-        let mut so_far = Progress { validation, ..Progress::default() };
         if first_rank {
-            checkpoint::sweep(&self.out);
-            metrics = Some(Metrics::<Metric>::resume(&log, u64::from(first))?);
-            so_far.curve = Metrics::read(&log)?;
+            let log = self.out.join("metrics.jsonl");
+            // A step that waits for its validation is not there yet.
+            let last = u64::from(first) - u64::from(so_far.waiting.is_some());
+            if let Some((path, header)) = &self.from
+                && header.metrics != Metrics::<Metric>::digest_of(&log, last)?
+            {
+                let what = "metrics.jsonl beside it is not the one that the run wrote; put the \
+                            files of the run back"
+                    .into();
+                return Err(Failure::Run { path: path.clone(), what });
+            }
+            self.check_room(&saved)?;
+            let (resumed, curve) = Metrics::<Metric>::resume(&log, last)?;
+            so_far.curve = curve;
+            metrics = Some(resumed);
         }
 
         self.announce(first, &identity);
-        run::catch_interrupt();
+        run::catch_signals();
         let steps = self.settings.steps;
         let bar = run::progress(steps, first);
         let before_staging = Counting::current();
@@ -451,132 +496,114 @@ impl<A: Flags, T: Task> Work for Run<'_, A, T> {
         // Measured, not planned: what the backend and the staging buffers took.
         let own = arenas + Counting::current().saturating_sub(before_staging);
         so_far.peak = own;
-        let schedule = self.settings.optim.schedule(steps);
+        let mut last_save = Instant::now();
 
-        for step in first..steps {
-            let clock = Instant::now();
-            let plan = Step {
-                step,
-                seed: self.settings.seed,
-                lr: schedule.at(step),
-                weight_decay: self.settings.optim.weight_decay,
-                clip: self.settings.optim.clip,
-            };
-            self.task.choose(step);
-            let others = Counting::current().saturating_sub(own);
-            Counting::reset_peak();
-            let outcome = match self.task.step(be, &plan) {
-                Ok(outcome) => outcome,
-                Err(Failure::Core(error)) => {
-                    bar.abandon();
-                    return Err(Failure::Step { step, error, kept: run::kept(&self.out) });
+        loop {
+            let mut metric = match so_far.waiting.take() {
+                Some(metric) => metric,
+                None if so_far.step < steps && !self.is_stale(&so_far.validation) => {
+                    self.step(be, own, &mut so_far).inspect_err(|_| bar.abandon())?
                 }
-                Err(other) => return Err(other),
+                None => break,
             };
-            so_far.peak = so_far.peak.max(Counting::peak().saturating_sub(others));
-            let took = clock.elapsed().as_secs_f64();
-            so_far.seconds += took;
-            so_far.items += outcome.items;
-            so_far.mismatches += outcome.rebuilt.mismatches;
-            so_far.worst = so_far.worst.max(outcome.rebuilt.error);
-
-            let done = step + 1;
-            let mut metric = Metric {
-                step: u64::from(done),
-                loss: outcome.loss,
-                lr: plan.lr,
-                grad_norm: outcome.grad_norm,
-                items_per_s: outcome.items as f64 / took,
-                val_loss: None,
-                scores: BTreeMap::new(),
-            };
+            let done = so_far.step;
             let due = |every: u32| every > 0 && done % every == 0;
-            if (done == steps || due(self.settings.eval_every))
-                && let Some(v) = self.task.validate(be, When::Curve)?
-            {
-                self.evaluated(be, &v, &mut metric, &mut so_far)?;
-                let text = format!("{}  validation {}", self.place(done, outcome.loss), v.text);
-                if std::io::stderr().is_terminal() {
-                    bar.println(text);
-                } else {
-                    report::note!("{text}");
+            let mut cut = false;
+            if done == steps || due(self.settings.eval_every) {
+                let found = self.validate(be, When::Curve)?;
+                cut = found.is_none();
+                if let Some(Some(v)) = &found {
+                    self.evaluated(be, v, &mut metric, &mut so_far)?;
+                    let text = format!("{}  validation {}", self.place(done, metric.loss), v.text);
+                    if std::io::stderr().is_terminal() {
+                        bar.println(text);
+                    } else {
+                        report::note!("{text}");
+                    }
                 }
             }
-            if let Some(metrics) = &mut metrics {
-                metrics.push(&metric)?;
+            if cut {
+                so_far.waiting = Some(metric);
+            } else {
+                if let Some(metrics) = &mut metrics {
+                    metrics.push(&metric)?;
+                }
+                bar.set_message(format!(
+                    "loss {:.3} {}{:.0} {}/s",
+                    metric.loss,
+                    so_far.validation.last().map_or(String::new(), |(_, v)| format!("val {v:.3} ")),
+                    so_far.items as f64 / so_far.seconds,
+                    self.settings.items[1],
+                ));
+                so_far.curve.push(metric);
+                bar.set_position(done.into());
             }
-            so_far.curve.push(metric);
-            bar.set_message(format!(
-                "loss {:.3} {}{:.0} {}/s",
-                outcome.loss,
-                so_far.validation.last().map_or(String::new(), |(_, v)| format!("val {v:.3} ")),
-                so_far.items as f64 / so_far.seconds,
-                self.settings.items[1],
-            ));
-            bar.inc(1);
 
-            let stop = ranks::any(be, run::interrupted())?;
-            let save = done == steps || stop || due(self.settings.save_every);
+            let minutes = self.saving.checkpoint_minutes;
+            let late = minutes > 0.0 && last_save.elapsed().as_secs_f64() >= 60.0 * minutes;
+            let [stop, asked] =
+                ranks::any(be, [cut || run::interrupted(), late || run::asked_to_save()])?;
+            let ends = done == steps || self.is_stale(&so_far.validation);
+            let save = ends || stop || asked || due(self.settings.save_every);
             let compare = self.args.run().machine.compare_interval;
             if save || u64::from(done).is_multiple_of(compare) {
-                ranks::same(be, &saved).map_err(|error| Failure::Step {
-                    step,
-                    error,
-                    kept: run::kept(&self.out),
-                })?;
+                ranks::same(be, &saved).map_err(|error| self.failed(done - 1, error))?;
             }
             if let Some(metrics) = metrics.as_ref().filter(|_| save) {
-                let header = Header {
-                    step: done,
-                    chunk: self.planned.choice.chunk,
-                    head_rows: self.planned.choice.head_rows,
-                    identity: identity.clone(),
-                    ranks,
-                    lens: Vec::new(),
-                    data: digest,
-                    validation: so_far.validation.clone(),
-                };
+                let header = self.header(be, &identity, digest, &so_far, metrics.digest())?;
                 // The losses up to a checkpoint are as safe as it is.
                 metrics.sync()?;
-                checkpoint::save(&self.out, be, &saved, header)?;
+                let keep = self.saving.keep_checkpoints as usize;
+                checkpoint::save(&self.out, be, &saved, header, keep)?;
+                self.show()?;
+                last_save = Instant::now();
             }
-            if stop && done < steps {
+            if stop && (cut || !ends) {
                 bar.abandon();
-                report::tell!(
-                    "stopped after step {done} of {steps}; to go on:  {} --resume {}",
-                    self.settings.command,
-                    self.out.display()
-                );
-                return Ok(());
+                return self.stopped(be, first, &so_far);
             }
         }
         bar.finish_and_clear();
-        self.end(be, first, so_far, first_rank)
+        match self.validate(be, When::End)? {
+            Some(whole) => self.end(be, first, &so_far, whole.as_ref()),
+            None => self.stopped(be, first, &so_far),
+        }
     }
 }
 
 impl<A: Flags, T: Task> Run<'_, A, T> {
-    /// Parameters and optimizer state of a run that begins or goes on: the steps that are done,
-    /// and their validations.
+    /// Parameters and optimizer state of a run that begins or goes on, and what has been done.
     fn begin<B: Backend<Real = f32>>(
         &mut self,
         be: &mut B,
         identity: &str,
         digest: u64,
-    ) -> Result<(u32, Vec<(u32, f64)>), Failure> {
-        let Some((path, header)) = &self.from else {
-            self.task.start(be, false)?;
-            if be.rank() == 0 {
-                run::replace(&self.out)?;
-                run::save(&self.out, &self.args)?;
-                self.task.record(&self.out)?;
-            }
-            return Ok((0, Vec::new()));
-        };
-        if header.data != digest {
+    ) -> Result<Progress, Failure> {
+        let (first_rank, resumed) = (be.rank() == 0, self.args.run().resume.is_some());
+        if let Some((path, header)) = &self.from
+            && header.data != digest
+        {
             let what = format!("{} is not the same", T::DATA);
             return Err(Failure::Run { path: path.clone(), what });
         }
+        if resumed && first_rank {
+            self.directory = Some(Directory::of_run(&self.out)?);
+        }
+        let Some((path, header)) = &self.from else {
+            self.task.start(be, false)?;
+            if first_rank {
+                if !resumed {
+                    let directory = Directory::claim(&run::claim(&self.args.run()))?;
+                    self.out = directory.path().into();
+                    self.directory = Some(directory);
+                    // First: from then on the run can be begun again by resuming it.
+                    run::save(&self.out, &self.args)?;
+                }
+                self.task.record(&self.out)?;
+                self.config = run::config(&self.out)?;
+            }
+            return Ok(Progress::default());
+        };
         let warn = |before: String, now: String| {
             report::note!(
                 "warning: the run was computed by {before}, this is {now}: it goes on, with other \
@@ -589,9 +616,93 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
         if header.ranks != be.ranks() {
             warn(format!("{} rank(s)", header.ranks), format!("{} rank(s)", be.ranks()));
         }
+        let waiting = header.waiting.clone().map(serde_json::from_value).transpose();
+        let waiting = waiting.map_err(|e| Failure::Run {
+            path: path.clone(),
+            what: format!("the step that waits in it is none: {e}"),
+        })?;
+        self.config.clone_from(&header.config);
         self.task.start(be, true)?;
         checkpoint::load(path, be, &self.task.saved())?;
-        Ok((header.step, header.validation.clone()))
+        if first_rank && self.args.settings() != header.settings {
+            // It has become longer.
+            run::save(&self.out, &self.args)?;
+        }
+        let (step, validation) = (header.step, header.validation.clone());
+        Ok(Progress { step, waiting, validation, ..Progress::default() })
+    }
+
+    /// Refuses a disk that is too small for what the run leaves behind.
+    fn check_room(&self, saved: &[Reals]) -> Result<(), Failure> {
+        // One checkpoint is written before the oldest goes; the model, and the best one.
+        let checkpoints = checkpoint::bytes(saved).saturating_mul(self.saving.keep_checkpoints + 1);
+        let [parameters, _] = self.task.parameters();
+        let needed = checkpoints.saturating_add(8 * parameters as u64);
+        match run::free_space(&self.out) {
+            Some(free) if free < needed => {
+                Err(Failure::DiskFull { path: self.out.clone(), needed, free })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// One optimizer step.
+    fn step<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        own: usize,
+        so_far: &mut Progress,
+    ) -> Result<Metric, Failure> {
+        let (clock, step) = (Instant::now(), so_far.step);
+        let plan = Step {
+            step,
+            seed: self.settings.seed,
+            lr: self.settings.optim.schedule(self.settings.steps).at(step),
+            weight_decay: self.settings.optim.weight_decay,
+            clip: self.settings.optim.clip,
+        };
+        self.task.choose(step);
+        let others = Counting::current().saturating_sub(own);
+        Counting::reset_peak();
+        let outcome = self.task.step(be, &plan).map_err(|error| match error {
+            Failure::Core(error) => self.failed(step, error),
+            other => other,
+        })?;
+        so_far.peak = so_far.peak.max(Counting::peak().saturating_sub(others));
+        let took = clock.elapsed().as_secs_f64();
+        so_far.seconds += took;
+        so_far.items += outcome.items;
+        so_far.mismatches += outcome.rebuilt.mismatches;
+        so_far.worst = so_far.worst.max(outcome.rebuilt.error);
+        so_far.step = step + 1;
+        Ok(Metric {
+            step: u64::from(so_far.step),
+            loss: outcome.loss,
+            lr: plan.lr,
+            grad_norm: outcome.grad_norm,
+            items_per_s: outcome.items as f64 / took,
+            val_loss: None,
+            scores: BTreeMap::new(),
+        })
+    }
+
+    fn failed(&self, step: u32, error: bdia_core::Error) -> Failure {
+        Failure::Step { step, error, kept: run::kept(&self.out) }
+    }
+
+    /// A validation; nothing where a signal cut it short, on any rank.
+    fn validate<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        when: When,
+    ) -> Result<Option<Option<Validation>>, Failure> {
+        let (found, cut) = match self.task.validate(be, when) {
+            Ok(found) => (found, false),
+            Err(Failure::Interrupted) => (None, true),
+            Err(other) => return Err(other),
+        };
+        let [cut] = ranks::any(be, [cut])?;
+        Ok((!cut).then_some(found))
     }
 
     /// Takes a validation into the curve, and keeps the weights of the best.
@@ -602,14 +713,74 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
         metric: &mut Metric,
         so_far: &mut Progress,
     ) -> Result<(), Failure> {
-        let before: Vec<f64> = so_far.validation.iter().map(|&(_, key)| key).collect();
-        let (better, key) = self.task.better(v, &before);
+        let key = self.task.key(v);
         so_far.validation.push((metric.step as u32, key));
         metric.val_loss = Some(v.loss);
         metric.scores.clone_from(&v.scores);
-        if better && be.rank() == 0 {
+        if best::<T>(&so_far.validation) == Some(so_far.validation.len() - 1) && be.rank() == 0 {
             self.task.save(be, &self.out.join("best.safetensors"))?;
         }
+        Ok(())
+    }
+
+    /// Whether the last evaluations were no better than one before them.
+    fn is_stale(&self, validation: &[(u32, f64)]) -> bool {
+        let since = best::<T>(validation).map_or(0, |at| validation.len() - 1 - at);
+        self.saving.patience > 0 && since as u64 >= self.saving.patience
+    }
+
+    /// What a checkpoint says about the run.
+    fn header<B: Backend<Real = f32>>(
+        &self,
+        be: &B,
+        identity: &str,
+        data: u64,
+        so_far: &Progress,
+        metrics: u64,
+    ) -> Result<Header, Failure> {
+        let waiting = so_far.waiting.as_ref().map(serde_json::to_value).transpose();
+        Ok(Header {
+            step: so_far.step,
+            chunk: self.planned.choice.chunk,
+            head_rows: self.planned.choice.head_rows,
+            identity: identity.into(),
+            ranks: be.ranks(),
+            lens: Vec::new(),
+            data,
+            validation: so_far.validation.clone(),
+            settings: self.args.settings(),
+            config: self.config.clone(),
+            metrics,
+            waiting: waiting.map_err(|e| Failure::Other(e.to_string()))?,
+        })
+    }
+
+    /// There is something to show.
+    fn show(&mut self) -> Result<(), Failure> {
+        if let Some(directory) = &mut self.directory {
+            directory.show()?;
+            self.out = directory.path().into();
+        }
+        Ok(())
+    }
+
+    /// The run was saved and ends here; its model is written as it is.
+    fn stopped<B: Backend<Real = f32>>(
+        self,
+        be: &mut B,
+        first: u32,
+        so_far: &Progress,
+    ) -> Result<(), Failure> {
+        let mut summary = self.summary(first, so_far, None);
+        summary.stopped = true;
+        if be.rank() == 0 {
+            let files = self.task.write(be, &self.out)?;
+            report::tell!("the model as it is, in {}: {files}", self.out.display());
+            if self.json {
+                self.tell_json(&summary);
+            }
+        }
+        *self.ended = Some(summary);
         Ok(())
     }
 
@@ -636,24 +807,23 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
         }
     }
 
-    /// What is measured, written and told when all steps are done.
+    /// What is written and told when all steps are done.
     fn end<B: Backend<Real = f32>>(
         mut self,
         be: &mut B,
         first: u32,
-        so_far: Progress,
-        first_rank: bool,
+        so_far: &Progress,
+        whole: Option<&Validation>,
     ) -> Result<(), Failure> {
-        let whole = self.task.validate(be, When::End)?;
-        if !first_rank {
-            return Ok(());
+        let summary = self.summary(first, so_far, whole);
+        if be.rank() == 0 {
+            let out = self.out.clone();
+            let files = self.task.write(be, &out)?;
+            let before = self.task.tell(be, &out)?;
+            let pictures = self.draw(&so_far.curve)?;
+            self.tell(&summary, whole, &before, &format!("{files}{pictures}"));
         }
-        let out = self.out.clone();
-        let (before, files) = self.task.finish(be, &out, whole.as_ref())?;
-        let pictures = self.draw(&so_far.curve)?;
-        let summary = self.summary(first, &so_far, whole.as_ref());
-        self.tell(&summary, whole.as_ref(), &before, &format!("{files}{pictures}"));
-        *self.summary = Some(summary);
+        *self.ended = Some(summary);
         Ok(())
     }
 
@@ -678,7 +848,7 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
             scores,
             verify_mismatches: (verify == Verify::Mismatches).then_some(so_far.mismatches),
             rebuild_error: (verify == Verify::Error).then_some(so_far.worst),
-            items_per_s: (self.settings.steps > first)
+            items_per_s: (so_far.step > first)
                 .then(|| so_far.items as f64 / so_far.seconds)
                 .and_then(number),
             items: self.settings.items[0].into(),
@@ -691,7 +861,8 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
                 + bytes(C::Workspace),
             peak_bytes: so_far.peak,
             peak_rss_bytes: peak_rss_bytes(),
-            steps: self.settings.steps,
+            steps: so_far.step,
+            stopped: false,
             out: self.out.clone(),
         }
     }
@@ -751,14 +922,28 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
             s.peak_rss_bytes.map_or("unknown".into(), report::bytes),
             s.out.display()
         );
-        // Nobody is left to tell if the terminal is gone.
-        let _ = std::io::stdout().lock().write_all(text.as_bytes());
-        if self.json
-            && let Ok(json) = serde_json::to_string(s)
-        {
+        report::out(format_args!("{text}"));
+        if self.json {
+            self.tell_json(s);
+        }
+    }
+
+    fn tell_json(&self, s: &Summary) {
+        // Numbers, names and paths always serialize.
+        if let Ok(json) = serde_json::to_string(s) {
             report::tell!("{json}");
         }
     }
+}
+
+/// Where the best of some validations is, the first of equals.
+fn best<T: Task>(validation: &[(u32, f64)]) -> Option<usize> {
+    let better = |a: f64, b: f64| if T::HIGHER { a > b } else { a < b };
+    (0..validation.len()).reduce(
+        |best, i| {
+            if better(validation[i].1, validation[best].1) { i } else { best }
+        },
+    )
 }
 
 /// The name of a mode in the table.

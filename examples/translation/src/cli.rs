@@ -119,6 +119,8 @@ fn longest(s: &str) -> Result<u64, String> {
 }
 
 impl Flags for TrainArgs {
+    const INPUTS: &'static [&'static str] = &["data", "held_out", "weights"];
+
     fn run(&mut self) -> RunFlags<'_> {
         let inputs = self.data.iter_mut().chain(&mut self.held_out).chain(&mut self.weights);
         self.run.flags(inputs.collect())
@@ -152,7 +154,8 @@ impl TrainArgs {
 /// How a trained model translates.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct SearchArgs {
-    /// The directory of a run
+    /// The directory of a run; without this flag, the last
+    /// run without --out
     #[arg(long, value_name = "DIR", default_value = "runs/translation")]
     pub weights: PathBuf,
     /// The best evaluation's weights in place of the last ones
@@ -291,7 +294,11 @@ impl Cli {
         let flags = match &mut parsed {
             Command::Train(train) | Command::Plan(train) => Some(&mut **train),
             Command::Experiment(e) => Some(&mut e.train),
-            Command::Eval(_) | Command::Translate(_) => None,
+            Command::Eval(EvalArgs { search, .. })
+            | Command::Translate(TranslateArgs { search }) => {
+                newest(sub, &mut search.weights);
+                None
+            }
         };
         if let Some(flags) = flags {
             flags.run.given = given(sub.unwrap_or(&matches));

@@ -237,11 +237,11 @@ struct Training {
     end: (Vec<Sentence>, Vec<String>),
 }
 
-/// Trains. The summary is `None` where Ctrl-C stopped the run.
+/// Trains.
 ///
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
-pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
+pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     let (args, from) = run::begin(args)?;
     args.method.check_start(args.weights.as_deref(), &args.run.out)?;
     let mut joined = ranks::join(&args.run.machine)?;
@@ -297,8 +297,7 @@ pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
 }
 
 impl Task for Training {
-    const DATA: &'static str =
-        "the training data, its vocabulary, or the model whose adapters are trained,";
+    const DATA: &'static str = "the data, its vocabulary, or the model whose adapters are trained,";
 
     fn describe(&self) -> String {
         let (p, c) = (&self.prepared, &self.prepared.config);
@@ -432,14 +431,13 @@ impl Task for Training {
         Ok(save_weights(path, be, &self.model)?)
     }
 
-    fn finish<B: Backend<Real = f32>>(
-        &mut self,
-        be: &mut B,
-        out: &Path,
-        _: Option<&Validation>,
-    ) -> Result<(String, &'static str), Failure> {
+    fn write<B: Backend<Real = f32>>(&self, be: &B, out: &Path) -> Result<&'static str, Failure> {
         self.prepared.config.write_dir(out)?;
         save_weights(&out.join(weights::FILE), be, &self.model)?;
+        Ok("model.safetensors, best.safetensors, config.json, tokenizer*.json, held-out.*.txt")
+    }
+
+    fn tell<B: Backend<Real = f32>>(&mut self, _: &mut B, out: &Path) -> Result<String, Failure> {
         let (all, found) = &self.end;
         write_lines(out, "source", all.iter().map(|s| s.source.as_str()))?;
         let references = all.iter().filter_map(|s| s.references.first());
@@ -454,9 +452,7 @@ impl Task for Training {
             };
             let _ = writeln!(text, "  {}\n    {translation}  ({right})", sentence.source);
         }
-        let files =
-            "model.safetensors, best.safetensors, config.json, tokenizer*.json, held-out.*.txt";
-        Ok((text, files))
+        Ok(text)
     }
 }
 

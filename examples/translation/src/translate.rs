@@ -132,6 +132,7 @@ pub fn loss<B: Backend>(
 ) -> Result<(f64, usize), Failure> {
     let (mut sum, mut count) = (0.0, 0);
     for batch in batches.in_order() {
+        run::go_on()?;
         let tokens: Vec<&Tokens> = batch.members.iter().map(|&i| &pairs[i as usize]).collect();
         let chunk = chunk_of(chunk, longest, batch.longest);
         let (loss, n) = model.evaluate(be, &tokens, chunk, inference, |_, _, _, _| Ok(()))?;
@@ -158,6 +159,7 @@ pub fn translations<B: Backend>(
     order.sort_by_key(|&i| sources[i].len());
     let mut out = vec![String::new(); sources.len()];
     for group in order.chunks(sizes.sentences) {
+        run::go_on()?;
         let some: Vec<_> = group.iter().map(|&i| sources[i]).collect();
         for (&i, tokens) in group.iter().zip(model.translate(be, &some, sizes, search)?) {
             out[i] = vocabulary.decode(&tokens)?;
@@ -322,7 +324,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         };
         // What was learned from must not be what is asked for. The network of merged adapters may
         // be gone: then that is not known.
-        if let Ok((path, header, _)) = checkpoint::newest(dir)
+        if let Ok(Some((path, header, _))) = checkpoint::newest(dir)
             && own().is_ok_and(|own| header.data != own)
         {
             let what =

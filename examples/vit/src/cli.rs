@@ -126,6 +126,8 @@ fn up_to_one(s: &str) -> Result<f64, String> {
 }
 
 impl Flags for TrainArgs {
+    const INPUTS: &'static [&'static str] = &["data", "weights"];
+
     fn run(&mut self) -> RunFlags<'_> {
         let inputs = self.data.iter_mut().chain(&mut self.weights);
         self.run.flags(inputs.collect())
@@ -162,7 +164,8 @@ impl TrainArgs {
 /// Flags of `eval`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct EvalArgs {
-    /// The directory of a run
+    /// The directory of a run; without this flag, the last
+    /// run without --out
     #[arg(long, value_name = "DIR", default_value = "runs/vit")]
     pub weights: PathBuf,
     /// Images to evaluate: the held-out ones of this directory [default: those of the run]
@@ -295,7 +298,10 @@ impl Cli {
         let flags = match &mut parsed {
             Command::Train(train) | Command::Plan(train) => Some(&mut **train),
             Command::Experiment(e) => Some(&mut e.train),
-            Command::Eval(_) => None,
+            Command::Eval(eval) => {
+                newest(sub, &mut eval.weights);
+                None
+            }
         };
         if let Some(flags) = flags {
             flags.run.given = given(sub.unwrap_or(&matches));

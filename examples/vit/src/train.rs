@@ -164,11 +164,11 @@ struct Training {
     confusion: Vec<Vec<u32>>,
 }
 
-/// Trains. The summary is `None` where Ctrl-C stopped the run.
+/// Trains.
 ///
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
-pub fn train(args: &TrainArgs) -> Result<Option<Summary>, Failure> {
+pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     let (args, from) = run::begin(args)?;
     args.method.check_start(args.weights.as_deref(), &args.run.out)?;
     let mut joined = ranks::join(&args.run.machine)?;
@@ -286,6 +286,7 @@ pub fn evaluate<B: Backend>(
     let mut confusion = vec![vec![0; classes]; classes];
     let (mut loss, mut right) = (0.0, 0);
     for first in (0..images.len()).step_by(at_once) {
+        run::go_on()?;
         let n = at_once.min(images.len() - first);
         let (logits, sum) = model.evaluate::<B, Failure>(be, n, inference, |i, out| {
             normalized(config, images.image(first + i), out);
@@ -309,7 +310,8 @@ fn percent(x: f64) -> String {
 }
 
 impl Task for Training {
-    const DATA: &'static str = "the training data, or the model whose adapters are trained,";
+    const DATA: &'static str = "the data, or the model whose adapters are trained,";
+    const HIGHER: bool = true;
 
     fn describe(&self) -> String {
         let (c, s, [parameters, trained]) = (&self.config, self.model.setup(), self.parameters());
@@ -416,26 +418,22 @@ impl Task for Training {
         }))
     }
 
-    /// By accuracy.
-    fn better(&self, v: &Validation, before: &[f64]) -> (bool, f64) {
-        let accuracy = v.scores.get("accuracy").copied().unwrap_or(0.0);
-        (before.iter().all(|&b| accuracy > b), accuracy)
+    fn key(&self, v: &Validation) -> f64 {
+        v.scores.get("accuracy").copied().unwrap_or(0.0)
     }
 
     fn save<B: Backend<Real = f32>>(&self, be: &B, path: &Path) -> Result<(), Failure> {
         Ok(save_weights(path, be, &self.model)?)
     }
 
-    fn finish<B: Backend<Real = f32>>(
-        &mut self,
-        be: &mut B,
-        out: &Path,
-        _: Option<&Validation>,
-    ) -> Result<(String, &'static str), Failure> {
+    fn write<B: Backend<Real = f32>>(&self, be: &B, out: &Path) -> Result<&'static str, Failure> {
         self.config.write_dir(out)?;
         save_weights(&out.join(weights::FILE), be, &self.model)?;
-        let table = confusion_table(&self.config.classes, &self.confusion);
-        Ok((table, "model.safetensors, best.safetensors, config.json"))
+        Ok("model.safetensors, best.safetensors, config.json")
+    }
+
+    fn tell<B: Backend<Real = f32>>(&mut self, _: &mut B, _: &Path) -> Result<String, Failure> {
+        Ok(confusion_table(&self.config.classes, &self.confusion))
     }
 }
 

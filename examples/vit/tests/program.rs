@@ -173,7 +173,7 @@ fn killed_runs_end_the_same() {
     let mut kills = 0_usize;
     for i in 0..100_u32 {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bdia-vit"));
-        if names(&b).iter().any(|n| n.ends_with(".ckpt")) {
+        if b.join("run.json").exists() {
             command.args(["train", "--resume"]).arg(&b);
         } else {
             command.args(flags.split_whitespace()).arg("--out").arg(&b);

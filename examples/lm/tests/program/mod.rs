@@ -54,16 +54,16 @@ pub fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_bdia-lm"))
 }
 
-/// `train` of the small model on the tokens; `flags` are separated by spaces.
+/// `train` of the small model on the tokens; `flags` are separated by spaces and win.
 pub fn train(data: &Path, out: &Path, flags: &str) -> Command {
+    let flags: Vec<_> = flags.split_whitespace().collect();
+    let small: Vec<_> = SMALL.split_whitespace().collect();
     let mut c = program();
-    c.arg("train")
-        .arg("--data")
-        .arg(data)
-        .args(SMALL.split(' '))
-        .args(flags.split_whitespace())
-        .arg("--out")
-        .arg(out);
+    c.arg("train").arg("--data").arg(data);
+    small.chunks(2).filter(|pair| !flags.contains(&pair[0])).for_each(|pair| {
+        c.args(pair);
+    });
+    c.args(flags).arg("--out").arg(out);
     c
 }
 
@@ -187,5 +187,9 @@ pub fn metrics(dir: &Path) -> Vec<Value> {
 
 /// Names of the checkpoints, oldest first.
 pub fn checkpoints(dir: &Path) -> Vec<String> {
-    content(dir).into_keys().filter(|n| n.ends_with(".ckpt")).collect()
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let names = entries.filter_map(|e| e.file_name().into_string().ok());
+    let mut all: Vec<_> = names.filter(|n| n.ends_with(".ckpt")).collect();
+    all.sort();
+    all
 }
