@@ -9,7 +9,7 @@ use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
 use bdia_core::{Category, Error, Grid, Layout};
-use bdia_models::files::{FileError, read_limited};
+use bdia_models::files::read_limited;
 use bdia_models::gpt2::adapter::Adapter;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
@@ -19,9 +19,9 @@ use bdia_models::inference::Inference;
 use bdia_models::sample::Sampler;
 use bdia_models::search::Length;
 use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
-use bdia_models::weights;
 use bdia_train::Failure;
 use bdia_train::cli::{self, BackendKind, MachineArgs};
+use bdia_train::directory::{Claim, Directory};
 use bdia_train::machine::{self, Work, for_kind};
 use bdia_train::report;
 use bdia_train::trainer;
@@ -117,23 +117,20 @@ pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
         fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
             let (args, out) = (self.args, self.args.out.as_path());
             load(&args.weights, Some(&args.adapter), &self.config, be, &self.model)?;
-            std::fs::create_dir_all(out)
-                .map_err(|e| FileError::io(out, "create the directory", e))?;
-            self.config.write_dir(out)?;
-            save_weights(out, be, &self.model)?;
+            let mut directory =
+                Directory::claim(&Claim { out, named: true, replace: args.replace })?;
+            let dir = directory.path();
+            self.config.write_dir(dir)?;
+            save_weights(dir, be, &self.model)?;
             if self.config.vocab_size == VOCAB {
-                Tokenizer::new().write_hf_files(out, self.config.n_positions)?;
+                Tokenizer::new().write_hf_files(dir, self.config.n_positions)?;
             }
+            directory.show()?;
             report::tell!("{}: the model with its adapters", out.display());
             Ok(())
         }
     }
-    for file in ["config.json", weights::FILE, weights::INDEX] {
-        if args.out.join(file).exists() {
-            let what = "there is a model already; expected a new directory".into();
-            return Err(Failure::Run { path: args.out.join(file), what });
-        }
-    }
+    Directory::check(&Claim { out: &args.out, named: true, replace: args.replace })?;
     let config = Gpt2Config::read_dir(&args.weights)?;
     let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(BackendKind::Cpu) };
     let one = Some(Choice { chunk: 1, head_rows: 1 });

@@ -11,6 +11,8 @@ use program::{Dir, bad, content, copy, good, metrics, program, train};
 use serde_json::Value;
 
 const FLAGS: &str = "--steps 3 --checkpoint-interval 2";
+/// The same over a run that is there already.
+const REPLACING: &str = "--steps 3 --checkpoint-interval 2 --replace";
 
 /// `eval` or `generate` of a directory.
 fn other(what: &str, weights: &Path, flags: &str) -> Command {
@@ -63,12 +65,12 @@ fn unusable_data() {
     ];
     for (name, bytes, words) in cases {
         let file = dir.file(name, &bytes);
-        let said = bad(&mut train(&file, &out, FLAGS), words);
+        let said = bad(&mut train(&file, &out, REPLACING), words);
         assert!(said.err.contains(name), "{}", said.err);
     }
-    bad(&mut train(&dir.at("missing.bin"), &out, FLAGS), &["missing.bin", "cannot open"]);
-    bad(&mut train(&dir.at("missing.txt"), &out, FLAGS), &["missing.txt", "cannot open"]);
-    bad(&mut train(&out, &out, FLAGS), &["cannot"]);
+    bad(&mut train(&dir.at("missing.bin"), &out, REPLACING), &["missing.bin", "cannot open"]);
+    bad(&mut train(&dir.at("missing.txt"), &out, REPLACING), &["missing.txt", "cannot open"]);
+    bad(&mut train(&out, &out, REPLACING), &["cannot"]);
     assert!(before == content(&out));
 }
 
@@ -105,8 +107,8 @@ fn unusable_weights() {
         ("config.json", with("model_type", "llama".into()), &["llama"]),
         ("config.json", with("n_head", 3.into()), &["n_head"]),
         ("config.json", with("n_layer", 0.into()), &["n_layer"]),
-        ("config.json", with("n_layer", 4.into()), &["h.3."]),
-        ("config.json", with("n_embd", 32.into()), &["wte.weight", "32"]),
+        ("config.json", with("n_layer", 4.into()), &["n_layer is 4, it was 3"]),
+        ("config.json", with("n_embd", 32.into()), &["n_embd is 32, it was 16"]),
         ("config.json", with("vocab_size", (1_u64 << 60).into()), &["vocab"]),
         ("model.safetensors", nan, &["ln_f.bias", "NaN"]),
         ("model.safetensors", first, &["inf", "finite"]),
@@ -117,7 +119,7 @@ fn unusable_weights() {
         let broken = dir.at(&format!("broken-{i}"));
         copy(&model, &broken);
         std::fs::write(broken.join(name), bytes).unwrap();
-        bad(&mut tune(&data, &out, &broken), words);
+        bad(tune(&data, &out, &broken).arg("--replace"), words);
         let mut eval = other("eval", &broken, "--context 16 --data");
         bad(eval.arg(&data), words);
         assert!(before == content(&out), "case {i}");
@@ -125,8 +127,8 @@ fn unusable_weights() {
     let without = dir.at("without");
     copy(&model, &without);
     std::fs::remove_file(without.join("model.safetensors")).unwrap();
-    bad(&mut tune(&data, &out, &without), &["safetensors"]);
-    bad(&mut tune(&data, &out, &dir.at("missing")), &["missing"]);
+    bad(tune(&data, &out, &without).arg("--replace"), &["safetensors"]);
+    bad(tune(&data, &out, &dir.at("missing")).arg("--replace"), &["missing"]);
     assert!(before == content(&out));
 }
 
@@ -172,14 +174,14 @@ fn unusable_flags() {
     ];
     for (flags, words) in cases {
         // The flags of the case replace those of the small model where they have none of their own.
-        let flags = format!("{FLAGS} {flags}");
+        let flags = format!("{REPLACING} {flags}");
         let mut c = train(&data, &out, &flags);
         if flags.contains("gpt2-xl") {
             c = program();
             c.args([
                 "train", "--config", "gpt2-xl", "--batch", "4096", "--mode", "standard", "--data",
             ]);
-            c.arg(dir.file("text.bin", &[0; 8192])).arg("--out").arg(&out);
+            c.arg(dir.file("text.bin", &[0; 8192])).arg("--replace").arg("--out").arg(&out);
             bad(&mut c, &["plan needs", "--memory"]);
             continue;
         }
@@ -202,7 +204,7 @@ fn unusable_flags() {
     ] {
         let mut c = program();
         let small: Vec<_> = program::SMALL.split(' ').collect();
-        c.arg("train").arg("--data").arg(&data).arg("--out").arg(&out);
+        c.args(["train", "--replace", "--data"]).arg(&data).arg("--out").arg(&out);
         for pair in small.chunks(2).filter(|p| p[0] != format!("--{flag}")) {
             c.args(pair);
         }
@@ -273,6 +275,7 @@ fn a_run_and_its_evaluation() {
         "metrics.jsonl",
         "model.safetensors",
         "run.json",
+        "run.lock",
         "step-00000024.ckpt",
         "step-00000030.ckpt",
     ];
@@ -390,7 +393,7 @@ fn a_new_run_replaces_an_old_one() {
     let (out, fresh) = (dir.at("run"), dir.at("fresh"));
     good(&mut train(&data, &out, "--steps 30 --seed 2"));
     std::fs::remove_file(out.join("run.json")).unwrap();
-    good(&mut train(&data, &out, FLAGS));
+    good(&mut train(&data, &out, REPLACING));
     good(&mut train(&data, &fresh, FLAGS));
     assert_eq!(program::checkpoints(&out), program::checkpoints(&fresh));
     assert_eq!(metrics(&out), metrics(&fresh));

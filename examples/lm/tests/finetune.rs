@@ -73,7 +73,7 @@ fn runs_go_on_with_the_same_bits() {
     assert!(eval(&merged, None) < eval(&tied, None));
     // Nothing is overwritten.
     let before = content(&merged);
-    bad(&mut merge(), &["there is a model already"]);
+    bad(&mut merge(), &["there is a model (config.json) already"]);
     assert_eq!(content(&merged), before);
     // Adapters of another model: by their digest, or by their shapes.
     let wrong = |weights: &Path, adapter: &Path, words: &[&str]| {
@@ -174,7 +174,7 @@ fn weights_that_cannot_be_tuned() {
     good(tune(&tokens, &data("hf_tied"), &out).args(["--method", "lora"]));
     let before = content(&out);
     let refused = |weights: &Path, flags: &[&str], words: &[&str]| {
-        bad(tune(&tokens, weights, &out).args(flags), words);
+        bad(tune(&tokens, weights, &out).args(flags).arg("--replace"), words);
         assert_eq!(content(&out), before, "{words:?}: something was overwritten");
     };
     let change = |name: &str, value: f32| {
@@ -210,7 +210,7 @@ fn weights_that_cannot_be_tuned() {
     refused(&data("hf_tied"), &["--loss-on", "all"], &["--loss-on belongs to tasks of pairs"]);
     refused(&data("hf_tied"), &["--prompt-column", "a"], &["belong to --task pairs"]);
     let mut c = program();
-    c.args(["finetune", "--data"])
+    c.args(["finetune", "--replace", "--data"])
         .arg(&tokens)
         .arg("--weights")
         .arg(data("hf_tied"))

@@ -343,3 +343,98 @@ pub fn load<B: Backend<Real = f32>>(
     }
     Ok(header)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Metrics;
+    use crate::trainer::Metric;
+    use bdia_core::backend::Storage;
+    use bdia_core::{Category, Layout, Reference};
+    use bdia_models::files::faults::{Fault, arm, disarm};
+    use bdia_models::files::testing::TempDir;
+
+    fn header(step: u32, metrics: u64) -> Header {
+        Header {
+            step,
+            chunk: 1,
+            head_rows: 1,
+            identity: "a test".into(),
+            ranks: 1,
+            lens: Vec::new(),
+            data: 0,
+            validation: Vec::new(),
+            settings: Map::new(),
+            config: Map::new(),
+            metrics,
+            waiting: None,
+        }
+    }
+
+    fn metric(step: u64) -> Metric {
+        serde_json::from_value(serde_json::json!({
+            "step": step, "loss": 0.5, "lr": 1.0, "grad_norm": 1.0, "items_per_s": 7.0 * step as f64,
+        }))
+        .unwrap()
+    }
+
+    /// Steps with their metrics and checkpoints, as the trainer makes them; the last one that was
+    /// said to be saved.
+    fn steps(dir: &Path, be: &mut Reference<'_, f32>, t: Reals, first: u32) -> (u32, bool) {
+        let mut saved = first;
+        let mut all = || -> Result<(), CheckpointError> {
+            let log = dir.join("metrics.jsonl");
+            let (mut metrics, _) = Metrics::<Metric>::resume(&log, first.into())?;
+            for step in first + 1..=5 {
+                be.write_reals(t, &[step as f32; 3])?;
+                metrics.push(&metric(step.into()))?;
+                metrics.sync()?;
+                save(dir, be, &[t], header(step, metrics.digest()), 2)?;
+                saved = step;
+            }
+            Ok(())
+        };
+        let done = all().is_ok();
+        (saved, done)
+    }
+
+    #[test]
+    fn whatever_the_disk_does_a_good_checkpoint_stays() {
+        let mut layout = Layout::new(4);
+        let t = layout.reals(Category::Parameters, 3);
+        let (mut ints, mut reals, mut words) = ([0; 0], [0.0; 16], [0; 0]);
+        let mut be = Reference::new(&layout, &mut ints, &mut reals, &mut words).unwrap();
+        for fault in [Fault::Refused, Fault::Short, Fault::Stopped, Fault::Lost] {
+            for n in 0.. {
+                let dir = TempDir::new();
+                arm(fault, n);
+                let (saved, done) = steps(dir.path(), &mut be, t, 0);
+                let happened = disarm();
+                // What was said to be saved is there; only a rename that was lost could take one.
+                let found = newest(dir.path()).unwrap();
+                let step = found.as_ref().map_or(0, |f| f.1.step);
+                let lost = u32::from(fault == Fault::Lost && happened);
+                assert!(step + lost >= saved, "{fault:?} {n}: {step} of {saved}");
+                if let Some((path, header, warnings)) = found {
+                    assert_eq!(warnings, Vec::<String>::new());
+                    load(&path, &mut be, &[t]).unwrap();
+                    let mut values = [0.0; 3];
+                    be.read_reals(t, &mut values).unwrap();
+                    assert_eq!(values, [step as f32; 3]);
+                    let log = dir.path().join("metrics.jsonl");
+                    let digest = Metrics::<Metric>::digest_of(&log, step.into()).unwrap();
+                    assert_eq!(digest, header.metrics, "{fault:?} {n}");
+                }
+                // It goes on from there to the end.
+                assert_eq!(steps(dir.path(), &mut be, t, step), (5, true), "{fault:?} {n}");
+                let names: Vec<_> = list(dir.path()).into_iter().map(|c| c.0).collect();
+                // One that could not be removed only takes room.
+                assert_eq!(names[..2], [5, 4], "{fault:?} {n}");
+                if !happened {
+                    assert!(done && n > 30);
+                    break;
+                }
+            }
+        }
+    }
+}

@@ -214,6 +214,10 @@ struct Content {
 }
 
 fn content(dir: &Path) -> Result<Option<Content>, FileError> {
+    if dir.exists() && !dir.is_dir() {
+        let error = ErrorKind::AlreadyExists.into();
+        return Err(FileError::io(dir, "create the directory: it is a file", error));
+    }
     let failed = |e| FileError::io(dir, "read the directory", e);
     let (mut names, mut folder) = (Vec::new(), false);
     for entry in std::fs::read_dir(dir).map_err(failed)? {
@@ -232,7 +236,10 @@ fn content(dir: &Path) -> Result<Option<Content>, FileError> {
         _ => "something else",
     };
     let is_ours = (run || model) && !folder;
-    Ok(names.into_iter().next().map(|example| Content { what, example, is_ours }))
+    // What says the most of it.
+    let marks = ["run.json", "config.json", "adapter_config.json"];
+    let mark = marks.into_iter().find(|mark| has(mark)).map(String::from);
+    Ok(mark.or_else(|| names.first().cloned()).map(|example| Content { what, example, is_ours }))
 }
 
 fn taken(dir: &Path, found: &Content) -> DirectoryError {

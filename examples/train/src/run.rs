@@ -137,8 +137,10 @@ pub fn begin<A: Flags>(args: &A) -> Result<(A, Option<(PathBuf, Header)>), Failu
         *path = std::path::absolute(&*path).map_err(|e| FileError::io(path, "find it", e))?;
     }
     let Some(dir) = run.resume.clone() else {
-        // Before anything that takes time.
-        Directory::check(&claim(&args.clone().run()))?;
+        // Before anything that takes time. Files are the first rank's.
+        if launcher::rank() == 0 {
+            Directory::check(&claim(&args.clone().run()))?;
+        }
         return Ok((args, None));
     };
     let mut args = args.resumed(&saved(&dir)?)?;

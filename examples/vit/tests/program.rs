@@ -91,7 +91,8 @@ fn adapters_are_trained_on_frozen_weights() {
     let [base, a, b] = ["base", "a", "b"].map(|name| dir.path().join(name));
     good(&base, &format!("train {SMALL} --epochs 2"));
     let flags = format!(
-        "train {SMALL} --epochs 3 --checkpoint-interval 1 --method lora --lora-rank 2 --weights {}",
+        "train {SMALL} --epochs 3 --checkpoint-interval 1 --method lora --lora-rank 2 --replace \
+         --weights {}",
         base.display()
     );
     let o = run(&a, &format!("train {SMALL} --method lora"));
@@ -141,7 +142,7 @@ fn adapters_are_trained_on_frozen_weights() {
         repeat_the_end(&mut resume(), &b, 15);
         same_files(&a, &b, &["model.safetensors", "best.safetensors"]);
         if frozen == "bf16" {
-            good(&base, &format!("train {SMALL} --epochs 1"));
+            good(&base, &format!("train {SMALL} --epochs 1 --replace"));
             let o = resume().arg(&b).output().unwrap();
             let told = String::from_utf8_lossy(&o.stderr).into_owned();
             assert!(o.status.code() == Some(1) && told.contains("whose adapters"), "{told}");
