@@ -116,7 +116,10 @@ impl Directory {
             let lock = lock(out)?;
             // Another process may have been faster, and be through already.
             return match content(out)? {
-                None => Ok(Self { path: out.into(), replaces: None, _lock: lock }),
+                None => {
+                    sweep(out);
+                    Ok(Self { path: out.into(), replaces: None, _lock: lock })
+                }
                 Some(found) => Err(taken(out, &found)),
             };
         };
@@ -377,9 +380,12 @@ mod tests {
             assert_eq!(newest(&out), claimed.path());
             all.push(claimed);
         }
-        // An empty one is as good as none.
+        // An empty one is as good as none, also where a killed process has just begun to write.
         std::fs::create_dir(dir.path().join("run-4")).unwrap();
-        assert_eq!(new(&out, false, false).unwrap().path(), dir.path().join("run-4"));
+        std::fs::write(dir.path().join("run-4/.run.json.a1B2c3.tmp"), "{").unwrap();
+        let claimed = new(&out, false, false).unwrap();
+        assert_eq!(claimed.path(), dir.path().join("run-4"));
+        assert_eq!(std::fs::read_dir(claimed.path()).unwrap().count(), 1, "the lock alone");
     }
 
     #[test]
