@@ -2,10 +2,10 @@
 //! [`bdia_core::update`].
 //!
 //! Kernels work on groups of 32 elements, one word of side bits; the last group of a sample is
-//! filled up with zeros, which change nothing. Products and sums are rounded separately: nothing
-//! here calls `mul_add`.
+//! filled up with zeros, which no checksum counts. Products and sums are rounded separately:
+//! nothing here calls `mul_add`.
 
-use bdia_core::update::LIMIT;
+use bdia_core::update::{CHECKSUM_FACTORS, CHECKSUM_STRIDE, LIMIT};
 use bdia_core::{Chunk, Fault, FloatGamma, Gamma, Grid, Ints, Reals, Result, UpdateOps, Words};
 use wide::bytemuck::cast;
 use wide::{f32x8, i32x8};
@@ -84,40 +84,57 @@ fn range_fault(fault: &mut Option<Fault>, chunk: &Chunk, pieces: Pieces, report:
     }
 }
 
-/// The factor of [`bdia_core::update::weight`].
-const FACTOR: u32 = 0x9E37_79B1;
-/// What each element of a group adds to the product.
-const STEPS: [u32; GROUP] = {
-    let mut steps = [0_u32; GROUP];
-    let mut i = 1;
+/// The states of the even and the odd elements of a group of zeros whose first element is element
+/// 0 of its tensor.
+const STATES: [[u64; GROUP / 2]; 2] = {
+    let mut states = [[0; GROUP / 2]; 2];
+    let mut i = 0;
     while i < GROUP {
-        steps[i] = steps[i - 1].wrapping_add(FACTOR);
+        states[i % 2][i / 2] = CHECKSUM_STRIDE.wrapping_mul(i as u64);
         i += 1;
     }
-    steps
+    states
 };
 /// The lower half of 64 bits.
 const LOW: u64 = 0xFFFF_FFFF;
 
-/// The checksum of a group whose first element has the index `first` in its tensor.
+/// The checksum ([`bdia_core::update::checksum`]) of a group whose first element has the index
+/// `first` in its tensor; `left` elements of the piece are left from there on.
 #[inline]
-fn group_sum(x: &[i32; GROUP], first: usize) -> u64 {
-    // The products of the weights are additive; pairs of 32-bit lanes are taken apart as 64-bit
-    // ones, which is a single instruction for each product.
-    let base = (first as u32).wrapping_mul(FACTOR);
-    let mut weights = [0_u32; GROUP];
-    for i in 0..GROUP {
-        let w = base.wrapping_add(STEPS[i]);
-        weights[i] = (w ^ w >> 15) | 1;
+fn group_sum(x: &[i32; GROUP], left: usize, first: usize) -> u64 {
+    if left < GROUP {
+        return x[..left].iter().enumerate().fold(0, |sum: u64, (i, &x)| {
+            sum.wrapping_add(bdia_core::update::checksum(x, first.wrapping_add(i)))
+        });
     }
-    let (x, w): (&[u64; GROUP / 2], [u64; GROUP / 2]) = (&cast(*x), cast(weights));
-    let mut lanes = [0_u64; 4];
-    for i in 0..GROUP / 2 {
-        let low = (x[i] & LOW) * (w[i] & LOW);
-        let high = (x[i] >> 32) * (w[i] >> 32);
-        lanes[i % 4] = lanes[i % 4].wrapping_add(low).wrapping_add(high);
+    // Pairs of 32-bit lanes are taken apart as 64-bit ones, and the halves of a state lie in two
+    // of them, whose upper halves hold anything: the product of two lower halves is a single
+    // instruction.
+    let base = (first as u64).wrapping_mul(CHECKSUM_STRIDE);
+    let pairs: &[u64; GROUP / 2] = &cast(*x);
+    let mut sums = [0_u64; 4];
+    for start in (0..GROUP / 2).step_by(4) {
+        for (odd, states) in STATES.iter().enumerate() {
+            let (mut high, mut low) = ([0_u64; 4], [0_u64; 4]);
+            for i in 0..4 {
+                let state = base.wrapping_add(states[start + i]);
+                high[i] = state >> 32;
+                low[i] = state ^ (pairs[start + i] >> (32 * odd));
+            }
+            for factor in CHECKSUM_FACTORS {
+                let mut next = [0_u64; 4];
+                for i in 0..4 {
+                    let p = (low[i] & LOW) * u64::from(factor);
+                    next[i] = high[i] ^ p ^ p >> 32;
+                }
+                (high, low) = (low, next);
+            }
+            for i in 0..4 {
+                sums[i] = sums[i].wrapping_add(high[i] << 32 | low[i] & LOW);
+            }
+        }
     }
-    lanes[0].wrapping_add(lanes[1]).wrapping_add(lanes[2].wrapping_add(lanes[3]))
+    sums.into_iter().fold(0, u64::wrapping_add)
 }
 
 /// `Q(y)`, 0 where it is out of range, and the mask of the lanes that are in range.
@@ -281,7 +298,7 @@ fn step_piece<const ONE: bool>(
     mut keep: impl FnMut(usize, usize, u32),
     with_sum: bool,
 ) -> Report {
-    let mut report = Report::NONE;
+    let (len, mut report) = (x.len(), Report::NONE);
     groups3(x, cur, h, |g, x, cur, h| {
         let mut words = [0_u32; Gamma::MAX_PLANES as usize];
         let (mut wrong, mut unquantized) = (0_u32, 0_u32);
@@ -306,7 +323,8 @@ fn step_piece<const ONE: bool>(
             keep(plane, g, words[plane]);
         }
         if with_sum {
-            report.sum = report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+            let (left, first) = (len - g * GROUP, first.wrapping_add(g * GROUP));
+            report.sum = report.sum.wrapping_add(group_sum(x, left, first));
         }
         if wrong != 0 {
             let i = wrong.trailing_zeros() as usize;
@@ -356,9 +374,7 @@ fn inverse_piece<const ONE: bool>(
             set_part(x, p, old);
         }
         if with_sum {
-            // Whatever the unused side bits of a last word are, they count for nothing.
-            x[GROUP.min(len - g * GROUP)..].fill(0);
-            sum = sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+            sum = sum.wrapping_add(group_sum(x, len - g * GROUP, first.wrapping_add(g * GROUP)));
         }
     });
     sum
@@ -430,8 +446,8 @@ impl UpdateOps for Cpu {
                         wrong |= sign_bits(!within) << (p * LANES);
                     }
                     if with_sum {
-                        report.sum =
-                            report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+                        let (left, first) = (len - g * GROUP, first.wrapping_add(g * GROUP));
+                        report.sum = report.sum.wrapping_add(group_sum(x, left, first));
                     }
                     if wrong != 0 {
                         let i = wrong.trailing_zeros() as usize;
@@ -496,8 +512,8 @@ impl UpdateOps for Cpu {
                         wrong |= sign_bits(!within | beyond(new)) << (p * LANES);
                     }
                     if with_sum {
-                        report.sum =
-                            report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+                        let (left, first) = (len - g * GROUP, first.wrapping_add(g * GROUP));
+                        report.sum = report.sum.wrapping_add(group_sum(x, left, first));
                     }
                     if wrong != 0 {
                         let i = wrong.trailing_zeros() as usize;
@@ -546,7 +562,8 @@ impl UpdateOps for Cpu {
                         set_part(x, p, int_part(x, p) - quantize(part(h, p), scale).0);
                     }
                     if with_sum {
-                        total = total.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+                        let (left, first) = (len - g * GROUP, first.wrapping_add(g * GROUP));
+                        total = total.wrapping_add(group_sum(x, left, first));
                     }
                 });
                 total
@@ -749,13 +766,14 @@ mod tests {
 
     #[test]
     fn sums_of_groups_are_those_of_core() {
+        let x: [i32; GROUP] = core::array::from_fn(|i| (i as i32 - 9).wrapping_mul(0x0765_4321));
         for first in [0, 1, 12_345, u32::MAX as usize - 5, usize::MAX - 7] {
-            let x: [i32; GROUP] =
-                core::array::from_fn(|i| (i as i32 - 9).wrapping_mul(0x0765_4321));
-            let expected = (0..GROUP).fold(0_u64, |sum, i| {
-                sum.wrapping_add(bdia_core::update::checksum(x[i], first.wrapping_add(i)))
-            });
-            assert_eq!(group_sum(&x, first), expected);
+            for left in [0, 1, 31, 32, 33, 1000] {
+                let expected = (0..GROUP.min(left)).fold(0_u64, |sum, i| {
+                    sum.wrapping_add(bdia_core::update::checksum(x[i], first.wrapping_add(i)))
+                });
+                assert_eq!(group_sum(&x, left, first), expected, "{first} {left}");
+            }
         }
     }
 }

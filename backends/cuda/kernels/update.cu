@@ -9,11 +9,11 @@ struct Shape {
     u32 samples, per;
     // Words of one plane of one sample.
     u32 groups;
-    // Index of the first element in the whole tensor.
-    u32 at;
-    // Streams of the sign of gamma; `sign` 0 draws it, else it is the sign.
-    Streams streams;
+    // The sign of gamma; 0 draws it from `streams`.
     i32 sign;
+    // Index of the first element in the whole tensor.
+    u64 at;
+    Streams streams;
     // Planes `m`, or 0; |gamma|; 2^l.
     u32 m;
     float magnitude, scale;
@@ -88,9 +88,15 @@ __device__ inline u32 shift(u32 m, u32 r, u32 element) {
     return down ? 0u - r : (1u << m) - r;
 }
 
-__device__ inline u64 checksum(i32 x, u32 index) {
-    u32 w = index * 0x9E3779B1u;
-    return (u64)(u32)x * ((w ^ w >> 15) | 1u);
+__device__ inline void mix(u64* s, u32 factor) {
+    u64 p = (u64)(u32)*s * factor;
+    *s = (*s << 32 | *s >> 32) ^ (u32)(p ^ p >> 32);
+}
+
+__device__ inline u64 checksum(i32 x, u64 index) {
+    u64 s = index * 0x9E3779B97F4A7C15ull ^ (u32)x;
+    mix(&s, 0x27D4EB2Fu), mix(&s, 0x85EBCA77u), mix(&s, 0xC2B2AE3Du), mix(&s, 0x9E3779B1u);
+    return s;
 }
 
 // Wrapping: |X| as a number without sign.

@@ -44,7 +44,7 @@ impl Cuda {
 
 impl Shape {
     fn of_chunk(self, chunk: &Chunk) -> Self {
-        Self { at: (chunk.first as u32).wrapping_mul(self.per), ..self }
+        Self { at: (chunk.first as u64).wrapping_mul(self.per.into()), ..self }
     }
 
     fn grid(self, grid: Grid) -> Self {

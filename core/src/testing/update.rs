@@ -92,6 +92,7 @@ pub fn update_ops<B: UpdateOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(),
     let mut bench = Bench::new(&mut new, 0);
     storage(&mut bench)?;
     status(&mut bench)?;
+    collisions(&mut bench)?;
     for values in Values::ALL {
         for per in PER {
             for n in 0..=3 {
@@ -363,6 +364,69 @@ fn range_faults<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
                 Words::EMPTY,
                 Words::EMPTY
             ));
+        }
+    }
+    Ok(())
+}
+
+/// Change number `n` of `x`, three rows of [`ROW`] values: what an error that has a structure does.
+fn change(n: usize, x: &mut [i32; 3 * ROW]) {
+    let (kind, n) = (n % 8, n / 8);
+    let (at, d) = (n % (ROW - 1), 1 + (n / (ROW - 1)) as i32);
+    let mut add = |differences: &[(usize, i32)]| {
+        differences.iter().for_each(|&(i, d)| x[i] = x[i].wrapping_add(d));
+    };
+    match kind {
+        0 => add(&[(at, d), (at + 1, -2 * d), (at + 2, d)]),
+        1 => add(&[(at, d), (at + 1, -d), (at + ROW, -d), (at + ROW + 1, d)]),
+        2 => add(&[(at, d << 8), (at + 16, d << 8)]),
+        3 => add(&[(ROW, n as i32 + 1)]),
+        4 => [at, at + ROW, at + 2 * ROW].into_iter().for_each(|i| x[i] ^= 1 << (7 + d)),
+        5 => x.swap(at, at + d as usize * ROW / 2),
+        6 => x[at..at + 4 + d as usize].rotate_left(1),
+        _ => x[at..at + 5 + d as usize].reverse(),
+    }
+}
+
+/// Values of a row in [`change`].
+const ROW: usize = 65;
+
+/// Tensors that differ from each other in patterns have different checksums, and parts of these
+/// sums agree as often as those of random numbers do.
+fn collisions<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
+    const BITS: u32 = 12;
+    let mut sums = [0_u64; 1024];
+    let grid = setup("grid", Grid::new(9))?;
+    bench.begin("add_quantized", "patterns of changes", [1, 3 * ROW, 0, 0]);
+    let (x, h) = (bench.ints(3 * ROW, |_| 0), bench.reals_of(3 * ROW, |_| 0.0));
+    let sum = bench.words(2);
+    bench.upload(0, &[])?;
+    for (n, found) in sums.iter_mut().enumerate() {
+        let mut values = core::array::from_fn(|i| Values::Large.int(6, i) >> 12);
+        change(n, &mut values);
+        let mut words = [0; 2];
+        let outcome = bench
+            .backend
+            .write_ints(x, &values)
+            .and(bench.backend.fill_words(sum, 0))
+            .and(bench.backend.add_quantized(&chunk(1), grid, x, h, sum))
+            .and(bench.backend.read_words(sum, &mut words));
+        bench.done("outcome", outcome)?;
+        *found = u64::from(words[1]) << 32 | u64::from(words[0]);
+    }
+    sums.sort_unstable();
+    if let Some(i) = sums.windows(2).position(|pair| pair[0] == pair[1]) {
+        return Err(bench.failure("equal checksums", i, Value::SomeError, Value::Outcome(Ok(()))));
+    }
+    for shift in [0, 13, 26, 39, 52] {
+        let mut cut = sums.map(|sum| sum >> shift & ((1 << BITS) - 1));
+        cut.sort_unstable();
+        let pairs = |run: &[u64]| run.len() * (run.len() - 1) / 2;
+        let equal: usize = cut.chunk_by(|a, b| a == b).map(pairs).sum();
+        // Of 1024·1023/2 pairs of random sums 128 agree in 12 bits, with a deviation of 11.
+        if !(60..=196).contains(&equal) {
+            let (expected, found) = (Value::Word(128), Value::Word(equal as u32));
+            return Err(bench.failure("pairs that agree", shift as usize, expected, found));
         }
     }
     Ok(())
