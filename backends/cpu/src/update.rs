@@ -77,11 +77,32 @@ fn accumulate(words: &mut [u32], add: u64) {
     }
 }
 
-fn range_fault(fault: &mut Option<Fault>, chunk: &Chunk, pieces: Pieces, report: Report) {
+/// Keeps the fault that `of(sample, value)` is, where a value is bad.
+fn fault_of(
+    fault: &mut Option<Fault>,
+    chunk: &Chunk,
+    pieces: Pieces,
+    report: Report,
+    of: impl FnOnce(usize, f64) -> Fault,
+) {
     if let Some((index, value)) = report.bad {
         let sample = chunk.first.wrapping_add(index.checked_div(pieces.per).unwrap_or(0));
-        fault.get_or_insert(Fault::Range { site: chunk.site, sample, value });
+        fault.get_or_insert(of(sample, value));
     }
+}
+
+fn range_fault(fault: &mut Option<Fault>, chunk: &Chunk, pieces: Pieces, report: Report) {
+    let site = chunk.site;
+    fault_of(fault, chunk, pieces, report, |sample, value| Fault::Range { site, sample, value });
+}
+
+fn gradient_fault(fault: &mut Option<Fault>, chunk: &Chunk, pieces: Pieces, report: Report) {
+    let site = chunk.site;
+    fault_of(fault, chunk, pieces, report, |sample, value| Fault::ActivationGradient {
+        site,
+        sample,
+        value,
+    });
 }
 
 /// The states of the even and the odd elements of a group of zeros whose first element is element
@@ -405,21 +426,45 @@ fn reals3(
     )
 }
 
-/// Bits of an `f32` that are all set in what is not finite.
-const EXPONENT: u32 = 0x7F80_0000;
+/// Whether a value is not finite: a comparison of bits, which is one of lanes.
+#[inline]
+fn wild(x: f32) -> bool {
+    const EXPONENT: u32 = 0x7F80_0000;
+    x.to_bits() & EXPONENT == EXPONENT
+}
 
-/// The first value that is not finite. Looked for in blocks, without a branch per element.
+/// The first of `n` indices that is bad. Looked for in blocks, without a branch per element.
+#[inline]
+fn first_bad(n: usize, bad: impl Fn(usize) -> bool) -> Option<usize> {
+    const BLOCK: usize = 256;
+    (0..n)
+        .step_by(BLOCK)
+        .map(|start| start..n.min(start + BLOCK))
+        .find(|block| block.clone().fold(false, |any, i| any | bad(i)))
+        .and_then(|mut block| block.find(|&i| bad(i)))
+}
+
+/// The first value that is not finite.
 fn first_wild(x: &[f32]) -> Option<(usize, f64)> {
-    for (n, block) in x.chunks(256).enumerate() {
-        let wild = block.iter().fold(false, |wild, x| wild | (x.to_bits() & EXPONENT == EXPONENT));
-        if wild {
-            return block
-                .iter()
-                .position(|x| !x.is_finite())
-                .map(|i| (n * 256 + i, f64::from(block[i])));
-        }
-    }
-    None
+    first_bad(x.len(), |i| wild(x[i])).map(|i| (i, f64::from(x[i])))
+}
+
+/// `first(start, length)`, the first bad value of a piece, over all pieces.
+fn checked(
+    team: &Team,
+    pieces: Pieces,
+    first: impl Fn(usize, usize) -> Option<(usize, f64)> + Sync,
+) -> Report {
+    team.reduce(
+        pieces.count(),
+        Report::NONE,
+        |piece| {
+            let (sample, start, len) = pieces.locate(piece);
+            let at = sample * pieces.per + start;
+            Report { sum: 0, bad: first(at, len).map(|(i, v)| (at + i, v)) }
+        },
+        Report::join,
+    )
 }
 
 impl UpdateOps for Cpu {
@@ -723,13 +768,40 @@ impl UpdateOps for Cpu {
     ) -> Result<()> {
         let pieces = Pieces::new(chunk, self.arenas().blend("combine", chunk, next, cur, h)?);
         let tensors = split(&mut self.reals, [next, cur, h], "combine")?;
-        reals3(&self.team, chunk, gamma, pieces, tensors, |s, next, cur, h| {
-            let g = s.gamma.to_array()[0];
-            for i in 0..next.len().min(cur.len()).min(h.len()) {
+        let report = reals3(&self.team, chunk, gamma, pieces, tensors, |s, next, cur, h| {
+            let (g, len) = (s.gamma.to_array()[0], next.len().min(cur.len()).min(h.len()));
+            let mut any = false;
+            for i in 0..len {
                 (next[i], cur[i], h[i]) = bdia_core::update::combine(g, next[i], cur[i]);
+                any |= wild(cur[i]) | wild(h[i]);
             }
-            None
+            let first = if any { (0..len).find(|&i| wild(h[i]) || wild(cur[i])) } else { None };
+            first.map(|i| (i, f64::from(if wild(h[i]) { h[i] } else { cur[i] })))
         });
+        gradient_fault(&mut self.fault, chunk, pieces, report);
+        Ok(())
+    }
+
+    fn check_gradient(&mut self, chunk: &Chunk, g: Reals) -> Result<()> {
+        let pieces = Pieces::new(chunk, self.arenas().check_gradient(chunk, g)?);
+        let g = get(&self.reals, g, "check_gradient")?;
+        let report = checked(&self.team, pieces, |at, len| first_wild(&g[at..at + len]));
+        gradient_fault(&mut self.fault, chunk, pieces, report);
+        Ok(())
+    }
+
+    fn check_input(&mut self, chunk: &Chunk, grid: Grid, x: Ints, y: Reals) -> Result<()> {
+        let pieces = Pieces::new(chunk, self.arenas().check_input(chunk, x, y)?);
+        let x = get(&self.ints, x, "check_input")?;
+        let y = get(&self.reals, y, "check_input")?;
+        let unit = grid.unit::<f32>();
+        let report = checked(&self.team, pieces, |at, len| {
+            let (x, y) = (&x[at..at + len], &y[at..at + len]);
+            let differs = |i: usize| (x[i] as f32 * unit).to_bits() != y[i].to_bits();
+            first_bad(len, differs).map(|i| (i, f64::from(y[i])))
+        });
+        let site = chunk.site;
+        fault_of(&mut self.fault, chunk, pieces, report, |sample, _| Fault::Input { site, sample });
         Ok(())
     }
 

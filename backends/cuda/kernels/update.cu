@@ -67,6 +67,10 @@ struct Mixed {
 struct Blended {
     float x, cur, h;
 };
+struct Given {
+    i32 x;
+    float y;
+};
 
 __device__ inline bool quantized(float y, float scale, i32* q) {
     float r = rintf(MUL(y, scale));
@@ -226,13 +230,30 @@ KERNEL(THREADS, 5) unblend(Shape s, Out<float> x, In<float> cur, In<float> h) {
 }
 
 // next: G_{k+1} becomes γ·G_{k+1}; cur += (1-γ)·G_{k+1}; h = (1+γ)·G_{k+1}
-KERNEL(THREADS, 5) combine(Shape s, Out<float> next, Out<float> cur, Out<float> h) {
+KERNEL(THREADS, 5) combine(Shape s, Report r, Out<float> next, Out<float> cur, Out<float> h) {
     each(s, true, [&](const Place& p) { return Blended{next[p.i], cur[p.i], 0.0f}; }, [&](const Place& p, const Blended& v) {
         if (!p.active) return;
         float gamma = MUL(s.magnitude, (float)p.sigma);
+        float sum = ADD(v.cur, MUL(SUB(1.0f, gamma), v.x)), up = MUL(ADD(1.0f, gamma), v.x);
         next[p.i] = MUL(gamma, v.x);
-        cur[p.i] = ADD(v.cur, MUL(SUB(1.0f, gamma), v.x));
-        h[p.i] = MUL(ADD(1.0f, gamma), v.x);
+        cur[p.i] = sum;
+        h[p.i] = up;
+        float bad = isfinite(up) ? sum : up;
+        if (!isfinite(bad)) report(r, p.i, REAL, __float_as_uint(bad));
+    });
+}
+
+// Reports the first value that is not finite.
+KERNEL(THREADS, 5) check_gradient(Report r, In<float> g) {
+    stream(g.n, [&](u64 i) { return g[i]; }, [&](u64 i, float value) {
+        if (!isfinite(value)) report(r, i, REAL, __float_as_uint(value));
+    });
+}
+
+// Reports the first value of y that is not 2^-l·X in every bit.
+KERNEL(THREADS, 5) check_input(float unit, Report r, In<i32> x, In<float> y) {
+    stream(y.n, [&](u64 i) { return Given{x[i], y[i]}; }, [&](u64 i, const Given& v) {
+        if (__float_as_uint(v.y) != __float_as_uint(MUL(__int2float_rn(v.x), unit))) report(r, i, REAL, 0);
     });
 }
 

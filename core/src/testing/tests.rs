@@ -35,6 +35,9 @@ enum Bug {
     FaultNotCleared,
     BlendReadsAtZero,
     CombineForgetsCur,
+    CombineSilent,
+    GradientSilent,
+    InputSilent,
     SumRowsSets,
     MatmulReadsOldC,
     ColumnsFromTheFirst,
@@ -195,7 +198,27 @@ impl Wrapper for Broken {
         if self.bug == Bug::CombineForgetsCur {
             self.inner.fill_reals(cur, 0.0)?;
         }
-        self.inner.combine(chunk, gamma, next, cur, h)
+        self.inner.combine(chunk, gamma, next, cur, h)?;
+        if self.bug == Bug::CombineSilent {
+            self.inner.take_fault()?;
+        }
+        Ok(())
+    }
+
+    fn check_gradient(&mut self, chunk: &Chunk, g: Reals) -> OpResult<()> {
+        self.inner.check_gradient(chunk, g)?;
+        if self.bug == Bug::GradientSilent {
+            self.inner.take_fault()?;
+        }
+        Ok(())
+    }
+
+    fn check_input(&mut self, chunk: &Chunk, grid: Grid, x: Ints, y: Reals) -> OpResult<()> {
+        self.inner.check_input(chunk, grid, x, y)?;
+        if self.bug == Bug::InputSilent {
+            self.inner.take_fault()?;
+        }
+        Ok(())
     }
 
     fn matmul(
@@ -394,6 +417,9 @@ fn mistakes_are_found() {
         (Bug::FaultNotCleared, "raise", "status after it was taken"),
         (Bug::BlendReadsAtZero, "blend", "x"),
         (Bug::CombineForgetsCur, "combine", "cur"),
+        (Bug::CombineSilent, "combine", "status"),
+        (Bug::GradientSilent, "check_gradient", "status"),
+        (Bug::InputSilent, "check_input", "status"),
         (Bug::SumRowsSets, "sum_rows", "sum"),
         (Bug::MatmulReadsOldC, "matmul", "c"),
         (Bug::ColumnsFromTheFirst, "add_columns", "to"),
@@ -417,9 +443,8 @@ fn mistakes_are_found() {
     ] {
         let found = match op {
             "sum_squares" | "update" => optim_ops(broken(bug)),
-            "quantize" | "add_quantized" | "step" | "raise" | "blend" | "combine" => {
-                update_ops(broken(bug))
-            }
+            "quantize" | "add_quantized" | "step" | "raise" | "blend" | "combine"
+            | "check_gradient" | "check_input" => update_ops(broken(bug)),
             _ => nn_ops(broken(bug)),
         };
         let Err(failure) = found else { panic!("the suite does not find {bug:?}") };
