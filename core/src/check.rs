@@ -221,6 +221,17 @@ impl Arenas {
         Ok(per)
     }
 
+    /// [`UpdateOps::check_gradient`](crate::UpdateOps::check_gradient): values of a sample.
+    pub fn check_gradient(&self, chunk: &Chunk, g: Reals) -> Result<usize> {
+        self.reals("check_gradient", g)?;
+        per_sample(chunk, g.len())
+    }
+
+    /// [`UpdateOps::check_input`](crate::UpdateOps::check_input): values of a sample.
+    pub fn check_input(&self, chunk: &Chunk, x: Ints, y: Reals) -> Result<usize> {
+        self.quantize("check_input", chunk, y, x, Words::EMPTY)
+    }
+
     /// [`UpdateOps::compare`](crate::UpdateOps::compare)
     pub fn compare(&self, a: Words, b: Words) -> Result<()> {
         same("compare", a.len(), b.len())?;

@@ -101,7 +101,8 @@ pub enum ErrorKind {
     Memory,
     /// The numbers of a step went wrong.
     Numbers,
-    /// A checksum differs: memory was changed, or a block does not repeat itself.
+    /// A checksum differs, or an input is not what a block was given: memory was changed, or a block
+    /// does not repeat itself or writes into its input.
     Mismatch,
     /// The device below a backend failed.
     Device,
@@ -127,7 +128,7 @@ impl Error {
         match self {
             Self::Handle(_) | Self::Shape { .. } | Self::Setting { .. } => ErrorKind::Argument,
             Self::TooLarge(_) | Self::Budget { .. } => ErrorKind::Memory,
-            Self::Fault(Fault::Checksum { .. }) => ErrorKind::Mismatch,
+            Self::Fault(Fault::Checksum { .. } | Fault::Input { .. }) => ErrorKind::Mismatch,
             Self::Fault(_) => ErrorKind::Numbers,
             Self::Device(_) => ErrorKind::Device,
             Self::Foreign(_) => ErrorKind::Foreign,
@@ -224,7 +225,7 @@ pub enum Site {
     Embedding,
     /// Residual block `k`: its output, or its gradient.
     Block(usize),
-    /// Final norm, logits and loss.
+    /// What comes after the blocks: final norm, logits and loss, or whoever took the output.
     Head,
 }
 
@@ -259,11 +260,28 @@ pub enum Fault {
         /// The block whose recomputation rebuilt it.
         block: usize,
     },
-    /// A gradient is not finite. Blocks above this site may have been updated; this one and those
-    /// below were not.
+    /// A block wrote into its input, which it may only read.
+    Input {
+        /// The block.
+        site: Site,
+        /// Index of the sample in the batch.
+        sample: usize,
+    },
+    /// A gradient of parameters is not finite. Blocks above this site may have been updated; this
+    /// one and those below were not.
     Gradient {
         /// Where the gradient belongs.
         site: Site,
+    },
+    /// A gradient of activations is not finite. Blocks above this site may have been updated; this
+    /// one and those below were not.
+    ActivationGradient {
+        /// What gave it: the head `G_K`, a block its part of `G_k`.
+        site: Site,
+        /// Index of the sample in the batch.
+        sample: usize,
+        /// The gradient.
+        value: f64,
     },
     /// The loss of a sample is not finite. No parameter was updated.
     Loss {
@@ -298,10 +316,21 @@ impl fmt::Display for Fault {
                  memory was changed, or the block does not repeat itself; blocks above may have \
                  been updated, go back to the last checkpoint"
             ),
+            Self::Input { site, sample } => write!(
+                f,
+                "{site}, sample {sample}: the block changed its input, which it may only read; \
+                 let it work on a copy, and go back to the last checkpoint"
+            ),
             Self::Gradient { site } => write!(
                 f,
                 "{site}: the gradient is not finite; blocks above may have been updated, go back \
                  to the last checkpoint"
+            ),
+            Self::ActivationGradient { site, sample, value } => write!(
+                f,
+                "{site}, sample {sample}: the gradient of an activation is {value:e}; blocks above \
+                 may have been updated, go back to the last checkpoint (a lower learning rate or a \
+                 smaller loss scale help)"
             ),
             Self::Loss { sample, value } => {
                 write!(f, "head, sample {sample}: the loss is {value}; no parameter was updated")

@@ -32,6 +32,16 @@ struct Mlp {
     /// Calls of `residual` so far, and the one that goes wrong and how.
     calls: usize,
     sabotage: Option<(usize, f64)>,
+    /// What a block does that it should not: which one, to which sample.
+    misdeed: Option<(usize, usize, Misdeed)>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Misdeed {
+    /// Adds this to the gradient of its input.
+    Gradient(f64),
+    /// Writes into its input.
+    Input,
 }
 
 impl Mlp {
@@ -55,7 +65,15 @@ impl Mlp {
             done: Vec::new(),
             calls: 0,
             sabotage: None,
+            misdeed: None,
         }
+    }
+
+    /// The misdeed of a call, and the index of the first value of its sample.
+    fn misdeed(&self, call: &Call) -> Option<(Misdeed, usize)> {
+        let (block, sample, misdeed) = self.misdeed?;
+        let at = sample.checked_sub(call.chunk.first).filter(|&at| at < call.chunk.samples)?;
+        (block == call.block).then(|| (misdeed, at * call.x.len() / call.chunk.samples))
     }
 }
 
@@ -93,6 +111,9 @@ impl<B: Storage> Blocks<B> for Mlp {
         if let Some((_, value)) = self.sabotage.filter(|s| s.0 == self.calls) {
             y[d / 2] = value;
         }
+        if let Some((Misdeed::Input, at)) = self.misdeed(call) {
+            store(be, call.x.sub(at, 1), &[x[at] + 0.01])?;
+        }
         if call.keep {
             self.graph.insert(call.chunk.frame, (call.block, x, t));
         }
@@ -120,6 +141,9 @@ impl<B: Storage> Blocks<B> for Mlp {
                     gx_host[r * d + i] += p[i * n + j] * ds;
                 }
             }
+        }
+        if let Some((Misdeed::Gradient(value), at)) = self.misdeed(call) {
+            gx_host[at] += value;
         }
         store(be, gx, &gx_host)
     }
@@ -474,6 +498,123 @@ fn values_out_of_range_stop_the_step_with_block_and_sample() {
     }
 }
 
+/// A pass over six blocks and four samples in chunks of three, with a misdeed, or a `G_K` that has
+/// `given` in one sample: the fault, and how many blocks from the top were updated.
+fn misdone(
+    mode: Mode,
+    tail: Tail,
+    misdeed: Option<(usize, usize, Misdeed)>,
+    given: Option<(usize, f64)>,
+) -> (Option<Fault>, usize) {
+    struct Wild(Ends, Option<(usize, f64)>);
+
+    impl<B: Storage> Head<B> for Wild {
+        fn forward_backward(
+            &mut self,
+            be: &mut B,
+            c: &Chunk,
+            x: Reals,
+            gx: Reals,
+            s: Reals,
+        ) -> Result<()> {
+            self.0.forward_backward(be, c, x, gx, s)?;
+            let wild = self.1.filter(|(sample, _)| (c.first..c.first + c.samples).contains(sample));
+            wild.map_or(Ok(()), |(sample, value)| {
+                store(be, gx.sub((sample - c.first) * self.0.per, 1), &[value])
+            })
+        }
+    }
+
+    let mut layout = Layout::new(8);
+    let config = Config { tail, ..config(4, 12, 6, 3) };
+    let mut stack = Stack::layout(&config, &mode, &mut layout).unwrap();
+    let mut memory = Memory::<f64>::new(layout);
+    let mut be = memory.backend();
+    let (mut mlp, mut ends) = (Mlp::new(6, 3, 5), Ends::new(4, 12, 1.0));
+    (mlp.lr, mlp.misdeed) = (0.1, misdeed);
+    let before = mlp.params.clone();
+    stack.embed(&mut be, &mut ends, &PASS).unwrap();
+    stack.forward(&mut be, &mut mlp, &PASS).unwrap();
+    let mut head = Wild(ends, given);
+    if tail == Tail::Head {
+        stack.turn(&mut be, &mut mlp, &mut head, &PASS).unwrap();
+    } else {
+        let g = stack.output(&mut be).unwrap();
+        be.fill_reals(g, 0.5).unwrap();
+        if let Some((sample, value)) = given {
+            be.write_reals(g.sub(sample * 12, 1), &[value]).unwrap();
+        }
+    }
+    stack.backward(&mut be, &mut mlp, &PASS).unwrap();
+    assert_eq!(mlp.done, [5, 4, 3, 2, 1, 0]);
+    let updated = (0..6).rev().take_while(|&k| mlp.params[k] != before[k]).count();
+    assert!((0..6 - updated).all(|k| mlp.params[k] == before[k]), "{updated}");
+    (be.take_fault().unwrap(), updated)
+}
+
+const MODES: [fn() -> Mode; 7] = [
+    paper,
+    || STANDARD,
+    || Mode::Standard { grid: Some(Grid::DEFAULT) },
+    || checkpoint(1),
+    || checkpoint(2),
+    || Mode::Checkpoint { every: 4, grid: Some(Grid::DEFAULT) },
+    || float(0.5),
+];
+
+/// Whoever gives it: the head, the caller that took the output, a block. Blocks from there on are
+/// not updated, and the fault has block, sample and value.
+#[test]
+fn gradients_that_are_not_finite_are_noticed_before_the_update() {
+    for mode in MODES.map(|mode| mode()) {
+        for tail in [Tail::Head, Tail::Output] {
+            assert_eq!(misdone(mode, tail, None, None), (None, 6), "{mode:?} {tail:?}");
+            for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                for sample in [0, 2, 3] {
+                    let check = |(fault, updated), at: Site, expected: usize| {
+                        let what = format!("{mode:?} {tail:?} {at:?} {sample} {value}: {fault:?}");
+                        let Some(Fault::ActivationGradient { site, sample: s, value: v }) = fault
+                        else {
+                            panic!("{what}")
+                        };
+                        assert_eq!((site, s, updated), (at, sample, expected), "{what}");
+                        assert!(v == value || v.is_nan() && value.is_nan(), "{what}");
+                    };
+                    check(misdone(mode, tail, None, Some((sample, value))), Site::Head, 0);
+                    for k in [0, 2, 5] {
+                        let misdeed = Some((k, sample, Misdeed::Gradient(value)));
+                        check(misdone(mode, tail, misdeed, None), Site::Block(k), 5 - k);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// An input that a block writes into, however little: in all modes whose inputs come from integers.
+#[test]
+fn a_block_that_writes_into_its_input_is_noticed() {
+    for mode in MODES.map(|mode| mode()) {
+        let on_grid = matches!(
+            mode,
+            Mode::Bdia { .. }
+                | Mode::Standard { grid: Some(_) }
+                | Mode::Checkpoint { grid: Some(_), .. }
+        );
+        for tail in [Tail::Head, Tail::Output] {
+            for (k, sample) in [(0, 0), (2, 3), (5, 2)] {
+                let (fault, updated) = misdone(mode, tail, Some((k, sample, Misdeed::Input)), None);
+                let expected = Fault::Input { site: Site::Block(k), sample };
+                if on_grid {
+                    assert_eq!((fault, updated), (Some(expected), 0), "{mode:?} {tail:?}");
+                } else {
+                    assert_eq!(fault, None, "{mode:?} {tail:?}");
+                }
+            }
+        }
+    }
+}
+
 /// The gradient of every mode against finite differences of the float modes, whose function is
 /// smooth.
 #[test]
@@ -617,7 +758,19 @@ fn context_has_a_gradient_of_its_own() {
         stack.turn(&mut be, &mut gate, &mut HeadOf(&mut ends), &PASS).unwrap();
         stack.backward(&mut be, &mut gate, &PASS).unwrap();
         assert_eq!(be.take_fault().unwrap(), None);
-        (ends.loss, be.reals(grad).unwrap()[sample])
+        // A gradient of the context that is not finite.
+        let gradient = be.reals(grad).unwrap()[sample];
+        be.write_reals(grad.sub(sample, 1), &[f64::NAN]).unwrap();
+        stack.embed(&mut be, &mut ends, &PASS).unwrap();
+        stack.forward(&mut be, &mut gate, &PASS).unwrap();
+        stack.turn(&mut be, &mut gate, &mut HeadOf(&mut Ends::new(3, 4, 1.0)), &PASS).unwrap();
+        let fault = be.take_fault().unwrap();
+        let here = matches!(
+            fault,
+            Some(Fault::ActivationGradient { site: Site::Block(3), sample: s, .. }) if s == sample
+        );
+        assert!(here, "{fault:?}");
+        (ends.loss, gradient)
     };
     let e = 1e-5;
     for sample in 0..3 {

@@ -2,10 +2,10 @@
 //! [`bdia_core::update`].
 //!
 //! Kernels work on groups of 32 elements, one word of side bits; the last group of a sample is
-//! filled up with zeros, which change nothing. Products and sums are rounded separately: nothing
-//! here calls `mul_add`.
+//! filled up with zeros, which no checksum counts. Products and sums are rounded separately:
+//! nothing here calls `mul_add`.
 
-use bdia_core::update::LIMIT;
+use bdia_core::update::{CHECKSUM_FACTORS, CHECKSUM_STRIDE, LIMIT};
 use bdia_core::{Chunk, Fault, FloatGamma, Gamma, Grid, Ints, Reals, Result, UpdateOps, Words};
 use wide::bytemuck::cast;
 use wide::{f32x8, i32x8};
@@ -77,47 +77,85 @@ fn accumulate(words: &mut [u32], add: u64) {
     }
 }
 
-fn range_fault(fault: &mut Option<Fault>, chunk: &Chunk, pieces: Pieces, report: Report) {
+/// Keeps the fault that `of(sample, value)` is, where a value is bad.
+fn fault_of(
+    fault: &mut Option<Fault>,
+    chunk: &Chunk,
+    pieces: Pieces,
+    report: Report,
+    of: impl FnOnce(usize, f64) -> Fault,
+) {
     if let Some((index, value)) = report.bad {
         let sample = chunk.first.wrapping_add(index.checked_div(pieces.per).unwrap_or(0));
-        fault.get_or_insert(Fault::Range { site: chunk.site, sample, value });
+        fault.get_or_insert(of(sample, value));
     }
 }
 
-/// The factor of [`bdia_core::update::weight`].
-const FACTOR: u32 = 0x9E37_79B1;
-/// What each element of a group adds to the product.
-const STEPS: [u32; GROUP] = {
-    let mut steps = [0_u32; GROUP];
-    let mut i = 1;
+fn range_fault(fault: &mut Option<Fault>, chunk: &Chunk, pieces: Pieces, report: Report) {
+    let site = chunk.site;
+    fault_of(fault, chunk, pieces, report, |sample, value| Fault::Range { site, sample, value });
+}
+
+fn gradient_fault(fault: &mut Option<Fault>, chunk: &Chunk, pieces: Pieces, report: Report) {
+    let site = chunk.site;
+    fault_of(fault, chunk, pieces, report, |sample, value| Fault::ActivationGradient {
+        site,
+        sample,
+        value,
+    });
+}
+
+/// The states of the even and the odd elements of a group of zeros whose first element is element
+/// 0 of its tensor.
+const STATES: [[u64; GROUP / 2]; 2] = {
+    let mut states = [[0; GROUP / 2]; 2];
+    let mut i = 0;
     while i < GROUP {
-        steps[i] = steps[i - 1].wrapping_add(FACTOR);
+        states[i % 2][i / 2] = CHECKSUM_STRIDE.wrapping_mul(i as u64);
         i += 1;
     }
-    steps
+    states
 };
 /// The lower half of 64 bits.
 const LOW: u64 = 0xFFFF_FFFF;
 
-/// The checksum of a group whose first element has the index `first` in its tensor.
+/// The checksum ([`bdia_core::update::checksum`]) of a group whose first element has the index
+/// `first` in its tensor; `left` elements of the piece are left from there on.
 #[inline]
-fn group_sum(x: &[i32; GROUP], first: usize) -> u64 {
-    // The products of the weights are additive; pairs of 32-bit lanes are taken apart as 64-bit
-    // ones, which is a single instruction for each product.
-    let base = (first as u32).wrapping_mul(FACTOR);
-    let mut weights = [0_u32; GROUP];
-    for i in 0..GROUP {
-        let w = base.wrapping_add(STEPS[i]);
-        weights[i] = (w ^ w >> 15) | 1;
+fn group_sum(x: &[i32; GROUP], left: usize, first: usize) -> u64 {
+    if left < GROUP {
+        return x[..left].iter().enumerate().fold(0, |sum: u64, (i, &x)| {
+            sum.wrapping_add(bdia_core::update::checksum(x, first.wrapping_add(i)))
+        });
     }
-    let (x, w): (&[u64; GROUP / 2], [u64; GROUP / 2]) = (&cast(*x), cast(weights));
-    let mut lanes = [0_u64; 4];
-    for i in 0..GROUP / 2 {
-        let low = (x[i] & LOW) * (w[i] & LOW);
-        let high = (x[i] >> 32) * (w[i] >> 32);
-        lanes[i % 4] = lanes[i % 4].wrapping_add(low).wrapping_add(high);
+    // Pairs of 32-bit lanes are taken apart as 64-bit ones, and the halves of a state lie in two
+    // of them, whose upper halves hold anything: the product of two lower halves is a single
+    // instruction.
+    let base = (first as u64).wrapping_mul(CHECKSUM_STRIDE);
+    let pairs: &[u64; GROUP / 2] = &cast(*x);
+    let mut sums = [0_u64; 4];
+    for start in (0..GROUP / 2).step_by(4) {
+        for (odd, states) in STATES.iter().enumerate() {
+            let (mut high, mut low) = ([0_u64; 4], [0_u64; 4]);
+            for i in 0..4 {
+                let state = base.wrapping_add(states[start + i]);
+                high[i] = state >> 32;
+                low[i] = state ^ (pairs[start + i] >> (32 * odd));
+            }
+            for factor in CHECKSUM_FACTORS {
+                let mut next = [0_u64; 4];
+                for i in 0..4 {
+                    let p = (low[i] & LOW) * u64::from(factor);
+                    next[i] = high[i] ^ p ^ p >> 32;
+                }
+                (high, low) = (low, next);
+            }
+            for i in 0..4 {
+                sums[i] = sums[i].wrapping_add(high[i] << 32 | low[i] & LOW);
+            }
+        }
     }
-    lanes[0].wrapping_add(lanes[1]).wrapping_add(lanes[2].wrapping_add(lanes[3]))
+    sums.into_iter().fold(0, u64::wrapping_add)
 }
 
 /// `Q(y)`, 0 where it is out of range, and the mask of the lanes that are in range.
@@ -281,7 +319,7 @@ fn step_piece<const ONE: bool>(
     mut keep: impl FnMut(usize, usize, u32),
     with_sum: bool,
 ) -> Report {
-    let mut report = Report::NONE;
+    let (len, mut report) = (x.len(), Report::NONE);
     groups3(x, cur, h, |g, x, cur, h| {
         let mut words = [0_u32; Gamma::MAX_PLANES as usize];
         let (mut wrong, mut unquantized) = (0_u32, 0_u32);
@@ -306,7 +344,8 @@ fn step_piece<const ONE: bool>(
             keep(plane, g, words[plane]);
         }
         if with_sum {
-            report.sum = report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+            let (left, first) = (len - g * GROUP, first.wrapping_add(g * GROUP));
+            report.sum = report.sum.wrapping_add(group_sum(x, left, first));
         }
         if wrong != 0 {
             let i = wrong.trailing_zeros() as usize;
@@ -356,9 +395,7 @@ fn inverse_piece<const ONE: bool>(
             set_part(x, p, old);
         }
         if with_sum {
-            // Whatever the unused side bits of a last word are, they count for nothing.
-            x[GROUP.min(len - g * GROUP)..].fill(0);
-            sum = sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+            sum = sum.wrapping_add(group_sum(x, len - g * GROUP, first.wrapping_add(g * GROUP)));
         }
     });
     sum
@@ -389,21 +426,45 @@ fn reals3(
     )
 }
 
-/// Bits of an `f32` that are all set in what is not finite.
-const EXPONENT: u32 = 0x7F80_0000;
+/// Whether a value is not finite: a comparison of bits, which is one of lanes.
+#[inline]
+fn wild(x: f32) -> bool {
+    const EXPONENT: u32 = 0x7F80_0000;
+    x.to_bits() & EXPONENT == EXPONENT
+}
 
-/// The first value that is not finite. Looked for in blocks, without a branch per element.
+/// The first of `n` indices that is bad. Looked for in blocks, without a branch per element.
+#[inline]
+fn first_bad(n: usize, bad: impl Fn(usize) -> bool) -> Option<usize> {
+    const BLOCK: usize = 256;
+    (0..n)
+        .step_by(BLOCK)
+        .map(|start| start..n.min(start + BLOCK))
+        .find(|block| block.clone().fold(false, |any, i| any | bad(i)))
+        .and_then(|mut block| block.find(|&i| bad(i)))
+}
+
+/// The first value that is not finite.
 fn first_wild(x: &[f32]) -> Option<(usize, f64)> {
-    for (n, block) in x.chunks(256).enumerate() {
-        let wild = block.iter().fold(false, |wild, x| wild | (x.to_bits() & EXPONENT == EXPONENT));
-        if wild {
-            return block
-                .iter()
-                .position(|x| !x.is_finite())
-                .map(|i| (n * 256 + i, f64::from(block[i])));
-        }
-    }
-    None
+    first_bad(x.len(), |i| wild(x[i])).map(|i| (i, f64::from(x[i])))
+}
+
+/// `first(start, length)`, the first bad value of a piece, over all pieces.
+fn checked(
+    team: &Team,
+    pieces: Pieces,
+    first: impl Fn(usize, usize) -> Option<(usize, f64)> + Sync,
+) -> Report {
+    team.reduce(
+        pieces.count(),
+        Report::NONE,
+        |piece| {
+            let (sample, start, len) = pieces.locate(piece);
+            let at = sample * pieces.per + start;
+            Report { sum: 0, bad: first(at, len).map(|(i, v)| (at + i, v)) }
+        },
+        Report::join,
+    )
 }
 
 impl UpdateOps for Cpu {
@@ -430,8 +491,8 @@ impl UpdateOps for Cpu {
                         wrong |= sign_bits(!within) << (p * LANES);
                     }
                     if with_sum {
-                        report.sum =
-                            report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+                        let (left, first) = (len - g * GROUP, first.wrapping_add(g * GROUP));
+                        report.sum = report.sum.wrapping_add(group_sum(x, left, first));
                     }
                     if wrong != 0 {
                         let i = wrong.trailing_zeros() as usize;
@@ -496,8 +557,8 @@ impl UpdateOps for Cpu {
                         wrong |= sign_bits(!within | beyond(new)) << (p * LANES);
                     }
                     if with_sum {
-                        report.sum =
-                            report.sum.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+                        let (left, first) = (len - g * GROUP, first.wrapping_add(g * GROUP));
+                        report.sum = report.sum.wrapping_add(group_sum(x, left, first));
                     }
                     if wrong != 0 {
                         let i = wrong.trailing_zeros() as usize;
@@ -546,7 +607,8 @@ impl UpdateOps for Cpu {
                         set_part(x, p, int_part(x, p) - quantize(part(h, p), scale).0);
                     }
                     if with_sum {
-                        total = total.wrapping_add(group_sum(x, first.wrapping_add(g * GROUP)));
+                        let (left, first) = (len - g * GROUP, first.wrapping_add(g * GROUP));
+                        total = total.wrapping_add(group_sum(x, left, first));
                     }
                 });
                 total
@@ -706,13 +768,40 @@ impl UpdateOps for Cpu {
     ) -> Result<()> {
         let pieces = Pieces::new(chunk, self.arenas().blend("combine", chunk, next, cur, h)?);
         let tensors = split(&mut self.reals, [next, cur, h], "combine")?;
-        reals3(&self.team, chunk, gamma, pieces, tensors, |s, next, cur, h| {
-            let g = s.gamma.to_array()[0];
-            for i in 0..next.len().min(cur.len()).min(h.len()) {
+        let report = reals3(&self.team, chunk, gamma, pieces, tensors, |s, next, cur, h| {
+            let (g, len) = (s.gamma.to_array()[0], next.len().min(cur.len()).min(h.len()));
+            let mut any = false;
+            for i in 0..len {
                 (next[i], cur[i], h[i]) = bdia_core::update::combine(g, next[i], cur[i]);
+                any |= wild(cur[i]) | wild(h[i]);
             }
-            None
+            let first = if any { (0..len).find(|&i| wild(h[i]) || wild(cur[i])) } else { None };
+            first.map(|i| (i, f64::from(if wild(h[i]) { h[i] } else { cur[i] })))
         });
+        gradient_fault(&mut self.fault, chunk, pieces, report);
+        Ok(())
+    }
+
+    fn check_gradient(&mut self, chunk: &Chunk, g: Reals) -> Result<()> {
+        let pieces = Pieces::new(chunk, self.arenas().check_gradient(chunk, g)?);
+        let g = get(&self.reals, g, "check_gradient")?;
+        let report = checked(&self.team, pieces, |at, len| first_wild(&g[at..at + len]));
+        gradient_fault(&mut self.fault, chunk, pieces, report);
+        Ok(())
+    }
+
+    fn check_input(&mut self, chunk: &Chunk, grid: Grid, x: Ints, y: Reals) -> Result<()> {
+        let pieces = Pieces::new(chunk, self.arenas().check_input(chunk, x, y)?);
+        let x = get(&self.ints, x, "check_input")?;
+        let y = get(&self.reals, y, "check_input")?;
+        let unit = grid.unit::<f32>();
+        let report = checked(&self.team, pieces, |at, len| {
+            let (x, y) = (&x[at..at + len], &y[at..at + len]);
+            let differs = |i: usize| (x[i] as f32 * unit).to_bits() != y[i].to_bits();
+            first_bad(len, differs).map(|i| (i, f64::from(y[i])))
+        });
+        let site = chunk.site;
+        fault_of(&mut self.fault, chunk, pieces, report, |sample, _| Fault::Input { site, sample });
         Ok(())
     }
 
@@ -749,13 +838,14 @@ mod tests {
 
     #[test]
     fn sums_of_groups_are_those_of_core() {
+        let x: [i32; GROUP] = core::array::from_fn(|i| (i as i32 - 9).wrapping_mul(0x0765_4321));
         for first in [0, 1, 12_345, u32::MAX as usize - 5, usize::MAX - 7] {
-            let x: [i32; GROUP] =
-                core::array::from_fn(|i| (i as i32 - 9).wrapping_mul(0x0765_4321));
-            let expected = (0..GROUP).fold(0_u64, |sum, i| {
-                sum.wrapping_add(bdia_core::update::checksum(x[i], first.wrapping_add(i)))
-            });
-            assert_eq!(group_sum(&x, first), expected);
+            for left in [0, 1, 31, 32, 33, 1000] {
+                let expected = (0..GROUP.min(left)).fold(0_u64, |sum, i| {
+                    sum.wrapping_add(bdia_core::update::checksum(x[i], first.wrapping_add(i)))
+                });
+                assert_eq!(group_sum(&x, left, first), expected, "{first} {left}");
+            }
         }
     }
 }

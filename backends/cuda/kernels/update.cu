@@ -9,11 +9,11 @@ struct Shape {
     u32 samples, per;
     // Words of one plane of one sample.
     u32 groups;
-    // Index of the first element in the whole tensor.
-    u32 at;
-    // Streams of the sign of gamma; `sign` 0 draws it, else it is the sign.
-    Streams streams;
+    // The sign of gamma; 0 draws it from `streams`.
     i32 sign;
+    // Index of the first element in the whole tensor.
+    u64 at;
+    Streams streams;
     // Planes `m`, or 0; |gamma|; 2^l.
     u32 m;
     float magnitude, scale;
@@ -67,6 +67,10 @@ struct Mixed {
 struct Blended {
     float x, cur, h;
 };
+struct Given {
+    i32 x;
+    float y;
+};
 
 __device__ inline bool quantized(float y, float scale, i32* q) {
     float r = rintf(MUL(y, scale));
@@ -88,9 +92,15 @@ __device__ inline u32 shift(u32 m, u32 r, u32 element) {
     return down ? 0u - r : (1u << m) - r;
 }
 
-__device__ inline u64 checksum(i32 x, u32 index) {
-    u32 w = index * 0x9E3779B1u;
-    return (u64)(u32)x * ((w ^ w >> 15) | 1u);
+__device__ inline void mix(u64* s, u32 factor) {
+    u64 p = (u64)(u32)*s * factor;
+    *s = (*s << 32 | *s >> 32) ^ (u32)(p ^ p >> 32);
+}
+
+__device__ inline u64 checksum(i32 x, u64 index) {
+    u64 s = index * 0x9E3779B97F4A7C15ull ^ (u32)x;
+    mix(&s, 0x27D4EB2Fu), mix(&s, 0x85EBCA77u), mix(&s, 0xC2B2AE3Du), mix(&s, 0x9E3779B1u);
+    return s;
 }
 
 // Wrapping: |X| as a number without sign.
@@ -220,13 +230,30 @@ KERNEL(THREADS, 5) unblend(Shape s, Out<float> x, In<float> cur, In<float> h) {
 }
 
 // next: G_{k+1} becomes γ·G_{k+1}; cur += (1-γ)·G_{k+1}; h = (1+γ)·G_{k+1}
-KERNEL(THREADS, 5) combine(Shape s, Out<float> next, Out<float> cur, Out<float> h) {
+KERNEL(THREADS, 5) combine(Shape s, Report r, Out<float> next, Out<float> cur, Out<float> h) {
     each(s, true, [&](const Place& p) { return Blended{next[p.i], cur[p.i], 0.0f}; }, [&](const Place& p, const Blended& v) {
         if (!p.active) return;
         float gamma = MUL(s.magnitude, (float)p.sigma);
+        float sum = ADD(v.cur, MUL(SUB(1.0f, gamma), v.x)), up = MUL(ADD(1.0f, gamma), v.x);
         next[p.i] = MUL(gamma, v.x);
-        cur[p.i] = ADD(v.cur, MUL(SUB(1.0f, gamma), v.x));
-        h[p.i] = MUL(ADD(1.0f, gamma), v.x);
+        cur[p.i] = sum;
+        h[p.i] = up;
+        float bad = isfinite(up) ? sum : up;
+        if (!isfinite(bad)) report(r, p.i, REAL, __float_as_uint(bad));
+    });
+}
+
+// Reports the first value that is not finite.
+KERNEL(THREADS, 5) check_gradient(Report r, In<float> g) {
+    stream(g.n, [&](u64 i) { return g[i]; }, [&](u64 i, float value) {
+        if (!isfinite(value)) report(r, i, REAL, __float_as_uint(value));
+    });
+}
+
+// Reports the first value of y that is not 2^-l·X in every bit.
+KERNEL(THREADS, 5) check_input(float unit, Report r, In<i32> x, In<float> y) {
+    stream(y.n, [&](u64 i) { return Given{x[i], y[i]}; }, [&](u64 i, const Given& v) {
+        if (__float_as_uint(v.y) != __float_as_uint(MUL(__int2float_rn(v.x), unit))) report(r, i, REAL, 0);
     });
 }
 

@@ -79,6 +79,8 @@ kernels! {
     Blend c"blend"
     Unblend c"unblend"
     Combine c"combine"
+    CheckGradient c"check_gradient"
+    CheckInput c"check_input"
     Compare c"compare"
     CountDifferences c"count_differences"
     Add c"add"

@@ -19,6 +19,8 @@ pub(crate) enum Code {
     Token = 4,
     /// The fault is kept on the host.
     Host = 5,
+    ActivationGradient = 6,
+    Input = 7,
 }
 
 /// What an operation says about its faults, before the backend fills in where they go.
@@ -87,6 +89,10 @@ pub(crate) fn fault(s: &Status, raised: Option<(u32, Fault)>) -> Option<Fault> {
         }
         code if code == Code::Gradient as u32 => Fault::Gradient { site },
         code if code == Code::Loss as u32 => Fault::Loss { sample, value },
+        code if code == Code::Input as u32 => Fault::Input { site, sample },
+        code if code == Code::ActivationGradient as u32 => {
+            Fault::ActivationGradient { site, sample, value }
+        }
         _ => Fault::Range { site, sample, value },
     })
 }

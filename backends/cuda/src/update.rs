@@ -16,14 +16,21 @@ const WARPS: usize = THREADS as usize / 32;
 /// Blocks that a multiprocessor has room for, as the kernels ask for it.
 const RESIDENT: usize = 5;
 
+/// Refuses more values than a report has indices for.
+fn countable(values: usize) -> Result<()> {
+    if values < MOST {
+        Ok(())
+    } else {
+        Err(Error::TooLarge("values of one chunk on a device (below 2^30)"))
+    }
+}
+
 impl Cuda {
     /// How kernels see a tensor of `samples` samples of `per` values, and how many blocks they take
     /// for it: no more than run at once. Nothing but integer sums and minima depends on that
     /// number.
     fn shape(&self, samples: usize, per: usize) -> Result<(Shape, usize)> {
-        if samples.saturating_mul(per) >= MOST {
-            return Err(Error::TooLarge("values of one chunk on a device (below 2^30)"));
-        }
+        countable(samples.saturating_mul(per))?;
         let samples = if per == 0 { 0 } else { samples };
         let groups = per.div_ceil(32);
         let shape = Shape {
@@ -44,7 +51,7 @@ impl Cuda {
 
 impl Shape {
     fn of_chunk(self, chunk: &Chunk) -> Self {
-        Self { at: (chunk.first as u32).wrapping_mul(self.per), ..self }
+        Self { at: (chunk.first as u64).wrapping_mul(self.per.into()), ..self }
     }
 
     fn grid(self, grid: Grid) -> Self {
@@ -67,10 +74,14 @@ impl Shape {
     }
 }
 
+/// A fault of one value of a chunk.
+fn of_value(code: Code, chunk: &Chunk, per: usize) -> Cause {
+    Cause { first: chunk.first, per, ..Cause::new(code, chunk.site) }
+}
+
 /// The fault of a value that is not finite or leaves the range.
 fn range(chunk: &Chunk, per: usize, grid: Option<Grid>) -> Cause {
-    let frac_bits = grid.map_or(0, Grid::frac_bits);
-    Cause { first: chunk.first, per, frac_bits, ..Cause::new(Code::Range, chunk.site) }
+    Cause { frac_bits: grid.map_or(0, Grid::frac_bits), ..of_value(Code::Range, chunk, per) }
 }
 
 impl UpdateOps for Cuda {
@@ -214,9 +225,28 @@ impl UpdateOps for Cuda {
         let per = self.arenas.blend("combine", chunk, next, cur, h)?;
         let (shape, blocks) = self.shape(chunk.samples, per)?;
         let shape = shape.gamma(gamma, chunk, 0);
+        let report = self.report(of_value(Code::ActivationGradient, chunk, per));
         let (next, cur, h) = (self.reals(next), self.reals(cur), self.reals(h));
-        let args = &mut [arg(&shape), arg(&next), arg(&cur), arg(&h)];
+        let args = &mut [arg(&shape), arg(&report), arg(&next), arg(&cur), arg(&h)];
         self.device.launch(Kernel::Combine, [blocks, 1, 1], THREADS, args)
+    }
+
+    fn check_gradient(&mut self, chunk: &Chunk, g: Reals) -> Result<()> {
+        let per = self.arenas.check_gradient(chunk, g)?;
+        countable(g.len())?;
+        let report = self.report(of_value(Code::ActivationGradient, chunk, per));
+        let g = self.reals(g);
+        let args = &mut [arg(&report), arg(&g)];
+        self.device.launch(Kernel::CheckGradient, streamed(g.len), THREADS, args)
+    }
+
+    fn check_input(&mut self, chunk: &Chunk, grid: Grid, x: Ints, y: Reals) -> Result<()> {
+        let per = self.arenas.check_input(chunk, x, y)?;
+        countable(y.len())?;
+        let report = self.report(of_value(Code::Input, chunk, per));
+        let (unit, x, y): (f32, _, _) = (grid.unit(), self.ints(x), self.reals(y));
+        let args = &mut [arg(&unit), arg(&report), arg(&x), arg(&y)];
+        self.device.launch(Kernel::CheckInput, streamed(y.len), THREADS, args)
     }
 
     fn compare(&mut self, a: Words, b: Words, activation: usize, block: usize) -> Result<()> {

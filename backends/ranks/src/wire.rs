@@ -64,6 +64,10 @@ pub(crate) fn fault(fault: Option<Fault>) -> [u32; HEADER - SAME] {
         Some(Fault::Token { sample, value, vocab }) => {
             (5, [0; 2], sample, u64::from(value as u32), vocab)
         }
+        Some(Fault::ActivationGradient { site: s, sample, value }) => {
+            (6, site(s), sample, value.to_bits(), 0)
+        }
+        Some(Fault::Input { site: s, sample }) => (7, site(s), sample, 0, 0),
     };
     let ([i, _], [low, high]) = (halves(index as u64), halves(value));
     [code, a, b, i, low, high, last as u32, 0]
@@ -84,6 +88,8 @@ pub(crate) fn fault_of(header: &[u32]) -> Option<Fault> {
         3 => Fault::Gradient { site },
         4 => Fault::Loss { sample, value },
         5 => Fault::Token { sample, value: low as i32, vocab: last as usize },
+        6 => Fault::ActivationGradient { site, sample, value },
+        7 => Fault::Input { site, sample },
         _ => return None,
     })
 }
@@ -101,6 +107,8 @@ mod tests {
             Fault::Gradient { site: Site::Head },
             Fault::Loss { sample: 7, value: -0.0 },
             Fault::Token { sample: 1, value: -19, vocab: 50_257 },
+            Fault::ActivationGradient { site: Site::Head, sample: 2, value: f64::INFINITY },
+            Fault::Input { site: Site::Block(9), sample: 4 },
         ] {
             assert_eq!(fault_of(&header(Kind::Gradients, 1, 5, fault(Some(f)))), Some(f));
         }

@@ -313,7 +313,8 @@ operations! {
 
             /// The gradient of the step ([`crate::update::combine`]): `next` holds `G_{k+1}` and
             /// becomes `γ·G_{k+1}`, the first part of `G_{k-1}`; `cur += (1-γ)·G_{k+1}`; `h =
-            /// (1+γ)·G_{k+1}`.
+            /// (1+γ)·G_{k+1}`. A new value of `h`, then of `cur`, that is not finite raises
+            /// [`Fault::ActivationGradient`].
             fn combine(
                 &mut self,
                 chunk: &Chunk,
@@ -322,6 +323,12 @@ operations! {
                 cur: Reals,
                 h: Reals,
             ) -> Result<()>;
+
+            /// Raises [`Fault::ActivationGradient`] where a value is not finite. Changes nothing.
+            fn check_gradient(&mut self, chunk: &Chunk, g: Reals) -> Result<()>;
+
+            /// Raises [`Fault::Input`] where `y` is not `2^-l·X` in every bit. Changes nothing.
+            fn check_input(&mut self, chunk: &Chunk, grid: Grid, x: Ints, y: Reals) -> Result<()>;
 
             /// Raises [`Fault::Checksum`] when the two sums differ.
             fn compare(

@@ -3,7 +3,7 @@
 use super::{Reference, split};
 use crate::arena::{Ints, Reals, Words};
 use crate::backend::{Chunk, UpdateOps};
-use crate::error::{Error, Fault, Result};
+use crate::error::{Error, Fault, Result, Site};
 use crate::real::Real;
 use crate::update::{FloatGamma, Gamma, Grid, LIMIT, advance, checksum, combine, retreat};
 
@@ -30,11 +30,29 @@ impl First {
 }
 
 impl<R: Real> Reference<'_, R> {
-    fn range_fault(&mut self, chunk: &Chunk, per: usize, bad: First) {
+    fn fault_of(
+        &mut self,
+        chunk: &Chunk,
+        per: usize,
+        bad: First,
+        fault: impl FnOnce(Site, usize, f64) -> Fault,
+    ) {
         if let Some((index, value)) = bad.0 {
             let sample = chunk.first.saturating_add(index.checked_div(per).unwrap_or(0));
-            self.fault.get_or_insert(Fault::Range { site: chunk.site, sample, value });
+            self.fault.get_or_insert(fault(chunk.site, sample, value));
         }
+    }
+
+    fn range_fault(&mut self, chunk: &Chunk, per: usize, bad: First) {
+        self.fault_of(chunk, per, bad, |site, sample, value| Fault::Range { site, sample, value });
+    }
+
+    fn gradient_fault(&mut self, chunk: &Chunk, per: usize, bad: First) {
+        self.fault_of(chunk, per, bad, |site, sample, value| Fault::ActivationGradient {
+            site,
+            sample,
+            value,
+        });
     }
 }
 
@@ -260,12 +278,42 @@ impl<R: Real> UpdateOps for Reference<'_, R> {
     ) -> Result<()> {
         let per = self.arenas().blend("combine", chunk, next, cur, h)?;
         let [next, cur, h] = split(self.reals, [next.range(), cur.range(), h.range()], "combine")?;
+        let mut bad = First(None);
         for s in 0..if per == 0 { 0 } else { chunk.samples } {
             let g = gamma.value::<R>(chunk.sigma(gamma, s));
             for i in s * per..(s + 1) * per {
                 (next[i], cur[i], h[i]) = combine(g, next[i], cur[i]);
+                if let Some(&value) = [h[i], cur[i]].iter().find(|x| !x.is_finite()) {
+                    bad.see(i, value);
+                }
             }
         }
+        self.gradient_fault(chunk, per, bad);
+        Ok(())
+    }
+
+    fn check_gradient(&mut self, chunk: &Chunk, g: Reals) -> Result<()> {
+        let per = self.arenas().check_gradient(chunk, g)?;
+        let mut bad = First(None);
+        let g = self.reals.get(g.range()).ok_or(Error::Handle("check_gradient"))?;
+        if let Some((i, &value)) = g.iter().enumerate().find(|(_, x)| !x.is_finite()) {
+            bad.see(i, value);
+        }
+        self.gradient_fault(chunk, per, bad);
+        Ok(())
+    }
+
+    fn check_input(&mut self, chunk: &Chunk, grid: Grid, x: Ints, y: Reals) -> Result<()> {
+        let per = self.arenas().check_input(chunk, x, y)?;
+        let mut bad = First(None);
+        let x = self.ints.get(x.range()).ok_or(Error::Handle("check_input"))?;
+        let y = self.reals.get(y.range()).ok_or(Error::Handle("check_input"))?;
+        let bits = |y: R| y.wide().to_bits();
+        let differs = |(x, y): (&i32, &R)| bits(*y) != bits(grid.dequantize(*x));
+        if let Some(i) = x.iter().zip(y).position(differs) {
+            bad.see(i, y[i]);
+        }
+        self.fault_of(chunk, per, bad, |site, sample, _| Fault::Input { site, sample });
         Ok(())
     }
 

@@ -2,6 +2,8 @@
 
 use crate::arena::Reals;
 use crate::backend::{Chunk, Storage};
+#[cfg(doc)]
+use crate::error::Fault;
 use crate::error::Result;
 
 /// What a block needs per sample, in reals.
@@ -37,7 +39,8 @@ pub struct Call {
     pub chunk: Chunk,
     /// Index `k` of the block.
     pub block: usize,
-    /// The input `x_k`, `samples · per_sample` values. Not to be changed.
+    /// The input `x_k`, `samples · per_sample` values. Not to be changed: in modes with a grid,
+    /// where `x_k` comes from integers, a residual that does is found ([`Fault::Input`]).
     pub x: Reals,
     /// Memory that stays from `residual` to `vjp` of the same [`Chunk::frame`].
     pub frame: Reals,
@@ -70,8 +73,8 @@ pub trait Blocks<B: Storage> {
     /// Any error of the backend or the block; it stops the step.
     fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()>;
 
-    /// All chunks of block `k` are through and its checksum has been compared: its gradient is
-    /// complete, nothing reads its parameters again in this step. An optimizer outside
+    /// All chunks of block `k` are through, its checksum has been compared and the gradients of
+    /// activations around it are finite (or the status says what is not so): its gradient is complete, nothing reads its parameters again in this step. An optimizer outside
     /// [`crate::OptimOps`] asks [`Storage::peek_fault`] first and changes nothing while a fault is
     /// set.
     ///

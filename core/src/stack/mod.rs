@@ -21,6 +21,10 @@
 //! [`Blocks::residual`] gives the same bits for the same input and chunk in both passes. A 64-bit
 //! checksum per `X_k` detects it when that is not so, before the block's parameters are updated
 //! ([`Fault::Checksum`](crate::Fault)).
+//!
+//! In every mode, a gradient of activations that is not finite is noticed before the block that it
+//! came from is done, whoever gave it: the head, the caller of [`Stack::output`], or a block
+//! ([`Fault::ActivationGradient`](crate::Fault)).
 
 mod blocks;
 mod reversible;

@@ -250,6 +250,7 @@ impl Reversible {
             be.dequantize(self.grid, next, top)?;
             let (at_head, g) = (Chunk { site: Site::Head, ..chunk }, self.gradient(last + 1));
             head.forward_backward(be, &at_head, top, c.of(g, &chunk), c.scratch)?;
+            be.check_gradient(&at_head, c.of(g, &chunk))?;
             self.backpropagate(be, blocks, &chunk, last)?;
         }
         blocks.done(be, last)
@@ -269,6 +270,7 @@ impl Reversible {
         let head = c.config.tail == Tail::Head;
         if !head {
             be.fill_reals(self.g[(k - 1) % 2], B::Real::of(0.0))?;
+            c.check_given(be, pass, self.gradient(k))?;
         }
         let compared = self.sum(k + 1);
         for k in (0..k - usize::from(head)).rev() {
@@ -407,8 +409,10 @@ impl Reversible {
         keep: bool,
     ) -> Result<()> {
         let call = self.common.call(*chunk, k, keep);
-        be.dequantize(self.grid, self.common.of_ints(self.x[k % 2], chunk), call.x)?;
-        blocks.residual(be, &call, self.common.part(self.common.h, chunk))
+        let x = self.common.of_ints(self.x[k % 2], chunk);
+        be.dequantize(self.grid, x, call.x)?;
+        blocks.residual(be, &call, self.common.part(self.common.h, chunk))?;
+        be.check_input(chunk, self.grid, x, call.x)
     }
 
     /// `X_{k+1}` of the chunk over `next`, which holds `X_{k-1}`.
@@ -445,7 +449,7 @@ impl Reversible {
         let h = c.part(c.h, chunk);
         let gamma = if k == 0 { FloatGamma::ZERO } else { self.gamma_at(chunk, k).float() };
         be.combine(chunk, gamma, next, cur, h)?;
-        blocks.vjp(be, &c.call(*chunk, k, true), h, cur)
+        c.vjp(be, blocks, chunk, k, cur)
     }
 }
 

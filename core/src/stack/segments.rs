@@ -249,6 +249,7 @@ impl Segmented {
             let (at_head, top) = (Chunk { site: Site::Head, ..chunk }, c.part(c.top, &chunk));
             let g = c.of(self.gradient(last + 1), &chunk);
             head.forward_backward(be, &at_head, top, g, c.scratch)?;
+            be.check_gradient(&at_head, g)?;
             self.backpropagate(be, blocks, &chunk, last)?;
         }
         blocks.done(be, last)?;
@@ -268,8 +269,11 @@ impl Segmented {
         let (c, mode) = (&self.common, &self.mode);
         let (segment, k, waits) = (mode.segment(&c.config), c.config.blocks, mode.waits(&c.config));
         let output = c.config.tail == Tail::Output;
-        if output && matches!(self.flow, Flow::Gamma { .. }) {
-            be.fill_reals(self.gradient(k - 1), B::Real::of(0.0))?;
+        if output {
+            c.check_given(be, pass, self.gradient(k))?;
+            if matches!(self.flow, Flow::Gamma { .. }) {
+                be.fill_reals(self.gradient(k - 1), B::Real::of(0.0))?;
+            }
         }
         for s in (0..mode.segments(&c.config) - usize::from(!output)).rev() {
             let last = ((s + 1) * segment).min(k) - 1;
@@ -365,6 +369,9 @@ impl Segmented {
                 Flow::Float { .. } | Flow::Gamma { .. } => {}
             }
             blocks.residual(be, &call, h)?;
+            if let Flow::Grid { grid, running, .. } = self.flow {
+                be.check_input(&chunk, grid, running.sub(0, call.x.len()), call.x)?;
+            }
             let ends = j + 1 == range.end;
             if ends && keep && (j + 1 < k || (output && !self.mode.waits(&c.config))) {
                 // A recomputed segment: its result is known, only its frames were wanted.
@@ -439,7 +446,7 @@ impl Segmented {
         } else {
             be.copy_reals(cur, h)?;
         }
-        blocks.vjp(be, &c.call(*chunk, k, true), h, cur)
+        c.vjp(be, blocks, chunk, k, cur)
     }
 
     /// `bdia-float` with `verify`: rebuilds the chunk's activations from `x_K` and `x_{K-1}` and

@@ -269,6 +269,36 @@ impl Common {
         Call { chunk, block, x, frame, scratch: self.scratch, context, train: true, keep }
     }
 
+    /// Tests the `G_K` of the whole batch that the stack's caller has set.
+    pub(super) fn check_given<B: UpdateOps>(
+        &self,
+        be: &mut B,
+        pass: &Pass,
+        g: Reals,
+    ) -> Result<()> {
+        for (_, first, n) in self.chunks() {
+            let chunk = self.chunk(pass, Site::Head, 0, first, n);
+            be.check_gradient(&chunk, self.of(g, &chunk))?;
+        }
+        Ok(())
+    }
+
+    /// The block's vector-Jacobian product of what [`h`](Self::h) holds, and a test of what it has
+    /// added to `gx` and to the context's gradient.
+    pub(super) fn vjp<B: UpdateOps>(
+        &self,
+        be: &mut B,
+        blocks: &mut impl Blocks<B>,
+        chunk: &Chunk,
+        k: usize,
+        gx: Reals,
+    ) -> Result<()> {
+        let call = self.call(*chunk, k, true);
+        blocks.vjp(be, &call, self.part(self.h, chunk), gx)?;
+        be.check_gradient(chunk, gx)?;
+        call.context.map_or(Ok(()), |context| be.check_gradient(chunk, context.grad))
+    }
+
     /// Gives the gradient of `x_0` to the input; `g` is that of the whole batch.
     pub(super) fn embed_vjp<B: UpdateOps>(
         &self,

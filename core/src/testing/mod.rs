@@ -263,6 +263,10 @@ fn same_fault(a: Option<Fault>, b: Option<Fault>) -> bool {
             Some(Fault::Range { site: site_b, sample: sample_b, value: value_b }),
         ) => site == site_b && sample == sample_b && nan(value, value_b),
         (
+            Some(Fault::ActivationGradient { site, sample, value }),
+            Some(Fault::ActivationGradient { site: site_b, sample: sample_b, value: value_b }),
+        ) => site == site_b && sample == sample_b && nan(value, value_b),
+        (
             Some(Fault::Loss { sample, value }),
             Some(Fault::Loss { sample: sample_b, value: value_b }),
         ) => sample == sample_b && nan(value, value_b),

@@ -30,10 +30,14 @@ enum Bug {
     FusedMix,
     UnusedSideBits,
     ChecksumFromZero,
+    WeightedChecksum,
     FaultOverwritten,
     FaultNotCleared,
     BlendReadsAtZero,
     CombineForgetsCur,
+    CombineSilent,
+    GradientSilent,
+    InputSilent,
     SumRowsSets,
     MatmulReadsOldC,
     ColumnsFromTheFirst,
@@ -115,6 +119,23 @@ impl Wrapper for Broken {
         Ok(())
     }
 
+    fn add_quantized(
+        &mut self,
+        chunk: &Chunk,
+        grid: Grid,
+        x: Ints,
+        h: Reals,
+        sum: Words,
+    ) -> OpResult<()> {
+        self.inner.add_quantized(chunk, grid, x, h, sum)?;
+        if self.bug == Bug::WeightedChecksum && !sum.is_empty() {
+            let weighted = |(i, &x): (usize, &i32)| x as u32 as u64 * (2 * i as u64 + 1);
+            let sum_of = self.inner.ints(x)?.iter().enumerate().map(weighted).sum::<u64>();
+            self.inner.write_words(sum, &[sum_of as u32, (sum_of >> 32) as u32])?;
+        }
+        Ok(())
+    }
+
     fn step(
         &mut self,
         chunk: &Chunk,
@@ -158,7 +179,7 @@ impl Wrapper for Broken {
         cur: Reals,
         h: Reals,
     ) -> OpResult<()> {
-        let nan = x.len() > 1 && self.value(x, 0).is_nan() | self.value(x, 1).is_nan();
+        let nan = self.inner.reals(x).unwrap_or_default().iter().any(|x| x.is_nan());
         self.inner.blend(chunk, gamma, x, cur, h)?;
         if self.bug == Bug::BlendReadsAtZero && gamma.magnitude() == 0.0 && nan {
             self.inner.fill_reals(x, f32::NAN)?;
@@ -177,7 +198,27 @@ impl Wrapper for Broken {
         if self.bug == Bug::CombineForgetsCur {
             self.inner.fill_reals(cur, 0.0)?;
         }
-        self.inner.combine(chunk, gamma, next, cur, h)
+        self.inner.combine(chunk, gamma, next, cur, h)?;
+        if self.bug == Bug::CombineSilent {
+            self.inner.take_fault()?;
+        }
+        Ok(())
+    }
+
+    fn check_gradient(&mut self, chunk: &Chunk, g: Reals) -> OpResult<()> {
+        self.inner.check_gradient(chunk, g)?;
+        if self.bug == Bug::GradientSilent {
+            self.inner.take_fault()?;
+        }
+        Ok(())
+    }
+
+    fn check_input(&mut self, chunk: &Chunk, grid: Grid, x: Ints, y: Reals) -> OpResult<()> {
+        self.inner.check_input(chunk, grid, x, y)?;
+        if self.bug == Bug::InputSilent {
+            self.inner.take_fault()?;
+        }
+        Ok(())
     }
 
     fn matmul(
@@ -371,10 +412,14 @@ fn mistakes_are_found() {
         (Bug::FusedMix, "step", "integer arena"),
         (Bug::UnusedSideBits, "step", "word arena"),
         (Bug::ChecksumFromZero, "step", "word arena"),
+        (Bug::WeightedChecksum, "add_quantized", "equal checksums"),
         (Bug::FaultOverwritten, "raise", "status"),
         (Bug::FaultNotCleared, "raise", "status after it was taken"),
         (Bug::BlendReadsAtZero, "blend", "x"),
         (Bug::CombineForgetsCur, "combine", "cur"),
+        (Bug::CombineSilent, "combine", "status"),
+        (Bug::GradientSilent, "check_gradient", "status"),
+        (Bug::InputSilent, "check_input", "status"),
         (Bug::SumRowsSets, "sum_rows", "sum"),
         (Bug::MatmulReadsOldC, "matmul", "c"),
         (Bug::ColumnsFromTheFirst, "add_columns", "to"),
@@ -398,10 +443,11 @@ fn mistakes_are_found() {
     ] {
         let found = match op {
             "sum_squares" | "update" => optim_ops(broken(bug)),
-            "quantize" | "step" | "raise" | "blend" | "combine" => update_ops(broken(bug)),
+            "quantize" | "add_quantized" | "step" | "raise" | "blend" | "combine"
+            | "check_gradient" | "check_input" => update_ops(broken(bug)),
             _ => nn_ops(broken(bug)),
         };
-        let failure = found.expect_err("the suite must find the mistake");
+        let Err(failure) = found else { panic!("the suite does not find {bug:?}") };
         assert_eq!((failure.op, failure.what), (op, what), "{bug:?}: {failure}");
     }
 }

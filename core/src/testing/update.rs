@@ -1,6 +1,6 @@
 //! [`Storage`](crate::Storage) and [`UpdateOps`]: every bit against the reference.
 
-use num_traits::Zero;
+use num_traits::{Float, Zero};
 
 use super::{Bench, Failure, INTS, OUTSIDE, Operand, PIECE, Value, chunk, noise, random, setup};
 use crate::arena::{Category, Ints, Layout, Reals, Words};
@@ -92,6 +92,7 @@ pub fn update_ops<B: UpdateOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(),
     let mut bench = Bench::new(&mut new, 0);
     storage(&mut bench)?;
     status(&mut bench)?;
+    collisions(&mut bench)?;
     for values in Values::ALL {
         for per in PER {
             for n in 0..=3 {
@@ -108,6 +109,8 @@ pub fn update_ops<B: UpdateOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(),
         }
     }
     range_faults(&mut bench)?;
+    gradient_faults(&mut bench)?;
+    input_faults(&mut bench)?;
     comparisons(&mut bench)?;
     refusals(&mut bench)?;
     drop(bench);
@@ -368,6 +371,148 @@ fn range_faults<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Gradients that are not finite, or leave the range of the real type in the step's gradient: the
+/// fault names site, sample and value of the first one.
+fn gradient_faults<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
+    let (n, per) = (3, 37);
+    for site in [Site::Head, Site::Block(4)] {
+        let chunk = Chunk { site, ..chunk(n) };
+        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            for at in [0, 36, 37, 110] {
+                // A second one, of another kind, must not win.
+                let value = move |i: usize| match i {
+                    _ if i == at => bad,
+                    _ if i == at + 5 => -bad,
+                    _ => 0.25,
+                };
+                bench.begin("check_gradient", "gradient fault", [n, per, at, 0]);
+                let g = bench.reals_of(n * per, value);
+                both!(bench, [], |on| on.check_gradient(&chunk, g));
+                for magnitude in [0.0, 0.5, 1.0] {
+                    let gamma = setup("gamma", FloatGamma::new(magnitude, Sign::Minus))?;
+                    for wild in 0..2 {
+                        bench.begin("combine", "gradient fault", [n, per, at, wild]);
+                        let finite = bench.reals(n * per);
+                        let wild_one = bench.reals_of(n * per, value);
+                        let h = bench.garbage(n * per);
+                        let (next, cur) =
+                            if wild == 0 { (wild_one, finite) } else { (finite, wild_one) };
+                        let operands = [
+                            Operand::sum("next", next, 0),
+                            Operand::sum("cur", cur, 0),
+                            Operand::set("h", h, 0),
+                        ];
+                        let [a, b, c] = operands;
+                        both!(bench, [a, b, c], |on| on.combine(&chunk, gamma, next, cur, h));
+                    }
+                }
+            }
+        }
+        bench.begin("check_gradient", "large and small, but finite", [n, per, 0, 0]);
+        let extreme = [B::Real::max_value(), B::Real::min_value(), B::Real::min_positive_value()];
+        let g = bench.reals_of(n * per, |i| extreme[i % 3].wide());
+        both!(bench, [], |on| on.check_gradient(&chunk, g));
+        // (1+γ)·G leaves the range, G itself does not.
+        bench.begin("combine", "an overflow", [n, per, 0, 0]);
+        let gamma = setup("gamma", FloatGamma::new(0.5, Sign::Random))?;
+        let largest = B::Real::max_value().wide();
+        let next = bench.reals_of(n * per, |i| if i > 40 { -0.75 * largest } else { 1.0 });
+        let (cur, h) = (bench.reals(n * per), bench.garbage(n * per));
+        let operands =
+            [Operand::sum("next", next, 0), Operand::sum("cur", cur, 0), Operand::set("h", h, 0)];
+        let [a, b, c] = operands;
+        both!(bench, [a, b, c], |on| on.combine(&chunk, gamma, next, cur, h));
+    }
+    Ok(())
+}
+
+/// An input that is not what a block was given: any bit, and nothing else.
+fn input_faults<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
+    let (n, per, chunk) = (3, 37, chunk(3));
+    for values in [Values::Ties, Values::Large] {
+        let grid = setup("grid", Grid::new(values.frac_bits()))?;
+        for at in [None, Some(0), Some(36), Some(37), Some(110)] {
+            // The smallest change there is; at 0, a sign of zero.
+            let int = |i: usize| if i == 0 { 0 } else { values.int(9, i) | 1 };
+            let real = |i: usize| {
+                let y = grid.dequantize::<B::Real>(int(i));
+                match at {
+                    Some(0) if i == 0 => -0.0,
+                    Some(at) if i == at || i == at + 5 => (y + y * B::Real::epsilon()).wide(),
+                    _ => y.wide(),
+                }
+            };
+            bench.begin("check_input", values.name(), [n, per, at.unwrap_or(999), 0]);
+            let (x, y) = (bench.ints(n * per, int), bench.reals_of(n * per, real));
+            both!(bench, [], |on| on.check_input(&chunk, grid, x, y));
+        }
+    }
+    Ok(())
+}
+
+/// Change number `n` of `x`, three rows of [`ROW`] values: what an error that has a structure does.
+fn change(n: usize, x: &mut [i32; 3 * ROW]) {
+    let (kind, n) = (n % 8, n / 8);
+    let (at, d) = (n % (ROW - 1), 1 + (n / (ROW - 1)) as i32);
+    let mut add = |differences: &[(usize, i32)]| {
+        differences.iter().for_each(|&(i, d)| x[i] = x[i].wrapping_add(d));
+    };
+    match kind {
+        0 => add(&[(at, d), (at + 1, -2 * d), (at + 2, d)]),
+        1 => add(&[(at, d), (at + 1, -d), (at + ROW, -d), (at + ROW + 1, d)]),
+        2 => add(&[(at, d << 8), (at + 16, d << 8)]),
+        3 => add(&[(ROW, n as i32 + 1)]),
+        4 => [at, at + ROW, at + 2 * ROW].into_iter().for_each(|i| x[i] ^= 1 << (7 + d)),
+        5 => x.swap(at, at + d as usize * ROW / 2),
+        6 => x[at..at + 4 + d as usize].rotate_left(1),
+        _ => x[at..at + 5 + d as usize].reverse(),
+    }
+}
+
+/// Values of a row in [`change`].
+const ROW: usize = 65;
+
+/// Tensors that differ from each other in patterns have different checksums, and parts of these
+/// sums agree as often as those of random numbers do.
+fn collisions<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
+    const BITS: u32 = 12;
+    let mut sums = [0_u64; 1024];
+    let grid = setup("grid", Grid::new(9))?;
+    bench.begin("add_quantized", "patterns of changes", [1, 3 * ROW, 0, 0]);
+    let (x, h) = (bench.ints(3 * ROW, |_| 0), bench.reals_of(3 * ROW, |_| 0.0));
+    let sum = bench.words(2);
+    bench.upload(0, &[])?;
+    for (n, found) in sums.iter_mut().enumerate() {
+        let mut values = core::array::from_fn(|i| Values::Large.int(6, i) >> 12);
+        change(n, &mut values);
+        let mut words = [0; 2];
+        let outcome = bench
+            .backend
+            .write_ints(x, &values)
+            .and(bench.backend.fill_words(sum, 0))
+            .and(bench.backend.add_quantized(&chunk(1), grid, x, h, sum))
+            .and(bench.backend.read_words(sum, &mut words));
+        bench.done("outcome", outcome)?;
+        *found = u64::from(words[1]) << 32 | u64::from(words[0]);
+    }
+    sums.sort_unstable();
+    if let Some(i) = sums.windows(2).position(|pair| pair[0] == pair[1]) {
+        return Err(bench.failure("equal checksums", i, Value::SomeError, Value::Outcome(Ok(()))));
+    }
+    for shift in [0, 13, 26, 39, 52] {
+        let mut cut = sums.map(|sum| sum >> shift & ((1 << BITS) - 1));
+        cut.sort_unstable();
+        let pairs = |run: &[u64]| run.len() * (run.len() - 1) / 2;
+        let equal: usize = cut.chunk_by(|a, b| a == b).map(pairs).sum();
+        // Of 1024·1023/2 pairs of random sums 128 agree in 12 bits, with a deviation of 11.
+        if !(60..=196).contains(&equal) {
+            let (expected, found) = (Value::Word(128), Value::Word(equal as u32));
+            return Err(bench.failure("pairs that agree", shift as usize, expected, found));
+        }
+    }
+    Ok(())
+}
+
 fn comparisons<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     for (case, b) in [
         ("equal", [1, 2]),
@@ -525,6 +670,15 @@ fn refusals<B: UpdateOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     ));
     refused!(bench, "h outside", |on| on.combine(&ok, gamma.float(), a, b, far));
     refused!(bench, "lengths", |on| on.combine(&ok, gamma.float(), a, b, c.sub(0, 2)));
+    bench.op = "check_gradient";
+    refused!(bench, "outside", |on| on.check_gradient(&ok, far));
+    refused!(bench, "of another layout", |on| on.check_gradient(&ok, foreign));
+    refused!(bench, "samples that do not divide the length", |on| on.check_gradient(&odd, a));
+    bench.op = "check_input";
+    refused!(bench, "x outside", |on| on.check_input(&ok, grid, far_ints, a));
+    refused!(bench, "y of another layout", |on| on.check_input(&ok, grid, x, foreign));
+    refused!(bench, "lengths", |on| on.check_input(&ok, grid, x, a.sub(0, 2)));
+    refused!(bench, "samples that do not divide the length", |on| on.check_input(&odd, grid, x, a));
     bench.op = "compare";
     refused!(bench, "outside", |on| on.compare(sum, Words::new(OUTSIDE, 2), 0, 0));
     bench.op = "count_differences";

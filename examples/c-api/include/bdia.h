@@ -35,8 +35,8 @@ typedef enum bdia_status {
   BDIA_STATUS_MACHINE = 5,
   // A value is not finite or leaves the range of the grid. bdia_stack_fault has its place.
   BDIA_STATUS_RANGE = 6,
-  // A rebuilt activation differs from the original: memory was changed, or a block does not
-  // repeat itself.
+  // A rebuilt activation differs from the original, or an input from what a block was given:
+  // memory was changed, or a block does not repeat itself or writes into x.
   BDIA_STATUS_CHECKSUM = 7,
   // A callback returned a number other than 0.
   BDIA_STATUS_CALLBACK = 8,
@@ -45,6 +45,9 @@ typedef enum bdia_status {
   BDIA_STATUS_STATE = 9,
   // A mistake in this library. The stack it happened in can only be freed.
   BDIA_STATUS_INTERNAL = 10,
+  // A gradient is not finite: gk, as it was given, or gx after the vjp of a block.
+  // bdia_stack_fault has its place.
+  BDIA_STATUS_GRADIENT = 11,
 } bdia_status;
 
 // A stack.
@@ -126,24 +129,28 @@ typedef struct bdia_blocks {
   // Given to every callback; may be NULL.
   void *user;
   // h = h_k(x). The same bits for the same call, whenever it is called: no uninitialized memory,
-  // no order of sums that changes between calls. x may not be changed.
+  // no order of sums that changes between calls. x may not be changed; a block that does ends
+  // the pass with BDIA_STATUS_CHECKSUM.
   int (*residual)(void *user, const struct bdia_call *call, const float *x, float *h);
   // gx += J(x)^T gh, where J is the Jacobian of h_k; adds the gradients of the block's
   // parameters to wherever they are kept. gh may be overwritten.
   int (*vjp)(void *user, const struct bdia_call *call, const float *x, float *gh, float *gx);
-  // Block k is finished: its gradient is complete, its activations have been compared, nothing
+  // Block k is finished: its gradient is complete, its activations have been compared, the
+  // gradients that went through it are finite (its parameters' are not looked at), nothing
   // reads its parameters again in this step. An optimizer may update them here and use the
   // gradient's memory again for block k - 1. May be NULL.
   int (*done)(void *user, size_t block);
 } bdia_blocks;
 
-// Where a pass went wrong, after BDIA_STATUS_RANGE, BDIA_STATUS_CHECKSUM or BDIA_STATUS_CALLBACK.
+// Where a pass went wrong, after BDIA_STATUS_RANGE, BDIA_STATUS_GRADIENT, BDIA_STATUS_CHECKSUM or
+// BDIA_STATUS_CALLBACK.
 typedef struct bdia_fault {
-  // The block; -1 for the input of the stack.
+  // The block; -1 for the input of the stack, bdia_config.blocks for gk.
   int64_t block;
-  // BDIA_STATUS_RANGE: the sample. Otherwise 0.
+  // The sample of a value (BDIA_STATUS_RANGE, BDIA_STATUS_GRADIENT) or of an input that a block
+  // wrote into. Otherwise 0.
   size_t sample;
-  // BDIA_STATUS_RANGE: the value. Otherwise 0.
+  // The value (BDIA_STATUS_RANGE, BDIA_STATUS_GRADIENT). Otherwise 0.
   double value;
 } bdia_fault;
 
@@ -254,8 +261,9 @@ enum bdia_status bdia_stack_forward(struct bdia_stack *stack,
 // The backward pass: from gk, the gradient with respect to x_K, to g0, the one with respect to x_0
 // (they may be the same array; g0 may be NULL). On the way residual and vjp are called for every
 // block and chunk, then done. It ends with BDIA_STATUS_CHECKSUM where a rebuilt activation differs
-// from the original by any bit: the block that bdia_stack_fault names, and those below it, have
-// not been told that they are done.
+// from the original by any bit, and with BDIA_STATUS_GRADIENT where gk, or gx after the vjp of a
+// block, is not finite: the block that bdia_stack_fault names, and those below it, have not been
+// told that they are done.
 enum bdia_status bdia_stack_backward(struct bdia_stack *stack, const float *gk, float *g0);
 
 // Where the last pass went wrong.

@@ -27,7 +27,7 @@ use core::panic::AssertUnwindSafe;
 use std::ffi::CString;
 use std::panic::catch_unwind;
 
-use bdia_core::{Error, ErrorKind};
+use bdia_core::{Error, ErrorKind, Fault};
 
 pub use raw::*;
 pub use stack::*;
@@ -51,8 +51,8 @@ pub enum Status {
     Machine = 5,
     /// A value is not finite or leaves the range of the grid. bdia_stack_fault has its place.
     Range = 6,
-    /// A rebuilt activation differs from the original: memory was changed, or a block does not
-    /// repeat itself.
+    /// A rebuilt activation differs from the original, or an input from what a block was given:
+    /// memory was changed, or a block does not repeat itself or writes into x.
     Checksum = 7,
     /// A callback returned a number other than 0.
     Callback = 8,
@@ -61,6 +61,9 @@ pub enum Status {
     State = 9,
     /// A mistake in this library. The stack it happened in can only be freed.
     Internal = 10,
+    /// A gradient is not finite: gk, as it was given, or gx after the vjp of a block.
+    /// bdia_stack_fault has its place.
+    Gradient = 11,
 }
 
 /// Why a call failed.
@@ -81,6 +84,9 @@ impl From<Error> for Failure {
         let status = match e {
             Error::Shape { .. } | Error::TooLarge(_) => Status::Size,
             Error::Setting { .. } => Status::Setting,
+            Error::Fault(Fault::Gradient { .. } | Fault::ActivationGradient { .. }) => {
+                Status::Gradient
+            }
             _ => match e.kind() {
                 ErrorKind::Memory => Status::Memory,
                 ErrorKind::Numbers => Status::Range,

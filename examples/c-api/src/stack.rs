@@ -80,7 +80,8 @@ pub struct BlockTable {
     /// Given to every callback; may be NULL.
     pub user: *mut c_void,
     /// h = h_k(x). The same bits for the same call, whenever it is called: no uninitialized memory,
-    /// no order of sums that changes between calls. x may not be changed.
+    /// no order of sums that changes between calls. x may not be changed; a block that does ends
+    /// the pass with BDIA_STATUS_CHECKSUM.
     pub residual: Option<
         unsafe extern "C" fn(
             user: *mut c_void,
@@ -100,7 +101,8 @@ pub struct BlockTable {
             gx: *mut f32,
         ) -> c_int,
     >,
-    /// Block k is finished: its gradient is complete, its activations have been compared, nothing
+    /// Block k is finished: its gradient is complete, its activations have been compared, the
+    /// gradients that went through it are finite (its parameters' are not looked at), nothing
     /// reads its parameters again in this step. An optimizer may update them here and use the
     /// gradient's memory again for block k - 1. May be NULL.
     pub done: Option<unsafe extern "C" fn(user: *mut c_void, block: usize) -> c_int>,
@@ -124,15 +126,17 @@ pub struct Memory {
     pub total: usize,
 }
 
-/// Where a pass went wrong, after BDIA_STATUS_RANGE, BDIA_STATUS_CHECKSUM or BDIA_STATUS_CALLBACK.
+/// Where a pass went wrong, after BDIA_STATUS_RANGE, BDIA_STATUS_GRADIENT, BDIA_STATUS_CHECKSUM or
+/// BDIA_STATUS_CALLBACK.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FaultInfo {
-    /// The block; -1 for the input of the stack.
+    /// The block; -1 for the input of the stack, bdia_config.blocks for gk.
     pub block: i64,
-    /// BDIA_STATUS_RANGE: the sample. Otherwise 0.
+    /// The sample of a value (BDIA_STATUS_RANGE, BDIA_STATUS_GRADIENT) or of an input that a block
+    /// wrote into. Otherwise 0.
     pub sample: usize,
-    /// BDIA_STATUS_RANGE: the value. Otherwise 0.
+    /// The value (BDIA_STATUS_RANGE, BDIA_STATUS_GRADIENT). Otherwise 0.
     pub value: f64,
 }
 
@@ -371,12 +375,20 @@ impl Inner {
             (Err(other), _) => return Err(other.into()),
             (Ok(()), None) => return Ok(()),
         };
+        let above = self.stack.config().blocks as i64;
         let place = |site: Site| match site {
+            Site::Embedding => -1,
             Site::Block(k) => k as i64,
-            _ => -1,
+            Site::Head => above,
         };
         self.fault = match fault {
-            Fault::Range { site, sample, value } => FaultInfo { block: place(site), sample, value },
+            Fault::Range { site, sample, value }
+            | Fault::ActivationGradient { site, sample, value } => {
+                FaultInfo { block: place(site), sample, value }
+            }
+            Fault::Input { site, sample } => {
+                FaultInfo { block: place(site), sample, ..FaultInfo::default() }
+            }
             Fault::Checksum { block, .. } => {
                 FaultInfo { block: block as i64, ..FaultInfo::default() }
             }
@@ -543,8 +555,9 @@ pub unsafe extern "C" fn bdia_stack_forward(
 /// The backward pass: from gk, the gradient with respect to x_K, to g0, the one with respect to x_0
 /// (they may be the same array; g0 may be NULL). On the way residual and vjp are called for every
 /// block and chunk, then done. It ends with BDIA_STATUS_CHECKSUM where a rebuilt activation differs
-/// from the original by any bit: the block that bdia_stack_fault names, and those below it, have
-/// not been told that they are done.
+/// from the original by any bit, and with BDIA_STATUS_GRADIENT where gk, or gx after the vjp of a
+/// block, is not finite: the block that bdia_stack_fault names, and those below it, have not been
+/// told that they are done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_stack_backward(
     stack: *mut Handle,

@@ -42,6 +42,9 @@ typedef struct {
   int bad_call;    /* this call of residual, counted from 1, adds `bad` to a value */
   float bad;
   int code;        /* residual returns it */
+  int wild_block;  /* vjp of this block, counted from 1, adds `wild` to the first value of sample 4 */
+  float wild;
+  int scribbler;   /* residual of this block, counted from 1, writes into its input, in the last sample of a call */
   bdia_stack *own; /* residual calls functions on it */
 } Net;
 
@@ -62,6 +65,7 @@ static int residual(void *user, const bdia_call *c, const float *x, float *h) {
     }
   }
   if (net->calls == net->bad_call) h[-1] += net->bad;
+  if (net->scribbler == (int)c->block + 1) ((float *)(uintptr_t)x)[-1] += 0.001f;
   if (net->own) {
     uint64_t count;
     expect(bdia_stack_mismatches(net->own, &count), BDIA_STATUS_STATE, "a callback may not use its own stack");
@@ -76,6 +80,7 @@ static int vjp(void *user, const bdia_call *c, const float *x, float *gh, float 
   const float *w1 = net->w[c->block], *w2 = w1 + D * N + N;
   float *g1 = net->g, *gb = g1 + D * N, *g2 = gb + N;
   const float *t = c->frame;
+  if (net->wild_block == (int)c->block + 1 && c->first <= 4 && 4 < c->first + c->samples) gx[(4 - c->first) * P] += net->wild;
   for (size_t r = 0; r < c->samples * ROWS; r++, x += D, gh += D, gx += D, t += N) {
     for (int j = 0; j < N; j++) {
       float a = 0;
@@ -360,6 +365,35 @@ static void faults(Net *net, const bdia_blocks *blocks, bdia_stack *stack, float
   expect(bdia_stack_fault(stack, &fault), BDIA_STATUS_OK, "where");
   check(fault.block == -1 && fault.sample == 1 && fault.value == (double)1e30f, "the input, sample 1");
   x[P] = keep;
+
+  /* Gradients that are not finite do not reach an optimizer. */
+  for (int i = 0; i < 2; i++) {
+    float wild[2] = {(float)NAN, -INFINITY};
+    start(net);
+    expect(bdia_stack_forward(stack, 1, 0, 0, x, y), BDIA_STATUS_OK, "forward");
+    net->wild_block = 3 + 1;
+    net->wild = wild[i];
+    expect(bdia_stack_backward(stack, g, NULL), BDIA_STATUS_GRADIENT, "vjp of block 3 gives a gradient that is not finite");
+    expect(bdia_stack_fault(stack, &fault), BDIA_STATUS_OK, "where");
+    check(fault.block == 3 && fault.sample == 4 && !isfinite(fault.value), "block 3, sample 4");
+    check(net->done[4] == 1 && net->done[3] == 0 && net->done[2] == 0, "which was not done, nor those below");
+    float other = g[2 * P];
+    start(net);
+    expect(bdia_stack_forward(stack, 1, 0, 0, x, y), BDIA_STATUS_OK, "forward");
+    g[2 * P] = wild[i];
+    expect(bdia_stack_backward(stack, g, NULL), BDIA_STATUS_GRADIENT, "a given gradient that is not finite");
+    g[2 * P] = other;
+    expect(bdia_stack_fault(stack, &fault), BDIA_STATUS_OK, "where");
+    check(fault.block == K && fault.sample == 2 && !isfinite(fault.value), "above all blocks, sample 2");
+    check(net->done[K - 1] == 0 && net->done[0] == 0, "no block was done");
+  }
+  start(net);
+
+  net->scribbler = 2 + 1;
+  expect(bdia_stack_forward(stack, 1, 0, 0, x, y), BDIA_STATUS_CHECKSUM, "a block writes into its input");
+  net->scribbler = 0;
+  expect(bdia_stack_fault(stack, &fault), BDIA_STATUS_OK, "where");
+  check(fault.block == 2 && fault.sample == 3, "block 2, the last sample of the first chunk");
 
   net->code = 3;
   expect(bdia_stack_forward(stack, 1, 0, 0, x, y), BDIA_STATUS_CALLBACK, "a callback gives up");

@@ -157,7 +157,12 @@ fn what_goes_wrong_is_an_error() {
         let error = start(&Job { lr: 1e30, ..job }, TUNE).unwrap_err();
         assert!(matches!(
             error,
-            Error::Fault(Fault::Range { .. } | Fault::Loss { .. } | Fault::Gradient { .. })
+            Error::Fault(
+                Fault::Range { .. }
+                    | Fault::Loss { .. }
+                    | Fault::Gradient { .. }
+                    | Fault::ActivationGradient { .. }
+            )
         ));
     }
     // Samples that are nonsense: pixels and labels of 255.

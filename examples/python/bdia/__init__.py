@@ -6,7 +6,7 @@ activation is rebuilt, bit for bit, and that is checked. What it learns is an or
 the ``nn.Sequential``.
 """
 
-from .errors import ChecksumError, DeviceError, Error, RangeError, SettingError
+from .errors import ChecksumError, DeviceError, Error, GradientError, RangeError, SettingError
 from .gpt2 import Gpt2Blocks, reversible_gpt2
 from .sequence import ReversibleSequence, signs
 
@@ -15,6 +15,7 @@ __all__ = [
     "DeviceError",
     "Error",
     "Gpt2Blocks",
+    "GradientError",
     "RangeError",
     "ReversibleSequence",
     "SettingError",

@@ -24,8 +24,22 @@ class RangeError(Error):
         self.block, self.sample, self.value = block, sample, value
 
 
+class GradientError(Error):
+    """A gradient is not finite. Its block's ``block_done`` was not called, nor those of blocks below.
+
+    ``block`` is the one whose backward pass gave it, or None for the gradient that came from above the sequence;
+    ``sample`` and ``value`` are those of the first such value.
+    """
+
+    def __init__(self, message, block=None, sample=None, value=None):
+        super().__init__(message)
+        self.block, self.sample, self.value = block, sample, value
+
+
 class ChecksumError(Error):
     """A rebuilt activation differs from the original: ``block`` does not repeat itself, or memory was changed.
+
+    Also for a block that writes into its input.
 
     No ``.grad`` was changed, except those of blocks above that a ``block_done`` was called for.
     """

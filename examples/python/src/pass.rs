@@ -48,7 +48,11 @@ fn broken(py: Python<'_>, fault: Fault) -> PyErr {
         Fault::Range { site, sample, value } => {
             raise(py, "RangeError", (fault.to_string(), block(site), sample, value))
         }
+        Fault::ActivationGradient { site, sample, value } => {
+            raise(py, "GradientError", (fault.to_string(), block(site), sample, value))
+        }
         Fault::Checksum { block, .. } => raise(py, "ChecksumError", (fault.to_string(), block)),
+        Fault::Input { site, .. } => raise(py, "ChecksumError", (fault.to_string(), block(site))),
         _ => raise(py, "Error", (fault.to_string(),)),
     }
 }
