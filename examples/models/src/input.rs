@@ -117,6 +117,15 @@ pub fn ending(path: &Path) -> String {
     name.rsplit_once('.').map(|(_, ending)| ending.to_owned()).unwrap_or_default()
 }
 
+/// The line, from 1, on which a row of a table begins. A reader of tables says where it began to
+/// look for it, at `byte` of the text and on `line`: there may be empty lines before it.
+pub fn line_of_row(text: &str, byte: u64, line: u64) -> u64 {
+    let from = usize::try_from(byte).unwrap_or(usize::MAX).min(text.len());
+    let rest = &text.as_bytes()[from..];
+    let empty = rest.iter().take_while(|b| matches!(b, b'\r' | b'\n'));
+    line + empty.filter(|&&b| b == b'\n').count() as u64
+}
+
 /// Names in a message: they come from outside, so there may be many and long ones.
 pub fn list(names: &[String]) -> String {
     const MOST: usize = 20;
@@ -178,6 +187,8 @@ mod tests {
         {
             assert_eq!(ending(Path::new(name)), expected, "{name}");
         }
+        let text = "a\n\r\n\nb\n";
+        assert_eq!([0, 2, 6].map(|byte| line_of_row(text, byte, 2)), [2, 4, 3]);
         let many: Vec<String> = (0..25).map(|i| i.to_string()).collect();
         assert!(list(&many).ends_with("\"19\" and 5 more"));
     }
