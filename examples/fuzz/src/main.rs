@@ -14,10 +14,11 @@ mod vit;
 type Target = fn(&[u8]);
 
 /// By the folder of their seeds.
-const TARGETS: [(&str, Target); 13] = [
+const TARGETS: [(&str, Target); 14] = [
     ("lm/checkpoint", lm::checkpoint),
     ("lm/config", lm::config),
     ("lm/index", lm::index),
+    ("lm/packed", lm::packed),
     ("lm/pairs", lm::pairs),
     ("lm/text", lm::text),
     ("lm/tokens", lm::tokens),

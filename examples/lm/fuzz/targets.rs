@@ -6,10 +6,11 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use bdia_lm::data::{Corpus, token_layout};
+use bdia_lm::data::{Corpus, TokenType, token_layout};
 use bdia_lm::pairs::{self, Examples, LossOn, PairColumns};
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::input;
+use bdia_models::tokenizer::{EOT, SpecialTokens, Tokenizer, VOCAB};
 use bdia_models::weights::{self, Weights, WeightsError};
 use bdia_train::checkpoint;
 use xxhash_rust::xxh3::xxh3_64;
@@ -136,18 +137,35 @@ pub fn accepted(bytes: &[u8]) -> bool {
 /// the vocabulary.
 pub fn tokens(data: &[u8]) {
     let path = Path::new("tokens.bin");
-    let head = &data[..data.len().min(1024)];
+    let head = &data[..data.len().min(8192)];
     let claim = data.last_chunk::<8>().map_or(u64::MAX, |b| u64::from_le_bytes(*b));
-    for len in [data.len() as u64, claim, u64::MAX, u64::MAX - 1] {
-        if let Ok((offset, tokens)) = token_layout(path, head, len) {
-            assert!(tokens > 0 && offset + 2 * tokens == len);
+    let types = [TokenType::U16, TokenType::U32, TokenType::I32, TokenType::I64].map(Some);
+    for asked in types.into_iter().chain([None]) {
+        for len in [data.len() as u64, claim, u64::MAX, u64::MAX - 1] {
+            if let Ok(l) = token_layout(path, head, len, asked) {
+                let bytes = l.tokens.checked_mul(l.token_type.bytes() as u64);
+                assert!(l.tokens > 0 && bytes.and_then(|b| b.checked_add(l.offset)) == Some(len));
+            }
         }
+        with_file("tokens.bin", data, |path| {
+            if let Ok(corpus) = Corpus::open(Some(path), asked, tokenizer(), 1000, CONTEXT) {
+                readable(&corpus, 1000);
+            }
+        });
     }
-    with_file("tokens.bin", data, |path| {
-        if let Ok(corpus) = Corpus::open(Some(path), tokenizer(), 1000, CONTEXT) {
-            readable(&corpus, 1000);
-        }
-    });
+}
+
+/// A data file, packed or plain. Accepted: no larger than it may be, and as text the bytes without
+/// the mark before them.
+pub fn packed(data: &[u8]) {
+    const LIMIT: u64 = 1 << 16;
+    let path = Path::new("data.txt.gz");
+    let Ok(bytes) = input::unpack(path, data.to_vec(), LIMIT) else { return };
+    assert!(input::is_gzip(data) || bytes == data);
+    assert!(!input::is_gzip(data) || bytes.len() as u64 <= LIMIT);
+    if let Ok(text) = input::text(path, bytes.clone()) {
+        assert!(bytes == text.as_bytes() || bytes == ["\u{feff}", &text].concat().as_bytes());
+    }
 }
 
 /// Pairs, read as each kind of file: what is accepted has completions, can be written as a table
@@ -157,6 +175,7 @@ pub fn pairs(data: &[u8]) {
     for kind in ["csv", "tsv", "jsonl"] {
         let name = format!("pairs.{kind}");
         let Ok(read) = pairs::parse(Path::new(&name), data.to_vec(), &columns) else { continue };
+        let read = read.pairs;
         assert!(!read.is_empty() && read.iter().all(|p| !p.completion.trim().is_empty()));
         let quoted = |s: &str| format!("\"{}\"", s.replace('"', "\"\""));
         let rows: String = read
@@ -166,7 +185,7 @@ pub fn pairs(data: &[u8]) {
         let table = format!("q,a\n{rows}");
         let again = pairs::parse(Path::new("pairs.csv"), table.into_bytes(), &columns)
             .expect("a table that we wrote");
-        assert_eq!(again, read);
+        assert_eq!(again.pairs, read);
         with_file(&name, data, |path| {
             for loss_on in [LossOn::Completion, LossOn::All] {
                 let open = Examples::open(path, &columns, loss_on, tokenizer(), VOCAB);
@@ -202,9 +221,13 @@ pub fn text(data: &[u8]) {
     assert_eq!(tokens, tiktoken_rs::r50k_base_singleton().encode_ordinary(&text));
     let any: Vec<u32> = data.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
     let _ = tokenizer().decode(&any);
+    let parse = tokenizer().with_special_tokens(SpecialTokens::Parse);
+    assert_eq!(parse.decode(&parse.encode(&text)), text);
     with_file("text.txt", data, |path| {
-        if let Ok(corpus) = Corpus::open(Some(path), tokenizer(), VOCAB, CONTEXT) {
-            readable(&corpus, VOCAB);
+        for tokenizer in [tokenizer(), &parse] {
+            if let Ok(corpus) = Corpus::open(Some(path), None, tokenizer, VOCAB, CONTEXT) {
+                readable(&corpus, VOCAB);
+            }
         }
     });
 }

@@ -6,12 +6,13 @@ use std::path::PathBuf;
 
 use bdia_models::config::ConfigError;
 use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::tokenizer;
 use bdia_train::cli::*;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::data::Order;
+use crate::data::{Order, TokenType};
 use crate::pairs::{LossOn, PairColumns};
 
 /// The architecture: a named size, and single dimensions in place of its own.
@@ -63,13 +64,50 @@ impl ModelArgs {
     }
 }
 
+/// What `<|endoftext|>` within a text is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SpecialTokens {
+    /// The end of a document, one token, wherever it stands.
+    Parse,
+    /// Text like any other; on a line of its own it still separates the documents of a text file.
+    Text,
+}
+
+/// How texts become tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Data")]
+pub struct TextArgs {
+    /// What <|endoftext|> within a text is
+    #[arg(long, value_name = "WHAT", default_value = "parse")]
+    pub special_tokens: SpecialTokens,
+}
+
+impl TextArgs {
+    /// GPT-2's tokenizer.
+    pub fn tokenizer(self) -> tokenizer::Tokenizer {
+        tokenizer::Tokenizer::new().with_special_tokens(match self.special_tokens {
+            SpecialTokens::Parse => tokenizer::SpecialTokens::Parse,
+            SpecialTokens::Text => tokenizer::SpecialTokens::Text,
+        })
+    }
+}
+
 /// Flags of `train`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct TrainArgs {
-    /// Plain UTF-8 text, or a .bin file of tokens [default: the licence texts of SPDX, which are
-    /// built in]
+    /// Plain UTF-8 text, or a .bin or .npy file of tokens; also as .gz [default: the licence texts
+    /// of SPDX, which are built in]
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     pub data: Option<PathBuf>,
+    /// Numbers of a token file, little-endian; any name is then that of a token file [default: what
+    /// its header says, else u16]
+    #[arg(long, value_name = "TYPE", help_heading = "Data")]
+    pub token_type: Option<TokenType>,
+    /// How texts become tokens.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub text: TextArgs,
     /// Which pieces of the text make up a batch
     #[arg(long, default_value = "shuffled", help_heading = "Data")]
     pub order: Order,
@@ -101,9 +139,9 @@ impl Flags for TrainArgs {
 pub enum TaskKind {
     /// The E2E challenge: CSV with the columns mr and ref.
     E2e,
-    /// Prompts and completions: CSV, TSV or JSONL.
+    /// Prompts and completions: CSV, TSV or JSONL; also as .gz.
     Pairs,
-    /// Plain UTF-8 text, or a .bin file of tokens.
+    /// Plain UTF-8 text, or a .bin or .npy file of tokens; also as .gz.
     Text,
 }
 
@@ -142,7 +180,10 @@ impl PairArgs {
         self.loss_on.unwrap_or(LossOn::Completion)
     }
 
-    fn check(&self, task: TaskKind) -> Result<(), String> {
+    fn check(&self, task: TaskKind, token_type: Option<TokenType>) -> Result<(), String> {
+        if task != TaskKind::Text && token_type.is_some() {
+            return Err("--token-type belongs to --task text; leave it out".into());
+        }
         if task != TaskKind::Pairs
             && (self.prompt_column.is_some() || self.completion_column.is_some())
         {
@@ -176,6 +217,14 @@ pub struct FinetuneArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub pairs: PairArgs,
+    /// Numbers of a token file, little-endian; any name is then that of a token file [default: what
+    /// its header says, else u16]
+    #[arg(long, value_name = "TYPE", help_heading = "Data")]
+    pub token_type: Option<TokenType>,
+    /// How texts become tokens.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub text: TextArgs,
     /// The model to start from, in Hugging Face's layout (config.json and model.safetensors)
     #[arg(long, value_name = "DIR", help_heading = "Model", conflicts_with = "model")]
     #[arg(required_unless_present_any = ["model", "resume"])]
@@ -220,7 +269,7 @@ impl FinetuneArgs {
     fn check(&self) -> Result<(), String> {
         // A run that goes on has its own task and method, beside which the flags are compared.
         if self.run.resume.is_none() {
-            self.pairs.check(self.task)?;
+            self.pairs.check(self.task, self.token_type)?;
             self.method.check()?;
         }
         self.run.check()
@@ -246,6 +295,13 @@ pub struct EvalArgs {
     /// How pairs are read.
     #[command(flatten)]
     pub pairs: PairArgs,
+    /// Numbers of a token file, little-endian; any name is then that of a token file [default: what
+    /// its header says, else u16]
+    #[arg(long, value_name = "TYPE")]
+    pub token_type: Option<TokenType>,
+    /// How texts become tokens.
+    #[command(flatten)]
+    pub text: TextArgs,
     /// Tokens of a window [default: the context the model was trained with, or its positions]
     #[arg(long, value_name = "N", value_parser = count(1 << 24))]
     pub context: Option<u64>,
@@ -286,6 +342,9 @@ pub struct GenerateArgs {
     /// as spaces
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
+    /// How prompts become tokens.
+    #[command(flatten)]
+    pub text: TextArgs,
     /// Prompts at a time, fewer where memory is short
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20))]
     #[arg(requires = "prompts")]
@@ -398,6 +457,9 @@ pub struct ScoreArgs {
     /// How pairs are read.
     #[command(flatten)]
     pub pairs: PairArgs,
+    /// How texts become tokens.
+    #[command(flatten)]
+    pub text: TextArgs,
     /// How texts are written.
     #[command(flatten)]
     pub decoding: DecodingArgs,
@@ -618,13 +680,13 @@ impl Cli {
             }
             Command::Eval(eval) => {
                 newest(sub, &mut eval.weights);
-                eval.pairs.check(eval.task)
+                eval.pairs.check(eval.task, eval.token_type)
             }
             Command::Generate(generate) => {
                 newest(sub, &mut generate.weights);
                 generate.check()
             }
-            Command::Score(score) => score.pairs.check(score.task),
+            Command::Score(score) => score.pairs.check(score.task, None),
             Command::Experiment { experiment } => {
                 let own =
                     sub.and_then(|m| m.subcommand()).map_or_else(BTreeSet::new, |(_, m)| given(m));
@@ -705,7 +767,8 @@ mod tests {
             let help = Cli::try_parse_from(format!("bdia-lm {request}").split(' ')).unwrap_err();
             assert!(!help.use_stderr());
             let help = help.to_string();
-            let flags = "data weights config layers heads width context vocab mode \
+            let flags = "data token-type special-tokens weights config layers heads width context \
+                 vocab mode \
                  checkpoint-every quantize gamma gamma-sign frac-bits optimizer lr beta1 beta2 \
                  eps weight-decay schedule warmup \
                  min-lr clip steps batch \
@@ -787,6 +850,9 @@ mod tests {
             ("finetune --data a --weights b --gamma 0.3", "--gamma: gamma is 0.3"),
             ("plan --frozen-dtype f16", "belong to --method lora"),
             ("eval --task e2e", "--data"),
+            ("eval --task e2e --data a --token-type u32", "belongs to --task text"),
+            ("--token-type u24", "i64"),
+            ("generate --special-tokens no", "parse"),
             ("eval --prompt-column x", "belong to --task pairs"),
             ("merge --weights a --adapter b", "--out"),
         ] {

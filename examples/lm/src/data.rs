@@ -1,10 +1,19 @@
 //! Tokens to train on: the built-in licence texts, plain text, or token files; and the batches made
 //! of them.
 //!
-//! A token file is recognised by its name, `*.bin`. llm.c's begins with a header of 256
-//! little-endian `i32` (magic 20240520, version 1, number of tokens); nanoGPT's has none. Both hold
-//! `u16` tokens, little-endian. Anything else is UTF-8 text, whose documents are separated by a
-//! line `<|endoftext|>`.
+//! A token file is recognised by its name, `*.bin` or `*.npy`, or by being asked for with a type
+//! of its numbers. All numbers are little-endian.
+//!
+//! | header | numbers |
+//! |---|---|
+//! | llm.c's: 256 `i32`: magic 20240520, version 1, number of tokens | `u16` |
+//! | llm.c's for Llama 3: magic 20240801, version 7 | `u32` |
+//! | NumPy's, of an array with one dimension | as it says |
+//! | none, as nanoGPT has it | as asked for, else `u16`; what looks wider is refused |
+//!
+//! Anything else is UTF-8 text, whose documents are separated by `<|endoftext|>`: by every one, or
+//! by lines that have nothing else ([`SpecialTokens`]). Files packed with gzip are unpacked in
+//! memory; plain token files stay on disk.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -13,8 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bdia_core::rng::{Draw, Stream};
-use bdia_models::files::{FileError, read_limited};
-use bdia_models::tokenizer::{EOT, EOT_TEXT, Tokenizer};
+use bdia_models::files::FileError;
+use bdia_models::input::{self, InputError};
+use bdia_models::tokenizer::{EOT, EOT_TEXT, SpecialTokens, Tokenizer};
 use bdia_train::Failure;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -28,31 +38,39 @@ pub enum DataError {
     /// The file has no bytes.
     #[error("{}: the file is empty; expected text, or tokens in a .bin file", .0.display())]
     Empty(PathBuf),
-    /// A text that is none.
+    /// The file could not be unpacked, or is no text.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// A part of a token at the end.
     #[error(
-        "{}: not UTF-8 text (byte {at} does not fit); expected plain text, or a token file whose \
-         name ends in .bin",
-        path.display()
-    )]
-    NotText {
-        /// The file.
-        path: PathBuf,
-        /// The first byte that is wrong.
-        at: usize,
-    },
-    /// An odd number of bytes.
-    #[error(
-        "{}: {bytes} bytes, expected an even number (u16 tokens); the file is cut off or not a \
-         token file", path.display()
+        "{}: {bytes} bytes, expected {} ({token_type} tokens); the file is cut off, not a token \
+         file, or of another --token-type",
+        path.display(),
+        if *token_type == TokenType::U16 { "an even number".into() }
+        else { format!("a multiple of {}", token_type.bytes()) }
     )]
     Odd {
         /// The file.
         path: PathBuf,
         /// Its size.
         bytes: u64,
+        /// What its numbers are taken for.
+        token_type: TokenType,
+    },
+    /// Numbers that are wider than they are taken for.
+    #[error(
+        "{}: every other number is 0 or nearly, as if it were a part of a {found}; expected u16 \
+         tokens. Use --token-type {found}, or --token-type u16 if the file is right as it is",
+        path.display()
+    )]
+    Wide {
+        /// The file.
+        path: PathBuf,
+        /// What they look like.
+        found: TokenType,
     },
     /// A header that is not complete or not supported.
-    #[error("{}: llm.c token file: {what}: expected {expected}, found {found}", path.display())]
+    #[error("{}: token file: {what}: expected {expected}, found {found}", path.display())]
     Header {
         /// The file.
         path: PathBuf,
@@ -66,14 +84,14 @@ pub enum DataError {
     /// A token that the model does not have.
     #[error(
         "{source_name}: token {token} at position {position} is outside the vocabulary of \
-         {vocab}; use the vocabulary the \
-         tokens were made with (--vocab), or other data"
+         {vocab}; use the vocabulary the tokens were made with (--vocab), the type of their \
+         numbers (--token-type), or other data"
     )]
     Token {
         /// Where the tokens come from.
         source_name: String,
         /// The token.
-        token: u32,
+        token: i64,
         /// Its index in the stream.
         position: u64,
         /// Tokens that the model has.
@@ -125,8 +143,59 @@ pub enum Order {
     Sequential,
 }
 
+/// The numbers of a token file, little-endian.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenType {
+    /// 2 bytes: nanoGPT's and llm.c's.
+    U16,
+    /// 4 bytes.
+    U32,
+    /// 4 bytes with a sign.
+    I32,
+    /// 8 bytes with a sign: what NumPy and PyTorch make unasked.
+    I64,
+}
+
+impl TokenType {
+    /// Bytes of a token.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::U16 => 2,
+            Self::U32 | Self::I32 => 4,
+            Self::I64 => 8,
+        }
+    }
+
+    /// The token in the first bytes; they are there.
+    fn token(self, b: &[u8]) -> i64 {
+        match (self, b) {
+            (Self::U16, &[a, b, ..]) => u16::from_le_bytes([a, b]).into(),
+            (Self::U32, &[a, b, c, d, ..]) => u32::from_le_bytes([a, b, c, d]).into(),
+            (Self::I32, &[a, b, c, d, ..]) => i32::from_le_bytes([a, b, c, d]).into(),
+            (Self::I64, &[a, b, c, d, e, f, g, h, ..]) => {
+                i64::from_le_bytes([a, b, c, d, e, f, g, h])
+            }
+            _ => -1,
+        }
+    }
+}
+
+impl core::fmt::Display for TokenType {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            Self::U16 => "u16",
+            Self::U32 => "u32",
+            Self::I32 => "i32",
+            Self::I64 => "i64",
+        })
+    }
+}
+
 /// Text files are tokenized in memory; larger ones should be made into token files once.
 const MOST_TEXT: u64 = 4 << 30;
+/// The beginning of a token file: its header, or enough numbers to see how wide they are.
+const HEAD: u64 = 8192;
 /// llm.c's header.
 const HEADER_BYTES: u64 = 1024;
 const MAGIC: u32 = 20_240_520;
@@ -141,6 +210,7 @@ enum Store {
         file: Arc<Mutex<File>>,
         path: Arc<PathBuf>,
         offset: u64,
+        token_type: TokenType,
     },
 }
 
@@ -215,26 +285,37 @@ impl Part {
     }
 
     fn copy_straight(&self, at: u64, out: &mut [i32]) -> Result<(), DataError> {
+        let mut all = out.iter_mut();
+        let n = all.len();
+        self.each(at, n, |token| {
+            // What does not fit is outside of every vocabulary; files are checked when opened.
+            all.next().map(|o| *o = i32::try_from(token).unwrap_or(-1)).is_some()
+        })
+    }
+
+    /// Hands over `n` tokens from `at` on, as they are stored, while it is told to go on.
+    fn each(&self, at: u64, n: usize, mut to: impl FnMut(i64) -> bool) -> Result<(), DataError> {
         match &self.store {
             Store::Memory(tokens) => {
                 // In range by construction: `start + len` never exceeds the vector.
-                for (o, t) in out.iter_mut().zip(&tokens[at as usize..]) {
-                    *o = i32::from(*t);
-                }
+                let _ = tokens[at as usize..].iter().take(n).all(|&t| to(t.into()));
             }
-            Store::File { file, path, offset } => {
+            Store::File { file, path, offset, token_type } => {
                 let failed = |e| FileError::io(path, "read its tokens", e);
                 // A poisoned lock only means that another thread stopped; the position is set anew
                 // here.
                 let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-                file.seek(SeekFrom::Start(offset + 2 * at)).map_err(failed)?;
+                let width = token_type.bytes();
+                file.seek(SeekFrom::Start(offset + width as u64 * at)).map_err(failed)?;
                 let mut bytes = [0_u8; 4096];
-                for piece in out.chunks_mut(bytes.len() / 2) {
-                    let bytes = &mut bytes[..2 * piece.len()];
+                let mut left = n * width;
+                while left > 0 {
+                    let bytes = &mut bytes[..left.min(4096)];
                     file.read_exact(bytes).map_err(failed)?;
-                    for (o, b) in piece.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                        *o = i32::from(u16::from_le_bytes(*b));
+                    if !bytes.chunks_exact(width).all(|b| to(token_type.token(b))) {
+                        break;
                     }
+                    left -= bytes.len();
                 }
             }
         }
@@ -314,22 +395,15 @@ impl Part {
 
     /// Whether every token is in the vocabulary.
     fn check(&self, source_name: &str, vocab: usize) -> Result<(), DataError> {
-        let mut buffer = [0_i32; 2048];
-        let mut at = 0;
-        while at < self.len {
-            let n = buffer.len().min(usize::try_from(self.len - at).unwrap_or(usize::MAX));
-            self.copy_straight(self.start + at, &mut buffer[..n])?;
-            if let Some(i) = buffer[..n].iter().position(|&t| t as usize >= vocab) {
-                return Err(DataError::Token {
-                    source_name: source_name.into(),
-                    token: buffer[i] as u32,
-                    position: at + i as u64,
-                    vocab,
-                });
-            }
-            at += n as u64;
-        }
-        Ok(())
+        let (mut position, mut foreign) = (0, None);
+        self.each(self.start, usize::try_from(self.len).unwrap_or(usize::MAX), |token| {
+            foreign = (!(0..vocab as i64).contains(&token)).then_some(token);
+            position += u64::from(foreign.is_none());
+            foreign.is_none()
+        })?;
+        let source_name = source_name.into();
+        foreign
+            .map_or(Ok(()), |token| Err(DataError::Token { source_name, token, position, vocab }))
     }
 }
 
@@ -342,23 +416,26 @@ pub struct Corpus {
     pub validation: Part,
     /// What it is, for messages.
     pub name: String,
+    /// What was noticed.
+    pub note: Option<String>,
 }
 
 impl Corpus {
-    /// The built-in licence texts, or a file.
+    /// The built-in licence texts, or a file; one of tokens has numbers of `token_type`.
     ///
     /// # Errors
     /// [`DataError`]
     pub fn open(
         data: Option<&Path>,
+        token_type: Option<TokenType>,
         tokenizer: &Tokenizer,
         vocab: usize,
         context: usize,
     ) -> Result<Self, DataError> {
         let corpus = match data {
             None => Self::licences(tokenizer),
-            Some(path) if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("bin")) => {
-                Self::token_file(path, context)?
+            Some(path) if has_tokens(path, token_type) => {
+                Self::token_file(path, token_type, context)?
             }
             Some(path) => Self::text_file(path, tokenizer, context)?,
         };
@@ -374,25 +451,25 @@ impl Corpus {
         Ok(corpus)
     }
 
-    /// All tokens of a file, nothing set aside: what `eval` measures.
+    /// All tokens of a file, nothing set aside: what `eval` measures. Beside them what was noticed.
     ///
     /// # Errors
     /// [`DataError`]
-    pub fn whole(path: &Path, tokenizer: &Tokenizer, vocab: usize) -> Result<Part, DataError> {
-        let part = if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("bin")) {
-            open_tokens(path)?
+    pub fn whole(
+        path: &Path,
+        token_type: Option<TokenType>,
+        tokenizer: &Tokenizer,
+        vocab: usize,
+    ) -> Result<(Part, Option<String>), DataError> {
+        let (part, note) = if has_tokens(path, token_type) {
+            (open_tokens(path, token_type)?, None)
         } else {
-            let bytes = read_limited(path, MOST_TEXT)?;
-            if bytes.is_empty() {
-                return Err(DataError::Empty(path.into()));
-            }
-            let text = core::str::from_utf8(&bytes)
-                .map_err(|e| DataError::NotText { path: path.into(), at: e.valid_up_to() })?;
-            let documents = documents(text);
-            Self::join(&documents, &tokenizer.encode_all(&documents))
+            let text = read_text(path)?;
+            let (documents, note) = documents(path, &text, tokenizer.special_tokens());
+            (Self::join(&documents, &tokenizer.encode_all(&documents)), note)
         };
         part.check(&path.display().to_string(), vocab)?;
-        Ok(part)
+        Ok((part, note))
     }
 
     /// Documents one after the other; a single one without the end-of-text token before it.
@@ -427,36 +504,34 @@ impl Corpus {
             );
         }
         let name = "licence texts of SPDX".into();
-        Self { train: Part::from_tokens(train), validation: Part::from_tokens(validation), name }
+        let (train, validation) = (Part::from_tokens(train), Part::from_tokens(validation));
+        Self { train, validation, name, note: None }
     }
 
     fn text_file(path: &Path, tokenizer: &Tokenizer, context: usize) -> Result<Self, DataError> {
-        let bytes = read_limited(path, MOST_TEXT)?;
-        if bytes.is_empty() {
-            return Err(DataError::Empty(path.into()));
-        }
-        let text = core::str::from_utf8(&bytes)
-            .map_err(|e| DataError::NotText { path: path.into(), at: e.valid_up_to() })?;
-        let documents = documents(text);
+        let text = read_text(path)?;
+        let (documents, note) = documents(path, &text, tokenizer.special_tokens());
         let encoded = tokenizer.encode_all(&documents);
         let name = path.display().to_string();
         if documents.len() < 10 {
             // Too few to give whole ones away.
-            return Ok(Self::split(Self::join(&documents, &encoded), context, name));
+            let split = Self::split(Self::join(&documents, &encoded), context, name);
+            return Ok(Self { note, ..split });
         }
         let (mut train, mut validation) = (Vec::new(), Vec::new());
         for (i, tokens) in encoded.iter().enumerate() {
             document(if i % 10 == 9 { &mut validation } else { &mut train }, tokens);
         }
-        Ok(Self {
-            train: Part::from_tokens(train),
-            validation: Part::from_tokens(validation),
-            name,
-        })
+        let (train, validation) = (Part::from_tokens(train), Part::from_tokens(validation));
+        Ok(Self { train, validation, name, note })
     }
 
-    fn token_file(path: &Path, context: usize) -> Result<Self, DataError> {
-        let all = open_tokens(path)?;
+    fn token_file(
+        path: &Path,
+        token_type: Option<TokenType>,
+        context: usize,
+    ) -> Result<Self, DataError> {
+        let all = open_tokens(path, token_type)?;
         let name = path.display().to_string();
         // nanoGPT and llm.c write the two parts as two files, `…train….bin` and `…val….bin`.
         let file_name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
@@ -465,7 +540,8 @@ impl Corpus {
                 path.with_file_name(format!("{}val{}", &file_name[..at], &file_name[at + 5..]));
             if sibling.is_file() {
                 let name = format!("{name} and {}", sibling.display());
-                return Ok(Self { train: all, validation: open_tokens(&sibling)?, name });
+                let validation = open_tokens(&sibling, token_type)?;
+                return Ok(Self { train: all, validation, name, note: None });
             }
         }
         Ok(Self::split(all, context, name))
@@ -483,8 +559,19 @@ impl Corpus {
             0
         };
         let train = all.len() - validation;
-        Self { train: all.slice(0, train), validation: all.slice(train, validation), name }
+        let (train, validation) = (all.slice(0, train), all.slice(train, validation));
+        Self { train, validation, name, note: None }
     }
+}
+
+fn has_tokens(path: &Path, token_type: Option<TokenType>) -> bool {
+    token_type.is_some() || ["bin", "npy"].contains(&input::ending(path).as_str())
+}
+
+/// The text of a file that has some.
+fn read_text(path: &Path) -> Result<String, DataError> {
+    let text = input::read_text(path, MOST_TEXT)?;
+    if text.is_empty() { Err(DataError::Empty(path.into())) } else { Ok(text) }
 }
 
 /// Every document begins with the end-of-text token: what generation without a prompt starts from.
@@ -500,47 +587,76 @@ fn name_hash(name: &str) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }
 
-/// The documents of a text that are not empty.
-fn documents(text: &str) -> Vec<&str> {
-    let (mut all, mut start, mut at) = (Vec::new(), 0, 0);
-    for line in text.split_inclusive('\n') {
-        if line.trim_end() == EOT_TEXT {
-            all.push(&text[start..at]);
-            start = at + line.len();
+/// The documents of a text that are not empty, and a note where they end inside lines.
+fn documents<'a>(
+    path: &Path,
+    text: &'a str,
+    special: SpecialTokens,
+) -> (Vec<&'a str>, Option<String>) {
+    let (mut all, mut start, mut inside) = (Vec::new(), 0, 0);
+    for (at, _) in text.match_indices(EOT_TEXT) {
+        let after = &text[at + EOT_TEXT.len()..];
+        // What is left of its line, with the line's end.
+        let rest = after.split_inclusive('\n').next().unwrap_or_default();
+        let blank = rest.trim_end().is_empty();
+        let own_line = blank && (at == 0 || text[..at].ends_with('\n'));
+        if special == SpecialTokens::Text && !own_line {
+            continue;
         }
-        at += line.len();
+        inside += usize::from(!own_line);
+        all.push(&text[start..at]);
+        start = at + EOT_TEXT.len() + if blank { rest.len() } else { 0 };
     }
     all.push(&text[start..]);
     all.retain(|d| !d.trim().is_empty());
-    all
+    let note = (inside > 0).then(|| {
+        format!(
+            "{}: {inside} {EOT_TEXT} inside lines end documents; with --special-tokens text they \
+             are text",
+            path.display()
+        )
+    });
+    (all, note)
 }
 
-/// The tokens' offset and number in a token file of `len` bytes that starts with `head` (its first
-/// kibibyte, or all).
+/// Where the tokens of a file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenLayout {
+    /// Bytes before the first.
+    pub offset: u64,
+    /// How many there are.
+    pub tokens: u64,
+    /// Their numbers.
+    pub token_type: TokenType,
+}
+
+/// Where the tokens are in a file of `len` bytes that starts with `head` (8 KiB of it, or all).
+/// `asked` is what its numbers are said to be.
 ///
 /// # Errors
 /// [`DataError`]
-pub fn token_layout(path: &Path, head: &[u8], len: u64) -> Result<(u64, u64), DataError> {
+pub fn token_layout(
+    path: &Path,
+    head: &[u8],
+    len: u64,
+    asked: Option<TokenType>,
+) -> Result<TokenLayout, DataError> {
     if len == 0 {
         return Err(DataError::Empty(path.into()));
     }
-    let entry = |i: usize| head.as_chunks::<4>().0.get(i).map(|b| u32::from_le_bytes(*b));
     let wrong = |what, expected: String, found: String| DataError::Header {
         path: path.into(),
         what,
         expected,
         found,
     };
-    let (offset, declared) = match entry(0) {
-        Some(MAGIC_U32) => {
-            let expected = format!("{MAGIC} (u16 tokens of GPT-2)");
-            return Err(wrong(
-                "magic number",
-                expected,
-                format!("{MAGIC_U32} (u32 tokens of Llama 3)"),
-            ));
-        }
-        Some(MAGIC) => {
+    let entry = |i: usize| head.as_chunks::<4>().0.get(i).map(|b| u32::from_le_bytes(*b));
+    let (offset, declared, token_type) = match entry(0) {
+        Some(magic @ (MAGIC | MAGIC_U32)) => {
+            let (version, token_type, whose) = match magic {
+                MAGIC => (1, TokenType::U16, ""),
+                _ => (7, TokenType::U32, " (tokens of Llama 3)"),
+            };
             let cut = || {
                 wrong(
                     "size",
@@ -551,39 +667,126 @@ pub fn token_layout(path: &Path, head: &[u8], len: u64) -> Result<(u64, u64), Da
             if len < HEADER_BYTES {
                 return Err(cut());
             }
-            let (version, count) = (entry(1).ok_or_else(cut)?, entry(2).ok_or_else(cut)?);
-            if version != 1 {
-                return Err(wrong("version", "1".into(), version.to_string()));
+            let (found, count) = (entry(1).ok_or_else(cut)?, entry(2).ok_or_else(cut)?);
+            if found != version {
+                return Err(wrong("version", format!("{version}{whose}"), found.to_string()));
             }
-            (HEADER_BYTES, Some(u64::from(count)))
+            (HEADER_BYTES, Some((u64::from(count), whose)), Some(token_type))
         }
-        _ => (0, None),
+        _ if head.starts_with(NUMPY) => {
+            let (offset, count, token_type) = numpy_header(head, &wrong)?;
+            (offset, Some((count, "")), Some(token_type))
+        }
+        _ if input::ending(path) == "npy" => {
+            let found = head.iter().take(NUMPY.len()).map(|b| format!("{b:02x}")).collect();
+            return Err(wrong("begin", "NumPy's header".into(), found));
+        }
+        _ => (0, None, None),
     };
-    let bytes = len - offset;
-    if !bytes.is_multiple_of(2) {
-        return Err(DataError::Odd { path: path.into(), bytes: len });
+    if let (Some(said), Some(asked)) = (token_type, asked.filter(|&a| Some(a) != token_type)) {
+        let expected = format!("{said}, as the header says");
+        return Err(wrong("type", expected, format!("{asked} as --token-type")));
     }
+    if let Some(found) = wider(head, len).filter(|_| token_type.or(asked).is_none()) {
+        return Err(DataError::Wide { path: path.into(), found });
+    }
+    let token_type = token_type.or(asked).unwrap_or(TokenType::U16);
+    let (bytes, width) = (len.saturating_sub(offset), token_type.bytes() as u64);
+    if !bytes.is_multiple_of(width) {
+        return Err(DataError::Odd { path: path.into(), bytes: len, token_type });
+    }
+    let tokens = bytes / width;
     match declared {
-        Some(n) if n != bytes / 2 => {
-            let found =
-                format!("{} in the file, which is cut off or has something appended", bytes / 2);
-            Err(wrong("number of tokens", format!("{n}, as the header says"), found))
+        Some((n, whose)) if n != tokens => {
+            let found = format!("{tokens} in the file, which is cut off or has something appended");
+            Err(wrong("number of tokens", format!("{n}, as the header says{whose}"), found))
         }
-        _ if bytes == 0 => Err(DataError::Empty(path.into())),
-        _ => Ok((offset, bytes / 2)),
+        _ if tokens == 0 => Err(DataError::Empty(path.into())),
+        _ => Ok(TokenLayout { offset, tokens, token_type }),
     }
 }
 
-fn open_tokens(path: &Path) -> Result<Part, DataError> {
+const NUMPY: &[u8] = b"\x93NUMPY";
+
+/// Bytes, number of tokens and type of a file that begins with the header of NumPy's format (a
+/// dictionary in Python's syntax, after the magic, two bytes of version and the length).
+fn numpy_header(
+    head: &[u8],
+    wrong: &dyn Fn(&'static str, String, String) -> DataError,
+) -> Result<(u64, u64, TokenType), DataError> {
+    let cut = || wrong("header", "a header of NumPy in 8 KiB".into(), "something else".into());
+    let (start, size) = match *head.get(NUMPY.len()..12).ok_or_else(cut)? {
+        [1, _, a, b, ..] => (10, u16::from_le_bytes([a, b]).into()),
+        [2 | 3, _, a, b, c, d] => (12, u32::from_le_bytes([a, b, c, d]) as usize),
+        _ => return Err(cut()),
+    };
+    let end = start + size;
+    let text = head.get(start..end).and_then(|b| core::str::from_utf8(b).ok()).ok_or_else(cut)?;
+    let value =
+        |key: &str| text.split_once(key).map(|(_, rest)| rest.trim_start_matches([':', ' ']));
+    let descr = value("'descr'").and_then(|v| v.split([',', '}']).next()).ok_or_else(cut)?.trim();
+    let token_type = match descr.trim_matches('\'') {
+        "<u2" => TokenType::U16,
+        "<u4" => TokenType::U32,
+        "<i4" => TokenType::I32,
+        "<i8" => TokenType::I64,
+        _ => {
+            let expected = "'<u2', '<u4', '<i4' or '<i8'".into();
+            return Err(wrong("type", expected, descr.chars().take(60).collect()));
+        }
+    };
+    let shape = value("'shape'").and_then(|v| v.split_inclusive(')').next()).ok_or_else(cut)?;
+    let count = shape.strip_prefix('(').and_then(|s| s.strip_suffix(",)")).map(str::parse);
+    match count {
+        Some(Ok(count)) => Ok((end as u64, count, token_type)),
+        _ => Err(wrong("shape", "one dimension".into(), shape.chars().take(60).collect())),
+    }
+}
+
+/// What the numbers of a file are that is read as `u16` and has zeros, or nearly, in the places of
+/// high halves. Of few numbers only zeros tell something.
+fn wider(head: &[u8], len: u64) -> Option<TokenType> {
+    let words: Vec<u16> = head.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
+    [TokenType::I64, TokenType::U32].into_iter().find(|token_type| {
+        let groups = words.chunks_exact(token_type.bytes() / 2);
+        let most = if groups.len() >= 64 { 15 } else { 0 };
+        groups.len() >= 8
+            && len.is_multiple_of(token_type.bytes() as u64)
+            && groups.clone().all(|g| g[1] <= most && g[2..].iter().all(|&w| w == 0))
+            && groups.clone().any(|g| g[0] > 15)
+    })
+}
+
+fn open_tokens(path: &Path, asked: Option<TokenType>) -> Result<Part, DataError> {
     let failed = |e: io::Error| FileError::io(path, "read it", e);
     let mut file = File::open(path).map_err(|e| FileError::io(path, "open it", e))?;
     let len = file.metadata().map_err(failed)?.len();
     let mut head = Vec::new();
-    (&mut file).take(HEADER_BYTES).read_to_end(&mut head).map_err(failed)?;
-    let (offset, tokens) = token_layout(path, &head, len)?;
-    let store =
-        Store::File { file: Arc::new(Mutex::new(file)), path: Arc::new(path.into()), offset };
-    Ok(Part { store, start: 0, len: tokens })
+    (&mut file).take(HEAD).read_to_end(&mut head).map_err(failed)?;
+    if input::is_gzip(&head) {
+        return unpacked_tokens(path, &input::read(path, MOST_TEXT)?, asked);
+    }
+    let TokenLayout { offset, tokens, token_type } = token_layout(path, &head, len, asked)?;
+    let (file, path) = (Arc::new(Mutex::new(file)), Arc::new(path.into()));
+    Ok(Part { store: Store::File { file, path, offset, token_type }, start: 0, len: tokens })
+}
+
+/// The tokens of a file that was packed; its path is for errors.
+fn unpacked_tokens(path: &Path, bytes: &[u8], asked: Option<TokenType>) -> Result<Part, DataError> {
+    let head = &bytes[..bytes.len().min(HEAD as usize)];
+    let layout = token_layout(path, head, bytes.len() as u64, asked)?;
+    let all = bytes[layout.offset as usize..].chunks_exact(layout.token_type.bytes());
+    let tokens: Result<_, _> = (all.map(|b| layout.token_type.token(b)).enumerate())
+        .map(|(i, token)| {
+            u16::try_from(token).map_err(|_| DataError::Token {
+                source_name: path.display().to_string(),
+                token,
+                position: i as u64,
+                vocab: 1 << 16,
+            })
+        })
+        .collect();
+    tokens.map(Part::from_tokens)
 }
 
 #[cfg(test)]
@@ -604,7 +807,7 @@ mod tests {
     }
 
     fn open(path: &Path, context: usize) -> Result<Corpus, DataError> {
-        Corpus::open(Some(path), &Tokenizer::new(), 50_257, context)
+        Corpus::open(Some(path), None, &Tokenizer::new(), 50_257, context)
     }
 
     fn all(part: &Part) -> Vec<i32> {
@@ -618,7 +821,7 @@ mod tests {
         let start = std::time::Instant::now();
         let t = Tokenizer::new();
         let built = start.elapsed();
-        let c = Corpus::open(None, &t, 50_257, 128).unwrap();
+        let c = Corpus::open(None, None, &t, 50_257, 128).unwrap();
         let (train, val) = (c.train.len(), c.validation.len());
         println!("{train} + {val} tokens, tokenizer {built:?}, all {:?}", start.elapsed());
         assert!(train > 500_000);
@@ -628,8 +831,8 @@ mod tests {
         c.validation.copy(0, &mut first).unwrap();
         assert_eq!(first, [EOT as i32]);
         assert!(matches!(
-            Corpus::open(None, &t, 50_256, 128),
-            Err(DataError::Token { token: EOT, position: 0, .. })
+            Corpus::open(None, None, &t, 50_256, 128),
+            Err(DataError::Token { token: 50_256, position: 0, .. })
         ));
     }
 
@@ -708,7 +911,9 @@ mod tests {
 
         let few = "first\n<|endoftext|>\nsecond <|endoftext|> inside\r\n<|endoftext|>\r\n \n\
                    <|endoftext|>";
-        assert_eq!(documents(few), ["first\n", "second <|endoftext|> inside\r\n"]);
+        let (found, note) = documents(Path::new("few.txt"), few, SpecialTokens::Text);
+        assert_eq!(found, ["first\n", "second <|endoftext|> inside\r\n"]);
+        assert_eq!(note, None);
         let c = open(&dir.file("few.txt", few.as_bytes()), 4).unwrap();
         let tokens = [all(&c.train), all(&c.validation)].concat();
         assert_eq!(tokens.iter().filter(|&&t| t == EOT as i32).count(), 2);
@@ -719,6 +924,111 @@ mod tests {
         let val: Vec<u32> = all(&c.validation).iter().map(|&t| t as u32).collect();
         let expected = "<|endoftext|>document number 9\n<|endoftext|>document number 19\n";
         assert_eq!(t.decode(&val), expected);
+    }
+
+    #[test]
+    fn ends_of_text_inside_lines() {
+        let path = Path::new("a.txt");
+        let text = "one<|endoftext|>\ntwo<|endoftext|>three\n<|endoftext|> \r\n\n<|endoftext|>four";
+        let (found, note) = documents(path, text, SpecialTokens::Parse);
+        assert_eq!(found, ["one", "two", "three\n", "four"]);
+        let note = note.unwrap();
+        assert!(note.contains("a.txt: 3 <|endoftext|>") && note.contains("--special-tokens text"));
+        // Where they have lines of their own both readings are one.
+        let lines = "a\n<|endoftext|>\nb\r\n<|endoftext|>\r\n\nc\n";
+        let both = [SpecialTokens::Parse, SpecialTokens::Text].map(|s| documents(path, lines, s));
+        assert_eq!(both[0], both[1]);
+        assert_eq!(both[0], (vec!["a\n", "b\r\n", "\nc\n"], None));
+
+        let dir = TempDir::new();
+        let path = dir.file("b.txt", "\u{feff}one<|endoftext|>two".as_bytes());
+        let t = Tokenizer::new().with_special_tokens(SpecialTokens::Parse);
+        let (part, _) = Corpus::whole(&path, None, &t, 50_257).unwrap();
+        let expected = [&[EOT][..], &t.encode("one"), &[EOT], &t.encode("two")].concat();
+        assert_eq!(all(&part), expected.iter().map(|&t| t as i32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn tokens_of_every_width() {
+        let dir = TempDir::new();
+        let tokens: Vec<i64> = (0..1000).map(|i| i * 7 % 500 + 20).collect();
+        let wide = |width: usize| -> Vec<u8> {
+            tokens.iter().flat_map(|t| t.to_le_bytes()[..width].to_vec()).collect()
+        };
+        let open = |path: &Path, token_type| {
+            Corpus::open(Some(path), token_type, &Tokenizer::new(), 50_257, 16)
+        };
+        let npy = |descr: &str, shape: &str, content: &[u8]| {
+            let mut head =
+                format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}");
+            while !(head.len() + 11).is_multiple_of(64) {
+                head.push(' ');
+            }
+            let mut out = b"\x93NUMPY\x01\0".to_vec();
+            out.extend((head.len() as u16 + 1).to_le_bytes());
+            [&out, head.as_bytes(), b"\n", content].concat()
+        };
+        for (width, token_type, descr) in [
+            (2, TokenType::U16, "<u2"),
+            (4, TokenType::U32, "<u4"),
+            (4, TokenType::I32, "<i4"),
+            (8, TokenType::I64, "<i8"),
+        ] {
+            // Asked for, whatever the name; NumPy's header; packed.
+            let bytes = wide(width);
+            let array = npy(descr, "(1000,)", &bytes);
+            let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            io::Write::write_all(&mut gz, &array).unwrap();
+            for (path, asked) in [
+                (dir.file("a.tokens", &bytes), Some(token_type)),
+                (dir.file("a.npy", &array), None),
+                (dir.file("a.npy.gz", &gz.finish().unwrap()), None),
+            ] {
+                let c = open(&path, asked).unwrap();
+                let found = [all(&c.train), all(&c.validation)].concat();
+                assert!(found.iter().zip(&tokens).all(|(a, b)| i64::from(*a) == *b), "{path:?}");
+                assert_eq!(found.len(), 1000);
+            }
+            // Wider numbers than asked for are noticed, of few tokens too.
+            let looks = if token_type == TokenType::I32 { TokenType::U32 } else { token_type };
+            for n in [10, 1000] {
+                let path = dir.file("a.bin", &bytes[..n * width]);
+                match Corpus::whole(&path, None, &Tokenizer::new(), 50_257) {
+                    Ok((part, _)) => assert_eq!((part.len(), width), (n as u64, 2)),
+                    Err(e) => {
+                        let way_out = format!("Use --token-type {looks},");
+                        assert!(width > 2 && e.to_string().contains(&way_out), "{e}");
+                    }
+                }
+            }
+        }
+        // What was asked for is right, even if it looks wrong.
+        let path = dir.file("b.bin", &wide(4));
+        assert_eq!(open(&path, Some(TokenType::U16)).unwrap().train.len(), 1800);
+        // A vocabulary of more than 16 bits has high halves that are not 0.
+        let large: Vec<u8> = (0..500_u32).flat_map(|i| (i * 301).to_le_bytes()).collect();
+        let e = open(&dir.file("c.bin", &large), None).unwrap_err();
+        assert!(matches!(e, DataError::Wide { found: TokenType::U32, .. }), "{e}");
+        let e = open(&dir.file("c.bin", &large), Some(TokenType::U32)).unwrap_err();
+        assert!(matches!(e, DataError::Token { token: 50_267, position: 167, .. }), "{e}");
+        let llama = with_header(MAGIC_U32, 7, 1000, &wide(4));
+        assert_eq!(open(&dir.file("d.bin", &llama), None).unwrap().train.len(), 900);
+        for (name, content, asked, message) in [
+            ("e.bin", llama, Some(TokenType::U16), "expected u32, as the header says, found u16"),
+            ("e.bin", wide(4)[..3999].to_vec(), Some(TokenType::I32), "expected a multiple of 4"),
+            ("e.npy", npy(">u2", "(1000,)", &wide(2)), None, "found '>u2'"),
+            ("e.npy", npy("<u2", "(10, 100)", &wide(2)), None, "one dimension, found (10, 100)"),
+            ("e.npy", npy("<u2", "(1001,)", &wide(2)), None, "expected 1001, as the header says"),
+            ("e.npy", b"\x93NUMPY\x01\0\xff\xff{".to_vec(), None, "header"),
+            ("e.npy", b"no array".to_vec(), None, "expected NumPy's header"),
+            ("e.bin", wide(8)[..7996].to_vec(), Some(TokenType::I64), "a multiple of 8"),
+        ] {
+            let error = open(&dir.file(name, &content), asked).unwrap_err().to_string();
+            assert!(error.contains(message), "{name}: {error}");
+        }
+        let minus = [1_i64, 2, -100].map(i64::to_le_bytes).concat().repeat(20);
+        let error = open(&dir.file("f.bin", &minus), Some(TokenType::I64)).unwrap_err();
+        assert!(error.to_string().contains("token -100 at position 2"), "{error}");
     }
 
     #[test]

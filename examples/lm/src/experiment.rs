@@ -135,6 +135,7 @@ fn scores(
                 task: base.task,
                 data: data.clone(),
                 pairs: base.pairs.clone(),
+                text: base.text,
                 decoding: args.decoding,
                 output: Some(dir.join("texts.txt")),
                 inference: Inference::Float,

@@ -41,7 +41,7 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Summary, Failure> {
     // Dropout is a choice of the training; the file's is what somebody else chose.
     config.set_dropout(args.run.dropout);
     config.bdia = Some(args.run.mode.training()?);
-    let tokenizer = Tokenizer::new();
+    let tokenizer = args.text.tokenizer();
     let (source, context) = open(&mut args, &config, &tokenizer)?;
     let lesson = Lesson {
         run: args.run.clone(),
@@ -95,9 +95,15 @@ fn open(
         }
         None => {
             let context = asked.unwrap_or(config.n_positions);
+            let (token_type, vocab) = (args.token_type, config.vocab_size);
+            let told = |note: Option<String>| note.iter().for_each(|n| report::note!("{n}"));
             let (train, validation) = match &args.validation {
                 Some(path) => {
-                    let whole = |path: &Path| Corpus::whole(path, tokenizer, config.vocab_size);
+                    let whole = |path: &Path| {
+                        let (part, note) = Corpus::whole(path, token_type, tokenizer, vocab)?;
+                        told(note);
+                        Ok::<_, DataError>(part)
+                    };
                     let train = whole(&data)?;
                     if train.len() <= context as u64 {
                         let (source_name, tokens) = (data.display().to_string(), train.len());
@@ -106,7 +112,8 @@ fn open(
                     (train, whole(path)?)
                 }
                 None => {
-                    let corpus = Corpus::open(Some(&data), tokenizer, config.vocab_size, context)?;
+                    let corpus = Corpus::open(Some(&data), token_type, tokenizer, vocab, context)?;
+                    told(corpus.note);
                     (corpus.train, corpus.validation)
                 }
             };

@@ -16,6 +16,7 @@ use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::gpt2::files::{load_weights, save_weights};
 use bdia_models::gpt2::model::{Gpt2, Setup};
 use bdia_models::inference::Inference;
+use bdia_models::input;
 use bdia_models::sample::Sampler;
 use bdia_models::search::Length;
 use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
@@ -29,7 +30,7 @@ use bdia_train::{ranks, run};
 use serde_json::json;
 
 use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PlanArgs, TrainArgs};
-use crate::data::{Corpus, Part};
+use crate::data::{Corpus, DataError, Part};
 use crate::pairs::Examples;
 use crate::train;
 
@@ -192,7 +193,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let config = Gpt2Config::read_dir(&args.weights)?;
     let asked = args.context.map(|c| c as usize);
     let context = asked.or_else(|| trained_context(&args.weights)).unwrap_or(config.n_positions);
-    let tokenizer = Tokenizer::new();
+    let tokenizer = args.text.tokenizer();
     let (part, name, context, windows) = match (&args.data, args.pairs.columns(args.task)) {
         (Some(path), Some(columns)) => {
             let mut pairs = Examples::open(
@@ -215,13 +216,19 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             (Data::Pairs(pairs), path.display().to_string(), context, windows)
         }
         (Some(path), None) => {
-            let part = Corpus::whole(path, &tokenizer, config.vocab_size)?;
+            let vocab = config.vocab_size;
+            let (part, note) = Corpus::whole(path, args.token_type, &tokenizer, vocab)?;
+            note.iter().for_each(|note| report::note!("{note}"));
             let windows = part.windows(context).len().max(1);
             (Data::Text(part), path.display().to_string(), context, windows)
         }
         (None, _) => {
-            let trained = run_of(&args.weights).and_then(|r| r.data);
-            let corpus = Corpus::open(trained.as_deref(), &tokenizer, config.vocab_size, context)?;
+            // As the run read it.
+            let run = run_of(&args.weights);
+            let data = run.as_ref().and_then(|r| r.data.as_deref());
+            let token_type = run.as_ref().and_then(|r| r.token_type);
+            let tokenizer = run.as_ref().map_or(tokenizer, |r| r.text.tokenizer());
+            let corpus = Corpus::open(data, token_type, &tokenizer, config.vocab_size, context)?;
             let windows = corpus.validation.windows(context).len().max(1);
             (
                 Data::Text(corpus.validation),
@@ -242,14 +249,26 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
 fn prompts(args: &GenerateArgs) -> Result<Vec<String>, Failure> {
     let Some(path) = &args.prompts else { return Ok(vec![args.prompt.clone()]) };
     let wrong = |what: String| Failure::Other(format!("{}: {what}", path.display()));
-    let text = String::from_utf8(read_limited(path, 1 << 30)?).map_err(|e| {
-        wrong(format!("not UTF-8 text from byte {} on", e.utf8_error().valid_up_to()))
-    })?;
-    let lines: Vec<_> = text.trim_start_matches('\u{feff}').lines().map(str::to_owned).collect();
+    let text = input::read_text(path, 1 << 30).map_err(DataError::from)?;
+    let lines: Vec<_> = text.lines().map(str::to_owned).collect();
     if lines.is_empty() {
         Err(wrong("empty, expected one prompt in each line".into()))
     } else {
         Ok(lines)
+    }
+}
+
+/// Tells of prompts that are longer than the model's context: it sees only their ends.
+pub(crate) fn tell_long(prompts: &[Vec<i32>], context: usize) {
+    let mut long = prompts.iter().map(Vec::len).enumerate().filter(|&(_, n)| n > context);
+    if let Some((first, tokens)) = long.next() {
+        report::note!(
+            "{} of {} prompt(s) have more tokens than the context, which is {context}: the model \
+             sees only the last {context} of each; prompt {} has {tokens}",
+            1 + long.count(),
+            prompts.len(),
+            first + 1
+        );
     }
 }
 
@@ -353,7 +372,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     }
     let texts = prompts(args)?;
     let lines: Vec<_> = texts.iter().map(String::as_str).collect();
-    let mut prompts: Vec<Vec<i32>> = (Tokenizer::new().encode_all(&lines).into_iter())
+    let mut prompts: Vec<Vec<i32>> = (args.text.tokenizer().encode_all(&lines).into_iter())
         .map(|tokens| tokens.into_iter().map(|t| t as i32).collect())
         .collect();
     // An empty prompt is the start of a document.
@@ -374,6 +393,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     };
     let context =
         trained_context(&args.weights).unwrap_or(config.n_positions).min(config.n_positions);
+    tell_long(&prompts, context);
     let beams = args.beams.unwrap_or(1) as usize;
     let sizes = Sizes::of(&prompts, args.batch as usize, beams, decoding.tokens, context);
     let (model, decoder, layout) = lay_out_decoder(&config, &args.machine, sizes)?;

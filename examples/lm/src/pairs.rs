@@ -7,6 +7,9 @@
 //! | `.tsv` | a header, tabs, no quotes |
 //! | `.jsonl` | one object with two strings a line |
 //!
+//! A file may be packed with gzip (`.csv.gz`), which its content tells. Empty lines and pairs
+//! without a completion are skipped; the latter are counted.
+//!
 //! An example is `prompt \n completion <|endoftext|>`; prompt and completion become tokens
 //! separately, so that a model that is given `prompt \n` goes on from the tokens it was trained on.
 //! Samples have one length: short examples are padded at their end, where causal attention does not
@@ -16,9 +19,9 @@
 use std::path::{Path, PathBuf};
 
 use bdia_core::rng::{Draw, Stream};
-use bdia_models::files::{FileError, read_limited};
+use bdia_models::input::{self, InputError, list};
 use bdia_models::tokenizer::{EOT, Tokenizer};
-use bdia_train::Failure;
+use bdia_train::{Failure, report};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -43,25 +46,15 @@ const LIMIT: u64 = 4 << 30;
 /// A file of pairs that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PairsError {
-    /// The file could not be read.
+    /// The file could not be read or unpacked, or is no text.
     #[error(transparent)]
-    File(#[from] FileError),
+    Input(#[from] InputError),
     /// A name that says nothing about the content.
-    #[error("{}: expected a file whose name ends in .csv, .tsv or .jsonl", .0.display())]
-    Kind(PathBuf),
-    /// It is not text.
     #[error(
-        "{}, line {line}: not valid UTF-8{hint}; convert the file, for example with iconv",
-        path.display()
+        "{}: expected a file whose name ends in .csv, .tsv or .jsonl, or one of them and .gz",
+        .0.display()
     )]
-    Encoding {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// What it may be.
-        hint: &'static str,
-    },
+    Kind(PathBuf),
     /// A column is missing.
     #[error("{}: no column \"{expected}\"; the columns are {}", path.display(), list(found))]
     Column {
@@ -89,17 +82,6 @@ pub enum PairsError {
         line: u64,
         /// What is wrong.
         what: String,
-    },
-    /// There is nothing to learn.
-    #[error(
-        "{}, line {line}: the completion is empty; remove the pair or complete it",
-        path.display()
-    )]
-    Empty {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: u64,
     },
     /// There are no pairs.
     #[error("{}: no pairs{why}", path.display())]
@@ -130,15 +112,6 @@ impl From<PairsError> for Failure {
     }
 }
 
-/// Names in a message; from outside, so there may be many and long ones.
-fn list(names: &[String]) -> String {
-    if names.is_empty() {
-        return "none".into();
-    }
-    let short = |n: &String| format!("\"{}\"", n.chars().take(60).collect::<String>());
-    names.iter().take(20).map(short).collect::<Vec<_>>().join(", ")
-}
-
 /// A prompt and what is to be written after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pair {
@@ -164,57 +137,62 @@ impl PairColumns {
     }
 }
 
-/// All pairs of a file.
+/// The pairs of a file, and how many had nothing to learn.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pairs {
+    /// Those with a completion.
+    pub pairs: Vec<Pair>,
+    /// Lines of those without, from 1.
+    pub skipped: Vec<u64>,
+}
+
+impl Pairs {
+    fn push(&mut self, line: u64, prompt: &str, completion: &str) {
+        let [prompt, completion] = [prompt, completion].map(|s| s.trim().to_string());
+        if completion.is_empty() {
+            self.skipped.push(line);
+        } else {
+            self.pairs.push(Pair { prompt, completion });
+        }
+    }
+}
+
+/// All pairs of a file; tells how many were skipped.
 ///
 /// # Errors
 /// [`PairsError`] names file and line.
 pub fn read(path: &Path, columns: &PairColumns) -> Result<Vec<Pair>, PairsError> {
-    parse(path, read_limited(path, LIMIT)?, columns)
+    let Pairs { pairs, skipped } = parse(path, input::read(path, LIMIT)?, columns)?;
+    if let Some(first) = skipped.first() {
+        report::note!(
+            "{}: {} pair(s) without a completion are skipped, the first in line {first}",
+            path.display(),
+            skipped.len()
+        );
+    }
+    Ok(pairs)
 }
 
-/// All pairs of a file with these bytes; its name says what it is.
+/// All pairs of a file with these bytes, packed or plain; its name says what it is.
 ///
 /// # Errors
 /// [`PairsError`] names file and line.
-pub fn parse(path: &Path, bytes: Vec<u8>, columns: &PairColumns) -> Result<Vec<Pair>, PairsError> {
-    let kind = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
-    let text = text(path, bytes)?;
-    let pairs = match kind.as_str() {
+pub fn parse(path: &Path, bytes: Vec<u8>, columns: &PairColumns) -> Result<Pairs, PairsError> {
+    let text = input::text(path, input::unpack(path, bytes, LIMIT)?)?;
+    let pairs = match input::ending(path).as_str() {
         "csv" => table(path, &text, columns, b',')?,
         "tsv" => table(path, &text, columns, b'\t')?,
         "jsonl" => lines(path, &text, columns)?,
         _ => return Err(PairsError::Kind(path.into())),
     };
-    if pairs.is_empty() {
-        Err(PairsError::None { path: path.into(), why: String::new() })
+    if pairs.pairs.is_empty() {
+        let why = match pairs.skipped.len() {
+            0 => String::new(),
+            n => format!(": the {n} that are there have no completion"),
+        };
+        Err(PairsError::None { path: path.into(), why })
     } else {
         Ok(pairs)
-    }
-}
-
-fn text(path: &Path, bytes: Vec<u8>) -> Result<String, PairsError> {
-    let mut text = String::from_utf8(bytes).map_err(|e| {
-        let bytes = e.as_bytes();
-        let good = &bytes[..e.utf8_error().valid_up_to()];
-        let wide = bytes.starts_with(&[0xFF, 0xFE]) || bytes.starts_with(&[0xFE, 0xFF]);
-        PairsError::Encoding {
-            path: path.into(),
-            line: 1 + good.iter().filter(|&&b| b == b'\n').count(),
-            hint: if wide { " (it begins like UTF-16)" } else { "" },
-        }
-    })?;
-    if text.starts_with('\u{feff}') {
-        text.drain(..'\u{feff}'.len_utf8());
-    }
-    Ok(text)
-}
-
-fn pair(path: &Path, line: u64, prompt: &str, completion: &str) -> Result<Pair, PairsError> {
-    let [prompt, completion] = [prompt, completion].map(|s| s.trim().to_string());
-    if completion.is_empty() {
-        Err(PairsError::Empty { path: path.into(), line })
-    } else {
-        Ok(Pair { prompt, completion })
     }
 }
 
@@ -223,7 +201,7 @@ fn table(
     text: &str,
     columns: &PairColumns,
     delimiter: u8,
-) -> Result<Vec<Pair>, PairsError> {
+) -> Result<Pairs, PairsError> {
     let quotes = delimiter == b',';
     if quotes && let Some(line) = open_quote(text) {
         let what = "the quote that opens here is never closed".into();
@@ -231,8 +209,9 @@ fn table(
     }
     let mut reader =
         csv::ReaderBuilder::new().delimiter(delimiter).quoting(quotes).from_reader(text.as_bytes());
+    let line_of = |p: &csv::Position| input::line_of_row(text, p.byte(), p.line());
     let failed = |e: csv::Error| {
-        let line = e.position().map_or(1, csv::Position::line);
+        let line = e.position().map_or(1, line_of);
         let what = match e.kind() {
             csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
                 format!("{len} column(s), expected {expected_len} as in the header")
@@ -256,11 +235,11 @@ fn table(
         }
     };
     let (prompt, completion) = (place(&columns.prompt)?, place(&columns.completion)?);
-    let mut pairs = Vec::new();
+    let mut pairs = Pairs::default();
     for record in reader.records() {
         let record = record.map_err(failed)?;
-        let line = record.position().map_or(0, csv::Position::line);
-        pairs.push(pair(path, line, &record[prompt], &record[completion])?);
+        let line = record.position().map_or(0, line_of);
+        pairs.push(line, &record[prompt], &record[completion]);
     }
     Ok(pairs)
 }
@@ -284,8 +263,8 @@ fn open_quote(text: &str) -> Option<u64> {
     quoted.then_some(opened)
 }
 
-fn lines(path: &Path, text: &str, columns: &PairColumns) -> Result<Vec<Pair>, PairsError> {
-    let mut pairs = Vec::new();
+fn lines(path: &Path, text: &str, columns: &PairColumns) -> Result<Pairs, PairsError> {
+    let mut pairs = Pairs::default();
     for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         let number = i as u64 + 1;
         let wrong = |what: String| PairsError::Row { path: path.into(), line: number, what };
@@ -299,7 +278,7 @@ fn lines(path: &Path, text: &str, columns: &PairColumns) -> Result<Vec<Pair>, Pa
                 Err(wrong(format!("no \"{name}\"; the names are {}", list(&found))))
             }
         };
-        pairs.push(pair(path, number, of(&columns.prompt)?, of(&columns.completion)?)?);
+        pairs.push(number, of(&columns.prompt)?, of(&columns.completion)?);
     }
     Ok(pairs)
 }
@@ -513,7 +492,7 @@ mod tests {
     fn pairs(name: &str, content: &[u8]) -> Result<Vec<(String, String)>, String> {
         let read =
             parse(Path::new(name), content.to_vec(), &columns()).map_err(|e| e.to_string())?;
-        Ok(read.into_iter().map(|p| (p.prompt, p.completion)).collect())
+        Ok(read.pairs.into_iter().map(|p| (p.prompt, p.completion)).collect())
     }
 
     #[test]
@@ -540,6 +519,12 @@ mod tests {
             pairs("x.jsonl", json.as_bytes()).unwrap(),
             own(&[("", "x\ny"), ("p", "\u{e9}")])
         );
+        // What is packed, and pairs of which there is nothing to learn.
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut gz, b"a,q\n1,2\n\n ,3\n4,\n").unwrap();
+        let read = parse(Path::new("x.csv.gz"), gz.finish().unwrap(), &columns()).unwrap();
+        assert_eq!(read.skipped, [4]);
+        assert_eq!(read.pairs.iter().map(|p| &*p.prompt).collect::<Vec<_>>(), ["2", ""]);
     }
 
     #[test]
@@ -549,7 +534,7 @@ mod tests {
             ("x.csv", b"", "no column \"q\"; the columns are none"),
             ("x.csv", b"q,a,a\n1,2,3\n", "the column \"a\" comes twice"),
             ("x.csv", b"q,a\n1,2\n3\n", "line 3: 1 column(s), expected 2 as in the header"),
-            ("x.csv", b"q,a\n1,2\n3,\" \"\n", "line 3: the completion is empty"),
+            ("x.csv", b"q,a\n1,\n3,\" \"\n", "no pairs: the 2 that are there have no completion"),
             (
                 "x.csv",
                 b"q,a\n1,2\n3,\"4\n5,6\n",
@@ -566,7 +551,7 @@ mod tests {
             ),
             ("x.jsonl", b"{\"q\":\"1\",\"a\":2}", "line 1: \"a\" is not a string"),
             ("x.jsonl", b"[]", "line 1: not a JSON object"),
-            ("x.jsonl", b"{\"q\":\"1\",\"a\":\"\"}", "line 1: the completion is empty"),
+            ("x.jsonl", b"{\"q\":\"1\",\"a\":\"\"}", "no pairs: the 1"),
             ("x.jsonl", b"\n \n", "no pairs"),
             ("x.txt", b"q,a\n1,2\n", ".csv, .tsv or .jsonl"),
         ] {

@@ -161,12 +161,13 @@ pub fn measure(args: &ScoreArgs) -> Result<Option<Found>, Failure> {
     args.adapter.as_deref().map(|dir| Adapter::open(dir, &config)).transpose()?;
     let pairs = pairs::read(&args.data, &columns)?;
     let groups = some(grouped(&pairs), args.decoding.prompts);
-    let tokenizer = Tokenizer::new();
+    let tokenizer = args.text.tokenizer();
     let prompts: Vec<Vec<i32>> = (groups.iter())
         .map(|(prompt, _)| {
             pairs::prompt_tokens(&tokenizer, prompt).into_iter().map(|t| t as i32).collect()
         })
         .collect();
+    inference::tell_long(&prompts, config.n_positions);
     let DecodingArgs { beams, length_penalty, no_repeat_ngram, tokens, prompts_at_once, .. } =
         args.decoding;
     let decoding = Decoding {

@@ -19,7 +19,7 @@ use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
 use bdia_train::checkpoint::Header;
 use bdia_train::machine::{self, for_kind};
 use bdia_train::trainer::{self, Planned, Settings, Summary, Task, Validation, When, fixed_choice};
-use bdia_train::{Failure, ranks, run};
+use bdia_train::{Failure, ranks, report, run};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::cli::{FinetuneArgs, TrainArgs};
@@ -95,7 +95,7 @@ pub struct Learner {
 pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     let (mut args, from) = run::begin(args)?;
     let joined = ranks::join(&args.run.machine)?;
-    let tokenizer = Tokenizer::new();
+    let tokenizer = args.text.tokenizer();
     let mut config = match (&args.weights, &from) {
         (_, Some(_)) => Gpt2Config::read_dir(&args.run.out)?,
         (Some(dir), None) => {
@@ -108,7 +108,9 @@ pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     };
     config.bdia = Some(args.run.mode.training()?);
     let context = args.model.context.map_or(config.n_positions, |c| c as usize);
-    let corpus = Corpus::open(args.data.as_deref(), &tokenizer, config.vocab_size, context)?;
+    let (data, vocab) = (args.data.as_deref(), config.vocab_size);
+    let corpus = Corpus::open(data, args.token_type, &tokenizer, vocab, context)?;
+    corpus.note.iter().for_each(|note| report::note!("{note}"));
     args.run.count_passes(corpus.train.len() as f64 / context as f64)?;
     let batches = batches(&args.run, args.order, context);
     let name = corpus.name.to_string();

@@ -52,10 +52,12 @@ fn unusable_data() {
     };
     let mut large = tokens.clone();
     large[4001] = 9;
-    let cases: [(&str, Vec<u8>, &[&str]); 9] = [
+    let wide: Vec<u8> = tokens.as_chunks::<2>().0.iter().flat_map(|t| [t[0], t[1], 0, 0]).collect();
+    let cases: [(&str, Vec<u8>, &[&str]); 10] = [
+        ("wide.bin", wide, &["as if it were a part of a u32", "Use --token-type u32,"]),
         ("empty.bin", vec![], &["empty"]),
         ("empty.txt", vec![], &["empty"]),
-        ("binary.txt", vec![0xff, 0xfe, 0, 1], &["not UTF-8", "byte 0"]),
+        ("binary.txt", vec![0xff, 0xfe, 0, 1], &["not valid UTF-8", "byte 0", "UTF-16"]),
         ("short.txt", b"a few words".to_vec(), &["expected at least 17", "--context"]),
         ("short.bin", tokens[..30].to_vec(), &["expected at least 17", "--context"]),
         ("odd.bin", tokens[..4001].to_vec(), &["4001 bytes", "even"]),
@@ -375,13 +377,66 @@ fn text_from_many_prompts() {
     }
     for (name, bytes, words) in [
         ("empty", &b""[..], &["empty", "one prompt in each line"][..]),
-        ("binary", b"ab\xff", &["binary", "not UTF-8 text from byte 2 on"]),
+        ("binary", b"ab\xff", &["binary, line 1", "not valid UTF-8", "byte 2"]),
     ] {
         bad(other("generate", &out, "--prompts").arg(dir.file(name, bytes)), words);
     }
     bad(other("generate", &out, "--prompts").arg(dir.at("missing")), &["missing", "cannot open"]);
     bad(&mut other("generate", &out, "--memory 1000"), &["1000", "smallest plan needs"]);
     bad(&mut other("generate", &out, "--beams 3 --top-k 5"), &["--top-k", "cannot be used with"]);
+}
+
+/// The same tokens, however they are stored, make the same run; and what is noticed in a text or of
+/// a prompt is told.
+#[test]
+fn data_as_it_comes() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let tokens = std::fs::read(&data).unwrap();
+    let wide: Vec<u8> =
+        tokens.as_chunks::<2>().0.iter().flat_map(|t| [t[0], t[1], 0, 0, 0, 0, 0, 0]).collect();
+    let packed = |bytes: &[u8]| {
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut gz, bytes).unwrap();
+        gz.finish().unwrap()
+    };
+    let (one, out) = (dir.at("one"), dir.at("out"));
+    good(&mut train(&data, &one, FLAGS));
+    for (name, bytes, flags) in [
+        ("wide.tokens", wide.clone(), "--token-type i64"),
+        ("packed.bin.gz", packed(&tokens), ""),
+        ("packed.wide", packed(&wide), "--token-type i64"),
+    ] {
+        good(&mut train(&dir.file(name, &bytes), &out, &format!("{FLAGS} {flags}")));
+        assert_eq!(metrics(&one), metrics(&out), "{name}");
+        // `eval` reads the validation part as the run did.
+        let loss = |of: &Path| good(&mut other("eval", of, "--json")).json();
+        assert_eq!(loss(&one), loss(&out), "{name}");
+    }
+
+    let text = "One river.<|endoftext|>\nTwo old towns<|endoftext|>and a tavern.\n".repeat(20);
+    let text = dir.file("text.txt.gz", &packed(text.as_bytes()));
+    let train = |special: &str| {
+        let small = "--layers 1 --heads 1 --width 8 --context 8 --batch 2 --steps 1 --sample 0";
+        let mut c = program();
+        c.arg("train").args(small.split(' ')).args(["--special-tokens", special]);
+        good(c.arg("--data").arg(&text).arg("--out").arg(&out)).err
+    };
+    let (as_text, parsed) = (train("text"), train("parse"));
+    assert!(parsed.contains("40 <|endoftext|> inside lines") && !as_text.contains("inside lines"));
+    // One token, or punctuation, in the prompt too; then it is longer than the context.
+    let generate = |special: &str, prompt: &str| {
+        let flags = format!("--json --tokens 1 --beams 1 --special-tokens {special} --prompt");
+        good(other("generate", &out, &flags).arg(prompt)).err
+    };
+    let prompt = "<|endoftext|>".repeat(3);
+    assert!(!generate("parse", &prompt).contains("context"));
+    let told = generate("text", &prompt);
+    assert!(told.contains("context, which is 8") && told.contains("prompt 1 has 19"), "{told}");
+    let pairs = dir.file("pairs.csv.gz", &packed(b"prompt,completion\na,b\n,\nc,\nd e,f\n"));
+    let mut c = other("score", &out, "--task pairs --beams 1 --tokens 1 --threads 1 --data");
+    let told = good(c.arg(&pairs)).err;
+    assert!(told.contains("2 pair(s) without a completion are skipped, the first in line 3"));
 }
 
 /// A new run in the directory of another takes its place as a whole: nothing of the old one is gone

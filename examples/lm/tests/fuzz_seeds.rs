@@ -43,6 +43,11 @@ fn tokens() {
 }
 
 #[test]
+fn packed() {
+    all("packed", targets::packed);
+}
+
+#[test]
 fn pairs() {
     all("pairs", targets::pairs);
 }
@@ -73,16 +78,19 @@ fn good_seeds_are_accepted() {
     assert!(targets::accepted(&seed("checkpoint", "good")));
     for (name, offset) in [("plain", 0), ("llm_c", 1024)] {
         let bytes = seed("tokens", name);
-        assert_eq!(
-            bdia_lm::data::token_layout(path, &bytes, bytes.len() as u64).unwrap(),
-            (offset, 24)
-        );
+        let layout = bdia_lm::data::token_layout(path, &bytes, bytes.len() as u64, None).unwrap();
+        assert_eq!((layout.offset, layout.tokens), (offset, 24));
     }
+    let bytes = seed("tokens", "numpy");
+    let layout = bdia_lm::data::token_layout(path, &bytes, bytes.len() as u64, None).unwrap();
+    assert_eq!((layout.offset, layout.tokens, layout.token_type.bytes()), (128, 24, 4));
+    let bytes = bdia_models::input::unpack(path, seed("packed", "members"), 1 << 16).unwrap();
+    assert_eq!(bdia_models::input::text(path, bytes).unwrap(), "one\ntwo\n");
     let columns = bdia_lm::pairs::PairColumns { prompt: "q".into(), completion: "a".into() };
     for (name, pairs) in [("csv", 2), ("tsv", 1), ("jsonl", 2)] {
         let path = Path::new("seed").with_extension(name);
         assert_eq!(
-            bdia_lm::pairs::parse(&path, seed("pairs", name), &columns).unwrap().len(),
+            bdia_lm::pairs::parse(&path, seed("pairs", name), &columns).unwrap().pairs.len(),
             pairs
         );
     }

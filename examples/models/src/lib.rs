@@ -6,6 +6,7 @@ pub mod config;
 pub mod files;
 pub mod gpt2;
 pub mod inference;
+pub mod input;
 pub mod named;
 pub mod plan;
 pub mod sample;

@@ -19,10 +19,23 @@ pub const EOT_TEXT: &str = "<|endoftext|>";
 /// Text is encoded in pieces of about this many bytes, each on any thread.
 const PIECE: usize = 1 << 16;
 
+/// What `<|endoftext|>` within a text is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpecialTokens {
+    /// The end-of-text token, as Hugging Face's tokenizers have it.
+    Parse,
+    /// Text like any other.
+    Text,
+}
+
 /// The tokenizer.
+///
+/// A run of letters, digits, or other characters that nothing interrupts is merged as a whole, in
+/// n log n steps for n bytes: a megabyte of DNA gets the tokens that GPT-2's encoding defines.
 #[derive(Clone, Copy)]
 pub struct Tokenizer {
     bpe: &'static CoreBPE,
+    special: SpecialTokens,
 }
 
 impl core::fmt::Debug for Tokenizer {
@@ -38,26 +51,44 @@ impl Default for Tokenizer {
 }
 
 impl Tokenizer {
-    /// GPT-2's tokenizer, built at its first use.
+    /// GPT-2's tokenizer, built at its first use. `<|endoftext|>` is text like any other.
     pub fn new() -> Self {
-        Self { bpe: r50k_base_singleton() }
+        Self { bpe: r50k_base_singleton(), special: SpecialTokens::Text }
     }
 
-    /// Encodes text on all threads of the current pool. `<|endoftext|>` in the text is text like
-    /// any other.
+    /// The same with another meaning of `<|endoftext|>`.
+    #[must_use]
+    pub const fn with_special_tokens(self, special: SpecialTokens) -> Self {
+        Self { special, ..self }
+    }
+
+    /// What `<|endoftext|>` within a text is.
+    pub const fn special_tokens(&self) -> SpecialTokens {
+        self.special
+    }
+
+    /// Encodes text on all threads of the current pool.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         self.encode_all(&[text]).pop().unwrap_or_default()
     }
 
     /// Encodes many texts on all threads of the current pool.
     pub fn encode_all(&self, texts: &[&str]) -> Vec<Vec<u32>> {
-        let pieces: Vec<(usize, &str)> = texts
-            .iter()
-            .enumerate()
-            .flat_map(|(i, t)| pieces(t).into_iter().map(move |p| (i, p)))
-            .collect();
+        // The end-of-text token is a piece without text.
+        let mut pieces: Vec<(usize, Option<&str>)> = Vec::new();
+        for (i, text) in texts.iter().enumerate() {
+            let parts = match self.special {
+                SpecialTokens::Parse => text.split(EOT_TEXT).collect(),
+                SpecialTokens::Text => vec![*text],
+            };
+            for (n, part) in parts.into_iter().enumerate() {
+                pieces.extend((n > 0).then_some((i, None)));
+                pieces.extend(cut(part).into_iter().map(|piece| (i, Some(piece))));
+            }
+        }
+        let encode = |piece: Option<&str>| piece.map(|piece| self.bpe.encode_ordinary(piece));
         let encoded: Vec<Vec<u32>> =
-            pieces.par_iter().map(|(_, piece)| self.bpe.encode_ordinary(piece)).collect();
+            pieces.par_iter().map(|(_, piece)| encode(*piece).unwrap_or(vec![EOT])).collect();
         let mut all = vec![Vec::new(); texts.len()];
         for ((i, _), tokens) in pieces.iter().zip(encoded) {
             all[*i].extend(tokens);
@@ -153,7 +184,7 @@ impl Tokenizer {
 /// - before the last character of a run of whitespace: what precedes it is one match, with the rest
 ///   of the text or without. Long runs must be cut there, because the pattern's backtracking over
 ///   them overflows.
-fn pieces(text: &str) -> Vec<&str> {
+fn cut(text: &str) -> Vec<&str> {
     const LONG_RUN: usize = 1024;
     let mut all = Vec::with_capacity(text.len() / PIECE + 1);
     let (mut start, mut run, mut last) = (0, 0, 0);
@@ -227,6 +258,44 @@ mod tests {
         assert_eq!(t.encode(""), [0_u32; 0]);
         assert_eq!(t.decode(&[EOT]), EOT_TEXT);
         assert!(t.encode(EOT_TEXT).len() > 1);
+        let t = t.with_special_tokens(SpecialTokens::Parse);
+        assert_eq!(
+            t.encode("Hello<|endoftext|>, world!<|endoftext|>"),
+            [15496, EOT, 11, 995, 0, EOT]
+        );
+        assert_eq!(t.encode_all(&["", EOT_TEXT, "!"]), [vec![], vec![EOT], vec![0]]);
+    }
+
+    /// Long runs without a space have the tokens that the merges give, one after the other.
+    #[test]
+    fn long_runs_are_merged_like_short_ones() {
+        let t = Tokenizer::new();
+        let tokens: Vec<Vec<u8>> = (0..EOT).map(|t| Tokenizer::new().decode_bytes(&[t])).collect();
+        let ranks: HashMap<&[u8], usize> =
+            tokens.iter().enumerate().map(|(r, t)| (t.as_slice(), r)).collect();
+        let stream = bdia_core::rng::Stream::new(6, 0, 0, 0, 0, bdia_core::rng::Draw::Data);
+        let run = |n: u32, of: &[u8]| -> String {
+            (0..n).map(|i| char::from(of[stream.below(i, of.len() as u32) as usize])).collect()
+        };
+        for (of, len) in [
+            (&b"ACGT"[..], 1_000_000),
+            (b"^", 1_000_000),
+            (b"0123456789", 1_000_000),
+            (b"aeiounst", 9),
+        ] {
+            let short = run(2000, of);
+            let ends = merge(short.as_bytes(), usize::MAX, &ranks);
+            let mut start = 0;
+            let expected: Vec<u32> = (ends.into_iter())
+                .map(|end| {
+                    let token = ranks[&short.as_bytes()[core::mem::replace(&mut start, end)..end]];
+                    token as u32
+                })
+                .collect();
+            assert_eq!(t.encode(&short), expected);
+            let long = run(len, of);
+            assert_eq!(t.decode(&t.encode(&long)), long);
+        }
     }
 
     #[test]
@@ -254,8 +323,8 @@ mod tests {
         let long = ["x", &" ".repeat(3000), "y", &"\n".repeat(1025), ".", &"\u{2003}".repeat(1024)]
             .concat();
         let text = [words(80_000), long.clone(), words(500), long].concat();
-        assert!(pieces(&text).len() > 2);
-        assert_eq!(pieces(&text).concat(), text);
+        assert!(cut(&text).len() > 2);
+        assert_eq!(cut(&text).concat(), text);
         assert_eq!(t.encode(&text), t.bpe.encode_ordinary(&text));
     }
 

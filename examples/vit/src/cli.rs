@@ -43,14 +43,14 @@ pub enum AugmentKind {
 /// Flags of `train`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct TrainArgs {
-    /// Directory of CIFAR-10 or CIFAR-100 (binary), IDX files (MNIST), or class folders [default:
-    /// the UCI digits, which are built in]
+    /// Directory of CIFAR-10 or CIFAR-100 (binary), IDX files (MNIST), or class folders, alone or in
+    /// folders for training, validation and testing [default: the UCI digits, which are built in]
     #[arg(long, value_name = "DIR", help_heading = "Data")]
     pub data: Option<PathBuf>,
     /// Train on so many images only, as many of each class
     #[arg(long, value_name = "N", value_parser = count(1 << 32), help_heading = "Data")]
     pub train_subset: Option<u64>,
-    /// Hold out so many images only
+    /// Hold out so many images only, of validation and test images each
     #[arg(long, value_name = "N", value_parser = count(1 << 32), help_heading = "Data")]
     pub test_subset: Option<u64>,
     /// Rows and columns that pictures of class folders are scaled to
@@ -92,7 +92,8 @@ pub struct TrainArgs {
     /// The residual network
     #[arg(long, default_value = "vit", help_heading = "Model")]
     pub network: Network,
-    /// Start from a run's or a DeiT-like model's model.safetensors; the flags have to describe it
+    /// Start from a run's or a DeiT-like model's model.safetensors; the flags have to describe it,
+    /// and a run's weights keep their classes
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub weights: Option<PathBuf>,
     /// Dropout of embedding, attention, residuals, and inside the MLP
@@ -168,7 +169,8 @@ pub struct EvalArgs {
     /// run without --out
     #[arg(long, value_name = "DIR", default_value = "runs/vit")]
     pub weights: PathBuf,
-    /// Images to evaluate: the held-out ones of this directory [default: those of the run]
+    /// Images to evaluate: the held-out ones of this directory, whose classes are found among the
+    /// model's by name [default: those of the run]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
     /// The best epoch's weights in place of the last one's

@@ -4,16 +4,25 @@
 //! |---|---|
 //! | `data_batch_*.bin`, `test_batch.bin` | CIFAR-10, records of 1 + 3072 bytes |
 //! | `train.bin`, `test.bin` | CIFAR-100, records of 2 + 3072 bytes, fine labels |
-//! | `train-images-idx3-ubyte`, …, plain or `.gz` | MNIST and relatives |
-//! | folders of folders | a class a folder, PNG and JPEG; `train` and `test` or `val` above |
+//! | `train-images-idx3-ubyte`, …, or with a dot, as on Kaggle | MNIST and relatives |
+//! | folders of folders | a class a folder, PNG and JPEG, in subfolders too |
+//!
+//! Files of records may be packed with gzip. Above class folders there may be folders for training,
+//! validation and testing (`train`, `Training`, `seg_train`, `val`, `valid`, `validation`, `test`,
+//! `test_set`, …). Where the data has no folder for either of the last two, a fifth of each class is
+//! held out. What is no picture, and what systems leave behind (`Thumbs.db`, `desktop.ini`,
+//! `__MACOSX`, names that begin with a dot), is passed over and counted.
 
-use std::fs::File;
-use std::io::{Read, Take};
+use core::fmt::Write as _;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use bdia_core::rng::{Draw, Stream};
-use bdia_models::files::{FileError, read_limited};
+use bdia_models::files::FileError;
+use bdia_models::input::{self, InputError, list};
 use bdia_train::Failure;
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder};
 use xxhash_rust::xxh3::Xxh3;
 
 /// Images of one size, as bytes `[n, C, height, width]`.
@@ -123,18 +132,46 @@ pub struct Dataset {
     pub name: String,
     /// For training.
     pub train: Images,
+    /// For evaluations on the way and the choice of the best weights, where the data has a part for
+    /// that beside the one to test on.
+    pub validation: Option<Images>,
     /// Held out.
     pub test: Images,
-    /// Names of the classes.
+    /// Names of the classes, in the order of the labels.
     pub classes: Vec<String>,
+    /// Whether the files have numbers as labels, and names of classes only beside them, if at all.
+    pub numbered: bool,
+    /// What was noticed: what was passed over, what is missing.
+    pub notes: Vec<String>,
 }
 
 /// Why data cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    /// The file could not be read.
+    /// The directory could not be read.
     #[error(transparent)]
     File(#[from] FileError),
+    /// A file could not be read or unpacked.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// Classes that the model does not have.
+    #[error(
+        "{data}: classes that the model in {} does not have: {}; the model's are {}, the data's \
+         {}. Give the folders the model's names, or train a model for these classes",
+        model.display(), list(unknown), list(expected), list(found)
+    )]
+    Classes {
+        /// The data.
+        data: String,
+        /// The model's directory.
+        model: PathBuf,
+        /// Those that it does not have.
+        unknown: Vec<String>,
+        /// The model's classes.
+        expected: Vec<String>,
+        /// The data's classes.
+        found: Vec<String>,
+    },
     /// A file has another size than its records.
     #[error(
         "{}: {found} bytes, expected a multiple of {record} (whole records); the file is cut off \
@@ -214,8 +251,11 @@ impl Dataset {
         Ok(Self {
             name: "the UCI digits".into(),
             train,
+            validation: None,
             test,
-            classes: (0..10).map(|c| c.to_string()).collect(),
+            classes: numbers(10),
+            numbered: true,
+            notes: Vec::new(),
         })
     }
 
@@ -225,74 +265,90 @@ impl Dataset {
     /// # Errors
     /// [`DataError`]
     pub fn open(dir: &Path, side: usize) -> Result<Self, DataError> {
-        let mut names: Vec<String> = std::fs::read_dir(dir)
-            .map_err(|e| FileError::io(dir, "read the directory", e))?
-            .flatten()
-            .filter_map(|e| e.file_name().into_string().ok())
-            .collect();
-        names.sort();
-        let has = |n: &str| names.iter().any(|name| name == n);
-        let mut data = if has("test_batch.bin") {
-            let batches =
-                names.iter().filter(|n| n.starts_with("data_batch_") && n.ends_with(".bin"));
-            let train = cifar(&batches.map(|n| dir.join(n)).collect::<Vec<_>>(), 1, 10)?;
-            let test = cifar(&[dir.join("test_batch.bin")], 1, 10)?;
-            Self {
-                name: "CIFAR-10".into(),
-                train,
-                test,
-                classes: class_names(&dir.join("batches.meta.txt"), 10),
-            }
-        } else if has("train.bin") && has("test.bin") {
-            let train = cifar(&[dir.join("train.bin")], 2, 100)?;
-            let test = cifar(&[dir.join("test.bin")], 2, 100)?;
-            Self {
-                name: "CIFAR-100".into(),
-                train,
-                test,
-                classes: class_names(&dir.join("fine_label_names.txt"), 100),
-            }
-        } else if let Some(file) =
-            names.iter().find(|n| n.starts_with("train-images") && n.contains("idx3"))
-        {
-            let gz = if file.ends_with(".gz") { ".gz" } else { "" };
-            let part = |p: &str| {
-                idx(
-                    &dir.join(format!("{p}-images-idx3-ubyte{gz}")),
-                    &dir.join(format!("{p}-labels-idx1-ubyte{gz}")),
-                )
-            };
-            let (train, test) = (part("train")?, part("t10k")?);
-            let most = train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0);
-            Self {
-                name: "IDX".into(),
-                train,
-                test,
-                classes: (0..=most).map(|c| c.to_string()).collect(),
-            }
-        } else {
-            folders(dir, side)?
-        };
-        data.name = format!("{} ({})", dir.display(), data.name);
-        for (part, images) in [("training", &data.train), ("held-out", &data.test)] {
+        let mut passed = PassedOver::default();
+        let mut place = Listing::of(dir, &mut passed)?;
+        let mut data = records(&place)?;
+        // What an archive was unpacked to may be in one folder more, or two.
+        for _ in 0..2 {
+            let inner = if data.is_none() { place.only_folder(&mut passed)? } else { None };
+            let Some(inner) = inner else { break };
+            place = inner;
+            data = records(&place)?;
+        }
+        data.map_or_else(|| folders(&place, side, &mut passed), Ok)?.checked(dir, passed)
+    }
+
+    /// What every kind of data must fulfil.
+    fn checked(mut self, dir: &Path, passed: PassedOver) -> Result<Self, DataError> {
+        self.name = format!("{} ({})", dir.display(), self.name);
+        self.notes.extend(passed.note());
+        for (part, images) in [("training", &self.train), ("held-out", &self.test)] {
             if images.is_empty() {
                 return Err(format(dir, format!("there are no {part} images")));
             }
         }
-        if data.train.shape != data.test.shape {
-            let (a, b) = (data.train.shape, data.test.shape);
+        if self.train.shape != self.test.shape {
+            let (a, b) = (self.train.shape, self.test.shape);
             return Err(format(
                 dir,
                 format!("training images are {a:?}, held-out ones {b:?}; expected one size"),
             ));
         }
-        Ok(data)
+        Ok(self)
+    }
+
+    /// The images that evaluations on the way measure.
+    pub fn held_out(&self) -> &Images {
+        self.validation.as_ref().unwrap_or(&self.test)
+    }
+
+    /// Numbers the labels as a model does, by the names of the classes; the data may have fewer
+    /// classes than the model. `model` is for errors.
+    ///
+    /// Files with numbers as labels and without names are taken by number, if there are as many
+    /// classes: so a model that was trained with CIFAR's names can be evaluated without them.
+    ///
+    /// # Errors
+    /// [`DataError::Classes`]
+    pub fn with_classes(mut self, model: &Path, classes: &[String]) -> Result<Self, DataError> {
+        let plain = |names: &[String]| names.iter().enumerate().all(|(i, n)| *n == i.to_string());
+        let place = |name| classes.iter().position(|c| c == name);
+        let mut to: Vec<_> = self.classes.iter().map(place).collect();
+        let by_number = self.numbered
+            && to.contains(&None)
+            && (plain(&self.classes) || plain(classes))
+            && self.classes.len() == classes.len();
+        if by_number {
+            to = (0..classes.len()).map(Some).collect();
+            self.notes.push(format!(
+                "{}: one of data and model has no names of classes; they are taken by number",
+                self.name
+            ));
+        }
+        if to.contains(&None) {
+            let all = self.classes.iter().zip(&to);
+            let unknown = all.filter(|(_, to)| to.is_none()).map(|(name, _)| name.clone());
+            return Err(DataError::Classes {
+                unknown: unknown.collect(),
+                data: self.name,
+                model: model.into(),
+                expected: classes.to_vec(),
+                found: self.classes,
+            });
+        }
+        let held = self.validation.iter_mut().chain([&mut self.test]);
+        for label in held.chain([&mut self.train]).flat_map(|images| &mut images.labels) {
+            // Every label is the place of a class.
+            *label = to[usize::from(*label)].unwrap_or_default() as u16;
+        }
+        self.classes = classes.to_vec();
+        Ok(self)
     }
 
     /// Identifies the training data of a run.
     pub fn digest(&self) -> u64 {
         let mut hash = Xxh3::new();
-        for images in [&self.train, &self.test] {
+        for images in [&self.train, &self.test].into_iter().chain(&self.validation) {
             hash.update(&images.pixels);
             images.labels.iter().for_each(|l| hash.update(&l.to_le_bytes()));
         }
@@ -300,20 +356,91 @@ impl Dataset {
     }
 }
 
-fn class_names(path: &Path, count: usize) -> Vec<String> {
-    let text = read_limited(path, 1 << 16)
-        .ok()
-        .and_then(|b| String::from_utf8(b).ok())
-        .unwrap_or_default();
+fn numbers(count: usize) -> Vec<String> {
+    (0..count).map(|c| c.to_string()).collect()
+}
+
+/// The names in a file beside CIFAR's records; numbers without it.
+fn class_names(place: &Listing, file: &str, count: usize) -> Result<Vec<String>, DataError> {
+    let Some(path) = place.get(file) else { return Ok(numbers(count)) };
+    let text = input::read_text(path, 1 << 16)?;
     let names: Vec<String> =
         text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect();
-    if names.len() == count { names } else { (0..count).map(|c| c.to_string()).collect() }
+    if names.len() == count {
+        Ok(names)
+    } else {
+        Err(format(path, format!("{} names of classes, expected {count}", names.len())))
+    }
+}
+
+/// The data of a directory of records: CIFAR's files, or IDX.
+fn records(place: &Listing) -> Result<Option<Dataset>, DataError> {
+    let has = |name: &str| place.get(name).is_some();
+    let with = |name: &str, train, test, classes, notes| Dataset {
+        name: name.into(),
+        train,
+        validation: None,
+        test,
+        classes,
+        numbered: true,
+        notes,
+    };
+    let batches: Vec<_> = (1..=5).map(|i| format!("data_batch_{i}.bin")).collect();
+    let (there, missing): (Vec<_>, Vec<_>) = batches.into_iter().partition(|b| has(b));
+    if !there.is_empty() || has("test_batch.bin") {
+        let train = place.all(&there, "test_batch.bin")?;
+        let test = place.all(&["test_batch.bin".into()], "data_batch_1.bin")?;
+        // The rest is good data with right labels: less of it is no reason to stop.
+        let notes = if missing.is_empty() || there.is_empty() {
+            Vec::new()
+        } else {
+            vec![format!(
+                "{}: {} missing; training goes on with {}",
+                place.dir.display(),
+                list(&missing),
+                list(&there)
+            )]
+        };
+        let classes = class_names(place, "batches.meta.txt", 10)?;
+        return Ok(Some(with(
+            "CIFAR-10",
+            cifar(&train, 1, 10)?,
+            cifar(&test, 1, 10)?,
+            classes,
+            notes,
+        )));
+    }
+    if has("train.bin") || has("test.bin") {
+        let train = place.all(&["train.bin".into()], "test.bin")?;
+        let test = place.all(&["test.bin".into()], "train.bin")?;
+        let classes = class_names(place, "fine_label_names.txt", 100)?;
+        let (train, test) = (cifar(&train, 2, 100)?, cifar(&test, 2, 100)?);
+        return Ok(Some(with("CIFAR-100", train, test, classes, Vec::new())));
+    }
+    if has("data_batch_1") || (has("train") && has("meta")) {
+        let what = "CIFAR's files for Python; expected the binary version, whose files end in .bin";
+        return Err(format(&place.dir, what));
+    }
+    let Some(images) = place.idx(&["train-images"], "idx3")? else { return Ok(None) };
+    let need = |parts: &[&str], kind: &str| {
+        place.idx(parts, kind)?.ok_or_else(|| {
+            let what = format!("there is no file {}-{kind}-ubyte beside it", parts[0]);
+            format(&images, what)
+        })
+    };
+    let train = idx(&images, &need(&["train-labels"], "idx1")?)?;
+    let test = idx(
+        &need(&["t10k-images", "test-images"], "idx3")?,
+        &need(&["t10k-labels", "test-labels"], "idx1")?,
+    )?;
+    let most = train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0);
+    Ok(Some(with("IDX", train, test, numbers(usize::from(most) + 1), Vec::new())))
 }
 
 fn cifar(paths: &[PathBuf], labels: usize, classes: u16) -> Result<Images, DataError> {
     let mut images = Images { shape: [3, 32, 32], ..Images::default() };
     for path in paths {
-        cifar_records(path, &read_limited(path, LIMIT)?, labels, classes, &mut images)?;
+        cifar_records(path, &input::read(path, LIMIT)?, labels, classes, &mut images)?;
     }
     Ok(images)
 }
@@ -345,34 +472,22 @@ pub fn cifar_records(
     Ok(())
 }
 
-/// Reads a file of IDX.
-fn idx_file(path: &Path, magic: u32, dims: usize) -> Result<(Vec<usize>, Vec<u8>), DataError> {
-    let file = File::open(path).map_err(|e| FileError::io(path, "open it", e))?;
-    idx_values(path, file, magic, dims)
-}
-
-/// Sizes and values of an IDX file, unpacked where its name ends in `.gz`; its header says how long
-/// the rest must be.
+/// Sizes and values of an IDX file, packed or plain; its header says how many there must be. The
+/// path is for errors.
 ///
 /// # Errors
-/// [`DataError::Format`]
+/// [`DataError::Format`], [`DataError::Input`]
 pub fn idx_values(
     path: &Path,
-    file: impl Read,
+    bytes: Vec<u8>,
     magic: u32,
     dims: usize,
 ) -> Result<(Vec<usize>, Vec<u8>), DataError> {
-    let (mut plain, mut packed);
-    let reader: &mut dyn Read = if path.extension().is_some_and(|e| e == "gz") {
-        packed = flate2::read::GzDecoder::new(file);
-        &mut packed
-    } else {
-        plain = file;
-        &mut plain
+    let mut bytes = input::unpack(path, bytes, LIMIT)?;
+    let head = 4 + 4 * dims;
+    let Some(header) = bytes.get(..head) else {
+        return Err(format(path, format!("{} bytes, expected a header of {head}", bytes.len())));
     };
-    let mut header = vec![0; 4 + 4 * dims];
-    let cut = |e: std::io::Error| format(path, format!("it ends too early or is damaged: {e}"));
-    reader.read_exact(&mut header).map_err(cut)?;
     let words: Vec<u32> =
         header.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
     if words[0] != magic {
@@ -389,10 +504,7 @@ pub fn idx_values(
     let Some(len) = len else {
         return Err(format(path, format!("it claims {sizes:?} values, more than {LIMIT}")));
     };
-    // The claim is not trusted with memory: what is there is read, up to it and one more.
-    let mut bytes = Vec::new();
-    let mut rest: Take<_> = reader.take(len + 1);
-    rest.read_to_end(&mut bytes).map_err(cut)?;
+    bytes.drain(..head);
     if bytes.len() as u64 != len {
         let more = if bytes.len() as u64 > len { "more" } else { "only" };
         return Err(format(
@@ -404,8 +516,9 @@ pub fn idx_values(
 }
 
 fn idx(images: &Path, labels: &Path) -> Result<Images, DataError> {
-    let (sizes, pixels) = idx_file(images, 0x0803, 3)?;
-    let (count, label) = idx_file(labels, 0x0801, 1)?;
+    let read = |path: &Path| input::read(path, LIMIT);
+    let (sizes, pixels) = idx_values(images, read(images)?, 0x0803, 3)?;
+    let (count, label) = idx_values(labels, read(labels)?, 0x0801, 1)?;
     if count[0] != sizes[0] {
         return Err(format(labels, format!("{} labels for {} images", count[0], sizes[0])));
     }
@@ -419,78 +532,282 @@ fn idx(images: &Path, labels: &Path) -> Result<Images, DataError> {
     })
 }
 
-/// The entries of a directory in the order of their names.
-fn entries(dir: &Path, folders: bool) -> Result<Vec<PathBuf>, DataError> {
-    let mut all: Vec<PathBuf> = std::fs::read_dir(dir)
-        .map_err(|e| FileError::io(dir, "read the directory", e))?
-        .flatten()
-        .map(|e| e.path())
-        .filter(|p| {
-            p.is_dir() == folders
-                && !p.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'))
-        })
-        .collect();
-    all.sort();
-    Ok(all)
-}
-
 fn name_of(path: &Path) -> String {
     path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-fn folders(dir: &Path, side: usize) -> Result<Dataset, DataError> {
-    let train = dir.join("train");
-    let test = ["test", "val"].map(|n| dir.join(n)).into_iter().find(|p| p.is_dir());
-    let (train_dir, test_dir) = match test {
-        Some(test) if train.is_dir() => (train, Some(test)),
-        _ => (dir.to_path_buf(), None),
-    };
-    let classes: Vec<String> = entries(&train_dir, true)?.iter().map(|p| name_of(p)).collect();
+/// What is in a directory and is no data.
+#[derive(Debug, Default)]
+struct PassedOver {
+    count: usize,
+    names: BTreeSet<String>,
+}
+
+impl PassedOver {
+    fn add(&mut self, path: &Path) {
+        self.count += 1;
+        if self.names.len() < 5 {
+            self.names.insert(name_of(path));
+        }
+    }
+
+    fn extend(&mut self, other: Self) {
+        self.count += other.count;
+        self.names.extend(other.names);
+    }
+
+    fn note(&self) -> Option<String> {
+        let names: Vec<String> = self.names.iter().take(5).cloned().collect();
+        (self.count > 0).then(|| {
+            format!("{} files or folders are no data and passed over: {}", self.count, list(&names))
+        })
+    }
+}
+
+/// Whether an operating system or a program has left it behind.
+fn left_behind(name: &str) -> bool {
+    let name = name.to_lowercase();
+    name.starts_with(['.', '$', '@'])
+        || ["__macosx", "thumbs.db", "desktop.ini", "system volume information", "lost+found"]
+            .contains(&name.as_str())
+}
+
+/// A directory without what was left behind in it.
+#[derive(Debug)]
+struct Listing {
+    dir: PathBuf,
+    /// With their names in lower case, without `.gz`, in the order of their own names.
+    files: Vec<(String, PathBuf)>,
+    folders: Vec<PathBuf>,
+}
+
+impl Listing {
+    fn of(dir: &Path, passed: &mut PassedOver) -> Result<Self, DataError> {
+        let failed = |e| FileError::io(dir, "read the directory", e);
+        let mut entries = Vec::new();
+        for entry in std::fs::read_dir(dir).map_err(failed)? {
+            entries.push(entry.map_err(failed)?.path());
+        }
+        entries.sort();
+        let mut listing = Self { dir: dir.into(), files: Vec::new(), folders: Vec::new() };
+        for path in entries {
+            let name = name_of(&path);
+            if left_behind(&name) {
+                passed.add(&path);
+            } else if path.is_dir() {
+                listing.folders.push(path);
+            } else {
+                let name = name.to_lowercase();
+                let name = name.strip_suffix(".gz").unwrap_or(&name).to_owned();
+                listing.files.push((name, path));
+            }
+        }
+        Ok(listing)
+    }
+
+    /// What is in the one folder that there is, where that has folders or records itself.
+    fn only_folder(&self, passed: &mut PassedOver) -> Result<Option<Self>, DataError> {
+        let [folder] = self.folders.as_slice() else { return Ok(None) };
+        let mut own = PassedOver::default();
+        let inner = Self::of(folder, &mut own)?;
+        let records = inner.files.iter().any(|(n, _)| n.ends_with(".bin") || n.contains("idx"));
+        if inner.folders.is_empty() && !records {
+            return Ok(None);
+        }
+        passed.extend(own);
+        self.files.iter().for_each(|(_, path)| passed.add(path));
+        Ok(Some(inner))
+    }
+
+    fn get(&self, name: &str) -> Option<&PathBuf> {
+        self.files.iter().find(|(n, _)| n == name).map(|(_, path)| path)
+    }
+
+    /// The paths of these files; `beside` is one that is there.
+    fn all(&self, names: &[String], beside: &str) -> Result<Vec<PathBuf>, DataError> {
+        let one = |name: &String| {
+            self.get(name).cloned().ok_or_else(|| {
+                format(&self.dir, format!("{beside} is there, {name} is not; put it beside that"))
+            })
+        };
+        names.iter().map(one).collect()
+    }
+
+    /// The IDX file whose name has one of `parts` and `kind` in it. Kaggle writes a dot for a
+    /// hyphen, and puts files into folders of their own names.
+    fn idx(&self, parts: &[&str], kind: &str) -> Result<Option<PathBuf>, DataError> {
+        let fits = |name: &str| parts.iter().any(|p| name.contains(p)) && name.contains(kind);
+        let mut found: Vec<PathBuf> =
+            self.files.iter().filter(|(n, _)| fits(n)).map(|(_, path)| path.clone()).collect();
+        if found.is_empty() {
+            for folder in self.folders.iter().filter(|f| fits(&name_of(f))) {
+                let inner = Self::of(folder, &mut PassedOver::default())?.files;
+                found.extend(inner.into_iter().filter(|(n, _)| fits(n)).map(|(_, path)| path));
+            }
+        }
+        match found.as_slice() {
+            [_, _, ..] => {
+                let names: Vec<String> = found.iter().map(|p| name_of(p)).collect();
+                let what = format!("expected one file of {}, found {}", parts[0], list(&names));
+                Err(format(&self.dir, what))
+            }
+            _ => Ok(found.pop()),
+        }
+    }
+}
+
+/// What a folder above class folders is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Train,
+    Validation,
+    Test,
+}
+
+impl Part {
+    /// By its name: `train`, `Training`, `seg_train`, `training_set`, `val_images`, ….
+    fn of(folder: &Path) -> Option<Self> {
+        let name = name_of(folder).to_lowercase();
+        let words = name.split(|c: char| !c.is_alphanumeric());
+        let words = words.map(|w| w.strip_suffix("set").unwrap_or(w));
+        let fillers = ["", "seg", "data", "images", "imgs"];
+        let mut parts = words.filter(|w| !fillers.contains(w)).map(|w| match w {
+            "train" | "training" => Some(Self::Train),
+            "val" | "valid" | "validation" | "dev" => Some(Self::Validation),
+            "test" | "testing" => Some(Self::Test),
+            _ => None,
+        });
+        parts.next().flatten().filter(|_| parts.next().is_none())
+    }
+}
+
+/// The folder of a part, with its class folders in it.
+fn part(
+    folders: &[PathBuf],
+    part: Part,
+    passed: &mut PassedOver,
+) -> Result<Option<Listing>, DataError> {
+    let all: Vec<&PathBuf> = folders.iter().filter(|f| Part::of(f) == Some(part)).collect();
+    match all.as_slice() {
+        [] => Ok(None),
+        [one] => {
+            let mut place = Listing::of(one, passed)?;
+            // `seg_train/seg_train` and the like.
+            if let Some(inner) = place.only_folder(passed)? {
+                place = inner;
+            }
+            Ok(Some(place))
+        }
+        [a, b, ..] => {
+            Err(format(a, format!("{} is for the same; expected one of the two", b.display())))
+        }
+    }
+}
+
+fn folders(place: &Listing, side: usize, passed: &mut PassedOver) -> Result<Dataset, DataError> {
+    let mut notes = Vec::new();
+    let mut parts = [None, None];
+    let mut train_place = None;
+    if place.folders.iter().any(|f| Part::of(f) == Some(Part::Train)) {
+        for (to, which) in parts.iter_mut().zip([Part::Validation, Part::Test]) {
+            *to = part(&place.folders, which, passed)?;
+            if let Some(unlabelled) = to.take_if(|p| p.folders.is_empty()) {
+                notes.push(format!(
+                    "{}: no class folders, so its pictures have no labels: not used",
+                    unlabelled.dir.display()
+                ));
+            }
+        }
+        if parts.iter().any(Option::is_some) || !notes.is_empty() {
+            train_place = part(&place.folders, Part::Train, passed)?;
+            let others = place.folders.iter().filter(|f| Part::of(f).is_none());
+            others.chain(place.files.iter().map(|f| &f.1)).for_each(|path| passed.add(path));
+        }
+    }
+    let train_place = train_place.as_ref().unwrap_or(place);
+    // Folders of parts must not be taken for classes.
+    for folder in train_place.folders.iter().filter(|f| Part::of(f).is_some()) {
+        if !Listing::of(folder, &mut PassedOver::default())?.folders.is_empty() {
+            let what = "it has folders in it, so it is no class; expected a folder for training \
+                        beside one for validation or testing, or class folders alone";
+            return Err(format(folder, what));
+        }
+    }
+    let classes: Vec<String> = train_place.folders.iter().map(|p| name_of(p)).collect();
     if classes.len() < 2 || classes.len() > MOST_CLASSES {
-        let what = format!(
+        let archive = |(n, _): &&(String, PathBuf)| {
+            [".zip", ".tar", ".tgz", ".7z"].iter().any(|e| n.ends_with(e))
+        };
+        let mut what = format!(
             "{} class folders, expected 2 to {MOST_CLASSES}, each with PNG or JPEG files (or \
              CIFAR's .bin files, or IDX files)",
             classes.len()
         );
-        return Err(format(&train_dir, what));
+        if let Some((archive, _)) = place.files.iter().find(archive) {
+            let _ = write!(what, "; unpack {archive}");
+        }
+        return Err(format(&train_place.dir, what));
     }
-    let read = |dir: &Path| {
+    let mut read = |from: &Listing| {
+        from.files.iter().for_each(|(_, path)| passed.add(path));
         let mut images = Images { shape: [3, side, side], ..Images::default() };
-        for (label, class) in classes.iter().enumerate() {
-            let folder = dir.join(class);
-            let files = entries(&folder, false)?;
+        for folder in &from.folders {
+            let Some(label) = classes.iter().position(|c| *c == name_of(folder)) else {
+                let what = "there is no such class among the training folders";
+                return Err(format(folder, what));
+            };
+            let mut files = Vec::new();
+            pictures(folder, &mut HashSet::new(), passed, &mut files)?;
             if files.is_empty() {
-                return Err(format(
-                    &folder,
-                    "the folder of a class is empty, expected PNG or JPEG files",
-                ));
+                let what = "the folder of a class is empty, expected PNG or JPEG files";
+                return Err(format(folder, what));
             }
             for file in files {
-                images.push(&picture(&file, side)?, label as u16);
+                images.push(&decode(&file, &input::read(&file, IMAGE_LIMIT)?, side)?, label as u16);
             }
         }
         Ok(images)
     };
-    let all = read(&train_dir)?;
-    let (train, test) = match test_dir {
-        Some(dir) => {
-            for folder in entries(&dir, true)? {
-                if !classes.contains(&name_of(&folder)) {
-                    return Err(format(
-                        &folder,
-                        "there is no such class among the training folders",
-                    ));
-                }
-            }
-            (all, read(&dir)?)
+    let all = read(train_place)?;
+    let [validation, test] = parts;
+    let validation = validation.as_ref().map(&mut read).transpose()?;
+    let test = test.as_ref().map(&mut read).transpose()?;
+    let (train, validation, test) = match (validation, test) {
+        (validation, Some(test)) => (all, validation, test),
+        (Some(validation), None) => (all, None, validation),
+        (None, None) => {
+            let (rest, fifth) = all.split();
+            (rest, None, fifth)
         }
-        None => all.split(),
     };
-    Ok(Dataset { name: "folders".into(), train, test, classes })
+    let name = "folders".into();
+    Ok(Dataset { name, train, validation, test, classes, numbered: false, notes })
 }
 
-fn picture(path: &Path, side: usize) -> Result<Vec<u8>, DataError> {
-    decode(path, &read_limited(path, IMAGE_LIMIT)?, side)
+/// The pictures in the folder of a class and in its subfolders, in the order of their names.
+fn pictures(
+    folder: &Path,
+    seen: &mut HashSet<PathBuf>,
+    passed: &mut PassedOver,
+    to: &mut Vec<PathBuf>,
+) -> Result<(), DataError> {
+    // A link may lead back.
+    let place = folder.canonicalize().map_err(|e| FileError::io(folder, "find it", e))?;
+    if !seen.insert(place) {
+        return Ok(());
+    }
+    let listing = Listing::of(folder, passed)?;
+    for path in listing.files.into_iter().map(|f| f.1) {
+        match input::ending(&path).as_str() {
+            "png" | "jpg" | "jpeg" | "jpe" | "jfif" => to.push(path),
+            "webp" | "bmp" | "gif" | "tif" | "tiff" | "heic" | "heif" | "avif" => {
+                let what = "a picture of a kind that is not read; convert it to PNG or JPEG";
+                return Err(format(&path, what));
+            }
+            _ => passed.add(&path),
+        }
+    }
+    listing.folders.iter().try_for_each(|inner| pictures(inner, seen, passed, to))
 }
 
 /// A PNG or JPEG as `[3, side, side]`. The path is for errors.
@@ -506,7 +823,15 @@ pub fn decode(path: &Path, bytes: &[u8], side: usize) -> Result<Vec<u8>, DataErr
     (limits.max_image_width, limits.max_image_height) = (Some(IMAGE_SIDE), Some(IMAGE_SIDE));
     limits.max_alloc = Some(IMAGE_BYTES);
     reader.limits(limits);
-    let picture = reader.decode().map_err(|e| wrong(&e))?;
+    let mut decoder = reader.into_decoder().map_err(|e| wrong(&e))?;
+    if decoder.total_bytes() > IMAGE_BYTES {
+        let found = decoder.total_bytes();
+        return Err(wrong(&format!("{found} bytes of pixels, expected at most {IMAGE_BYTES}")));
+    }
+    // A camera that is held upright writes rows that lie on their side, and says so.
+    let upright = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(|e| wrong(&e))?;
+    picture.apply_orientation(upright);
     let n = u32::try_from(side).map_err(|e| wrong(&e))?;
     let picture = picture.resize_exact(n, n, image::imageops::FilterType::Triangle).to_rgb8();
     let mut out = vec![0; 3 * side * side];

@@ -36,20 +36,34 @@ use crate::augment::{Augment, apply};
 use crate::cli::{AugmentKind, EvalArgs, Network, Size, TrainArgs};
 use crate::data::{Dataset, Images};
 
-/// The images that the flags name, the model for them, and how training changes them.
+/// The images that the flags name, the model for them, and how training changes them. Where a
+/// model is there already, in the directory `trained`, the images have its classes.
 ///
 /// # Errors
-/// Files that cannot be used, dimensions that do not fit together.
-pub fn prepare(args: &TrainArgs) -> Result<(Dataset, VitConfig, Augment), Failure> {
+/// Files that cannot be used, classes that the model does not have, dimensions that do not fit
+/// together.
+pub fn prepare(
+    args: &TrainArgs,
+    trained: Option<&Path>,
+) -> Result<(Dataset, VitConfig, Augment), Failure> {
     let mut data = match &args.data {
         Some(dir) => Dataset::open(dir, args.image_size as usize)?,
         None => Dataset::digits()?,
     };
+    // Weights from elsewhere may come without a configuration of ours.
+    if let Some(dir) = trained.filter(|dir| VitConfig::is_in(dir)) {
+        data = data.with_classes(dir, &VitConfig::read_dir(dir)?.classes)?;
+    }
+    for note in &data.notes {
+        report::note!("{note}");
+    }
     if let Some(n) = args.train_subset {
         data.train = data.train.subset(n as usize);
     }
     if let Some(n) = args.test_subset {
-        data.test = data.test.subset(n as usize);
+        for held in data.validation.iter_mut().chain([&mut data.test]) {
+            *held = held.subset(n as usize);
+        }
     }
     let [channels, rows, _] = data.train.shape;
     let little = rows < 16;
@@ -173,7 +187,8 @@ pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     args.method.check_start(args.weights.as_deref(), &args.run.out)?;
     let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
-    let (data, config, augment) = prepare(&args)?;
+    let trained = if from.is_some() { Some(&args.run.out) } else { args.weights.as_ref() };
+    let (data, config, augment) = prepare(&args, trained.map(|dir| dir.as_path()))?;
     let setup = setup(&args, &config, count)?;
     let per_epoch = steps_per_epoch(&args, &data)?;
     let steps = trainer::steps(per_epoch, args.run.epochs, args.run.steps)?;
@@ -325,7 +340,7 @@ impl Task for Training {
             step_images(&self.args),
             s.threads,
             self.data.train.len(),
-            self.data.test.len(),
+            self.data.test.len() + self.data.validation.as_ref().map_or(0, Images::len),
             self.data.name,
         )
     }
@@ -406,16 +421,27 @@ impl Task for Training {
     fn validate<B: Backend<Real = f32>>(
         &mut self,
         be: &mut B,
-        _: When,
+        when: When,
     ) -> Result<Option<Validation>, Failure> {
-        let images = &self.data.test;
-        let e = evaluate(be, &mut self.model, &self.config, images, Inference::STANDARD)?;
-        self.confusion = e.confusion;
-        Ok(Some(Validation {
+        let mut measure = |images: &Images| {
+            evaluate(be, &mut self.model, &self.config, images, Inference::STANDARD)
+        };
+        let e = measure(self.data.held_out())?;
+        let told = |e: &Evaluation| format!("loss {:.4}, accuracy {}", e.loss, percent(e.accuracy));
+        let mut v = Validation {
             loss: e.loss,
             scores: [("accuracy".into(), e.accuracy)].into(),
-            text: format!("loss {:.4}, accuracy {}", e.loss, percent(e.accuracy)),
-        }))
+            text: told(&e),
+        };
+        self.confusion = e.confusion;
+        // Test images are looked at once.
+        if self.data.validation.is_some() && when == When::End {
+            let test = measure(&self.data.test)?;
+            v.scores.insert("test_accuracy".into(), test.accuracy);
+            v.text += &format!("; test {}", told(&test));
+            self.confusion = test.confusion;
+        }
+        Ok(Some(v))
     }
 
     fn key(&self, v: &Validation) -> f64 {
@@ -486,7 +512,7 @@ fn with_model(
     if let Some(data) = data {
         (args.data, args.test_subset) = (Some(data.into()), None);
     }
-    let images = prepare(&args)?.0.test;
+    let images = prepare(&args, Some(dir))?.0.test;
     if images.shape != config.image {
         let what = format!("images of {:?}, the model is for {:?}", images.shape, config.image);
         return Err(Failure::Other(format!("{}: {what}", data.unwrap_or(dir).display())));
@@ -624,7 +650,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
 /// # Errors
 /// [`Failure`]
 pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
-    let (_, config, _) = prepare(args)?;
+    let (_, config, _) = prepare(args, args.weights.as_deref())?;
     let setup = setup(args, &config, 1)?;
     let kind = args.run.machine.backend;
     let (choice, model, layout) =

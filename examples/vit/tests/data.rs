@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use bdia_models::files::testing::TempDir;
-use bdia_vit::data::{DataError, Dataset};
+use bdia_vit::data::{DataError, Dataset, decode};
 
 fn refused(dir: &Path, parts: &[&str]) -> DataError {
     let error = Dataset::open(dir, 8).unwrap_err();
@@ -31,6 +31,12 @@ fn the_digits_are_split_by_class() {
     assert_eq!(d.digest(), Dataset::digits().unwrap().digest());
     let some = d.train.subset(50);
     assert!((0..10).all(|class| some.labels.iter().filter(|&&x| x == class).count() == 5));
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    out.write_all(bytes).unwrap();
+    out.finish().unwrap()
 }
 
 fn cifar(labels: &[u8], bytes: usize) -> Vec<u8> {
@@ -97,17 +103,12 @@ fn idx_files() {
     refused(dir.path(), &["2 labels for 1 images"]);
 
     let gz = TempDir::new();
-    let packed = |bytes: &[u8]| {
-        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
-        out.write_all(bytes).unwrap();
-        out.finish().unwrap()
-    };
     for part in ["train", "t10k"] {
-        gz.file(&format!("{part}-images-idx3-ubyte.gz"), &packed(&images));
-        gz.file(&format!("{part}-labels-idx1-ubyte.gz"), &packed(&labels));
+        gz.file(&format!("{part}-images-idx3-ubyte.gz"), &gzip(&images));
+        gz.file(&format!("{part}-labels-idx1-ubyte.gz"), &gzip(&labels));
     }
     assert_eq!(Dataset::open(gz.path(), 8).unwrap().train, plain.train);
-    let mut damaged = packed(&images);
+    let mut damaged = gzip(&images);
     let half = damaged.len() / 2;
     damaged.truncate(half);
     gz.file("train-images-idx3-ubyte.gz", &damaged);
@@ -153,6 +154,231 @@ fn folders_of_pictures() {
     let nothing = TempDir::new();
     refused(nothing.path(), &["0 class folders"]);
     refused(&nothing.path().join("absent"), &["absent", "cannot read the directory"]);
+}
+
+/// Class folders with a picture of each colour, in `dir/place`.
+fn classes(dir: &TempDir, place: &str, of: &[(&str, u8)], count: u8) {
+    for (class, colour) in of {
+        std::fs::create_dir_all(dir.path().join(place).join(class)).unwrap();
+        for i in 0..count {
+            dir.file(&format!("{place}/{class}/{i}.png"), &png(8, colour + i));
+        }
+    }
+}
+
+#[test]
+fn classes_are_those_of_the_model() {
+    let dir = TempDir::new();
+    classes(&dir, ".", &[("cat", 10), ("dog", 200)], 5);
+    let names = |all: &[&str]| all.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let open = || Dataset::open(dir.path(), 8).unwrap();
+    let model = Path::new("runs/vit");
+    // Whatever the order, and however many more the model has.
+    let d = open().with_classes(model, &names(&["dog", "bird", "cat"])).unwrap();
+    assert_eq!(d.classes, ["dog", "bird", "cat"]);
+    for (images, i) in [(&d.train, 0), (&d.train, d.train.len() - 1), (&d.test, 0), (&d.test, 1)] {
+        assert_eq!(images.labels[i], if images.image(i)[0] < 100 { 2 } else { 0 });
+    }
+    for unknown in [&["kitten", "dog"][..], &["0", "1"]] {
+        let e = open().with_classes(model, &names(unknown)).unwrap_err();
+        assert!(matches!(e, DataError::Classes { .. }));
+        for part in ["runs/vit", "\"cat\"", "\"dog\"", unknown[0]] {
+            assert!(e.to_string().contains(part), "{e}");
+        }
+    }
+
+    // Files of numbers go by number where one side has no names; a model of fewer classes does not.
+    let d = Dataset::digits().unwrap();
+    let words = names(&["o", "i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix"]);
+    let named = d.clone().with_classes(model, &words).unwrap();
+    assert_eq!((&named.test.labels, named.notes.len()), (&d.test.labels, 1));
+    let e = d.with_classes(model, &words[..9]).unwrap_err();
+    assert!(matches!(e, DataError::Classes { .. }));
+}
+
+#[test]
+fn some_of_cifar() {
+    let dir = TempDir::new();
+    std::fs::create_dir(dir.path().join("cifar-10-batches-bin")).unwrap();
+    let inner = |name: &str| format!("cifar-10-batches-bin/{name}");
+    dir.file(&inner("data_batch_3.bin.gz"), &gzip(&cifar(&[1, 2], 3073)));
+    refused(dir.path(), &["data_batch_1.bin is there, test_batch.bin is not"]);
+    dir.file(&inner("TEST_BATCH.BIN"), &cifar(&[0], 3073));
+    dir.file(&inner("batches.meta.txt"), "\u{feff}a\nb\nc\nd\ne\nf\ng\nh\ni\nj\n\n".as_bytes());
+    let d = Dataset::open(dir.path(), 8).unwrap();
+    assert_eq!((d.train.labels.as_slice(), d.classes[0].as_str()), (&[1, 2][..], "a"));
+    let [note] = d.notes.as_slice() else { panic!("{:?}", d.notes) };
+    assert!(
+        note.contains("\"data_batch_1.bin\", \"data_batch_2.bin\", \"data_batch_4.bin\"")
+            && note.contains("goes on with \"data_batch_3.bin\""),
+        "{note}"
+    );
+    dir.file(&inner("batches.meta.txt"), b"a\nb\n");
+    refused(dir.path(), &["batches.meta.txt", "2 names of classes, expected 10"]);
+
+    let python = TempDir::new();
+    python.file("data_batch_1", b"\x80\x02");
+    refused(python.path(), &["for Python", "binary version"]);
+    let hundred = TempDir::new();
+    hundred.file("train.bin", &cifar(&[3], 3074));
+    refused(hundred.path(), &["train.bin is there, test.bin is not"]);
+    let packed = TempDir::new();
+    packed.file("pictures.zip", b"PK");
+    refused(packed.path(), &["unpack pictures.zip"]);
+}
+
+#[test]
+fn idx_files_as_kaggle_names_them() {
+    let dir = TempDir::new();
+    let images = idx(0x803, &[1, 2, 2], &[1, 2, 3, 4]);
+    let labels = idx(0x801, &[1], &[3]);
+    for part in ["train", "t10k"] {
+        dir.file(&format!("{part}-images.idx3-ubyte"), &gzip(&images));
+        let folder = format!("{part}-labels-idx1-ubyte");
+        std::fs::create_dir(dir.path().join(&folder)).unwrap();
+        dir.file(&format!("{folder}/{folder}"), &labels);
+    }
+    let d = Dataset::open(dir.path(), 8).unwrap();
+    assert_eq!((d.train.image(0), d.test.labels.as_slice()), (&[1, 2, 3, 4][..], &[3][..]));
+    dir.file("emnist-train-images-idx3-ubyte", &images);
+    refused(dir.path(), &["expected one file of train-images", "emnist"]);
+}
+
+#[test]
+fn what_systems_leave_behind_is_passed_over() {
+    let dir = TempDir::new();
+    classes(&dir, ".", &[("cat", 10), ("dog", 200), ("__MACOSX", 1), (".cache", 1)], 5);
+    for name in ["cat/Thumbs.db", "cat/desktop.ini", "dog/README.txt", "dog/._0.png", "licence.md"]
+    {
+        dir.file(name, b"nothing");
+    }
+    std::fs::create_dir_all(dir.path().join("dog/more/deep")).unwrap();
+    dir.file("dog/more/deep/a.PNG", &png(8, 250));
+    dir.file("dog/0.JPEG", &png(8, 251));
+    let d = Dataset::open(dir.path(), 8).unwrap();
+    assert_eq!(
+        (d.classes.as_slice(), d.train.len() + d.test.len()),
+        (&["cat", "dog"].map(String::from)[..], 12)
+    );
+    let [note] = d.notes.as_slice() else { panic!("{:?}", d.notes) };
+    assert!(note.starts_with("7 files") && note.contains("\"Thumbs.db\""), "{note}");
+
+    dir.file("cat/x.webp", b"RIFF");
+    refused(dir.path(), &["x.webp", "convert it to PNG or JPEG"]);
+}
+
+#[test]
+fn parts_are_used_for_what_they_are() {
+    let both = [("cat", 10), ("dog", 200)];
+    for (train, validation, test) in [
+        ("train", "val", "test"),
+        ("Train", "Validation", "TEST"),
+        ("seg_train", "valid", "test_set"),
+    ] {
+        let dir = TempDir::new();
+        // One of them as Kaggle has it.
+        classes(&dir, &format!("{train}/{train}"), &both, 4);
+        classes(&dir, validation, &both[1..], 3);
+        classes(&dir, test, &both, 2);
+        classes(&dir, "pred", &[], 0);
+        let d = Dataset::open(dir.path(), 8).unwrap();
+        let held = d.validation.as_ref().unwrap();
+        assert_eq!((d.train.len(), held.len(), d.test.len()), (8, 3, 4));
+        assert_eq!((held.labels.as_slice(), d.held_out()), (&[1, 1, 1][..], held));
+        // Validation images are what is held out where there are no others.
+        std::fs::remove_dir_all(dir.path().join(test)).unwrap();
+        let without = Dataset::open(dir.path(), 8).unwrap();
+        assert_eq!((&without.test, &without.validation), (held, &None));
+        assert_ne!(without.digest(), d.digest());
+    }
+    let dir = TempDir::new();
+    classes(&dir, "train", &both, 5);
+    assert_eq!(Dataset::open(dir.path(), 8).unwrap().test.len(), 2);
+    classes(&dir, "test", &[("bird", 1)], 1);
+    refused(dir.path(), &["bird", "no such class"]);
+    std::fs::remove_dir_all(dir.path().join("test/bird")).unwrap();
+    dir.file("test/1.png", &png(8, 1));
+    let d = Dataset::open(dir.path(), 8).unwrap();
+    assert!(d.test.len() == 2 && d.notes[0].contains("no labels"), "{:?}", d.notes);
+    std::fs::rename(dir.path().join("train"), dir.path().join("val")).unwrap();
+    std::fs::create_dir(dir.path().join("test/cat")).unwrap();
+    refused(dir.path(), &["it is no class"]);
+    classes(&dir, "train", &both, 1);
+    classes(&dir, "training", &both, 1);
+    refused(dir.path(), &["is for the same"]);
+}
+
+#[test]
+fn pictures_of_every_kind() {
+    let decoded = |bytes: &[u8]| decode(Path::new("a"), bytes, 2).unwrap();
+    let png = |picture: image::DynamicImage| {
+        let mut out = std::io::Cursor::new(Vec::new());
+        picture.write_to(&mut out, image::ImageFormat::Png).unwrap();
+        out.into_inner()
+    };
+    // Grey, and 16 bits of it, are three equal channels.
+    let grey = [0_u8, 60, 120, 255];
+    let expected = [grey, grey, grey].concat();
+    let one = image::GrayImage::from_raw(2, 2, grey.to_vec()).unwrap();
+    assert_eq!(decoded(&png(one.clone().into())), expected);
+    let deep = grey.map(|g| u16::from(g) * 257).to_vec();
+    let deep = image::ImageBuffer::<image::Luma<u16>, _>::from_raw(2, 2, deep).unwrap();
+    assert_eq!(decoded(&png(deep.into())), expected);
+
+    // A camera that was turned: the picture is the one without the mark, turned back.
+    let mut wide = image::RgbImage::from_pixel(16, 16, image::Rgb([255; 3]));
+    (0..16)
+        .flat_map(|x| (0..8).map(move |y| (x, y)))
+        .for_each(|(x, y)| wide.get_pixel_mut(x, y).0 = [0; 3]);
+    let mut jpeg = std::io::Cursor::new(Vec::new());
+    wide.write_to(&mut jpeg, image::ImageFormat::Jpeg).unwrap();
+    let jpeg = jpeg.into_inner();
+    let top = decoded(&jpeg);
+    assert!(top[0] < 64 && top[1] < 64 && top[2] > 192 && top[3] > 192, "{top:?}");
+    // Orientation 6: the top of the scene is at the right of the rows.
+    let mut exif =
+        b"\xff\xe1\0\x22Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+            .to_vec();
+    assert_eq!(exif.len(), 36);
+    exif.extend(&jpeg[2..]);
+    let turned = decoded(&[&jpeg[..2], &exif].concat());
+    assert!(turned[1] < 64 && turned[3] < 64 && turned[0] > 192 && turned[2] > 192, "{turned:?}");
+
+    // Four inks as Adobe writes them, where 255 is none: white, and black.
+    for (level, expected) in [(0x00_u8, 0), (0xff, 255)] {
+        let pixels = decoded(&cmyk(level));
+        assert!(pixels.iter().all(|p| p.abs_diff(expected) < 4), "{pixels:?}");
+    }
+}
+
+/// A baseline JPEG of 8×8 pixels in four components, all of them about `level`.
+fn cmyk(level: u8) -> Vec<u8> {
+    let mut out = vec![0xff, 0xd8];
+    let mut segment = |marker: u8, body: &[u8]| {
+        out.extend([0xff, marker]);
+        out.extend((body.len() as u16 + 2).to_be_bytes());
+        out.extend(body);
+    };
+    segment(0xee, b"Adobe\0\x64\0\0\0\0\0");
+    segment(0xdb, &[&[0][..], &[8; 64]].concat());
+    segment(0xc0, &[8, 0, 8, 0, 8, 4, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0, 4, 0x11, 0]);
+    // One code of one bit each: a difference of 7 bits, and the end of a block.
+    let table = |class: u8, value: u8| [&[class, 1][..], &[0; 15], &[value]].concat();
+    segment(0xc4, &table(0x00, 7));
+    segment(0xc4, &table(0x10, 0));
+    segment(0xda, &[4, 1, 0, 2, 0, 3, 0, 4, 0, 0, 63, 0]);
+    // Difference +127 or -127 in units of 8·8 / 8: half of the range up or down.
+    let amplitude = if level > 0x7f { "1111111" } else { "0000000" };
+    let bits = format!("0{amplitude}0").repeat(4) + "1111";
+    for byte in bits.as_bytes().chunks(8) {
+        let byte = byte.iter().fold(0, |n, b| n << 1 | (b - b'0'));
+        out.push(byte);
+        if byte == 0xff {
+            out.push(0);
+        }
+    }
+    out.extend([0xff, 0xd9]);
+    out
 }
 
 /// The checksum of PNG's chunks.

@@ -267,6 +267,70 @@ fn micro_batches_are_one_batch() {
     close(&of("one", "--batch 16"), &of("four", "--batch 4 --accumulate 4"), 1e-4);
 }
 
+/// Class folders in `dir`: pictures of a shade that tells the class.
+fn folders(dir: &Path, classes: &[(&str, u8)]) {
+    for (class, shade) in classes {
+        let folder = dir.join(class);
+        std::fs::create_dir_all(&folder).unwrap();
+        for i in 0..10 {
+            let picture = image::RgbImage::from_pixel(8, 8, image::Rgb([shade + i; 3]));
+            picture.save(folder.join(format!("{i}.png"))).unwrap();
+        }
+    }
+}
+
+/// Class folders are known by their names: in evaluation, where a run goes on, and where another
+/// begins with its weights. Test images are measured once, at the end.
+#[test]
+fn classes_belong_to_the_model() {
+    let dir = TempDir::new();
+    let [data, other, run_dir] = ["data", "other", "run"].map(|name| dir.path().join(name));
+    let shades = [("ant", 20), ("bee", 120), ("cow", 220)];
+    for part in ["train", "val", "test"] {
+        folders(&data.join(part), &shades);
+    }
+    let small =
+        "--plain --image-size 8 --layers 2 --width 16 --heads 2 --mlp 16 --batch 10 --threads 1";
+    let flags = format!("train {small} --checkpoint-interval 30 --data {}", data.display());
+    let summary = json(&good(&run_dir, &format!("{flags} --epochs 60 --json")));
+    assert_eq!((&summary["accuracy"], &summary["test_accuracy"]), (&1.0.into(), &1.0.into()));
+    let curve = metrics(&run_dir, "items_per_s");
+    assert!(curve.iter().all(|m| m.get("test_accuracy").is_none()));
+
+    let eval = |data: &Path| {
+        let o = Command::new(PROGRAM)
+            .args(["eval", "--json", "--weights"])
+            .args([run_dir.as_path(), Path::new("--data"), data])
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&o.stderr).into_owned();
+        (o.status.code(), told, String::from_utf8(o.stdout).unwrap())
+    };
+    // Fewer classes, whose order is another one without the first.
+    folders(&other, &shades[1..]);
+    let (code, told, out) = eval(&other);
+    assert_eq!((code, &json(&out)["accuracy"]), (Some(0), &1.0.into()), "{told}");
+    std::fs::rename(other.join("bee"), other.join("wasp")).unwrap();
+    let (code, told, _) = eval(&other);
+    assert_eq!(code, Some(1));
+    for part in ["does not have: \"wasp\"", "\"ant\", \"bee\", \"cow\"", "\"cow\", \"wasp\""] {
+        assert!(told.contains(part), "{told}");
+    }
+
+    // Weights with other classes, and a run whose classes were renamed.
+    let weights = format!("--epochs 1 --weights {}", run_dir.display());
+    let o =
+        run(&dir.path().join("a"), &format!("train {small} {weights} --data {}", other.display()));
+    let told = String::from_utf8_lossy(&o.stderr).into_owned();
+    assert!(o.status.code() == Some(1) && told.contains("does not have: \"wasp\""), "{told}");
+    for part in ["train", "val", "test"] {
+        std::fs::rename(data.join(part).join("ant"), data.join(part).join("gnu")).unwrap();
+    }
+    let o = resume().arg(&run_dir).output().unwrap();
+    let told = String::from_utf8_lossy(&o.stderr).into_owned();
+    assert!(o.status.code() == Some(1) && told.contains("does not have: \"gnu\""), "{told}");
+}
+
 #[test]
 fn experiments_in_small() {
     let dir = TempDir::new();

@@ -64,6 +64,13 @@ impl VitConfig {
         }
     }
 
+    /// Whether a directory has such a file, rather than none or that of another program.
+    pub fn is_in(dir: &Path) -> bool {
+        let read = read_limited(&dir.join(FILE), LIMIT).ok();
+        let json = read.and_then(|b| serde_json::from_slice::<serde_json::Value>(&b).ok());
+        json.is_some_and(|json| json.get("classes").is_some())
+    }
+
     /// Reads the file of a directory.
     ///
     /// # Errors
