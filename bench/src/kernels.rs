@@ -42,7 +42,7 @@ impl<B: Backend<Real = f32>> Kernel<B> {
     /// of them are waited for together that the wait does not count.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// What the backend reports.
     pub fn seconds(&mut self, be: &mut B, span: Duration) -> Result<f64> {
         // The first call may load what the others find.
         (self.call)(be)?;
@@ -413,7 +413,7 @@ impl<B: Backend<Real = f32>> Bench<B> {
     /// Small values everywhere, so that no kernel sees a fault, an infinity or a denormal number.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// What the backend reports.
     pub fn fill(&self, be: &mut B) -> Result<()> {
         // What is there is doubled until everything is full.
         const PIECE: usize = 1 << 12;

@@ -114,7 +114,7 @@ impl Named {
     /// where that is in 16 bits (see [`holds`](Self::holds)).
     ///
     /// # Errors
-    /// Those of the backend.
+    /// What the backend reports.
     pub fn put<B: Backend>(&self, be: &mut B, at: usize, values: &[B::Real]) -> Result<()> {
         let Some((half, words)) = self.narrow else {
             return be.write_reals(self.values.sub(at, values.len()), values);
@@ -134,7 +134,7 @@ impl Named {
     /// Reads values from index `at` on, an even one.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// What the backend reports.
     pub fn get<B: Backend<Real = f32>>(&self, be: &B, at: usize, out: &mut [f32]) -> Result<()> {
         let Some((half, words)) = self.narrow else {
             return be.read_reals(self.values.sub(at, out.len()), out);

@@ -487,7 +487,7 @@ impl Model {
     /// The most probable class of the first sample of the batch, and its loss.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// What the backend reports.
     pub fn classify(&mut self, be: &mut Be<'_>) -> Result<(usize, f32)> {
         let (x, chunk) = (self.infer(be, 0)?, at_head(&Pass { seed: 0, step: 0, global: 0 }, 0));
         let logits = self.head.logits(be, &chunk, x, self.stack.scratch())?;

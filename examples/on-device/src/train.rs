@@ -153,7 +153,7 @@ impl<'j> Session<'j> {
     /// Loss and accuracy over `samples`, one at a time.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// What the backend reports.
     pub fn evaluate(&mut self, be: &mut Be<'_>, samples: Samples) -> Result<Score> {
         let mut score = Score { samples: samples.len(), ..Score::default() };
         for sample in 0..samples.len() {
@@ -172,7 +172,7 @@ impl<'j> Session<'j> {
     /// Digests, with that of the parameters in RAM.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// What the backend reports.
     pub fn digests(&self, be: &Be<'_>) -> Result<Digests> {
         let mut digests = self.model.digests;
         self.model.load(|_, values, _| {

@@ -24,7 +24,7 @@ def measure_once(way, depth):
 
 
 def test_activation_memory_does_not_grow_with_depth():
-    peaks = {(way, depth): measure(way, depth) for way in ("checkpoint 1", "bdia") for depth in (8, 24, 48)}
+    peaks = {(way, depth): measure(way, depth) for way in ("checkpoint 1", "bdia") for depth in (8, 48)}
     activation = 8 * 128 * 128 * 4
     # Gradients, which both have, apart.
     beside = {key: m["peak"] - m["gradients"] for key, m in peaks.items()}

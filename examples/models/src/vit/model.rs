@@ -419,7 +419,7 @@ impl Vit {
     /// what the grid must hold.
     ///
     /// # Errors
-    /// Those of the backend; what `image` returns.
+    /// What the backend reports; what `image` returns.
     pub fn largest<B: Backend, E: From<Error>>(
         &mut self,
         be: &mut B,
