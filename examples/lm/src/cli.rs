@@ -639,6 +639,8 @@ fn finetune_defaults(command: clap::Command) -> clap::Command {
         ("schedule", "linear"),
         ("steps", "1000"),
         ("out", "runs/finetune"),
+        ("gamma", "auto"),
+        ("gamma_sign", "shared"),
     ];
     defaults
         .into_iter()

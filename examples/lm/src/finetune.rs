@@ -14,6 +14,7 @@ use bdia_train::cli::MethodKind;
 use bdia_train::trainer::Summary;
 use bdia_train::{Failure, ranks, report, run};
 
+use crate::calibrate;
 use crate::cli::FinetuneArgs;
 use crate::data::{Corpus, DataError, Order};
 use crate::hub;
@@ -40,9 +41,12 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Summary, Failure> {
     let mut config = Gpt2Config::read_dir(&weights)?;
     // Dropout is a choice of the training; the file's is what somebody else chose.
     config.set_dropout(args.run.dropout);
-    config.bdia = Some(args.run.mode.training()?);
     let tokenizer = args.text.tokenizer();
     let (source, context) = open(&mut args, &config, &tokenizer)?;
+    if from.is_none() {
+        calibrate::measure(&mut args.run, &source, &config, &weights, context)?;
+    }
+    config.bdia = Some(args.run.mode.training()?);
     let lesson = Lesson {
         run: args.run.clone(),
         context,

@@ -24,7 +24,7 @@ use bdia_train::Failure;
 use bdia_train::cli::{self, BackendKind, MachineArgs};
 use bdia_train::directory::{Claim, Directory};
 use bdia_train::machine::{self, Work, for_kind};
-use bdia_train::report;
+use bdia_train::report::{self, MemoryTable};
 use bdia_train::trainer;
 use bdia_train::{ranks, run};
 use serde_json::json;
@@ -36,7 +36,7 @@ use crate::train;
 
 /// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid
 /// can use.
-fn lay_out(
+pub(crate) fn lay_out(
     config: &Gpt2Config,
     machine: &MachineArgs,
     context: usize,
@@ -70,7 +70,7 @@ pub(crate) fn inference(kind: cli::Inference, gamma: f64) -> Result<Inference, F
         cli::Inference::Float => Inference::Float(FloatGamma::new(gamma, Sign::Plus)?),
         cli::Inference::Quantized if gamma == 0.0 => Inference::Quantized(None),
         cli::Inference::Quantized => {
-            Inference::Quantized(Some(Gamma::from_value(gamma, Sign::Plus)?))
+            Inference::constant(Gamma::from_value(gamma, Sign::Plus)?)
         }
     })
 }
@@ -457,6 +457,18 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
     );
     if let Some(budget) = args.machine.memory {
         report::tell!("  fits into {}", report::bytes(budget));
+    }
+    if let Mode::Bdia { grid, verify, .. } = setup.mode {
+        // What --gamma auto may choose.
+        let mut by_bits = MemoryTable::new(&["side bits", "total"]);
+        for planes in 1..=Gamma::MAX_PLANES {
+            let gamma = Policy::fixed(Gamma::new(planes, args.mode.sign())?);
+            let setup = Setup { mode: Mode::Bdia { grid, gamma, verify }, ..setup };
+            let plan = machine::lay_out::<Gpt2>(&setup, kind, ranks, None, Some(choice))?.2;
+            let cells = [plan.bytes(Category::SideBits), plan.total()].map(|n| Some(n as u64));
+            by_bits.row(&format!("gamma 1/{} (m = {planes})", 1_u32 << planes), &cells);
+        }
+        report::tell!("\n{}", by_bits.to_string().trim_end());
     }
     if args.json {
         let categories: serde_json::Map<_, _> =

@@ -2,10 +2,11 @@
 //! `bdia-lm`.
 //!
 //! In the order in which data flows: [`data`] (text), [`pairs`] (prompts and completions) →
-//! [`cli`] → [`train`] (the run) → [`finetune`],
-//! which begins with a pretrained model ([`hub`]) → [`inference`] and [`score`] for trained
-//! models → [`experiment`] for many runs.
+//! [`cli`] → [`train`] (the run) → [`finetune`], which begins with a pretrained model ([`hub`]) and
+//! the γ that it bears ([`calibrate`]) → [`inference`] and [`score`] for trained models →
+//! [`experiment`] for many runs.
 
+pub mod calibrate;
 pub mod cli;
 pub mod data;
 pub mod experiment;

@@ -22,6 +22,7 @@ use bdia_train::trainer::{self, Planned, Settings, Summary, Task, Validation, Wh
 use bdia_train::{Failure, ranks, report, run};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::calibrate;
 use crate::cli::{FinetuneArgs, TrainArgs};
 use crate::data::{Batches, Corpus, Order, Part};
 use crate::pairs::Examples;
@@ -106,7 +107,6 @@ pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
         }
         (None, None) => args.model.gpt2(args.run.dropout)?,
     };
-    config.bdia = Some(args.run.mode.training()?);
     let context = args.model.context.map_or(config.n_positions, |c| c as usize);
     let (data, vocab) = (args.data.as_deref(), config.vocab_size);
     let corpus = Corpus::open(data, args.token_type, &tokenizer, vocab, context)?;
@@ -115,12 +115,17 @@ pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     let batches = batches(&args.run, args.order, context);
     let name = corpus.name.to_string();
     let (train, validation) = (corpus.train, corpus.validation);
+    let source = Source::Text { train, validation, batches };
+    if let (Some(weights), None) = (&args.weights, &from) {
+        calibrate::measure(&mut args.run, &source, &config, weights, context)?;
+    }
+    config.bdia = Some(args.run.mode.training()?);
     let lesson = Lesson {
         run: args.run.clone(),
         context,
         adapters: None,
         config,
-        source: Source::Text { train, validation, batches },
+        source,
         name,
         tokenizer,
         start: args.weights.clone().map_or(Start::Fresh, Start::Weights),

@@ -31,6 +31,8 @@ pub enum Mode {
 pub enum GammaSign {
     /// Drawn for every sample and block.
     Random,
+    /// Drawn for every sample, the same for all blocks.
+    Shared,
     /// Always plus.
     Plus,
     /// Always minus.

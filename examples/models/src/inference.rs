@@ -3,22 +3,39 @@
 use bdia_core::arena::Reals;
 use bdia_core::backend::{Backend, Chunk};
 use bdia_core::error::{Result, Site};
-use bdia_core::stack::{Blocks, Input, Stack};
-use bdia_core::update::{FloatGamma, Gamma};
+use bdia_core::real::Real;
+use bdia_core::stack::{Blocks, Call, Input, Pass, Stack};
+use bdia_core::update::{FloatGamma, Gamma, Policy};
 
 /// Which network is run at inference.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Inference {
     /// In float, with a constant γ; with [`FloatGamma::ZERO`] it is the standard transformer.
     Float(FloatGamma),
-    /// On the grid (of a stack in mode `bdia`): `X_{k+1} = X_k + Q(h_k(x_k))`, or with a constant
-    /// γ.
-    Quantized(Option<Gamma>),
+    /// On the grid (of a stack in mode `bdia`): `X_{k+1} = X_k + Q(h_k(x_k))`, or with the γ of a
+    /// pass.
+    Quantized(Option<(Policy, Pass)>),
 }
 
 impl Inference {
     /// The standard transformer.
     pub const STANDARD: Self = Self::Float(FloatGamma::ZERO);
+
+    /// On the grid with the same γ in every block.
+    pub const fn constant(gamma: Gamma) -> Self {
+        Self::Quantized(Some((Policy::fixed(gamma), Pass { seed: 0, step: 0, global: 0 })))
+    }
+
+    /// The same for samples whose numbers in the global batch begin with `first`.
+    #[must_use]
+    pub const fn of_samples(self, first: u32) -> Self {
+        match self {
+            Self::Quantized(Some((policy, pass))) => {
+                Self::Quantized(Some((policy, Pass { global: first, ..pass })))
+            }
+            other => other,
+        }
+    }
 
     /// A stack's result for some samples: the place of `x_K`.
     ///
@@ -36,6 +53,31 @@ impl Inference {
             Self::Float(gamma) => stack.infer(be, blocks, input, samples, gamma),
             Self::Quantized(gamma) => stack.infer_quantized(be, blocks, input, samples, gamma),
         }
+    }
+}
+
+/// Blocks that tell how large activations and residuals get: what a grid must hold.
+#[derive(Debug)]
+pub struct Probe<'a, T> {
+    /// The blocks.
+    pub blocks: &'a mut T,
+    /// The largest magnitude so far.
+    pub largest: f64,
+}
+
+impl<B: Backend, T: Blocks<B>> Blocks<B> for Probe<'_, T> {
+    fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
+        self.blocks.residual(be, call, h)?;
+        for values in [call.x, h] {
+            let mut host = vec![B::Real::of(0.0); values.len()];
+            be.read_reals(values, &mut host)?;
+            self.largest = host.iter().fold(self.largest, |m, x| m.max(x.wide().abs()));
+        }
+        Ok(())
+    }
+
+    fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
+        self.blocks.vjp(be, call, gh, gx)
     }
 }
 

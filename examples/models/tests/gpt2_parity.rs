@@ -113,7 +113,7 @@ fn check_bdia(file: &str, gamma: f64, sign: Sign, chunk: usize, head_rows: usize
     let grid = Grid::new(state(&format!("gpt2/{file}")).size("frac_bits") as u32).unwrap();
     let gamma = Gamma::from_value(gamma, sign).unwrap();
     let mode = Mode::Bdia { grid, gamma: Policy::fixed(gamma), verify: false };
-    check(file, mode, Inference::Quantized(Some(gamma)), chunk, head_rows);
+    check(file, mode, Inference::constant(gamma), chunk, head_rows);
 }
 
 #[test]

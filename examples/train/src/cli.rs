@@ -1,12 +1,13 @@
 //! Flags that every training program has, their checks, and what a resumed run may change.
 
+use core::fmt;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Half;
 use bdia_core::layers::LoraShape;
 use bdia_core::optim::{Decay, Rule, Schedule};
-use bdia_core::{FloatGamma, Gamma, Grid, Sign};
+use bdia_core::{FloatGamma, Gamma, Grid, Policy, Sign};
 use bdia_models::config::{self, Training};
 use bdia_models::gpt2::config as gpt2;
 use bdia_models::named::Adapters;
@@ -17,6 +18,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::calibrate::Calibration;
 use crate::directory;
 use crate::error::Failure;
 
@@ -51,6 +53,8 @@ impl From<Mode> for config::Mode {
 pub enum GammaSign {
     /// Drawn for every sample and block.
     Random,
+    /// Drawn for every sample, the same for all blocks; the last block has no gamma.
+    Shared,
     /// Always plus.
     Plus,
     /// Always minus.
@@ -61,6 +65,7 @@ impl From<GammaSign> for Sign {
     fn from(sign: GammaSign) -> Self {
         match sign {
             GammaSign::Random => Self::Random,
+            GammaSign::Shared => Self::Shared,
             GammaSign::Plus => Self::Plus,
             GammaSign::Minus => Self::Minus,
         }
@@ -71,6 +76,7 @@ impl From<GammaSign> for config::GammaSign {
     fn from(sign: GammaSign) -> Self {
         match sign {
             GammaSign::Random => Self::Random,
+            GammaSign::Shared => Self::Shared,
             GammaSign::Plus => Self::Plus,
             GammaSign::Minus => Self::Minus,
         }
@@ -184,46 +190,170 @@ pub struct ModeArgs {
     /// Round to the grid in modes standard and checkpoint too
     #[arg(long)]
     pub quantize: bool,
-    /// Magnitude of gamma: 0.5, 0.25, … 2^-8; anything from 0 to 1 in mode bdia-float
-    #[arg(long, default_value_t = 0.5, value_parser = gamma)]
-    pub gamma: f64,
+    /// Magnitude of gamma: 0.5, 0.25 … 2^-8 (from 0 to 1 in mode bdia-float), or by optimizer step,
+    /// such as 0.0625,1000:0.25; paper is 0.5 with the sign drawn for every sample and block; auto
+    /// measures which one a pretrained network bears
+    #[arg(long, default_value = "0.5", value_parser = gamma)]
+    pub gamma: GammaArg,
     /// Sign of gamma
     #[arg(long, default_value = "random")]
     pub gamma_sign: GammaSign,
     /// The grid is 2^-l: its l
     #[arg(long, value_name = "L", default_value_t = 14, value_parser = frac_bits)]
     pub frac_bits: u32,
+    /// How gamma was measured, where it was.
+    #[arg(skip)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
 }
 
 impl ModeArgs {
-    /// What single flags cannot show to be wrong of γ.
+    /// The sign, which belongs to the paper's scheme where that was asked for.
+    pub fn sign(&self) -> Sign {
+        match self.gamma {
+            GammaArg::Paper => Sign::Random,
+            _ => self.gamma_sign.into(),
+        }
+    }
+
+    /// γ of mode `bdia`.
+    ///
+    /// # Errors
+    /// A γ that has no exact inverse, stages that do not follow each other, one that has not been
+    /// measured yet.
+    pub fn policy(&self) -> bdia_core::Result<Policy> {
+        let stages = match &self.gamma {
+            GammaArg::Auto => return Err(unmeasured()),
+            GammaArg::Paper => return Ok(Policy::PAPER),
+            GammaArg::Stages(stages) => stages,
+        };
+        let planes = |value| Gamma::from_value(value, self.sign()).map(Gamma::planes);
+        let stages: Vec<_> = (stages.iter())
+            .map(|&(from, value)| Ok((from, planes(value)?)))
+            .collect::<bdia_core::Result<_>>()?;
+        Policy::scheduled(&stages, self.sign())
+    }
+
+    /// γ of mode `bdia-float`.
+    ///
+    /// # Errors
+    /// A γ above 1, or one that changes.
+    pub fn float_gamma(&self) -> bdia_core::Result<FloatGamma> {
+        match self.gamma.magnitudes()[..] {
+            [magnitude] => FloatGamma::new(magnitude, self.sign()),
+            [] => Err(unmeasured()),
+            _ => Err(bdia_core::Error::unfit("gamma", "a schedule", "one value, in mode bdia-float")),
+        }
+    }
+
+    /// What single flags cannot show to be wrong of γ. One that is to be measured is not wrong.
     ///
     /// # Errors
     /// A γ that has no exact inverse, in mode bdia.
     pub fn check_gamma(&self) -> bdia_core::Result<()> {
-        match self.mode {
-            Mode::Bdia => Gamma::from_value(self.gamma, self.gamma_sign.into()).map(|_| ()),
-            _ => FloatGamma::new(self.gamma, self.gamma_sign.into()).map(|_| ()),
+        match (self.mode, &self.gamma) {
+            (Mode::Bdia, GammaArg::Auto) => Ok(()),
+            (Mode::Bdia, _) => self.policy().map(|_| ()),
+            (Mode::BdiaFloat, _) => self.float_gamma().map(|_| ()),
+            _ => Ok(()),
         }
     }
 
     /// What `config.json` says about the training.
     ///
     /// # Errors
-    /// As [`check_gamma`](Self::check_gamma).
+    /// As [`policy`](Self::policy) and [`float_gamma`](Self::float_gamma).
     pub fn training(&self) -> bdia_core::Result<Training> {
-        self.check_gamma()?;
         let planes = match self.mode {
-            Mode::Bdia => Gamma::from_value(self.gamma, self.gamma_sign.into())?.planes(),
+            Mode::Bdia => self.policy()?.planes(),
+            Mode::BdiaFloat => self.float_gamma().map(|_| 0)?,
             _ => 0,
         };
+        let gamma_sign = match self.gamma {
+            GammaArg::Paper => GammaSign::Random,
+            _ => self.gamma_sign,
+        };
         Ok(Training {
-            gamma: self.gamma,
-            gamma_sign: self.gamma_sign.into(),
+            // That of the end: what the network was last trained with.
+            gamma: self.gamma.magnitudes().last().copied().unwrap_or(0.0),
+            gamma_sign: gamma_sign.into(),
             frac_bits: self.frac_bits,
             mode: self.mode.into(),
             planes: Some(planes),
         })
+    }
+}
+
+const fn unmeasured() -> bdia_core::Error {
+    bdia_core::Error::unfit("gamma", "auto, without a pretrained network to measure it on", "a number")
+}
+
+/// The magnitude of γ.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GammaArg {
+    /// To be measured on a pretrained network.
+    Auto,
+    /// The paper's scheme.
+    Paper,
+    /// An optimizer step and the magnitude from then on, the first from step 0.
+    Stages(Vec<(u32, f64)>),
+}
+
+impl From<f64> for GammaArg {
+    fn from(magnitude: f64) -> Self {
+        Self::Stages(vec![(0, magnitude)])
+    }
+}
+
+impl GammaArg {
+    /// The magnitudes in their order; none where they have not been measured yet.
+    pub fn magnitudes(&self) -> Vec<f64> {
+        match self {
+            Self::Auto => Vec::new(),
+            Self::Paper => vec![0.5],
+            Self::Stages(stages) => stages.iter().map(|s| s.1).collect(),
+        }
+    }
+}
+
+impl fmt::Display for GammaArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stages = match self {
+            Self::Auto => return f.write_str("auto"),
+            Self::Paper => return f.write_str("paper"),
+            Self::Stages(stages) => stages,
+        };
+        for (i, (from, magnitude)) in stages.iter().enumerate() {
+            if i > 0 {
+                write!(f, ",{from}:")?;
+            }
+            write!(f, "{magnitude}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Serialize for GammaArg {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Stages(stages) if stages.len() == 1 => to.serialize_f64(stages[0].1),
+            other => to.collect_str(other),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for GammaArg {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Raw {
+            One(f64),
+            Text(String),
+        }
+        match Raw::deserialize(from)? {
+            Raw::One(magnitude) => Ok(magnitude.into()),
+            Raw::Text(text) => gamma(&text).map_err(serde::de::Error::custom),
+        }
     }
 }
 
@@ -1109,8 +1239,26 @@ pub fn probability(s: &str) -> Result<f64, String> {
 ///
 /// # Errors
 /// A sentence.
-pub fn gamma(s: &str) -> Result<f64, String> {
-    real(s, "a number from 0 to 1; --gamma-sign has the sign", |x| (0.0..=1.0).contains(&x))
+pub fn gamma(s: &str) -> Result<GammaArg, String> {
+    let one = |s: &str| {
+        let expected = "a number from 0 to 1 (--gamma-sign has the sign), such numbers by step as in \
+                        0.0625,1000:0.25, paper or auto";
+        real(s, expected, |x| (0.0..=1.0).contains(&x))
+    };
+    match s.trim() {
+        "auto" => return Ok(GammaArg::Auto),
+        "paper" => return Ok(GammaArg::Paper),
+        _ => {}
+    }
+    let (first, others) = s.split_once(',').unwrap_or((s, ""));
+    let mut stages = vec![(0, one(first)?)];
+    for stage in others.split(',').filter(|s| !s.is_empty()) {
+        let (from, magnitude) = stage
+            .split_once(':')
+            .ok_or_else(|| format!("expected STEP:MAGNITUDE after the first, found {stage}"))?;
+        stages.push((whole(from, 1, u64::from(u32::MAX))? as u32, one(magnitude)?));
+    }
+    Ok(GammaArg::Stages(stages))
 }
 
 /// Reads a γ with its sign.
@@ -1163,6 +1311,24 @@ pub fn memory(s: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gammas() {
+        for (text, expected) in [
+            ("auto", GammaArg::Auto),
+            ("paper", GammaArg::Paper),
+            ("0.25", 0.25.into()),
+            ("0.0625,1000:0.25", GammaArg::Stages(vec![(0, 0.0625), (1000, 0.25)])),
+        ] {
+            let found = gamma(text).unwrap();
+            assert_eq!((found.to_string(), &found), (text.to_string(), &expected));
+            let json = serde_json::to_string(&found).unwrap();
+            assert_eq!(serde_json::from_str::<GammaArg>(&json).unwrap(), expected, "{json}");
+        }
+        for text in ["", "-0.5", "much", "0.5,0.25", "0.5,x:0.25", "0.5,0:0.25", "0.5,9:"] {
+            assert!(gamma(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn sizes_in_bytes() {

@@ -11,6 +11,7 @@ use bdia_models::sample::SampleError;
 use bdia_models::seq2seq::vocab::VocabularyError;
 use bdia_models::weights::WeightsError;
 
+use crate::calibrate::Calibration;
 use crate::checkpoint::CheckpointError;
 use crate::cli::Contradiction;
 use crate::directory::DirectoryError;
@@ -52,6 +53,9 @@ pub enum Failure {
     Directory(#[from] DirectoryError),
     #[error("standard output cannot be written: {0}")]
     Output(&'static std::io::Error),
+    #[error("no gamma costs this network little enough; train it with --mode standard or checkpoint, \
+             or name a --gamma\n{0}")]
+    Calibration(Box<Calibration>),
     #[error("interrupted")]
     Interrupted,
     #[error(

@@ -97,11 +97,9 @@ pub fn checkpoint_every(asked: Option<u64>, layers: usize) -> usize {
 pub fn mode(args: &ModeArgs, layers: usize, verify: bool) -> Result<StackMode, Error> {
     let grid = || Grid::new(args.frac_bits);
     let quantized = || args.quantize.then(grid).transpose();
-    let sign = args.gamma_sign.into();
     Ok(match args.mode {
         Mode::Bdia => {
-            let gamma = Policy::fixed(Gamma::from_value(args.gamma, sign)?);
-            StackMode::Bdia { grid: grid()?, gamma, verify }
+            StackMode::Bdia { grid: grid()?, gamma: args.policy()?, verify }
         }
         Mode::Standard => StackMode::Standard { grid: quantized()? },
         Mode::Checkpoint => StackMode::Checkpoint {
@@ -109,7 +107,7 @@ pub fn mode(args: &ModeArgs, layers: usize, verify: bool) -> Result<StackMode, E
             grid: quantized()?,
         },
         Mode::BdiaFloat => {
-            StackMode::BdiaFloat { gamma: FloatGamma::new(args.gamma, sign)?, verify }
+            StackMode::BdiaFloat { gamma: args.float_gamma()?, verify }
         }
     })
 }

@@ -623,7 +623,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         cli::Inference::Float => Inference::Float(FloatGamma::new(args.gamma, Sign::Plus)?),
         cli::Inference::Quantized if args.gamma == 0.0 => Inference::Quantized(None),
         cli::Inference::Quantized => {
-            Inference::Quantized(Some(Gamma::from_value(args.gamma, Sign::Plus)?))
+            Inference::constant(Gamma::from_value(args.gamma, Sign::Plus)?)
         }
     };
     let all = evaluation(

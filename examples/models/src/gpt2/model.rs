@@ -373,6 +373,19 @@ impl Gpt2 {
         Ok((loss, targets.iter().filter(|&&t| t >= 0).count()))
     }
 
+    /// Largest magnitude among activations and residuals of the standard transformer on some
+    /// samples (at most a chunk): what the grid must hold.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn largest<B: Backend>(&mut self, be: &mut B, tokens: &[i32]) -> Result<f64> {
+        be.write_ints(self.input.tokens.sub(0, tokens.len()), tokens)?;
+        let mut probe = Probe { blocks: &mut self.blocks, largest: 0.0 };
+        let samples = tokens.len() / self.setup.context;
+        self.stack.infer(be, &mut probe, &mut self.input, samples, FloatGamma::ZERO)?;
+        Ok(probe.largest)
+    }
+
     fn run<B: Backend>(
         &mut self,
         be: &mut B,

@@ -18,7 +18,7 @@ use bdia_core::stack::{Blocks, Call, Config as StackConfig, Mode, Pass, Stack, T
 use bdia_core::update::{FloatGamma, Sign};
 
 use super::revvit::RevStack;
-use crate::inference::{Inference, at_head};
+use crate::inference::{Probe, Inference, at_head};
 use crate::named::{self, Adapters, Named};
 use crate::plan::Plan;
 
@@ -515,28 +515,6 @@ impl<B: Backend> Network<B> for Vit {
             Trunk::One(stack) => Rebuilt::of(be, stack),
             Trunk::Two(stack) => Ok(Rebuilt { mismatches: 0, error: stack.rebuild_error() }),
         }
-    }
-}
-
-/// Blocks that tell how large activations get.
-struct Probe<'a> {
-    blocks: &'a mut PreNorm,
-    largest: f64,
-}
-
-impl<B: Backend> Blocks<B> for Probe<'_> {
-    fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
-        self.blocks.residual(be, call, h)?;
-        for values in [call.x, h] {
-            let mut host = vec![B::Real::of(0.0); values.len()];
-            be.read_reals(values, &mut host)?;
-            self.largest = host.iter().fold(self.largest, |m, x| m.max(x.wide().abs()));
-        }
-        Ok(())
-    }
-
-    fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
-        self.blocks.vjp(be, call, gh, gx)
     }
 }
 

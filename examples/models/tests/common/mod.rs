@@ -168,8 +168,10 @@ pub fn float(gamma: f64) -> Inference {
 
 /// The network on the grid, with a constant γ where that is not 0.
 pub fn quantized(gamma: f64) -> Inference {
-    let gamma = (gamma != 0.0).then(|| Gamma::from_value(gamma, Sign::Plus).unwrap());
-    Inference::Quantized(gamma)
+    if gamma == 0.0 {
+        return Inference::Quantized(None);
+    }
+    Inference::constant(Gamma::from_value(gamma, Sign::Plus).unwrap())
 }
 
 pub fn small() -> Dims {

@@ -1,0 +1,126 @@
+//! `--gamma auto`: the γ that a pretrained language model bears, measured before the run is planned.
+
+use std::path::Path;
+
+use bdia_core::backend::Backend;
+use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::model::Gpt2;
+use bdia_models::inference::Inference;
+use bdia_train::Failure;
+use bdia_train::calibrate::{self, Batch, Pretrained, TARGETS};
+use bdia_train::cli::StepArgs;
+
+use crate::inference;
+use crate::train::Source;
+
+/// Samples at a time.
+const AT_ONCE: usize = 4;
+
+/// Tokens and targets of some samples, a batch after the other.
+struct Samples {
+    context: usize,
+    tokens: Vec<i32>,
+    targets: Vec<i32>,
+}
+
+impl Samples {
+    /// Samples of the training data at equal distances, with enough targets if there are as many.
+    fn of(source: &Source, context: usize) -> Result<Self, Failure> {
+        let mut all = Self { context, tokens: Vec::new(), targets: Vec::new() };
+        match source {
+            Source::Text { train, .. } => {
+                let starts: Vec<_> = train.windows(context).collect();
+                let n = TARGETS.div_ceil(context).min(starts.len());
+                for i in 0..n {
+                    let (tokens, targets) = all.next();
+                    train.window(starts[i * starts.len() / n], tokens, targets)?;
+                }
+            }
+            Source::Pairs { train, .. } => {
+                // A step that is coprime to the length meets every example once.
+                let (n, mut found, mut i) = (train.len(), 0, 0);
+                while found < TARGETS && i < n {
+                    let (tokens, targets) = all.next();
+                    train.sample((i as u128 * 7919 % n as u128) as usize, tokens, targets);
+                    found += targets.iter().filter(|t| **t >= 0).count();
+                    i += 1;
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    fn next(&mut self) -> (&mut [i32], &mut [i32]) {
+        let at = self.tokens.len();
+        self.tokens.resize(at + self.context, 0);
+        self.targets.resize(at + self.context, 0);
+        (&mut self.tokens[at..], &mut self.targets[at..])
+    }
+}
+
+/// Measures γ where the flags leave that to us, and puts it into the flags.
+///
+/// # Errors
+/// As [`calibrate::measure`].
+pub fn measure(
+    run: &mut StepArgs,
+    source: &Source,
+    config: &Gpt2Config,
+    weights: &Path,
+    context: usize,
+) -> Result<(), Failure> {
+    if !calibrate::is_wanted(&run.mode)? {
+        return Ok(());
+    }
+    let samples = Samples::of(source, context)?;
+    let at_once = AT_ONCE.min(samples.tokens.len() / context).max(1);
+    let place = run.machine.clone();
+    calibrate::measure(&mut run.mode, &run.given, &place, |frac_bits| {
+        let (model, layout) =
+            inference::lay_out(config, &place, context, at_once, None, frac_bits)?;
+        Ok((Measured { weights, config, samples: &samples, model }, layout))
+    })
+}
+
+struct Measured<'a> {
+    weights: &'a Path,
+    config: &'a Gpt2Config,
+    samples: &'a Samples,
+    model: Gpt2,
+}
+
+impl Measured<'_> {
+    /// Tokens of a batch.
+    fn of_batch(&self) -> usize {
+        self.model.stack.config().chunk * self.samples.context
+    }
+}
+
+impl Pretrained for Measured<'_> {
+    fn load<B: Backend<Real = f32>>(&mut self, be: &mut B) -> Result<(), Failure> {
+        inference::load(self.weights, None, self.config, be, &self.model)
+    }
+
+    fn losses<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        inference: Inference,
+    ) -> Result<Vec<Batch>, Failure> {
+        let (n, all) = (self.of_batch(), self.samples);
+        let batches = all.tokens.chunks(n).zip(all.targets.chunks(n)).enumerate();
+        batches
+            .map(|(i, (tokens, targets))| {
+                let inference = inference.of_samples((i * n / all.context) as u32);
+                Ok(self.model.evaluate(be, tokens, targets, inference)?)
+            })
+            .collect()
+    }
+
+    fn largest<B: Backend<Real = f32>>(&mut self, be: &mut B) -> Result<f64, Failure> {
+        let mut largest = 0.0_f64;
+        for tokens in self.samples.tokens.chunks(self.of_batch()) {
+            largest = largest.max(self.model.largest(be, tokens)?);
+        }
+        Ok(largest)
+    }
+}
