@@ -55,6 +55,11 @@ pub enum Error {
         /// The smallest plan in bytes.
         minimum: usize,
     },
+    /// The system refused memory.
+    Memory {
+        /// How much was asked for.
+        bytes: usize,
+    },
     /// The numbers of a step went wrong; parameters are as [`Fault`] says.
     Fault(Fault),
     /// The device below a backend failed.
@@ -127,7 +132,7 @@ impl Error {
     pub const fn kind(&self) -> ErrorKind {
         match self {
             Self::Handle(_) | Self::Shape { .. } | Self::Setting { .. } => ErrorKind::Argument,
-            Self::TooLarge(_) | Self::Budget { .. } => ErrorKind::Memory,
+            Self::TooLarge(_) | Self::Budget { .. } | Self::Memory { .. } => ErrorKind::Memory,
             Self::Fault(Fault::Checksum { .. } | Fault::Input { .. }) => ErrorKind::Mismatch,
             Self::Fault(_) => ErrorKind::Numbers,
             Self::Device(_) => ErrorKind::Device,
@@ -202,6 +207,11 @@ impl fmt::Display for Error {
                     "the step does not fit into {budget} bytes; the smallest plan needs {minimum}"
                 )
             }
+            Self::Memory { bytes } => write!(
+                f,
+                "the operating system refused {bytes} bytes of memory; choose a smaller memory \
+                 budget, batch or model"
+            ),
             Self::Fault(fault) => fault.fmt(f),
             Self::Device(what) => write!(f, "device: {what}"),
             Self::Foreign(site) => write!(f, "{site} failed; its own error says why"),

@@ -97,12 +97,25 @@ impl Grid {
 /// Where the sign of γ comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sign {
-    /// Drawn per sample and per block (training).
+    /// Drawn per sample and per block (the paper's training).
     Random,
+    /// Drawn per sample, the same for all blocks of a stack.
+    Shared,
     /// Always `+`.
     Plus,
     /// Always `−`.
     Minus,
+}
+
+impl Sign {
+    /// The block whose stream a drawn sign of block `block` comes from. Shared ones come from that
+    /// of block 0, whose step has no γ.
+    pub const fn drawn_at(self, block: u16) -> u16 {
+        match self {
+            Self::Shared => 0,
+            _ => block,
+        }
+    }
 }
 
 /// γ on the grid: `σ·2^-m`, whose step has an exact inverse. Any other γ, of a network without a
@@ -252,7 +265,8 @@ impl FloatGamma {
         match self.sign {
             Sign::Plus => 1,
             Sign::Minus => -1,
-            Sign::Random => {
+            Sign::Random | Sign::Shared => {
+                let block = self.sign.drawn_at(block);
                 let stream = Stream::new(seed, step, sample, stack, block, Draw::Sign);
                 1 - 2 * (stream.word(0) & 1) as i32
             }
@@ -273,55 +287,113 @@ impl FloatGamma {
     }
 }
 
-/// Which γ the steps of a run have. Signs are replayed from their place; the magnitude belongs to
-/// the run.
+/// Which γ the steps of a run have: its magnitude by optimizer step, and where its signs come from.
+/// Signs are replayed from their place; the rest belongs to the run.
+///
+/// Three schemes of signs: the paper's, drawn per sample and block ([`Sign::Random`]); one per
+/// sample for all blocks ([`Sign::Shared`]); a constant. With shared signs the last step before a
+/// head is plain, since nothing inverts it. Here is one, with `K = 3`, `m = 2`, and a sample whose
+/// sign is `−` (`γ = −1/4`):
+///
+/// ```text
+/// X_0 = Q(input)
+/// X_1 = X_0 + Q(h_0)                             plain, in every scheme
+/// X_2 = −(X_0 + s_0)/4 + Q(5/4·x_1 + 3/4·h_1)    two bits of every value of X_0 are kept
+/// X_3 = X_2 + Q(h_2)                             plain: a head follows
+/// G_2 = G_3 + J_2ᵀ·G_3                           G_1 begins with 0
+/// G_1 = 5/4·G_2 + J_1ᵀ·3/4·G_2                   G_0 begins with −1/4·G_2
+/// G_0 = −1/4·G_2 + G_1 + J_0ᵀ·G_1
+/// ```
+///
+/// The other two schemes, and a stack whose output leaves it ([`Tail::Output`]), have γ in the last
+/// step as well.
+///
+/// [`Tail::Output`]: crate::stack::Tail::Output
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    kind: Kind,
+    /// In their order; the last one is repeated up to the end.
+    stages: [Stage; Policy::MAX_STAGES],
+    sign: Sign,
 }
 
+/// `m` from an optimizer step on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Fixed(Gamma),
-    /// Takes turns by step and block: what the stack makes room for is more than some steps use.
-    #[cfg(test)]
-    Alternating([Gamma; 2]),
+struct Stage {
+    from: u32,
+    planes: u32,
 }
 
 impl Policy {
+    /// Most stages of a schedule.
+    pub const MAX_STAGES: usize = 8;
+
     /// `γ = ±1/2`, the sign drawn per sample and block: that of the BDIA paper.
     pub const PAPER: Self = Self::fixed(Gamma { planes: 1, sign: Sign::Random });
 
-    /// The paper's: one γ for every step and block.
+    /// One magnitude for all steps.
     pub const fn fixed(gamma: Gamma) -> Self {
-        Self { kind: Kind::Fixed(gamma) }
+        let stage = Stage { from: 0, planes: gamma.planes };
+        Self { stages: [stage; Self::MAX_STAGES], sign: gamma.sign }
     }
 
-    #[cfg(test)]
-    pub(crate) const fn alternating(gammas: [Gamma; 2]) -> Self {
-        Self { kind: Kind::Alternating(gammas) }
-    }
-
-    /// γ of block `k` in optimizer step `step`.
-    #[inline]
-    pub const fn at(&self, step: u32, k: usize) -> Gamma {
-        let _ = (step, k);
-        match self.kind {
-            Kind::Fixed(gamma) => gamma,
-            #[cfg(test)]
-            Kind::Alternating(gammas) => gammas[(step as usize + k) % 2],
+    /// `m` by optimizer step: each of `stages` is the step from which on it holds, and `m`. The
+    /// steps are those of the run as it was begun; the last stage holds for all that come after.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for no stage or more than [`MAX_STAGES`](Self::MAX_STAGES), a first one
+    /// that is not from step 0, steps that do not ascend, and an `m` that [`Gamma::new`] refuses.
+    pub const fn scheduled(stages: &[(u32, u32)], sign: Sign) -> Result<Self> {
+        if stages.is_empty() || stages.len() > Self::MAX_STAGES {
+            return Err(Error::setting("stages of gamma", stages.len() as f64, "1 to 8"));
         }
+        let mut policy = Self::fixed(ok!(Gamma::new(stages[0].1, sign)));
+        let (last, mut i) = (stages.len() - 1, 0);
+        while i < Self::MAX_STAGES {
+            let (from, planes) = stages[if i < last { i } else { last }];
+            let ascends = i > last || if i == 0 { from == 0 } else { from > stages[i - 1].0 };
+            if !ascends {
+                let possible = "0 for the first one, and later than the one before for the others";
+                return Err(Error::setting(
+                    "first step of a stage of gamma",
+                    from as f64,
+                    possible,
+                ));
+            }
+            policy.stages[i] = Stage { from, planes: ok!(Gamma::new(planes, sign)).planes };
+            i += 1;
+        }
+        Ok(policy)
+    }
+
+    /// γ of optimizer step `step`, in all blocks that have one.
+    #[inline]
+    pub const fn at(&self, step: u32) -> Gamma {
+        let mut planes = self.stages[0].planes;
+        let mut i = 1;
+        while i < Self::MAX_STAGES {
+            if self.stages[i].from <= step {
+                planes = self.stages[i].planes;
+            }
+            i += 1;
+        }
+        Gamma { planes, sign: self.sign }
     }
 
     /// Most bits that any step stores of a value and block: what is planned.
     pub const fn planes(&self) -> u32 {
-        match self.kind {
-            Kind::Fixed(gamma) => gamma.planes,
-            #[cfg(test)]
-            Kind::Alternating([a, b]) if a.planes < b.planes => b.planes,
-            #[cfg(test)]
-            Kind::Alternating([a, _]) => a.planes,
+        let (mut most, mut i) = (0, 0);
+        while i < Self::MAX_STAGES {
+            if self.stages[i].planes > most {
+                most = self.stages[i].planes;
+            }
+            i += 1;
         }
+        most
+    }
+
+    /// Whether the last step before a head is plain, `X_K = X_{K-1} + Q(h_{K-1})`.
+    pub const fn ends_plain(&self) -> bool {
+        matches!(self.sign, Sign::Shared)
     }
 }
 
@@ -487,7 +559,7 @@ mod tests {
     #[test]
     fn gamma_is_the_same_number_in_both_types() {
         for planes in 1..=Gamma::MAX_PLANES {
-            for sign in [Sign::Random, Sign::Plus, Sign::Minus] {
+            for sign in [Sign::Random, Sign::Shared, Sign::Plus, Sign::Minus] {
                 let gamma = Gamma::new(planes, sign).unwrap();
                 let float = FloatGamma::from(gamma);
                 assert_eq!((float, float.sign()), (gamma.float(), sign));
@@ -497,7 +569,7 @@ mod tests {
                 for sample in 0..16 {
                     let (a, b) = (gamma.sigma(7, 1, sample, 0, 3), float.sigma(7, 1, sample, 0, 3));
                     let fixed = match sign {
-                        Sign::Random => b,
+                        Sign::Random | Sign::Shared => b,
                         Sign::Plus => 1,
                         Sign::Minus => -1,
                     };
@@ -513,6 +585,45 @@ mod tests {
         assert_eq!(FloatGamma::new(-0.3, Sign::Plus), FloatGamma::new(0.3, Sign::Minus));
         // A γ of 0 mixes to x + h, whatever its sign.
         assert_eq!(FloatGamma::ZERO.mix(-1, 1.5_f64, 0.25), 1.75);
+    }
+
+    #[test]
+    fn a_schedule_holds_from_step_to_step() {
+        let policy = Policy::scheduled(&[(0, 4), (10, 6), (30, 1)], Sign::Shared).unwrap();
+        let m = [0, 9, 10, 29, 30, u32::MAX].map(|step| policy.at(step).planes());
+        assert_eq!((m, policy.planes()), ([4, 4, 6, 6, 1, 1], 6));
+        assert_eq!(policy.at(5).sign(), Sign::Shared);
+        let gamma = Gamma::new(3, Sign::Minus).unwrap();
+        assert_eq!(Policy::scheduled(&[(0, 3)], Sign::Minus), Ok(Policy::fixed(gamma)));
+        assert_eq!(Policy::fixed(gamma).at(7), gamma);
+        let all: Vec<(u32, u32)> = (0..8).map(|i| (i, 1 + i)).collect();
+        let eight = Policy::scheduled(&all, Sign::Random).unwrap();
+        assert!((0..20).all(|step| eight.at(step).planes() == 1 + step.min(7)));
+        let nine: Vec<(u32, u32)> = (0..9).map(|i| (i, 1)).collect();
+        for wrong in
+            [&[][..], &nine, &[(1, 1)], &[(0, 1), (0, 2)], &[(0, 1), (5, 2), (4, 3)], &[(0, 9)]]
+        {
+            assert!(Policy::scheduled(wrong, Sign::Random).is_err(), "{wrong:?}");
+        }
+    }
+
+    /// Shared signs: one per sample and step, as many of one kind as of the other, whatever the
+    /// block.
+    #[test]
+    fn shared_signs_are_those_of_no_other_draw() {
+        let [shared, random] = [Sign::Shared, Sign::Random].map(|s| Gamma::new(1, s).unwrap());
+        let (mut sum, mut equal) = (0, 0);
+        for step in 0..40 {
+            for sample in 0..50 {
+                let sigma = shared.sigma(7, step, sample, 0, 1);
+                assert!((2..20).all(|k| shared.sigma(7, step, sample, 0, k) == sigma));
+                sum += sigma;
+                // Blocks with γ draw from other streams.
+                equal += u32::from(random.sigma(7, step, sample, 0, 1) == sigma);
+            }
+        }
+        // 2,000 fair draws: four standard deviations.
+        assert!(sum.abs() < 180 && equal.abs_diff(1000) < 90, "{sum} {equal}");
     }
 
     /// G of the combined step equals finite differences of `γ·a + (1-γ)·x + (1+γ)·h` (linear, so

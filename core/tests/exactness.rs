@@ -255,6 +255,19 @@ fn paper() -> Mode {
     bdia(14, Gamma::new(1, Sign::Random).unwrap())
 }
 
+/// Every scheme of signs; fixed magnitudes, and one that changes before the step of [`PASS`].
+fn policies() -> [Policy; 6] {
+    let fixed = |m, sign| Policy::fixed(Gamma::new(m, sign).unwrap());
+    [
+        Policy::PAPER,
+        fixed(3, Sign::Random),
+        fixed(2, Sign::Shared),
+        fixed(1, Sign::Plus),
+        fixed(2, Sign::Minus),
+        Policy::scheduled(&[(0, 1), (3, 4)], Sign::Shared).unwrap(),
+    ]
+}
+
 fn float(gamma: f64) -> Mode {
     Mode::BdiaFloat { gamma: FloatGamma::new(gamma, Sign::Random).unwrap(), verify: true }
 }
@@ -316,7 +329,7 @@ fn rebuilt_activations_are_exact() {
             (1 + w[0] as usize % 4, 1 + w[1] as usize % 5, 1 + w[2] as usize % 9);
         let blocks = 1 + n as usize % 9;
         let mut c = config(batch, rows * width, blocks, 1 + w[3] as usize % batch);
-        let sign = [Sign::Random, Sign::Plus, Sign::Minus][v[1] as usize % 3];
+        let sign = [Sign::Random, Sign::Shared, Sign::Plus, Sign::Minus][v[1] as usize % 4];
         let l = [0, 5, 9, 14, 20, 24][v[2] as usize % 6];
         let (grid, mode) =
             (Grid::new(l).unwrap(), bdia(l, Gamma::new(1 + v[0] % 3, sign).unwrap()));
@@ -441,19 +454,114 @@ fn troubled(
 
 #[test]
 fn one_flipped_side_bit_is_noticed_before_the_update() {
-    for block in 1..=4_u16 {
-        let (fault, mismatches, mlp, before) = troubled(block, None, paper());
-        let k = usize::from(block);
-        assert_eq!(fault, Some(Fault::Checksum { activation: k - 1, block: k }));
-        assert!(mismatches > 0, "verify sees it too");
-        for j in 0..6 {
-            assert_eq!(mlp.params[j] != before[j], j > k, "block {j} with a flip at {k}");
+    for gamma in policies() {
+        let mode = Mode::Bdia { grid: Grid::DEFAULT, gamma, verify: true };
+        for block in 1..=4_u16 {
+            let (fault, mismatches, mlp, before) = troubled(block, None, mode);
+            let k = usize::from(block);
+            assert_eq!(fault, Some(Fault::Checksum { activation: k - 1, block: k }));
+            assert!(mismatches > 0, "verify sees it too");
+            for j in 0..6 {
+                assert_eq!(mlp.params[j] != before[j], j > k, "block {j} with a flip at {k}");
+            }
+        }
+        let (fault, mismatches, mlp, before) = troubled(99, None, mode);
+        assert_eq!((fault, mismatches), (None, 0));
+        assert!((0..6).all(|j| mlp.params[j] != before[j]));
+        assert_eq!(mlp.done, [5, 4, 3, 2, 1, 0]);
+    }
+}
+
+/// Every policy against the formula in plain `f64`, without a grid and without this crate's update:
+/// the loss, and its gradient by finite differences. A grid of 2^-24 is near enough to compare.
+#[test]
+fn every_policy_has_the_gradient_of_its_formula() {
+    const K: usize = 5;
+    const PER: usize = 8;
+    fn h(mlp: &Mlp, k: usize, x: &[f64]) -> Vec<f64> {
+        let (d, n, p) = (mlp.width, mlp.hidden, &mlp.params[k]);
+        let mut y = vec![0.0; x.len()];
+        for (row, out) in x.chunks(d).zip(y.chunks_mut(d)) {
+            for j in 0..n {
+                let a = (0..d).map(|i| row[i] * p[i * n + j]).sum::<f64>() + p[d * n + j];
+                (0..d).for_each(|i| out[i] += libm::tanh(a) * p[d * n + n + j * d + i]);
+            }
+        }
+        y
+    }
+    // The words of the paper's section 4, and of the schemes: σ of a sample and block.
+    let loss = |policy: &Policy, tail: Tail, mlp: &Mlp, ends: &Ends| {
+        let mut loss = 0.0;
+        for (s, (x, t)) in ends.inputs.chunks(PER).zip(ends.targets.chunks(PER)).enumerate() {
+            let (mut before, mut x) = (vec![0.0; PER], x.to_vec());
+            for k in 0..K {
+                let h = h(mlp, k, &x);
+                let m = policy.at(PASS.step);
+                let sigma = m.sigma(PASS.seed, PASS.step, PASS.global + s as u32, 0, k as u16);
+                let shared_end = m.sign() == Sign::Shared && tail == Tail::Head && k + 1 == K;
+                let gamma = match k {
+                    0 => 0.0,
+                    _ if shared_end => 0.0,
+                    _ => f64::from(sigma) / f64::from(1 << m.planes()),
+                };
+                let next = (0..PER)
+                    .map(|i| gamma * before[i] + (1.0 - gamma) * x[i] + (1.0 + gamma) * h[i])
+                    .collect();
+                before = core::mem::replace(&mut x, next);
+            }
+            loss += x.iter().zip(t).map(|(x, t)| 0.5 * (x - t) * (x - t)).sum::<f64>();
+        }
+        loss
+    };
+    for policy in policies() {
+        for tail in [Tail::Head, Tail::Output] {
+            let what = format!("{policy:?} {tail:?}");
+            let mode = Mode::Bdia { grid: Grid::new(24).unwrap(), gamma: policy, verify: true };
+            let mut layout = Layout::new(8);
+            let config = Config { tail, ..config(3, PER, K, 2) };
+            let mut stack = Stack::layout(&config, &mode, &mut layout).unwrap();
+            let mut memory = Memory::<f64>::new(layout);
+            let mut be = memory.backend();
+            let (mut mlp, mut ends) = (Mlp::new(K, 4, 3), Ends::new(3, PER, 1.0));
+            stack.embed(&mut be, &mut ends, &PASS).unwrap();
+            stack.forward(&mut be, &mut mlp, &PASS).unwrap();
+            if tail == Tail::Head {
+                stack.turn(&mut be, &mut mlp, &mut HeadOf(&mut ends), &PASS).unwrap();
+            } else {
+                let y = stack.output(&mut be).unwrap();
+                let x = fetch(&be, y).unwrap();
+                let g: Vec<f64> = x.iter().zip(&ends.targets).map(|(x, t)| x - t).collect();
+                ends.loss = g.iter().map(|d| 0.5 * d * d).sum();
+                store(&mut be, y, &g).unwrap();
+            }
+            stack.backward(&mut be, &mut mlp, &PASS).unwrap();
+            stack.embed_vjp(&mut be, &mut ends, &PASS).unwrap();
+            assert_eq!((be.take_fault().unwrap(), stack.mismatches(&be).unwrap()), (None, 0));
+            // Steps of 2^-24 in 15 activations of a sample: a relative distance of about 1e-6.
+            let near = |a: f64, b: f64| (a - b).abs() < 1e-5 * (1.0 + a.abs());
+            assert!(near(ends.loss, loss(&policy, tail, &mlp, &ends)), "{what}");
+            let e = 1e-5;
+            let of = |change: &dyn Fn(&mut Mlp, &mut Ends, f64)| {
+                let [plus, minus] = [e, -e].map(|e| {
+                    let (mut mlp, mut ends) = (Mlp::new(K, 4, 3), Ends::new(3, PER, 1.0));
+                    change(&mut mlp, &mut ends, e);
+                    loss(&policy, tail, &mlp, &ends)
+                });
+                (plus - minus) / (2.0 * e)
+            };
+            for k in 0..K {
+                for i in 0..mlp.params[k].len() {
+                    let slope = of(&|mlp, _, e| mlp.params[k][i] += e);
+                    let found = mlp.grads[k][i];
+                    assert!(near(slope, found), "{what} block {k} {i}: {slope} {found}");
+                }
+            }
+            for i in 0..3 * PER {
+                let slope = of(&|_, ends, e| ends.inputs[i] += e);
+                assert!(near(slope, ends.input_gradient[i]), "{what} input {i}: {slope}");
+            }
         }
     }
-    let (fault, mismatches, mlp, before) = troubled(99, None, paper());
-    assert_eq!((fault, mismatches), (None, 0));
-    assert!((0..6).all(|j| mlp.params[j] != before[j]));
-    assert_eq!(mlp.done, [5, 4, 3, 2, 1, 0]);
 }
 
 /// Three chunks a block: 15 calls forward, 3 at the turn, then block 4 from call 19 on.

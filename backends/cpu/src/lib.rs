@@ -44,10 +44,10 @@ use std::sync::Arc;
 
 use bdia_core::backend::Identity;
 use bdia_core::check::{Arenas, same};
-use bdia_core::{Error, Fault, Ints, Layout, LayoutId, Reals, Result, Storage, Words};
+use bdia_core::{Error, ErrorKind, Fault, Ints, Layout, LayoutId, Reals, Result, Storage, Words};
 use rayon::prelude::*;
 
-use memory::{Arena, get, get_mut, split};
+use memory::{Arena, Reserved, get, get_mut, split};
 
 pub use nn::matmul::{Precision, Products};
 pub use parts::{Inputs, Values};
@@ -73,8 +73,13 @@ pub enum CpuError {
     },
     /// The operating system has not enough memory.
     Memory {
-        /// Size of the arena that was asked for.
+        /// Size of what was asked for.
         bytes: usize,
+    },
+    /// More than [`Cpu::MAX_THREADS`].
+    TooManyThreads {
+        /// How many were asked for.
+        threads: usize,
     },
     /// The threads could not be started.
     Threads {
@@ -85,7 +90,7 @@ pub enum CpuError {
 
 impl fmt::Display for CpuError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
+        match self {
             Self::Processor { missing } => write!(
                 f,
                 "this program was compiled for processors with {missing}, which this one does not \
@@ -99,11 +104,7 @@ impl fmt::Display for CpuError {
                      another kind"
                 )
             }
-            Self::Memory { bytes } => write!(
-                f,
-                "the operating system refused {bytes} bytes of memory; choose a smaller memory \
-                 budget, batch or model"
-            ),
+            Self::Memory { .. } | Self::TooManyThreads { .. } => Error::from(*self).fmt(f),
             Self::Threads { threads } => {
                 write!(f, "{threads} threads could not be started; ask for fewer")
             }
@@ -113,16 +114,32 @@ impl fmt::Display for CpuError {
 
 impl core::error::Error for CpuError {}
 
+impl CpuError {
+    /// What the error is about: the same as that of the [`Error`] it becomes.
+    pub const fn kind(self) -> ErrorKind {
+        match self {
+            Self::Processor { .. } | Self::Threads { .. } => ErrorKind::Device,
+            Self::Products { .. } | Self::TooManyThreads { .. } => ErrorKind::Argument,
+            Self::Memory { .. } => ErrorKind::Memory,
+        }
+    }
+}
+
 impl From<CpuError> for Error {
     fn from(e: CpuError) -> Self {
-        Self::Device(match e {
+        match e {
             CpuError::Processor { .. } => {
-                "the processor lacks instructions that this program was compiled for"
+                Self::Device("the processor lacks instructions that this program was compiled for")
             }
-            CpuError::Products { .. } => "the processor cannot multiply as it was asked to",
-            CpuError::Memory { .. } => "not enough memory",
-            CpuError::Threads { .. } => "the threads could not be started",
-        })
+            CpuError::Products { asked } => {
+                Self::unfit("products", asked.identity(), "those that this processor can compute")
+            }
+            CpuError::Memory { bytes } => Self::Memory { bytes },
+            CpuError::TooManyThreads { threads } => {
+                Self::setting("threads", threads as f64, "1 to 1024, or 0 for as many as cores")
+            }
+            CpuError::Threads { .. } => Self::Device("the threads could not be started"),
+        }
     }
 }
 
@@ -135,6 +152,35 @@ struct Team {
 }
 
 impl Team {
+    /// Starts the threads. One that gets no memory on its way ends the program, so what all of them
+    /// need is set aside before, and given back to one after the other; each is waited for, since
+    /// allocators set a lot aside for a moment when a thread allocates for the first time.
+    fn start(threads: usize) -> core::result::Result<Self, CpuError> {
+        const STACK: usize = 2 << 20;
+        const START: usize = 256 << 10;
+        if threads == 1 {
+            return Ok(Self { pool: None, threads });
+        }
+        let refused = CpuError::Threads { threads };
+        // One more for the pool's own memory.
+        let room: core::result::Result<Vec<_>, _> =
+            (0..=threads).map(|_| Reserved::new(STACK + START)).collect();
+        let mut room = room.map_err(|_| refused)?;
+        room.pop();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).spawn_handler(|thread| {
+            room.pop();
+            let (started, starts) = std::sync::mpsc::channel();
+            let builder = std::thread::Builder::new().name(format!("bdia-{}", thread.index()));
+            builder.stack_size(STACK).spawn(move || {
+                // The other end waits.
+                let _ = started.send(());
+                thread.run();
+            })?;
+            starts.recv().map_err(std::io::Error::other)
+        });
+        Ok(Self { pool: Some(pool.build().map_err(|_| refused)?), threads })
+    }
+
     /// Runs `f(slot, piece)` for all pieces. Two calls that run at the same time have different
     /// slots, all of them below the number of threads.
     fn each(&self, pieces: usize, f: impl Fn(usize, usize) + Sync) {
@@ -166,10 +212,11 @@ impl Team {
     }
 }
 
-/// The number of threads that 0 stands for.
+/// The number of threads, also where 0 stands for it.
 fn actual_threads(threads: usize) -> usize {
+    let cores = || std::thread::available_parallelism().map_or(1, core::num::NonZero::get);
     match threads {
-        0 => std::thread::available_parallelism().map_or(1, core::num::NonZero::get),
+        0 => cores().min(Cpu::MAX_THREADS),
         n => n,
     }
 }
@@ -190,11 +237,15 @@ pub struct Cpu {
 }
 
 impl Cpu {
+    /// The most threads: more than any processor has, and few enough to start.
+    pub const MAX_THREADS: usize = 1024;
+
     /// A backend with the arenas of a layout, all zero, and `threads` threads (0: as many as there
     /// are cores).
     ///
     /// # Errors
-    /// [`CpuError`]: an unsuitable processor, not enough memory, or threads that cannot be started.
+    /// [`CpuError`]: an unsuitable processor, not enough memory, more than
+    /// [`MAX_THREADS`](Self::MAX_THREADS), or threads that cannot be started.
     pub fn new(layout: &Layout, threads: usize) -> core::result::Result<Self, CpuError> {
         Self::with_precision(layout, threads, Precision::F32)
     }
@@ -225,16 +276,10 @@ impl Cpu {
             return Err(CpuError::Products { asked: products });
         }
         let threads = actual_threads(threads);
-        let pool = if threads == 1 {
-            None
-        } else {
-            let built = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .thread_name(|i| format!("bdia-{i}"))
-                .build();
-            Some(built.map_err(|_| CpuError::Threads { threads })?)
-        };
-        Self::with_team(layout, Arc::new(Team { pool, threads }), products)
+        if threads > Self::MAX_THREADS {
+            return Err(CpuError::TooManyThreads { threads });
+        }
+        Self::with_team(layout, Arc::new(Team::start(threads)?), products)
     }
 
     /// Another backend, with the arenas of another layout and a status of its own, on the same
@@ -282,9 +327,9 @@ impl Cpu {
     /// A bound on the memory outside the arenas of a layout when `threads` threads (0: as many as
     /// there are cores) compute: packed operands of matrix products, and what `gemm` allocates
     /// within a call (packing buffers and one slab of the size of the L2 cache per thread). It does
-    /// not depend on the model.
+    /// not depend on the model. More than [`MAX_THREADS`](Self::MAX_THREADS) count as that many.
     pub fn library_bytes(threads: usize) -> usize {
-        let threads = actual_threads(threads);
+        let threads = actual_threads(threads).min(Self::MAX_THREADS);
         threads * nn::matmul::thread_bytes() + nn::matmul::scratch(threads) * size_of::<f32>()
     }
 
@@ -330,16 +375,18 @@ impl Cpu {
     /// operation of the backend runs is a data race.
     ///
     /// # Errors
-    /// [`Error::Handle`] outside the arena.
+    /// [`Error::Handle`] outside the arena, or of another layout.
     pub fn reals_pointer(&mut self, h: Reals) -> Result<*mut f32> {
+        self.arenas().reals("reals_pointer", h)?;
         self.reals.pointer(h).ok_or(Error::Handle("reals_pointer"))
     }
 
     /// As [`reals_pointer`](Self::reals_pointer).
     ///
     /// # Errors
-    /// [`Error::Handle`] outside the arena.
+    /// As for [`reals_pointer`](Self::reals_pointer).
     pub fn ints_pointer(&mut self, h: Ints) -> Result<*mut i32> {
+        self.arenas().ints("ints_pointer", h)?;
         self.ints.pointer(h).ok_or(Error::Handle("ints_pointer"))
     }
 
@@ -348,6 +395,7 @@ impl Cpu {
     /// # Errors
     /// [`Error::Handle`] outside the arena, [`Error::Shape`] for another length.
     pub fn write_f16(&mut self, dst: Reals, src: &[half::f16]) -> Result<()> {
+        self.arenas().reals("write_f16", dst)?;
         let dst = get_mut(&mut self.reals, dst, "write_f16")?;
         same("write_f16", dst.len(), src.len())?;
         dst.iter_mut().zip(src).for_each(|(d, s)| *d = s.to_f32());
@@ -359,6 +407,7 @@ impl Cpu {
     /// # Errors
     /// [`Error::Handle`] outside the arena, [`Error::Shape`] for another length.
     pub fn write_bf16(&mut self, dst: Reals, src: &[half::bf16]) -> Result<()> {
+        self.arenas().reals("write_bf16", dst)?;
         let dst = get_mut(&mut self.reals, dst, "write_bf16")?;
         same("write_bf16", dst.len(), src.len())?;
         dst.iter_mut().zip(src).for_each(|(d, s)| *d = s.to_f32());
@@ -481,5 +530,53 @@ mod tests {
         // SAFETY: the last value of the arena, which nothing else uses now.
         assert_eq!(unsafe { *p.add(39_999) }, 2.0);
         assert!(b.reals_pointer(Reals::new(0, 40_001)).is_err());
+    }
+
+    #[test]
+    fn handles_of_another_layout_are_refused_everywhere() {
+        let mut layout = Layout::new(4);
+        let (x, i) = (layout.reals(Category::Workspace, 4), layout.ints(Category::Workspace, 4));
+        let mut cpu = Cpu::new(&layout, 1).unwrap();
+        let mut other = Layout::new(4);
+        let (y, j) = (other.reals(Category::Workspace, 4), other.ints(Category::Workspace, 4));
+        assert!(cpu.reals_pointer(x).is_ok() && cpu.ints_pointer(i).is_ok());
+        assert_eq!(cpu.reals_pointer(y), Err(Error::Handle("reals_pointer")));
+        assert_eq!(cpu.ints_pointer(j), Err(Error::Handle("ints_pointer")));
+        let (f16, bf16) = ([half::f16::ONE; 4], [half::bf16::ONE; 4]);
+        assert!(cpu.write_f16(x, &f16).is_ok() && cpu.write_bf16(x, &bf16).is_ok());
+        assert_eq!(cpu.write_f16(y, &f16), Err(Error::Handle("write_f16")));
+        assert_eq!(cpu.write_bf16(y, &bf16), Err(Error::Handle("write_bf16")));
+    }
+
+    #[test]
+    fn threads_have_a_limit() {
+        let layout = Layout::new(4);
+        for threads in [Cpu::MAX_THREADS + 1, 1 << 40, usize::MAX] {
+            let error = Cpu::new(&layout, threads).unwrap_err();
+            assert_eq!(error, CpuError::TooManyThreads { threads });
+            assert!(error.to_string().contains("1 to 1024"), "{error}");
+            assert_eq!(Cpu::library_bytes(threads), Cpu::library_bytes(Cpu::MAX_THREADS));
+        }
+        assert_eq!(Cpu::MAX_THREADS, 1024, "the text says so");
+        assert!(Cpu::new(&layout, 3).is_ok());
+    }
+
+    /// A mistake of the caller, memory, the machine: an adapter tells them apart by either error.
+    #[test]
+    fn errors_keep_their_kind() {
+        for e in [
+            CpuError::Processor { missing: "AVX2" },
+            CpuError::Products { asked: Products::Amx },
+            CpuError::Memory { bytes: 5 },
+            CpuError::TooManyThreads { threads: 5000 },
+            CpuError::Threads { threads: 5 },
+        ] {
+            assert_eq!(Error::from(e).kind(), e.kind(), "{e}");
+        }
+        assert_eq!(
+            CpuError::Memory { bytes: 5 }.to_string(),
+            Error::Memory { bytes: 5 }.to_string()
+        );
+        assert_eq!(CpuError::Memory { bytes: 5 }.kind(), ErrorKind::Memory);
     }
 }

@@ -49,6 +49,18 @@ fn ask_for_large_pages(start: *mut u8, bytes: usize) {
     let _ = (start, bytes, PAGE);
 }
 
+/// Memory that is there for someone else once this is dropped. None of it is touched.
+pub(crate) struct Reserved(#[expect(dead_code, reason = "it is held")] Vec<u8>);
+
+impl Reserved {
+    pub(crate) fn new(bytes: usize) -> core::result::Result<Self, CpuError> {
+        let mut room = Vec::new();
+        room.try_reserve_exact(bytes).map_err(|_| CpuError::Memory { bytes })?;
+        // Seen by someone, or the compiler would leave it out.
+        Ok(Self(core::hint::black_box(room)))
+    }
+}
+
 /// One allocation of zeros, aligned to cache lines, in large pages where the system has them.
 #[derive(Debug)]
 pub(crate) struct Arena<T: Plain> {

@@ -60,15 +60,16 @@ impl Shape {
 
     fn gamma(self, gamma: FloatGamma, chunk: &Chunk, m: u32) -> Self {
         let sign = match gamma.sign() {
-            Sign::Random => 0,
+            Sign::Random | Sign::Shared => 0,
             Sign::Plus => 1,
             Sign::Minus => -1,
         };
+        let site = Site::Block(gamma.sign().drawn_at(chunk.block()).into());
         Self {
             sign,
             m,
             magnitude: gamma.magnitude() as f32,
-            streams: Streams::new(chunk, Draw::Sign, 0),
+            streams: Streams::new(&Chunk { site, ..*chunk }, Draw::Sign, 0),
             ..self
         }
     }

@@ -48,7 +48,7 @@ pub enum Mode {
     Bdia {
         /// Where activations live.
         grid: Grid,
-        /// γ of every step and block.
+        /// γ of every optimizer step, and which blocks have one.
         gamma: Policy,
         /// Keep the originals and count differing elements.
         verify: bool,

@@ -243,7 +243,7 @@ impl Reversible {
             let top = c.part(c.top, &chunk);
             self.residual(be, blocks, &chunk, last, true)?;
             let next = self.top.sub(0, top.len());
-            if last > 0 {
+            if self.gamma_at(&chunk, last).is_some() {
                 be.copy_ints(c.of_ints(self.x[(last + 1) % 2], &chunk), next)?;
             }
             self.advance(be, &chunk, last, next, Words::EMPTY, Words::EMPTY)?;
@@ -280,16 +280,15 @@ impl Reversible {
                 self.residual(be, blocks, &chunk, k, true)?;
                 let far = c.of_ints(self.x[(k + 1) % 2], &chunk);
                 let h = c.part(c.h, &chunk);
-                if k == 0 {
-                    // X_0 is there already: rebuilding it once more, beside X_1, shows whether
-                    // block 0 repeats itself.
+                if let Some(gamma) = self.gamma_at(&chunk, k) {
+                    let (x, side) = (c.input_of(&chunk), self.side_of(k - 1, &chunk));
+                    be.inverse(&chunk, self.grid, gamma, far, x, h, side, compared)?;
+                } else {
+                    // Block 0. X_0 is there already: rebuilding it once more, beside X_1, shows
+                    // whether the block repeats itself.
                     let again = self.top.sub(0, far.len());
                     be.copy_ints(far, again)?;
                     be.subtract_quantized(&chunk, self.grid, again, h, compared)?;
-                } else {
-                    let (gamma, x) = (self.gamma_at(&chunk, k), c.input_of(&chunk));
-                    let side = self.side_of(k - 1, &chunk);
-                    be.inverse(&chunk, self.grid, gamma, far, x, h, side, compared)?;
                 }
                 self.backpropagate(be, blocks, &chunk, k)?;
             }
@@ -376,8 +375,11 @@ impl Reversible {
         Ok(x)
     }
 
-    fn gamma_at(&self, chunk: &Chunk, k: usize) -> Gamma {
-        self.gamma.at(chunk.step, k)
+    /// γ of the step of block `k`; none where that is `X_{k+1} = X_k + Q(h_k(x_k))`.
+    fn gamma_at(&self, chunk: &Chunk, k: usize) -> Option<Gamma> {
+        let config = &self.common.config;
+        let ends = config.tail == Tail::Head && k + 1 == config.blocks;
+        (k > 0 && !(ends && self.gamma.ends_plain())).then(|| self.gamma.at(chunk.step))
     }
 
     /// Side bits of the chunk's `X_k`; none where they are not stored.
@@ -388,8 +390,7 @@ impl Reversible {
         }
         // A step with fewer planes than are planned uses the first words of its samples' room.
         let room = config.per_sample.div_ceil(32) * self.gamma.planes() as usize;
-        let used =
-            config.per_sample.div_ceil(32) * self.gamma.at(chunk.step, k + 1).planes() as usize;
+        let used = config.per_sample.div_ceil(32) * self.gamma.at(chunk.step).planes() as usize;
         self.side.sub((k * config.batch + chunk.first) * room, chunk.samples * used)
     }
 
@@ -415,7 +416,7 @@ impl Reversible {
         be.check_input(chunk, self.grid, x, call.x)
     }
 
-    /// `X_{k+1}` of the chunk over `next`, which holds `X_{k-1}`.
+    /// `X_{k+1}` of the chunk over `next`, which holds `X_{k-1}` where the step has a γ.
     fn advance<B: UpdateOps>(
         &self,
         be: &mut B,
@@ -427,12 +428,11 @@ impl Reversible {
     ) -> Result<()> {
         let c = &self.common;
         let h = c.part(c.h, chunk);
-        if k == 0 {
-            be.copy_ints(c.of_ints(self.x[0], chunk), next)?;
-            be.add_quantized(chunk, self.grid, next, h, sum)
-        } else {
-            let gamma = self.gamma_at(chunk, k);
+        if let Some(gamma) = self.gamma_at(chunk, k) {
             be.step(chunk, self.grid, gamma, next, c.input_of(chunk), h, side, sum)
+        } else {
+            be.copy_ints(c.of_ints(self.x[k % 2], chunk), next)?;
+            be.add_quantized(chunk, self.grid, next, h, sum)
         }
     }
 
@@ -447,7 +447,7 @@ impl Reversible {
         let c = &self.common;
         let (next, cur) = (c.of(self.gradient(k + 1), chunk), c.of(self.gradient(k), chunk));
         let h = c.part(c.h, chunk);
-        let gamma = if k == 0 { FloatGamma::ZERO } else { self.gamma_at(chunk, k).float() };
+        let gamma = self.gamma_at(chunk, k).map_or(FloatGamma::ZERO, Gamma::float);
         be.combine(chunk, gamma, next, cur, h)?;
         c.vjp(be, blocks, chunk, k, cur)
     }
@@ -524,11 +524,12 @@ mod tests {
         }
     }
 
-    /// Steps and blocks of 1 and 3 planes in turn, in the room of 3: exact, whatever the chunks.
+    /// Steps of 1 and 3 planes in turn, in the room of 3: exact, whatever the chunks and the signs.
     #[test]
     fn steps_with_fewer_planes_than_planned_are_replayed() {
-        let gammas = [1, 3].map(|m| Gamma::new(m, Sign::Random).unwrap());
-        for policy in [Policy::alternating(gammas), Policy::alternating([gammas[1], gammas[0]])] {
+        for sign in [Sign::Random, Sign::Shared, Sign::Minus] {
+            let stages = [(0, 1), (1, 3), (2, 1), (3, 3)];
+            let policy = Policy::scheduled(&stages, sign).unwrap();
             assert_eq!(policy.planes(), 3);
             for (tail, chunk) in [(Tail::Head, 1), (Tail::Head, 2), (Tail::Output, 3)] {
                 let config = Config {
@@ -558,7 +559,7 @@ mod tests {
                         for k in 0..stored_planes(&config) {
                             let chunk = stack.common.chunk(&pass, Site::Block(k + 1), 0, first, n);
                             let side = stack.side_of(k, &chunk);
-                            let planes = policy.at(step, k + 1).planes() as usize;
+                            let planes = policy.at(step).planes() as usize;
                             assert_eq!(side.len(), n * planes * PER.div_ceil(32));
                             places.push(side.range());
                         }

@@ -8,7 +8,7 @@ use crate::backend::{
 };
 use crate::optim::Update;
 use crate::rng::Draw;
-use crate::update::{FloatGamma, Gamma, Grid};
+use crate::update::{FloatGamma, Gamma, Grid, Sign};
 
 fn reference<R: Real>(layout: &Layout) -> Reference<'static, R> {
     let (i, r, w) = layout.arenas();
@@ -29,6 +29,7 @@ enum Bug {
     TiesAway,
     FusedMix,
     UnusedSideBits,
+    SharedSignsPerBlock,
     ChecksumFromZero,
     WeightedChecksum,
     FaultOverwritten,
@@ -150,6 +151,12 @@ impl Wrapper for Broken {
         let place =
             if self.bug == Bug::ChecksumFromZero { Chunk { first: 0, ..*chunk } } else { *chunk };
         let old: Vec<i32> = self.inner.ints(x).unwrap_or_default().to_vec();
+        let gamma = match gamma.sign() {
+            Sign::Shared if self.bug == Bug::SharedSignsPerBlock => {
+                Gamma::new(gamma.planes(), Sign::Random)?
+            }
+            _ => gamma,
+        };
         self.inner.step(&place, grid, gamma, x, cur, h, side, sum)?;
         let per = x.len().checked_div(chunk.samples).unwrap_or(0);
         if self.bug == Bug::FusedMix {
@@ -411,6 +418,7 @@ fn mistakes_are_found() {
         (Bug::TiesAway, "quantize", "integer arena"),
         (Bug::FusedMix, "step", "integer arena"),
         (Bug::UnusedSideBits, "step", "word arena"),
+        (Bug::SharedSignsPerBlock, "step", "integer arena"),
         (Bug::ChecksumFromZero, "step", "word arena"),
         (Bug::WeightedChecksum, "add_quantized", "equal checksums"),
         (Bug::FaultOverwritten, "raise", "status"),

@@ -98,7 +98,7 @@ pub fn update_ops<B: UpdateOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(),
             for n in 0..=3 {
                 quantization(&mut bench, values, n, per)?;
                 for m in [1, 2, 3, 8] {
-                    for sign in [Sign::Random, Sign::Plus, Sign::Minus] {
+                    for sign in [Sign::Random, Sign::Shared, Sign::Plus, Sign::Minus] {
                         steps(&mut bench, values, m, sign, n, per)?;
                     }
                 }
@@ -273,7 +273,7 @@ fn floats<B: UpdateOps>(
 ) -> Result<(), Failure> {
     let (chunk, len) = (chunk(n), n * per);
     for magnitude in [0.0, 0.25, 0.5, 0.6, 1.0] {
-        for sign in [Sign::Random, Sign::Minus] {
+        for sign in [Sign::Random, Sign::Shared, Sign::Minus] {
             let gamma = setup("gamma", FloatGamma::new(magnitude, sign))?;
             bench.begin("blend", values.name(), [n, per, 0, 0]);
             let seed = bench.cases;

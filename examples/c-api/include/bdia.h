@@ -68,7 +68,8 @@ typedef struct bdia_config {
   size_t frame;
   // Floats per sample that are free for use within one callback (bdia_call.scratch).
   size_t scratch;
-  // Threads of the update; 0: as many as there are cores. They change no bit of any result.
+  // Threads of the update, up to 1024; 0: as many as there are cores. They change no bit of any
+  // result.
   size_t threads;
   // Magnitude of gamma: 0.5 (one bit is kept per value and block), 0.25 (two), ... 2^-8 (eight).
   double gamma;

@@ -102,8 +102,9 @@ impl From<Error> for Failure {
 
 impl From<bdia_cpu::CpuError> for Failure {
     fn from(e: bdia_cpu::CpuError) -> Self {
-        let status = match e {
-            bdia_cpu::CpuError::Memory { .. } => Status::Memory,
+        let status = match e.kind() {
+            ErrorKind::Memory => Status::Memory,
+            ErrorKind::Argument => Status::Setting,
             _ => Status::Machine,
         };
         Self::new(status, e)

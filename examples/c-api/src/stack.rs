@@ -31,7 +31,8 @@ pub struct Config {
     pub frame: usize,
     /// Floats per sample that are free for use within one callback (bdia_call.scratch).
     pub scratch: usize,
-    /// Threads of the update; 0: as many as there are cores. They change no bit of any result.
+    /// Threads of the update, up to 1024; 0: as many as there are cores. They change no bit of any
+    /// result.
     pub threads: usize,
     /// Magnitude of gamma: 0.5 (one bit is kept per value and block), 0.25 (two), ... 2^-8 (eight).
     pub gamma: f64,

@@ -443,6 +443,8 @@ static void refusals(const bdia_blocks *blocks, bdia_stack *stack, const float *
   REFUSE(gamma, NAN, BDIA_STATUS_SETTING);
   REFUSE(sign, 2, BDIA_STATUS_SETTING);
   REFUSE(batch, (size_t)1 << 50, BDIA_STATUS_MEMORY);
+  REFUSE(threads, 1025, BDIA_STATUS_SETTING);
+  REFUSE(threads, (size_t)1 << 40, BDIA_STATUS_SETTING);
   expect(bdia_stack_forward(NULL, 0, 0, 0, x, y), BDIA_STATUS_POINTER, "NULL stack");
   expect(bdia_stack_forward(stack, 0, 0, 0, NULL, y), BDIA_STATUS_POINTER, "NULL x0");
   expect(bdia_stack_forward(stack, 0, 0, 0, x, NULL), BDIA_STATUS_POINTER, "NULL xk");

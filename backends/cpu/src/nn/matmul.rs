@@ -145,7 +145,8 @@ pub enum Precision {
 #[non_exhaustive]
 pub enum Products {
     /// By the `gemm` crate, which chooses its kernels at run time: for a build without fused
-    /// multiply-add.
+    /// multiply-add. It allocates within a product. Whether there is memory is asked before the
+    /// first one; where several threads are refused memory later, the program ends.
     Gemm,
     /// Packed operands and the lanes that the program was compiled for.
     Lanes,

@@ -14,10 +14,10 @@ use wide::f32x8;
 
 use self::dropout::Dropout;
 use self::view::View;
-use crate::memory::{Arena, Shared, get, split};
+use crate::memory::{Arena, Reserved, Shared, get, split};
 use crate::simd::{exp, fold_sum, fold_sum2, map, map2, map3, max_of};
 use crate::update::Pieces;
-use crate::{BLOCK, Cpu, Team};
+use crate::{BLOCK, Cpu, Products, Team};
 
 /// Columns that one piece of a sum over rows takes: four cache lines.
 const COLUMNS: usize = 64;
@@ -86,10 +86,17 @@ fn column_sums<const N: usize>(
 }
 
 impl Cpu {
-    /// The memory for packed operands, when the first product comes.
+    /// The memory for packed operands, when the first product comes. `gemm` ends the program when
+    /// it gets no memory, so whether there is some is asked before, with room for what allocators
+    /// add to it.
     fn make_packing(&mut self) -> Result<()> {
         if self.packing.is_empty() {
-            self.packing = Arena::new(matmul::scratch(self.team.threads))?;
+            let packing = Arena::new(matmul::scratch(self.team.threads))?;
+            if self.products == Products::Gemm {
+                const MORE: usize = 256 << 10;
+                drop(Reserved::new(self.team.threads * (matmul::thread_bytes() + MORE))?);
+            }
+            self.packing = packing;
         }
         Ok(())
     }
