@@ -121,9 +121,10 @@ fn mode(job: &Job, layers: usize) -> Result<stack::Mode, Error> {
         mode: job.mode,
         checkpoint_every: job.checkpoint_every,
         quantize: false,
-        gamma: GAMMA,
+        gamma: GAMMA.into(),
         gamma_sign: GammaSign::Random,
         frac_bits: FRAC_BITS,
+        calibration: None,
     };
     machine::mode(&args, layers, job.verify)
 }

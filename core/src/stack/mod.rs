@@ -39,7 +39,7 @@ pub use workspace::Workspace;
 use crate::arena::{Layout, Reals};
 use crate::backend::{Storage, UpdateOps};
 use crate::error::{Error, Result, ok};
-use crate::update::{FloatGamma, Gamma, Grid, Policy};
+use crate::update::{FloatGamma, Grid, Policy};
 
 /// How a stack is trained, with the settings that this takes and no others.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -357,7 +357,7 @@ impl Stack {
         blocks: &mut impl Blocks<B>,
         input: &mut impl Input<B>,
         samples: usize,
-        gamma: Option<Gamma>,
+        gamma: Option<(Policy, Pass)>,
     ) -> Result<Reals> {
         match self {
             Self::Reversible(s) => s.infer_quantized(be, blocks, input, samples, gamma),

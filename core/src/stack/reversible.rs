@@ -37,6 +37,12 @@ struct Originals {
     differing: Words,
 }
 
+/// γ of the step of block `k`; none where that is `X_{k+1} = X_k + Q(h_k(x_k))`.
+fn gamma_at(policy: &Policy, config: &Config, step: u32, k: usize) -> Option<Gamma> {
+    let ends = config.tail == Tail::Head && k + 1 == config.blocks;
+    (k > 0 && !(ends && policy.ends_plain())).then(|| policy.at(step))
+}
+
 impl Reversible {
     /// Lays the stack out.
     ///
@@ -337,8 +343,8 @@ impl Reversible {
         self.common.infer(be, blocks, input, samples, gamma)
     }
 
-    /// Inference on the grid, `X_{k+1} = X_k + Q(h_k(x_k))` as in the paper, or with a constant γ.
-    /// Uses the `X` pair. The result is the place of `x_K`.
+    /// Inference on the grid, `X_{k+1} = X_k + Q(h_k(x_k))` as in the paper, or with the γ that a
+    /// policy has in a pass. Uses the `X` pair. The result is the place of `x_K`.
     ///
     /// # Errors
     /// As [`infer`](Self::infer).
@@ -348,11 +354,12 @@ impl Reversible {
         blocks: &mut impl Blocks<B>,
         input: &mut impl Input<B>,
         samples: usize,
-        gamma: Option<Gamma>,
+        gamma: Option<(Policy, Pass)>,
     ) -> Result<Reals> {
         let (c, none) = (&self.common, Words::EMPTY);
         c.fits(samples)?;
-        let at = |site| c.chunk(&Pass::INFERENCE, site, 0, 0, samples);
+        let pass = gamma.map_or(Pass::INFERENCE, |(_, pass)| pass);
+        let at = |site| c.chunk(&pass, site, 0, 0, samples);
         let x = c.input_of(&at(Site::Embedding));
         let pair = [0, 1].map(|i| self.x[i].sub(0, x.len()));
         input.forward(be, &at(Site::Embedding), false, x, c.scratch)?;
@@ -363,7 +370,7 @@ impl Reversible {
             let (cur, next) = (pair[k % 2], pair[(k + 1) % 2]);
             be.dequantize(self.grid, cur, x)?;
             blocks.residual(be, &Call { train: false, ..c.call(chunk, k, false) }, h)?;
-            match gamma.filter(|_| k > 0) {
+            match gamma.and_then(|(policy, pass)| gamma_at(&policy, &c.config, pass.step, k)) {
                 Some(gamma) => be.step(&chunk, self.grid, gamma, next, x, h, none, none)?,
                 None => {
                     be.copy_ints(cur, next)?;
@@ -375,11 +382,8 @@ impl Reversible {
         Ok(x)
     }
 
-    /// γ of the step of block `k`; none where that is `X_{k+1} = X_k + Q(h_k(x_k))`.
     fn gamma_at(&self, chunk: &Chunk, k: usize) -> Option<Gamma> {
-        let config = &self.common.config;
-        let ends = config.tail == Tail::Head && k + 1 == config.blocks;
-        (k > 0 && !(ends && self.gamma.ends_plain())).then(|| self.gamma.at(chunk.step))
+        gamma_at(&self.gamma, &self.common.config, chunk.step, k)
     }
 
     /// Side bits of the chunk's `X_k`; none where they are not stored.

@@ -751,8 +751,8 @@ mod tests {
             ["steps", "verify", "weight_decay"]
         );
         assert_eq!(
-            (t.run.mode.mode, t.run.mode.gamma, t.run.mode.frac_bits),
-            (Mode::Bdia, 0.5, 14)
+            (t.run.mode.mode, t.run.mode.gamma.clone(), t.run.mode.frac_bits),
+            (Mode::Bdia, 0.5.into(), 14)
         );
         assert!(train("").run.given.is_empty());
         assert!(matches!(read("plan --config gpt2-xl --memory 2GB").unwrap(), Command::Plan(_)));
@@ -861,8 +861,8 @@ mod tests {
             let message = read(arguments).unwrap_err();
             assert!(message.contains(expected), "{arguments}: {message}");
         }
-        assert_eq!(train("--mode bdia-float --gamma 0.3").run.mode.gamma, 0.3);
-        assert_eq!(train("--mode bdia-float --gamma 0").run.mode.gamma, 0.0);
+        assert_eq!(train("--mode bdia-float --gamma 0.3").run.mode.gamma, 0.3.into());
+        assert_eq!(train("--mode bdia-float --gamma 0").run.mode.gamma, 0.0.into());
     }
 
     fn finetune(arguments: &str) -> FinetuneArgs {

@@ -69,9 +69,7 @@ pub(crate) fn inference(kind: cli::Inference, gamma: f64) -> Result<Inference, F
     Ok(match kind {
         cli::Inference::Float => Inference::Float(FloatGamma::new(gamma, Sign::Plus)?),
         cli::Inference::Quantized if gamma == 0.0 => Inference::Quantized(None),
-        cli::Inference::Quantized => {
-            Inference::constant(Gamma::from_value(gamma, Sign::Plus)?)
-        }
+        cli::Inference::Quantized => Inference::constant(Gamma::from_value(gamma, Sign::Plus)?),
     })
 }
 

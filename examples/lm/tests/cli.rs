@@ -407,7 +407,7 @@ fn data_as_it_comes() {
         ("packed.bin.gz", packed(&tokens), ""),
         ("packed.wide", packed(&wide), "--token-type i64"),
     ] {
-        good(&mut train(&dir.file(name, &bytes), &out, &format!("{FLAGS} {flags}")));
+        good(&mut train(&dir.file(name, &bytes), &out, &format!("{REPLACING} {flags}")));
         assert_eq!(metrics(&one), metrics(&out), "{name}");
         // `eval` reads the validation part as the run did.
         let loss = |of: &Path| good(&mut other("eval", of, "--json")).json();

@@ -40,7 +40,8 @@ fn gamma_is_measured_on_a_pretrained_network() {
     assert_eq!(run["gamma"], 0.5_f64.powi(planes as i32));
     assert_eq!(run["frac_bits"], found["frac_bits"]);
     // The penalty falls with the number of bits, and only the last one is small enough.
-    let penalty = |row: &Value| row["mean"].as_f64().unwrap() + 2.0 * row["error"].as_f64().unwrap();
+    let penalty =
+        |row: &Value| row["mean"].as_f64().unwrap() + 2.0 * row["error"].as_f64().unwrap();
     assert!(rows[1..].windows(2).all(|w| penalty(&w[0]) > penalty(&w[1])), "{found}");
     assert!(rows[1..rows.len() - 1].iter().all(|row| penalty(row) > 0.02), "{found}");
     assert!(penalty(chosen) <= 0.02 && penalty(&rows[0]) < 1e-3, "{found}");
@@ -48,7 +49,8 @@ fn gamma_is_measured_on_a_pretrained_network() {
     let config = json(&tuned.join("config.json"));
     assert_eq!(config["bdia"]["planes"], planes);
     assert_eq!(config["bdia"]["gamma_sign"], "shared");
-    for words in ["penalty in nats", "the grid alone", &format!("m = {planes}, 1/{}", 1 << planes)] {
+    for words in ["penalty in nats", "the grid alone", &format!("m = {planes}, 1/{}", 1 << planes)]
+    {
         assert!(said.err.contains(words), "{words}: {}", said.err);
     }
     // It is not measured again, and ends with the same bits.

@@ -87,7 +87,7 @@ impl Calibration {
 ///
 /// # Errors
 /// [`Failure::Other`] where none does.
-fn frac_bits(largest: f64) -> Result<u32, Failure> {
+fn finest(largest: f64) -> Result<u32, Failure> {
     let room = |l: &u32| largest * ROOM * f64::from(1_u32 << l) <= f64::from(1_u32 << 30);
     (0..=Grid::MAX_FRAC_BITS).rev().find(room).ok_or_else(|| {
         Failure::Other(format!(
@@ -197,18 +197,19 @@ pub fn measure<P: Pretrained>(
     let mut float = None;
     machine::run(place, threads, &layout, InFloat { network, found: &mut float })?;
     let (float, largest) = float.ok_or(Failure::Interrupted)?;
-    let frac_bits = if !auto || given.contains("frac_bits") {
-        mode.frac_bits
-    } else {
-        self::frac_bits(largest)?
-    };
+    let frac_bits =
+        if !auto || given.contains("frac_bits") { mode.frac_bits } else { finest(largest)? };
 
     let (network, layout) = make(frac_bits)?;
     let mut found = None;
     let most = if auto { Gamma::MAX_PLANES } else { 1 };
     let of = (largest, frac_bits, float.as_slice());
-    match machine::run(place, threads, &layout, OnGrid { network, of, sign, most, found: &mut found })
-    {
+    match machine::run(
+        place,
+        threads,
+        &layout,
+        OnGrid { network, of, sign, most, found: &mut found },
+    ) {
         Err(Failure::Calibration(told)) if !auto => {
             report::note!(
                 "warning: this gamma perturbs a network that was trained without it; --gamma auto \
@@ -271,7 +272,8 @@ impl fmt::Display for Calibration {
                 0 => "the grid alone".into(),
                 m => format!("m = {m}, 1/{}", 1_u32 << m),
             };
-            let draws = if row.draws > 1 { format!(", {} draws", row.draws) } else { String::new() };
+            let draws =
+                if row.draws > 1 { format!(", {} draws", row.draws) } else { String::new() };
             writeln!(f, "{name:>17}  {:.4} ± {:.4}{draws}", row.mean, row.error)?;
         }
         Ok(())
@@ -326,9 +328,9 @@ mod tests {
 
     #[test]
     fn the_finest_grid_with_room() {
-        assert_eq!(frac_bits(46_845.0).unwrap(), 12);
-        assert_eq!(frac_bits(160_058.0).unwrap(), 10);
-        assert_eq!(frac_bits(0.0).unwrap(), Grid::MAX_FRAC_BITS);
-        assert!(frac_bits(1e10).is_err());
+        assert_eq!(finest(46_845.0).unwrap(), 12);
+        assert_eq!(finest(160_058.0).unwrap(), 10);
+        assert_eq!(finest(0.0).unwrap(), Grid::MAX_FRAC_BITS);
+        assert!(finest(1e10).is_err());
     }
 }

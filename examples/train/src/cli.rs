@@ -242,7 +242,9 @@ impl ModeArgs {
         match self.gamma.magnitudes()[..] {
             [magnitude] => FloatGamma::new(magnitude, self.sign()),
             [] => Err(unmeasured()),
-            _ => Err(bdia_core::Error::unfit("gamma", "a schedule", "one value, in mode bdia-float")),
+            _ => {
+                Err(bdia_core::Error::unfit("gamma", "a schedule", "one value, in mode bdia-float"))
+            }
         }
     }
 
@@ -285,7 +287,11 @@ impl ModeArgs {
 }
 
 const fn unmeasured() -> bdia_core::Error {
-    bdia_core::Error::unfit("gamma", "auto, without a pretrained network to measure it on", "a number")
+    bdia_core::Error::unfit(
+        "gamma",
+        "auto, without a pretrained network on which this run could measure it",
+        "a number",
+    )
 }
 
 /// The magnitude of γ.

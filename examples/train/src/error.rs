@@ -53,8 +53,10 @@ pub enum Failure {
     Directory(#[from] DirectoryError),
     #[error("standard output cannot be written: {0}")]
     Output(&'static std::io::Error),
-    #[error("no gamma costs this network little enough; train it with --mode standard or checkpoint, \
-             or name a --gamma\n{0}")]
+    #[error(
+        "no gamma costs this network little enough; train it with --mode standard or checkpoint, \
+             or name a --gamma\n{0}"
+    )]
     Calibration(Box<Calibration>),
     #[error("interrupted")]
     Interrupted,

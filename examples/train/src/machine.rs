@@ -6,7 +6,7 @@ use bdia_core::backend::{Backend, Identity};
 use bdia_core::layers::Gradients;
 use bdia_core::plan::{Choice, Rows, fit};
 use bdia_core::stack::Mode as StackMode;
-use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
+use bdia_core::update::{Gamma, Policy, Sign};
 use bdia_core::{Category, Error, Grid, Layout, NnOps, Reference, Storage};
 use bdia_cpu::Cpu;
 use bdia_cuda::{Cuda, Options, Precision};
@@ -98,17 +98,13 @@ pub fn mode(args: &ModeArgs, layers: usize, verify: bool) -> Result<StackMode, E
     let grid = || Grid::new(args.frac_bits);
     let quantized = || args.quantize.then(grid).transpose();
     Ok(match args.mode {
-        Mode::Bdia => {
-            StackMode::Bdia { grid: grid()?, gamma: args.policy()?, verify }
-        }
+        Mode::Bdia => StackMode::Bdia { grid: grid()?, gamma: args.policy()?, verify },
         Mode::Standard => StackMode::Standard { grid: quantized()? },
         Mode::Checkpoint => StackMode::Checkpoint {
             every: checkpoint_every(args.checkpoint_every, layers),
             grid: quantized()?,
         },
-        Mode::BdiaFloat => {
-            StackMode::BdiaFloat { gamma: args.float_gamma()?, verify }
-        }
+        Mode::BdiaFloat => StackMode::BdiaFloat { gamma: args.float_gamma()?, verify },
     })
 }
 

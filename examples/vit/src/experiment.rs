@@ -80,7 +80,7 @@ fn accuracy(study: &Study<'_>) -> Result<(), Failure> {
         }),
         study.cell("revvit", 2.0, |a| a.network = Network::Revvit),
         bdia(study),
-        study.cell("bdia-m2", 0.25, |a| a.run.mode.gamma = 0.25),
+        study.cell("bdia-m2", 0.25, |a| a.run.mode.gamma = 0.25.into()),
     ];
     let results = study.results(&cells)?;
     let mut table = of_runs(&cells, &results);
@@ -106,13 +106,13 @@ fn gamma(study: &Study<'_>) -> Result<(), Failure> {
     for g in [0.0, 0.25, 0.5, 0.6] {
         cells.push(study.cell(format!("float-{g}"), g, |a| {
             (a.run.mode.mode, a.run.mode.gamma, a.run.mode.gamma_sign) =
-                (Mode::BdiaFloat, g, GammaSign::Random);
+                (Mode::BdiaFloat, g.into(), GammaSign::Random);
         }));
     }
     cells.push(study.cell("vit-grid", 0.0, |a| {
         (a.run.mode.mode, a.run.mode.quantize) = (Mode::Standard, true)
     }));
-    cells.push(study.cell("bdia-m2", 0.25, |a| a.run.mode.gamma = 0.25));
+    cells.push(study.cell("bdia-m2", 0.25, |a| a.run.mode.gamma = 0.25.into()));
     cells.push(bdia(study));
     let results = study.results(&cells)?;
     let table = of_runs(&cells, &results);

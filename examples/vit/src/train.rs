@@ -25,7 +25,8 @@ use bdia_models::vit::config::VitConfig;
 use bdia_models::vit::files::{load_weights, save_weights};
 use bdia_models::vit::model::{Setup, Vit};
 use bdia_models::weights;
-use bdia_train::cli::{self, BackendKind, MachineArgs, MethodArgs, Mode};
+use bdia_train::calibrate::{self, Batch, Pretrained};
+use bdia_train::cli::{self, BackendKind, GammaArg, MachineArgs, MethodArgs, Mode};
 use bdia_train::machine::{self, Work};
 use bdia_train::trainer::{
     self, Picture, Planned, Settings, Summary, Task, Validation, Verify, When,
@@ -183,7 +184,10 @@ struct Training {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
-    let (args, from) = run::begin(args)?;
+    let (mut args, from) = run::begin(args)?;
+    if from.is_none() {
+        measure_gamma(&mut args)?;
+    }
     args.method.check_start(args.weights.as_deref(), &args.run.out)?;
     let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
@@ -238,6 +242,92 @@ pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
         confusion: Vec::new(),
     };
     trainer::train(args, settings, Planned { choice, layout, others }, task, from, joined)
+}
+
+/// Measures the γ that a pretrained network bears, where that is asked for.
+fn measure_gamma(args: &mut TrainArgs) -> Result<(), Failure> {
+    let Some(weights) = args.weights.clone() else { return Ok(()) };
+    if args.network == Network::Revvit || !calibrate::is_wanted(&args.run.mode)? {
+        return Ok(());
+    }
+    let mut some = args.clone();
+    some.run.mode.gamma = GammaArg::Paper;
+    let (data, config, _) = prepare(&some)?;
+    let images = data.train.subset(calibrate::TARGETS);
+    let place = args.run.machine.clone();
+    calibrate::measure(&mut args.run.mode, &args.run.given, &place, |frac_bits| {
+        let setup = inference_setup(&config, &place, images.len(), frac_bits)?;
+        let (_, model, layout) = machine::lay_out(&setup, place.backend, 1, place.memory, None)?;
+        Ok((Measured { weights: &weights, config: &config, images: &images, model }, layout))
+    })
+}
+
+struct Measured<'a> {
+    weights: &'a Path,
+    config: &'a VitConfig,
+    images: &'a Images,
+    model: Vit,
+}
+
+impl Pretrained for Measured<'_> {
+    fn load<B: Backend<Real = f32>>(&mut self, be: &mut B) -> Result<(), Failure> {
+        Ok(load_weights(&self.weights.join(weights::FILE), be, &self.model)?)
+    }
+
+    fn losses<B: Backend<Real = f32>>(
+        &mut self,
+        be: &mut B,
+        inference: Inference,
+    ) -> Result<Vec<Batch>, Failure> {
+        let (all, at_once) = (self.images, self.model.chunk());
+        let batch = |first: usize| {
+            let n = at_once.min(all.len() - first);
+            let inference = inference.of_samples(first as u32);
+            let (_, loss) = self.model.evaluate::<B, Failure>(be, n, inference, |i, out| {
+                normalized(self.config, all.image(first + i), out);
+                Ok([i32::from(all.labels[first + i]); 2])
+            })?;
+            Ok((loss, n))
+        };
+        (0..all.len()).step_by(at_once).map(batch).collect()
+    }
+
+    fn largest<B: Backend<Real = f32>>(&mut self, be: &mut B) -> Result<f64, Failure> {
+        let n = self.model.chunk().min(self.images.len());
+        self.model.largest::<B, Failure>(be, n, |i, out| {
+            normalized(self.config, self.images.image(i), out);
+            Ok([i32::from(self.images.labels[i]); 2])
+        })
+    }
+}
+
+/// How a trained model is laid out for inference on some images.
+fn inference_setup(
+    config: &VitConfig,
+    place: &MachineArgs,
+    images: usize,
+    frac_bits: u32,
+) -> Result<Setup, Failure> {
+    let threads = machine::threads(place);
+    let batch = 64.min(images).max(1);
+    Ok(Setup {
+        dims: config.dims(),
+        batch,
+        accumulate: 1,
+        chunk: batch,
+        mode: StackMode::Bdia {
+            grid: Grid::new(frac_bits)?,
+            gamma: Policy::fixed(Gamma::new(1, Sign::Plus)?),
+            verify: false,
+        },
+        gradients: Gradients::None,
+        adapters: None,
+        drop_path: 0.0,
+        smoothing: 0.0,
+        mixup: false,
+        threads,
+        library: machine::library(place, threads),
+    })
 }
 
 /// Steps of an epoch: whole ones only.
@@ -518,25 +608,8 @@ fn with_model(
         return Err(Failure::Other(format!("{}: {what}", data.unwrap_or(dir).display())));
     }
     let threads = machine::threads(machine_args);
-    let batch = 64.min(images.len()).max(1);
-    let setup = Setup {
-        dims: config.dims(),
-        batch,
-        accumulate: 1,
-        chunk: batch,
-        mode: StackMode::Bdia {
-            grid: Grid::new(frac_bits.unwrap_or(config.bdia.frac_bits))?,
-            gamma: Policy::fixed(Gamma::new(1, Sign::Plus)?),
-            verify: false,
-        },
-        gradients: Gradients::None,
-        adapters: None,
-        drop_path: 0.0,
-        smoothing: 0.0,
-        mixup: false,
-        threads,
-        library: machine::library(machine_args, threads),
-    };
+    let frac_bits = frac_bits.unwrap_or(config.bdia.frac_bits);
+    let setup = inference_setup(&config, machine_args, images.len(), frac_bits)?;
     let (_, model, layout) =
         machine::lay_out(&setup, machine_args.backend, 1, machine_args.memory, None)?;
     let path = dir.join(if best { "best.safetensors" } else { weights::FILE });

@@ -12,8 +12,9 @@ use bdia_core::network::{
 };
 use bdia_core::plan::Choice;
 use bdia_core::stack::{Config as StackConfig, Mode, Pass, Stack, Tail};
+use bdia_core::update::FloatGamma;
 
-use crate::inference::{Inference, at_head};
+use crate::inference::{Inference, Probe, at_head};
 use crate::named::{self, Adapters, Named};
 use crate::plan::Plan;
 

@@ -18,7 +18,7 @@ use bdia_core::stack::{Blocks, Call, Config as StackConfig, Mode, Pass, Stack, T
 use bdia_core::update::{FloatGamma, Sign};
 
 use super::revvit::RevStack;
-use crate::inference::{Probe, Inference, at_head};
+use crate::inference::{Inference, Probe, at_head};
 use crate::named::{self, Adapters, Named};
 use crate::plan::Plan;
 
