@@ -417,7 +417,8 @@ fn data_as_it_comes() {
     let text = "One river.<|endoftext|>\nTwo old towns<|endoftext|>and a tavern.\n".repeat(20);
     let text = dir.file("text.txt.gz", &packed(text.as_bytes()));
     let train = |special: &str| {
-        let small = "--layers 1 --heads 1 --width 8 --context 8 --batch 2 --steps 1 --sample 0";
+        let small = "--layers 1 --heads 1 --width 8 --context 8 --batch 2 --steps 1 --sample 0 \
+                     --replace";
         let mut c = program();
         c.arg("train").args(small.split(' ')).args(["--special-tokens", special]);
         good(c.arg("--data").arg(&text).arg("--out").arg(&out)).err
