@@ -566,10 +566,16 @@ impl PassedOver {
 
 /// Whether an operating system or a program has left it behind.
 fn left_behind(name: &str) -> bool {
-    let name = name.to_lowercase();
-    name.starts_with(['.', '$', '@'])
-        || ["__macosx", "thumbs.db", "desktop.ini", "system volume information", "lost+found"]
-            .contains(&name.as_str())
+    const NAMES: [&str; 7] = [
+        "__macosx",
+        "thumbs.db",
+        "desktop.ini",
+        "system volume information",
+        "lost+found",
+        "$recycle.bin",
+        "@eadir",
+    ];
+    name.starts_with('.') || NAMES.contains(&name.to_lowercase().as_str())
 }
 
 /// A directory without what was left behind in it.
