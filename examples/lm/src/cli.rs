@@ -102,7 +102,7 @@ pub struct TrainArgs {
     pub data: Option<PathBuf>,
     /// Numbers of a token file, little-endian; any name is then that of a token file [default: what
     /// its header says, else u16]
-    #[arg(long, value_name = "TYPE", help_heading = "Data")]
+    #[arg(long, value_name = "TYPE", help_heading = "Data", requires = "data")]
     pub token_type: Option<TokenType>,
     /// How texts become tokens.
     #[command(flatten)]
@@ -219,7 +219,7 @@ pub struct FinetuneArgs {
     pub pairs: PairArgs,
     /// Numbers of a token file, little-endian; any name is then that of a token file [default: what
     /// its header says, else u16]
-    #[arg(long, value_name = "TYPE", help_heading = "Data")]
+    #[arg(long, value_name = "TYPE", help_heading = "Data", requires = "data")]
     pub token_type: Option<TokenType>,
     /// How texts become tokens.
     #[command(flatten)]
@@ -297,7 +297,7 @@ pub struct EvalArgs {
     pub pairs: PairArgs,
     /// Numbers of a token file, little-endian; any name is then that of a token file [default: what
     /// its header says, else u16]
-    #[arg(long, value_name = "TYPE")]
+    #[arg(long, value_name = "TYPE", requires = "data")]
     pub token_type: Option<TokenType>,
     /// How texts become tokens.
     #[command(flatten)]
@@ -342,9 +342,6 @@ pub struct GenerateArgs {
     /// as spaces
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
-    /// How prompts become tokens.
-    #[command(flatten)]
-    pub text: TextArgs,
     /// Prompts at a time, fewer where memory is short
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1 << 20))]
     #[arg(requires = "prompts")]
@@ -386,6 +383,9 @@ pub struct GenerateArgs {
     /// The last line of standard output is one JSON object
     #[arg(long)]
     pub json: bool,
+    /// How prompts become tokens.
+    #[command(flatten)]
+    pub text: TextArgs,
     /// Threads, memory, backend.
     #[command(flatten)]
     pub machine: MachineArgs,
@@ -854,6 +854,7 @@ mod tests {
             ("eval --task e2e", "--data"),
             ("eval --task e2e --data a --token-type u32", "belongs to --task text"),
             ("--token-type u24", "i64"),
+            ("--token-type u32", "--data"),
             ("generate --special-tokens no", "parse"),
             ("eval --prompt-column x", "belong to --task pairs"),
             ("merge --weights a --adapter b", "--out"),

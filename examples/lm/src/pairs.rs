@@ -203,7 +203,7 @@ fn table(
     delimiter: u8,
 ) -> Result<Pairs, PairsError> {
     let quotes = delimiter == b',';
-    if quotes && let Some(line) = open_quote(text) {
+    if quotes && let Some(line) = input::open_quote(text) {
         let what = "the quote that opens here is never closed".into();
         return Err(PairsError::Row { path: path.into(), line, what });
     }
@@ -242,25 +242,6 @@ fn table(
         pairs.push(line, &record[prompt], &record[completion]);
     }
     Ok(pairs)
-}
-
-/// The line of a quote that is not closed at the end: the library takes all that follows it as one
-/// field.
-fn open_quote(text: &str) -> Option<u64> {
-    let (mut line, mut opened, mut quoted, mut in_field) = (1, 1, false, false);
-    let mut bytes = text.bytes().peekable();
-    while let Some(b) = bytes.next() {
-        match b {
-            b'"' if quoted && bytes.peek() == Some(&b'"') => drop(bytes.next()),
-            b'"' if quoted => quoted = false,
-            b'"' if !in_field => (quoted, opened) = (true, line),
-            _ => {}
-        }
-        // A quote means something only where a field begins.
-        in_field = quoted || !matches!(b, b',' | b'\n' | b'\r');
-        line += u64::from(b == b'\n');
-    }
-    quoted.then_some(opened)
 }
 
 fn lines(path: &Path, text: &str, columns: &PairColumns) -> Result<Pairs, PairsError> {

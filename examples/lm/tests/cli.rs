@@ -434,10 +434,12 @@ fn data_as_it_comes() {
     assert!(!generate("parse", &prompt).contains("context"));
     let told = generate("text", &prompt);
     assert!(told.contains("context, which is 8") && told.contains("prompt 1 has 19"), "{told}");
-    let pairs = dir.file("pairs.csv.gz", &packed(b"prompt,completion\na,b\n,\nc,\nd e,f\n"));
+    let pairs =
+        dir.file("pairs.csv.gz", &packed(b"prompt,completion\na b c d e f g h i,j\n,\nc,\nd,e\n"));
     let mut c = other("score", &out, "--task pairs --beams 1 --tokens 1 --threads 1 --data");
     let told = good(c.arg(&pairs)).err;
     assert!(told.contains("2 pair(s) without a completion are skipped, the first in line 3"));
+    assert!(told.contains("1 of 2 prompt(s)") && told.contains("prompt 1 has 10"), "{told}");
 }
 
 /// A new run in the directory of another takes its place as a whole: nothing of the old one is gone

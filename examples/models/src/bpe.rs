@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::models::{ModelWrapper, TrainerWrapper};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, Tokenizer};
+use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, Tokenizer, Trainer};
 
 use crate::files::{FileError, read_limited, write_bytes};
 
@@ -64,6 +64,43 @@ pub enum BpeError {
     },
 }
 
+/// Of a run of letters, digits or other characters that is longer, so many bytes count for a
+/// vocabulary: every merge goes through all of a run, so that a megabyte takes many minutes.
+const LONGEST_RUN: usize = 1024;
+
+/// A trainer that sees of every word its first [`LONGEST_RUN`] bytes.
+pub(crate) struct Bounded(pub TrainerWrapper);
+
+impl Trainer for Bounded {
+    type Model = ModelWrapper;
+
+    fn should_show_progress(&self) -> bool {
+        self.0.should_show_progress()
+    }
+
+    fn train(&self, model: &mut ModelWrapper) -> tokenizers::Result<Vec<AddedToken>> {
+        self.0.train(model)
+    }
+
+    fn feed<I, S, F>(&mut self, iterator: I, process: F) -> tokenizers::Result<()>
+    where
+        I: Iterator<Item = S> + Send,
+        S: AsRef<str> + Send,
+        F: Fn(&str) -> tokenizers::Result<Vec<String>> + Sync,
+    {
+        self.0.feed(iterator, |text| {
+            let mut words = process(text)?;
+            for word in &mut words {
+                // A character for each byte.
+                if let Some((end, _)) = word.char_indices().nth(LONGEST_RUN) {
+                    word.truncate(end);
+                }
+            }
+            Ok(words)
+        })
+    }
+}
+
 fn failed(what: &'static str) -> impl Fn(tokenizers::Error) -> BpeError {
     move |error| BpeError::Library { what, error }
 }
@@ -94,7 +131,7 @@ impl Bpe {
             .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
             .build();
         tokenizer
-            .train(&mut TrainerWrapper::BpeTrainer(trainer), texts.iter())
+            .train(&mut Bounded(TrainerWrapper::BpeTrainer(trainer)), texts.iter())
             .map_err(failed("cannot be trained"))?;
         Ok(Self::set(tokenizer))
     }

@@ -126,6 +126,25 @@ pub fn line_of_row(text: &str, byte: u64, line: u64) -> u64 {
     line + empty.filter(|&&b| b == b'\n').count() as u64
 }
 
+/// The line, from 1, of a quote of a CSV that is never closed: a reader of tables takes all that
+/// follows it for one field.
+pub fn open_quote(text: &str) -> Option<u64> {
+    let (mut line, mut opened, mut quoted, mut in_field) = (1, 1, false, false);
+    let mut bytes = text.bytes().peekable();
+    while let Some(b) = bytes.next() {
+        match b {
+            b'"' if quoted && bytes.peek() == Some(&b'"') => drop(bytes.next()),
+            b'"' if quoted => quoted = false,
+            b'"' if !in_field => (quoted, opened) = (true, line),
+            _ => {}
+        }
+        // A quote means something only where a field begins.
+        in_field = quoted || !matches!(b, b',' | b'\n' | b'\r');
+        line += u64::from(b == b'\n');
+    }
+    quoted.then_some(opened)
+}
+
 /// Names in a message: they come from outside, so there may be many and long ones.
 pub fn list(names: &[String]) -> String {
     const MOST: usize = 20;

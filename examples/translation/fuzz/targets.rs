@@ -5,10 +5,10 @@
 use std::path::Path;
 
 use bdia_models::seq2seq::config::TranslationConfig;
-use bdia_translate::data::{Pair, aligned, one_file};
+use bdia_translate::data::{Columns, Pairs, aligned, one_file};
 
-fn check(pairs: &[Pair]) {
-    for text in pairs.iter().flat_map(|p| [&p.source, &p.target]) {
+fn check(pairs: &Pairs) {
+    for text in pairs.pairs.iter().flat_map(|p| [&p.source, &p.target]) {
         assert!(
             !text.is_empty() && text.trim() == text && !text.contains(['\n', '\r']),
             "{text:?}"
@@ -16,12 +16,16 @@ fn check(pairs: &[Pair]) {
     }
 }
 
-/// A table, lines with tabs, and two aligned files (the halves of what is there), each plain or
-/// packed. Accepted: every sentence is one line that is not empty.
+/// A table, lines with tabs, both with columns by place and by name, and two aligned files (the
+/// halves of what is there), each plain or packed. Accepted: every sentence is one line that is not
+/// empty.
 pub fn pairs(data: &[u8]) {
     for name in ["pairs.csv", "pairs.tsv"] {
-        if let Ok(pairs) = one_file(Path::new(name), data.to_vec()) {
-            check(&pairs);
+        for columns in [None, Some("2,3"), Some("src,tgt")] {
+            let columns: Option<Columns> = columns.map(|c| c.parse().expect("two columns"));
+            if let Ok(pairs) = one_file(Path::new(name), data.to_vec(), columns.as_ref()) {
+                check(&pairs);
+            }
         }
     }
     let (a, b) = data.split_at(data.len() / 2);

@@ -8,6 +8,8 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::data::Columns;
+
 /// The named sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -37,6 +39,10 @@ pub struct TrainArgs {
     /// [default: number words]
     #[arg(long, value_name = "FILE", num_args = 1..=2, help_heading = "Data")]
     pub data: Vec<PathBuf>,
+    /// Columns of source and target in a CSV or TSV: by place, such as 2,3, or by the names in its
+    /// header, such as src,tgt [default: 1,2]
+    #[arg(long, value_name = "SOURCE,TARGET", help_heading = "Data")]
+    pub columns: Option<Columns>,
     /// Pairs to hold out, in files as for --data [default: a part of --data, by source sentence]
     #[arg(long, value_name = "FILE", num_args = 1..=2, help_heading = "Data")]
     pub held_out: Vec<PathBuf>,
@@ -109,6 +115,13 @@ pub struct TrainArgs {
     pub run: EpochArgs,
 }
 
+fn check_columns(columns: Option<&Columns>, files: &[&Vec<PathBuf>]) -> Result<(), String> {
+    if columns.is_some() && !files.iter().any(|f| f.len() == 1) {
+        return Err("--columns belongs to a file with several; aligned files have none".into());
+    }
+    Ok(())
+}
+
 fn vocabulary(s: &str) -> Result<u64, String> {
     // Every byte, and the three marks.
     whole(s, 259, 1 << 24)
@@ -138,6 +151,7 @@ impl TrainArgs {
         if self.data.is_empty() && !self.held_out.is_empty() {
             return Err("--held-out belongs to --data; number words are split by themselves".into());
         }
+        check_columns(self.columns.as_ref(), &[&self.data, &self.held_out])?;
         if self.weights.is_some() && self.run.given.contains("vocab") {
             return Err("--weights comes with its vocabulary; leave --vocab out".into());
         }
@@ -181,6 +195,10 @@ pub struct EvalArgs {
     /// Pairs to evaluate, in files as for `train` [default: those that the run held out]
     #[arg(long, value_name = "FILE", num_args = 1..=2)]
     pub data: Vec<PathBuf>,
+    /// Columns of source and target in a CSV or TSV: by place, such as 2,3, or by the names in its
+    /// header, such as src,tgt [default: 1,2]
+    #[arg(long, value_name = "SOURCE,TARGET", requires = "data")]
+    pub columns: Option<Columns>,
     /// Write the translations to this file, one a line
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
@@ -294,9 +312,14 @@ impl Cli {
         let flags = match &mut parsed {
             Command::Train(train) | Command::Plan(train) => Some(&mut **train),
             Command::Experiment(e) => Some(&mut e.train),
-            Command::Eval(EvalArgs { search, .. })
-            | Command::Translate(TranslateArgs { search }) => {
-                newest(sub, &mut search.weights);
+            Command::Eval(eval) => {
+                check_columns(eval.columns.as_ref(), &[&eval.data])
+                    .map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
+                newest(sub, &mut eval.search.weights);
+                None
+            }
+            Command::Translate(translate) => {
+                newest(sub, &mut translate.search.weights);
                 None
             }
         };
@@ -377,6 +400,13 @@ mod tests {
             ("--dropout 1", "expected a number from 0 to below 1"),
             ("translate --beams 0", "expected a whole number from 1"),
             ("--schedule never", "noam"),
+            ("--data a --columns 2", "two different columns such as 2,3"),
+            ("--data a --columns 0,1", "found 0,1"),
+            ("--data a --columns src,src", "found src,src"),
+            ("--data a --columns 1,2,3", "found 1,2,3"),
+            ("--data a.en a.fr --columns 1,2", "aligned files have none"),
+            ("eval --data a.en a.fr --columns 1,2", "aligned files have none"),
+            ("eval --columns 1,2", "--data"),
         ] {
             let text = read(arguments).unwrap_err();
             assert!(text.contains(expected), "{arguments}: {text}");

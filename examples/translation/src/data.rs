@@ -5,19 +5,21 @@
 //! |---|---|
 //! | one, ending in `.csv` | two columns with a header, commas, quotes (Kaggle's table) |
 //! | one, ending otherwise | lines `source TAB target`, further columns ignored (manythings.org) |
+//! | either, with [`Columns`] | those two, by place or by their names in the header |
 //! | one of that kind whose first line is numbered | `number TAB source TAB number TAB target` |
 //! | two | aligned lines: the n-th of one is the translation of the n-th of the other |
 //!
 //! Each may be packed with gzip, which its first bytes tell. Text is UTF-8. White space at both
-//! ends of a sentence and a byte order mark are removed; a pair that lacks a side is an error that
-//! names its line.
+//! ends of a sentence and a byte order mark are removed. Empty lines, and pairs that lack a side,
+//! are skipped and counted. The header of a file with tabs is noticed by what stands in it: names
+//! of languages and the like, or a word above a column of numbers.
 
 use std::collections::HashMap;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use bdia_models::files::{FileError, read_limited};
-use bdia_train::Failure;
+use bdia_models::input::{self, InputError, list};
+use bdia_train::{Failure, report};
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::numbers;
@@ -34,60 +36,41 @@ pub struct Pair {
 /// A file of pairs that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    /// The file could not be read.
+    /// The file could not be read or unpacked, or is no text.
     #[error(transparent)]
-    File(#[from] FileError),
-    /// It is not what its first bytes say.
-    #[error("{}: it begins like a gzip file, but cannot be unpacked: {what}", path.display())]
-    Gzip {
-        /// The file.
-        path: PathBuf,
-        /// What the library says.
-        what: String,
-    },
-    /// Unpacked, it is larger than any such file.
-    #[error("{}: more than {limit} bytes when unpacked; is it the right file?", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// The most that is read.
-        limit: u64,
-    },
-    /// A line is not text.
-    #[error(
-        "{}, line {line}: not valid UTF-8; convert the file, for example with iconv",
-        path.display()
-    )]
-    Encoding {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-    },
+    Input(#[from] InputError),
     /// A line has other columns.
     #[error("{}, line {line}: {found} column(s), expected {expected}", path.display())]
     Columns {
         /// The file.
         path: PathBuf,
         /// The line, from 1.
-        line: usize,
+        line: u64,
         /// How many it has.
         found: usize,
         /// How many it should have.
-        expected: &'static str,
+        expected: String,
     },
-    /// A language is missing.
-    #[error(
-        "{}, line {line}: the {side} sentence is empty; remove the pair or complete it",
-        path.display()
-    )]
-    Empty {
+    /// Columns that were asked for are not there.
+    #[error("{}: expected the columns {expected}; the columns are {}", path.display(), list(found))]
+    Column {
         /// The file.
         path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// Which side.
-        side: &'static str,
+        /// Those that were asked for.
+        expected: String,
+        /// The first row.
+        found: Vec<String>,
+    },
+    /// A column of sentences has none.
+    #[error(
+        "{}: a column that was to have sentences has only numbers; name the two of {columns} \
+         columns that have them, for example --columns 2,3", path.display()
+    )]
+    Numbers {
+        /// The file.
+        path: PathBuf,
+        /// Columns of its first row.
+        columns: usize,
     },
     /// Two files are not aligned.
     #[error(
@@ -101,7 +84,7 @@ pub enum DataError {
         /// The longer file.
         long: PathBuf,
         /// The first line that only one has, from 1.
-        line: usize,
+        line: u64,
     },
     /// A quote is not closed, or something like it.
     #[error("{}, line {line}: {what}", path.display())]
@@ -136,182 +119,334 @@ impl From<DataError> for Failure {
 /// The most bytes of text that are read: more than any parallel corpus of one pair of languages.
 const LIMIT: u64 = 1 << 34;
 
-/// The bytes of a file, unpacked.
-fn unpacked(path: &Path, packed: Vec<u8>) -> Result<Vec<u8>, DataError> {
-    if !packed.starts_with(&[0x1f, 0x8b]) {
-        return Ok(packed);
-    }
-    let mut plain = Vec::new();
-    flate2::read::MultiGzDecoder::new(packed.as_slice())
-        .take(LIMIT + 1)
-        .read_to_end(&mut plain)
-        .map_err(|e| DataError::Gzip { path: path.into(), what: e.to_string() })?;
-    if plain.len() as u64 > LIMIT {
-        return Err(DataError::TooLarge { path: path.into(), limit: LIMIT });
-    }
-    Ok(plain)
+/// A column of a file with several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Column {
+    /// Its place, from 0.
+    Place(usize),
+    /// Its name in the header.
+    Name(String),
 }
 
-/// The text of a file's bytes, or the first line that is none.
-fn text(path: &Path, bytes: Vec<u8>) -> Result<String, DataError> {
-    let mut text = String::from_utf8(unpacked(path, bytes)?).map_err(|e| {
-        let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
-        DataError::Encoding {
-            path: path.into(),
-            line: 1 + good.iter().filter(|&&b| b == b'\n').count(),
+/// Which two columns of a file have the source and the target: `2,3` by place, from 1, or
+/// `src,tgt` by the names in the header.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Columns([Column; 2]);
+
+impl core::str::FromStr for Columns {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let wrong = || format!("expected two different columns such as 2,3 or src,tgt, found {s}");
+        let column = |text: &str| match (text.trim(), text.trim().parse::<usize>()) {
+            ("", _) | (_, Ok(0)) => Err(wrong()),
+            (_, Ok(place)) => Ok(Column::Place(place - 1)),
+            (name, Err(_)) => Ok(Column::Name(name.into())),
+        };
+        match s.split_once(',') {
+            Some((a, b)) if !b.contains(',') && a.trim() != b.trim() => {
+                Ok(Self([column(a)?, column(b)?]))
+            }
+            _ => Err(wrong()),
         }
-    })?;
-    if text.starts_with('\u{feff}') {
-        text.drain(..'\u{feff}'.len_utf8());
     }
-    Ok(text)
 }
 
-/// A pair of two sentences that are there.
-fn pair(path: [&Path; 2], line: usize, source: &str, target: &str) -> Result<Pair, DataError> {
-    let [source, target] = [source, target].map(str::trim);
-    for (text, path, side) in [(source, path[0], "source"), (target, path[1], "target")] {
-        if text.is_empty() {
-            return Err(DataError::Empty { path: path.into(), line, side });
+impl TryFrom<String> for Columns {
+    type Error = String;
+
+    fn try_from(s: String) -> Result<Self, String> {
+        s.parse()
+    }
+}
+
+impl From<Columns> for String {
+    fn from(columns: Columns) -> Self {
+        let text = |column: &Column| match column {
+            Column::Place(place) => (place + 1).to_string(),
+            Column::Name(name) => name.clone(),
+        };
+        columns.0.each_ref().map(text).join(",")
+    }
+}
+
+impl Columns {
+    fn named(&self) -> bool {
+        self.0.iter().any(|c| matches!(c, Column::Name(_)))
+    }
+
+    /// Their places in the rows under this first row.
+    fn places(&self, path: &Path, first: &[&str]) -> Result<[usize; 2], DataError> {
+        let place = |column: &Column| match column {
+            Column::Place(place) => Some(*place).filter(|&p| p < first.len()),
+            Column::Name(name) => first.iter().position(|c| c.trim() == name),
+        };
+        match self.0.each_ref().map(place) {
+            [Some(source), Some(target)] => Ok([source, target]),
+            _ => Err(DataError::Column {
+                path: path.into(),
+                expected: self.clone().into(),
+                found: first.iter().map(|c| c.trim().to_string()).collect(),
+            }),
         }
     }
-    // Translations are printed line by line.
-    let one_line = |s: &str| {
-        s.split(['\n', '\r']).map(str::trim).filter(|s| !s.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// The pairs of a file or of two, and what was noticed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pairs {
+    /// Those that have both sides.
+    pub pairs: Vec<Pair>,
+    /// How many lines or rows lack a side or both, and the first of them, from 1.
+    pub skipped: Option<(usize, u64)>,
+    /// The first row of a file with tabs, where it was taken for a header.
+    pub header: Option<String>,
+}
+
+impl Pairs {
+    /// Takes a pair if both sentences are there.
+    fn push(&mut self, line: u64, source: &str, target: &str) {
+        // Translations are printed line by line.
+        let [source, target] = [source, target].map(|s| {
+            let lines = s.split(['\n', '\r']).map(str::trim).filter(|s| !s.is_empty());
+            lines.collect::<Vec<_>>().join(" ")
+        });
+        if source.is_empty() || target.is_empty() {
+            self.skip(line);
+        } else {
+            self.pairs.push(Pair { source, target });
+        }
+    }
+
+    fn skip(&mut self, line: u64) {
+        let (count, first) = self.skipped.unwrap_or((0, line));
+        self.skipped = Some((count + 1, first));
+    }
+}
+
+/// All pairs of one or two files; tells what was noticed.
+///
+/// # Errors
+/// [`DataError`] names file and line.
+pub fn read(files: &[PathBuf], columns: Option<&Columns>) -> Result<Vec<Pair>, DataError> {
+    let bytes = |path: &PathBuf| input::read(path, LIMIT);
+    let (path, found) = match files {
+        [source, target] => (source, aligned([source, target], [bytes(source)?, bytes(target)?])?),
+        [one] => (one, one_file(one, bytes(one)?, columns)?),
+        _ => return Ok(Vec::new()),
     };
-    Ok(Pair { source: one_line(source), target: one_line(target) })
-}
-
-/// All pairs of one or two files.
-///
-/// # Errors
-/// [`DataError`] names file and line.
-pub fn read(files: &[PathBuf]) -> Result<Vec<Pair>, DataError> {
-    match files {
-        [source, target] => {
-            aligned([source, target], [read_limited(source, LIMIT)?, read_limited(target, LIMIT)?])
-        }
-        [one] => one_file(one, read_limited(one, LIMIT)?),
-        _ => Ok(Vec::new()),
+    let name = path.display();
+    if let Some(header) = found.header {
+        report::note!("{name}: line 1 is taken for a header: {header}");
     }
+    if let Some((count, first)) = found.skipped {
+        report::note!(
+            "{name}: {count} line(s) without a source or a target are skipped, the first is line \
+             {first}"
+        );
+    }
+    Ok(found.pairs)
 }
 
-/// The pairs of a file with these bytes; its name says whether it is a table or has tabs.
+/// The pairs of a file with these bytes, packed or plain; its name says whether it is a table or
+/// has tabs.
 ///
 /// # Errors
 /// [`DataError`] names file and line.
-pub fn one_file(path: &Path, bytes: Vec<u8>) -> Result<Vec<Pair>, DataError> {
-    let name = path.to_string_lossy().to_lowercase();
-    let text = text(path, bytes)?;
-    if name.strip_suffix(".gz").unwrap_or(&name).ends_with(".csv") {
-        table(path, &text)
+pub fn one_file(
+    path: &Path,
+    bytes: Vec<u8>,
+    columns: Option<&Columns>,
+) -> Result<Pairs, DataError> {
+    let text = input::text(path, input::unpack(path, bytes, LIMIT)?)?;
+    if input::ending(path) == "csv" {
+        table(path, &text, columns)
     } else {
-        tabs(path, &text)
+        tabs(path, &text, columns)
     }
 }
 
-fn table(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
-    check_rows(path, text)?;
+fn table(path: &Path, text: &str, columns: Option<&Columns>) -> Result<Pairs, DataError> {
+    if let Some(line) = input::open_quote(text) {
+        let what = "the quote that opens here is never closed".into();
+        return Err(DataError::Csv { path: path.into(), line, what });
+    }
     let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(text.as_bytes());
-    let expected = "2: a table of two columns with a header";
-    let columns =
-        |line: usize, found: usize| DataError::Columns { path: path.into(), line, found, expected };
+    let wrong = |line: u64, found: usize, expected: String| DataError::Columns {
+        path: path.into(),
+        line,
+        found,
+        expected,
+    };
     let failed = |e: csv::Error| {
         let line = e.position().map_or(0, csv::Position::line);
         DataError::Csv { path: path.into(), line, what: e.to_string() }
     };
-    let head = reader.headers().map_err(failed)?.len();
-    if head != 2 {
-        return Err(columns(1, head));
-    }
-    let mut pairs = Vec::new();
+    let head = reader.headers().map_err(failed)?.clone();
+    let expected = match columns {
+        None => "2: a table of two columns with a header, or any and --columns".to_string(),
+        Some(_) => format!("{}, as in the header", head.len()),
+    };
+    let [source, target] = match columns {
+        Some(columns) => columns.places(path, &head.iter().collect::<Vec<_>>())?,
+        None if head.len() == 2 => [0, 1],
+        None => return Err(wrong(1, head.len(), expected)),
+    };
+    let mut pairs = Pairs::default();
     for record in reader.records() {
         let record = record.map_err(failed)?;
-        let line = record.position().map_or(0, |p| p.line() as usize);
-        match (record.get(0), record.get(1), record.len()) {
-            (Some(source), Some(target), 2) => pairs.push(pair([path; 2], line, source, target)?),
-            (.., found) => return Err(columns(line, found)),
+        let (from, line) = record
+            .position()
+            .map_or((0, 0), |p| (p.line(), input::line_of_row(text, p.byte(), p.line())));
+        // The library passes over empty lines.
+        (from..line).for_each(|line| pairs.skip(line));
+        match (record.get(source), record.get(target)) {
+            (Some(source), Some(target)) if record.len() == head.len() => {
+                pairs.push(line, source, target);
+            }
+            _ => return Err(wrong(line, record.len(), expected)),
         }
     }
     Ok(pairs)
 }
 
-/// Rows that the library passes over: empty ones, and all that follow a quote that is never closed.
-fn check_rows(path: &Path, text: &str) -> Result<(), DataError> {
-    let (mut line, mut opened, mut quoted, mut in_field, mut in_row) = (1, 1, false, false, false);
-    let mut bytes = text.bytes().peekable();
-    while let Some(b) = bytes.next() {
-        match b {
-            b'"' if quoted && bytes.peek() == Some(&b'"') => drop(bytes.next()),
-            b'"' if quoted => quoted = false,
-            b'"' if !in_field => (quoted, opened) = (true, line),
-            b'\n' if !quoted && !in_row => {
-                return Err(DataError::Empty { path: path.into(), line, side: "source" });
-            }
-            _ => {}
-        }
-        // A quote means something only where a field begins.
-        in_field = quoted || !matches!(b, b',' | b'\n' | b'\r');
-        in_row = quoted || (b != b'\n' && (in_row || b != b'\r'));
-        line += usize::from(b == b'\n');
-    }
-    if quoted {
-        let what = "the quote that opens here is never closed".into();
-        return Err(DataError::Csv { path: path.into(), line: opened as u64, what });
-    }
-    Ok(())
-}
-
-fn tabs(path: &Path, text: &str) -> Result<Vec<Pair>, DataError> {
-    let columns = |line: &str| line.split('\t').map(str::to_owned).collect::<Vec<_>>();
-    let id = |text: &String| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    let numbered =
-        text.lines().next().map(columns).is_some_and(|c| c.len() >= 4 && id(&c[0]) && id(&c[2]));
-    let (source, target, expected) = if numbered {
-        (1, 3, "4: a number, source, a number, target")
-    } else {
-        (0, 1, "2 or more, with tabs between them")
+fn tabs(path: &Path, text: &str, columns: Option<&Columns>) -> Result<Pairs, DataError> {
+    let rows = || {
+        let lines = text.lines().zip(1_u64..).filter(|(line, _)| !line.trim().is_empty());
+        lines.map(|(line, number)| (line.split('\t').collect::<Vec<_>>(), number))
     };
-    (text.lines().enumerate())
-        .map(|(i, line)| {
-            let c = columns(line);
-            match (c.get(source), c.get(target)) {
-                (Some(source), Some(target)) if !numbered || (id(&c[0]) && id(&c[2])) => {
-                    pair([path; 2], i + 1, source, target)
-                }
-                _ => Err(DataError::Columns {
-                    path: path.into(),
-                    line: i + 1,
-                    found: c.len(),
-                    expected,
-                }),
+    let mut pairs = Pairs::default();
+    for (_, number) in text.lines().zip(1..).filter(|(line, _)| line.trim().is_empty()) {
+        pairs.skip(number);
+    }
+    let Some((first, _)) = rows().next() else { return Ok(pairs) };
+    let id = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let numbered = columns.is_none() && first.len() >= 4 && id(first[0]) && id(first[2]);
+    let ([source, target], expected) = match columns {
+        Some(columns) => (columns.places(path, &first)?, "those of --columns"),
+        None if numbered => ([1, 3], "4: a number, source, a number, target"),
+        None => ([0, 1], "2 or more, with tabs between them"),
+    };
+    let number = |row: &[&str], at: usize| {
+        row.get(at).is_some_and(|field| field.trim().parse::<f64>().is_ok())
+    };
+    let only_numbers =
+        |at: usize| rows().count() > 1 && rows().skip(1).all(|(row, _)| number(&row, at));
+    // Numbers of lines, scores and the like are nothing to translate, if there is something else.
+    if first.len() > 2 && [source, target].into_iter().any(only_numbers) {
+        return Err(DataError::Numbers { path: path.into(), columns: first.len() });
+    }
+    let names = [source, target].iter().all(|&at| first.get(at).is_some_and(|f| is_name(f)));
+    let over_numbers = || (0..first.len()).any(|at| !number(&first, at) && only_numbers(at));
+    let header = columns.is_some_and(Columns::named) || names || over_numbers();
+    if header {
+        let names: Vec<String> = first.iter().map(|f| f.trim().to_string()).collect();
+        pairs.header = Some(list(&names));
+    }
+    for (row, line) in rows().skip(usize::from(header)) {
+        match (row.get(source), row.get(target)) {
+            (Some(source), Some(target)) if !numbered || (id(row[0]) && id(row[2])) => {
+                pairs.push(line, source, target);
             }
-        })
-        .collect()
+            _ => {
+                let (found, expected) = (row.len(), expected.into());
+                return Err(DataError::Columns { path: path.into(), line, found, expected });
+            }
+        }
+    }
+    Ok(pairs)
 }
 
-/// The pairs of two files with these bytes, line by line.
+/// Whether this is what a column of sentences is called, rather than a sentence.
+fn is_name(field: &str) -> bool {
+    const NAMES: [&str; 58] = [
+        "source",
+        "target",
+        "src",
+        "tgt",
+        "trg",
+        "sentence",
+        "translation",
+        "text",
+        "input",
+        "output",
+        "original",
+        "english",
+        "french",
+        "german",
+        "spanish",
+        "italian",
+        "portuguese",
+        "dutch",
+        "russian",
+        "chinese",
+        "japanese",
+        "korean",
+        "arabic",
+        "turkish",
+        "polish",
+        "swedish",
+        "czech",
+        "ukrainian",
+        "hindi",
+        "en",
+        "fr",
+        "de",
+        "es",
+        "it",
+        "pt",
+        "nl",
+        "ru",
+        "zh",
+        "ja",
+        "ko",
+        "ar",
+        "tr",
+        "pl",
+        "sv",
+        "cs",
+        "uk",
+        "hi",
+        "eng",
+        "fra",
+        "deu",
+        "spa",
+        "ita",
+        "por",
+        "nld",
+        "rus",
+        "zho",
+        "jpn",
+        "kor",
+    ];
+    NAMES.contains(&field.trim().to_lowercase().as_str())
+}
+
+/// The pairs of two files with these bytes, line by line. Empty lines at the end of one do no harm.
 ///
 /// # Errors
 /// [`DataError`] names file and line.
-pub fn aligned([source, target]: [&Path; 2], bytes: [Vec<u8>; 2]) -> Result<Vec<Pair>, DataError> {
+pub fn aligned([source, target]: [&Path; 2], bytes: [Vec<u8>; 2]) -> Result<Pairs, DataError> {
     let [sources, targets] = bytes;
+    let text = |path, bytes| input::text(path, input::unpack(path, bytes, LIMIT)?);
     let (sources, targets) = (text(source, sources)?, text(target, targets)?);
     let (mut s, mut t) = (sources.lines(), targets.lines());
-    let mut pairs = Vec::new();
-    loop {
-        let line = pairs.len() + 1;
+    let mut pairs = Pairs::default();
+    for line in 1.. {
         let (short, long) = match (s.next(), t.next()) {
-            (None, None) => return Ok(pairs),
+            (None, None) => break,
             (Some(a), Some(b)) => {
-                pairs.push(pair([source, target], line, a, b)?);
+                pairs.push(line, a, b);
                 continue;
             }
+            (Some(rest), None) | (None, Some(rest)) if rest.trim().is_empty() => continue,
             (None, Some(_)) => (source, target),
             (Some(_), None) => (target, source),
         };
         return Err(DataError::Aligned { short: short.into(), long: long.into(), line });
     }
+    Ok(pairs)
 }
 
 /// Pairs to learn from, and pairs that are held out: no source sentence is in both.
@@ -332,6 +467,8 @@ pub struct Source<'a> {
     pub files: &'a [PathBuf],
     /// Files of what is held out; none to split `files`.
     pub held_files: &'a [PathBuf],
+    /// The columns of a file with several.
+    pub columns: Option<&'a Columns>,
     /// The most pairs to learn from.
     pub pairs: Option<usize>,
     /// How many source sentences are held out; with `held_files`, the most that are used of them.
@@ -358,7 +495,7 @@ impl Dataset {
             );
         }
         let names: Vec<_> = source.files.iter().map(|f| f.display().to_string()).collect();
-        let (name, all) = (names.join(", "), read(source.files)?);
+        let (name, all) = (names.join(", "), read(source.files, source.columns)?);
         let few = |what: &'static str, found: usize, expected| DataError::Few {
             name: name.clone(),
             found,
@@ -382,7 +519,7 @@ impl Dataset {
             (held, train) = all.into_iter().partition(|p| count > 0 && key(p) <= keys[count - 1]);
         } else {
             train = all;
-            held = read(source.held_files)?;
+            held = read(source.held_files, source.columns)?;
             let known: std::collections::HashSet<&str> =
                 held.iter().map(|p| p.source.as_str()).collect();
             train.retain(|p| !known.contains(p.source.as_str()));

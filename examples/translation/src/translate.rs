@@ -333,7 +333,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         }
         data.held
     } else {
-        read(&args.data)?
+        read(&args.data, args.columns.as_ref())?
     };
     let encoded = Encoded::new(&pairs, &trained.vocabularies, trained.config.positions)?;
     if encoded.too_long > 0 {
@@ -362,6 +362,7 @@ pub fn dataset(args: &TrainArgs) -> Result<Dataset, Failure> {
     let source = Source {
         files: &args.data,
         held_files: &args.held_out,
+        columns: args.columns.as_ref(),
         pairs: args.pairs.map(|n| n as usize),
         held: args.held.map(|n| n as usize),
     };
@@ -369,32 +370,30 @@ pub fn dataset(args: &TrainArgs) -> Result<Dataset, Failure> {
 }
 
 /// `translate`: every line of standard input, to standard output. Lines that wait are translated
-/// together.
+/// together. A line that cannot be translated is told, and its translation is an empty line, so
+/// that those of the others stay in their places.
 ///
 /// # Errors
-/// [`Failure`]; what came before is printed.
+/// [`Failure`], also where there were lines that could not be translated.
 pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
     struct Lines<'a> {
         args: &'a TranslateArgs,
         trained: Trained,
         model: Translator,
+        /// Lines that were read, and of those the ones that could not be translated.
+        read: usize,
+        bad: usize,
     }
     impl Work for Lines<'_> {
-        fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
+        fn on<B: Backend<Real = f32>>(mut self, be: &mut B, _: usize) -> Result<(), Failure> {
             load_weights(&Trained::file(&self.args.search), be, &self.model)?;
             let mut input = BufReader::new(std::io::stdin());
-            let (mut number, mut bad) = (0, None);
-            while bad.is_none() {
+            loop {
                 let mut lines = Vec::new();
-                while lines.len() < self.trained.sizes.sentences {
-                    match self.line(&mut input, &mut number) {
-                        Ok(Some(tokens)) => lines.push(tokens),
-                        Ok(None) => break,
-                        Err(error) => {
-                            bad = Some(error);
-                            break;
-                        }
-                    }
+                while lines.len() < self.trained.sizes.sentences
+                    && let Some(tokens) = self.line(&mut input)?
+                {
+                    lines.push(tokens);
                     // Whoever has written a line may wait for its translation.
                     if input.buffer().is_empty() {
                         break;
@@ -410,39 +409,47 @@ pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
                     return Ok(());
                 }
             }
-            bad.map_or(Ok(()), Err)
+            if self.bad > 0 {
+                return Err(Failure::Other(format!(
+                    "{} of {} lines could not be translated; an empty line stands for each",
+                    self.bad, self.read
+                )));
+            }
+            Ok(())
         }
     }
     impl Lines<'_> {
-        /// The next line's tokens, none where it is empty; nothing at the end.
-        fn line(
-            &self,
-            input: &mut impl BufRead,
-            number: &mut usize,
-        ) -> Result<Option<Vec<i32>>, Failure> {
+        /// The next line's tokens, none where it is empty or cannot be translated; nothing at the
+        /// end.
+        fn line(&mut self, input: &mut impl BufRead) -> Result<Option<Vec<i32>>, Failure> {
             let mut bytes = Vec::new();
             let read = input.read_until(b'\n', &mut bytes);
             if read.map_err(|e| Failure::Other(format!("standard input: {e}")))? == 0 {
                 return Ok(None);
             }
-            *number += 1;
-            let wrong =
-                |what: String| Failure::Other(format!("standard input, line {number}: {what}"));
-            let text = String::from_utf8(bytes)
-                .map_err(|_| wrong("not valid UTF-8; nothing after it is read".into()))?;
-            let tokens = self
-                .trained
-                .vocabularies
-                .source
-                .encode(text.trim_start_matches('\u{feff}').trim())?;
+            self.read += 1;
+            Ok(Some(self.tokens(bytes).unwrap_or_else(|what| {
+                report::note!("standard input, line {}: {what}", self.read);
+                self.bad += 1;
+                Vec::new()
+            })))
+        }
+
+        /// The tokens of a line, or why it cannot be translated.
+        fn tokens(&self, line: Vec<u8>) -> Result<Vec<i32>, String> {
+            let text = String::from_utf8(line)
+                .map_err(|_| "not valid UTF-8; convert it, for example with iconv".to_string())?;
+            let text = text.trim_start_matches('\u{feff}').trim();
+            let tokens =
+                self.trained.vocabularies.source.encode(text).map_err(|e| e.to_string())?;
             let longest = self.trained.sizes.longest;
             if tokens.len() >= longest {
                 let found = tokens.len();
-                return Err(wrong(format!(
+                return Err(format!(
                     "{found} tokens, expected less than {longest}; split the sentence"
-                )));
+                ));
             }
-            Ok(Some(tokens))
+            Ok(tokens)
         }
 
         /// The translations of some lines; empty ones stay empty.
@@ -466,5 +473,10 @@ pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
     let mut trained = Trained::read(&args.search)?;
     let (model, layout) = trained.lay_out(&args.search, None)?;
     let threads = trained.setup.threads;
-    machine::run(&args.search.machine, threads, &layout, Lines { args, trained, model })
+    machine::run(
+        &args.search.machine,
+        threads,
+        &layout,
+        Lines { args, trained, model, read: 0, bad: 0 },
+    )
 }

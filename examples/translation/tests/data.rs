@@ -6,8 +6,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use bdia_models::files::testing::TempDir;
+use bdia_models::input::InputError;
 use bdia_train::scores::{bleu, chrf};
-use bdia_translate::data::{DataError, Dataset, Pair, Source, read, references};
+use bdia_translate::data::{self, DataError, Dataset, Pair, Source, one_file, references};
+
+fn read(files: &[PathBuf]) -> Result<Vec<Pair>, DataError> {
+    data::read(files, None)
+}
 
 fn refused(files: &[PathBuf], parts: &[&str]) -> DataError {
     let error = read(files).unwrap_err();
@@ -44,14 +49,13 @@ fn tables_of_two_columns() {
     );
     refused(&[dir.file("b.csv", b"E,F\na,b\nc\nd,e\n")], &["b.csv", "line 3", "1 column(s)"]);
     refused(&[dir.file("b.csv", b"E,F\na,b,c\n")], &["b.csv", "line 2", "3 column(s)"]);
-    let e = refused(
-        &[dir.file("b.csv", b"E,F\na,b\nc,\n")],
-        &["b.csv", "line 3", "target sentence is empty"],
-    );
-    assert!(matches!(e, DataError::Empty { line: 3, side: "target", .. }));
-    // What the library would pass over.
-    refused(&[dir.file("b.csv", b"E,F\na,b\n\nd,e\n")], &["line 3", "empty"]);
-    refused(&[dir.file("b.csv", b"E,F\r\na,b\r\n\r\n")], &["line 3", "empty"]);
+    // What has a side less is skipped and counted, and so are lines that the library passes over.
+    let skipping = b"E,F\na,b\n,\nc,\n\n \n\" \",f\ng,h\n";
+    let e = refused(&[dir.file("b.csv", skipping)], &["b.csv", "line 6", "1 column(s)"]);
+    assert!(matches!(e, DataError::Columns { line: 6, .. }));
+    let skipping = b"E,F\na,b\n,\nc,\n\n\" \",f\ng,h\n";
+    let found = one_file(Path::new("b.csv"), skipping.to_vec(), None).unwrap();
+    assert_eq!((found.pairs, found.skipped), (pairs(&[("a", "b"), ("g", "h")]), Some((4, 3))));
     let e = refused(
         &[dir.file("b.csv", b"E,F\na,b\nc,\"d\ne,f\ng,h\n")],
         &["b.csv", "line 3", "never closed"],
@@ -59,9 +63,8 @@ fn tables_of_two_columns() {
     assert!(matches!(e, DataError::Csv { line: 3, .. }));
     let quotes = dir.file("q.csv", b"E,F\na \"b\",c\n\"\"\"d\"\"\",\"e\n\nf\"\n");
     assert_eq!(read(&[quotes]).unwrap(), pairs(&[("a \"b\"", "c"), ("\"d\"", "e f")]));
-    refused(&[dir.file("b.csv", b"E,F\n\" \",b\n")], &["line 2", "source sentence is empty"]);
     let e = refused(&[dir.file("b.csv", b"E,F\na,b\nc,d\xff\n")], &["b.csv", "line 3", "UTF-8"]);
-    assert!(matches!(e, DataError::Encoding { line: 3, .. }));
+    assert!(matches!(e, DataError::Input(InputError::Encoding { line: 3, .. })));
 }
 
 #[test]
@@ -75,8 +78,9 @@ fn lines_with_tabs() {
     assert_eq!(read(&[dir.file("tatoeba.tsv", numbered.as_bytes())]).unwrap(), expected);
     refused(&[dir.file("b.tsv", b"1\ta\t2\tb\nc\td\n")], &["line 2", "2 column(s)", "expected 4"]);
     refused(&[dir.file("b.tsv", b"a\tb\nno tab\n")], &["b.tsv", "line 2", "1 column(s)", "tabs"]);
-    refused(&[dir.file("b.tsv", b"a\tb\n\nc\td\n")], &["b.tsv", "line 2"]);
-    refused(&[dir.file("b.tsv", b"a\tb\nc\t\n")], &["line 2", "target sentence is empty"]);
+    let skipping = b"a\tb\n\nc\t\n\td\n \ne\tf\n\n";
+    let found = one_file(Path::new("b.tsv"), skipping.to_vec(), None).unwrap();
+    assert_eq!((found.pairs, found.skipped.unwrap().0), (pairs(&[("a", "b"), ("e", "f")]), 5));
     refused(&[dir.file("b.tsv", b"a\tb\n\xe9t\xe9\tsummer\n")], &["line 2", "UTF-8", "iconv"]);
 }
 
@@ -94,18 +98,67 @@ fn aligned_lines() {
     let e = refused(&[en.clone(), short.clone()], &["c.fr", "line 3", "a.en goes on"]);
     assert!(matches!(e, DataError::Aligned { line: 3, .. }));
     refused(&[short, en.clone()], &["c.fr", "line 3", "a.en goes on"]);
-    refused(
-        &[en.clone(), dir.file("d.fr", b"un\n\ntrois\n")],
-        &["d.fr", "line 2", "target sentence is empty"],
-    );
-    refused(
-        &[dir.file("d.en", b"one\n  \nthree\n"), dir.file("e.fr", b"un\ndeux\ntrois\n")],
-        &["d.en", "line 2"],
-    );
+    let gap = dir.file("d.fr", b"un\n\n\n \n");
+    assert_eq!(read(&[en.clone(), gap]).unwrap(), pairs(&[("one", "un")]));
+    let together = |en: &[u8], fr: &[u8]| {
+        data::aligned([Path::new("d.en"), Path::new("e.fr")], [en.to_vec(), fr.to_vec()])
+    };
+    let found = together(b"one\n  \nthree\nfour\n", b"un\ndeux\ntrois\n");
+    assert!(matches!(found, Err(DataError::Aligned { line: 4, .. })));
+    // Empty lines at the end of one file are no sentences.
+    let found = together(b"one\n  \nthree\n", b"un\ndeux\ntrois\n\n \n").unwrap();
+    assert_eq!(found.pairs, pairs(&[("one", "un"), ("three", "trois")]));
+    assert_eq!((found.skipped, found.header), (Some((1, 2)), None));
     let mut damaged = packed(b"un\ndeux\ntrois\n");
     damaged.truncate(12);
     refused(&[en.clone(), dir.file("f.fr.gz", &damaged)], &["f.fr.gz", "gzip"]);
     refused(&[en, dir.path().join("absent")], &["absent"]);
+}
+
+#[test]
+fn columns_and_headers() {
+    let of = |name: &str, text: &str, columns: &str| {
+        let columns = (!columns.is_empty()).then(|| columns.parse().unwrap());
+        one_file(Path::new(name), text.as_bytes().to_vec(), columns.as_ref())
+    };
+    let expected = pairs(&[("one cat", "un chat"), ("two", "deux")]);
+    let with_id = "id\tsrc\ttgt\n7\tone cat\tun chat\n8\ttwo\tdeux\n";
+    let table = with_id.replace('\t', ",");
+    for (name, text, columns) in [
+        ("a.tsv", with_id, "src,tgt"),
+        ("a.tsv", with_id, "2,3"),
+        ("a.csv", &table, "src,tgt"),
+        ("a.csv", &table, "2,tgt"),
+        // A header is noticed by the numbers under it, and by names of languages.
+        ("a.tsv", "nr\tA\tB\n7\tone cat\tun chat\n8\ttwo\tdeux\n", "2,3"),
+        ("a.txt", "English\tFrench\none cat\tun chat\ntwo\tdeux\n", ""),
+        ("a.txt", "en\tFR\tby\none cat\tun chat\tme\ntwo\tdeux\tyou\n", ""),
+    ] {
+        let found = of(name, text, columns).unwrap();
+        assert_eq!(found.pairs, expected, "{name}: {text}");
+        assert_eq!(found.header.is_some(), name != "a.csv");
+    }
+    // The other way round, and without a header.
+    let turned = of("a.tsv", &with_id[10..], "3,2").unwrap();
+    assert_eq!(turned.pairs, pairs(&[("un chat", "one cat"), ("deux", "two")]));
+    assert_eq!(turned.header, None);
+    // Numbers are translated where there is nothing else.
+    let numbers = of("a.tsv", "1\tun\n2\tdeux\n", "").unwrap();
+    assert_eq!((numbers.pairs.len(), numbers.header), (2, None));
+    for (name, text, columns, message) in [
+        ("a.tsv", with_id, "", "has only numbers; name the two of 3 columns"),
+        ("a.tsv", &with_id[10..], "", "--columns 2,3"),
+        ("a.tsv", "0.9\ta\tb\n1e-3\tc\td\n", "", "has only numbers"),
+        ("a.tsv", with_id, "1,2", "has only numbers"),
+        ("a.tsv", with_id, "2,4", "expected the columns 2,4; the columns are \"id\", \"src\""),
+        ("a.csv", &table, "src,fr", "expected the columns src,fr"),
+        ("a.csv", &table, "", "line 1: 3 column(s), expected 2"),
+        ("a.csv", "a,b,c\n1,2\n", "a,b", "line 2: 2 column(s), expected 3, as in the header"),
+        ("a.tsv", "a\tb\tc\nd\te\n", "1,3", "line 2: 2 column(s), expected those of --columns"),
+    ] {
+        let e = of(name, text, columns).unwrap_err().to_string();
+        assert!(e.contains(message) && e.contains(name), "{e}");
+    }
 }
 
 fn open(
@@ -113,7 +166,7 @@ fn open(
     pairs: Option<usize>,
     held: Option<usize>,
 ) -> Result<Dataset, DataError> {
-    Dataset::open(&Source { files, held_files: &[], pairs, held })
+    Dataset::open(&Source { files, held_files: &[], columns: None, pairs, held })
 }
 
 #[test]
@@ -144,15 +197,21 @@ fn no_source_sentence_is_on_both_sides() {
 
     // Held-out files of their own: what they have is not learned from.
     let held_files = [dir.file("h.tsv", b"sentence 7\tautre\nnew\tnouveau\n")];
-    let d =
-        Dataset::open(&Source { files: &files, held_files: &held_files, pairs: None, held: None })
-            .unwrap();
+    let d = Dataset::open(&Source {
+        files: &files,
+        held_files: &held_files,
+        columns: None,
+        pairs: None,
+        held: None,
+    })
+    .unwrap();
     assert_eq!((d.train.len(), d.held.len()), (297, 2));
     // So many source sentences of them, with all their translations.
     let held_files = [dir.file("i.tsv", b"new\tnouveau\nother\tautre\nnew\tneuf\n")];
     let d = Dataset::open(&Source {
         files: &files,
         held_files: &held_files,
+        columns: None,
         pairs: None,
         held: Some(1),
     })

@@ -123,16 +123,19 @@ fn training_is_exact_and_resumes_exactly() {
     let (out, _, ok) = translated(&a, "--beams 2 --inference quantized", b"one\n\ntwo hundred");
     assert!(ok && out.lines().count() == 3 && out.lines().nth(1) == Some(""), "{out:?}");
     let first = out.lines().next().unwrap().to_string() + "\n";
-    let (out, err, ok) = translated(&a, "--beams 2 --inference quantized", b"one\ntwo \xff\n");
-    assert!(!ok && out == first && err.contains("line 2") && err.contains("UTF-8"), "{err}");
+    // Lines that cannot be translated are told, and the others keep their places.
+    let flags = "--beams 2 --inference quantized";
+    let (out, err, ok) = translated(&a, flags, b"two \xff\none\n");
+    assert!(!ok && out == format!("\n{first}"), "{err}");
+    assert!(err.contains("line 1: not valid UTF-8") && err.contains("1 of 2 lines"), "{err}");
     let long = "one ".repeat(200);
-    let (out, err, ok) = translated(&a, "", format!("one\n{long}\n").as_bytes());
-    assert!(
-        !ok && out.lines().count() == 1
-            && err.contains("line 2")
-            && err.contains("expected less than 48"),
-        "{err}"
-    );
+    let run = "x".repeat(1 << 20);
+    let lines = format!("one\n{long}\n{run}\n\none\n");
+    let (out, err, ok) = translated(&a, flags, lines.as_bytes());
+    assert!(!ok && out == format!("{first}\n\n\n{first}"), "{err}");
+    for part in ["line 2: ", "line 3: ", "expected less than 48", "error: 2 of 5 lines"] {
+        assert!(err.contains(part), "{err}");
+    }
 }
 
 /// Adapters of a trained network: all else stays, the result is an ordinary network, and a run goes
@@ -313,6 +316,35 @@ fn files_of_the_user_are_learned_from() {
     assert!(v["bleu"].as_f64().is_some() && v["best_chrf"].as_f64().is_some(), "{v}");
     let sources = std::fs::read_to_string(dir.path().join("run/held-out.source.txt")).unwrap();
     assert_eq!(sources, "I have 1 dog.\n");
+}
+
+/// Columns are part of a run: its own evaluation reads them again.
+#[test]
+fn columns_of_a_file() {
+    let dir = TempDir::new();
+    let rows: String =
+        (0..120).map(|i| format!("{i}\tI have {i} cats.\tJ'ai {i} chats.\n")).collect();
+    let file = dir.file("pairs.tsv", format!("id\tsrc\ttgt\n{rows}121\tno\t\n\n").as_bytes());
+    let small = SMALL.replace("--pairs 200 --held 40", "--held 9");
+    let flags = format!("train {small} --epochs 1 --data {}", file.display());
+    let out = dir.path().join("run");
+    let o = run(&out, &flags);
+    let told = String::from_utf8_lossy(&o.stderr).into_owned();
+    assert!(o.status.code() == Some(1) && told.contains("--columns 2,3"), "{told}");
+    let o = run(&out, &format!("{flags} --columns src,tgt"));
+    let told = String::from_utf8_lossy(&o.stderr).into_owned();
+    assert!(o.status.success(), "{told}");
+    for part in [
+        "111 pairs to learn from, 9 held out",
+        "line 1 is taken for a header: \"id\", \"src\", \"tgt\"",
+        "2 line(s) without a source or a target are skipped",
+    ] {
+        assert!(told.contains(part), "{told}");
+    }
+    let o = command("eval --weights").arg(&out).output().unwrap();
+    assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
+    let o = command("eval --columns 2,3 --weights").arg(&out).arg("--data").arg(&file).output();
+    assert!(String::from_utf8_lossy(&o.unwrap().stdout).contains("120 sentences"));
 }
 
 #[test]

@@ -43,8 +43,9 @@ pub enum AugmentKind {
 /// Flags of `train`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct TrainArgs {
-    /// Directory of CIFAR-10 or CIFAR-100 (binary), IDX files (MNIST), or class folders, alone or in
-    /// folders for training, validation and testing [default: the UCI digits, which are built in]
+    /// Directory of CIFAR-10 or CIFAR-100 (binary), IDX files (MNIST), or class folders, alone or
+    /// in folders for training, validation and testing [default: the UCI digits, which are built
+    /// in]
     #[arg(long, value_name = "DIR", help_heading = "Data")]
     pub data: Option<PathBuf>,
     /// Train on so many images only, as many of each class

@@ -7,11 +7,11 @@
 //! | `train-images-idx3-ubyte`, …, or with a dot, as on Kaggle | MNIST and relatives |
 //! | folders of folders | a class a folder, PNG and JPEG, in subfolders too |
 //!
-//! Files of records may be packed with gzip. Above class folders there may be folders for training,
-//! validation and testing (`train`, `Training`, `seg_train`, `val`, `valid`, `validation`, `test`,
-//! `test_set`, …). Where the data has no folder for either of the last two, a fifth of each class is
-//! held out. What is no picture, and what systems leave behind (`Thumbs.db`, `desktop.ini`,
-//! `__MACOSX`, names that begin with a dot), is passed over and counted.
+//! Files of records may be packed with gzip. Above class folders there may be folders for
+//! training, validation and testing (`train`, `Training`, `seg_train`, `val`, `valid`,
+//! `validation`, `test`, `test_set`, …). Where the data has no folder for either of the last two, a
+//! fifth of each class is held out. What is no picture, and what systems leave behind (`Thumbs.db`,
+//! `desktop.ini`, `__MACOSX`, names that begin with a dot), is passed over and counted.
 
 use core::fmt::Write as _;
 use std::collections::{BTreeSet, HashSet};
@@ -566,10 +566,16 @@ impl PassedOver {
 
 /// Whether an operating system or a program has left it behind.
 fn left_behind(name: &str) -> bool {
-    let name = name.to_lowercase();
-    name.starts_with(['.', '$', '@'])
-        || ["__macosx", "thumbs.db", "desktop.ini", "system volume information", "lost+found"]
-            .contains(&name.as_str())
+    const NAMES: [&str; 7] = [
+        "__macosx",
+        "thumbs.db",
+        "desktop.ini",
+        "system volume information",
+        "lost+found",
+        "$recycle.bin",
+        "@eadir",
+    ];
+    name.starts_with('.') || NAMES.contains(&name.to_lowercase().as_str())
 }
 
 /// A directory without what was left behind in it.

@@ -710,7 +710,8 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     let config = VitConfig::read_dir(&args.weights)?;
     for e in all {
         report::tell!("{}", confusion_table(&config.classes, &e.confusion));
-        report::tell!("accuracy {}, loss {:.4}", percent(e.accuracy), e.loss);
+        let images: u32 = e.confusion.iter().flatten().sum();
+        report::tell!("accuracy {}, loss {:.4}, {images} images", percent(e.accuracy), e.loss);
         if args.json {
             report::tell!("{}", serde_json::json!({"accuracy": e.accuracy, "loss": e.loss}));
         }

@@ -12,6 +12,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, Tokenizer};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::bpe::Bounded;
 use crate::files::{FileError, read_limited, write_bytes};
 
 /// Fills the rest of a row; never looked at.
@@ -56,7 +57,8 @@ fn failed(what: &'static str, why: impl ToString) -> VocabularyError {
 }
 
 impl Vocabulary {
-    /// Trains a vocabulary of at most `size` entries. The same texts give the same vocabulary.
+    /// Trains a vocabulary of at most `size` entries. The same texts give the same vocabulary. Of a
+    /// run of letters, digits or other characters the first 1024 bytes count.
     ///
     /// # Errors
     /// What the library reports.
@@ -75,7 +77,7 @@ impl Vocabulary {
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .special_tokens(SPECIAL.iter().map(|s| AddedToken::from(*s, true)).collect())
             .build();
-        let mut trainer = TrainerWrapper::BpeTrainer(trainer);
+        let mut trainer = Bounded(TrainerWrapper::BpeTrainer(trainer));
         tokenizer.train(&mut trainer, texts).map_err(|e| failed("cannot be trained", e))?;
         Self::checked(tokenizer).map_err(|why| failed("cannot be trained", why))
     }
@@ -257,6 +259,18 @@ mod tests {
                 "{text}: {tokens:?}"
             );
             assert_eq!(a.decode(&tokens).unwrap(), text);
+        }
+        // Runs of any length: they do not stop training or encoding.
+        let stream = bdia_core::rng::Stream::new(7, 0, 0, 0, 0, bdia_core::rng::Draw::Data);
+        let runs = ["ACGT", "^", "0123456789", " ", "\u{5b57}"].map(|of| -> String {
+            let of: Vec<char> = of.chars().collect();
+            (0..1 << 20).map(|i| of[stream.below(i, of.len() as u32) as usize]).collect()
+        });
+        let all = texts.iter().copied().chain(runs.iter().map(String::as_str));
+        let with_runs = Vocabulary::train(all, 4000).unwrap();
+        for run in &runs {
+            let tokens = with_runs.encode(run).unwrap();
+            assert_eq!(with_runs.decode(&tokens).unwrap(), run.trim());
         }
         assert!(a.encode("vingt et un").unwrap().len() <= 4);
         assert_eq!(a.decode(&[BEGIN, END, PAD]).unwrap(), "");

@@ -82,6 +82,8 @@ pub struct Setup {
 
 /// What carries activations from the embedding to the head.
 #[derive(Debug, Clone, Copy, PartialEq)]
+// Handles only, of which a network has one.
+#[allow(clippy::large_enum_variant)]
 enum Trunk {
     One(Stack),
     Two(RevStack),
