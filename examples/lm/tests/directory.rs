@@ -4,9 +4,10 @@
 
 mod program;
 
+use core::time::Duration;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use program::{
     Dir, Said, bad, checkpoints, content, copy, good, metrics, model, program, resume, spawn,

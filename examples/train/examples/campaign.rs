@@ -18,12 +18,12 @@ fn main() -> std::process::ExitCode {
 
 #[cfg(unix)]
 mod campaign {
+    use core::time::Duration;
     use std::collections::BTreeMap;
     use std::io;
     use std::os::unix::process::ExitStatusExt;
     use std::path::{Path, PathBuf};
     use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
-    use std::time::Duration;
 
     use bdia_train::run::STOPPED;
     use clap::Parser;
@@ -217,8 +217,9 @@ mod campaign {
                     {
                         std::thread::sleep(Duration::from_micros(200));
                     }
-                    // SAFETY: a plain call; the child has not been waited for, so the number is its.
                     if child.try_wait()?.is_none() {
+                        // SAFETY: a plain call; nobody has waited for the child, so the number is
+                        // its own.
                         unsafe { libc::kill(child.id() as i32, signal) };
                     }
                 }
@@ -286,7 +287,7 @@ mod campaign {
                 files.insert(name, bytes);
             }
         }
-        let last = files.keys().filter(|n| n.ends_with(".ckpt")).next_back().cloned();
+        let last = files.keys().rfind(|n| n.ends_with(".ckpt")).cloned();
         files.retain(|name, _| !name.ends_with(".ckpt") || Some(name) == last.as_ref());
         Ok(files)
     }

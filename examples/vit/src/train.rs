@@ -252,7 +252,7 @@ fn measure_gamma(args: &mut TrainArgs) -> Result<(), Failure> {
     }
     let mut some = args.clone();
     some.run.mode.gamma = GammaArg::Paper;
-    let (data, config, _) = prepare(&some)?;
+    let (data, config, _) = prepare(&some, Some(&weights))?;
     let images = data.train.subset(calibrate::TARGETS);
     let place = args.run.machine.clone();
     calibrate::measure(&mut args.run.mode, &args.run.given, &place, |frac_bits| {
