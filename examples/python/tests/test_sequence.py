@@ -232,6 +232,17 @@ def test_values_out_of_range_are_named():
     assert (e.value.block, e.value.sample) == (None, 1)
 
 
+def test_gradients_that_are_not_finite_are_named():
+    sequence = bdia.ReversibleSequence(blocks(4))
+    y = sequence(torch.randn(4, 3, 6))
+    gradient = torch.ones_like(y)
+    gradient[2, 1, 0] = float("nan")
+    with pytest.raises(bdia.GradientError) as e:
+        y.backward(gradient)
+    assert (e.value.block, e.value.sample) == (None, 2)
+    assert all(p.grad is None for p in sequence.parameters())
+
+
 def test_gradients_of_further_arguments():
     class Cross(nn.Module):
         def __init__(self):
