@@ -744,16 +744,20 @@ fn numpy_header(
 }
 
 /// What the numbers of a file are that is read as `u16` and has zeros, or nearly, in the places of
-/// high halves. Of few numbers only zeros tell something.
+/// high halves. Small numbers there tell something only beside large ones, and of many.
 fn wider(head: &[u8], len: u64) -> Option<TokenType> {
     let words: Vec<u16> = head.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
     [TokenType::I64, TokenType::U32].into_iter().find(|token_type| {
         let groups = words.chunks_exact(token_type.bytes() / 2);
-        let most = if groups.len() >= 64 { 15 } else { 0 };
-        groups.len() >= 8
-            && len.is_multiple_of(token_type.bytes() as u64)
-            && groups.clone().all(|g| g[1] <= most && g[2..].iter().all(|&w| w == 0))
-            && groups.clone().any(|g| g[0] > 15)
+        let most = |at: usize| groups.clone().map(|g| g[at]).max().unwrap_or(0);
+        let rest_is_zero = groups.clone().all(|g| g[2..].iter().all(|&w| w == 0));
+        let (low, high) = (most(0), most(1));
+        let small = high <= 15 && low >= 256 && groups.len() >= 64;
+        len.is_multiple_of(token_type.bytes() as u64)
+            && groups.len() >= 8
+            && rest_is_zero
+            && low > 0
+            && (high == 0 || small)
     })
 }
 
@@ -1005,6 +1009,10 @@ mod tests {
         // What was asked for is right, even if it looks wrong.
         let path = dir.file("b.bin", &wide(4));
         assert_eq!(open(&path, Some(TokenType::U16)).unwrap().train.len(), 1800);
+        // Small numbers of 2 bytes are nothing else, even if every second is very small.
+        let small: Vec<u8> =
+            (0..500_u16).flat_map(|i| [i % 20, i % 3]).flat_map(u16::to_le_bytes).collect();
+        assert_eq!(open(&dir.file("c.bin", &small), None).unwrap().train.len(), 900);
         // A vocabulary of more than 16 bits has high halves that are not 0.
         let large: Vec<u8> = (0..500_u32).flat_map(|i| (i * 301).to_le_bytes()).collect();
         let e = open(&dir.file("c.bin", &large), None).unwrap_err();
