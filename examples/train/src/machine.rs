@@ -269,11 +269,20 @@ pub fn run(
         BackendKind::Reference => {
             let (ints, reals, words) = layout.arenas();
             let (mut ints, mut reals, mut words) =
-                (vec![0; ints], vec![0.0_f32; reals], vec![0; words]);
+                (zeroed::<i32>(ints)?, zeroed::<f32>(reals)?, zeroed::<u32>(words)?);
             let arenas = Counting::current().saturating_sub(before);
             work.on(&mut Reference::new(layout, &mut ints, &mut reals, &mut words)?, arenas)
         }
     }
+}
+
+/// Memory of an arena, or an error where there is none.
+fn zeroed<T: Copy + Default>(len: usize) -> Result<Vec<T>, Error> {
+    let mut all = Vec::new();
+    all.try_reserve_exact(len)
+        .map_err(|_| Error::Memory { bytes: len.saturating_mul(size_of::<T>()) })?;
+    all.resize(len, T::default());
+    Ok(all)
 }
 
 /// The same, on one of several ranks where there are others.

@@ -835,8 +835,12 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
         let losses: Vec<f64> = so_far.curve.iter().rev().take(last).map(|m| m.loss).collect();
         let mut scores = whole.map(|v| v.scores.clone()).unwrap_or_default();
         for (name, end) in scores.clone() {
-            let curve = so_far.curve.iter().filter_map(|m| m.scores.get(&name).copied());
-            scores.insert(format!("best_{name}"), curve.fold(end, f64::max));
+            let mut curve =
+                so_far.curve.iter().filter_map(|m| m.scores.get(&name).copied()).peekable();
+            // What is measured at the end alone has no best one.
+            if curve.peek().is_some() {
+                scores.insert(format!("best_{name}"), curve.fold(end, f64::max));
+            }
         }
         let curve = so_far.curve.iter().filter_map(|m| m.val_loss);
         let [parameters, trained_parameters] = self.task.parameters();

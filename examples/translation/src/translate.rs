@@ -1,6 +1,6 @@
 //! What a trained model does: losses, translations and their scores; `eval` and `translate`.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 
 use bdia_core::backend::Backend;
 use bdia_core::layers::Gradients;
@@ -403,8 +403,8 @@ pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
                     break;
                 }
                 let out = self.some(be, &lines)?;
-                let mut stdout = std::io::stdout().lock();
-                if stdout.write_all(out.as_bytes()).and_then(|()| stdout.flush()).is_err() {
+                report::out(format_args!("{out}"));
+                if report::lost().is_some() {
                     // Nobody reads on.
                     return Ok(());
                 }
