@@ -106,8 +106,8 @@ pub enum ErrorKind {
     Memory,
     /// The numbers of a step went wrong.
     Numbers,
-    /// A checksum differs, or an input is not what a block was given: memory was changed, or a block
-    /// does not repeat itself or writes into its input.
+    /// A checksum differs, or an input is not what a block was given: memory was changed, or a
+    /// block does not repeat itself or writes into its input.
     Mismatch,
     /// The device below a backend failed.
     Device,
@@ -270,7 +270,8 @@ pub enum Fault {
         /// The block whose recomputation rebuilt it.
         block: usize,
     },
-    /// A block wrote into its input, which it may only read.
+    /// A block wrote into its input, which it may only read. In the forward pass, and in the last
+    /// block, no parameter was updated yet; further down, blocks above may have been.
     Input {
         /// The block.
         site: Site,
@@ -286,7 +287,8 @@ pub enum Fault {
     /// A gradient of activations is not finite. Blocks above this site may have been updated; this
     /// one and those below were not.
     ActivationGradient {
-        /// What gave it: the head `G_K`, a block its part of `G_k`.
+        /// What gave it: the head `G_K`, a block its part of `G_k`, or before that the factor
+        /// `1 ± γ` of a gradient that was already huge.
         site: Site,
         /// Index of the sample in the batch.
         sample: usize,

@@ -73,8 +73,9 @@ pub trait Blocks<B: Storage> {
     /// Any error of the backend or the block; it stops the step.
     fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()>;
 
-    /// All chunks of block `k` are through, its checksum has been compared and the gradients of
-    /// activations around it are finite (or the status says what is not so): its gradient is complete, nothing reads its parameters again in this step. An optimizer outside
+    /// All chunks of block `k` are through, its checksum has been compared, and the gradients of
+    /// activations around it have been tested; what failed is in the status. Its gradient is
+    /// complete, and nothing reads its parameters again in this step. An optimizer outside
     /// [`crate::OptimOps`] asks [`Storage::peek_fault`] first and changes nothing while a fault is
     /// set.
     ///

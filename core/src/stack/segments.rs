@@ -10,7 +10,7 @@ use crate::arena::{Category, Ints, Layout, Reals, Words, product};
 use crate::backend::{Chunk, Storage, UpdateOps};
 use crate::error::{Error, Result, Site, ok};
 use crate::real::Real;
-use crate::update::{FloatGamma, Grid};
+use crate::update::{FloatGamma, Grid, Sign};
 
 /// A stack in one of the modes that store, laid out in the arenas of a backend.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -328,12 +328,19 @@ impl Segmented {
         (k % self.mode.segment(config)) * config.batch.div_ceil(config.chunk) + c
     }
 
-    /// γ of the step of block `k`.
-    const fn gamma_at(&self, k: usize) -> FloatGamma {
+    /// γ of the step of block `k`, which has none where mode `bdia` has none.
+    fn gamma_at(&self, k: usize) -> FloatGamma {
+        let plain = k == 0 || self.ends_plain() && k + 1 == self.common.config.blocks;
         match self.flow {
-            Flow::Gamma { gamma, .. } if k > 0 => gamma,
+            Flow::Gamma { gamma, .. } if !plain => gamma,
             _ => FloatGamma::ZERO,
         }
+    }
+
+    /// As [`Policy::ends_plain`](crate::update::Policy::ends_plain), before a head.
+    fn ends_plain(&self) -> bool {
+        let shared = matches!(self.flow, Flow::Gamma { gamma, .. } if gamma.sign() == Sign::Shared);
+        shared && self.common.config.tail == Tail::Head
     }
 
     /// Runs segment `s` on one chunk, from its stored input to the stored input of the next one, or
@@ -473,9 +480,16 @@ impl Segmented {
         // x_K is needed by the head afterwards: it waits in G, which the head sets.
         let keep = c.of(self.gradient(k), &probe);
         be.copy_reals(far, keep)?;
-        be.copy_reals(stored(k - 1), near)?;
+        // A plain last step is not inverted: x_{K-1} and x_{K-2} are kept.
+        let last = if self.ends_plain() && k > 1 {
+            be.copy_reals(stored(k - 1), far)?;
+            k - 1
+        } else {
+            k
+        };
+        be.copy_reals(stored(last - 1), near)?;
         let mut worst = 0.0_f64;
-        for j in (1..k).rev() {
+        for j in (1..last).rev() {
             let chunk = of(j);
             let h = c.part(c.h, &chunk);
             let call = Call { x: near, frame, ..c.call(chunk, j, false) };

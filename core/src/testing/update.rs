@@ -749,6 +749,29 @@ fn large<B: UpdateOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     bench.check_reals("cur", cur, |i| combined(i).1)?;
     bench.check_reals("h", h, |i| combined(i).2)?;
 
+    // Far from the first value of its sample, and a second one in the next.
+    let wild = move |i: usize| i == 3 * per + 17_001 || i == 4 * per;
+    let (site, sample) = (chunk.site, chunk.first + 3);
+    let bad = Fault::ActivationGradient { site, sample, value: f64::INFINITY };
+    bench.op = "check_gradient";
+    bench.write_reals(h, |i| if wild(i) { f64::INFINITY } else { real(5)(i) })?;
+    let outcome = bench.backend.check_gradient(&chunk, h);
+    bench.done(outcome)?;
+    bench.check_fault(bad)?;
+    bench.op = "combine";
+    bench.write_reals(next, |i| if wild(i) { f64::INFINITY } else { real(4)(i) })?;
+    bench.write_reals(cur, real(2))?;
+    let outcome = bench.backend.combine(&chunk, gamma.float(), next, cur, h);
+    bench.done(outcome)?;
+    bench.check_fault(bad)?;
+    bench.op = "check_input";
+    bench.write_ints(x, |i| int(i) | 1)?;
+    let given = |i: usize| grid.dequantize::<B::Real>(int(i) | 1).wide();
+    bench.write_reals(h, |i| if wild(i) { 2.0 * given(i) } else { given(i) })?;
+    let outcome = bench.backend.check_input(&chunk, grid, x, h);
+    bench.done(outcome)?;
+    bench.check_fault(Fault::Input { site, sample })?;
+
     bench.op = "quantize";
     bench.write_reals(h, |i| if i == 3 * per + 7 || i == 4 * per { 1e9 } else { real(5)(i) })?;
     let outcome =
@@ -760,12 +783,7 @@ fn large<B: UpdateOps>(new: impl FnMut(&Layout) -> B) -> Result<(), Failure> {
     };
     bench.check_ints("x", x, quantized)?;
     bench.check_sum(sum, &chunk, per, quantized)?;
-    let expected = Some(Fault::Range { site: chunk.site, sample: chunk.first + 3, value: 1e9 });
-    let found = bench.backend.take_fault().unwrap_or_default();
-    if found != expected {
-        return Err(bench.failure("status", 0, Value::Fault(expected), Value::Fault(found)));
-    }
-    Ok(())
+    bench.check_fault(Fault::Range { site, sample, value: 1e9 })
 }
 
 /// A backend whose memory passes through the host piece by piece.
@@ -776,6 +794,15 @@ struct Large<B> {
 }
 
 impl<B: UpdateOps> Large<B> {
+    /// This fault has been noticed, and no other.
+    fn check_fault(&mut self, expected: Fault) -> Result<(), Failure> {
+        let (expected, found) = (Some(expected), self.backend.take_fault().unwrap_or_default());
+        if found == expected {
+            return Ok(());
+        }
+        Err(self.failure("status", 0, Value::Fault(expected), Value::Fault(found)))
+    }
+
     fn failure(&self, what: &'static str, index: usize, expected: Value, found: Value) -> Failure {
         Failure {
             op: self.op,

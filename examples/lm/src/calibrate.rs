@@ -1,14 +1,17 @@
-//! `--gamma auto`: the γ that a pretrained language model bears, measured before the run is planned.
+//! `--gamma auto`: the γ that a pretrained language model bears, measured before the run is
+//! planned.
 
 use std::path::Path;
 
 use bdia_core::backend::Backend;
 use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::gpt2::files::load_weights;
 use bdia_models::gpt2::model::Gpt2;
 use bdia_models::inference::Inference;
+use bdia_models::named::Adapters;
 use bdia_train::Failure;
 use bdia_train::calibrate::{self, Batch, Pretrained, TARGETS};
-use bdia_train::cli::StepArgs;
+use bdia_train::cli::{MethodArgs, StepArgs};
 
 use crate::inference;
 use crate::train::Source;
@@ -37,13 +40,13 @@ impl Samples {
                 }
             }
             Source::Pairs { train, .. } => {
-                // A step that is coprime to the length meets every example once.
-                let (n, mut found, mut i) = (train.len(), 0, 0);
-                while found < TARGETS && i < n {
+                // About as many as have enough targets, by the mean of all.
+                let n = train.len();
+                let mean = (train.targets() / n.max(1) as u64).max(1);
+                let count = TARGETS.div_ceil(mean as usize).next_multiple_of(AT_ONCE).min(n);
+                for i in 0..count {
                     let (tokens, targets) = all.next();
-                    train.sample((i as u128 * 7919 % n as u128) as usize, tokens, targets);
-                    found += targets.iter().filter(|t| **t >= 0).count();
-                    i += 1;
+                    train.sample((i as u128 * n as u128 / count as u128) as usize, tokens, targets);
                 }
             }
         }
@@ -67,7 +70,7 @@ pub fn measure(
     source: &Source,
     config: &Gpt2Config,
     weights: &Path,
-    context: usize,
+    (context, adapters): (usize, Option<Adapters>),
 ) -> Result<(), Failure> {
     if !calibrate::is_wanted(&run.mode)? {
         return Ok(());
@@ -77,14 +80,13 @@ pub fn measure(
     let place = run.machine.clone();
     calibrate::measure(&mut run.mode, &run.given, &place, |frac_bits| {
         let (model, layout) =
-            inference::lay_out(config, &place, context, at_once, None, frac_bits)?;
-        Ok((Measured { weights, config, samples: &samples, model }, layout))
+            inference::lay_out(config, &place, context, at_once, None, frac_bits, adapters)?;
+        Ok((Measured { weights, samples: &samples, model }, layout))
     })
 }
 
 struct Measured<'a> {
     weights: &'a Path,
-    config: &'a Gpt2Config,
     samples: &'a Samples,
     model: Gpt2,
 }
@@ -98,7 +100,12 @@ impl Measured<'_> {
 
 impl Pretrained for Measured<'_> {
     fn load<B: Backend<Real = f32>>(&mut self, be: &mut B) -> Result<(), Failure> {
-        inference::load(self.weights, None, self.config, be, &self.model)
+        load_weights(self.weights, be, &self.model).map_err(MethodArgs::unreadable)?;
+        if self.model.setup().adapters.is_some() {
+            // They begin as nothing.
+            self.model.initialize_adapters(be, 0)?;
+        }
+        Ok(())
     }
 
     fn losses<B: Backend<Real = f32>>(

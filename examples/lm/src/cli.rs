@@ -65,10 +65,11 @@ impl ModelArgs {
 }
 
 /// What `<|endoftext|>` within a text is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SpecialTokens {
     /// The end of a document, one token, wherever it stands.
+    #[default]
     Parse,
     /// Text like any other; on a line of its own it still separates the documents of a text file.
     Text,
@@ -80,6 +81,8 @@ pub enum SpecialTokens {
 pub struct TextArgs {
     /// What <|endoftext|> within a text is
     #[arg(long, value_name = "WHAT", default_value = "parse")]
+    // Runs of version 0.1 do not say it; what they read otherwise has another digest.
+    #[serde(default)]
     pub special_tokens: SpecialTokens,
 }
 

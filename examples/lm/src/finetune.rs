@@ -10,7 +10,7 @@ use std::path::Path;
 
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::tokenizer::Tokenizer;
-use bdia_train::cli::MethodKind;
+use bdia_train::cli::{Flags as _, MethodKind};
 use bdia_train::trainer::Summary;
 use bdia_train::{Failure, ranks, report, run};
 
@@ -38,13 +38,15 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Summary, Failure> {
             return Err(Failure::Other("expected --weights or --model, found neither".into()));
         }
     };
+    args.method.check_start(Some(&weights), &args.clone().run())?;
     let mut config = Gpt2Config::read_dir(&weights)?;
     // Dropout is a choice of the training; the file's is what somebody else chose.
     config.set_dropout(args.run.dropout);
     let tokenizer = args.text.tokenizer();
     let (source, context) = open(&mut args, &config, &tokenizer)?;
     if from.is_none() {
-        calibrate::measure(&mut args.run, &source, &config, &weights, context)?;
+        let how = (context, args.method.adapters());
+        calibrate::measure(&mut args.run, &source, &config, &weights, how)?;
     }
     config.bdia = Some(args.run.mode.training()?);
     let lesson = Lesson {

@@ -17,6 +17,7 @@ use bdia_models::gpt2::files::{load_weights, save_weights};
 use bdia_models::gpt2::model::{Gpt2, Setup};
 use bdia_models::inference::Inference;
 use bdia_models::input;
+use bdia_models::named::Adapters;
 use bdia_models::sample::Sampler;
 use bdia_models::search::Length;
 use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
@@ -43,6 +44,7 @@ pub(crate) fn lay_out(
     batch: usize,
     choice: Option<Choice>,
     frac_bits: u32,
+    adapters: Option<Adapters>,
 ) -> Result<(Gpt2, Layout), Failure> {
     let threads = machine::threads(machine);
     let setup = Setup {
@@ -56,7 +58,7 @@ pub(crate) fn lay_out(
             verify: false,
         },
         gradients: Gradients::None,
-        adapters: None,
+        adapters,
         smoothing: 0.0,
         threads,
         library: machine::library(machine, threads),
@@ -133,7 +135,7 @@ pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
     let config = Gpt2Config::read_dir(&args.weights)?;
     let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(BackendKind::Cpu) };
     let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, layout) = lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None))?;
+    let (model, layout) = lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None), None)?;
     machine::run(&machine, 1, &layout, Merge { args, config, model })
 }
 
@@ -237,8 +239,15 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         }
     };
     let batch = (args.batch as usize).min(windows);
-    let (model, layout) =
-        lay_out(&config, &args.machine, context, batch, None, frac_bits(&config, args.frac_bits))?;
+    let (model, layout) = lay_out(
+        &config,
+        &args.machine,
+        context,
+        batch,
+        None,
+        frac_bits(&config, args.frac_bits),
+        None,
+    )?;
     let threads = machine::threads(&args.machine);
     machine::run(&args.machine, threads, &layout, Eval { args, config, model, part, name })
 }
@@ -278,7 +287,7 @@ pub(crate) fn lay_out_decoder(
     mut sizes: Sizes,
 ) -> Result<(Gpt2, Decoder, Layout), Failure> {
     let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, own) = lay_out(config, machine, 1, 1, one, frac_bits(config, None))?;
+    let (model, own) = lay_out(config, machine, 1, 1, one, frac_bits(config, None), None)?;
     let available =
         (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
     let budget = machine.memory.or(available);
@@ -356,7 +365,8 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
                     if args.prompts.is_some() { json!({"texts": all}) } else { all.swap_remove(0) };
                 report::tell!("{json}");
             }
-            Ok(())
+            // What there is has been told.
+            run::go_on()
         }
     }
     let config = Gpt2Config::read_dir(&args.weights)?;

@@ -117,7 +117,7 @@ pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     let (train, validation) = (corpus.train, corpus.validation);
     let source = Source::Text { train, validation, batches };
     if let (Some(weights), None) = (&args.weights, &from) {
-        calibrate::measure(&mut args.run, &source, &config, weights, context)?;
+        calibrate::measure(&mut args.run, &source, &config, weights, (context, None))?;
     }
     config.bdia = Some(args.run.mode.training()?);
     let lesson = Lesson {

@@ -68,6 +68,18 @@ fn gamma_is_measured_on_a_pretrained_network() {
     assert!(said.err.contains("warning: this gamma perturbs"), "{}", said.err);
     let said = good(&mut tune(&data, &base, &dir.at("standard"), "--steps 2 --mode standard"));
     assert!(!said.err.contains("gamma"), "{}", said.err);
+    // What was asked for stays, also where the network bears it.
+    let used = dir.at("used");
+    good(&mut train(&data, &used, "--steps 100 --lr 3e-3 --layers 4"));
+    for (i, gamma) in ["paper", "0.5,4:0.25"].into_iter().enumerate() {
+        let out = dir.at(&format!("asked-{i}"));
+        good(&mut tune(&data, &used, &out, &format!("--steps 2 --gamma {gamma}")));
+        let run = json(&out.join("run.json"));
+        assert_eq!((run["gamma"].as_str(), &run["calibration"]), (Some(gamma), &Value::Null));
+    }
+    // The flag that it was started with is no contradiction.
+    let mut c = program();
+    good(c.args(["finetune", "--gamma", "auto", "--resume"]).arg(&again));
     // A network that has no weights yet bears everything.
     bad(&mut train(&data, &dir.at("fresh"), "--gamma auto"), &["gamma", "auto", "pretrained"]);
 }

@@ -56,7 +56,7 @@ impl Inference {
     }
 }
 
-/// Blocks that tell how large activations and residuals get: what a grid must hold.
+/// Blocks that tell how large activations, residuals and their sums get: what a grid must hold.
 #[derive(Debug)]
 pub struct Probe<'a, T> {
     /// The blocks.
@@ -68,10 +68,15 @@ pub struct Probe<'a, T> {
 impl<B: Backend, T: Blocks<B>> Blocks<B> for Probe<'_, T> {
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
         self.blocks.residual(be, call, h)?;
-        for values in [call.x, h] {
-            let mut host = vec![B::Real::of(0.0); values.len()];
-            be.read_reals(values, &mut host)?;
-            self.largest = host.iter().fold(self.largest, |m, x| m.max(x.wide().abs()));
+        let mut host = [call.x, h].map(|values| vec![B::Real::of(0.0); values.len()]);
+        be.read_reals(call.x, &mut host[0])?;
+        be.read_reals(h, &mut host[1])?;
+        for (x, h) in host[0].iter().zip(&host[1]) {
+            let (x, h) = (x.wide(), h.wide());
+            // The next activation, and what is rounded where |γ| is at most ½.
+            for y in [x, h, x + h, 1.5 * x + 0.5 * h, 0.5 * x + 1.5 * h] {
+                self.largest = self.largest.max(y.abs());
+            }
         }
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! Parameter tensors under the names of their files: reading, writing, initial values.
 
 use std::path::Path;
+use std::sync::Mutex;
+use std::thread::Builder;
 
 use bdia_core::Real;
 use bdia_core::arena::{Reals, Words};
@@ -206,14 +208,19 @@ pub fn initialize<B: Backend>(
             if together == 1 {
                 draw(first, &mut piece);
             } else {
+                let parts = Mutex::new(piece.chunks_mut((share * t.cols).max(1)).enumerate());
+                let next = || parts.lock().map_or(None, |mut parts| parts.next());
+                let work = || {
+                    while let Some((part, values)) = next() {
+                        draw(first + part * share, values);
+                    }
+                };
                 std::thread::scope(|scope| {
-                    let parts = piece.chunks_mut((share * t.cols).max(1)).enumerate();
-                    let draw = &draw;
-                    let workers: Vec<_> = parts
-                        .map(|(part, values)| {
-                            scope.spawn(move || draw(first + part * share, values))
-                        })
+                    // A thread that the system refuses is not missed: its parts are done by others.
+                    let workers: Vec<_> = (1..together)
+                        .map_while(|_| Builder::new().spawn_scoped(scope, work).ok())
                         .collect();
+                    work();
                     // Joined one by one: the end of the scope does not wait until the memory of a
                     // thread itself is free.
                     for worker in workers {

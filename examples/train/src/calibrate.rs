@@ -8,10 +8,10 @@
 use core::fmt;
 use std::collections::BTreeSet;
 
-use bdia_core::Layout;
 use bdia_core::backend::Backend;
 use bdia_core::stack::Pass;
 use bdia_core::update::{Gamma, Grid, Policy, Sign};
+use bdia_core::{Error, Fault, Layout};
 use bdia_models::inference::Inference;
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +28,8 @@ const DRAWS: u64 = 4;
 const MOST: f64 = 0.02;
 /// A first draw that is this far above needs no other.
 const HOPELESS: f64 = 10.0 * MOST;
+/// The penalty of a network that leaves the grid.
+const LOST: f64 = 1e6;
 /// The grid holds this many times the largest magnitude.
 const ROOM: f64 = 4.0;
 
@@ -68,7 +70,7 @@ pub struct Calibration {
     pub targets: usize,
     /// The loss in float.
     pub loss: f64,
-    /// The largest magnitude of activations and residuals in float.
+    /// The largest magnitude of activations, residuals, and what becomes of both.
     pub largest: f64,
     /// `l` of the grid.
     pub frac_bits: u32,
@@ -112,8 +114,9 @@ fn calibrate(
     let loss = float.iter().map(|b| b.0).sum::<f64>() / targets.max(1) as f64;
     let mut found = Calibration { targets, loss, largest, frac_bits, rows: Vec::new() };
     let mut differences = |inference, all: &mut Vec<f64>| {
-        let one = |(&(a, n), &(b, _)): (&Batch, &Batch)| (a - b) / n.max(1) as f64;
-        all.extend(losses(inference)?.iter().zip(float).map(one));
+        // A batch without targets says nothing.
+        let one = |(&(a, n), &(b, _)): (&Batch, &Batch)| (n > 0).then(|| (a - b) / n as f64);
+        all.extend(losses(inference)?.iter().zip(float).filter_map(one));
         Ok::<_, Failure>(())
     };
     let mut grid = Vec::new();
@@ -126,7 +129,11 @@ fn calibrate(
         let (mut all, mut drawn) = (Vec::new(), 0);
         while drawn < draws {
             let pass = Pass { seed: drawn, step: 0, global: 0 };
-            differences(Inference::Quantized(Some((policy, pass))), &mut all)?;
+            match differences(Inference::Quantized(Some((policy, pass))), &mut all) {
+                // No grid holds what becomes of the network.
+                Err(Failure::Core(Error::Fault(Fault::Range { .. }))) => all = vec![LOST],
+                done => done?,
+            }
             drawn += 1;
             if Penalty::new(planes, drawn, &all).mean > HOPELESS {
                 break;
@@ -163,7 +170,7 @@ pub trait Pretrained {
         inference: Inference,
     ) -> Result<Vec<Batch>, Failure>;
 
-    /// The largest magnitude of activations and residuals of these samples, in float.
+    /// The largest magnitude that a grid must hold for these samples.
     ///
     /// # Errors
     /// What the backend reports.
@@ -221,9 +228,11 @@ pub fn measure<P: Pretrained>(
     }
     let found = found.ok_or(Failure::Interrupted)?;
     report::note!("{found}");
-    mode.frac_bits = frac_bits;
-    mode.gamma = found.gamma().into();
-    mode.calibration = Some(found);
+    if auto {
+        mode.frac_bits = frac_bits;
+        mode.gamma = found.gamma().into();
+        mode.calibration = Some(found);
+    }
     Ok(())
 }
 

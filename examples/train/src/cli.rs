@@ -53,7 +53,7 @@ impl From<Mode> for config::Mode {
 pub enum GammaSign {
     /// Drawn for every sample and block.
     Random,
-    /// Drawn for every sample, the same for all blocks; the last block has no gamma.
+    /// Drawn for every sample, the same for all blocks; a last block before a head has no gamma.
     Shared,
     /// Always plus.
     Plus,
@@ -241,7 +241,7 @@ impl ModeArgs {
     pub fn float_gamma(&self) -> bdia_core::Result<FloatGamma> {
         match self.gamma.magnitudes()[..] {
             [magnitude] => FloatGamma::new(magnitude, self.sign()),
-            [] => Err(unmeasured()),
+            [] => Err(bdia_core::Error::unfit("gamma", "auto, which is for mode bdia", "a number")),
             _ => {
                 Err(bdia_core::Error::unfit("gamma", "a schedule", "one value, in mode bdia-float"))
             }
@@ -459,7 +459,7 @@ impl OptimArgs {
 #[command(next_help_heading = "Machine")]
 pub struct MachineArgs {
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = count(1024))]
+    #[arg(long, value_name = "N", value_parser = count(bdia_cpu::Cpu::MAX_THREADS as u64))]
     pub threads: Option<u64>,
     /// Memory that the plan may use, such as 2GB, 512MiB or bytes [default: no limit]
     #[arg(long, value_name = "BYTES", value_parser = memory)]
@@ -704,11 +704,14 @@ impl MethodArgs {
         })
     }
 
-    /// Checks that adapters have a network to start from, which the run does not overwrite.
+    /// Checks that adapters have a network to start from, which the run, where its directory is
+    /// known, does not overwrite.
     ///
     /// # Errors
     /// A sentence.
-    pub fn check_start(&self, weights: Option<&Path>, out: &Path) -> Result<(), Failure> {
+    pub fn check_start(&self, weights: Option<&Path>, run: &RunFlags<'_>) -> Result<(), Failure> {
+        let is_known = run.given.contains("out") || run.saving.replace || run.resume.is_some();
+        let out = run.out.as_path();
         if self.method != MethodKind::Lora {
             return Ok(());
         }
@@ -720,7 +723,7 @@ impl MethodArgs {
             ));
         };
         let place = |dir: &Path| dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
-        if place(weights) == place(out) {
+        if is_known && place(weights) == place(out) {
             return Err(Failure::Other(format!(
                 "--out is {}, as --weights is: the network that the adapters are for would be \
                  overwritten; name another directory",
@@ -828,7 +831,7 @@ pub struct EpochArgs {
     /// Keep every activation as well and count the rebuilt values that differ
     #[arg(long)]
     pub verify: bool,
-    /// Directory of the run's files; without this flag the next number that is free is added
+    /// Directory of the run's files; without this flag the next number is appended to the default
     #[arg(long, value_name = "DIR", default_value = "runs/latest")]
     pub out: PathBuf,
     /// The last line of standard output is one JSON object
@@ -946,7 +949,7 @@ pub struct StepArgs {
     /// Keep every activation as well and count the rebuilt values that differ
     #[arg(long, help_heading = "Run")]
     pub verify: bool,
-    /// Directory of the run's files; without this flag the next number that is free is added
+    /// Directory of the run's files; without this flag the next number is appended to the default
     #[arg(long, value_name = "DIR", default_value = "runs/lm", help_heading = "Run")]
     pub out: PathBuf,
     /// The last line of standard output is one JSON object
@@ -1076,7 +1079,12 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
                 }
             }
         }
-        let free: Vec<_> = Self::FREE.iter().chain(Self::INPUTS).copied().collect();
+        let mut free: Vec<_> = Self::FREE.iter().chain(Self::INPUTS).copied().collect();
+        if new.mode.gamma == GammaArg::Auto && map.get("calibration").is_some_and(|c| !c.is_null())
+        {
+            // It was asked for, and has been measured.
+            free.push("gamma");
+        }
         let mut out: Self = serde_json::from_value(Value::Object(map))
             .map_err(|e| Failure::Other(e.to_string()))?;
         contradictions(new.given, self, &out, &free)?;
@@ -1113,10 +1121,22 @@ pub trait Flags: Clone + PartialEq + Serialize + DeserializeOwned {
         a
     }
 
-    /// The settings by name on which the numbers of a run depend, beside its data.
+    /// [`comparable`](Self::comparable) as it was asked for, before γ was measured.
+    #[must_use]
+    fn asked(&self) -> Self {
+        let mut a = self.comparable();
+        let mode = a.run().mode;
+        if mode.gamma == GammaArg::Auto || mode.calibration.is_some() {
+            (mode.gamma, mode.frac_bits, mode.calibration) = (GammaArg::Auto, 0, None);
+        }
+        a
+    }
+
+    /// The settings by name on which the numbers of a run depend, beside its data and its length.
     fn settings(&self) -> Map<String, Value> {
         let mut map = settings(&self.comparable());
-        map.retain(|name, _| !Self::FREE.iter().chain(Self::INPUTS).any(|free| free == name));
+        let others = [Self::FREE.as_slice(), Self::INPUTS, &LENGTHS].concat();
+        map.retain(|name, _| !others.contains(&name.as_str()));
         map
     }
 }
@@ -1247,8 +1267,8 @@ pub fn probability(s: &str) -> Result<f64, String> {
 /// A sentence.
 pub fn gamma(s: &str) -> Result<GammaArg, String> {
     let one = |s: &str| {
-        let expected = "a number from 0 to 1 (--gamma-sign has the sign), such numbers by step as in \
-                        0.0625,1000:0.25, paper or auto";
+        let expected = "a number from 0 to 1 (--gamma-sign has the sign), such numbers by step \
+                        as in 0.0625,1000:0.25, paper or auto";
         real(s, expected, |x| (0.0..=1.0).contains(&x))
     };
     match s.trim() {

@@ -77,11 +77,16 @@ impl Directory {
     /// # Errors
     /// [`DirectoryError`]
     pub fn check(claim: &Claim<'_>) -> Result<(), DirectoryError> {
-        if !claim.named && !claim.replace || !claim.out.exists() {
+        let out = match (claim.named, claim.replace) {
+            (true, _) => claim.out.to_path_buf(),
+            (false, true) => numbered(claim.out, last(claim.out, Path::is_dir).max(1)),
+            (false, false) => return Ok(()),
+        };
+        if !out.exists() {
             return Ok(());
         }
-        match content(claim.out)? {
-            Some(found) if !(claim.replace && found.is_ours) => Err(taken(claim.out, &found)),
+        match content(&out)? {
+            Some(found) if !(claim.replace && found.is_ours) => Err(taken(&out, &found)),
             _ => Ok(()),
         }
     }
@@ -91,10 +96,14 @@ impl Directory {
     /// # Errors
     /// [`DirectoryError`]; nothing has been written then.
     pub fn claim(claim: &Claim<'_>) -> Result<Self, DirectoryError> {
-        if claim.named || claim.replace {
+        if claim.named {
             return Self::named(claim);
         }
-        for n in 1..NUMBERS {
+        let last = last(claim.out, Path::is_dir);
+        if claim.replace {
+            return Self::named(&Claim { out: &numbered(claim.out, last.max(1)), ..*claim });
+        }
+        for n in last + 1..NUMBERS {
             match Self::named(&Claim { out: &numbered(claim.out, n), ..*claim }) {
                 Err(DirectoryError::Taken { .. } | DirectoryError::Locked { .. }) => {}
                 done => return done,
@@ -159,7 +168,8 @@ impl Directory {
     /// There is something to show: what is to be replaced goes.
     ///
     /// # Errors
-    /// [`FileError`]; both are there then.
+    /// [`FileError`]; the old one is there then, under its name or, on systems that cannot exchange
+    /// two directories, as `.NAME.new-….old` beside it.
     pub fn show(&mut self) -> Result<(), FileError> {
         let Some((place, _)) = &self.replaces else { return Ok(()) };
         let (place, beside) = (place.clone(), self.path.clone());
@@ -170,7 +180,10 @@ impl Directory {
                 // Not in one step, but whatever happens both are there, under some name.
                 let old = place.with_file_name(format!("{}.old", hidden(&beside)));
                 disk::rename(&place, &old).map_err(failed)?;
-                disk::rename(&beside, &place).map_err(failed)?;
+                if let Err(e) = disk::rename(&beside, &place) {
+                    disk::rename(&old, &place).map_err(failed)?;
+                    return Err(failed(e));
+                }
                 disk::rename(&old, &beside).map_err(failed)?;
             }
             Err(e) => return Err(failed(e)),
@@ -193,10 +206,17 @@ impl Drop for Directory {
     }
 }
 
-/// The last of the numbered directories that runs without `--out` have made, or the name itself.
+/// The last of the numbered directories that runs without `--out` have made and that has a model,
+/// or the name itself.
 pub fn newest(out: &Path) -> PathBuf {
-    let there = (1..NUMBERS).rev().map(|n| numbered(out, n)).find(|path| path.is_dir());
-    there.unwrap_or_else(|| out.into())
+    let files = ["model.safetensors", "adapter_model.safetensors"];
+    let has_model = |dir: &Path| files.iter().any(|file| dir.join(file).exists());
+    numbered(out, last(out, has_model).max(1))
+}
+
+/// The last number whose directory is one that is looked for; 0 where there is none.
+fn last(out: &Path, is_one: impl Fn(&Path) -> bool) -> u32 {
+    (1..NUMBERS).rev().find(|&n| is_one(&numbered(out, n))).unwrap_or(0)
 }
 
 fn numbered(out: &Path, n: u32) -> PathBuf {
@@ -214,6 +234,8 @@ struct Content {
     example: String,
     /// Whether `--replace` may replace it: the directory of a run or a model and of nothing else.
     is_ours: bool,
+    /// What else is in it.
+    foreign: Option<String>,
 }
 
 fn content(dir: &Path) -> Result<Option<Content>, FileError> {
@@ -222,11 +244,14 @@ fn content(dir: &Path) -> Result<Option<Content>, FileError> {
         return Err(FileError::io(dir, "create the directory: it is a file", error));
     }
     let failed = |e| FileError::io(dir, "read the directory", e);
-    let (mut names, mut folder) = (Vec::new(), false);
+    let (mut names, mut foreign) = (Vec::new(), None);
     for entry in std::fs::read_dir(dir).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        folder |= entry.file_type().map_err(failed)?.is_dir();
-        names.push(entry.file_name().to_string_lossy().into_owned());
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.file_type().map_err(failed)?.is_dir() || !is_known(&name) {
+            foreign = Some(name.clone());
+        }
+        names.push(name);
     }
     // A killed process may have left these behind before it wrote anything.
     names.retain(|n| n != LOCK && !(n.starts_with('.') && n.ends_with(Temporary::SUFFIX)));
@@ -238,11 +263,39 @@ fn content(dir: &Path) -> Result<Option<Content>, FileError> {
         (_, true) => "a model",
         _ => "something else",
     };
-    let is_ours = (run || model) && !folder;
+    let is_ours = (run || model) && foreign.is_none();
     // What says the most of it.
     let marks = ["run.json", "config.json", "adapter_config.json"];
     let mark = marks.into_iter().find(|mark| has(mark)).map(String::from);
-    Ok(mark.or_else(|| names.first().cloned()).map(|example| Content { what, example, is_ours }))
+    let example = mark.or_else(|| names.first().cloned());
+    Ok(example.map(|example| Content { what, example, is_ours, foreign }))
+}
+
+/// Whether a run or a model has a file of this name.
+fn is_known(name: &str) -> bool {
+    const NAMES: [&str; 16] = [
+        LOCK,
+        "run.json",
+        "result.json",
+        "metrics.jsonl",
+        "config.json",
+        "generation_config.json",
+        "adapter_config.json",
+        "model.safetensors.index.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "train.bin",
+        "validation.bin",
+        "README.md",
+    ];
+    let of_model = name.starts_with("tokenizer") && name.ends_with(".json")
+        || name.starts_with("held-out.") && name.ends_with(".txt");
+    let ends = [".safetensors", ".ckpt", ".svg"].iter().any(|end| name.ends_with(end));
+    let unfinished = name.starts_with('.') && name.ends_with(Temporary::SUFFIX);
+    NAMES.contains(&name) || of_model || ends || unfinished
 }
 
 fn taken(dir: &Path, found: &Content) -> DirectoryError {
@@ -251,7 +304,12 @@ fn taken(dir: &Path, found: &Content) -> DirectoryError {
         (true, _) => ", or replace it by --replace",
         _ => "",
     };
-    let found = format!("{} ({})", found.what, found.example);
+    let found = match &found.foreign {
+        Some(other) if found.what != "something else" => {
+            format!("{} beside other files ({other})", found.what)
+        }
+        _ => format!("{} ({})", found.what, found.example),
+    };
     DirectoryError::Taken { path: dir.into(), found, ways }
 }
 
@@ -296,7 +354,7 @@ fn sweep(dir: &Path) {
 /// Removes what killed runs that were to replace `out` left beside it.
 fn sweep_beside(out: &Path, prefix: &str) {
     for entry in std::fs::read_dir(directory_of(out)).into_iter().flatten().flatten() {
-        if entry.file_name().to_str().is_some_and(|n| n.starts_with(prefix))
+        if entry.file_name().to_str().is_some_and(|n| n.starts_with(prefix) && !n.ends_with(".old"))
             && matches!(lock(&entry.path()), Ok(Some(_)))
         {
             let _ = disk::remove_dir_all(&entry.path());
@@ -344,8 +402,24 @@ mod tests {
         // What is no run and no model is not replaced either, nor what is more than that.
         assert!(new(&dir.path().join("of-letter.txt"), true, true).is_err());
         let out = dir.path().join("of-run.json");
-        std::fs::create_dir(out.join("photos")).unwrap();
-        assert!(new(&out, true, true).is_err());
+        for name in ["photos", "notes.txt"] {
+            let path = out.join(name);
+            if name == "photos" {
+                std::fs::create_dir(&path).unwrap();
+            } else {
+                std::fs::write(&path, "mine").unwrap();
+            }
+            let told = new(&out, true, true).unwrap_err().to_string();
+            assert!(told.contains(name), "{told}");
+            let _ = std::fs::remove_dir(&path);
+        }
+        // An empty one is as good as none, also where a killed process has just begun to write.
+        let out = dir.path().join("begun");
+        std::fs::create_dir(&out).unwrap();
+        std::fs::write(out.join(".run.json.a1B2c3.tmp"), "{").unwrap();
+        drop(new(&out, true, false).unwrap());
+        assert_eq!(std::fs::read_dir(&out).unwrap().count(), 1, "the lock alone");
+        let out = dir.path().join("of-run.json");
         assert!(new(&out.join("run.json"), true, false).is_err());
     }
 
@@ -377,15 +451,16 @@ mod tests {
             let claimed = new(&out, false, false).unwrap();
             assert_eq!(claimed.path(), dir.path().join(expected));
             run(claimed.path(), expected);
+            std::fs::write(claimed.path().join("model.safetensors"), "").unwrap();
             assert_eq!(newest(&out), claimed.path());
             all.push(claimed);
         }
-        // An empty one is as good as none, also where a killed process has just begun to write.
-        std::fs::create_dir(dir.path().join("run-4")).unwrap();
-        std::fs::write(dir.path().join("run-4/.run.json.a1B2c3.tmp"), "{").unwrap();
-        let claimed = new(&out, false, false).unwrap();
-        assert_eq!(claimed.path(), dir.path().join("run-4"));
-        assert_eq!(std::fs::read_dir(claimed.path()).unwrap().count(), 1, "the lock alone");
+        // Numbers only rise, and a run that has no model yet is not what others mean.
+        all.remove(0);
+        std::fs::remove_dir_all(&out).unwrap();
+        assert_eq!(new(&out, false, false).unwrap().path(), dir.path().join("run-4"));
+        assert_eq!(newest(&out), dir.path().join("run-3"));
+        assert!(matches!(new(&out, false, true), Ok(d) if d.path() == dir.path().join("run-4")));
     }
 
     #[test]

@@ -65,6 +65,8 @@ pub enum Failure {
         out.display()
     )]
     Stopped { step: u32, steps: u32, command: &'static str, out: PathBuf },
+    #[error("stopped; the same command goes on from here")]
+    StudyStopped,
     #[error(
         "{}: the run needs {needed} bytes for its checkpoints and models, {free} are free; use \
          --out on another disk, or --keep-checkpoints 1",

@@ -2,10 +2,11 @@
 //! model; the rest is here.
 //!
 //! In the order in which data flows: [`cli`] (flags that every program has, and their checks) →
-//! [`calibrate`] (what γ a pretrained network bears), [`machine`] (threads, plan, backend), [`ranks`] (several machines) → [`run`] (resuming,
-//! stopping, progress) → [`directory`] (who owns that of a run), [`checkpoint`], [`report`] (what a
-//! run leaves behind), over [`alloc`] and [`launcher`]; [`study`] makes many runs of one program. For models that write
-//! text: [`scores`] compares what they wrote.
+//! [`calibrate`] (what γ a pretrained network bears), [`machine`] (threads, plan, backend),
+//! [`ranks`] (several machines) → [`run`] (resuming, stopping, progress) → [`directory`] (who owns
+//! that of a run), [`checkpoint`], [`report`] (what a run leaves behind), over [`alloc`] and
+//! [`launcher`]; [`study`] makes many runs of one program. For models that write text: [`scores`]
+//! compares what they wrote.
 
 pub mod alloc;
 pub mod calibrate;

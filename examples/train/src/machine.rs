@@ -139,7 +139,10 @@ pub fn threads(args: &MachineArgs) -> usize {
     match args.backend {
         BackendKind::Reference | BackendKind::Cuda => 1,
         BackendKind::Cpu => args.threads.map_or_else(
-            || std::thread::available_parallelism().map_or(1, core::num::NonZero::get),
+            || {
+                let there = std::thread::available_parallelism();
+                there.map_or(1, core::num::NonZero::get).min(Cpu::MAX_THREADS)
+            },
             |n| n as usize,
         ),
     }

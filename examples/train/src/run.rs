@@ -10,13 +10,12 @@ use std::sync::{Arc, OnceLock};
 
 use bdia_models::files::{FileError, read_limited, write_bytes};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use signal_hook::{consts, flag};
 
 use crate::checkpoint::{self, Header};
-use crate::cli::{Flags, LENGTHS, RunFlags, check_mode, shown};
+use crate::cli::{Flags, RunFlags, check_mode, shown};
 use crate::directory::{Claim, Directory};
 use crate::error::Failure;
 use crate::{launcher, report};
@@ -24,8 +23,8 @@ use crate::{launcher, report};
 /// The exit code of a run that was stopped and can go on.
 pub const STOPPED: u8 = 3;
 
-/// The whole of a program: 0 where the work was done, [`STOPPED`] where a run was stopped, otherwise
-/// 1 after a line that says why.
+/// The whole of a program: 0 where the work was done, [`STOPPED`] where a run was stopped,
+/// otherwise 1 after a line that says why.
 pub fn program(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
     // Before anything that a wide register might be used for.
     let done = bdia_cpu::require_cpu().map_err(Failure::from).and_then(|()| work());
@@ -36,7 +35,7 @@ pub fn program(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(stopped @ Failure::Stopped { .. }) => {
+        Err(stopped @ (Failure::Stopped { .. } | Failure::StudyStopped)) => {
             report::note!("{stopped}");
             ExitCode::from(STOPPED)
         }
@@ -67,17 +66,44 @@ pub fn catch_signals() {
     SIGNALS.get_or_init(|| {
         let signals = Signals { stop: Arc::default(), save: Arc::default() };
         // One that cannot be caught ends the process, as before.
-        let stop = || signals.stop.clone();
-        let _ = flag::register_conditional_shutdown(consts::SIGINT, 130, stop());
-        let _ = flag::register(consts::SIGINT, stop());
-        let _ = flag::register(consts::SIGTERM, stop());
+        // One that is ignored (nohup, the background of a script) stays so.
+        let stop = |signal| {
+            if !is_ignored(signal) {
+                let _ = flag::register(signal, signals.stop.clone());
+            }
+        };
+        if !is_ignored(consts::SIGINT) {
+            let _ = flag::register_conditional_shutdown(consts::SIGINT, 130, signals.stop.clone());
+        }
+        stop(consts::SIGINT);
+        stop(consts::SIGTERM);
         #[cfg(unix)]
         {
-            let _ = flag::register(consts::SIGHUP, stop());
+            stop(consts::SIGHUP);
             let _ = flag::register(consts::SIGUSR1, signals.save.clone());
         }
         signals
     });
+}
+
+/// Whether whoever started the process has let it ignore a signal.
+#[allow(unsafe_code)]
+fn is_ignored(signal: i32) -> bool {
+    #[cfg(unix)]
+    {
+        // SAFETY: the structure is plain data, for which zeros are valid, and the call only fills
+        // it.
+        let (done, found) = unsafe {
+            let mut found: libc::sigaction = core::mem::zeroed();
+            (libc::sigaction(signal, core::ptr::null(), &mut found), found)
+        };
+        done == 0 && found.sa_sigaction == libc::SIG_IGN
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = signal;
+        false
+    }
 }
 
 /// Whether the run is to be saved and to end.
@@ -102,8 +128,10 @@ pub fn go_on() -> Result<(), Failure> {
 ///
 /// # Errors
 /// [`Failure`]
-pub fn save<T: Serialize>(dir: &Path, args: &T) -> Result<(), Failure> {
-    let json = serde_json::to_string_pretty(args).map_err(|e| Failure::Other(e.to_string()))?;
+pub fn save<A: Flags>(dir: &Path, args: &A) -> Result<(), Failure> {
+    let mut args = args.clone();
+    *args.run().resume = None;
+    let json = serde_json::to_string_pretty(&args).map_err(|e| Failure::Other(e.to_string()))?;
     Ok(write_bytes(&dir.join("run.json"), json.as_bytes())?)
 }
 
@@ -183,15 +211,7 @@ fn check_settings(
             wrong.push(format!("{key} is {now} in {file}, the checkpoint was made with {then}"));
         }
     };
-    let mut then = header.settings.clone();
-    for length in LENGTHS {
-        // A run may be made longer.
-        let (now, old) = (settings.get(length), then.get(length));
-        if now.and_then(Value::as_f64) >= old.and_then(Value::as_f64) {
-            then.insert(length.into(), now.cloned().unwrap_or_default());
-        }
-    }
-    compare("run.json", settings, &then);
+    compare("run.json", settings, &header.settings);
     compare("config.json", &config(dir)?, &header.config);
     if wrong.is_empty() {
         return Ok(());
@@ -224,6 +244,16 @@ pub fn kept(out: &Path) -> String {
         ),
         None => "; no checkpoint had been written yet".into(),
     }
+}
+
+/// Bytes of the checkpoints and weights in a directory.
+pub fn bytes_there(dir: &Path) -> u64 {
+    let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let large = files.filter(|e| {
+        let name = e.file_name();
+        name.to_str().is_some_and(|n| n.ends_with(".ckpt") || n.ends_with(".safetensors"))
+    });
+    large.filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum()
 }
 
 /// Bytes that are free where a directory is, where the system says so.

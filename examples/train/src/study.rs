@@ -101,7 +101,7 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
         // The others rebuild nothing.
         *run.verify &= matches!(run.mode.mode, Mode::Bdia | Mode::BdiaFloat);
         // What changes no number may change.
-        let same = |saved: &A| saved.comparable() == args.comparable();
+        let same = |saved: &A| saved.asked() == args.asked();
         let other = |path: PathBuf| Failure::Run {
             path,
             what: "it was made with other flags; use the same ones, or another --dir".into(),
@@ -126,7 +126,10 @@ impl<A: Flags, S: Clone + Serialize + DeserializeOwned> Study<'_, A, S> {
         let mut go = args.clone();
         *go.run().resume = begun.then_some(out);
         go.run().given.insert("out".into());
-        let summary = (self.train)(&go)?;
+        let summary = (self.train)(&go).map_err(|error| match error {
+            Failure::Stopped { .. } => Failure::StudyStopped,
+            other => other,
+        })?;
         let finished = Finished { args, summary: summary.clone() };
         let json =
             serde_json::to_vec_pretty(&finished).map_err(|e| Failure::Other(e.to_string()))?;

@@ -29,7 +29,9 @@ use serde_json::{Map, Value};
 
 use crate::alloc::{Counting, peak_rss_bytes};
 use crate::checkpoint::{self, Header};
-use crate::cli::{Flags, MethodArgs, MethodKind, Mode, OptimArgs, SavingArgs, StepArgs, name_of};
+use crate::cli::{
+    Flags, LENGTHS, MethodArgs, MethodKind, Mode, OptimArgs, SavingArgs, StepArgs, name_of,
+};
 use crate::directory::Directory;
 use crate::error::Failure;
 use crate::machine::{self, Work};
@@ -556,6 +558,8 @@ impl<A: Flags, T: Task> Work for Run<'_, A, T> {
                 let keep = self.saving.keep_checkpoints as usize;
                 checkpoint::save(&self.out, be, &saved, header, keep)?;
                 self.show()?;
+            }
+            if save {
                 last_save = Instant::now();
             }
             if stop && (cut || !ends) {
@@ -588,6 +592,14 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
         }
         if resumed && first_rank {
             self.directory = Some(Directory::of_run(&self.out)?);
+            self.check_newest()?;
+        }
+        if let Some((path, header)) = &self.from
+            && header.steps > self.settings.steps
+        {
+            let (then, now) = (header.steps, self.settings.steps);
+            let what = format!("it is of a run of {then} steps, these flags are for {now}");
+            return Err(Failure::Run { path: path.clone(), what });
         }
         let Some((path, header)) = &self.from else {
             self.task.start(be, false)?;
@@ -596,9 +608,9 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
                     let directory = Directory::claim(&run::claim(&self.args.run()))?;
                     self.out = directory.path().into();
                     self.directory = Some(directory);
-                    // First: from then on the run can be begun again by resuming it.
-                    run::save(&self.out, &self.args)?;
                 }
+                // First: from then on the run can be begun again by resuming it.
+                run::save(&self.out, &self.args)?;
                 self.task.record(&self.out)?;
                 self.config = run::config(&self.out)?;
             }
@@ -624,20 +636,35 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
         self.config.clone_from(&header.config);
         self.task.start(be, true)?;
         checkpoint::load(path, be, &self.task.saved())?;
-        if first_rank && self.args.settings() != header.settings {
-            // It has become longer.
+        let moved = |name: &str| A::INPUTS.contains(&name) || LENGTHS.contains(&name);
+        if first_rank && self.args.run().given.iter().any(|name| moved(name)) {
             run::save(&self.out, &self.args)?;
         }
         let (step, validation) = (header.step, header.validation.clone());
         Ok(Progress { step, waiting, validation, ..Progress::default() })
     }
 
+    /// Refuses a run that another process has gone on with since its checkpoint was chosen.
+    fn check_newest(&self) -> Result<(), Failure> {
+        let chosen = self.from.as_ref().map_or(0, |(_, header)| header.step);
+        match checkpoint::list(&self.out).into_iter().next() {
+            Some((step, path)) if step > chosen && checkpoint::check(&path).is_ok() => {
+                let what = "another process has gone on with the run; resume it once more".into();
+                Err(Failure::Run { path, what })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses a disk that is too small for what the run leaves behind.
     fn check_room(&self, saved: &[Reals]) -> Result<(), Failure> {
         // One checkpoint is written before the oldest goes; the model, and the best one.
-        let checkpoints = checkpoint::bytes(saved).saturating_mul(self.saving.keep_checkpoints + 1);
+        let kept = self.saving.keep_checkpoints.min(self.settings.steps.into()) + 1;
         let [parameters, _] = self.task.parameters();
-        let needed = checkpoints.saturating_add(8 * parameters as u64);
+        let all = checkpoint::bytes(saved).saturating_mul(kept);
+        let all = all.saturating_add(8 * parameters as u64);
+        // What is there already takes no more room.
+        let needed = all.saturating_sub(run::bytes_there(&self.out));
         match run::free_space(&self.out) {
             Some(free) if free < needed => {
                 Err(Failure::DiskFull { path: self.out.clone(), needed, free })
@@ -748,6 +775,7 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
             lens: Vec::new(),
             data,
             validation: so_far.validation.clone(),
+            steps: self.settings.steps,
             settings: self.args.settings(),
             config: self.config.clone(),
             metrics,

@@ -26,7 +26,7 @@ use bdia_models::seq2seq::files::{load_weights, save_weights};
 use bdia_models::seq2seq::model::{Setup, Shape, Tokens, Translator};
 use bdia_models::seq2seq::vocab::{Vocabularies, Vocabulary};
 use bdia_models::weights;
-use bdia_train::cli::{BackendKind, MethodArgs};
+use bdia_train::cli::{BackendKind, Flags as _, MethodArgs};
 use bdia_train::machine::{self, for_kind};
 use bdia_train::trainer::{
     self, Picture, Planned, Settings, Summary, Task, Validation, Verify, When,
@@ -243,7 +243,7 @@ struct Training {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     let (args, from) = run::begin(args)?;
-    args.method.check_start(args.weights.as_deref(), &args.run.out)?;
+    args.method.check_start(args.weights.as_deref(), &args.clone().run())?;
     let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
     let vocabulary = if from.is_some() { Some(args.run.out.clone()) } else { args.weights.clone() };

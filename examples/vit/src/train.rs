@@ -26,7 +26,7 @@ use bdia_models::vit::files::{load_weights, save_weights};
 use bdia_models::vit::model::{Setup, Vit};
 use bdia_models::weights;
 use bdia_train::calibrate::{self, Batch, Pretrained};
-use bdia_train::cli::{self, BackendKind, GammaArg, MachineArgs, MethodArgs, Mode};
+use bdia_train::cli::{self, BackendKind, Flags as _, GammaArg, MachineArgs, MethodArgs, Mode};
 use bdia_train::machine::{self, Work};
 use bdia_train::trainer::{
     self, Picture, Planned, Settings, Summary, Task, Validation, Verify, When,
@@ -185,10 +185,10 @@ struct Training {
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     let (mut args, from) = run::begin(args)?;
+    args.method.check_start(args.weights.as_deref(), &args.clone().run())?;
     if from.is_none() {
         measure_gamma(&mut args)?;
     }
-    args.method.check_start(args.weights.as_deref(), &args.run.out)?;
     let mut joined = ranks::join(&args.run.machine)?;
     let (rank, count) = ranks::place(joined.as_ref());
     let trained = if from.is_some() { Some(&args.run.out) } else { args.weights.as_ref() };
@@ -293,11 +293,16 @@ impl Pretrained for Measured<'_> {
     }
 
     fn largest<B: Backend<Real = f32>>(&mut self, be: &mut B) -> Result<f64, Failure> {
-        let n = self.model.chunk().min(self.images.len());
-        self.model.largest::<B, Failure>(be, n, |i, out| {
-            normalized(self.config, self.images.image(i), out);
-            Ok([i32::from(self.images.labels[i]); 2])
-        })
+        let (all, at_once, mut largest) = (self.images, self.model.chunk(), 0.0_f64);
+        for first in (0..all.len()).step_by(at_once) {
+            let n = at_once.min(all.len() - first);
+            let found = self.model.largest::<B, Failure>(be, n, |i, out| {
+                normalized(self.config, all.image(first + i), out);
+                Ok([i32::from(all.labels[first + i]); 2])
+            })?;
+            largest = largest.max(found);
+        }
+        Ok(largest)
     }
 }
 
