@@ -24,7 +24,7 @@ use crate::{report, run};
 pub const TARGETS: usize = 4096;
 /// Draws of signs, where signs are drawn.
 const DRAWS: u64 = 4;
-/// The largest penalty in nats: its mean and two standard errors.
+/// The largest penalty in nats: the magnitude of its mean and two standard errors.
 const MOST: f64 = 0.02;
 /// A first draw that is this far above needs no other.
 const HOPELESS: f64 = 10.0 * MOST;
@@ -58,8 +58,10 @@ impl Penalty {
         Self { planes, mean, error, draws }
     }
 
+    /// A loss that γ lowers much is a sign of a perturbation, too: of a network that is far from
+    /// its data.
     fn is_small(&self) -> bool {
-        self.mean + 2.0 * self.error <= MOST
+        self.mean.abs() + 2.0 * self.error <= MOST
     }
 }
 
@@ -135,7 +137,7 @@ fn calibrate(
                 done => done?,
             }
             drawn += 1;
-            if Penalty::new(planes, drawn, &all).mean > HOPELESS {
+            if Penalty::new(planes, drawn, &all).mean.abs() > HOPELESS {
                 break;
             }
         }
@@ -327,6 +329,7 @@ mod tests {
         // The same mean with an uncertain measurement is not small enough.
         assert_eq!(measured(5.0, 0.5, Sign::Shared).unwrap().gamma(), 0.03125);
         assert_eq!(measured(0.01, 0.0, Sign::Plus).unwrap().gamma(), 0.5);
+        assert_eq!(measured(-0.3, 0.0, Sign::Shared).unwrap().gamma(), 0.25);
         let Err(Failure::Calibration(table)) = measured(1e6, 0.0, Sign::Random) else {
             panic!("it found one")
         };
