@@ -41,7 +41,9 @@ pub enum DataError {
     #[error(transparent)]
     Input(InputError),
     /// It has more text than is read.
-    #[error("{}: more than 1 GiB when unpacked, the most that is read; use a part of it", .0.display())]
+    #[error(
+        "{}: more than 1 GiB when unpacked, the most that is read; use a part of it", .0.display()
+    )]
     TooLarge(PathBuf),
     /// A line has other columns.
     #[error("{}, line {line}: {found} column(s), expected {expected}", path.display())]
