@@ -6,13 +6,13 @@ use std::path::PathBuf;
 
 use bdia_models::config::ConfigError;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::tokenizer;
+use bdia_models::tokenizer::{self, Tokenizer};
 use bdia_train::cli::*;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::data::{Order, TokenType};
+use crate::data::{MOST_VOCAB, Order, TokenType};
 use crate::pairs::{LossOn, PairColumns};
 
 /// The architecture: a named size, and single dimensions in place of its own.
@@ -34,8 +34,8 @@ pub struct ModelArgs {
     /// Tokens of a sample [default: the positions of the size or of the loaded model; 128 for mini]
     #[arg(long, value_name = "N", value_parser = count(1 << 24))]
     pub context: Option<u64>,
-    /// Size of the vocabulary, for token files that are not GPT-2's [default: 50257]
-    #[arg(long, value_name = "N", value_parser = count(1 << 16))]
+    /// Size of the vocabulary, for token files that are not GPT-2's, at most 65536 [default: 50257]
+    #[arg(long, value_name = "N", value_parser = count(MOST_VOCAB))]
     pub vocab: Option<u64>,
 }
 
@@ -75,6 +75,15 @@ pub enum SpecialTokens {
     Text,
 }
 
+impl From<SpecialTokens> for tokenizer::SpecialTokens {
+    fn from(special: SpecialTokens) -> Self {
+        match special {
+            SpecialTokens::Parse => Self::Parse,
+            SpecialTokens::Text => Self::Text,
+        }
+    }
+}
+
 /// How texts become tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Data")]
@@ -88,11 +97,25 @@ pub struct TextArgs {
 
 impl TextArgs {
     /// GPT-2's tokenizer.
-    pub fn tokenizer(self) -> tokenizer::Tokenizer {
-        tokenizer::Tokenizer::new().with_special_tokens(match self.special_tokens {
-            SpecialTokens::Parse => tokenizer::SpecialTokens::Parse,
-            SpecialTokens::Text => tokenizer::SpecialTokens::Text,
-        })
+    pub fn tokenizer(self) -> Tokenizer {
+        Tokenizer::new().with_special_tokens(self.special_tokens.into())
+    }
+}
+
+/// How texts become tokens for a model that is there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Data")]
+pub struct ModelTextArgs {
+    /// What <|endoftext|> within a text is [default: what it is in the model's run, else parse]
+    #[arg(long, value_name = "WHAT")]
+    pub special_tokens: Option<SpecialTokens>,
+}
+
+impl ModelTextArgs {
+    /// GPT-2's tokenizer; `of_run` is what the model's run says, if there is one.
+    pub fn tokenizer(self, of_run: Option<SpecialTokens>) -> Tokenizer {
+        let special_tokens = self.special_tokens.or(of_run).unwrap_or(SpecialTokens::Parse);
+        TextArgs { special_tokens }.tokenizer()
     }
 }
 
@@ -149,7 +172,7 @@ pub enum TaskKind {
 }
 
 /// How pairs are read.
-#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Data")]
 pub struct PairArgs {
     /// Column of the prompts, of --task pairs [default: prompt]
@@ -289,11 +312,12 @@ pub struct EvalArgs {
     /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// What the data is
-    #[arg(long, default_value = "text")]
-    pub task: TaskKind,
-    /// Data of --task, all of it [default: of text, the validation part of the run's data]
-    #[arg(long, value_name = "FILE", required_if_eq_any = [("task", "e2e"), ("task", "pairs")])]
+    /// What --data is [default: text]
+    #[arg(long, requires = "data")]
+    pub task: Option<TaskKind>,
+    /// Data of --task, all of it [default: what the run validated on; without a run, a part of the
+    /// licence texts]
+    #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// How pairs are read.
     #[command(flatten)]
@@ -304,8 +328,9 @@ pub struct EvalArgs {
     pub token_type: Option<TokenType>,
     /// How texts become tokens.
     #[command(flatten)]
-    pub text: TextArgs,
-    /// Tokens of a window [default: the context the model was trained with, or its positions]
+    pub text: ModelTextArgs,
+    /// Tokens of a window [default: of text, the context the model was trained with, or its
+    /// positions; of pairs, the longest example, at most the positions]
     #[arg(long, value_name = "N", value_parser = count(1 << 24))]
     pub context: Option<u64>,
     /// Windows at a time
@@ -388,7 +413,7 @@ pub struct GenerateArgs {
     pub json: bool,
     /// How prompts become tokens.
     #[command(flatten)]
-    pub text: TextArgs,
+    pub text: ModelTextArgs,
     /// Threads, memory, backend.
     #[command(flatten)]
     pub machine: MachineArgs,
@@ -462,7 +487,7 @@ pub struct ScoreArgs {
     pub pairs: PairArgs,
     /// How texts become tokens.
     #[command(flatten)]
-    pub text: TextArgs,
+    pub text: ModelTextArgs,
     /// How texts are written.
     #[command(flatten)]
     pub decoding: DecodingArgs,
@@ -685,7 +710,7 @@ impl Cli {
             }
             Command::Eval(eval) => {
                 newest(sub, &mut eval.weights);
-                eval.pairs.check(eval.task, eval.token_type)
+                eval.pairs.check(eval.task.unwrap_or(TaskKind::Text), eval.token_type)
             }
             Command::Generate(generate) => {
                 newest(sub, &mut generate.weights);

@@ -59,8 +59,9 @@ pub enum DataError {
     },
     /// Numbers that are wider than they are taken for.
     #[error(
-        "{}: every other number is 0 or nearly, as if it were a part of a {found}; expected u16 \
-         tokens. Use --token-type {found}, or --token-type u16 if the file is right as it is",
+        "{}: read as u16, its numbers look like parts of {found} numbers, whose upper parts are 0 \
+         or nearly so; expected u16 tokens. Use --token-type {found}, or --token-type u16 if the \
+         file is right as it is",
         path.display()
     )]
     Wide {
@@ -84,8 +85,9 @@ pub enum DataError {
     /// A token that the model does not have.
     #[error(
         "{source_name}: token {token} at position {position} is outside the vocabulary of \
-         {vocab}; use the vocabulary the tokens were made with (--vocab), the type of their \
-         numbers (--token-type), or other data"
+         {vocab}; use the vocabulary the tokens were made with (--vocab; those of this program end \
+         at {}), the type of their numbers (--token-type), or other data",
+        MOST_VOCAB
     )]
     Token {
         /// Where the tokens come from.
@@ -192,6 +194,8 @@ impl core::fmt::Display for TokenType {
     }
 }
 
+/// The largest vocabulary: tokens in memory are `u16`.
+pub const MOST_VOCAB: u64 = 1 << 16;
 /// Text files are tokenized in memory; larger ones should be made into token files once.
 const MOST_TEXT: u64 = 4 << 30;
 /// The beginning of a token file: its header, or enough numbers to see how wide they are.
@@ -435,7 +439,7 @@ impl Corpus {
         let corpus = match data {
             None => Self::licences(tokenizer),
             Some(path) if has_tokens(path, token_type) => {
-                Self::token_file(path, token_type, context)?
+                Self::token_file(path, token_type, vocab, context)?
             }
             Some(path) => Self::text_file(path, tokenizer, context)?,
         };
@@ -462,7 +466,7 @@ impl Corpus {
         vocab: usize,
     ) -> Result<(Part, Option<String>), DataError> {
         let (part, note) = if has_tokens(path, token_type) {
-            (open_tokens(path, token_type)?, None)
+            (open_tokens(path, token_type, vocab)?, None)
         } else {
             let text = read_text(path)?;
             let (documents, note) = documents(path, &text, tokenizer.special_tokens());
@@ -529,9 +533,10 @@ impl Corpus {
     fn token_file(
         path: &Path,
         token_type: Option<TokenType>,
+        vocab: usize,
         context: usize,
     ) -> Result<Self, DataError> {
-        let all = open_tokens(path, token_type)?;
+        let all = open_tokens(path, token_type, vocab)?;
         let name = path.display().to_string();
         // nanoGPT and llm.c write the two parts as two files, `…train….bin` and `…val….bin`.
         let file_name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
@@ -540,7 +545,7 @@ impl Corpus {
                 path.with_file_name(format!("{}val{}", &file_name[..at], &file_name[at + 5..]));
             if sibling.is_file() {
                 let name = format!("{name} and {}", sibling.display());
-                let validation = open_tokens(&sibling, token_type)?;
+                let validation = open_tokens(&sibling, token_type, vocab)?;
                 return Ok(Self { train: all, validation, name, note: None });
             }
         }
@@ -596,16 +601,19 @@ fn documents<'a>(
     let (mut all, mut start, mut inside) = (Vec::new(), 0, 0);
     for (at, _) in text.match_indices(EOT_TEXT) {
         let after = &text[at + EOT_TEXT.len()..];
-        // What is left of its line, with the line's end.
-        let rest = after.split_inclusive('\n').next().unwrap_or_default();
-        let blank = rest.trim_end().is_empty();
-        let own_line = blank && (at == 0 || text[..at].ends_with('\n'));
+        // The rest of its line, with the line's end, where that is white space. No more is looked
+        // at: a line may have very many of them.
+        let blank = match after.find(|c: char| c == '\n' || !c.is_whitespace()) {
+            None => Some(after.len()),
+            Some(end) => after[end..].starts_with('\n').then_some(end + 1),
+        };
+        let own_line = blank.is_some() && (at == 0 || text[..at].ends_with('\n'));
         if special == SpecialTokens::Text && !own_line {
             continue;
         }
         inside += usize::from(!own_line);
         all.push(&text[start..at]);
-        start = at + EOT_TEXT.len() + if blank { rest.len() } else { 0 };
+        start = at + EOT_TEXT.len() + blank.unwrap_or(0);
     }
     all.push(&text[start..]);
     all.retain(|d| !d.trim().is_empty());
@@ -761,22 +769,28 @@ fn wider(head: &[u8], len: u64) -> Option<TokenType> {
     })
 }
 
-fn open_tokens(path: &Path, asked: Option<TokenType>) -> Result<Part, DataError> {
+/// The tokens of a file; `vocab`, the model's, is for errors.
+fn open_tokens(path: &Path, asked: Option<TokenType>, vocab: usize) -> Result<Part, DataError> {
     let failed = |e: io::Error| FileError::io(path, "read it", e);
     let mut file = File::open(path).map_err(|e| FileError::io(path, "open it", e))?;
     let len = file.metadata().map_err(failed)?.len();
     let mut head = Vec::new();
     (&mut file).take(HEAD).read_to_end(&mut head).map_err(failed)?;
     if input::is_gzip(&head) {
-        return unpacked_tokens(path, &input::read(path, MOST_TEXT)?, asked);
+        return unpacked_tokens(path, &input::read(path, MOST_TEXT)?, asked, vocab);
     }
     let TokenLayout { offset, tokens, token_type } = token_layout(path, &head, len, asked)?;
     let (file, path) = (Arc::new(Mutex::new(file)), Arc::new(path.into()));
     Ok(Part { store: Store::File { file, path, offset, token_type }, start: 0, len: tokens })
 }
 
-/// The tokens of a file that was packed; its path is for errors.
-fn unpacked_tokens(path: &Path, bytes: &[u8], asked: Option<TokenType>) -> Result<Part, DataError> {
+/// The tokens of a file that was packed; its path and `vocab` are for errors.
+fn unpacked_tokens(
+    path: &Path,
+    bytes: &[u8],
+    asked: Option<TokenType>,
+    vocab: usize,
+) -> Result<Part, DataError> {
     let head = &bytes[..bytes.len().min(HEAD as usize)];
     let layout = token_layout(path, head, bytes.len() as u64, asked)?;
     let all = bytes[layout.offset as usize..].chunks_exact(layout.token_type.bytes());
@@ -786,7 +800,7 @@ fn unpacked_tokens(path: &Path, bytes: &[u8], asked: Option<TokenType>) -> Resul
                 source_name: path.display().to_string(),
                 token,
                 position: i as u64,
-                vocab: 1 << 16,
+                vocab,
             })
         })
         .collect();
@@ -800,6 +814,12 @@ mod tests {
 
     fn bytes(tokens: impl IntoIterator<Item = u16>) -> Vec<u8> {
         tokens.into_iter().flat_map(u16::to_le_bytes).collect()
+    }
+
+    fn packed(bytes: &[u8]) -> Vec<u8> {
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        io::Write::write_all(&mut gz, bytes).unwrap();
+        gz.finish().unwrap()
     }
 
     fn with_header(magic: u32, version: u32, count: u32, tokens: &[u8]) -> Vec<u8> {
@@ -851,6 +871,11 @@ mod tests {
             assert_eq!(all(&c.train), (0..900).collect::<Vec<_>>());
             assert_eq!(all(&c.validation), (900..1000).collect::<Vec<_>>());
             assert_eq!(c.validation.windows(16).collect::<Vec<_>>(), [0, 16, 32, 48, 64, 80]);
+        }
+        // Tokens that begin like a packed file.
+        for first in [[0x8b1f, 9], [0x8b1f, 0x2008], [0x8b1f, 0x0808]] {
+            let path = dir.file("magic.bin", &bytes(first.into_iter().chain([257; 100])));
+            assert_eq!(Corpus::whole(&path, None, &Tokenizer::new(), 50_257).unwrap().0.len(), 102);
         }
         let train = dir.file("x_train_0.bin", &tokens);
         assert_eq!(open(&train, 16).unwrap().train.len(), 900);
@@ -943,6 +968,10 @@ mod tests {
         let both = [SpecialTokens::Parse, SpecialTokens::Text].map(|s| documents(path, lines, s));
         assert_eq!(both[0], both[1]);
         assert_eq!(both[0], (vec!["a\n", "b\r\n", "\nc\n"], None));
+        // A line of very many is read once: to the end of the line from each it took minutes.
+        let long = "a<|endoftext|>".repeat(1 << 19);
+        assert_eq!(documents(path, &long, SpecialTokens::Parse).0.len(), 1 << 19);
+        assert_eq!(documents(path, &long, SpecialTokens::Text).0, [long.as_str()]);
 
         let dir = TempDir::new();
         let path = dir.file("b.txt", "\u{feff}one<|endoftext|>two".as_bytes());
@@ -981,12 +1010,10 @@ mod tests {
             // Asked for, whatever the name; NumPy's header; packed.
             let bytes = wide(width);
             let array = npy(descr, "(1000,)", &bytes);
-            let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-            io::Write::write_all(&mut gz, &array).unwrap();
             for (path, asked) in [
                 (dir.file("a.tokens", &bytes), Some(token_type)),
                 (dir.file("a.npy", &array), None),
-                (dir.file("a.npy.gz", &gz.finish().unwrap()), None),
+                (dir.file("a.npy.gz", &packed(&array)), None),
             ] {
                 let c = open(&path, asked).unwrap();
                 let found = [all(&c.train), all(&c.validation)].concat();
@@ -1019,6 +1046,11 @@ mod tests {
         assert!(matches!(e, DataError::Wide { found: TokenType::U32, .. }), "{e}");
         let e = open(&dir.file("c.bin", &large), Some(TokenType::U32)).unwrap_err();
         assert!(matches!(e, DataError::Token { token: 50_267, position: 167, .. }), "{e}");
+        // Where the file is packed too, the vocabulary is the model's.
+        let beyond = packed(&[1_u32, 70_000].map(u32::to_le_bytes).concat().repeat(20));
+        let e = open(&dir.file("c.bin.gz", &beyond), Some(TokenType::U32)).unwrap_err();
+        let found = matches!(e, DataError::Token { token: 70_000, position: 1, vocab: 50_257, .. });
+        assert!(found && e.to_string().contains("those of this program end at 65536"), "{e}");
         let llama = with_header(MAGIC_U32, 7, 1000, &wide(4));
         assert_eq!(open(&dir.file("d.bin", &llama), None).unwrap().train.len(), 900);
         for (name, content, asked, message) in [

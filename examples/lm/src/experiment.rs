@@ -11,7 +11,8 @@ use bdia_train::trainer::{Metric, Summary};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{
-    DecodingArgs, FinetuneArgs, FinetuneStudyArgs, ScoreArgs, SmallDataArgs, TrainArgs,
+    DecodingArgs, FinetuneArgs, FinetuneStudyArgs, ModelTextArgs, ScoreArgs, SmallDataArgs,
+    TrainArgs,
 };
 use crate::finetune;
 use crate::score::{self, Found};
@@ -135,7 +136,7 @@ fn scores(
                 task: base.task,
                 data: data.clone(),
                 pairs: base.pairs.clone(),
-                text: base.text,
+                text: ModelTextArgs { special_tokens: Some(base.text.special_tokens) },
                 decoding: args.decoding,
                 output: Some(dir.join("texts.txt")),
                 inference: Inference::Float,

@@ -1,7 +1,7 @@
 //! `eval`, `generate` and `plan`: everything that does not train.
 
 use core::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Backend;
 use bdia_core::layers::Gradients;
@@ -9,7 +9,6 @@ use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
 use bdia_core::{Category, Error, Grid, Layout};
-use bdia_models::files::read_limited;
 use bdia_models::gpt2::adapter::Adapter;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::decode::{Decoder, Decoding, How, Sizes};
@@ -28,10 +27,11 @@ use bdia_train::machine::{self, Work, for_kind};
 use bdia_train::report::{self, MemoryTable};
 use bdia_train::trainer;
 use bdia_train::{ranks, run};
+use serde::Deserialize;
 use serde_json::json;
 
-use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PlanArgs, TrainArgs};
-use crate::data::{Corpus, DataError, Part};
+use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PairArgs, PlanArgs, SpecialTokens, TaskKind};
+use crate::data::{Corpus, DataError, Part, TokenType};
 use crate::pairs::Examples;
 use crate::train;
 
@@ -79,15 +79,27 @@ fn frac_bits(config: &Gpt2Config, asked: Option<u32>) -> u32 {
     asked.or(config.bdia.map(|b| b.frac_bits)).unwrap_or(14)
 }
 
-/// How a model was trained, if the directory is that of a run.
-fn run_of(dir: &Path) -> Option<TrainArgs> {
-    let bytes = read_limited(&dir.join("run.json"), 1 << 20).ok()?;
-    serde_json::from_slice(&bytes).ok()
+/// What the flags of a run say of its data, whether it is one of `train` or of `finetune`.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct RunData {
+    data: Option<PathBuf>,
+    validation: Option<PathBuf>,
+    task: Option<TaskKind>,
+    #[serde(flatten)]
+    pairs: PairArgs,
+    token_type: Option<TokenType>,
+    /// What `<|endoftext|>` within a text is.
+    pub special_tokens: Option<SpecialTokens>,
+    /// Tokens of a sample.
+    context: Option<usize>,
 }
 
-/// The context that it was trained with.
-fn trained_context(dir: &Path) -> Option<usize> {
-    run_of(dir)?.model.context.map(|c| c as usize)
+/// That of the run that trained the adapters, else of the one that trained the model; nothing where
+/// neither directory is that of a run.
+pub(crate) fn run_data(weights: &Path, adapter: Option<&Path>) -> Result<RunData, Failure> {
+    let mut places = adapter.into_iter().chain([weights]);
+    let of_run = places.find(|dir| dir.join("run.json").exists());
+    of_run.map_or_else(|| Ok(RunData::default()), run::saved)
 }
 
 /// A model's weights, with adapters merged into them where there are some.
@@ -139,8 +151,8 @@ pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
     machine::run(&machine, 1, &layout, Merge { args, config, model })
 }
 
-/// Loss and perplexity over sequential windows: of all of `--data`, or of the validation part of
-/// what the run was trained with.
+/// Loss and perplexity of all of `--data`, or of what the run validated on. Text is measured over
+/// sequential windows.
 ///
 /// # Errors
 /// [`Failure`]
@@ -191,19 +203,27 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         }
     }
     let config = Gpt2Config::read_dir(&args.weights)?;
+    let mut run = run_data(&args.weights, args.adapter.as_deref())?;
+    let tokenizer = args.text.tokenizer(run.special_tokens);
+    let vocab = config.vocab_size;
     let asked = args.context.map(|c| c as usize);
-    let context = asked.or_else(|| trained_context(&args.weights)).unwrap_or(config.n_positions);
-    let tokenizer = args.text.tokenizer();
-    let (part, name, context, windows) = match (&args.data, args.pairs.columns(args.task)) {
+    let context = asked.or(run.context).unwrap_or(config.n_positions);
+    // Other data than the run's is read as the flags say.
+    if let Some(data) = args.data.clone() {
+        run = RunData {
+            validation: Some(data),
+            task: args.task,
+            pairs: args.pairs.clone(),
+            token_type: args.token_type,
+            ..RunData::default()
+        };
+    }
+    let columns = run.pairs.columns(run.task.unwrap_or(TaskKind::Text));
+    let (part, name, context, windows) = match (&run.validation, columns) {
         (Some(path), Some(columns)) => {
-            let mut pairs = Examples::open(
-                path,
-                &columns,
-                args.pairs.loss_on(),
-                &tokenizer,
-                config.vocab_size,
-            )?;
-            let context = asked.unwrap_or_else(|| pairs.longest().min(config.n_positions));
+            let mut pairs = Examples::open(path, &columns, run.pairs.loss_on(), &tokenizer, vocab)?;
+            let context = asked.or(run.context);
+            let context = context.unwrap_or_else(|| pairs.longest().min(config.n_positions));
             pairs.fit(context)?;
             let (cut, dropped) = pairs.truncated();
             if cut + dropped > 0 {
@@ -216,19 +236,18 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             (Data::Pairs(pairs), path.display().to_string(), context, windows)
         }
         (Some(path), None) => {
-            let vocab = config.vocab_size;
-            let (part, note) = Corpus::whole(path, args.token_type, &tokenizer, vocab)?;
+            let (part, note) = Corpus::whole(path, run.token_type, &tokenizer, vocab)?;
             note.iter().for_each(|note| report::note!("{note}"));
             let windows = part.windows(context).len().max(1);
             (Data::Text(part), path.display().to_string(), context, windows)
         }
-        (None, _) => {
-            // As the run read it.
-            let run = run_of(&args.weights);
-            let data = run.as_ref().and_then(|r| r.data.as_deref());
-            let token_type = run.as_ref().and_then(|r| r.token_type);
-            let tokenizer = run.as_ref().map_or(tokenizer, |r| r.text.tokenizer());
-            let corpus = Corpus::open(data, token_type, &tokenizer, config.vocab_size, context)?;
+        (None, Some(_)) => {
+            let what = "the run had no data to validate on; name some with --task and --data";
+            return Err(Failure::Other(format!("{}: {what}", args.weights.display())));
+        }
+        (None, None) => {
+            let data = run.data.as_deref();
+            let corpus = Corpus::open(data, run.token_type, &tokenizer, vocab, context)?;
             let windows = corpus.validation.windows(context).len().max(1);
             (
                 Data::Text(corpus.validation),
@@ -380,7 +399,9 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
     }
     let texts = prompts(args)?;
     let lines: Vec<_> = texts.iter().map(String::as_str).collect();
-    let mut prompts: Vec<Vec<i32>> = (args.text.tokenizer().encode_all(&lines).into_iter())
+    let run = run_data(&args.weights, args.adapter.as_deref())?;
+    let tokenizer = args.text.tokenizer(run.special_tokens);
+    let mut prompts: Vec<Vec<i32>> = (tokenizer.encode_all(&lines).into_iter())
         .map(|tokens| tokens.into_iter().map(|t| t as i32).collect())
         .collect();
     // An empty prompt is the start of a document.
@@ -399,8 +420,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         no_repeat: args.no_repeat_ngram as usize,
         inference: inference(args.inference, args.gamma.unwrap_or(0.0))?,
     };
-    let context =
-        trained_context(&args.weights).unwrap_or(config.n_positions).min(config.n_positions);
+    let context = run.context.unwrap_or(config.n_positions).min(config.n_positions);
     tell_long(&prompts, context);
     let beams = args.beams.unwrap_or(1) as usize;
     let sizes = Sizes::of(&prompts, args.batch as usize, beams, decoding.tokens, context);

@@ -161,7 +161,8 @@ pub fn measure(args: &ScoreArgs) -> Result<Option<Found>, Failure> {
     args.adapter.as_deref().map(|dir| Adapter::open(dir, &config)).transpose()?;
     let pairs = pairs::read(&args.data, &columns)?;
     let groups = some(grouped(&pairs), args.decoding.prompts);
-    let tokenizer = args.text.tokenizer();
+    let run = inference::run_data(&args.weights, args.adapter.as_deref())?;
+    let tokenizer = args.text.tokenizer(run.special_tokens);
     let prompts: Vec<Vec<i32>> = (groups.iter())
         .map(|(prompt, _)| {
             pairs::prompt_tokens(&tokenizer, prompt).into_iter().map(|t| t as i32).collect()

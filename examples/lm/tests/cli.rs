@@ -54,7 +54,7 @@ fn unusable_data() {
     large[4001] = 9;
     let wide: Vec<u8> = tokens.as_chunks::<2>().0.iter().flat_map(|t| [t[0], t[1], 0, 0]).collect();
     let cases: [(&str, Vec<u8>, &[&str]); 10] = [
-        ("wide.bin", wide, &["as if it were a part of a u32", "Use --token-type u32,"]),
+        ("wide.bin", wide, &["parts of u32 numbers", "Use --token-type u32,"]),
         ("empty.bin", vec![], &["empty"]),
         ("empty.txt", vec![], &["empty"]),
         ("binary.txt", vec![0xff, 0xfe, 0, 1], &["not valid UTF-8", "byte 0", "UTF-16"]),
@@ -252,6 +252,9 @@ fn evaluation_and_text_of_what_is_no_model() {
     bad(other("eval", &out, "--data").arg(&few), &["15 tokens to evaluate", "--context"]);
     // Without the run's flags the data is the default, whose tokens this vocabulary has not.
     good(&mut other("eval", &out, ""));
+    // Nor is a run whose flags cannot be read.
+    std::fs::write(out.join("run.json"), "{").unwrap();
+    bad(other("eval", &out, "--data").arg(&data), &["run.json", "not the flags of a run"]);
     std::fs::remove_file(out.join("run.json")).unwrap();
     bad(&mut other("eval", &out, ""), &["vocabulary of 64"]);
 }
@@ -434,6 +437,11 @@ fn data_as_it_comes() {
     assert!(!generate("parse", &prompt).contains("context"));
     let told = generate("text", &prompt);
     assert!(told.contains("context, which is 8") && told.contains("prompt 1 has 19"), "{told}");
+    // Without the flag it is what it was in the run.
+    let mut c = other("generate", &out, "--json --tokens 1 --beams 1 --prompt");
+    assert!(!good(c.arg(&prompt)).err.contains("context"));
+    train("text");
+    assert!(good(&mut c).err.contains("prompt 1 has 19"));
     let pairs =
         dir.file("pairs.csv.gz", &packed(b"prompt,completion\na b c d e f g h i,j\n,\nc,\nd,e\n"));
     let mut c = other("score", &out, "--task pairs --beams 1 --tokens 1 --threads 1 --data");

@@ -4,6 +4,7 @@
 mod program;
 
 use std::path::Path;
+use std::process::Command;
 
 use bdia_models::gpt2::adapter;
 use program::{Dir, bad, content, copy, good, metrics, model as data, program, tokens_below, tune};
@@ -44,6 +45,19 @@ fn runs_go_on_with_the_same_bits() {
         );
         // A run of the other subcommand is none of this one.
         bad(program().args(["train", "--resume"]).arg(&part), &["not the flags of a run"]);
+    }
+    // Without --data it is the part of the run's data that was set aside.
+    let own = |c: &mut Command| good(c.args(["--threads", "1", "--json"])).json()["loss"].as_f64();
+    for (whole, weights) in [("full-whole", dir.at("full-whole")), ("lora-whole", data("hf_tied"))]
+    {
+        let mut c = program();
+        c.arg("eval").arg("--weights").arg(weights);
+        if whole == "lora-whole" {
+            c.arg("--adapter").arg(dir.at(whole));
+        }
+        let expected = metrics(&dir.at(whole)).last().unwrap()["val_loss"].as_f64().unwrap();
+        let found = own(&mut c).unwrap();
+        assert!((found - expected).abs() < 1e-5, "{whole}: {found} {expected}");
     }
     // All that `eval` and `merge` do with the adapters is one thing.
     let (lora, merged) = (dir.at("lora-whole"), dir.at("merged"));
@@ -293,6 +307,14 @@ fn pairs_are_learned() {
             (evaluated - losses[losses.len() - 1]).abs() < 2e-2,
             "{name}: {evaluated} {losses:?}"
         );
+        // Without --data it is what the run validated on.
+        let mut c = program();
+        c.args("eval --threads 2 --json".split(' '));
+        match name {
+            "full" => c.arg("--weights").arg(dir.at(name)),
+            _ => c.arg("--weights").arg(&base).arg("--adapter").arg(dir.at(name)),
+        };
+        assert_eq!(good(&mut c).json()["loss"].as_f64().unwrap(), evaluated);
     }
     let start = good(
         program()
@@ -312,6 +334,11 @@ fn pairs_are_learned() {
         &["no column \"prompt\"; the columns are \"mr\", \"ref\""],
     );
     bad(&mut tune(&dir.at("none"), "--epochs 4 --steps 3"), &["cannot be used with"]);
+    let mut c = program();
+    c.args("finetune --steps 1 --threads 2 --data".split(' ')).arg(&csv);
+    good(c.arg("--weights").arg(&base).arg("--out").arg(dir.at("blind")));
+    let mut c = program();
+    bad(c.args(["eval", "--weights"]).arg(dir.at("blind")), &["blind", "no data to validate on"]);
     good(&mut tune(
         &dir.at("pairs"),
         "--task pairs --prompt-column ref --completion-column mr --loss-on all --steps 1",

@@ -64,8 +64,8 @@ pub enum BpeError {
     },
 }
 
-/// Of a run of letters, digits or other characters that is longer, so many bytes count for a
-/// vocabulary: every merge goes through all of a run, so that a megabyte takes many minutes.
+/// Only this many bytes of a longer run of letters, digits or other characters are counted for a
+/// vocabulary: every merge goes through all of a run, so that a megabyte would take many minutes.
 const LONGEST_RUN: usize = 1024;
 
 /// A trainer that sees of every word its first [`LONGEST_RUN`] bytes.

@@ -4,8 +4,10 @@
 //! Whether a file is packed is told by its first bytes, never by its name. What comes out is
 //! bounded like what goes in.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
+
+use flate2::bufread::{GzDecoder, MultiGzDecoder};
 
 use crate::files::{FileError, read_limited};
 
@@ -66,7 +68,7 @@ pub fn unpack(path: &Path, bytes: Vec<u8>, limit: u64) -> Result<Vec<u8>, InputE
         return Ok(bytes);
     }
     let mut plain = Vec::new();
-    flate2::read::MultiGzDecoder::new(bytes.as_slice())
+    MultiGzDecoder::new(bytes.as_slice())
         .take(limit.saturating_add(1))
         .read_to_end(&mut plain)
         .map_err(|e| InputError::Gzip { path: path.into(), what: e.to_string() })?;
@@ -76,9 +78,41 @@ pub fn unpack(path: &Path, bytes: Vec<u8>, limit: u64) -> Result<Vec<u8>, InputE
     Ok(plain)
 }
 
-/// Whether a file that begins with these bytes is packed with gzip.
+/// Whether a file that begins with these bytes is packed with gzip: two bytes may be the first of
+/// anything, so its whole header has to be there and valid.
 pub fn is_gzip(bytes: &[u8]) -> bool {
-    bytes.starts_with(&[0x1f, 0x8b])
+    bytes.starts_with(&[0x1f, 0x8b]) && GzDecoder::new(bytes).header().is_some()
+}
+
+/// What a file has, unpacked, and read piece by piece: for formats that say how much there must be.
+pub struct Pieces<'a> {
+    path: &'a Path,
+    from: Box<dyn Read + 'a>,
+}
+
+impl<'a> Pieces<'a> {
+    /// Of an open file, packed or plain. The path is for errors.
+    ///
+    /// # Errors
+    /// [`FileError::Io`]
+    pub fn new(path: &'a Path, from: impl Read + 'a) -> Result<Self, FileError> {
+        let mut from = BufReader::new(from);
+        let head = from.fill_buf().map_err(|e| FileError::io(path, "read it", e))?;
+        let from: Box<dyn Read + 'a> =
+            if is_gzip(head) { Box::new(MultiGzDecoder::new(from)) } else { Box::new(from) };
+        Ok(Self { path, from })
+    }
+
+    /// The next bytes: `most` of them, fewer where the file ends.
+    ///
+    /// # Errors
+    /// [`FileError::Io`], for what cannot be unpacked too.
+    pub fn next(&mut self, most: u64) -> Result<Vec<u8>, FileError> {
+        let mut bytes = Vec::new();
+        let read = self.from.by_ref().take(most).read_to_end(&mut bytes);
+        read.map_err(|e| FileError::io(self.path, "read it", e))?;
+        Ok(bytes)
+    }
 }
 
 /// Bytes as text, without a byte order mark. The path is for errors.
@@ -187,6 +221,29 @@ mod tests {
         cut.truncate(12);
         let error = read(&dir.file("cut", &cut), 64).unwrap_err();
         assert!(matches!(&error, InputError::Gzip { .. }) && error.to_string().contains("cut"));
+        // The two first bytes alone say nothing: another method, flags that do not exist, a field
+        // that does not end.
+        for plain in [&b"\x1f\x8b"[..], b"\x1f\x8b\x09\0", b"\x1f\x8b\x08\x20", b"\x1f\x8b\x08\x08"]
+        {
+            let plain = [plain, &[1; 20]].concat();
+            assert!(!is_gzip(&plain));
+            assert_eq!(read(&dir.file("tokens", &plain), 64).unwrap(), plain);
+        }
+    }
+
+    #[test]
+    fn pieces_of_packed_and_plain_files() {
+        let path = Path::new("a");
+        let twice = [packed(b"one "), packed(b"two")].concat();
+        for bytes in [&twice[..], b"one two"] {
+            let mut pieces = Pieces::new(path, bytes).unwrap();
+            assert_eq!(
+                [5, 1, 9, 9].map(|n| pieces.next(n).unwrap()),
+                [&b"one t"[..], b"w", b"o", b""]
+            );
+        }
+        let error = Pieces::new(path, &twice[..15]).unwrap().next(9).unwrap_err();
+        assert!(error.to_string().starts_with("a: cannot read it"), "{error}");
     }
 
     #[test]

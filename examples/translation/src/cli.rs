@@ -117,7 +117,7 @@ pub struct TrainArgs {
 
 fn check_columns(columns: Option<&Columns>, files: &[&Vec<PathBuf>]) -> Result<(), String> {
     if columns.is_some() && !files.iter().any(|f| f.len() == 1) {
-        return Err("--columns belongs to a file with several; aligned files have none".into());
+        return Err("--columns is for a CSV or TSV; aligned files have none".into());
     }
     Ok(())
 }
@@ -402,9 +402,10 @@ mod tests {
             ("--schedule never", "noam"),
             ("--data a --columns 2", "two different columns such as 2,3"),
             ("--data a --columns 0,1", "found 0,1"),
+            ("--data a --columns 2,02", "found 2,02"),
             ("--data a --columns src,src", "found src,src"),
             ("--data a --columns 1,2,3", "found 1,2,3"),
-            ("--data a.en a.fr --columns 1,2", "aligned files have none"),
+            ("--data a.en a.fr --columns 1,2", "is for a CSV or TSV; aligned files have none"),
             ("eval --data a.en a.fr --columns 1,2", "aligned files have none"),
             ("eval --columns 1,2", "--data"),
         ] {

@@ -17,6 +17,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use bdia_models::files::FileError;
 use bdia_models::input::{self, InputError, list};
 use bdia_train::{Failure, report};
 use serde::{Deserialize, Serialize};
@@ -38,7 +39,12 @@ pub struct Pair {
 pub enum DataError {
     /// The file could not be read or unpacked, or is no text.
     #[error(transparent)]
-    Input(#[from] InputError),
+    Input(InputError),
+    /// It has more text than is read.
+    #[error(
+        "{}: more than 1 GiB when unpacked, the most that is read; use a part of it", .0.display()
+    )]
+    TooLarge(PathBuf),
     /// A line has other columns.
     #[error("{}, line {line}: {found} column(s), expected {expected}", path.display())]
     Columns {
@@ -51,13 +57,13 @@ pub enum DataError {
         /// How many it should have.
         expected: String,
     },
-    /// Columns that were asked for are not there.
-    #[error("{}: expected the columns {expected}; the columns are {}", path.display(), list(found))]
+    /// Columns that were asked for are not two of those that are there.
+    #[error("{}: {what}; the columns are {}", path.display(), list(found))]
     Column {
         /// The file.
         path: PathBuf,
-        /// Those that were asked for.
-        expected: String,
+        /// What is wrong.
+        what: String,
         /// The first row.
         found: Vec<String>,
     },
@@ -110,14 +116,25 @@ pub enum DataError {
     },
 }
 
+impl From<InputError> for DataError {
+    fn from(error: InputError) -> Self {
+        match error {
+            InputError::TooLarge { path, .. }
+            | InputError::File(FileError::TooLarge { path, .. }) => Self::TooLarge(path),
+            other => Self::Input(other),
+        }
+    }
+}
+
 impl From<DataError> for Failure {
     fn from(error: DataError) -> Self {
         Self::Program(Box::new(error))
     }
 }
 
-/// The most bytes of text that are read: more than any parallel corpus of one pair of languages.
-const LIMIT: u64 = 1 << 34;
+/// The most bytes of text that are read: sentences and their tokens take several times as much
+/// memory.
+const LIMIT: u64 = 1 << 30;
 
 /// A column of a file with several.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,6 +143,15 @@ enum Column {
     Place(usize),
     /// Its name in the header.
     Name(String),
+}
+
+impl core::fmt::Display for Column {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Place(place) => write!(f, "{}", place + 1),
+            Self::Name(name) => f.write_str(name),
+        }
+    }
 }
 
 /// Which two columns of a file have the source and the target: `2,3` by place, from 1, or
@@ -144,11 +170,12 @@ impl core::str::FromStr for Columns {
             (_, Ok(place)) => Ok(Column::Place(place - 1)),
             (name, Err(_)) => Ok(Column::Name(name.into())),
         };
-        match s.split_once(',') {
-            Some((a, b)) if !b.contains(',') && a.trim() != b.trim() => {
-                Ok(Self([column(a)?, column(b)?]))
+        match s.split_once(',').filter(|(_, b)| !b.contains(',')) {
+            Some((a, b)) => {
+                let both = [column(a)?, column(b)?];
+                if both[0] == both[1] { Err(wrong()) } else { Ok(Self(both)) }
             }
-            _ => Err(wrong()),
+            None => Err(wrong()),
         }
     }
 }
@@ -163,11 +190,7 @@ impl TryFrom<String> for Columns {
 
 impl From<Columns> for String {
     fn from(columns: Columns) -> Self {
-        let text = |column: &Column| match column {
-            Column::Place(place) => (place + 1).to_string(),
-            Column::Name(name) => name.clone(),
-        };
-        columns.0.each_ref().map(text).join(",")
+        columns.0.map(|column| column.to_string()).join(",")
     }
 }
 
@@ -178,18 +201,27 @@ impl Columns {
 
     /// Their places in the rows under this first row.
     fn places(&self, path: &Path, first: &[&str]) -> Result<[usize; 2], DataError> {
-        let place = |column: &Column| match column {
-            Column::Place(place) => Some(*place).filter(|&p| p < first.len()),
-            Column::Name(name) => first.iter().position(|c| c.trim() == name),
+        let wrong = |what: String| {
+            let found = first.iter().map(|c| c.trim().to_string()).collect();
+            DataError::Column { path: path.into(), what, found }
         };
-        match self.0.each_ref().map(place) {
-            [Some(source), Some(target)] => Ok([source, target]),
-            _ => Err(DataError::Column {
-                path: path.into(),
-                expected: self.clone().into(),
-                found: first.iter().map(|c| c.trim().to_string()).collect(),
-            }),
+        let all = String::from(self.clone());
+        let place = |column: &Column| {
+            let mut places = (0..first.len()).filter(|&at| match column {
+                Column::Place(place) => at == *place,
+                Column::Name(name) => first[at].trim() == name,
+            });
+            match (places.next(), places.next()) {
+                (Some(place), None) => Ok(place),
+                (None, _) => Err(wrong(format!("expected the columns {all}"))),
+                _ => Err(wrong(format!("several columns are called {column}; give its place"))),
+            }
+        };
+        let [source, target] = [place(&self.0[0])?, place(&self.0[1])?];
+        if source == target {
+            return Err(wrong(format!("expected two different columns, {all} is one")));
         }
+        Ok([source, target])
     }
 }
 
@@ -221,7 +253,7 @@ impl Pairs {
 
     fn skip(&mut self, line: u64) {
         let (count, first) = self.skipped.unwrap_or((0, line));
-        self.skipped = Some((count + 1, first));
+        self.skipped = Some((count + 1, first.min(line)));
     }
 }
 
@@ -296,9 +328,13 @@ fn table(path: &Path, text: &str, columns: Option<&Columns>) -> Result<Pairs, Da
     let mut pairs = Pairs::default();
     for record in reader.records() {
         let record = record.map_err(failed)?;
-        let (from, line) = record
-            .position()
-            .map_or((0, 0), |p| (p.line(), input::line_of_row(text, p.byte(), p.line())));
+        let (from, line) = record.position().map_or((0, 0), |p| {
+            let at = usize::try_from(p.byte()).unwrap_or(usize::MAX).min(text.len());
+            // The library ends a row at `\r`: a `\n` after that is of the same line.
+            let rest_of_row = text[..at].ends_with('\r') && text[at..].starts_with('\n');
+            let line = input::line_of_row(text, p.byte(), p.line());
+            (p.line() + u64::from(rest_of_row), line)
+        });
         // The library passes over empty lines.
         (from..line).for_each(|line| pairs.skip(line));
         match (record.get(source), record.get(target)) {
@@ -331,15 +367,26 @@ fn tabs(path: &Path, text: &str, columns: Option<&Columns>) -> Result<Pairs, Dat
     let number = |row: &[&str], at: usize| {
         row.get(at).is_some_and(|field| field.trim().parse::<f64>().is_ok())
     };
-    let only_numbers =
-        |at: usize| rows().count() > 1 && rows().skip(1).all(|(row, _)| number(&row, at));
-    // Numbers of lines, scores and the like are nothing to translate, if there is something else.
-    if first.len() > 2 && [source, target].into_iter().any(only_numbers) {
+    // The columns that have only numbers below the first line.
+    let mut numbers: Vec<usize> = match rows().nth(1) {
+        Some(_) => (0..first.len()).collect(),
+        None => Vec::new(),
+    };
+    for (row, _) in rows().skip(1) {
+        numbers.retain(|&at| number(&row, at));
+        if numbers.is_empty() {
+            break;
+        }
+    }
+    // Numbers of lines, scores and the like are nothing to translate, if there is something else
+    // and they were not asked for.
+    let not_meant = columns.is_none() && first.len() > 2;
+    if not_meant && [source, target].iter().any(|at| numbers.contains(at)) {
         return Err(DataError::Numbers { path: path.into(), columns: first.len() });
     }
     let names = [source, target].iter().all(|&at| first.get(at).is_some_and(|f| is_name(f)));
-    let over_numbers = || (0..first.len()).any(|at| !number(&first, at) && only_numbers(at));
-    let header = columns.is_some_and(Columns::named) || names || over_numbers();
+    let over_numbers = numbers.iter().any(|&at| !number(&first, at));
+    let header = columns.is_some_and(Columns::named) || names || over_numbers;
     if header {
         let names: Vec<String> = first.iter().map(|f| f.trim().to_string()).collect();
         pairs.header = Some(list(&names));

@@ -1,6 +1,6 @@
 //! What a trained model does: losses, translations and their scores; `eval` and `translate`.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 
 use bdia_core::backend::Backend;
 use bdia_core::layers::Gradients;
@@ -176,6 +176,9 @@ struct Trained {
     search: Search,
     sizes: Sizes,
 }
+
+/// The most bytes of a line of `translate`: more than any sentence has.
+const LONGEST_LINE: u64 = 1 << 20;
 
 /// Sentences that are translated together, where memory is no question.
 pub const TOGETHER: usize = 32;
@@ -422,13 +425,20 @@ pub fn translate(args: &TranslateArgs) -> Result<(), Failure> {
         /// The next line's tokens, none where it is empty or cannot be translated; nothing at the
         /// end.
         fn line(&mut self, input: &mut impl BufRead) -> Result<Option<Vec<i32>>, Failure> {
+            let failed = |e| Failure::Other(format!("standard input: {e}"));
             let mut bytes = Vec::new();
-            let read = input.read_until(b'\n', &mut bytes);
-            if read.map_err(|e| Failure::Other(format!("standard input: {e}")))? == 0 {
+            let mut some = input.by_ref().take(LONGEST_LINE + 1);
+            if some.read_until(b'\n', &mut bytes).map_err(failed)? == 0 {
                 return Ok(None);
             }
             self.read += 1;
-            Ok(Some(self.tokens(bytes).unwrap_or_else(|what| {
+            let tokens = if bytes.len() as u64 > LONGEST_LINE && !bytes.ends_with(b"\n") {
+                input.skip_until(b'\n').map_err(failed)?;
+                Err(format!("more than {LONGEST_LINE} bytes; split the sentence"))
+            } else {
+                self.tokens(bytes)
+            };
+            Ok(Some(tokens.unwrap_or_else(|what| {
                 report::note!("standard input, line {}: {what}", self.read);
                 self.bad += 1;
                 Vec::new()

@@ -56,6 +56,15 @@ fn tables_of_two_columns() {
     let skipping = b"E,F\na,b\n,\nc,\n\n\" \",f\ng,h\n";
     let found = one_file(Path::new("b.csv"), skipping.to_vec(), None).unwrap();
     assert_eq!((found.pairs, found.skipped), (pairs(&[("a", "b"), ("g", "h")]), Some((4, 3))));
+    // A line break of two bytes is no empty line, and an empty line between two is one.
+    for (text, skipped) in [
+        ("E,F\r\na,b\r\ng,h\r\n", None),
+        ("E,F\r\n\r\na,b\r\n\r\n\r\ng,h", Some((3, 2))),
+        ("E,F\r\na,b\r\n,\r\ng,h\r\n", Some((1, 3))),
+    ] {
+        let found = one_file(Path::new("b.csv"), text.into(), None).unwrap();
+        assert_eq!((found.pairs, found.skipped), (pairs(&[("a", "b"), ("g", "h")]), skipped));
+    }
     let e = refused(
         &[dir.file("b.csv", b"E,F\na,b\nc,\"d\ne,f\ng,h\n")],
         &["b.csv", "line 3", "never closed"],
@@ -80,8 +89,20 @@ fn lines_with_tabs() {
     refused(&[dir.file("b.tsv", b"a\tb\nno tab\n")], &["b.tsv", "line 2", "1 column(s)", "tabs"]);
     let skipping = b"a\tb\n\nc\t\n\td\n \ne\tf\n\n";
     let found = one_file(Path::new("b.tsv"), skipping.to_vec(), None).unwrap();
-    assert_eq!((found.pairs, found.skipped.unwrap().0), (pairs(&[("a", "b"), ("e", "f")]), 5));
+    assert_eq!((found.pairs, found.skipped), (pairs(&[("a", "b"), ("e", "f")]), Some((5, 2))));
+    let found = one_file(Path::new("b.tsv"), b"a\tb\nc\t\n\ne\tf\n".to_vec(), None).unwrap();
+    assert_eq!(found.skipped, Some((2, 2)));
     refused(&[dir.file("b.tsv", b"a\tb\n\xe9t\xe9\tsummer\n")], &["line 2", "UTF-8", "iconv"]);
+}
+
+#[test]
+fn more_than_is_read() {
+    let dir = TempDir::new();
+    let large = dir.file("a.tsv", b"");
+    // Nothing of it is on disk.
+    std::fs::File::options().write(true).open(&large).unwrap().set_len((1 << 30) + 1).unwrap();
+    let e = refused(core::slice::from_ref(&large), &["a.tsv", "more than 1 GiB when unpacked"]);
+    assert!(matches!(e, DataError::TooLarge(path) if path == large));
 }
 
 #[test]
@@ -142,6 +163,14 @@ fn columns_and_headers() {
     let turned = of("a.tsv", &with_id[10..], "3,2").unwrap();
     assert_eq!(turned.pairs, pairs(&[("un chat", "one cat"), ("deux", "two")]));
     assert_eq!(turned.header, None);
+    // Numbers are translated where they are asked for: they may be what is written as words.
+    let words = pairs(&[("one cat", "7"), ("two", "8")]);
+    assert_eq!(of("a.tsv", with_id, "2,1").unwrap().pairs, words);
+    assert_eq!(of("a.csv", &table, "2,1").unwrap().pairs, words);
+    // Many columns of many lines are read a few times, not once for each column.
+    let [words, numbers] = ["a\t", "7\t"].map(|field| field.repeat(1 << 14) + "\n");
+    let wide = [words.as_str(), &numbers.repeat(64), &words].concat();
+    assert_eq!(of("a.tsv", &wide, "").unwrap().pairs.len(), 66);
     // Numbers are translated where there is nothing else.
     let numbers = of("a.tsv", "1\tun\n2\tdeux\n", "").unwrap();
     assert_eq!((numbers.pairs.len(), numbers.header), (2, None));
@@ -149,7 +178,10 @@ fn columns_and_headers() {
         ("a.tsv", with_id, "", "has only numbers; name the two of 3 columns"),
         ("a.tsv", &with_id[10..], "", "--columns 2,3"),
         ("a.tsv", "0.9\ta\tb\n1e-3\tc\td\n", "", "has only numbers"),
-        ("a.tsv", with_id, "1,2", "has only numbers"),
+        ("a.tsv", with_id, "3,tgt", "expected two different columns, 3,tgt is one; the columns"),
+        ("a.csv", &table, "src,2", "expected two different columns, src,2 is one; the columns"),
+        ("a.csv", "a,b,a\n1,2,3\n", "b,a", "several columns are called a; give its place"),
+        ("a.tsv", "a\tb\ta\n1\t2\t3\n", "b,a", "several columns are called a; give its place"),
         ("a.tsv", with_id, "2,4", "expected the columns 2,4; the columns are \"id\", \"src\""),
         ("a.csv", &table, "src,fr", "expected the columns src,fr"),
         ("a.csv", &table, "", "line 1: 3 column(s), expected 2"),

@@ -130,10 +130,16 @@ fn training_is_exact_and_resumes_exactly() {
     assert!(err.contains("line 1: not valid UTF-8") && err.contains("1 of 2 lines"), "{err}");
     let long = "one ".repeat(200);
     let run = "x".repeat(1 << 20);
-    let lines = format!("one\n{long}\n{run}\n\none\n");
+    let lines = format!("one\n{long}\n{run}\n{run}{run}\n\none\n");
     let (out, err, ok) = translated(&a, flags, lines.as_bytes());
-    assert!(!ok && out == format!("{first}\n\n\n{first}"), "{err}");
-    for part in ["line 2: ", "line 3: ", "expected less than 48", "error: 2 of 5 lines"] {
+    assert!(!ok && out == format!("{first}\n\n\n\n{first}"), "{err}");
+    for part in [
+        "line 2: ",
+        "line 3: ",
+        "expected less than 48",
+        "line 4: more than 1048576 bytes",
+        "error: 3 of 6 lines",
+    ] {
         assert!(err.contains(part), "{err}");
     }
 }

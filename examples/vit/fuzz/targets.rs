@@ -10,7 +10,7 @@ use bdia_vit::data::{Images, cifar_records, decode, idx_values};
 /// An IDX file of images, plain or packed. Accepted: as many values as its sizes say.
 pub fn idx(data: &[u8]) {
     let path = Path::new("train-images-idx3-ubyte");
-    if let Ok((sizes, values)) = idx_values(path, data.to_vec(), 0x0803, 3) {
+    if let Ok((sizes, values)) = idx_values(path, data, 0x0803, 3) {
         assert_eq!(sizes.iter().product::<usize>(), values.len());
     }
 }

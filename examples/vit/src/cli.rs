@@ -170,8 +170,8 @@ pub struct EvalArgs {
     /// run without --out
     #[arg(long, value_name = "DIR", default_value = "runs/vit")]
     pub weights: PathBuf,
-    /// Images to evaluate: the held-out ones of this directory, whose classes are found among the
-    /// model's by name [default: those of the run]
+    /// Images to evaluate: the held-out ones of this directory, or all of a folder for validation
+    /// or testing; their classes are found among the model's by name [default: those of the run]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
     /// The best epoch's weights in place of the last one's

@@ -10,16 +10,19 @@
 //! Files of records may be packed with gzip. Above class folders there may be folders for
 //! training, validation and testing (`train`, `Training`, `seg_train`, `val`, `valid`,
 //! `validation`, `test`, `test_set`, …). Where the data has no folder for either of the last two, a
-//! fifth of each class is held out. What is no picture, and what systems leave behind (`Thumbs.db`,
-//! `desktop.ini`, `__MACOSX`, names that begin with a dot), is passed over and counted.
+//! fifth of each class is held out; one of the last two alone is for evaluation only. What is no
+//! picture, and what systems leave behind (`Thumbs.db`, `desktop.ini`, `__MACOSX`, names that begin
+//! with a dot), is passed over and counted.
 
 use core::fmt::Write as _;
 use std::collections::{BTreeSet, HashSet};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use bdia_core::rng::{Draw, Stream};
 use bdia_models::files::FileError;
-use bdia_models::input::{self, InputError, list};
+use bdia_models::input::{self, InputError, Pieces, list};
 use bdia_train::Failure;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder};
@@ -226,6 +229,13 @@ const IMAGE_SIDE: u32 = 1 << 14;
 const IMAGE_BYTES: u64 = 1 << 28;
 const MOST_CLASSES: usize = 65_000;
 
+/// What a directory is read for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Training,
+    Evaluation,
+}
+
 impl Dataset {
     /// The UCI digits (8×8, 1,797 of them), a fifth of each class held out.
     ///
@@ -259,13 +269,29 @@ impl Dataset {
         })
     }
 
-    /// Reads a directory, whatever of the kinds above it holds. Pictures are scaled to `side` rows
-    /// and columns.
+    /// Reads a directory to train on, whatever of the kinds above it holds. Pictures are scaled to
+    /// `side` rows and columns.
+    ///
+    /// # Errors
+    /// [`DataError`], also where the only folder is for validation or testing.
+    pub fn open(dir: &Path, side: usize) -> Result<Self, DataError> {
+        Self::read(dir, side, Purpose::Training)
+    }
+
+    /// Reads a directory to evaluate what it holds out: all of class folders whose folder is for
+    /// validation or testing and has no other beside it, which leaves nothing to train on.
     ///
     /// # Errors
     /// [`DataError`]
-    pub fn open(dir: &Path, side: usize) -> Result<Self, DataError> {
+    pub fn open_to_evaluate(dir: &Path, side: usize) -> Result<Self, DataError> {
+        Self::read(dir, side, Purpose::Evaluation)
+    }
+
+    fn read(dir: &Path, side: usize, purpose: Purpose) -> Result<Self, DataError> {
         let mut passed = PassedOver::default();
+        // Whoever trains on a directory may call it as they like.
+        let mut held_out =
+            purpose == Purpose::Evaluation && Part::of(dir).is_some_and(Part::is_held_out);
         let mut place = Listing::of(dir, &mut passed)?;
         let mut data = records(&place)?;
         // What an archive was unpacked to may be in one folder more, or two.
@@ -273,17 +299,25 @@ impl Dataset {
             let inner = if data.is_none() { place.only_folder(&mut passed)? } else { None };
             let Some(inner) = inner else { break };
             place = inner;
+            held_out = Part::of(&place.dir).map_or(held_out, Part::is_held_out);
             data = records(&place)?;
         }
-        data.map_or_else(|| folders(&place, side, &mut passed), Ok)?.checked(dir, passed)
+        let alone = held_out.then_some(purpose);
+        data.map_or_else(|| folders(&place, side, alone, &mut passed), Ok)?
+            .checked(dir, purpose, passed)
     }
 
     /// What every kind of data must fulfil.
-    fn checked(mut self, dir: &Path, passed: PassedOver) -> Result<Self, DataError> {
+    fn checked(
+        mut self,
+        dir: &Path,
+        purpose: Purpose,
+        passed: PassedOver,
+    ) -> Result<Self, DataError> {
         self.name = format!("{} ({})", dir.display(), self.name);
         self.notes.extend(passed.note());
         for (part, images) in [("training", &self.train), ("held-out", &self.test)] {
-            if images.is_empty() {
+            if images.is_empty() && (purpose == Purpose::Training || part == "held-out") {
                 return Err(format(dir, format!("there are no {part} images")));
             }
         }
@@ -385,8 +419,13 @@ fn records(place: &Listing) -> Result<Option<Dataset>, DataError> {
         numbered: true,
         notes,
     };
-    let batches: Vec<_> = (1..=5).map(|i| format!("data_batch_{i}.bin")).collect();
-    let (there, missing): (Vec<_>, Vec<_>) = batches.into_iter().partition(|b| has(b));
+    let number = |name: &str| -> Option<u32> {
+        name.strip_prefix("data_batch_")?.strip_suffix(".bin")?.parse().ok()
+    };
+    let batches: BTreeSet<u32> = place.files.iter().filter_map(|(name, _)| number(name)).collect();
+    let name = |batch: u32| format!("data_batch_{batch}.bin");
+    let there: Vec<_> = batches.iter().copied().map(name).collect();
+    let missing: Vec<_> = (1..=5).filter(|batch| !batches.contains(batch)).map(name).collect();
     if !there.is_empty() || has("test_batch.bin") {
         let train = place.all(&there, "test_batch.bin")?;
         let test = place.all(&["test_batch.bin".into()], "data_batch_1.bin")?;
@@ -472,22 +511,23 @@ pub fn cifar_records(
     Ok(())
 }
 
-/// Sizes and values of an IDX file, packed or plain; its header says how many there must be. The
-/// path is for errors.
+/// Sizes and values of an IDX file, packed or plain; its header says how many there must be, and no
+/// more are read. The path is for errors.
 ///
 /// # Errors
-/// [`DataError::Format`], [`DataError::Input`]
+/// [`DataError::Format`], [`DataError::File`]
 pub fn idx_values(
     path: &Path,
-    bytes: Vec<u8>,
+    file: impl Read,
     magic: u32,
     dims: usize,
 ) -> Result<(Vec<usize>, Vec<u8>), DataError> {
-    let mut bytes = input::unpack(path, bytes, LIMIT)?;
+    let mut pieces = Pieces::new(path, file)?;
     let head = 4 + 4 * dims;
-    let Some(header) = bytes.get(..head) else {
-        return Err(format(path, format!("{} bytes, expected a header of {head}", bytes.len())));
-    };
+    let header = pieces.next(head as u64)?;
+    if header.len() < head {
+        return Err(format(path, format!("{} bytes, expected a header of {head}", header.len())));
+    }
     let words: Vec<u32> =
         header.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
     if words[0] != magic {
@@ -504,21 +544,21 @@ pub fn idx_values(
     let Some(len) = len else {
         return Err(format(path, format!("it claims {sizes:?} values, more than {LIMIT}")));
     };
-    bytes.drain(..head);
-    if bytes.len() as u64 != len {
-        let more = if bytes.len() as u64 > len { "more" } else { "only" };
-        return Err(format(
-            path,
-            format!("its header promises {len} values, found {more}: {}", bytes.len()),
-        ));
+    let values = pieces.next(len + 1)?;
+    if values.len() as u64 != len {
+        let found = match values.len() as u64 {
+            n if n > len => "more".into(),
+            n => format!("only: {n}"),
+        };
+        return Err(format(path, format!("its header promises {len} values, found {found}")));
     }
-    Ok((sizes, bytes))
+    Ok((sizes, values))
 }
 
 fn idx(images: &Path, labels: &Path) -> Result<Images, DataError> {
-    let read = |path: &Path| input::read(path, LIMIT);
-    let (sizes, pixels) = idx_values(images, read(images)?, 0x0803, 3)?;
-    let (count, label) = idx_values(labels, read(labels)?, 0x0801, 1)?;
+    let open = |path| File::open(path).map_err(|e| FileError::io(path, "open it", e));
+    let (sizes, pixels) = idx_values(images, open(images)?, 0x0803, 3)?;
+    let (count, label) = idx_values(labels, open(labels)?, 0x0801, 1)?;
     if count[0] != sizes[0] {
         return Err(format(labels, format!("{} labels for {} images", count[0], sizes[0])));
     }
@@ -559,7 +599,8 @@ impl PassedOver {
     fn note(&self) -> Option<String> {
         let names: Vec<String> = self.names.iter().take(5).cloned().collect();
         (self.count > 0).then(|| {
-            format!("{} files or folders are no data and passed over: {}", self.count, list(&names))
+            let (count, names) = (self.count, list(&names));
+            format!("passed over {count} file(s) or folder(s) that are not data: {names}")
         })
     }
 }
@@ -616,13 +657,29 @@ impl Listing {
         let [folder] = self.folders.as_slice() else { return Ok(None) };
         let mut own = PassedOver::default();
         let inner = Self::of(folder, &mut own)?;
-        let records = inner.files.iter().any(|(n, _)| n.ends_with(".bin") || n.contains("idx"));
+        // CIFAR's files for Python too, so that it can be said that they are not read.
+        let record = |n: &str| {
+            n.ends_with(".bin") || n.contains("idx") || n.starts_with("data_batch_") || n == "meta"
+        };
+        let records = inner.files.iter().any(|(n, _)| record(n));
         if inner.folders.is_empty() && !records {
             return Ok(None);
         }
         passed.extend(own);
         self.files.iter().for_each(|(_, path)| passed.add(path));
         Ok(Some(inner))
+    }
+
+    /// Whether folders of these classes may be in it: where there is one folder only, of another
+    /// name and without folders, its pictures may be of any class (`test/test`, `val/images`).
+    fn has_classes(&self, classes: &[String]) -> Result<bool, DataError> {
+        match self.folders.as_slice() {
+            [] => Ok(false),
+            [one] if !classes.contains(&name_of(one)) => {
+                Ok(!Self::of(one, &mut PassedOver::default())?.folders.is_empty())
+            }
+            _ => Ok(true),
+        }
     }
 
     fn get(&self, name: &str) -> Option<&PathBuf> {
@@ -639,25 +696,27 @@ impl Listing {
         names.iter().map(one).collect()
     }
 
-    /// The IDX file whose name has one of `parts` and `kind` in it. Kaggle writes a dot for a
-    /// hyphen, and puts files into folders of their own names.
+    /// The IDX file whose name has one of `parts` and `kind` in it, plain where it is there packed
+    /// too. Kaggle writes a dot for a hyphen, and puts files into folders of their own names.
     fn idx(&self, parts: &[&str], kind: &str) -> Result<Option<PathBuf>, DataError> {
         let fits = |name: &str| parts.iter().any(|p| name.contains(p)) && name.contains(kind);
-        let mut found: Vec<PathBuf> =
-            self.files.iter().filter(|(n, _)| fits(n)).map(|(_, path)| path.clone()).collect();
+        let mut found: Vec<_> = self.files.iter().filter(|(n, _)| fits(n)).cloned().collect();
         if found.is_empty() {
             for folder in self.folders.iter().filter(|f| fits(&name_of(f))) {
                 let inner = Self::of(folder, &mut PassedOver::default())?.files;
-                found.extend(inner.into_iter().filter(|(n, _)| fits(n)).map(|(_, path)| path));
+                found.extend(inner.into_iter().filter(|(n, _)| fits(n)));
             }
         }
+        // Of one name the plain file is the one with the shorter path.
+        found.sort_by_key(|(name, path)| (name.clone(), path.as_os_str().len()));
+        found.dedup_by(|later, first| later.0 == first.0);
         match found.as_slice() {
             [_, _, ..] => {
-                let names: Vec<String> = found.iter().map(|p| name_of(p)).collect();
+                let names: Vec<String> = found.iter().map(|(_, path)| name_of(path)).collect();
                 let what = format!("expected one file of {}, found {}", parts[0], list(&names));
                 Err(format(&self.dir, what))
             }
-            _ => Ok(found.pop()),
+            _ => Ok(found.pop().map(|(_, path)| path)),
         }
     }
 }
@@ -685,6 +744,10 @@ impl Part {
         });
         parts.next().flatten().filter(|_| parts.next().is_none())
     }
+
+    fn is_held_out(self) -> bool {
+        self != Self::Train
+    }
 }
 
 /// The folder of a part, with its class folders in it.
@@ -710,25 +773,32 @@ fn part(
     }
 }
 
-fn folders(place: &Listing, side: usize, passed: &mut PassedOver) -> Result<Dataset, DataError> {
+/// Class folders, or folders for parts with those in them. `alone` is what they are read for where
+/// the folder that they are in is for validation or testing.
+fn folders(
+    place: &Listing,
+    side: usize,
+    alone: Option<Purpose>,
+    passed: &mut PassedOver,
+) -> Result<Dataset, DataError> {
     let mut notes = Vec::new();
     let mut parts = [None, None];
     let mut train_place = None;
     if place.folders.iter().any(|f| Part::of(f) == Some(Part::Train)) {
         for (to, which) in parts.iter_mut().zip([Part::Validation, Part::Test]) {
             *to = part(&place.folders, which, passed)?;
-            if let Some(unlabelled) = to.take_if(|p| p.folders.is_empty()) {
-                notes.push(format!(
-                    "{}: no class folders, so its pictures have no labels: not used",
-                    unlabelled.dir.display()
-                ));
-            }
         }
-        if parts.iter().any(Option::is_some) || !notes.is_empty() {
+        if parts.iter().any(Option::is_some) {
             train_place = part(&place.folders, Part::Train, passed)?;
             let others = place.folders.iter().filter(|f| Part::of(f).is_none());
             others.chain(place.files.iter().map(|f| &f.1)).for_each(|path| passed.add(path));
         }
+    }
+    let alone = alone.filter(|_| train_place.is_none());
+    if alone == Some(Purpose::Training) {
+        let what = "by its name it is for validation or testing, and no folder for training is \
+                    beside it; expected one, or another name";
+        return Err(format(&place.dir, what));
     }
     let train_place = train_place.as_ref().unwrap_or(place);
     // Folders of parts must not be taken for classes.
@@ -740,6 +810,15 @@ fn folders(place: &Listing, side: usize, passed: &mut PassedOver) -> Result<Data
         }
     }
     let classes: Vec<String> = train_place.folders.iter().map(|p| name_of(p)).collect();
+    for to in &mut parts {
+        let labelled = to.as_ref().map_or(Ok(true), |p| p.has_classes(&classes))?;
+        if let Some(unlabelled) = to.take_if(|_| !labelled) {
+            notes.push(format!(
+                "{}: no folders of the training classes, so its pictures have no labels: not used",
+                unlabelled.dir.display()
+            ));
+        }
+    }
     if classes.len() < 2 || classes.len() > MOST_CLASSES {
         let archive = |(n, _): &&(String, PathBuf)| {
             [".zip", ".tar", ".tgz", ".7z"].iter().any(|e| n.ends_with(e))
@@ -749,8 +828,8 @@ fn folders(place: &Listing, side: usize, passed: &mut PassedOver) -> Result<Data
              CIFAR's .bin files, or IDX files)",
             classes.len()
         );
-        if let Some((archive, _)) = place.files.iter().find(archive) {
-            let _ = write!(what, "; unpack {archive}");
+        if let Some((_, archive)) = place.files.iter().find(archive) {
+            let _ = write!(what, "; unpack {}", archive.display());
         }
         return Err(format(&train_place.dir, what));
     }
@@ -781,6 +860,13 @@ fn folders(place: &Listing, side: usize, passed: &mut PassedOver) -> Result<Data
     let (train, validation, test) = match (validation, test) {
         (validation, Some(test)) => (all, validation, test),
         (Some(validation), None) => (all, None, validation),
+        (None, None) if alone.is_some() => {
+            notes.push(format!(
+                "{}: by its name it is for validation or testing: all of it is held out",
+                place.dir.display()
+            ));
+            (all.pick(&[]), None, all)
+        }
         (None, None) => {
             let (rest, fifth) = all.split();
             (rest, None, fifth)

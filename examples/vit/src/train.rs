@@ -35,20 +35,17 @@ use bdia_train::{Failure, ranks, report, run};
 
 use crate::augment::{Augment, apply};
 use crate::cli::{AugmentKind, EvalArgs, Network, Size, TrainArgs};
-use crate::data::{Dataset, Images};
+use crate::data::{DataError, Dataset, Images};
 
-/// The images that the flags name, the model for them, and how training changes them. Where a
-/// model is there already, in the directory `trained`, the images have its classes.
-///
-/// # Errors
-/// Files that cannot be used, classes that the model does not have, dimensions that do not fit
-/// together.
-pub fn prepare(
+/// The images that the flags name, as `open` reads a directory. Where a model is there already, in
+/// the directory `trained`, they have its classes.
+fn images(
     args: &TrainArgs,
     trained: Option<&Path>,
-) -> Result<(Dataset, VitConfig, Augment), Failure> {
+    open: fn(&Path, usize) -> Result<Dataset, DataError>,
+) -> Result<Dataset, Failure> {
     let mut data = match &args.data {
-        Some(dir) => Dataset::open(dir, args.image_size as usize)?,
+        Some(dir) => open(dir, args.image_size as usize)?,
         None => Dataset::digits()?,
     };
     // Weights from elsewhere may come without a configuration of ours.
@@ -66,6 +63,20 @@ pub fn prepare(
             *held = held.subset(n as usize);
         }
     }
+    Ok(data)
+}
+
+/// The images that the flags name, the model for them, and how training changes them. Where a
+/// model is there already, in the directory `trained`, the images have its classes.
+///
+/// # Errors
+/// Files that cannot be used, classes that the model does not have, dimensions that do not fit
+/// together.
+pub fn prepare(
+    args: &TrainArgs,
+    trained: Option<&Path>,
+) -> Result<(Dataset, VitConfig, Augment), Failure> {
+    let data = images(args, trained, Dataset::open)?;
     let [channels, rows, _] = data.train.shape;
     let little = rows < 16;
     let size = args.config.unwrap_or(if little { Size::Mini } else { Size::Small });
@@ -604,10 +615,12 @@ fn with_model(
 
     let config = VitConfig::read_dir(dir)?;
     let mut args: TrainArgs = run::saved(dir)?;
+    let mut open: fn(&Path, usize) -> _ = Dataset::open;
     if let Some(data) = data {
         (args.data, args.test_subset) = (Some(data.into()), None);
+        open = Dataset::open_to_evaluate;
     }
-    let images = prepare(&args, Some(dir))?.0.test;
+    let images = images(&args, Some(dir), open)?.test;
     if images.shape != config.image {
         let what = format!("images of {:?}, the model is for {:?}", images.shape, config.image);
         return Err(Failure::Other(format!("{}: {what}", data.unwrap_or(dir).display())));

@@ -108,6 +108,23 @@ fn idx_files() {
         gz.file(&format!("{part}-labels-idx1-ubyte.gz"), &gzip(&labels));
     }
     assert_eq!(Dataset::open(gz.path(), 8).unwrap().train, plain.train);
+    // Unpacked beside the archive, as torchvision leaves them: the plain file is read.
+    let raw = TempDir::new();
+    for part in ["train", "t10k"] {
+        for (name, bytes) in [("images-idx3-ubyte", &images), ("labels-idx1-ubyte", &labels)] {
+            raw.file(&format!("{part}-{name}"), bytes);
+            raw.file(&format!("{part}-{name}.gz"), b"not read");
+        }
+    }
+    assert_eq!(Dataset::open(raw.path(), 8).unwrap().train, plain.train);
+    // Of what is packed no more is read than the header promises: the damage behind is not seen.
+    let noise: Vec<u8> =
+        (1..100_000_u32).map(|i| (i.wrapping_mul(0x9e37_79b1) >> 24) as u8).collect();
+    let mut more = gzip(&[images.as_slice(), &noise].concat());
+    more.truncate(more.len() / 2);
+    gz.file("t10k-images-idx3-ubyte.gz", &more);
+    refused(gz.path(), &["t10k-images-idx3-ubyte.gz", "promises 12 values, found more"]);
+    gz.file("t10k-images-idx3-ubyte.gz", &gzip(&images));
     let mut damaged = gzip(&images);
     let half = damaged.len() / 2;
     damaged.truncate(half);
@@ -213,6 +230,12 @@ fn some_of_cifar() {
             && note.contains("goes on with \"data_batch_3.bin\""),
         "{note}"
     );
+    // More batches than CIFAR-10 has are read too, in the order of their numbers.
+    dir.file(&inner("data_batch_10.bin"), &cifar(&[9], 3073));
+    dir.file(&inner("data_batch_6.bin"), &cifar(&[6], 3073));
+    let d = Dataset::open(dir.path(), 8).unwrap();
+    assert_eq!(d.train.labels, [1, 2, 6, 9]);
+    assert!(d.notes[0].contains("\"data_batch_6.bin\", \"data_batch_10.bin\""), "{:?}", d.notes);
     dir.file(&inner("batches.meta.txt"), b"a\nb\n");
     refused(dir.path(), &["batches.meta.txt", "2 names of classes, expected 10"]);
 
@@ -224,7 +247,15 @@ fn some_of_cifar() {
     refused(hundred.path(), &["train.bin is there, test.bin is not"]);
     let packed = TempDir::new();
     packed.file("pictures.zip", b"PK");
-    refused(packed.path(), &["unpack pictures.zip"]);
+    refused(packed.path(), &[&format!("unpack {}", packed.path().join("pictures.zip").display())]);
+    // As the archives are unpacked.
+    for files in [&["data_batch_1", "batches.meta"][..], &["train", "test", "meta"]] {
+        let python = TempDir::new();
+        std::fs::create_dir(python.path().join("cifar-python")).unwrap();
+        files.iter().for_each(|name| drop(python.file(&format!("cifar-python/{name}"), b"\x80")));
+        python.file("cifar-python.tar.gz", b"");
+        refused(python.path(), &["for Python", "binary version"]);
+    }
 }
 
 #[test]
@@ -261,7 +292,8 @@ fn what_systems_leave_behind_is_passed_over() {
         (&["cat", "dog"].map(String::from)[..], 12)
     );
     let [note] = d.notes.as_slice() else { panic!("{:?}", d.notes) };
-    assert!(note.starts_with("7 files") && note.contains("\"Thumbs.db\""), "{note}");
+    let begin = "passed over 7 file(s) or folder(s) that are not data: ";
+    assert!(note.starts_with(begin) && note.contains("\"Thumbs.db\""), "{note}");
 
     dir.file("cat/x.webp", b"RIFF");
     refused(dir.path(), &["x.webp", "convert it to PNG or JPEG"]);
@@ -294,9 +326,19 @@ fn parts_are_used_for_what_they_are() {
     let dir = TempDir::new();
     classes(&dir, "train", &both, 5);
     assert_eq!(Dataset::open(dir.path(), 8).unwrap().test.len(), 2);
-    classes(&dir, "test", &[("bird", 1)], 1);
+    classes(&dir, "test", &[("bird", 1), ("cat", 1)], 1);
     refused(dir.path(), &["bird", "no such class"]);
-    std::fs::remove_dir_all(dir.path().join("test/bird")).unwrap();
+    // A folder alone that is no class has pictures without labels; of a class, with them.
+    std::fs::remove_dir_all(dir.path().join("test/cat")).unwrap();
+    for name in ["bird", "test", "images"] {
+        std::fs::rename(dir.path().join("test/bird"), dir.path().join("test").join(name)).unwrap();
+        let d = Dataset::open(dir.path(), 8).unwrap();
+        assert!(d.test.len() == 2 && d.notes[0].contains("no labels"), "{:?}", d.notes);
+        std::fs::rename(dir.path().join("test").join(name), dir.path().join("test/bird")).unwrap();
+    }
+    std::fs::rename(dir.path().join("test/bird"), dir.path().join("test/cat")).unwrap();
+    assert_eq!(Dataset::open(dir.path(), 8).unwrap().test.labels, [0]);
+    std::fs::remove_dir_all(dir.path().join("test/cat")).unwrap();
     dir.file("test/1.png", &png(8, 1));
     let d = Dataset::open(dir.path(), 8).unwrap();
     assert!(d.test.len() == 2 && d.notes[0].contains("no labels"), "{:?}", d.notes);
@@ -306,6 +348,31 @@ fn parts_are_used_for_what_they_are() {
     classes(&dir, "train", &both, 1);
     classes(&dir, "training", &both, 1);
     refused(dir.path(), &["is for the same"]);
+}
+
+/// A folder for validation or testing that is alone is no data to train on, and all of it is
+/// evaluated, whether it is named or the one around it.
+#[test]
+fn a_part_alone() {
+    for name in ["test", "val"] {
+        let dir = TempDir::new();
+        classes(&dir, name, &[("cat", 10), ("dog", 200)], 5);
+        refused(dir.path(), &[name, "it is for validation or testing"]);
+        let part = dir.path().join(name);
+        for place in [dir.path(), &part] {
+            let d = Dataset::open_to_evaluate(place, 8).unwrap();
+            assert_eq!((d.train.len(), d.test.len(), d.test.shape), (0, 10, [3, 8, 8]));
+            assert!(d.notes[0].contains("all of it is held out"), "{:?}", d.notes);
+        }
+        // Named to train on, it is.
+        assert_eq!(Dataset::open(&part, 8).unwrap().train.len(), 8);
+        // With a folder for training beside it, or of another name, it is as ever.
+        classes(&dir, "train", &[("cat", 10), ("dog", 200)], 5);
+        let both = [Dataset::open, Dataset::open_to_evaluate].map(|f| f(dir.path(), 8).unwrap());
+        assert_eq!((both[0].train.len(), &both[0]), (10, &both[1]));
+        let train = dir.path().join("train");
+        assert_eq!(Dataset::open_to_evaluate(&train, 8).unwrap().test.len(), 2);
+    }
 }
 
 #[test]

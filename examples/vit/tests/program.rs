@@ -306,6 +306,10 @@ fn classes_belong_to_the_model() {
         let told = String::from_utf8_lossy(&o.stderr).into_owned();
         (o.status.code(), told, String::from_utf8(o.stdout).unwrap())
     };
+    // Of a folder of test images alone, all are measured.
+    let (code, told, out) = eval(&data.join("test"));
+    assert!(code == Some(0) && out.contains("30 images"), "{told}{out}");
+    assert!(told.contains("all of it is held out"), "{told}");
     // Fewer classes, whose order is another one without the first.
     folders(&other, &shades[1..]);
     let (code, told, out) = eval(&other);
