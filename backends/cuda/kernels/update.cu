@@ -189,7 +189,7 @@ KERNEL(THREADS, 5) step(Shape s, Report r, Out<i32> x, In<float> cur, In<float> 
 }
 
 // x: X_{k+1} becomes X_{k-1} = σ·2^m·(X_{k+1} − Q(...)) − s.
-KERNEL(THREADS, 5) inverse(Shape s, Out<i32> x, In<float> cur, In<float> h, In<u32> side, Out<u32> sum) {
+KERNEL(THREADS, 4) inverse(Shape s, Out<i32> x, In<float> cur, In<float> h, In<u32> side, Out<u32> sum) {
     u64 total = 0;
     auto load = [&](const Place& p) { return Mixed{x[p.i], cur[p.i], h[p.i], side[p.word]}; };
     each(s, true, load, [&](const Place& p, const Mixed& v) {
