@@ -1,6 +1,7 @@
 """Measured peaks of a training step, each in a process of its own (bench/memory.py)."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are read 
 BENCH = Path(__file__).parent.parent / "bench" / "memory.py"
 
 
+# Freed tensors go back to the system at once: what malloc keeps differs by megabytes from run to run.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
 def measure(way, depth, runs=3):
     """The run with the lowest peak: what else a process has may be in one run and not in the next."""
     return min((measure_once(way, depth) for _ in range(runs)), key=lambda m: m["peak"])
@@ -20,7 +25,8 @@ def measure(way, depth, runs=3):
 def measure_once(way, depth):
     sizes = ["--batch", "8", "--tokens", "128", "--width", "128"]
     command = [sys.executable, str(BENCH), *sizes, "--depths", str(depth), "--way", way]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | MALLOC)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_activation_memory_does_not_grow_with_depth():
