@@ -7,26 +7,12 @@ mod program;
 use core::time::Duration;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
 
 use program::{
-    Dir, Said, bad, checkpoints, content, copy, good, metrics, model, program, resume, spawn,
-    tokens_below, train, tune,
+    Dir, Said, bad, checkpoints, content, copy, good, metrics, model, program, resume, signal,
+    spawn, tokens_below, train, tune, wait_for,
 };
 use serde_json::{Value, json};
-
-fn wait_for(child: &mut std::process::Child, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() && child.try_wait().unwrap().is_none() {
-        assert!(start.elapsed() < Duration::from_secs(60), "the run hangs");
-        std::thread::sleep(Duration::from_micros(100));
-    }
-}
-
-fn signal(child: &std::process::Child, name: &str) {
-    let kill = format!("kill -{name} {}", child.id());
-    assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
-}
 
 fn length(dir: &Path) -> u64 {
     dir.join("metrics.jsonl").metadata().map_or(0, |m| m.len())

@@ -186,7 +186,7 @@ fn ranks_that_do_something_else_are_refused() {
         said.err
     );
     assert!(checkpoints(&out).is_empty());
-    let said = run(&mut train(3, &data, &out, "--steps 5"));
+    let said = run(&mut train(3, &data, &dir.at("uneven"), "--steps 5"));
     assert!(
         said.code == Some(1) && said.err.contains("--batch 8 cannot be split evenly over 3 ranks"),
         "{}",

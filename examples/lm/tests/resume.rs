@@ -8,9 +8,11 @@ use core::time::Duration;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
 
-use program::{Dir, bad, checkpoints, content, copy, good, metrics, resume, run, spawn, train};
+use program::{
+    Dir, bad, checkpoints, content, copy, good, metrics, resume, run, signal, spawn, train,
+    wait_for,
+};
 
 const FLAGS: &str = "--steps 60 --checkpoint-interval 7";
 
@@ -28,15 +30,6 @@ impl Moments {
 fn lines(dir: &Path) -> usize {
     std::fs::read(dir.join("metrics.jsonl"))
         .map_or(0, |b| b.iter().filter(|&&b| b == b'\n').count())
-}
-
-/// Waits for something that the run does, or for its end.
-fn wait_for(child: &mut std::process::Child, mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() && child.try_wait().unwrap().is_none() {
-        assert!(start.elapsed() < Duration::from_secs(60), "the run hangs");
-        std::thread::sleep(Duration::from_micros(100));
-    }
 }
 
 /// Trains with `kills` kills at random moments, each time going on where possible, and then to the
@@ -232,8 +225,7 @@ fn interrupted_by_ctrl_c() {
     good(&mut train(&data, &whole, flags));
     let mut child = spawn(&mut train(&data, &out, flags));
     wait_for(&mut child, || lines(&out) >= 3);
-    let kill = format!("kill -INT {}", child.id());
-    assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+    signal(&child, "INT");
     let said = program::Said::from(child.wait_with_output().unwrap());
     assert_eq!(said.code, Some(3), "{}", said.err);
     let done = checkpointed(&out);
@@ -420,13 +412,9 @@ fn a_full_disk_leaves_the_last_checkpoint() {
     // Somebody else takes what is left while the run is on.
     let mut child = spawn(&mut resume(&out, ""));
     wait_for(&mut child, || checkpointed(&out) > 0);
-    let signal = |name: &str| {
-        let kill = format!("kill -{name} {}", child.id());
-        assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
-    };
-    signal("STOP");
+    signal(&child, "STOP");
     assert!(std::fs::write(disk.join("filler"), vec![1; 16 << 20]).is_err());
-    signal("CONT");
+    signal(&child, "CONT");
     let said = program::Said::from(child.wait_with_output().unwrap());
     assert!(said.code == Some(1) && said.err.contains("No space left"), "{}", said.err);
     assert!(checkpointed(&out) > 0);

@@ -5,7 +5,7 @@
 
 The model is a stack of pre-norm transformer blocks. Measured is VmHWM, the operating system's own peak, above what the
 process holds before the step: the parameters, and what one step before has left. Gradients are freed between the steps,
-as optimizers' `zero_grad` does, and count.
+as optimizers' `zero_grad` does, and count; with `--hold-gradients` they are kept, and what is left is the activations.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def trim():
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def one(way, depth, batch, tokens, width):
+def one(way, depth, batch, tokens, width, held):
     import torch
     from torch import nn
     from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -63,7 +63,10 @@ def one(way, depth, batch, tokens, width):
 
     step()
     for p in model.parameters():
-        p.grad = None
+        if held:
+            p.grad.zero_()
+        else:
+            p.grad = None
     trim()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
     before = status("VmRSS")
@@ -113,11 +116,12 @@ def main():
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--way", choices=WAYS, help="measure in this process: for the program itself")
+    parser.add_argument("--hold-gradients", action="store_true", help="with --way: gradients are there before the step")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--svg", type=Path)
     a = parser.parse_args()
     if a.way:
-        return one(a.way, a.depths[0], a.batch, a.tokens, a.width)
+        return one(a.way, a.depths[0], a.batch, a.tokens, a.width, a.hold_gradients)
     rows = []
     print(f"| blocks | {' | '.join(WAYS)} | of which gradients | side bits |\n|{'---|' * (len(WAYS) + 3)}")
     for depth in a.depths:

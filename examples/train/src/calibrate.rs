@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::{GammaArg, MachineArgs, Mode, ModeArgs};
 use crate::error::Failure;
 use crate::machine::{self, Work};
+use crate::study::mean_std;
 use crate::{report, run};
 
 /// Targets that are measured on, at least.
@@ -51,10 +52,8 @@ pub struct Penalty {
 
 impl Penalty {
     fn new(planes: u32, draws: u64, differences: &[f64]) -> Self {
-        let n = differences.len() as f64;
-        let mean = differences.iter().sum::<f64>() / n;
-        let squares = differences.iter().map(|d| (d - mean) * (d - mean)).sum::<f64>();
-        let error = if n > 1.0 { (squares / (n - 1.0) / n).sqrt() } else { 0.0 };
+        let (mean, deviation) = mean_std(differences);
+        let error = deviation / (differences.len() as f64).sqrt();
         Self { planes, mean, error, draws }
     }
 

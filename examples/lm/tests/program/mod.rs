@@ -2,9 +2,11 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use core::sync::atomic::{AtomicU32, Ordering};
+use core::time::Duration;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Instant;
 
 use serde_json::Value;
 
@@ -192,4 +194,19 @@ pub fn checkpoints(dir: &Path) -> Vec<String> {
     let mut all: Vec<_> = names.filter(|n| n.ends_with(".ckpt")).collect();
     all.sort();
     all
+}
+
+/// Waits for something that the run does, or for its end.
+pub fn wait_for(child: &mut Child, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() && child.try_wait().unwrap().is_none() {
+        assert!(start.elapsed() < Duration::from_secs(60), "the run hangs");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// Sends a signal by its name.
+pub fn signal(child: &Child, name: &str) {
+    let kill = format!("kill -{name} {}", child.id());
+    assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
 }
