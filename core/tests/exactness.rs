@@ -565,6 +565,42 @@ fn every_policy_has_the_gradient_of_its_formula() {
 }
 
 /// Three chunks a block: 15 calls forward, 3 at the turn, then block 4 from call 19 on.
+/// Inference on the grid with the γ of a pass has the bits of that pass, for every policy.
+#[test]
+fn inference_with_the_gamma_of_a_pass() {
+    let mut losses = Vec::new();
+    for policy in policies() {
+        for tail in [Tail::Head, Tail::Output] {
+            let mode = Mode::Bdia { grid: Grid::DEFAULT, gamma: policy, verify: false };
+            let mut layout = Layout::new(8);
+            let config = Config { tail, ..config(2, 8, 5, 2) };
+            let mut stack = Stack::layout(&config, &mode, &mut layout).unwrap();
+            let mut memory = Memory::<f64>::new(layout);
+            let mut be = memory.backend();
+            let (mut mlp, mut ends) = (Mlp::new(5, 4, 3), Ends::new(2, 8, 1.0));
+            let quantized = Some((policy, PASS));
+            let x = stack.infer_quantized(&mut be, &mut mlp, &mut ends, 2, quantized).unwrap();
+            let x = fetch(&be, x).unwrap();
+            stack.embed(&mut be, &mut ends, &PASS).unwrap();
+            stack.forward(&mut be, &mut mlp, &PASS).unwrap();
+            if tail == Tail::Head {
+                stack.turn(&mut be, &mut mlp, &mut HeadOf(&mut ends), &PASS).unwrap();
+                let loss = x.iter().zip(&ends.targets).map(|(x, t)| 0.5 * (x - t) * (x - t)).sum();
+                assert_eq!(f64::to_bits(loss), ends.loss.to_bits(), "{policy:?}");
+                losses.push(ends.loss);
+            } else {
+                let y = stack.output(&mut be).unwrap();
+                assert_eq!(x, fetch(&be, y).unwrap(), "{policy:?}");
+            }
+            assert_eq!(be.take_fault().unwrap(), None);
+        }
+    }
+    // They are different networks.
+    losses.sort_by(f64::total_cmp);
+    losses.dedup();
+    assert_eq!(losses.len(), policies().len());
+}
+
 #[test]
 fn a_block_that_does_not_repeat_itself_is_noticed() {
     for (k, value) in (0..=4).flat_map(|k| [(k, 0.37), (k, f64::NAN), (k, 1e9)]) {

@@ -61,7 +61,8 @@ use core::fmt;
 use bdia_core::backend::Chunk;
 use bdia_core::rng::philox;
 use bdia_core::stack::{self, Blocks, Call, Config, Input, Needs, Pass, Tail};
-use bdia_core::{Fault, Gamma, Grid, Layout, Policy, Reals, Sign, Site, Storage};
+use bdia_core::{Fault, Grid, Layout, Reals, Site, Storage};
+pub use bdia_core::{Gamma, Policy, Sign};
 use bdia_cpu::{Cpu, CpuError};
 use burn::module::{AutodiffModule, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
@@ -80,8 +81,9 @@ pub struct Options {
     /// Fractional bits `l` of the grid that activations live on; values may be up to `2^(30-l)` in
     /// magnitude.
     pub frac_bits: u32,
-    /// Magnitude of γ, one of `2^-1 … 2^-8`. Its sign is drawn per sample and block.
-    pub gamma: f64,
+    /// γ by step: its magnitude, and where its signs come from ([`Sign::Shared`] leaves a pretrained
+    /// network nearest to what it was).
+    pub gamma: Policy,
     /// Samples that a block sees at a time.
     pub chunk: usize,
     /// Key of signs and dropout.
@@ -95,7 +97,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { frac_bits: 14, gamma: 0.5, chunk: 16, seed: 0, step: 0, verify: false }
+        Self { frac_bits: 14, gamma: Policy::PAPER, chunk: 16, seed: 0, step: 0, verify: false }
     }
 }
 
@@ -266,9 +268,9 @@ fn lay_out(
         ends_scratch: 0,
     };
     let grid = Grid::new(options.frac_bits)?;
-    let gamma = Policy::fixed(Gamma::from_value(options.gamma, Sign::Random)?);
     let mut layout = Layout::new(size_of::<f32>());
-    let stack = stack::Reversible::layout(&config, grid, gamma, options.verify, &mut layout)?;
+    let stack =
+        stack::Reversible::layout(&config, grid, options.gamma, options.verify, &mut layout)?;
     Ok((stack, layout.checked()?))
 }
 

@@ -5,8 +5,8 @@ use core::cell::Cell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bdia_burn::model::Model;
-use bdia_burn::{Error, Options, Residual, Reversible};
-use bdia_core::{Fault, Gamma, Sign};
+use bdia_burn::{Error, Options, Policy, Residual, Reversible, Sign};
+use bdia_core::Fault;
 use burn::backend::{Autodiff, NdArray};
 use burn::module::{AutodiffModule, Module, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
@@ -74,31 +74,51 @@ fn reversible(model: &Model<B>, options: Options, n: usize) -> Outcome {
 }
 
 /// `f(x·2^l)·2^-l` with the gradient of the identity.
-fn straight_through(x: Tensor<B, 3>, frac_bits: u32, f: impl Fn(f64) -> f64) -> Tensor<B, 3> {
+fn straight_through(
+    x: Tensor<B, 3>,
+    frac_bits: u32,
+    f: impl Fn(usize, f64) -> f64,
+) -> Tensor<B, 3> {
     let scale = f64::from(1_u32 << frac_bits);
-    let y: Vec<f32> =
-        values(x.clone()).iter().map(|&v| (f(f64::from(v) * scale) / scale) as f32).collect();
+    let f = |(i, v): (usize, &f32)| (f(i, f64::from(*v) * scale) / scale) as f32;
+    let y: Vec<f32> = values(x.clone()).iter().enumerate().map(f).collect();
     let y = Tensor::from_data(TensorData::new(y, x.dims()), &x.device());
     x.clone() + (y - x.detach())
 }
 
-/// The same by burn alone: the formula of the update for m = 1, unrolled into one graph over all
-/// blocks.
+/// `X + s` of the update, a multiple of `2^m`: for `m = 1` the next one, otherwise the nearest. Ties
+/// go down at even places in a sample, which has an even number of values here.
+fn multiple(m: u32, place: usize, x: f64) -> f64 {
+    let unit = f64::from(1_u32 << m);
+    let tie = (x / unit).fract().abs() == 0.5;
+    unit * match (m, tie, place % 2) {
+        (1, ..) | (_, true, 1) => (x / unit).ceil(),
+        (_, true, _) => (x / unit).floor(),
+        (_, false, _) => (x / unit).round(),
+    }
+}
+
+/// Two bits up to step 7, three from step 8 on; one sign per sample.
+fn scheduled() -> Policy {
+    Policy::scheduled(&[(0, 2), (8, 3)], Sign::Shared).unwrap()
+}
+
+/// The same by burn alone: the formula of the update, unrolled into one graph over all blocks.
 fn by_burn(model: &Model<B>, options: &Options, n: usize) -> (Vec<f32>, f32, Vec<Vec<f32>>) {
     let (x, target) = data(n);
-    let gamma = Gamma::from_value(options.gamma, Sign::Random).unwrap();
-    let grid = |x| straight_through(x, options.frac_bits, f64::round_ties_even);
+    let gamma = options.gamma.at(options.step);
+    let grid = |x| straight_through(x, options.frac_bits, |_, x| x.round_ties_even());
     let mut old = grid(model.embed.forward(x));
     let mut cur = old.clone() + grid(model.blocks[0].residual(old.clone()));
     for (k, block) in model.blocks.iter().enumerate().skip(1) {
         let sign = |i: usize| gamma.sigma(options.seed, options.step, i as u32, 0, k as u16) as f32;
         let signs = TensorData::new((0..n).map(sign).collect::<Vec<_>>(), [n, 1, 1]);
-        let gamma = Tensor::<B, 3>::from_data(signs, &cur.device()) * options.gamma;
-        let new = cur.clone() * (1.0 - gamma.clone())
-            + block.residual(cur.clone()) * (1.0 + gamma.clone());
-        // X + s is the next even number.
-        let even = straight_through(old, options.frac_bits, |x| (x / 2.0).ceil() * 2.0);
-        (old, cur) = (cur, even * gamma + grid(new));
+        let signed = Tensor::<B, 3>::from_data(signs, &cur.device()) * gamma.float().magnitude();
+        let new = cur.clone() * (1.0 - signed.clone())
+            + block.residual(cur.clone()) * (1.0 + signed.clone());
+        let shifted =
+            straight_through(old, options.frac_bits, |i, x| multiple(gamma.planes(), i, x));
+        (old, cur) = (cur, shifted * signed + grid(new));
     }
     let loss = model.loss(cur.clone(), target);
     let grads = GradientsParams::from_grads(loss.backward(), model);
@@ -130,6 +150,22 @@ fn gradients_are_those_of_burn() {
         Options { verify: true, chunk: 5, seed: 11, ..Options::default() },
         Options { verify: true, chunk: 2, seed: 4, ..Options::default() },
         Options { verify: true, chunk: 3, seed: 4, step: 8, frac_bits: 9, ..Options::default() },
+        Options {
+            verify: true,
+            chunk: 3,
+            seed: 4,
+            step: 7,
+            gamma: scheduled(),
+            ..Options::default()
+        },
+        Options {
+            verify: true,
+            chunk: 3,
+            seed: 4,
+            step: 8,
+            gamma: scheduled(),
+            ..Options::default()
+        },
     ] {
         let (_, ours, mismatches, gradients) = reversible(&model, options, 5);
         assert_eq!(mismatches, 0);
@@ -248,6 +284,6 @@ fn mistakes_are_named() {
     assert_ne!(again, first, "another step has other signs");
 
     assert!(matches!(fresh.forward::<B, Small<B>, 2>(&[], rows(4)), Err(Error::Setting(_))));
-    let third = Options { gamma: 0.3, ..Options::default() };
-    assert!(matches!(Reversible::new(third).forward(&blocks, rows(4)), Err(Error::Setting(_))));
+    let fine = Options { frac_bits: 31, ..Options::default() };
+    assert!(matches!(Reversible::new(fine).forward(&blocks, rows(4)), Err(Error::Setting(_))));
 }

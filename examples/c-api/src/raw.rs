@@ -134,21 +134,22 @@ pub unsafe extern "C" fn bdia_side_words(
     })
 }
 
-/// The signs that a stack draws for the samples global ... global + samples - 1: sigma[i] = 1 or
-/// -1.
+/// The signs that a stack with this bdia_config.sign has for the samples global ... global +
+/// samples - 1: sigma[i] = 1 or -1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_signs(
     seed: u64,
     step: u32,
     global: u32,
     block: u16,
+    sign: i32,
     sigma: *mut i8,
     samples: usize,
 ) -> Status {
     border(|| {
         // SAFETY: promised by the caller.
         let sigma = unsafe { output("sigma", sigma, samples) }?;
-        let (gamma, site) = (Gamma::new(1, Sign::Random)?, Site::Block(block.into()));
+        let (gamma, site) = (Gamma::new(1, crate::stack::sign(sign)?)?, Site::Block(block.into()));
         let chunk = Chunk { seed, step, stack: 0, site, first: 0, samples, global, frame: 0 };
         for (i, s) in sigma.iter_mut().enumerate() {
             *s = chunk.sigma(gamma, i) as i8;

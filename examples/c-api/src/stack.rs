@@ -36,13 +36,28 @@ pub struct Config {
     pub threads: usize,
     /// Magnitude of gamma: 0.5 (one bit is kept per value and block), 0.25 (two), ... 2^-8 (eight).
     pub gamma: f64,
+    /// Other magnitudes from later steps on, in their order. Memory is that of the smallest gamma.
+    pub gamma_changes: [GammaChange; 7],
+    /// Number of gamma_changes that count, 0 to 7.
+    pub gamma_change_count: usize,
     /// Fractional bits l of the grid 2^-l, 0 to 24. Values may be up to 2^(30-l).
     pub frac_bits: u32,
-    /// Sign of gamma: 0 drawn per sample and block, 1 always plus, -1 always minus.
+    /// Sign of gamma: 0 drawn per sample and block; 2 drawn per sample, the same for all blocks
+    /// (which leaves a pretrained network nearest to what it was); 1 always plus, -1 always minus.
     pub sign: i32,
     /// 1: keep all activations besides and count values that are rebuilt wrongly
     /// (bdia_stack_mismatches). 0: do not.
     pub verify: i32,
+}
+
+/// Another magnitude of gamma.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct GammaChange {
+    /// The first step, of those given to bdia_stack_forward, that has it; 1 or more.
+    pub step: u32,
+    /// As bdia_config.gamma.
+    pub gamma: f64,
 }
 
 /// One call of a block: samples first ... first + samples - 1 of the batch.
@@ -213,17 +228,31 @@ impl Handle {
     }
 }
 
+/// What a number of a sign means.
+pub(crate) fn sign(number: i32) -> Result<Sign, Failure> {
+    match number {
+        0 => Ok(Sign::Random),
+        2 => Ok(Sign::Shared),
+        1 => Ok(Sign::Plus),
+        -1 => Ok(Sign::Minus),
+        other => {
+            let possible = "0 (drawn), 2 (drawn, the same for all blocks), 1 or -1";
+            Err(Error::setting("sign", other.into(), possible).into())
+        }
+    }
+}
+
 /// The layout of a configuration.
 fn lay_out(c: &Config) -> Result<(Reversible, Layout), Failure> {
-    let sign = match c.sign {
-        0 => Sign::Random,
-        1 => Sign::Plus,
-        -1 => Sign::Minus,
-        other => {
-            return Err(Error::setting("sign", other.into(), "0 (drawn), 1 or -1").into());
-        }
-    };
-    let (grid, gamma) = (Grid::new(c.frac_bits)?, Gamma::from_value(c.gamma, sign)?);
+    let (grid, sign) = (Grid::new(c.frac_bits)?, sign(c.sign)?);
+    let changes = c.gamma_changes.get(..c.gamma_change_count).ok_or_else(|| {
+        Error::setting("gamma_change_count", c.gamma_change_count as f64, "0 to 7")
+    })?;
+    let mut stages = vec![(0, Gamma::from_value(c.gamma, sign)?.planes())];
+    for change in changes {
+        stages.push((change.step, Gamma::from_value(change.gamma, sign)?.planes()));
+    }
+    let gamma = Policy::scheduled(&stages, sign)?;
     let mut layout = Layout::new(size_of::<f32>());
     let config = CoreConfig {
         id: 0,
@@ -235,7 +264,6 @@ fn lay_out(c: &Config) -> Result<(Reversible, Layout), Failure> {
         needs: Needs { frame: c.frame, scratch: c.scratch, fixed: 0 },
         ends_scratch: 0,
     };
-    let gamma = Policy::fixed(gamma);
     let stack = Reversible::layout(&config, grid, gamma, c.verify != 0, &mut layout)?;
     Ok((stack, layout.checked()?))
 }
@@ -433,7 +461,7 @@ impl Inner {
     }
 }
 
-/// Fills in: 14 fractional bits, gamma 0.5 with drawn signs, whole batches as chunks, threads as
+/// Fills in: 14 fractional bits, gamma 0.5 in all steps with drawn signs, whole batches as chunks, threads as
 /// cores; sizes 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_config_default(config: *mut Config) -> Status {
@@ -450,6 +478,8 @@ pub unsafe extern "C" fn bdia_config_default(config: *mut Config) -> Status {
             scratch: 0,
             threads: 0,
             gamma: 0.5,
+            gamma_changes: [GammaChange { step: 0, gamma: 0.0 }; 7],
+            gamma_change_count: 0,
             frac_bits: 14,
             sign: 0,
             verify: 0,

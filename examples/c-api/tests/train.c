@@ -136,15 +136,15 @@ static double loss(const float *x, const float *target, float *g) {
 }
 
 /* The same pass and its gradient in double, everything stored, no grid: parameter gradients, and G_0. */
-static void independent(const Net *net, const float *x0, const float *target, const signed char sigma[K][BATCH],
-                        double (*grad)[PARAMS], double *g0) {
+static void independent(const Net *net, const float *x0, const float *target, double magnitude,
+                        const signed char sigma[K][BATCH], double (*grad)[PARAMS], double *g0) {
   static double x[K + 1][ALL], t[K][BATCH * ROWS * N], g[K + 1][ALL];
   memset(g, 0, sizeof g);
   memset(grad, 0, sizeof(double) * K * PARAMS);
   for (int i = 0; i < ALL; i++) x[0][i] = x0[i];
   for (int k = 0; k < K; k++)
     for (int r = 0; r < BATCH * ROWS; r++) {
-      double gamma = k ? 0.5 * sigma[k][r / ROWS] : 0, *tr = t[k] + r * N, *xr = x[k] + r * D;
+      double gamma = k ? magnitude * sigma[k][r / ROWS] : 0, *tr = t[k] + r * N, *xr = x[k] + r * D;
       for (int j = 0; j < N; j++) {
         double a = net->w[k][D * N + j];
         for (int i = 0; i < D; i++) a += xr[i] * net->w[k][i * N + j];
@@ -159,7 +159,7 @@ static void independent(const Net *net, const float *x0, const float *target, co
   for (int i = 0; i < ALL; i++) g[K][i] = (x[K][i] - target[i]) / ALL;
   for (int k = K - 1; k >= 0; k--)
     for (int r = 0; r < BATCH * ROWS; r++) {
-      double gamma = k ? 0.5 * sigma[k][r / ROWS] : 0;
+      double gamma = k ? magnitude * sigma[k][r / ROWS] : 0;
       for (int i = 0; i < D; i++) {
         g[k][r * D + i] += (1 - gamma) * g[k + 1][r * D + i];
         if (k) g[k - 1][r * D + i] += gamma * g[k + 1][r * D + i];
@@ -224,25 +224,54 @@ static void training(Net *net, bdia_stack *stack, const float *x, const float *t
   check(net->done[0] == 300 && net->done[K - 1] == 300, "every block was done once a step");
 }
 
-static void gradients(Net *net, const bdia_blocks *blocks, const float *x, const float *target) {
+/* At a step of a configuration, with the gamma that it has there. */
+static void gradients_of(bdia_config c, uint32_t step, double magnitude, Net *net, const bdia_blocks *blocks,
+                         const float *x, const float *target) {
   static float y[ALL], g[ALL], g0[ALL];
   static double grad[K][PARAMS], there[ALL], here[ALL];
   static signed char sigma[K][BATCH];
-  bdia_config c = config();
   bdia_stack *stack;
+  uint64_t count = 1;
   c.frac_bits = 20; /* a finer grid, to be nearer to a network without one */
   start(net);
   expect(bdia_stack_new(&c, blocks, &stack), BDIA_STATUS_OK, "a stack on a finer grid");
-  expect(bdia_stack_forward(stack, 5, 2, 100, x, y), BDIA_STATUS_OK, "forward");
+  expect(bdia_stack_forward(stack, 5, step, 100, x, y), BDIA_STATUS_OK, "forward");
   loss(y, target, g);
   expect(bdia_stack_backward(stack, g, g0), BDIA_STATUS_OK, "backward");
-  for (int k = 0; k < K; k++) expect(bdia_signs(5, 2, 100, (uint16_t)k, (int8_t *)sigma[k], BATCH), BDIA_STATUS_OK, "signs");
-  independent(net, x, target, (const signed char(*)[BATCH])sigma, grad, there);
+  expect(bdia_stack_mismatches(stack, &count), BDIA_STATUS_OK, "mismatches");
+  check(count == 0, "0 differences");
+  int all = 1, plus = 0;
+  for (int k = 0; k < K; k++) {
+    expect(bdia_signs(5, step, 100, (uint16_t)k, c.sign, (int8_t *)sigma[k], BATCH), BDIA_STATUS_OK, "signs");
+    for (int i = 0; i < BATCH; i++) all &= sigma[k][i] == sigma[0][i], plus += sigma[k][i] == 1;
+  }
+  check(all == (c.sign != 0) && (plus == 0) == (c.sign == -1) && (plus == K * BATCH) == (c.sign == 1), "of that kind");
+  independent(net, x, target, magnitude, (const signed char(*)[BATCH])sigma, grad, there);
   for (int i = 0; i < ALL; i++) here[i] = g0[i];
   double params = distance(&net->all[0][0], &grad[0][0], K * PARAMS), input = distance(here, there, ALL);
   printf("      relative distance of gradients from double: parameters %.1e, input %.1e\n", params, input);
   check(params < 1e-4 && input < 1e-4, "gradients are those of plain backpropagation in double");
   expect(bdia_stack_free(stack), BDIA_STATUS_OK, "free");
+}
+
+static void gradients(Net *net, const bdia_blocks *blocks, const float *x, const float *target) {
+  bdia_config c = config();
+  bdia_memory few, many;
+  gradients_of(c, 2, 0.5, net, blocks, x, target);
+  expect(bdia_plan(&c, &few), BDIA_STATUS_OK, "the plan with one bit");
+  /* Four bits from step 2 on, two before. */
+  c.gamma = 0.25;
+  c.gamma_changes[0].step = 2;
+  c.gamma_changes[0].gamma = 0.0625;
+  c.gamma_change_count = 1;
+  expect(bdia_plan(&c, &many), BDIA_STATUS_OK, "the plan with four");
+  size_t sums = few.side_bits - (size_t)4 * (K - 1) * BATCH * ((P + 31) / 32);
+  check(many.side_bits - sums == 4 * (few.side_bits - sums), "has room for the most bits that a step keeps");
+  for (int sign = -1; sign <= 2; sign++) {
+    c.sign = sign;
+    gradients_of(c, 1, 0.25, net, blocks, x, target);
+    gradients_of(c, 2, 0.0625, net, blocks, x, target);
+  }
 }
 
 /* The stack's bits against a loop of our own over the raw functions. */
@@ -271,7 +300,7 @@ static void raw(Net *net, bdia_stack *stack, const float *x0) {
   for (int k = 0; k < K; k++) {
     call.block = (size_t)k;
     int bad = bdia_dequantize(14, x[k % 2], cur, ALL) || residual(net, &call, cur, h);
-    bad |= (int)bdia_signs(1, 9, 0, (uint16_t)k, sigma, BATCH);
+    bad |= (int)bdia_signs(1, 9, 0, (uint16_t)k, 0, sigma, BATCH);
     if (k == 0)
       bad |= (int)bdia_add_quantized(14, x[1], h, ALL);
     else
@@ -291,7 +320,7 @@ static void raw(Net *net, bdia_stack *stack, const float *x0) {
   for (int k = K - 1; k > 0; k--) {
     call.block = (size_t)k;
     int bad = bdia_dequantize(14, x[k % 2], cur, ALL) || residual(net, &call, cur, h) ||
-              bdia_signs(1, 9, 0, (uint16_t)k, sigma, BATCH);
+              bdia_signs(1, 9, 0, (uint16_t)k, 0, sigma, BATCH);
     bad |= (int)bdia_inverse(14, 0.5, BATCH, P, sigma, x[(k + 1) % 2], cur, h, ours + (size_t)(k - 1) * per_block);
     if (bad) check(0, "a raw inverse");
   }
@@ -441,7 +470,14 @@ static void refusals(const bdia_blocks *blocks, bdia_stack *stack, const float *
   REFUSE(frac_bits, 25, BDIA_STATUS_SETTING);
   REFUSE(gamma, 0.4, BDIA_STATUS_SETTING);
   REFUSE(gamma, NAN, BDIA_STATUS_SETTING);
-  REFUSE(sign, 2, BDIA_STATUS_SETTING);
+  REFUSE(sign, 3, BDIA_STATUS_SETTING);
+  REFUSE(gamma_change_count, 8, BDIA_STATUS_SETTING);
+  c.gamma_change_count = 2;
+  c.gamma_changes[0].step = 5;
+  c.gamma_changes[0].gamma = c.gamma_changes[1].gamma = 0.25;
+  REFUSE(gamma_changes[1].step, 5, BDIA_STATUS_SETTING);
+  REFUSE(gamma_changes[1].gamma, 0.3, BDIA_STATUS_SETTING);
+  c = config();
   REFUSE(batch, (size_t)1 << 50, BDIA_STATUS_MEMORY);
   REFUSE(threads, 1025, BDIA_STATUS_SETTING);
   REFUSE(threads, (size_t)1 << 40, BDIA_STATUS_SETTING);

@@ -3,8 +3,8 @@
 
 use bdia_candle::model::{Block, Config, Ends, TOKENS, initialize, norm};
 use bdia_candle::run::{Run, train};
-use bdia_candle::{Dropout, Error, Options, Reversible, WithSkip};
-use bdia_core::{Fault, Gamma, Sign};
+use bdia_candle::{Dropout, Error, Options, Policy, Reversible, Sign, WithSkip};
+use bdia_core::Fault;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, ModuleT, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap, loss::cross_entropy};
@@ -68,32 +68,50 @@ fn reversible(c: &Config, options: Options, n: usize) -> (f32, u64, Named) {
 }
 
 /// `f(x·2^l)·2^-l` with the gradient of the identity.
-fn straight_through(x: &Tensor, frac_bits: u32, f: impl Fn(f64) -> f64) -> Tensor {
+fn straight_through(x: &Tensor, frac_bits: u32, f: impl Fn(usize, f64) -> f64) -> Tensor {
     let scale = f64::from(1_u32 << frac_bits);
-    let y: Vec<f32> = values(x).iter().map(|&v| (f(f64::from(v) * scale) / scale) as f32).collect();
+    let f = |(i, v): (usize, &f32)| (f(i, f64::from(*v) * scale) / scale) as f32;
+    let y: Vec<f32> = values(x).iter().enumerate().map(f).collect();
     let y = Tensor::from_vec(y, x.shape(), x.device()).unwrap();
     (x + (y - x.detach()).unwrap()).unwrap()
 }
 
-/// The same by candle alone: the formula of the update for m = 1, written out over its graph.
+/// `X + s` of the update, a multiple of `2^m`: for `m = 1` the next one, otherwise the nearest. Ties
+/// go down at even places in a sample, which has an even number of values here.
+fn multiple(m: u32, place: usize, x: f64) -> f64 {
+    let unit = f64::from(1_u32 << m);
+    let tie = (x / unit).fract().abs() == 0.5;
+    unit * match (m, tie, place % 2) {
+        (1, ..) | (_, true, 1) => (x / unit).ceil(),
+        (_, true, _) => (x / unit).floor(),
+        (_, false, _) => (x / unit).round(),
+    }
+}
+
+/// Two bits up to step 7, three from step 8 on; one sign per sample.
+fn scheduled() -> Policy {
+    Policy::scheduled(&[(0, 2), (8, 3)], Sign::Shared).unwrap()
+}
+
+/// The same by candle alone: the formula of the update, written out over its graph.
 fn by_candle(c: &Config, options: &Options, n: usize) -> (f32, Named) {
     let (vars, ends, blocks) = model(c);
     let (images, classes) = images(n);
-    let gamma = Gamma::from_value(options.gamma, Sign::Random).unwrap();
-    let grid = |x: &Tensor| straight_through(x, options.frac_bits, f64::round_ties_even);
+    let gamma = options.gamma.at(options.step);
+    let grid = |x: &Tensor| straight_through(x, options.frac_bits, |_, x| x.round_ties_even());
     let mut old = grid(&ends.embed(&images).unwrap());
     let mut cur = (&old + grid(&blocks[0].forward_t(&old, true).unwrap())).unwrap();
     for (k, block) in blocks.iter().enumerate().skip(1) {
         let sign = |i: usize| gamma.sigma(options.seed, options.step, i as u32, 0, k as u16) as f32;
         let signs = Tensor::from_vec((0..n).map(sign).collect::<Vec<_>>(), (n, 1, 1), &Device::Cpu)
             .unwrap();
-        let gamma = (signs * options.gamma).unwrap();
-        let (minus, plus) = ((1.0 - &gamma).unwrap(), (1.0 + &gamma).unwrap());
+        let signed = (signs * gamma.float().magnitude()).unwrap();
+        let (minus, plus) = ((1.0 - &signed).unwrap(), (1.0 + &signed).unwrap());
         let h = block.forward_t(&cur, true).unwrap();
         let new = (cur.broadcast_mul(&minus).unwrap() + h.broadcast_mul(&plus).unwrap()).unwrap();
-        // X + s is the next even number.
-        let even = straight_through(&old, options.frac_bits, |x| (x / 2.0).ceil() * 2.0);
-        let next = (even.broadcast_mul(&gamma).unwrap() + grid(&new)).unwrap();
+        let shifted =
+            straight_through(&old, options.frac_bits, |i, x| multiple(gamma.planes(), i, x));
+        let next = (shifted.broadcast_mul(&signed).unwrap() + grid(&new)).unwrap();
         (old, cur) = (cur, next);
     }
     let loss = cross_entropy(&ends.logits(&cur).unwrap(), &classes).unwrap();
@@ -108,6 +126,22 @@ fn gradients_are_those_of_candle() {
     for options in [
         Options { verify: true, chunk: 2, seed: 11, ..Options::default() },
         Options { verify: true, chunk: 3, seed: 4, step: 8, frac_bits: 9, ..Options::default() },
+        Options {
+            verify: true,
+            chunk: 3,
+            seed: 4,
+            step: 7,
+            gamma: scheduled(),
+            ..Options::default()
+        },
+        Options {
+            verify: true,
+            chunk: 3,
+            seed: 4,
+            step: 8,
+            gamma: scheduled(),
+            ..Options::default()
+        },
     ] {
         let (ours, mismatches, gradients) = reversible(&MODEL, options, 5);
         assert_eq!(mismatches, 0);
@@ -268,8 +302,8 @@ fn mistakes_are_named() {
         Reversible::<Closure>::new(Vec::new(), Options::default()),
         Err(Error::Setting(_))
     ));
-    let third = Options { gamma: 0.3, ..Options::default() };
-    assert!(matches!(Reversible::new(vec![|x: &Tensor| x * 0.1], third), Err(Error::Setting(_))));
+    let fine = Options { frac_bits: 31, ..Options::default() };
+    assert!(matches!(Reversible::new(vec![|x: &Tensor| x * 0.1], fine), Err(Error::Setting(_))));
 }
 
 /// On the digits, with dropout, every rebuilt value verified.

@@ -26,7 +26,7 @@ class ReversibleSequence(nn.Sequential):
     .. math:: x_1 = x_0 + Q(h_0(x_0)), \qquad
               x_{k+1} = \gamma (x_{k-1} + s_{k-1}) + Q((1-\gamma) x_k + (1+\gamma) h_k(x_k))
 
-    with :math:`\gamma = \pm 2^{-m}`, the sign drawn per sample and block. Signs and dropout masks follow from *one*
+    with :math:`\gamma = \pm 2^{-m}`. Signs and dropout masks follow from *one*
     number that every training call draws from torch's default generator, so ``torch.manual_seed`` and a saved
     generator state repeat them. Inside blocks that generator is seeded by block and chunk, which is how dropout repeats
     in the recomputation; blocks that draw from elsewhere do not repeat themselves and give a ``ChecksumError``.
@@ -35,8 +35,11 @@ class ReversibleSequence(nn.Sequential):
         blocks: modules, or any callables on a tensor ``[samples, ...]`` that return one of the same shape (or a tuple
             that begins with it). Callables without parameters of their own are wrapped.
         returns: ``"sum"``, a block returns ``x + h(x)``, as in an ``nn.Sequential``; ``"residual"``, it returns ``h(x)``.
-        gamma: ``0.5`` (one bit is kept per value and block), ``0.25`` (two), ... ``2 ** -8``.
-        sign: ``"random"``, or always ``"plus"`` or ``"minus"``.
+        gamma: ``0.5`` (one bit is kept per value and block), ``0.25`` (two), ... ``2 ** -8``. A pretrained network that
+            has never seen a gamma needs a small one, often 1/16. As with a learning rate, a schedule sets the attribute
+            between the steps.
+        sign: ``"random"``, drawn per sample and block; ``"shared"``, per sample, the same for all blocks, which leaves a
+            pretrained network nearest to what it was; or always ``"plus"`` or ``"minus"``.
         frac_bits: ``l``, 0 to 24; values may be up to ``2 ** (30 - l)``.
         chunk: samples that go through a block together; None: all of them. A block's intermediates, also those that
             autograd keeps for its backward pass, exist for one chunk at a time.
@@ -77,7 +80,8 @@ class ReversibleSequence(nn.Sequential):
         self._pass(1, 1, max(len(self), 1), torch.float32)  # complains about the settings here and not in training
 
     def extra_repr(self):
-        return f"returns={self.returns!r}, gamma={self.gamma}, frac_bits={self.frac_bits}, chunk={self.chunk}"
+        settings = f"gamma={self.gamma}, sign={self.sign!r}, frac_bits={self.frac_bits}, chunk={self.chunk}"
+        return f"returns={self.returns!r}, {settings}"
 
     def forward(self, x, *args, **kwargs):
         if not self.training or len(self) == 0:

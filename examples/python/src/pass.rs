@@ -61,12 +61,13 @@ fn broken(py: Python<'_>, fault: Fault) -> PyErr {
 pub(crate) fn sign(py: Python<'_>, sign: &str) -> PyResult<Sign> {
     match sign {
         "random" => Ok(Sign::Random),
+        "shared" => Ok(Sign::Shared),
         "plus" => Ok(Sign::Plus),
         "minus" => Ok(Sign::Minus),
         other => Err(raise(
             py,
             "SettingError",
-            (format!("sign is {other:?}; possible: \"random\", \"plus\", \"minus\""),),
+            (format!("sign is {other:?}; possible: \"random\", \"shared\", \"plus\", \"minus\""),),
         )),
     }
 }

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def plain(residuals, x, sigma, gamma, l, seed=None):
     The side information makes (X + s)/2^m whole: X rounded to a multiple of 2^m, which for m = 1 means up.
     """
     unit = 2.0**-l
-    m = {0.5: 1, 0.25: 2}[gamma]
+    m = round(-math.log2(gamma))
     q = Quantize.apply
     shape = (-1,) + (1,) * (x.dim() - 1)
 
@@ -87,15 +88,15 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("returns", ["sum", "residual"])
-@pytest.mark.parametrize("gamma", [0.5, 0.25])
+@pytest.mark.parametrize("gamma, sign", [(0.5, "random"), (0.25, "random"), (0.0625, "shared"), (0.5, "minus")])
 @pytest.mark.parametrize("depth", [1, 2, 3, 7])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_are_those_of_plain_autograd_in_double(returns, gamma, depth, dropout):
+def test_gradients_are_those_of_plain_autograd_in_double(returns, gamma, sign, depth, dropout):
     layers = blocks(depth, dropout=dropout, dtype=torch.float64)
     x = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
     target = torch.randn(4, 5, 6, dtype=torch.float64)
     modules = layers if returns == "sum" else [HOnly(b) for b in layers]
-    sequence = bdia.ReversibleSequence(modules, returns=returns, gamma=gamma, verify=True).train()
+    sequence = bdia.ReversibleSequence(modules, returns=returns, gamma=gamma, sign=sign, verify=True).train()
 
     torch.manual_seed(9)
     y = sequence(x)
@@ -106,11 +107,33 @@ def test_gradients_are_those_of_plain_autograd_in_double(returns, gamma, depth, 
     x.grad = None
     layers.zero_grad()
     seed = drawn_seed(9)
-    z = plain([b.h for b in layers], x, bdia.signs(seed, 4, depth), gamma, 14, seed)
+    sigma = bdia.signs(seed, 4, depth, sign)
+    assert sign == "random" or (sigma == sigma[0]).all()
+    z = plain([b.h for b in layers], x, sigma, gamma, 14, seed)
     (z - target).pow(2).sum().backward()
     assert torch.equal(y, z) or relative(y, z) < 1e-12
     for a, b in zip(mine, [x.grad, *(p.grad for p in layers.parameters())], strict=True):
         assert relative(a, b) < 1e-11
+
+
+def test_gamma_changes_between_steps():
+    layers = blocks(4)
+    sequence = bdia.ReversibleSequence(layers, gamma=0.0625, sign="shared", verify=True).train()
+    assert "gamma=0.0625, sign='shared'" in repr(sequence)
+    x = torch.randn(4, 5, 6)
+    bits = sequence.plan(x.shape)["side_bits"]
+    torch.manual_seed(9)
+    y = sequence(x)
+    sequence.gamma = 0.25  # a pass that is on keeps its own
+    y.sum().backward()
+    assert sequence.mismatches == 0
+    assert sequence.plan(x.shape)["side_bits"] < bits
+    mine = [p.grad.clone() for p in layers.parameters()]
+    layers.zero_grad()
+    torch.manual_seed(9)
+    sequence(x).sum().backward()
+    assert sequence.mismatches == 0
+    assert not all(torch.equal(a, p.grad) for a, p in zip(mine, layers.parameters(), strict=True))
 
 
 class HOnly(nn.Module):
