@@ -9,7 +9,7 @@
 use core::ops::Range;
 
 use crate::arena::{Ints, Layout, LayoutId, Reals, Words, product};
-use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Mask, Product};
+use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Mask, Product, RmsNorm, Rotary};
 use crate::error::{Error, Result};
 use crate::optim::Update;
 use crate::update::Gamma;
@@ -363,9 +363,9 @@ impl Arenas {
         dropout_rate(a.dropout)?;
         self.key_lens(a, chunk)?;
         let inputs = [
-            self.columns("attention: q", &all, q, all.queries)?,
-            self.columns("attention: k", &all, k, all.keys)?,
-            self.columns("attention: v", &all, v, all.keys)?,
+            self.columns("attention: q", all.width, q, all.queries)?,
+            self.columns("attention: k", all.kv_width, k, all.keys)?,
+            self.columns("attention: v", all.kv_width, v, all.keys)?,
             self.temperature(a.temperature)?,
         ];
         let outputs = [
@@ -401,18 +401,18 @@ impl Arenas {
         dropout_rate(a.dropout)?;
         self.key_lens(a, chunk)?;
         let inputs = [
-            self.columns("attention_vjp: q", &all, q, all.queries)?,
-            self.columns("attention_vjp: k", &all, k, all.keys)?,
-            self.columns("attention_vjp: v", &all, v, all.keys)?,
+            self.columns("attention_vjp: q", all.width, q, all.queries)?,
+            self.columns("attention_vjp: k", all.kv_width, k, all.keys)?,
+            self.columns("attention_vjp: v", all.kv_width, v, all.keys)?,
             self.reals("attention_vjp: out", out)?,
             self.reals("attention_vjp: lse", lse)?,
             self.reals("attention_vjp: dout", dout)?,
             self.temperature(a.temperature)?,
         ];
         let [dq_at, dk_at, dv_at] = [
-            self.columns("attention_vjp: dq", &all, dq, all.queries)?,
-            self.columns("attention_vjp: dk", &all, dk, all.keys)?,
-            self.columns("attention_vjp: dv", &all, dv, all.keys)?,
+            self.columns("attention_vjp: dq", all.width, dq, all.queries)?,
+            self.columns("attention_vjp: dk", all.kv_width, dk, all.keys)?,
+            self.columns("attention_vjp: dv", all.kv_width, dv, all.keys)?,
         ];
         let (scratch, slope) =
             (self.reals("attention_vjp: scratch", scratch)?, self.temperature(a.temperature_grad)?);
@@ -425,25 +425,126 @@ impl Arenas {
             )?;
         }
         disjoint("attention_vjp: scratch", &inputs, &[scratch, slope])?;
-        for (x, x_at, y, y_at) in
-            [(dq, &dq_at, dk, &dk_at), (dq, &dq_at, dv, &dv_at), (dk, &dk_at, dv, &dv_at)]
-        {
-            // Columns of one matrix must not meet; other matrices must not overlap.
-            let apart = x.of == y.of && x.stride == y.stride && x.at.abs_diff(y.at) >= all.width;
-            if all.width > 0 && overlap(x_at, y_at) && !apart {
-                return Err(Error::Handle("attention_vjp: dq, dk, dv"));
+        let outputs =
+            [(dq, &dq_at, all.width), (dk, &dk_at, all.kv_width), (dv, &dv_at, all.kv_width)];
+        for (n, (x, x_at, x_width)) in outputs.iter().enumerate() {
+            for (y, y_at, y_width) in &outputs[n + 1..] {
+                // Columns of one matrix must not meet; other matrices must not overlap.
+                let behind = x.at + x_width <= y.at || y.at + y_width <= x.at;
+                let apart = x.of == y.of && x.stride == y.stride && behind;
+                if all.width > 0 && overlap(x_at, y_at) && !apart {
+                    return Err(Error::Handle("attention_vjp: dq, dk, dv"));
+                }
             }
         }
         Ok(())
     }
 
-    /// The padding lengths: none, or one for each sample.
+    /// The padding lengths: none, or one for each sample; the first keys: none, or one for each
+    /// query.
     fn key_lens(&self, a: &Attention, chunk: &Chunk) -> Result<()> {
         if !a.key_lens.is_empty() {
             same("attention: key_lens", chunk.samples, a.key_lens.len())?;
         }
+        if !a.starts.is_empty() {
+            let queries = product("attention: starts", &[chunk.samples, a.queries])?;
+            same("attention: starts", queries, a.starts.len())?;
+        }
         self.ints("attention: key_lens", a.key_lens)?;
+        self.ints("attention: starts", a.starts)?;
         Ok(())
+    }
+
+    /// [`NnOps::rms_norm`](crate::NnOps::rms_norm): the number of rows.
+    pub fn rms_norm(
+        &self,
+        norm: &RmsNorm,
+        weight: Reals,
+        x: Columns,
+        y: Columns,
+        stats: Reals,
+    ) -> Result<usize> {
+        let rows = self.rms_rows("rms_norm: stats", norm, weight, stats)?;
+        let width = product("rms_norm: width", &[norm.groups, norm.width])?;
+        let inputs =
+            [self.reals("rms_norm: weight", weight)?, self.columns("rms_norm: x", width, x, rows)?];
+        let outputs =
+            [self.columns("rms_norm: y", width, y, rows)?, self.reals("rms_norm: stats", stats)?];
+        disjoint("rms_norm", &inputs, &outputs)?;
+        Ok(rows)
+    }
+
+    /// [`NnOps::rms_norm_vjp`](crate::NnOps::rms_norm_vjp): the number of rows.
+    pub fn rms_norm_vjp(
+        &self,
+        norm: &RmsNorm,
+        weight: Reals,
+        [x, dy, dx]: [Columns; 3],
+        stats: Reals,
+        dweight: Reals,
+    ) -> Result<usize> {
+        let rows = self.rms_rows("rms_norm_vjp: stats", norm, weight, stats)?;
+        let width = product("rms_norm_vjp: width", &[norm.groups, norm.width])?;
+        if !dweight.is_empty() {
+            same("rms_norm_vjp: dweight", norm.width, dweight.len())?;
+        }
+        let inputs = [
+            self.reals("rms_norm_vjp: weight", weight)?,
+            self.reals("rms_norm_vjp: stats", stats)?,
+            self.columns("rms_norm_vjp: x", width, x, rows)?,
+            self.columns("rms_norm_vjp: dy", width, dy, rows)?,
+        ];
+        let outputs = [
+            self.columns("rms_norm_vjp: dx", width, dx, rows)?,
+            self.reals("rms_norm_vjp: dweight", dweight)?,
+        ];
+        disjoint("rms_norm_vjp", &inputs, &outputs)?;
+        Ok(rows)
+    }
+
+    fn rms_rows(
+        &self,
+        what: &'static str,
+        norm: &RmsNorm,
+        weight: Reals,
+        stats: Reals,
+    ) -> Result<usize> {
+        same("rms_norm: weight", norm.width, weight.len())?;
+        rows_of(what, stats.len(), norm.groups)
+    }
+
+    /// [`NnOps::rotate`](crate::NnOps::rotate): the number of positions in the table.
+    pub fn rotate(
+        &self,
+        chunk: &Chunk,
+        rotary: &Rotary,
+        table: Reals,
+        positions: Ints,
+        x: Columns,
+    ) -> Result<usize> {
+        if !rotary.head_dim.is_multiple_of(2) {
+            let found = rotary.head_dim as f64;
+            return Err(Error::setting("width of a rotated head", found, "an even number"));
+        }
+        let known = rows_of("rotate: table", table.len(), rotary.head_dim)?;
+        let rows = product("rotate: rows", &[chunk.samples, rotary.tokens])?;
+        if !positions.is_empty() {
+            same("rotate: positions", rows, positions.len())?;
+        }
+        let width = product("rotate: width", &[rotary.heads, rotary.head_dim])?;
+        self.ints("rotate: positions", positions)?;
+        let (table, x) =
+            (self.reals("rotate: table", table)?, self.columns("rotate: x", width, x, rows)?);
+        disjoint("rotate", &[table], &[x])?;
+        Ok(known)
+    }
+
+    /// `gated` and `gated_vjp`: tensors of the same length.
+    pub fn gated<const N: usize>(&self, what: &'static str, all: [Reals; N]) -> Result<()> {
+        for h in all {
+            same(what, all[0].len(), h.len())?;
+        }
+        self.apart(what, all)
     }
 
     /// The place of the temperature, or none.
@@ -454,16 +555,16 @@ impl Arenas {
         self.reals("attention: temperature", h)
     }
 
-    /// The place of the matrix that the columns lie in.
+    /// The place of the matrix that `width` columns lie in.
     fn columns(
         &self,
         what: &'static str,
-        all: &Heads,
+        width: usize,
         c: Columns,
         rows: usize,
     ) -> Result<Range<usize>> {
         same(what, product(what, &[rows, c.stride])?, c.of.len())?;
-        let end = c.at.checked_add(all.width).ok_or(Error::TooLarge(what))?;
+        let end = c.at.checked_add(width).ok_or(Error::TooLarge(what))?;
         if end > c.stride {
             return Err(Error::Shape { what, expected: end, found: c.stride });
         }
@@ -491,7 +592,7 @@ impl Arenas {
         same("embed: x", product("embed: x", &[tokens.len(), width])?, x.len())?;
         let vocab = rows_of("embed: table", table.len(), width)?;
         let needed = product("embed: positions", &[length, width])?;
-        if positions.len() < needed {
+        if positions.len() < needed && !positions.is_empty() {
             return Err(Error::Shape {
                 what: "embed: positions",
                 expected: needed,
@@ -552,9 +653,11 @@ impl Arenas {
     }
 }
 
-/// Sizes of an attention: width of all heads, queries and keys of all samples.
+/// Sizes of an attention: width of all heads of queries, and of keys and values; queries and keys of
+/// all samples.
 struct Heads {
     width: usize,
+    kv_width: usize,
     queries: usize,
     keys: usize,
 }
@@ -562,11 +665,20 @@ struct Heads {
 impl Heads {
     fn new(a: &Attention, chunk: &Chunk) -> Result<Self> {
         let width = product("attention: width", &[a.heads, a.head_dim])?;
+        let kv_width = product("attention: width", &[a.kv_heads, a.head_dim])?;
+        let divides = a.heads.checked_rem(a.kv_heads).map_or(a.heads == 0, |rest| rest == 0);
+        if !divides {
+            let possible = "a divisor of the heads of queries";
+            return Err(Error::setting("heads of keys", a.kv_heads as f64, possible));
+        }
+        if a.mask == Mask::Sliding(0) {
+            return Err(Error::setting("sliding window", 0.0, "1 or more"));
+        }
         let queries = product("attention: queries", &[chunk.samples, a.queries])?;
         let keys = product("attention: keys", &[chunk.samples, a.keys])?;
         if a.mask != Mask::Full {
             same("masked attention: keys", a.queries, a.keys)?;
         }
-        Ok(Self { width, queries, keys })
+        Ok(Self { width, kv_width, queries, keys })
     }
 }

@@ -182,14 +182,20 @@ pub enum Mask {
     /// All of its sample but the one at its own position (as many queries as keys): locality
     /// self-attention.
     Others,
+    /// That many, at least 1: the one at its own position and those just before it (as many queries
+    /// as keys). A sliding window.
+    Sliding(usize),
 }
 
 /// Multi-head scaled dot-product attention, `softmax(q·kᵀ/√head_dim)·v` per sample and head, or
 /// with a learned factor of the scores, `softmax(e^τ·q·kᵀ)·v`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Attention {
-    /// Number of heads.
+    /// Number of heads of queries.
     pub heads: usize,
+    /// Heads of keys and values, a divisor of `heads`: head `i` of the queries reads head
+    /// `i·kv_heads/heads` of these (grouped-query attention, arXiv 2305.13245).
+    pub kv_heads: usize,
     /// Width of one head.
     pub head_dim: usize,
     /// Queries of one sample.
@@ -201,6 +207,9 @@ pub struct Attention {
     /// Padding: sample `i` of the chunk has `key_lens[i]` keys, the rest are not seen. Empty: all
     /// are there. A query that sees no key gives 0.
     pub key_lens: Ints,
+    /// Packing of several texts into a sample: query `t` of sample `i` of the chunk sees no key
+    /// before `starts[i·queries + t]`. Empty: no sample is packed.
+    pub starts: Ints,
     /// Probability of dropping an attention weight; element `(head·queries + q)·keys + k` of
     /// [`draw`](Self::draw).
     pub dropout: f64,
@@ -211,6 +220,71 @@ pub struct Attention {
     /// Gradient of `τ`, to which [`NnOps::attention_vjp`] *adds* `Σ dq·q`. As long as
     /// `temperature`.
     pub temperature_grad: Reals,
+}
+
+impl Attention {
+    /// The head of keys and values that a head of queries reads.
+    pub const fn kv_head(&self, head: usize) -> usize {
+        match (head * self.kv_heads).checked_div(self.heads) {
+            Some(i) => i,
+            None => 0,
+        }
+    }
+
+    /// The keys among which are those that query `q` sees, in a sample with `present` keys; it sees
+    /// none before `start`. It sees all of them that it does not [hide](Self::hides).
+    pub const fn visible(&self, q: usize, present: usize, start: usize) -> (usize, usize) {
+        let (first, end) = match self.mask {
+            Mask::Full | Mask::Others => (0, present),
+            Mask::Causal => (0, q + 1),
+            Mask::Sliding(n) => ((q + 1).saturating_sub(n), q + 1),
+        };
+        let end = if end < present { end } else { present };
+        let first = if first > start { first } else { start };
+        (if first < end { first } else { end }, end)
+    }
+
+    /// Whether query `q` does not see `key`, one of the visible ones.
+    pub const fn hides(&self, q: usize, key: usize) -> bool {
+        matches!(self.mask, Mask::Others) && q == key
+    }
+}
+
+/// Root-mean-square normalization (arXiv 1910.07467) of `groups` parts, one after the other, of
+/// every row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RmsNorm {
+    /// Parts of a row: 1, or the heads of queries or keys.
+    pub groups: usize,
+    /// Values of a part.
+    pub width: usize,
+    /// `ε`, added to the mean of the squares.
+    pub eps: f64,
+    /// Added to the weight: 0, or 1 where weights are stored as differences from 1 (Gemma).
+    pub offset: f64,
+}
+
+/// Rotary position embedding (arXiv 2104.09864): values `i` and `i + head_dim/2` of a head are the
+/// two coordinates of a point that is turned by the `i`-th angle of its position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rotary {
+    /// Heads, side by side.
+    pub heads: usize,
+    /// Width of one head: even.
+    pub head_dim: usize,
+    /// Rows of one sample.
+    pub tokens: usize,
+    /// Turns back: the inverse, and the vector-Jacobian product.
+    pub back: bool,
+}
+
+/// The function of a gated MLP's gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// `x·sigmoid(x)`: SwiGLU.
+    Silu,
+    /// GeGLU.
+    Gelu(Gelu),
 }
 
 /// Which GELU.

@@ -1,6 +1,8 @@
 //! The list of operations, and what is made of it: the traits of a backend, and [`Wrapper`].
 
-use super::{Attention, Chunk, Columns, CrossEntropy, Gelu, Half, Identity, Product};
+use super::{
+    Attention, Chunk, Columns, CrossEntropy, Gate, Gelu, Half, Identity, Product, RmsNorm, Rotary,
+};
 use crate::arena::{Ints, Reals, Words};
 #[cfg(doc)]
 use crate::error::Error;
@@ -422,13 +424,67 @@ operations! {
                 dbias: Reals,
             ) -> Result<()>;
 
+            /// [`RmsNorm`]: `y = x·rstd·(offset + weight)` with `rstd = 1/√(mean(x²) + eps)`;
+            /// `weight[width]`. `x` and `y` begin at their columns and lie in different memory;
+            /// `stats[rows·groups]` keeps `rstd`.
+            fn rms_norm(
+                &mut self,
+                norm: &RmsNorm,
+                weight: Reals,
+                x: Columns,
+                y: Columns,
+                stats: Reals,
+            ) -> Result<()>;
+
+            /// Its vector-Jacobian product: *adds* to `dx` and to `dweight`, which is left out
+            /// where it is empty.
+            fn rms_norm_vjp(
+                &mut self,
+                norm: &RmsNorm,
+                weight: Reals,
+                x: Columns,
+                stats: Reals,
+                dy: Columns,
+                dx: Columns,
+                dweight: Reals,
+            ) -> Result<()>;
+
+            /// [`Rotary`] in place, from a row's column on. `table` has the `head_dim/2` cosines of
+            /// a position's angles and then their sines, position after position;
+            /// `positions[samples·tokens]` has the position of every row, and where it is empty a
+            /// row's position is its place in the sample. One that the table does not have raises
+            /// [`Fault::Token`], and its row stays as it is.
+            fn rotate(
+                &mut self,
+                chunk: &Chunk,
+                rotary: &Rotary,
+                table: Reals,
+                positions: Ints,
+                x: Columns,
+            ) -> Result<()>;
+
+            /// `y = act(gate)·up`.
+            fn gated(&mut self, act: Gate, gate: Reals, up: Reals, y: Reals) -> Result<()>;
+
+            /// Its vector-Jacobian product: `d` holds `dy` and becomes `dup = dy·act(gate)`;
+            /// `dgate = dy·up·act'(gate)`.
+            fn gated_vjp(
+                &mut self,
+                act: Gate,
+                gate: Reals,
+                up: Reals,
+                d: Reals,
+                dgate: Reals,
+            ) -> Result<()>;
+
             /// `y = gelu(x)`.
             fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()>;
 
             /// `d ← d·gelu'(x)`.
             fn gelu_vjp(&mut self, kind: Gelu, x: Reals, d: Reals) -> Result<()>;
 
-            /// Attention. `q` has `samples·queries` rows, `k` and `v` `samples·keys`; `out` is
+            /// Attention. `q` has `samples·queries` rows of `heads·head_dim` columns, `k` and `v`
+            /// `samples·keys` rows of `kv_heads·head_dim`; `out` is
             /// `[samples·queries, heads·head_dim]`; `lse[samples, heads, queries]` keeps the
             /// logarithm of each softmax's denominator (−∞ where a query sees no key). `scratch`
             /// holds [`attention_scratch`](Self::attention_scratch) values.
@@ -469,7 +525,7 @@ operations! {
             fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> Result<()>;
 
             /// `x[i, t] = table[tokens[i, t]] + positions[t]`; `table[vocab, width]`, `positions[≥
-            /// T, width]`, `tokens[n, T]`, `x[n, T, width]`. A token outside the vocabulary raises
+            /// T, width]` or empty, `tokens[n, T]`, `x[n, T, width]`. A token outside the vocabulary raises
             /// [`Fault::Token`] and counts as a row of zeros.
             fn embed(
                 &mut self,
@@ -481,7 +537,8 @@ operations! {
                 x: Reals,
             ) -> Result<()>;
 
-            /// Its vector-Jacobian product: adds to `dtable` and `dpositions`.
+            /// Its vector-Jacobian product: adds to `dtable` and `dpositions`, which is left out
+            /// where it is empty.
             fn embed_vjp(
                 &mut self,
                 chunk: &Chunk,

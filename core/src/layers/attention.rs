@@ -49,11 +49,13 @@ impl AttentionShape {
     const fn over(&self, queries: usize, keys: usize, mask: Mask) -> Attention {
         Attention {
             heads: self.heads,
+            kv_heads: self.heads,
             head_dim: self.head_dim(),
             queries,
             keys,
             mask,
             key_lens: Ints::EMPTY,
+            starts: Ints::EMPTY,
             dropout: 0.0,
             draw: Draw::AttentionDropout,
             temperature: Reals::EMPTY,

@@ -5,7 +5,8 @@ use core::ops::Range;
 use super::{Reference, split};
 use crate::arena::{Ints, Reals, Words};
 use crate::backend::{
-    Attention, Chunk, Columns, CrossEntropy, Gelu, Half, Mask, NnOps, Order, Product,
+    Attention, Chunk, Columns, CrossEntropy, Gate, Gelu, Half, NnOps, Order, Product, RmsNorm,
+    Rotary,
 };
 use crate::error::{Error, Fault, Result};
 use crate::real::Real;
@@ -112,6 +113,20 @@ fn gelu_derivative<R: Real>(kind: Gelu, x: R) -> R {
     }
 }
 
+/// `x·σ(x)` with `σ(x) = 1/(1 + exp(−x))`, or a GELU; and the derivative, `σ(x)·(1 + x·(1 − σ(x)))`.
+fn gate<R: Real>(act: Gate, x: R) -> (R, R) {
+    match act {
+        Gate::Silu => {
+            let one = R::one();
+            let s = one / (one + (-x).exponential());
+            // Far out σ is 0 and x may be infinite; their product is 0.
+            let y = if s == R::zero() { s } else { x * s };
+            (y, s + y * (one - s))
+        }
+        Gate::Gelu(kind) => (gelu(kind, x), gelu_derivative(kind, x)),
+    }
+}
+
 /// Where row 0 of a head starts and how far its rows are apart.
 #[derive(Clone, Copy)]
 struct Head {
@@ -123,22 +138,6 @@ impl Head {
     fn row(self, row: usize, width: usize) -> Range<usize> {
         let start = self.start + row * self.stride;
         start..start + width
-    }
-}
-
-impl Attention {
-    /// Number of keys among which are those that query `q` of a sample with `present` keys sees:
-    /// the first ones.
-    fn visible(&self, q: usize, present: usize) -> usize {
-        match self.mask {
-            Mask::Full | Mask::Others => present,
-            Mask::Causal => present.min(q + 1),
-        }
-    }
-
-    /// Whether query `q` does not see `key`, one of the visible ones.
-    fn hides(&self, q: usize, key: usize) -> bool {
-        self.mask == Mask::Others && q == key
     }
 }
 
@@ -160,6 +159,12 @@ impl<R: Real> Reference<'_, R> {
     fn present(&self, a: &Attention, i: usize) -> usize {
         let len = self.ints.get(a.key_lens.range()).and_then(|lens| lens.get(i));
         len.map_or(a.keys, |&len| usize::try_from(len).unwrap_or(0).min(a.keys))
+    }
+
+    /// First key that query `q` of sample `i` may see: that of its text in a packed sample.
+    fn start(&self, a: &Attention, i: usize, q: usize) -> usize {
+        let starts = self.ints.get(a.starts.range()).unwrap_or(&[]);
+        starts.get(i * a.queries + q).map_or(0, |&at| usize::try_from(at).unwrap_or(0))
     }
 }
 
@@ -340,6 +345,133 @@ impl<R: Real> NnOps for Reference<'_, R> {
         Ok(())
     }
 
+    fn rms_norm(
+        &mut self,
+        norm: &RmsNorm,
+        weight: Reals,
+        x: Columns,
+        y: Columns,
+        stats: Reals,
+    ) -> Result<()> {
+        let rows = self.arenas().rms_norm(norm, weight, x, y, stats)?;
+        let places = [weight, x.of, y.of, stats].map(Reals::range);
+        let [weight, xs, ys, stats] = split(self.reals, places, "rms_norm")?;
+        let (width, offset) = (norm.width, R::of(norm.offset));
+        for r in 0..rows {
+            for g in 0..norm.groups {
+                let x = &xs[r * x.stride + x.at + g * width..][..width];
+                let y = &mut ys[r * y.stride + y.at + g * width..][..width];
+                let squares = x.iter().map(|x| x.wide() * x.wide()).sum::<f64>();
+                let rstd = R::of(1.0 / libm::sqrt(squares / width as f64 + norm.eps));
+                stats[r * norm.groups + g] = rstd;
+                for c in 0..width {
+                    y[c] = x[c] * rstd * (offset + weight[c]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn rms_norm_vjp(
+        &mut self,
+        norm: &RmsNorm,
+        weight: Reals,
+        x: Columns,
+        stats: Reals,
+        dy: Columns,
+        dx: Columns,
+        dweight: Reals,
+    ) -> Result<()> {
+        let rows = self.arenas().rms_norm_vjp(norm, weight, [x, dy, dx], stats, dweight)?;
+        let places = [weight, x.of, stats, dy.of, dx.of, dweight].map(Reals::range);
+        let [weight, xs, stats, dys, dxs, dweight] = split(self.reals, places, "rms_norm_vjp")?;
+        let (width, offset) = (norm.width, R::of(norm.offset));
+        for r in 0..rows {
+            for g in 0..norm.groups {
+                let x = &xs[r * x.stride + x.at + g * width..][..width];
+                let dy = &dys[r * dy.stride + dy.at + g * width..][..width];
+                let dx = &mut dxs[r * dx.stride + dx.at + g * width..][..width];
+                let rstd = stats[r * norm.groups + g];
+                // y = x̂·(offset + weight) with x̂ = x·rstd. With g = dy·(offset + weight):
+                // dx += rstd·(g − x̂·mean(g·x̂)),  dweight += dy·x̂
+                let mut sum = 0.0;
+                for c in 0..width {
+                    sum += (dy[c] * (offset + weight[c])).wide() * (x[c] * rstd).wide();
+                }
+                let mean = R::of(sum / width as f64);
+                for c in 0..width {
+                    let normal = x[c] * rstd;
+                    dx[c] += rstd * (dy[c] * (offset + weight[c]) - normal * mean);
+                    if !dweight.is_empty() {
+                        dweight[c] += dy[c] * normal;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn rotate(
+        &mut self,
+        chunk: &Chunk,
+        rotary: &Rotary,
+        table: Reals,
+        positions: Ints,
+        x: Columns,
+    ) -> Result<()> {
+        let known = self.arenas().rotate(chunk, rotary, table, positions, x)?;
+        let (tokens, width, half) = (rotary.tokens, rotary.head_dim, rotary.head_dim / 2);
+        let positions = self.ints.get(positions.range()).ok_or(Error::Handle("rotate"))?;
+        let [table, xs] = split(self.reals, [table.range(), x.of.range()], "rotate")?;
+        for r in 0..chunk.samples * tokens {
+            let position = positions.get(r).map_or((r % tokens) as i64, |&p| p.into());
+            let Some(p) = usize::try_from(position).ok().filter(|&p| p < known) else {
+                let (sample, value) = (chunk.first + r / tokens, position as i32);
+                self.fault.get_or_insert(Fault::Token { sample, value, vocab: known });
+                continue;
+            };
+            let (cos, sin) = table[p * width..(p + 1) * width].split_at(half);
+            for head in 0..rotary.heads {
+                let (a, b) = xs[r * x.stride + x.at + head * width..][..width].split_at_mut(half);
+                for i in 0..half {
+                    // (a, b) ← (a·cos − b·sin, b·cos + a·sin)
+                    let sin = if rotary.back { -sin[i] } else { sin[i] };
+                    let (x, y) = (a[i], b[i]);
+                    (a[i], b[i]) = (x * cos[i] - y * sin, y * cos[i] + x * sin);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn gated(&mut self, act: Gate, gate: Reals, up: Reals, y: Reals) -> Result<()> {
+        self.arenas().gated("gated", [gate, up, y])?;
+        let [g, u, y] = split(self.reals, [gate, up, y].map(Reals::range), "gated")?;
+        for i in 0..y.len() {
+            y[i] = self::gate(act, g[i]).0 * u[i];
+        }
+        Ok(())
+    }
+
+    fn gated_vjp(
+        &mut self,
+        act: Gate,
+        gate: Reals,
+        up: Reals,
+        d: Reals,
+        dgate: Reals,
+    ) -> Result<()> {
+        self.arenas().gated("gated_vjp", [gate, up, d, dgate])?;
+        let places = [gate, up, d, dgate].map(Reals::range);
+        let [g, u, d, dg] = split(self.reals, places, "gated_vjp")?;
+        for i in 0..d.len() {
+            let (value, slope) = self::gate(act, g[i]);
+            dg[i] = d[i] * u[i] * slope;
+            d[i] *= value;
+        }
+        Ok(())
+    }
+
     fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
         self.arenas().pair("gelu", x, y)?;
         let [x, y] = split(self.reals, [x.range(), y.range()], "gelu")?;
@@ -383,14 +515,15 @@ impl<R: Real> NnOps for Reference<'_, R> {
             let present = self.present(a, i);
             let mut factors = Factors::new(chunk.stream(i, a.draw), dropout);
             for head in 0..a.heads {
-                let (qs, ks) = (head_of(a, q, i, a.queries, head), head_of(a, k, i, a.keys, head));
-                let vs = head_of(a, v, i, a.keys, head);
+                let kv = a.kv_head(head);
+                let (qs, ks) = (head_of(a, q, i, a.queries, head), head_of(a, k, i, a.keys, kv));
+                let vs = head_of(a, v, i, a.keys, kv);
                 for row in 0..a.queries {
-                    let seen = a.visible(row, present);
+                    let (first, seen) = a.visible(row, present, self.start(a, i, row));
                     // s_k = q·k/√head_dim, p_k = exp(s_k − max)/sum, out = Σ p_k·factor_k·v_k, lse
                     // = max + ln(sum)
                     let mut max = R::neg_infinity();
-                    for key in 0..seen {
+                    for key in first..seen {
                         if a.hides(row, key) {
                             self.reals[scratch_at.start + key] = R::neg_infinity();
                             continue;
@@ -405,18 +538,15 @@ impl<R: Real> NnOps for Reference<'_, R> {
                         }
                     }
                     let mut sum = R::zero();
-                    for (key, p) in
-                        self.reals[scratch_at.start..scratch_at.start + seen].iter_mut().enumerate()
-                    {
-                        if !a.hides(row, key) {
-                            *p = (*p - max).exponential();
-                            sum += *p;
-                        }
+                    for key in (first..seen).filter(|&key| !a.hides(row, key)) {
+                        let p = &mut self.reals[scratch_at.start + key];
+                        *p = (*p - max).exponential();
+                        sum += *p;
                     }
                     let start = out_at.start + ((i * a.queries + row) * a.heads + head) * width;
                     self.reals[start..start + width].fill(R::zero());
                     let element = first_element(a, head, row);
-                    for key in (0..seen).filter(|&key| !a.hides(row, key)) {
+                    for key in (first..seen).filter(|&key| !a.hides(row, key)) {
                         let factor = factors.factor(element.wrapping_add(key as u32));
                         let p = self.reals[scratch_at.start + key] / sum * factor;
                         let [o, v] = split(
@@ -472,11 +602,15 @@ impl<R: Real> NnOps for Reference<'_, R> {
             for head in 0..a.heads {
                 let (qs, dqs) =
                     (head_of(a, q, i, a.queries, head), head_of(a, dq, i, a.queries, head));
-                let (ks, dks) = (head_of(a, k, i, a.keys, head), head_of(a, dk, i, a.keys, head));
-                let (vs, dvs) = (head_of(a, v, i, a.keys, head), head_of(a, dv, i, a.keys, head));
-                for key in 0..a.keys {
-                    self.reals[dks.row(key, width)].fill(R::zero());
-                    self.reals[dvs.row(key, width)].fill(R::zero());
+                let kv = a.kv_head(head);
+                let (ks, dks) = (head_of(a, k, i, a.keys, kv), head_of(a, dk, i, a.keys, kv));
+                let (vs, dvs) = (head_of(a, v, i, a.keys, kv), head_of(a, dv, i, a.keys, kv));
+                // The first head of queries that reads these keys and values.
+                if head == 0 || a.kv_head(head - 1) != kv {
+                    for key in 0..a.keys {
+                        self.reals[dks.row(key, width)].fill(R::zero());
+                        self.reals[dvs.row(key, width)].fill(R::zero());
+                    }
                 }
                 for row in 0..a.queries {
                     self.reals[dqs.row(row, width)].fill(R::zero());
@@ -492,7 +626,8 @@ impl<R: Real> NnOps for Reference<'_, R> {
                         &self.reals[out_at + start..out_at + start + width],
                     );
                     let element = first_element(a, head, row);
-                    for key in (0..a.visible(row, present)).filter(|&key| !a.hides(row, key)) {
+                    let (first, seen) = a.visible(row, present, self.start(a, i, row));
+                    for key in (first..seen).filter(|&key| !a.hides(row, key)) {
                         let s = scale
                             * dot(&self.reals[qs.row(row, width)], &self.reals[ks.row(key, width)]);
                         let p = (s - lse).exponential();
@@ -585,7 +720,10 @@ impl<R: Real> NnOps for Reference<'_, R> {
             // x[i, t] = table[tokens[i, t]] + positions[t]
             let (i, t) = (row / length, row % length);
             let x = &mut x[row * width..(row + 1) * width];
-            x.copy_from_slice(&positions[t * width..(t + 1) * width]);
+            match positions.get(t * width..(t + 1) * width) {
+                Some(position) => x.copy_from_slice(position),
+                None => x.fill(R::zero()),
+            }
             match usize::try_from(token).ok().filter(|&token| token < vocab) {
                 Some(token) => add_scaled(x, R::one(), &table[token * width..(token + 1) * width]),
                 None => {
@@ -622,7 +760,9 @@ impl<R: Real> NnOps for Reference<'_, R> {
             // dpositions[t] += dx[i, t]
             let t = row % length;
             let dx = &dx[row * width..(row + 1) * width];
-            add_scaled(&mut dpositions[t * width..(t + 1) * width], R::one(), dx);
+            if let Some(position) = dpositions.get_mut(t * width..(t + 1) * width) {
+                add_scaled(position, R::one(), dx);
+            }
             if let Some(token) = usize::try_from(token).ok().filter(|&token| token < vocab) {
                 add_scaled(&mut dtable[token * width..(token + 1) * width], R::one(), dx);
             }
@@ -701,7 +841,7 @@ mod tests {
 
     use super::*;
     use crate::arena::Layout;
-    use crate::backend::Storage;
+    use crate::backend::{Mask, Storage};
     use crate::error::Site;
     use crate::rng::philox;
 
@@ -893,6 +1033,90 @@ mod tests {
     }
 
     #[test]
+    fn rms_norm_gradient() {
+        for ([rows, groups, width], offset) in [([1, 1, 2], 0.0), ([3, 2, 5], 1.0)] {
+            let mut m = Memory::new();
+            let stride = groups * width + 2;
+            let [x, y, dy, dx] = [0; 4].map(|_| m.reals(rows * stride));
+            let (weight, dweight, stats) = (m.reals(width), m.reals(width), m.reals(rows * groups));
+            // The columns of nobody keep what they hold: they have no part in the sum.
+            for i in (0..rows * stride).filter(|i| !(1..=groups * width).contains(&(i % stride))) {
+                m.reals[dy.start() + i] = 0.0;
+            }
+            let norm = RmsNorm { groups, width, eps: 1e-2, offset };
+            let [xs, ys, dys, dxs] = [x, y, dy, dx].map(|of| Columns { of, stride, at: 1 });
+            m.check(
+                &[(x, dx), (weight, dweight)],
+                true,
+                (y, dy),
+                |host| host.rms_norm(&norm, weight, xs, ys, stats),
+                |host| host.rms_norm_vjp(&norm, weight, xs, stats, dys, dxs, dweight),
+            );
+        }
+    }
+
+    #[test]
+    fn gated_gradient() {
+        for act in [Gate::Silu, Gate::Gelu(Gelu::Tanh), Gate::Gelu(Gelu::Exact)] {
+            let mut m = Memory::new();
+            let [gate, up, y, d, dgate] = [0; 5].map(|_| m.reals(40));
+            for i in gate.range() {
+                m.reals[i] *= 5.0;
+            }
+            m.check(
+                &[(gate, dgate), (up, d)],
+                false,
+                (y, d),
+                |host| host.gated(act, gate, up, y),
+                |host| host.gated_vjp(act, gate, up, d, dgate),
+            );
+        }
+        for x in [-1e20_f32, 1e20, -3e38, 3e38, -120.0, 120.0, f32::NEG_INFINITY] {
+            let expected = (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 });
+            assert_eq!(gate(Gate::Silu, x), expected, "far out it is the identity or 0");
+        }
+    }
+
+    /// Turning by the angles of a position is a complex product, and turning back undoes it.
+    #[test]
+    fn rotation() {
+        let mut m = Memory::new();
+        let (samples, tokens, heads, head_dim, known) = (2, 3, 2, 4, 5);
+        let stride = heads * head_dim + 1;
+        let (table, x) = (m.reals(known * head_dim), m.reals(samples * tokens * stride));
+        let angle = |position: usize, i: usize| position as f64 * [1.0, 0.01][i];
+        for (at, i) in table.range().enumerate() {
+            let (position, c) = (at / head_dim, at % head_dim);
+            let a = angle(position, c % 2);
+            m.reals[i] = if c < 2 { libm::cos(a) } else { libm::sin(a) };
+        }
+        let own = m.ints(&[0, 1, 0, 4, 3, 2]);
+        let xs = Columns { of: x, stride, at: 1 };
+        let turn = Rotary { heads, head_dim, tokens, back: false };
+        for positions in [Ints::EMPTY, own] {
+            let after = m.run(|host| host.rotate(&chunk(samples), &turn, table, positions, xs));
+            for row in 0..samples * tokens {
+                let p = positions.range().nth(row).map_or(row % tokens, |i| m.ints[i] as usize);
+                for head in 0..heads {
+                    for i in 0..2 {
+                        let at = x.start() + row * stride + 1 + head * head_dim + i;
+                        let (re, im) = (m.reals[at], m.reals[at + 2]);
+                        let (cos, sin) = (libm::cos(angle(p, i)), libm::sin(angle(p, i)));
+                        assert!((after[at] - (re * cos - im * sin)).abs() < 1e-15);
+                        assert!((after[at + 2] - (re * sin + im * cos)).abs() < 1e-15);
+                    }
+                }
+            }
+            let back = m.run(|host| {
+                host.rotate(&chunk(samples), &turn, table, positions, xs)?;
+                let back = Rotary { back: true, ..turn };
+                host.rotate(&chunk(samples), &back, table, positions, xs)
+            });
+            assert!(m.reals.iter().zip(&back).all(|(a, b)| (a - b).abs() < 1e-15));
+        }
+    }
+
+    #[test]
     fn gelu_gradient() {
         for kind in [Gelu::Tanh, Gelu::Exact] {
             let mut m = Memory::new();
@@ -921,29 +1145,39 @@ mod tests {
     #[test]
     fn attention_gradient() {
         let lens: [Option<[i32; 2]>; 3] = [None, Some([3, 4]), Some([0, 2])];
-        for (mask, queries, keys, tau) in [
-            (Mask::Full, 3, 4, false),
-            (Mask::Causal, 4, 4, false),
-            (Mask::Full, 5, 4, true),
-            (Mask::Causal, 1, 1, false),
-            (Mask::Others, 4, 4, true),
-            (Mask::Others, 4, 4, false),
+        for (mask, queries, keys, tau, heads, kv_heads) in [
+            (Mask::Full, 3, 4, false, 2, 2),
+            (Mask::Causal, 4, 4, false, 2, 2),
+            (Mask::Full, 5, 4, true, 2, 2),
+            (Mask::Causal, 1, 1, false, 2, 2),
+            (Mask::Others, 4, 4, true, 2, 2),
+            (Mask::Others, 4, 4, false, 2, 1),
+            (Mask::Causal, 4, 4, false, 6, 2),
+            (Mask::Sliding(2), 4, 4, false, 2, 1),
+            (Mask::Sliding(1), 4, 4, false, 2, 2),
         ] {
             for lens in lens {
                 for dropout in [0.0, 0.4] {
-                    let (n, heads, head_dim) = (2, 2, 3);
-                    let (width, stride) = (heads * head_dim, 2 * heads * head_dim + 1);
+                    let (n, head_dim) = (2, 3);
+                    let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+                    let stride = 2 * kv_width + 1;
                     let mut m = Memory::new();
                     let key_lens = lens.map_or(Ints::EMPTY, |lens| m.ints(&lens));
+                    // Two texts in the first sample, three in the second.
+                    let packed = kv_heads == 2 && queries == 4;
+                    let starts =
+                        if packed { m.ints(&[0, 0, 0, 3, 0, 1, 1, 3]) } else { Ints::EMPTY };
                     let [temperature, temperature_grad] = [0; 2].map(|_| m.reals(usize::from(tau)));
                     let a = Attention {
                         draw: Draw::AttentionDropout,
                         heads,
+                        kv_heads,
                         head_dim,
                         queries,
                         keys,
                         mask,
                         key_lens,
+                        starts,
                         dropout,
                         temperature,
                         temperature_grad,
@@ -965,7 +1199,7 @@ mod tests {
                     }
                     let [qs, dqs] = [q, dq].map(|of| Columns { of, stride: width, at: 0 });
                     let [k, dk] = [kv, dkv].map(|of| Columns { of, stride, at: 1 });
-                    let [v, dv] = [kv, dkv].map(|of| Columns { of, stride, at: 1 + width });
+                    let [v, dv] = [kv, dkv].map(|of| Columns { of, stride, at: 1 + kv_width });
                     let chunk = chunk(n);
                     m.check(
                         &[(q, dq), (kv, dkv), (temperature, temperature_grad)],
@@ -996,6 +1230,8 @@ mod tests {
         let a = Attention {
             draw: Draw::AttentionDropout,
             heads: 1,
+            kv_heads: 1,
+            starts: Ints::EMPTY,
             head_dim: 1,
             queries: 2,
             keys: 3,
@@ -1029,6 +1265,8 @@ mod tests {
         let a = Attention {
             draw: Draw::AttentionDropout,
             heads: 1,
+            kv_heads: 1,
+            starts: Ints::EMPTY,
             head_dim: 1,
             queries: 2,
             keys: 2,

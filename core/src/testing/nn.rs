@@ -3,7 +3,8 @@
 use super::{Bench, Failure, OUTSIDE, Operand, THREADS, chunk, noise, random};
 use crate::arena::{Ints, Layout, Reals, Words};
 use crate::backend::{
-    Attention, Columns, CrossEntropy, Gelu, Half, Mask, NnOps, Order, Product, Storage,
+    Attention, Columns, CrossEntropy, Gate, Gelu, Half, Mask, NnOps, Order, Product, RmsNorm,
+    Rotary, Storage,
 };
 use crate::real::Real;
 use crate::rng::{Draw, drop_threshold, keep};
@@ -38,6 +39,23 @@ pub fn nn_ops<B: NnOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(), Failure
     }
     for n in [0, 1, 8, 33, 200] {
         activations(&mut bench, n)?;
+    }
+    for [rows, groups, width] in [
+        [0, 1, 4],
+        [1, 1, 1],
+        [5, 1, 1],
+        [1, 3, 7],
+        [4, 2, 33],
+        [3, 1, 64],
+        [19, 2, 16],
+        [2, 1, 270],
+    ] {
+        rms_norms(&mut bench, rows, groups, width)?;
+    }
+    for size in
+        [[0, 3, 1, 2], [1, 0, 1, 2], [1, 1, 1, 2], [2, 5, 3, 6], [3, 9, 2, 16], [2, 9, 1, 66]]
+    {
+        rotations(&mut bench, size)?;
     }
     for [rows, width] in [[0, 3], [1, 1], [3, 0], [4, 5], [2, 33]] {
         columns(&mut bench, rows, width)?;
@@ -162,6 +180,22 @@ fn activations<B: NnOps>(bench: &mut Bench<B>, n: usize) -> Result<(), Failure> 
         }
         both!(bench, [Operand::set("y", y, 0)], |on| on.widen(half, x, y));
     }
+    for (act, case) in
+        [(Gate::Silu, "silu"), (Gate::Gelu(Gelu::Tanh), "tanh"), (Gate::Gelu(Gelu::Exact), "exact")]
+    {
+        for range in [1.0, 12.0, 300.0] {
+            bench.begin("gated", case, [n, range as usize, 0, 0]);
+            let seed = bench.cases;
+            let gate = bench.reals_of(n, |i| if i == 7 { 0.0 } else { range * noise(seed, i) });
+            let (up, y) = (bench.reals(n), bench.garbage(n));
+            both!(bench, [Operand::set("y", y, 1)], |on| on.gated(act, gate, up, y));
+            bench.op = "gated_vjp";
+            let (d, dgate) = (bench.reals(n), bench.garbage(n));
+            both!(bench, [Operand::sum("d", d, 1), Operand::set("dgate", dgate, 1)], |on| {
+                on.gated_vjp(act, gate, up, d, dgate)
+            });
+        }
+    }
     for (kind, case) in [(Gelu::Tanh, "tanh"), (Gelu::Exact, "exact")] {
         for range in [1.0, 12.0, 300.0] {
             bench.begin("gelu", case, [n, range as usize, 0, 0]);
@@ -190,11 +224,91 @@ fn columns<B: NnOps>(bench: &mut Bench<B>, rows: usize, width: usize) -> Result<
     Ok(())
 }
 
+fn rms_norms<B: NnOps>(
+    bench: &mut Bench<B>,
+    rows: usize,
+    groups: usize,
+    width: usize,
+) -> Result<(), Failure> {
+    for (case, size, eps, offset) in [
+        ("values near 1", 2.0, 1e-5, 0.0),
+        ("large values", 3e4, 1e-6, 1.0),
+        ("eps 0.1", 1.0, 0.1, 0.0),
+    ] {
+        bench.begin("rms_norm", case, [rows, groups, width, 0]);
+        let (seed, all) = (bench.cases, groups * width);
+        let norm = RmsNorm { groups, width, eps, offset };
+        let columns = |of, beside, at| Columns { of, stride: all + beside, at };
+        let x = columns(bench.reals_of(rows * (all + 3), |i| size * noise(seed, i)), 3, 2);
+        let weight = bench.reals(width);
+        let y = columns(bench.garbage(rows * (all + 1)), 1, 1);
+        let stats = bench.garbage(rows * groups);
+        both!(
+            bench,
+            [Operand::columns("y", y, all, width), Operand::set("stats", stats, width)],
+            |on| on.rms_norm(&norm, weight, x, y, stats)
+        );
+
+        bench.op = "rms_norm_vjp";
+        for i in stats.range() {
+            bench.before.reals[i] = bench.oracle.reals[i];
+        }
+        let dy = columns(bench.reals(rows * (all + 2)), 2, 0);
+        let dx = columns(bench.reals(rows * (all + 4)), 4, 1);
+        let dweight = bench.reals(width);
+        let terms = width + rows * groups;
+        let added = Operand { fresh: false, ..Operand::columns("dx", dx, all, width) };
+        both!(bench, [added, Operand::sum("dweight", dweight, terms)], |on| {
+            on.rms_norm_vjp(&norm, weight, x, stats, dy, dx, dweight)
+        });
+        let added = Operand { fresh: false, ..Operand::columns("dx", dx, all, width) };
+        both!(bench, [added], |on| {
+            on.rms_norm_vjp(&norm, weight, x, stats, dy, dx, Reals::EMPTY)
+        });
+    }
+    Ok(())
+}
+
+fn rotations<B: NnOps>(
+    bench: &mut Bench<B>,
+    [n, tokens, heads, head_dim]: [usize; 4],
+) -> Result<(), Failure> {
+    // Positions of their own lie in a longer table; a wrong one is met by the others.
+    for (case, bad) in [
+        ("by place", None),
+        ("by position", None),
+        ("a negative position", Some(-1)),
+        ("a position too large", Some(tokens as i32 + 3)),
+    ] {
+        for back in [false, true] {
+            bench.begin("rotate", case, [n, tokens, heads, head_dim]);
+            let (seed, chunk, known) = (bench.cases, chunk(n), tokens + 3);
+            let own = if case == "by place" { 0 } else { n * tokens };
+            let wrong = n * tokens * 2 / 3;
+            let positions = bench.ints(own, |i| match bad {
+                Some(bad) if i == wrong => bad,
+                // A second one must not win.
+                Some(_) if i == wrong + 1 => i32::MAX,
+                _ => (random(seed, i) as usize % known) as i32,
+            });
+            let table = bench.reals(known * head_dim);
+            let stride = heads * head_dim + 3;
+            let x = Columns { of: bench.reals(n * tokens * stride), stride, at: 2 };
+            let rotary = Rotary { heads, head_dim, tokens, back };
+            let turned = Operand { fresh: false, ..Operand::columns("x", x, heads * head_dim, 2) };
+            both!(bench, [turned], |on| on.rotate(&chunk, &rotary, table, positions, x));
+        }
+    }
+    Ok(())
+}
+
 /// A case of attention.
 struct Case {
     name: &'static str,
     samples: usize,
     heads: usize,
+    /// Heads of queries that read one head of keys and values.
+    group: usize,
     head_dim: usize,
     queries: usize,
     keys: usize,
@@ -202,6 +316,8 @@ struct Case {
     dropout: f64,
     /// Lengths of the samples, or none.
     lens: Option<[i32; 3]>,
+    /// Tokens of the texts that samples are packed of, or 0; they begin elsewhere in every sample.
+    packed: usize,
     /// q, k and v are columns of one matrix.
     together: bool,
     /// The scores' factor is learned.
@@ -210,15 +326,17 @@ struct Case {
 
 impl Case {
     const fn with(&self, key_lens: Ints) -> Attention {
-        let Self { heads, head_dim, queries, keys, mask, dropout, .. } = *self;
+        let Self { heads, group, head_dim, queries, keys, mask, dropout, .. } = *self;
         let (temperature, temperature_grad) = (Reals::EMPTY, Reals::EMPTY);
         Attention {
             heads,
+            kv_heads: heads / group,
             head_dim,
             queries,
             keys,
             mask,
             key_lens,
+            starts: Ints::EMPTY,
             dropout,
             draw: Draw::AttentionDropout,
             temperature,
@@ -231,17 +349,19 @@ const PLAIN: Case = Case {
     name: "full",
     samples: 2,
     heads: 3,
+    group: 1,
     head_dim: 5,
     queries: 7,
     keys: 7,
     mask: Mask::Full,
     dropout: 0.0,
     lens: None,
+    packed: 0,
     together: true,
     temperature: false,
 };
 
-const ATTENTIONS: [Case; 20] = [
+const ATTENTIONS: [Case; 29] = [
     PLAIN,
     Case { name: "causal", mask: Mask::Causal, ..PLAIN },
     Case {
@@ -337,10 +457,52 @@ const ATTENTIONS: [Case; 20] = [
         temperature: true,
         ..PLAIN
     },
+    Case { name: "grouped", heads: 6, group: 3, together: false, ..PLAIN },
+    Case { name: "grouped, one head of keys", mask: Mask::Causal, group: 3, ..PLAIN },
+    Case {
+        name: "grouped with dropout and padding",
+        mask: Mask::Causal,
+        heads: 4,
+        group: 2,
+        dropout: 0.3,
+        lens: Some([4, 7, 0]),
+        temperature: true,
+        ..PLAIN
+    },
+    Case { name: "sliding", mask: Mask::Sliding(3), ..PLAIN },
+    Case { name: "sliding, the token alone", mask: Mask::Sliding(1), ..PLAIN },
+    Case { name: "sliding, wider than the sample", mask: Mask::Sliding(1000), ..PLAIN },
+    Case {
+        name: "sliding, many tokens",
+        mask: Mask::Sliding(20),
+        queries: 90,
+        keys: 90,
+        heads: 2,
+        group: 2,
+        head_dim: 2,
+        samples: 1,
+        dropout: 0.2,
+        ..PLAIN
+    },
+    Case { name: "packed", mask: Mask::Causal, packed: 3, ..PLAIN },
+    Case {
+        name: "packed, many tokens, sliding with padding",
+        mask: Mask::Sliding(30),
+        queries: 90,
+        keys: 90,
+        heads: 2,
+        group: 2,
+        head_dim: 2,
+        samples: 1,
+        lens: Some([80, 0, 0]),
+        packed: 41,
+        ..PLAIN
+    },
 ];
 
 fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure> {
     let (n, width) = (case.samples, case.heads * case.head_dim);
+    let kv_width = width / case.group;
     bench.begin("attention", case.name, [n, case.heads, case.queries, case.keys]);
     let key_lens = match case.lens {
         Some(lens) => bench.ints(n, |i| lens[i % 3]),
@@ -350,7 +512,12 @@ fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure>
     let seed = bench.cases;
     let [temperature, temperature_grad] = [0, 1]
         .map(|i| bench.reals_of(usize::from(case.temperature), |_| 0.3 * noise(seed, i) - 0.7));
-    let a = Attention { temperature, temperature_grad, ..case.with(key_lens) };
+    let starts = bench.ints(if case.packed > 0 { n * case.queries } else { 0 }, |i| {
+        // Sample i begins in the middle of a text.
+        let (sample, t) = (i / case.queries, i % case.queries);
+        (t - ((t + sample) % case.packed).min(t)) as i32
+    });
+    let a = Attention { temperature, temperature_grad, starts, ..case.with(key_lens) };
     let chunk = chunk(n);
     let (q_rows, k_rows) = (n * case.queries, n * case.keys);
     // Columns of one matrix, with one column that is nobody's; or three matrices.
@@ -359,13 +526,17 @@ fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure>
             if fill { bench.reals(rows * stride) } else { bench.garbage(rows * stride) }
         };
         if case.together {
-            let stride = 3 * width + 1;
+            let stride = width + 2 * kv_width + 1;
             let of = matrix(q_rows, stride);
-            [0, width, 2 * width + 1].map(|at| Columns { of, stride, at })
+            [0, width, width + kv_width + 1].map(|at| Columns { of, stride, at })
         } else {
-            [(q_rows, width + 2), (k_rows, width), (k_rows, width + 1)].map(|(rows, stride)| {
-                Columns { of: matrix(rows, stride), stride, at: stride - width }
-            })
+            [(q_rows, width, 2), (k_rows, kv_width, 0), (k_rows, kv_width, 1)].map(
+                |(rows, width, at)| Columns {
+                    of: matrix(rows, width + at),
+                    stride: width + at,
+                    at,
+                },
+            )
         }
     };
     let [q, k, v] = columns(bench, true);
@@ -383,13 +554,13 @@ fn attention<B: NnOps>(bench: &mut Bench<B>, case: &Case) -> Result<(), Failure>
     }
     let dout = bench.reals(q_rows * width);
     let [dq, dk, dv] = columns(bench, false);
-    let terms = 2 * (terms + case.queries);
+    let terms = 2 * case.group * (terms + case.queries);
     both!(
         bench,
         [
             Operand::columns("dq", dq, width, terms),
-            Operand::columns("dk", dk, width, terms),
-            Operand::columns("dv", dv, width, terms),
+            Operand::columns("dk", dk, kv_width, terms),
+            Operand::columns("dv", dv, kv_width, terms),
             Operand::sum("temperature_grad", temperature_grad, terms + n * case.queries * width)
         ],
         |on, s| on.attention_vjp(&chunk, &a, q, k, v, out, lse, dout, dq, dk, dv, s)
@@ -428,7 +599,9 @@ fn embedding<B: NnOps>(
             Some(_) if i == wrong + 1 => i32::MAX,
             _ => (random(seed, i) as usize % vocab) as i32,
         });
-        let (table, positions) = (bench.reals(vocab * width), bench.reals((length + 1) * width));
+        let learned = bench.cases % 2 == 0;
+        let table = bench.reals(vocab * width);
+        let positions = bench.reals(if learned { (length + 1) * width } else { 0 });
         let x = bench.garbage(n * length * width);
         both!(bench, [Operand::set("x", x, 1)], |on| on
             .embed(&chunk, tokens, table, positions, width, x));
@@ -531,6 +704,81 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "lengths", |on| on.add(a, b.sub(0, 7)));
     refused!(bench, "x is y", |on| on.add(a, a));
     refused!(bench, "outside", |on| on.add(a, far(120)));
+    bench.op = "rms_norm";
+    let norm = RmsNorm { groups: 2, width: 5, eps: 1e-5, offset: 0.0 };
+    let of = |of: Reals, at| Columns { of, stride: 12, at };
+    let (x, y, weight, stats) = (a.sub(0, 48), b.sub(0, 48), c.sub(0, 5), d.sub(0, 8));
+    let norm_of = |bench: &mut Bench<B>, what, x, y, weight, stats| {
+        bench.case = what;
+        bench.upload(0, &[])?;
+        let outcome = bench.backend.rms_norm(&norm, weight, x, y, stats);
+        bench.refused(outcome)
+    };
+    for (what, x, y, weight, stats) in [
+        ("weight too short", of(x, 2), of(y, 0), c.sub(0, 4), stats),
+        ("statistics of half a row", of(x, 2), of(y, 0), weight, d.sub(0, 7)),
+        ("x too short", of(a.sub(0, 47), 2), of(y, 0), weight, stats),
+        ("columns reach outside", of(x, 3), of(y, 0), weight, stats),
+        ("first column overflows", of(x, usize::MAX), of(y, 0), weight, stats),
+        ("x is y", of(x, 2), of(x, 2), weight, stats),
+        ("y outside", of(x, 2), of(far(48), 0), weight, stats),
+        ("statistics in x", of(x, 2), of(y, 0), weight, a.sub(8, 8)),
+    ] {
+        norm_of(bench, what, x, y, weight, stats)?;
+    }
+    bench.op = "rms_norm_vjp";
+    let (xs, dy, dx) = (of(x, 2), of(y, 0), of(e.sub(0, 48), 1));
+    refused!(bench, "dx is dy", |on| on.rms_norm_vjp(
+        &norm,
+        weight,
+        xs,
+        stats,
+        dy,
+        dy,
+        f.sub(0, 5)
+    ));
+    refused!(bench, "dweight too long", |on| on.rms_norm_vjp(
+        &norm,
+        weight,
+        xs,
+        stats,
+        dy,
+        dx,
+        f.sub(0, 6)
+    ));
+    refused!(bench, "dweight is the weight", |on| on
+        .rms_norm_vjp(&norm, weight, xs, stats, dy, dx, weight));
+    bench.op = "rotate";
+    let rotary = Rotary { heads: 2, head_dim: 4, tokens: 2, back: false };
+    let odd = Rotary { head_dim: 5, ..rotary };
+    let (table, xs, none) = (b.sub(0, 12), of(a.sub(0, 48), 3), Ints::EMPTY);
+    refused!(bench, "an odd head", |on| on.rotate(&ok, &odd, b.sub(0, 15), none, xs));
+    refused!(bench, "half a position", |on| on.rotate(&ok, &rotary, b.sub(0, 14), none, xs));
+    refused!(bench, "one position too many", |on| on.rotate(
+        &ok,
+        &rotary,
+        table,
+        tokens.sub(0, 5),
+        xs
+    ));
+    refused!(bench, "columns reach outside", |on| on.rotate(
+        &ok,
+        &rotary,
+        table,
+        none,
+        Columns { at: 5, ..xs }
+    ));
+    refused!(bench, "x too long", |on| on.rotate(&ok, &rotary, table, none, of(a.sub(0, 60), 0)));
+    refused!(bench, "the table is x", |on| on.rotate(&ok, &rotary, a.sub(0, 12), none, xs));
+    refused!(bench, "table outside", |on| on.rotate(&ok, &rotary, far(12), none, xs));
+    bench.op = "gated";
+    let (gate, act) = (a.sub(0, 9), Gate::Silu);
+    refused!(bench, "lengths", |on| on.gated(act, gate, b.sub(0, 8), c.sub(0, 9)));
+    refused!(bench, "y is up", |on| on.gated(act, gate, b.sub(0, 9), b.sub(0, 9)));
+    refused!(bench, "outside", |on| on.gated(act, far(9), b.sub(0, 9), c.sub(0, 9)));
+    let (up, dy) = (b.sub(0, 9), c.sub(0, 9));
+    refused!(bench, "dgate too long", |on| on.gated_vjp(act, gate, up, dy, d.sub(0, 10)));
+    refused!(bench, "dgate is dup", |on| on.gated_vjp(act, gate, up, dy, dy));
     bench.op = "widen";
     let words = bench.words(4);
     refused!(bench, "too few words", |on| on.widen(Half::Bf16, words, a.sub(0, 9)));
@@ -727,6 +975,16 @@ fn attention_refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     refused!(bench, "one length too few", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
     let wrong = Attention { key_lens: Ints::new(OUTSIDE, 2), ..a };
     refused!(bench, "lengths outside", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
+    let wrong = Attention { starts: lens, ..a };
+    refused!(bench, "starts of some queries", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
+    let wrong = Attention { starts: Ints::new(OUTSIDE, 6), ..a };
+    refused!(bench, "starts outside", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
+    for kv_heads in [0, 3] {
+        let wrong = Attention { kv_heads, ..a };
+        refused!(bench, "no divisor", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
+    }
+    let wrong = Attention { mask: Mask::Sliding(0), ..a };
+    refused!(bench, "an empty window", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
     let wrong = Attention { dropout: 1.0, ..a };
     refused!(bench, "dropout of everything", |on| on.attention(&ok, &wrong, q, k, v, out, lse, s));
     let wrong = Attention { heads: usize::MAX, head_dim: usize::MAX, ..a };
@@ -765,6 +1023,13 @@ fn attention_refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     bench.op = "attention_vjp";
     refused!(bench, "dk overlaps dv", |on| {
         on.attention_vjp(&ok, &a, q, k, v, out, lse, dout, dq, dk, column(dqkv, 5), s)
+    });
+    let grouped = Attention { kv_heads: 1, ..a };
+    refused!(bench, "dv overlaps a narrower dk", |on| {
+        on.attention_vjp(&ok, &grouped, q, k, v, out, lse, dout, dq, dk, column(dqkv, 5), s)
+    });
+    refused!(bench, "a narrower dk overlaps dq", |on| {
+        on.attention_vjp(&ok, &grouped, q, k, v, out, lse, dout, dq, column(dqkv, 3), dv, s)
     });
     let wrong = Attention { temperature: tau.sub(0, 1), ..a };
     refused!(bench, "temperature without gradient", |on| {

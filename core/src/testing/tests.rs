@@ -4,7 +4,8 @@ use std::{string::ToString, vec, vec::Vec};
 
 use super::*;
 use crate::backend::{
-    Attention, CrossEntropy, Exchange, Gelu, Mask, NnOps, OptimOps, Product, UpdateOps, Wrapper,
+    Attention, CrossEntropy, Exchange, Gate, Gelu, Mask, NnOps, OptimOps, Product, RmsNorm, Rotary,
+    UpdateOps, Wrapper,
 };
 use crate::optim::Update;
 use crate::rng::Draw;
@@ -48,6 +49,16 @@ enum Bug {
     AttentionWithoutPadding,
     AttentionVjpAdds,
     AttentionSeesItself,
+    AttentionOfTheFirstHead,
+    AttentionOneKeyFurther,
+    AttentionAcrossTexts,
+    RmsOffsetForgotten,
+    RmsVjpSets,
+    RotatesForward,
+    RotatesByPlace,
+    RotatesSilently,
+    OtherGate,
+    GateWithoutSlope,
     TemperatureForgotten,
     TemperatureGradientSet,
     NoSmoothing,
@@ -282,6 +293,68 @@ impl Wrapper for Broken {
         self.inner.add_columns(width, scale, from, Columns { at, ..to })
     }
 
+    fn rms_norm(
+        &mut self,
+        norm: &RmsNorm,
+        weight: Reals,
+        x: Columns,
+        y: Columns,
+        stats: Reals,
+    ) -> OpResult<()> {
+        let offset = if self.bug == Bug::RmsOffsetForgotten { 0.0 } else { norm.offset };
+        self.inner.rms_norm(&RmsNorm { offset, ..*norm }, weight, x, y, stats)
+    }
+
+    fn rms_norm_vjp(
+        &mut self,
+        norm: &RmsNorm,
+        weight: Reals,
+        x: Columns,
+        stats: Reals,
+        dy: Columns,
+        dx: Columns,
+        dweight: Reals,
+    ) -> OpResult<()> {
+        if self.bug == Bug::RmsVjpSets && dweight.len() == norm.width {
+            self.inner.fill_reals(dweight, 0.0)?;
+        }
+        self.inner.rms_norm_vjp(norm, weight, x, stats, dy, dx, dweight)
+    }
+
+    fn rotate(
+        &mut self,
+        chunk: &Chunk,
+        rotary: &Rotary,
+        table: Reals,
+        positions: Ints,
+        x: Columns,
+    ) -> OpResult<()> {
+        let back = rotary.back && self.bug != Bug::RotatesForward;
+        let positions = if self.bug == Bug::RotatesByPlace { Ints::EMPTY } else { positions };
+        self.inner.rotate(chunk, &Rotary { back, ..*rotary }, table, positions, x)?;
+        if self.bug == Bug::RotatesSilently {
+            self.inner.take_fault()?;
+        }
+        Ok(())
+    }
+
+    fn gated(&mut self, act: Gate, gate: Reals, up: Reals, y: Reals) -> OpResult<()> {
+        let act = if self.bug == Bug::OtherGate { Gate::Silu } else { act };
+        self.inner.gated(act, gate, up, y)
+    }
+
+    fn gated_vjp(
+        &mut self,
+        act: Gate,
+        gate: Reals,
+        up: Reals,
+        d: Reals,
+        dgate: Reals,
+    ) -> OpResult<()> {
+        self.inner.gated_vjp(act, gate, up, d, dgate)?;
+        if self.bug == Bug::GateWithoutSlope { self.inner.fill_reals(dgate, 0.0) } else { Ok(()) }
+    }
+
     fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> OpResult<()> {
         let kind = if self.bug == Bug::OtherGelu { Gelu::Exact } else { kind };
         self.inner.gelu(kind, x, y)?;
@@ -310,8 +383,15 @@ impl Wrapper for Broken {
             Bug::AttentionWithoutDropout if a.dropout < 1.0 => a.dropout = 0.0,
             Bug::AttentionWithoutPadding => a.key_lens = Ints::EMPTY,
             Bug::AttentionSeesItself if a.mask == Mask::Others => a.mask = Mask::Full,
+            Bug::AttentionOfTheFirstHead if a.kv_heads > 1 && a.kv_heads < a.heads => {
+                a.kv_heads = 1;
+            }
+            Bug::AttentionAcrossTexts => a.starts = Ints::EMPTY,
             Bug::TemperatureForgotten if a.temperature.len() == 1 => a.temperature = Reals::EMPTY,
             _ => {}
+        }
+        if let (Bug::AttentionOneKeyFurther, Mask::Sliding(n @ 1..)) = (self.bug, a.mask) {
+            a.mask = Mask::Sliding(n + 1);
         }
         self.inner.attention(chunk, &a, q, k, v, out, lse, scratch)
     }
@@ -437,6 +517,16 @@ fn mistakes_are_found() {
         (Bug::AttentionWithoutPadding, "attention", "out"),
         (Bug::AttentionVjpAdds, "attention_vjp", "dk"),
         (Bug::AttentionSeesItself, "attention", "out"),
+        (Bug::AttentionOfTheFirstHead, "attention", "out"),
+        (Bug::AttentionOneKeyFurther, "attention", "out"),
+        (Bug::AttentionAcrossTexts, "attention", "out"),
+        (Bug::RmsOffsetForgotten, "rms_norm", "y"),
+        (Bug::RmsVjpSets, "rms_norm_vjp", "dweight"),
+        (Bug::RotatesForward, "rotate", "x"),
+        (Bug::RotatesByPlace, "rotate", "x"),
+        (Bug::RotatesSilently, "rotate", "status"),
+        (Bug::OtherGate, "gated", "y"),
+        (Bug::GateWithoutSlope, "gated_vjp", "dgate"),
         (Bug::TemperatureForgotten, "attention", "out"),
         (Bug::TemperatureGradientSet, "attention_vjp", "temperature_grad"),
         (Bug::NoSmoothing, "cross_entropy", "logits"),
