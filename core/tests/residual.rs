@@ -5,11 +5,11 @@
 mod common;
 
 use bdia_core::arena::{Ints, Layout, Reals};
-use bdia_core::backend::{Backend, Chunk, Gelu, Half, Mask};
+use bdia_core::backend::{Backend, Chunk, Gate, Gelu, Half, Mask};
 use bdia_core::layers::{
-    At, BlockShape, Branch, Branches, CrossAttention, Decoder, Freeze, Gradients, Init, LoraShape,
-    Mlp, MlpShape, Parameter, Params, PreNorm, Residual, Room, Scheme, SelfAttention, Tensor,
-    Tensors,
+    At, BlockSet, BlockShape, Branch, Branches, CrossAttention, Decoder, Freeze, GatedMlp,
+    Gradients, GroupedAttention, Init, LlamaBlocks, LlamaShape, LoraShape, Mlp, MlpShape,
+    Parameter, Params, PreNorm, Residual, Room, Scheme, SelfAttention, Tensor, Tensors,
 };
 use bdia_core::optim::Rule;
 use bdia_core::stack::{Blocks, Call, Context, Needs};
@@ -58,6 +58,8 @@ struct Bench<P> {
     /// For what is written out by hand.
     own: [Reals; 7],
     lens: [Ints; 2],
+    /// Positions of packed samples, and where their texts begin.
+    packed: [Ints; 2],
 }
 
 fn bench<R: Real, P: Branches>(
@@ -69,6 +71,7 @@ fn bench<R: Real, P: Branches>(
     let needs = blocks.needs::<Reference<'_, R>>(SAMPLES, 1);
     let whole = SAMPLES * TOKENS * WIDTH;
     let lens = [0; 2].map(|_| l.ints(Category::Head, SAMPLES));
+    let packed = [0; 2].map(|_| l.ints(Category::Head, SAMPLES * TOKENS));
     let mut take = |n: usize| l.reals(Category::Workspace, n);
     let context = context.then(|| Context {
         value: take(SAMPLES * KEYS * WIDTH),
@@ -96,7 +99,7 @@ fn bench<R: Real, P: Branches>(
     };
     let [h, gh, gx] = [0; 3].map(|_| take(whole));
     let own = [0; 7].map(|_| take(whole));
-    Bench { blocks, layout: l.checked().unwrap(), call, h, gh, gx, own, lens }
+    Bench { blocks, layout: l.checked().unwrap(), call, h, gh, gx, own, lens, packed }
 }
 
 /// Memory full of garbage, with values where a block reads them.
@@ -123,6 +126,11 @@ impl<R: Real> Memory<R> {
         }
         memory.0[b.lens[0].range()].copy_from_slice(&[4, 2, 3]);
         memory.0[b.lens[1].range()].copy_from_slice(&[3, 0, 2]);
+        // Texts of 1 and 3 tokens, one of 4, and two of 2.
+        memory.0[b.packed[0].range()].copy_from_slice(&[0, 0, 1, 2, 0, 1, 2, 3, 0, 1, 0, 1]);
+        memory.0[b.packed[1].range()].copy_from_slice(&[0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 2, 2]);
+        memory.fill(b.own[0], 5, 1.0);
+        memory.fill(b.own[1], 6, 1.0);
         memory
     }
 
@@ -243,6 +251,72 @@ fn two_branches_against_finite_differences() {
     for (name, shape, lora, freeze, trained) in cases {
         assert_eq!(check(name, plain(shape, lora, freeze), |_| {}, false), trained, "{name}");
         assert_eq!(check(name, plain(shape, lora, freeze), pad, false), trained, "{name}, padded");
+    }
+}
+
+#[test]
+fn branches_of_llama_against_finite_differences() {
+    let shape = LlamaShape {
+        tokens: TOKENS,
+        width: WIDTH,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 2,
+        inner: 6,
+        eps: 1e-2,
+        norm_offset: 0.0,
+        gate: Gate::Silu,
+        qkv_bias: false,
+        output_bias: false,
+        mlp_bias: false,
+        head_norms: false,
+        post_norms: false,
+        window: None,
+        sliding: BlockSet::NONE,
+        unrotated: BlockSet::NONE,
+        attention_dropout: 0.0,
+        init: Scheme::InverseRoot,
+    };
+    let everything = LlamaShape {
+        norm_offset: 1.0,
+        gate: Gate::Gelu(Gelu::Tanh),
+        qkv_bias: true,
+        output_bias: true,
+        mlp_bias: true,
+        head_norms: true,
+        post_norms: true,
+        window: Some(2),
+        sliding: BlockSet::ALL,
+        attention_dropout: 0.2,
+        ..shape
+    };
+    // Queries and output, keys and values; gate, up and down; norms.
+    let plain = 2 * WIDTH * 8 + 2 * WIDTH * 4 + 3 * WIDTH * 6 + 2 * WIDTH;
+    let all = plain + 8 + 2 * 4 + WIDTH + 2 * 6 + WIDTH + 2 * 2 + 2 * WIDTH;
+    let lora = Some(LoraShape { rank: 2, alpha: 3.0 });
+    let adapters = 2 * (2 * (WIDTH + 8) + 2 * (WIDTH + 4) + 3 * (WIDTH + 6));
+    let unrotated = BlockSet::NONE.with(K).unwrap();
+    for (name, shape, lora, freeze, trained) in [
+        ("plain", shape, None, Freeze::Nothing, plain),
+        ("everything", everything, None, Freeze::Nothing, all),
+        ("no positions", LlamaShape { unrotated, ..shape }, None, Freeze::Nothing, plain),
+        ("adapters", shape, lora, Freeze::All(None), adapters),
+        ("adapters of everything", everything, lora, Freeze::All(Some(Half::Bf16)), adapters),
+        ("all and adapters", everything, lora, Freeze::Nothing, all + adapters),
+    ] {
+        let blocks =
+            |l: &mut Layout| LlamaBlocks::layout(&shape, BLOCKS, lora, freeze, KEPT, l).unwrap();
+        // Any numbers are a table: the product is that of the linear map that they are.
+        let tables = |b: &mut Bench<(GroupedAttention, GatedMlp)>| {
+            b.blocks.branches.0.tables = [b.own[0], b.own[1]].map(|of| of.sub(0, 2 * TOKENS));
+        };
+        assert_eq!(check(name, blocks, tables, false), trained, "{name}");
+        let packed = |b: &mut Bench<(GroupedAttention, GatedMlp)>| {
+            tables(b);
+            let attention = &mut b.blocks.branches.0;
+            (attention.positions, attention.starts) = (b.packed[0], b.packed[1]);
+        };
+        assert_eq!(check(name, blocks, packed, false), trained, "{name}, packed");
     }
 }
 

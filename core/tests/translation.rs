@@ -7,7 +7,7 @@ mod common;
 use bdia_core::arena::{Ints, Layout, Reals};
 use bdia_core::backend::{Chunk, Gelu, Mask};
 use bdia_core::layers::{
-    BlockShape, Cached, CachedContext, Decoder, EncoderOutput, Freeze, Gradients, LmHead,
+    BlockShape, Cached, CachedContext, Decoder, EncoderOutput, Freeze, Gradients, LmHead, Norm,
     Parameter, Params, PreNorm, Room, Scheme, Tensor, TokenEmbedding,
 };
 use bdia_core::optim::Rule;
@@ -136,6 +136,7 @@ fn model<R: Real>(mode: Mode, chunk: usize) -> (Model, Layout) {
         tokens: l.ints(Category::Head, BATCH * tokens),
         wte: table,
         wpe,
+        scale: 1.0,
         dropout: 0.1,
     };
     let inputs = [embedding(SOURCE, sources, &mut l), embedding(TARGET, targets, &mut l)];
@@ -147,8 +148,7 @@ fn model<R: Real>(mode: Mode, chunk: usize) -> (Model, Layout) {
         width: WIDTH,
         per_sample: TARGET,
         vocab: VOCAB,
-        eps: 1e-5,
-        norm: [last, last_bias],
+        norm: Norm::Layer { eps: 1e-5, weight: last, bias: last_bias },
         weight: table,
         targets: l.ints(Category::Head, BATCH * TARGET),
         losses: l.reals(Category::Head, BATCH * TARGET),
@@ -379,6 +379,8 @@ fn one_token_at_a_time_is_the_same_decoder() {
                 keys: TARGET,
                 positions: &[position; BATCH * BEAMS],
                 lens,
+                places: Ints::EMPTY,
+                starts: Ints::EMPTY,
                 context: Some(CachedContext { keys_values: place(k, kv), beams: BEAMS }),
             };
             blocks.next(&mut be, &call(k), &cached, h).unwrap();
@@ -440,7 +442,9 @@ fn a_place_outside_the_cache_is_refused() {
         (&[0, usize::MAX, 1], "cache: position"),
         (&[0, 1], "cache: positions"),
     ] {
-        let cached = Cached { of: cache, keys: TARGET, positions, lens, context: None };
+        let (places, starts) = (Ints::EMPTY, Ints::EMPTY);
+        let (of, keys, context) = (cache, TARGET, None);
+        let cached = Cached { of, keys, positions, lens, places, starts, context };
         let error = blocks.next(&mut be, &call, &cached, h).unwrap_err();
         assert!(error.to_string().starts_with(what), "{error}");
         // What the sample after it has is what it had.

@@ -79,6 +79,26 @@ pub(crate) fn map3(x: &mut [f32], y: &[f32], z: &[f32], f: impl Fn(f32x8, f32x8,
     }
 }
 
+/// `x[i], y[i] = f(x[i], y[i], z[i], w[i])`; equal lengths.
+#[inline]
+pub(crate) fn map_both(
+    [x, y]: [&mut [f32]; 2],
+    [z, w]: [&[f32]; 2],
+    f: impl Fn([f32x8; 4]) -> [f32x8; 2],
+) {
+    let ((xs, x_tail), (ys, y_tail)) = (x.as_chunks_mut::<LANES>(), y.as_chunks_mut::<LANES>());
+    let ((zs, z_tail), (ws, w_tail)) = (z.as_chunks::<LANES>(), w.as_chunks::<LANES>());
+    for (((x, y), z), w) in xs.iter_mut().zip(ys).zip(zs).zip(ws) {
+        [*x, *y] = f([*x, *y, *z, *w].map(f32x8::new)).map(f32x8::to_array);
+    }
+    let n = x_tail.len();
+    if n > 0 {
+        let [x, y] = f([&*x_tail, y_tail, z_tail, w_tail].map(|part| load_part(part, 0.0)));
+        x_tail.copy_from_slice(&x.to_array()[..n]);
+        y_tail.copy_from_slice(&y.to_array()[..n]);
+    }
+}
+
 /// `Σ f(x[i])` with four accumulators; `f(0)` must be 0, or the length a multiple of 8.
 #[inline]
 pub(crate) fn fold_sum(x: &[f32], f: impl Fn(f32x8) -> f32x8) -> f32 {
@@ -247,6 +267,10 @@ mod tests {
             let mut y = x.clone();
             map2(&mut y, &x, |a, b| a + b);
             assert!(y.iter().zip(&x).all(|(y, x)| *y == 2.0 * x));
+            let mut z = x.clone();
+            map_both([&mut y, &mut z], [&x, &x], |[a, b, c, d]| [a + b, c * d]);
+            assert!(y.iter().zip(&x).all(|(y, x)| *y == 3.0 * x));
+            assert!(z.iter().zip(&x).all(|(z, x)| *z == x * x));
         }
     }
 }

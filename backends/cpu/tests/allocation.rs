@@ -7,7 +7,9 @@ use core::alloc::{GlobalAlloc, Layout as Block};
 use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::alloc::System;
 
-use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
+use bdia_core::backend::{
+    Attention, Columns, CrossEntropy, Gate, Gelu, Mask, Order, Product, RmsNorm, Rotary,
+};
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
 use bdia_core::{
@@ -66,6 +68,8 @@ fn main() {
     let attention = Attention {
         draw: Draw::AttentionDropout,
         heads: 2,
+        kv_heads: 2,
+        starts: Ints::EMPTY,
         head_dim: 50,
         queries: 333,
         keys: 333,
@@ -109,6 +113,16 @@ fn main() {
             cpu.layer_norm(1e-5, w, bias, a, b, stats).unwrap();
             cpu.layer_norm_vjp(d.sub(50_000, 100), a, stats, b, matrix_a.sub(0, N), w, bias)
                 .unwrap();
+            let norm = RmsNorm { groups: 2, width: 50, eps: 1e-5, offset: 0.0 };
+            let [u, y, dx] =
+                [a, b, matrix_a.sub(0, N)].map(|of| Columns { of, stride: 100, at: 0 });
+            let (w, dw, stats) = (c.sub(0, 50), c.sub(100, 50), d.sub(0, 2 * N / 100));
+            cpu.rms_norm(&norm, w, u, y, stats).unwrap();
+            cpu.rms_norm_vjp(&norm, w, u, stats, y, dx, dw).unwrap();
+            let rotary = Rotary { heads: 2, head_dim: 50, tokens: N / 100, back: false };
+            cpu.rotate(&chunk, &rotary, matrix_b.sub(0, N / 2), Ints::EMPTY, u).unwrap();
+            cpu.gated(Gate::Silu, a, b, c).unwrap();
+            cpu.gated_vjp(Gate::Gelu(Gelu::Exact), a, b, c, d).unwrap();
             let ce = CrossEntropy { vocab: 1000, tokens: 100, row: 0, scale: 1.0, smoothing: 0.1 };
             cpu.cross_entropy(&chunk, &ce, a, x.sub(0, 100), c.sub(0, 100)).unwrap();
             let rule = Rule::SetAdam { beta1: 0.9, beta2: 0.9, eps: 1e-18 };

@@ -3,7 +3,9 @@
 
 mod common;
 
-use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
+use bdia_core::backend::{
+    Attention, Columns, CrossEntropy, Gate, Gelu, Mask, Order, Product, RmsNorm, Rotary,
+};
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
 use bdia_core::{Error, Fault, Ints, NnOps, Reals, Site};
@@ -116,6 +118,105 @@ fn rows_and_norms() {
     }
 }
 
+/// Parts of a matrix, with columns of nobody around them; enough rows for several pieces, and for
+/// several partial sums of the weight's gradient.
+#[test]
+fn rms_norms() {
+    for (rows, groups, width) in
+        [(0, 1, 8), (1, 1, 1), (3, 2, 5), (70, 1, 64), (40, 3, 100), (129, 1, 768), (200, 4, 64)]
+    {
+        for offset in [0.0, 1.0] {
+            let (mut at, all) = (Bump(0), groups * width);
+            let [x, y, dy, dx] = [2, 0, 1, 3].map(|n| Columns {
+                of: at.take(rows * (all + n + 2)),
+                stride: all + n + 2,
+                at: n,
+            });
+            let (w, dw, stats) = (at.take(width), at.take(width), at.take(rows * groups));
+            let world = World::new(10, 0, at.0, 0);
+            let norm = RmsNorm { groups, width, eps: 1e-5, offset };
+            let what = format!("{rows}×{groups}×{width}");
+            let after = world.close(&format!("rms_norm {what}"), TOLERANCE, &|c| {
+                c.rms_norm(&norm, w, x, y, stats)
+            });
+            for dw in [dw, Reals::EMPTY] {
+                let _ = after.world.close(&format!("rms_norm_vjp {what}"), TOLERANCE, &|c| {
+                    c.rms_norm_vjp(&norm, w, x, stats, dy, dx, dw)
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn rotations() {
+    for (samples, tokens, heads, head_dim) in
+        [(0, 3, 1, 2), (2, 0, 1, 2), (1, 1, 1, 2), (2, 7, 3, 10), (3, 100, 4, 64)]
+    {
+        let (mut at, known, stride) = (Bump(0), tokens + 2, heads * head_dim + 3);
+        let (table, x) = (at.take(known * head_dim), at.take(samples * tokens * stride));
+        let own = Ints::new(0, samples * tokens);
+        let mut world = World::new(12, own.len(), at.0, 0);
+        for p in &mut world.ints {
+            *p = p.rem_euclid(known as i32);
+        }
+        let (x, c) = (Columns { of: x, stride, at: 2 }, chunk(samples));
+        for back in [false, true] {
+            let rotary = Rotary { heads, head_dim, tokens, back };
+            for positions in [Ints::EMPTY, own] {
+                let op: common::Op = &|b| b.rotate(&c, &rotary, table, positions, x);
+                assert_eq!(world.close("rotate", TOLERANCE, op).fault, None);
+            }
+            let short: common::Op = &|b| b.rotate(&c, &rotary, table.sub(0, 0), Ints::EMPTY, x);
+            let after = world.close("rotate without positions", TOLERANCE, short);
+            let first = Fault::Token { sample: 5, value: 0, vocab: 0 };
+            assert_eq!(after.fault, (!own.is_empty()).then_some(first));
+            assert_eq!(after.world.reals, world.reals);
+            let mut bad = world.clone();
+            for (p, value) in bad.ints.iter_mut().rev().zip([known as i32, -7]) {
+                *p = value;
+            }
+            let op: common::Op = &|b| b.rotate(&c, &rotary, table, own, x);
+            let fault = bad.close("rotate to nowhere", TOLERANCE, op).fault;
+            let value = if own.len() > 1 { -7 } else { known as i32 };
+            let first = Fault::Token { sample: 4 + samples, value, vocab: known };
+            assert_eq!(fault, (!own.is_empty()).then_some(first));
+        }
+    }
+}
+
+#[test]
+fn gated() {
+    for act in [Gate::Silu, Gate::Gelu(Gelu::Tanh), Gate::Gelu(Gelu::Exact)] {
+        for n in [0, 1, 7, 8, 100, 40_000] {
+            let mut at = Bump(0);
+            let [gate, up, y, d, dgate] = [0; 5].map(|_| at.take(n));
+            let mut world = World::new(13, 0, at.0, 0);
+            for (i, x) in world.reals[..n].iter_mut().enumerate() {
+                *x *= [1.0, 4.0, 0.01, 10.0, 100.0][i % 5];
+            }
+            let _ = world.close("gated", TOLERANCE, &|c| c.gated(act, gate, up, y));
+            let _ = world.close("gated_vjp", TOLERANCE, &|c| c.gated_vjp(act, gate, up, d, dgate));
+        }
+        let wild = [1e20, -1e20, f32::MAX, f32::MIN, 0.0, -0.0, 60.0, -200.0, f32::NAN];
+        let mut world = World::new(13, 0, 45, 0);
+        world.reals.fill(1.0);
+        world.reals[..9].copy_from_slice(&wild);
+        let [gate, up, y, d, dgate] = [0, 9, 18, 27, 36].map(|at| Reals::new(at, 9));
+        let after = world.cpu(1, &|c| {
+            c.gated(act, gate, up, y)?;
+            c.gated_vjp(act, gate, up, d, dgate)
+        });
+        let got = |h: Reals, i: usize| after.world.reals[h.start() + i];
+        for (i, &x) in wild[..8].iter().enumerate() {
+            assert_eq!((got(y, i), got(d, i)), (x.max(0.0), x.max(0.0)), "{act:?} of {x:e}");
+            let slope = if x == 0.0 { 0.5 } else { f32::from(u8::from(x > 0.0)) };
+            assert!((got(dgate, i) - slope).abs() < 1e-30, "{act:?} at {x:e}");
+        }
+        assert!([y, d, dgate].into_iter().all(|h| got(h, 8).is_nan()));
+    }
+}
+
 #[test]
 fn gelu() {
     for kind in [Gelu::Tanh, Gelu::Exact] {
@@ -156,28 +257,38 @@ fn gelu() {
 }
 
 fn attention_case(a: Attention, samples: usize, lens: &[i32], together: bool) {
-    let (width, queries, keys) = (a.heads * a.head_dim, samples * a.queries, samples * a.keys);
+    packed_case(a, samples, lens, &[], together);
+}
+
+fn packed_case(a: Attention, samples: usize, lens: &[i32], starts: &[i32], together: bool) {
+    let (queries, keys) = (samples * a.queries, samples * a.keys);
+    let (width, kv_width) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
     let mut at = Bump(0);
     let (q, k, v, dq, dk, dv);
     if together {
         // All three in one matrix, as c_attn leaves them, with columns of nobody at the end.
-        let stride = 3 * width + 2;
+        let stride = width + 2 * kv_width + 2;
         let (of, d) = (at.take(queries * stride), at.take(queries * stride));
-        [q, k, v] = [0, 1, 2].map(|i| Columns { of, stride, at: i * width });
-        [dq, dk, dv] = [0, 1, 2].map(|i| Columns { of: d, stride, at: i * width });
+        let places = [0, width, width + kv_width];
+        [q, k, v] = places.map(|at| Columns { of, stride, at });
+        [dq, dk, dv] = places.map(|at| Columns { of: d, stride, at });
     } else {
-        let mut columns =
-            |rows: usize| Columns { of: at.take(rows * (width + 3)), stride: width + 3, at: 1 };
-        (q, k, v) = (columns(queries), columns(keys), columns(keys));
-        (dq, dk, dv) = (columns(queries), columns(keys), columns(keys));
+        let mut columns = |rows: usize, width: usize| Columns {
+            of: at.take(rows * (width + 3)),
+            stride: width + 3,
+            at: 1,
+        };
+        (q, k, v) = (columns(queries, width), columns(keys, kv_width), columns(keys, kv_width));
+        (dq, dk, dv) = (columns(queries, width), columns(keys, kv_width), columns(keys, kv_width));
     }
     let (out, dout, lse) =
         (at.take(queries * width), at.take(queries * width), at.take(queries * a.heads));
     let [temperature, temperature_grad] = [0; 2].map(|_| at.take(a.temperature.len()));
-    let a = Attention { temperature, temperature_grad, ..a };
+    let starts_at = Ints::new(lens.len(), starts.len());
+    let a = Attention { temperature, temperature_grad, starts: starts_at, ..a };
     let scratch = at.take(Cpu::attention_scratch(&a, samples, 3).max(a.keys));
-    let mut world = World::new(4, lens.len(), at.0, 0);
-    world.ints.copy_from_slice(lens);
+    let mut world = World::new(4, 0, at.0, 0);
+    world.ints = [lens, starts].concat();
     let c = chunk(samples);
     let what = format!("{a:?}, {samples} samples");
     // What is left in the scratch is nobody's business, but compared: cleared at the end of each.
@@ -222,6 +333,8 @@ fn attention() {
     let base = Attention {
         draw: Draw::AttentionDropout,
         heads: 2,
+        kv_heads: 2,
+        starts: Ints::EMPTY,
         head_dim: 8,
         queries: 5,
         keys: 5,
@@ -235,9 +348,14 @@ fn attention() {
         let a = Attention { dropout, ..base };
         attention_case(a, 2, &[], true);
         attention_case(Attention { mask: Mask::Full, ..a }, 3, &[], true);
-        attention_case(Attention { queries: 1, keys: 1, heads: 1, head_dim: 1, ..a }, 1, &[], true);
         attention_case(
-            Attention { queries: 150, keys: 150, heads: 3, head_dim: 20, ..a },
+            Attention { queries: 1, keys: 1, heads: 1, kv_heads: 1, head_dim: 1, ..a },
+            1,
+            &[],
+            true,
+        );
+        attention_case(
+            Attention { queries: 150, keys: 150, heads: 3, kv_heads: 3, head_dim: 20, ..a },
             2,
             &[],
             true,
@@ -275,11 +393,145 @@ fn attention() {
     }
 }
 
+/// What Llama's family has: fewer heads of keys than of queries, windows, several texts in a sample.
+#[test]
+fn grouped_sliding_and_packed_attention() {
+    for dropout in [0.0, 0.3] {
+        let a = Attention {
+            draw: Draw::AttentionDropout,
+            heads: 6,
+            kv_heads: 2,
+            starts: Ints::EMPTY,
+            head_dim: 8,
+            queries: 150,
+            keys: 150,
+            mask: Mask::Causal,
+            key_lens: Ints::EMPTY,
+            dropout,
+            temperature: Reals::EMPTY,
+            temperature_grad: Reals::EMPTY,
+        };
+        let (lens, tau) = (Ints::new(0, 2), Reals::new(usize::MAX, 1));
+        attention_case(a, 2, &[], true);
+        attention_case(Attention { kv_heads: 1, mask: Mask::Full, keys: 33, ..a }, 2, &[], false);
+        attention_case(Attention { mask: Mask::Others, temperature: tau, ..a }, 1, &[], true);
+        for n in [1, 20, 64, 100, 149, usize::MAX] {
+            attention_case(Attention { mask: Mask::Sliding(n), ..a }, 1, &[], true);
+        }
+        let window = Attention { mask: Mask::Sliding(40), key_lens: lens, kv_heads: 3, ..a };
+        attention_case(Attention { temperature: tau, ..window }, 2, &[90, 150], false);
+        // Texts of 37 tokens and of 80, which begin elsewhere in every sample.
+        let starts = |of: i32| -> Vec<i32> {
+            let start = |i: i32| (0..150).map(move |t| (t - (t + 9 * i) % of).max(0));
+            (0..2).flat_map(start).collect()
+        };
+        for of in [37, 80] {
+            packed_case(a, 2, &[], &starts(of), true);
+            packed_case(window, 2, &[150, 100], &starts(of), true);
+        }
+        // Nothing says that texts are in order, or that a query sees anything; below 0 is 0.
+        let mut wild = starts(37);
+        wild[..70].fill(i32::MAX);
+        (wild[75], wild[140], wild[160]) = (-5, i32::MIN, 150);
+        packed_case(a, 2, &[], &wild, false);
+        packed_case(Attention { mask: Mask::Others, ..a }, 2, &[], &wild, false);
+    }
+}
+
+/// A window as wide as the sample, and a text that begins with it, change no bits; nor do heads of
+/// keys that are read by several heads of queries, on the way forward.
+#[test]
+fn attention_in_other_words() {
+    let a = Attention {
+        draw: Draw::AttentionDropout,
+        heads: 4,
+        kv_heads: 4,
+        starts: Ints::EMPTY,
+        head_dim: 16,
+        queries: 100,
+        keys: 100,
+        mask: Mask::Causal,
+        key_lens: Ints::EMPTY,
+        dropout: 0.2,
+        temperature: Reals::EMPTY,
+        temperature_grad: Reals::EMPTY,
+    };
+    let (mut at, stride) = (Bump(0), 3 * 64);
+    let (of, d) = (at.take(100 * stride), at.take(100 * stride));
+    let (out, dout, lse) = (at.take(6400), at.take(6400), at.take(400));
+    let scratch = at.take(Cpu::attention_scratch(&a, 1, 3));
+    let mut world = World::new(14, 100, at.0, 0);
+    world.ints.fill(0);
+    // Heads 0 and 1 of the keys are the same, and heads 2 and 3; so are those of the values.
+    for row in world.reals[of.range()].chunks_exact_mut(stride) {
+        for head in [64, 96, 128, 160] {
+            row.copy_within(head..head + 16, head + 16);
+        }
+    }
+    let [q, k, v] = [0, 64, 128].map(|at| Columns { of, stride, at });
+    let [dq, dk, dv] = [0, 64, 128].map(|at| Columns { of: d, stride, at });
+    let both = |a: Attention| {
+        world.cpu(2, &|b| {
+            b.attention(&chunk(1), &a, q, k, v, out, lse, scratch)?;
+            b.attention_vjp(&chunk(1), &a, q, k, v, out, lse, dout, dq, dk, dv, scratch)?;
+            b.fill_reals(scratch, 0.0)
+        })
+    };
+    let causal = both(a);
+    both(Attention { mask: Mask::Sliding(100), ..a }).same_bits(&causal, "a wide window");
+    both(Attention { starts: Ints::new(0, 100), ..a }).same_bits(&causal, "one text");
+
+    // Now the two heads that differ lie side by side.
+    let mut grouped = world.clone();
+    for row in grouped.reals[of.range()].chunks_exact_mut(stride) {
+        for first in [64, 128] {
+            row.copy_within(first + 32..first + 48, first + 16);
+        }
+    }
+    let op = |kv_heads: usize| {
+        let a = Attention { kv_heads, ..a };
+        move |b: &mut dyn bdia_core::Backend<Real = f32>| {
+            b.attention(&chunk(1), &a, q, k, v, out, lse, scratch)
+        }
+    };
+    let (all, two) = (world.cpu(2, &op(4)), grouped.cpu(2, &op(2)));
+    for h in [out, lse] {
+        assert_eq!(all.world.reals[h.range()], two.world.reals[h.range()]);
+    }
+}
+
+/// The memory for scores is as long as a window, not as the sample.
+#[test]
+fn a_window_needs_little_memory() {
+    let of = |mask, keys| {
+        let a = Attention {
+            draw: Draw::AttentionDropout,
+            heads: 1,
+            kv_heads: 1,
+            starts: Ints::EMPTY,
+            head_dim: 4,
+            queries: keys,
+            keys,
+            mask,
+            key_lens: Ints::EMPTY,
+            dropout: 0.0,
+            temperature: Reals::EMPTY,
+            temperature_grad: Reals::EMPTY,
+        };
+        Cpu::attention_scratch(&a, 1, 1)
+    };
+    assert_eq!(of(Mask::Sliding(512), 4096), of(Mask::Sliding(512), 1 << 20));
+    assert!(of(Mask::Sliding(512), 4096) < of(Mask::Causal, 640));
+    assert_eq!(of(Mask::Sliding(usize::MAX), 4096), of(Mask::Causal, 4096));
+}
+
 #[test]
 fn attention_refuses_what_does_not_fit() {
     let a = Attention {
         draw: Draw::AttentionDropout,
         heads: 2,
+        kv_heads: 2,
+        starts: Ints::EMPTY,
         head_dim: 4,
         queries: 3,
         keys: 3,
@@ -357,6 +609,9 @@ fn embedding() {
         let c = chunk(samples);
         let _ = world.exact("embed", &|b| b.embed(&c, tokens, table, positions, width, x));
         let _ = world.exact("embed_vjp", &|b| b.embed_vjp(&c, tokens, x, width, table, positions));
+        let none = Reals::EMPTY;
+        let _ = world.exact("embed alone", &|b| b.embed(&c, tokens, table, none, width, x));
+        let _ = world.exact("embed_vjp alone", &|b| b.embed_vjp(&c, tokens, x, width, table, none));
         if let Some(t) = world.ints.last_mut() {
             *t = vocab as i32;
             world.ints[tokens.len() / 2] = -1;

@@ -248,6 +248,7 @@ static const Kernel table[] = {
     ENTRY(unblend), ENTRY(combine), ENTRY(check_gradient), ENTRY(check_input), ENTRY(compare), ENTRY(count_differences),
     ENTRY(fill), ENTRY(add), ENTRY(bias_rows),
     ENTRY(to_bf16), ENTRY(unpad), ENTRY(add_parts), ENTRY(sum_rows), ENTRY(layer_norm), ENTRY(layer_norm_dx), ENTRY(layer_norm_dw),
+    ENTRY(rms_parts), ENTRY(rms_parts_dx), ENTRY(rms_parts_dw), ENTRY(rotate), ENTRY(gated), ENTRY(gated_vjp),
     ENTRY(gelu), ENTRY(gelu_vjp), ENTRY(dropout), ENTRY(embed), ENTRY(embed_positions), ENTRY(embed_table),
     ENTRY(cross_entropy), ENTRY(attention_32), ENTRY(attention_64), ENTRY(attention_128), ENTRY(attention_delta),
     ENTRY(attention_dq_32), ENTRY(attention_dq_64), ENTRY(attention_dq_128), ENTRY(attention_dkv_32),

@@ -21,24 +21,30 @@
 //     s and dp = dout·v of a tile again, p = exp(s - lse), ds = scale·p·(factor·dp - delta)
 //     backward_q    a block a tile of queries, over all keys:     dq = Σ ds·k
 //     backward_kv   a block a tile of keys, over all queries:     dk = Σ ds·q, dv = Σ p·factor·dout
+//                   of every head of queries that reads these keys, one head after another
 //
 // The way back has two kernels, each of which computes the scores, so that every sum belongs to one
 // block and has a fixed order; a single one would add to dq from many blocks at a time.
 //
-// What the code adds: masks and padding (a pair that is not seen has p = 0, tiles of which nothing is
-// seen are left out, a row that sees nothing has out = 0 and lse = -inf); dropout (factor 0 or
+// What the code adds: masks, windows, padding and packed samples (a pair that is not seen has p = 0,
+// tiles before the first one and behind the last one of which something is seen are left out, a row
+// that sees nothing has out = 0 and lse = -inf); dropout (factor 0 or
 // 1/(1-rate), drawn again from its place); the temperature (its gradient Σ q·dq, a part from each
 // block); heads narrower than their tile (the rest is 0); rows of D + 1 words in shared memory, so
 // that threads that read a column meet in different banks.
 
 enum { FULL_MASK = 0, CAUSAL = 1, OTHERS = 2 };
 
+// With CAUSAL a query sees `window` keys, its own the last of them; no window is larger than a sample.
 struct Attend {
-    u32 heads, head_dim, queries, keys, mask;
+    u32 heads, kv_heads, head_dim, queries, keys, mask, window;
     float scale, kept;
     Streams streams;
     Matrix q, k, v, dq, dk, dv;
 };
+
+// Heads of queries that read one head of keys and values.
+__device__ inline u32 group_of(const Attend& a) { return a.heads / a.kv_heads; }
 
 // Place of a row's head.
 __device__ inline u64 place(const Attend& a, const Matrix& m, u32 row, u32 head) {
@@ -52,8 +58,45 @@ __device__ inline u32 present(const Attend& a, const In<i32>& lens, u32 sample) 
     return n < 0 ? 0 : (u32)n < a.keys ? (u32)n : a.keys;
 }
 
-__device__ inline bool sees(const Attend& a, u32 query, u32 key, u32 there) {
-    return query < a.queries && key < there && !(a.mask == CAUSAL && key > query) && !(a.mask == OTHERS && key == query);
+// The first key of a query's text, in a packed sample.
+__device__ inline u32 start_of(const Attend& a, const In<i32>& starts, u32 sample, u32 query) {
+    if (starts.n == 0 || query >= a.queries) return 0;
+    i32 start = starts[sample * a.queries + query];
+    return start < 0 ? 0 : (u32)start;
+}
+
+// `start` is that of the query.
+__device__ inline bool sees(const Attend& a, u32 query, u32 key, u32 start, u32 there) {
+    return query < a.queries && key < there && key >= start && !(a.mask == CAUSAL && (key > query || key + a.window <= query)) &&
+           !(a.mask == OTHERS && key == query);
+}
+
+// No one of Q queries sees a key before this one. Every warp finds it by itself.
+template <u32 Q> __device__ u32 first_key(const Attend& a, const In<i32>& starts, u32 sample, u32 from) {
+    u32 first = a.mask == CAUSAL && from >= a.window ? from + 1 - a.window : 0;
+    if (starts.n == 0) return first;
+    u32 least = FULL;
+    for (u32 i = from + threadIdx.x % 32; i < from + Q && i < a.queries; i += 32) {
+        u32 start = start_of(a, starts, sample, i);
+        least = start < least ? start : least;
+    }
+    for (int d = 16; d > 0; d /= 2) {
+        u32 other = __shfl_xor_sync(FULL, least, d);
+        least = other < least ? other : least;
+    }
+    return least > first ? least : first;
+}
+
+// Queries from `first` on of which some may see one of the keys from `from` to `to`, up to the end: that of the window, and in
+// a packed sample behind the last query whose text begins before `to`. Every warp finds it by itself.
+__device__ inline u32 last_query(const Attend& a, const In<i32>& starts, u32 sample, u32 first, u32 to) {
+    u32 end = a.mask == CAUSAL && to - 1 + a.window < a.queries ? to - 1 + a.window : a.queries;
+    if (starts.n == 0) return end;
+    for (u32 lane = threadIdx.x % 32; end > first; end = end > 32 ? end - 32 : 0) {
+        u32 votes = __ballot_sync(FULL, lane < end && start_of(a, starts, sample, end - 1 - lane) < to);
+        if (votes) return end - (__ffs((int)votes) - 1);
+    }
+    return end;
 }
 
 // The factor of dropout of one weight.
@@ -115,7 +158,7 @@ template <u32 I, u32 J, u32 D> __device__ void products(Shared<float> x, Shared<
 // Q queries a block, D at least the width of a head.
 template <u32 Q, u32 D>
 __device__ void forward(const Attend& a, const In<float>& q, const In<float>& k, const In<float>& v, const In<i32>& lens,
-                        const In<float>& temperature, const Out<float>& out, const Out<float>& lse) {
+                        const In<i32>& starts, const In<float>& temperature, const Out<float>& out, const Out<float>& lse) {
     const u32 I = Q / 16, J = KEYS / 16, C = D / 16;
     SHARED(float, qs, Q * (D + 1));
     // Keys, then values.
@@ -123,18 +166,19 @@ __device__ void forward(const Attend& a, const In<float>& q, const In<float>& k,
     SHARED(float, ps, Q * (KEYS + 1));
     u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16, from = blockIdx.x * Q, head = blockIdx.y, sample = blockIdx.z;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + Q < there ? from + Q : there;
+    u32 kv_head = head / group_of(a), starts_at[I];
     float scale = scale_of(a, temperature);
     float o[I][C], most[I], sum[I];
     UNROLL
     for (u32 i = 0; i < I; i++) {
-        most[i] = -INFINITY, sum[i] = 0.0f;
+        most[i] = -INFINITY, sum[i] = 0.0f, starts_at[i] = start_of(a, starts, sample, from + ty + 16 * i);
         UNROLL
         for (u32 c = 0; c < C; c++) o[i][c] = 0.0f;
     }
     load<Q, D>(a, a.q, q, sample, a.queries, head, from, qs);
-    for (u32 first = 0; first < end; first += KEYS) {
+    for (u32 first = first_key<Q>(a, starts, sample, from); first < end; first += KEYS) {
         __syncthreads();
-        load<KEYS, D>(a, a.k, k, sample, a.keys, head, first, kv);
+        load<KEYS, D>(a, a.k, k, sample, a.keys, kv_head, first, kv);
         __syncthreads();
         float s[I][J];
         products<I, J, D>(qs, kv, s);
@@ -144,7 +188,7 @@ __device__ void forward(const Attend& a, const In<float>& q, const In<float>& k,
             float now = -INFINITY, part = 0.0f;
             UNROLL
             for (u32 j = 0; j < J; j++) {
-                s[i][j] = sees(a, query, first + tx + 16 * j, there) ? scale * s[i][j] : -INFINITY;
+                s[i][j] = sees(a, query, first + tx + 16 * j, starts_at[i], there) ? scale * s[i][j] : -INFINITY;
                 now = larger(now, s[i][j]);
             }
             now = larger(most[i], row_max(now));
@@ -154,7 +198,7 @@ __device__ void forward(const Attend& a, const In<float>& q, const In<float>& k,
             for (u32 j = 0; j < J; j++) {
                 u32 key = first + tx + 16 * j;
                 float p = 0.0f;
-                if (sees(a, query, key, there)) {
+                if (sees(a, query, key, starts_at[i], there)) {
                     p = expf(s[i][j] - now);
                     part += p;
                     p *= factor_of(a, sample, head, query, key);
@@ -167,7 +211,7 @@ __device__ void forward(const Attend& a, const In<float>& q, const In<float>& k,
             for (u32 c = 0; c < C; c++) o[i][c] *= correction;
         }
         __syncthreads();
-        load<KEYS, D>(a, a.v, v, sample, a.keys, head, first, kv);
+        load<KEYS, D>(a, a.v, v, sample, a.keys, kv_head, first, kv);
         __syncthreads();
         for (u32 key = 0; key < KEYS; key++) {
             float vs[C];
@@ -209,7 +253,7 @@ KERNEL(THREADS, 4) attention_delta(Attend a, u32 samples, In<float> out, In<floa
 
 // One tile of the way back, T queries by T keys: p·factor and scale·ds of this thread's pairs.
 template <u32 T, u32 D>
-__device__ void tile(const Attend& a, float scale, u32 sample, u32 head, u32 first_query, u32 first_key, u32 there, const In<float>& lse,
+__device__ void tile(const Attend& a, float scale, u32 sample, u32 head, u32 first_query, u32 first_key, u32 there, const In<i32>& starts, const In<float>& lse,
                      const In<float>& delta, Shared<float> qs, Shared<float> ks, Shared<float> vs, Shared<float> dos,
                      float (&p)[T / 16][T / 16], float (&ds)[T / 16][T / 16]) {
     u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16;
@@ -217,10 +261,11 @@ __device__ void tile(const Attend& a, float scale, u32 sample, u32 head, u32 fir
     products<T / 16, T / 16, D>(dos, vs, ds);
     UNROLL
     for (u32 i = 0; i < T / 16; i++) {
+        u32 query = first_query + ty + 16 * i, start = start_of(a, starts, sample, query);
         UNROLL
         for (u32 j = 0; j < T / 16; j++) {
-            u32 query = first_query + ty + 16 * i, key = first_key + tx + 16 * j;
-            if (!sees(a, query, key, there)) {
+            u32 key = first_key + tx + 16 * j;
+            if (!sees(a, query, key, start, there)) {
                 p[i][j] = 0.0f, ds[i][j] = 0.0f;
                 continue;
             }
@@ -235,8 +280,8 @@ __device__ void tile(const Attend& a, float scale, u32 sample, u32 head, u32 fir
 // dq of T queries; slopes[samples, heads, tiles] = Σ q·dq of them, where it is asked for.
 template <u32 T, u32 D>
 __device__ void backward_q(const Attend& a, const In<float>& q, const In<float>& k, const In<float>& v, const In<i32>& lens,
-                           const In<float>& temperature, const In<float>& lse, const In<float>& delta, const In<float>& dout,
-                           const Out<float>& dq, const Out<float>& slopes) {
+                           const In<i32>& starts, const In<float>& temperature, const In<float>& lse, const In<float>& delta,
+                           const In<float>& dout, const Out<float>& dq, const Out<float>& slopes) {
     const u32 I = T / 16, C = D / 16;
     SHARED(float, qs, T * (D + 1));
     SHARED(float, dos, T * (D + 1));
@@ -245,7 +290,7 @@ __device__ void backward_q(const Attend& a, const In<float>& q, const In<float>&
     SHARED(float, dss, T * (T + 1));
     SHARED(float, room, WARPS);
     u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16, from = blockIdx.x * T, head = blockIdx.y, sample = blockIdx.z;
-    u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + T < there ? from + T : there;
+    u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + T < there ? from + T : there, kv_head = head / group_of(a);
     float scale = scale_of(a, temperature);
     Matrix whole = {a.heads * a.head_dim, 0};
     float g[I][C];
@@ -255,13 +300,13 @@ __device__ void backward_q(const Attend& a, const In<float>& q, const In<float>&
         for (u32 c = 0; c < C; c++) g[i][c] = 0.0f;
     load<T, D>(a, a.q, q, sample, a.queries, head, from, qs);
     load<T, D>(a, whole, dout, sample, a.queries, head, from, dos);
-    for (u32 first = 0; first < end; first += T) {
+    for (u32 first = first_key<T>(a, starts, sample, from); first < end; first += T) {
         __syncthreads();
-        load<T, D>(a, a.k, k, sample, a.keys, head, first, ks);
-        load<T, D>(a, a.v, v, sample, a.keys, head, first, vs);
+        load<T, D>(a, a.k, k, sample, a.keys, kv_head, first, ks);
+        load<T, D>(a, a.v, v, sample, a.keys, kv_head, first, vs);
         __syncthreads();
         float p[I][I], ds[I][I];
-        tile<T, D>(a, scale, sample, head, from, first, there, lse, delta, qs, ks, vs, dos, p, ds);
+        tile<T, D>(a, scale, sample, head, from, first, there, starts, lse, delta, qs, ks, vs, dos, p, ds);
         UNROLL
         for (u32 i = 0; i < I; i++)
             UNROLL
@@ -294,11 +339,11 @@ __device__ void backward_q(const Attend& a, const In<float>& q, const In<float>&
     if (threadIdx.x == 0) slopes[(u64)(sample * a.heads + head) * gridDim.x + blockIdx.x] = slope;
 }
 
-// dk and dv of T keys.
+// dk and dv of T keys of one head of keys.
 template <u32 T, u32 D>
 __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>& k, const In<float>& v, const In<i32>& lens,
-                            const In<float>& temperature, const In<float>& lse, const In<float>& delta, const In<float>& dout,
-                            const Out<float>& dk, const Out<float>& dv) {
+                            const In<i32>& starts, const In<float>& temperature, const In<float>& lse, const In<float>& delta,
+                            const In<float>& dout, const Out<float>& dk, const Out<float>& dv) {
     const u32 I = T / 16, C = D / 16;
     SHARED(float, qs, T * (D + 1));
     SHARED(float, dos, T * (D + 1));
@@ -306,7 +351,7 @@ __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>
     SHARED(float, vs, T * (D + 1));
     SHARED(float, dss, T * (T + 1));
     SHARED(float, ps, T * (T + 1));
-    u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16, from = blockIdx.x * T, head = blockIdx.y, sample = blockIdx.z;
+    u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16, from = blockIdx.x * T, kv_head = blockIdx.y, sample = blockIdx.z;
     u32 there = present(a, lens, sample);
     float scale = scale_of(a, temperature);
     Matrix whole = {a.heads * a.head_dim, 0};
@@ -315,35 +360,39 @@ __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>
     for (u32 i = 0; i < I; i++)
         UNROLL
         for (u32 c = 0; c < C; c++) gk[i][c] = 0.0f, gv[i][c] = 0.0f;
-    load<T, D>(a, a.k, k, sample, a.keys, head, from, ks);
-    load<T, D>(a, a.v, v, sample, a.keys, head, from, vs);
+    load<T, D>(a, a.k, k, sample, a.keys, kv_head, from, ks);
+    load<T, D>(a, a.v, v, sample, a.keys, kv_head, from, vs);
     // No query sees padding; causal ones see no key behind them.
     u32 start = from >= there ? a.queries : a.mask == CAUSAL ? from : 0;
-    for (u32 first = start; first < a.queries; first += T) {
-        __syncthreads();
-        load<T, D>(a, a.q, q, sample, a.queries, head, first, qs);
-        load<T, D>(a, whole, dout, sample, a.queries, head, first, dos);
-        __syncthreads();
-        float p[I][I], ds[I][I];
-        tile<T, D>(a, scale, sample, head, first, from, there, lse, delta, qs, ks, vs, dos, p, ds);
-        UNROLL
-        for (u32 i = 0; i < I; i++) {
-            UNROLL
-            for (u32 j = 0; j < I; j++) {
-                u32 at = (ty + 16 * i) * (T + 1) + tx + 16 * j;
-                ps[at] = p[i][j], dss[at] = ds[i][j];
-            }
-        }
-        __syncthreads();
-        for (u32 query = 0; query < T; query++) {
+    u32 end = last_query(a, starts, sample, start, from + T < there ? from + T : there);
+    // One head after another, in a fixed order.
+    for (u32 head = kv_head * group_of(a), head_end = head + group_of(a); head < head_end; head++) {
+        for (u32 first = start; first < end; first += T) {
+            __syncthreads();
+            load<T, D>(a, a.q, q, sample, a.queries, head, first, qs);
+            load<T, D>(a, whole, dout, sample, a.queries, head, first, dos);
+            __syncthreads();
+            float p[I][I], ds[I][I];
+            tile<T, D>(a, scale, sample, head, first, from, there, starts, lse, delta, qs, ks, vs, dos, p, ds);
             UNROLL
             for (u32 i = 0; i < I; i++) {
-                float x = ps[query * (T + 1) + ty + 16 * i], y = dss[query * (T + 1) + ty + 16 * i];
                 UNROLL
-                for (u32 c = 0; c < C; c++) {
-                    u32 d = tx + 16 * c;
-                    gv[i][c] = fmaf(x, dos[query * (D + 1) + d], gv[i][c]);
-                    gk[i][c] = fmaf(y, qs[query * (D + 1) + d], gk[i][c]);
+                for (u32 j = 0; j < I; j++) {
+                    u32 at = (ty + 16 * i) * (T + 1) + tx + 16 * j;
+                    ps[at] = p[i][j], dss[at] = ds[i][j];
+                }
+            }
+            __syncthreads();
+            for (u32 query = 0; query < T; query++) {
+                UNROLL
+                for (u32 i = 0; i < I; i++) {
+                    float x = ps[query * (T + 1) + ty + 16 * i], y = dss[query * (T + 1) + ty + 16 * i];
+                    UNROLL
+                    for (u32 c = 0; c < C; c++) {
+                        u32 d = tx + 16 * c;
+                        gv[i][c] = fmaf(x, dos[query * (D + 1) + d], gv[i][c]);
+                        gk[i][c] = fmaf(y, qs[query * (D + 1) + d], gk[i][c]);
+                    }
                 }
             }
         }
@@ -355,41 +404,41 @@ __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>
         for (u32 c = 0; c < C; c++) {
             u32 d = tx + 16 * c;
             if (key >= a.keys || d >= a.head_dim) continue;
-            dk[place(a, a.dk, sample * a.keys + key, head) + d] = gk[i][c];
-            dv[place(a, a.dv, sample * a.keys + key, head) + d] = gv[i][c];
+            dk[place(a, a.dk, sample * a.keys + key, kv_head) + d] = gk[i][c];
+            dv[place(a, a.dv, sample * a.keys + key, kv_head) + d] = gv[i][c];
         }
     }
 }
 
-#define ATTENTION_PARAMETERS Attend a, In<float> q, In<float> k, In<float> v, In<i32> lens, In<float> temperature
+#define ATTENTION_PARAMETERS Attend a, In<float> q, In<float> k, In<float> v, In<i32> lens, In<i32> starts, In<float> temperature
 #define BACKWARD_PARAMETERS ATTENTION_PARAMETERS, In<float> lse, In<float> delta, In<float> dout
 
 KERNEL(THREADS, 2) attention_32(ATTENTION_PARAMETERS, Out<float> out, Out<float> lse) {
-    forward<64, 32>(a, q, k, v, lens, temperature, out, lse);
+    forward<64, 32>(a, q, k, v, lens, starts, temperature, out, lse);
 }
 KERNEL(THREADS, 2) attention_64(ATTENTION_PARAMETERS, Out<float> out, Out<float> lse) {
-    forward<64, 64>(a, q, k, v, lens, temperature, out, lse);
+    forward<64, 64>(a, q, k, v, lens, starts, temperature, out, lse);
 }
 KERNEL(THREADS, 2) attention_128(ATTENTION_PARAMETERS, Out<float> out, Out<float> lse) {
-    forward<32, 128>(a, q, k, v, lens, temperature, out, lse);
+    forward<32, 128>(a, q, k, v, lens, starts, temperature, out, lse);
 }
 KERNEL(THREADS, 2) attention_dq_32(BACKWARD_PARAMETERS, Out<float> dq, Out<float> slopes) {
-    backward_q<32, 32>(a, q, k, v, lens, temperature, lse, delta, dout, dq, slopes);
+    backward_q<32, 32>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dq, slopes);
 }
 KERNEL(THREADS, 2) attention_dq_64(BACKWARD_PARAMETERS, Out<float> dq, Out<float> slopes) {
-    backward_q<32, 64>(a, q, k, v, lens, temperature, lse, delta, dout, dq, slopes);
+    backward_q<32, 64>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dq, slopes);
 }
 KERNEL(THREADS, 2) attention_dq_128(BACKWARD_PARAMETERS, Out<float> dq, Out<float> slopes) {
-    backward_q<16, 128>(a, q, k, v, lens, temperature, lse, delta, dout, dq, slopes);
+    backward_q<16, 128>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dq, slopes);
 }
 KERNEL(THREADS, 2) attention_dkv_32(BACKWARD_PARAMETERS, Out<float> dk, Out<float> dv) {
-    backward_kv<32, 32>(a, q, k, v, lens, temperature, lse, delta, dout, dk, dv);
+    backward_kv<32, 32>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dk, dv);
 }
 KERNEL(THREADS, 2) attention_dkv_64(BACKWARD_PARAMETERS, Out<float> dk, Out<float> dv) {
-    backward_kv<32, 64>(a, q, k, v, lens, temperature, lse, delta, dout, dk, dv);
+    backward_kv<32, 64>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dk, dv);
 }
 KERNEL(THREADS, 2) attention_dkv_128(BACKWARD_PARAMETERS, Out<float> dk, Out<float> dv) {
-    backward_kv<16, 128>(a, q, k, v, lens, temperature, lse, delta, dout, dk, dv);
+    backward_kv<16, 128>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dk, dv);
 }
 
 // out[1] += Σ x; one block.

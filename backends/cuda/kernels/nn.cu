@@ -8,6 +8,11 @@ struct Matrix {
     u32 stride, at;
 };
 
+// Where the i-th part of a matrix begins, of `groups` parts of `width` values in a row.
+__device__ inline u64 part(const Matrix& m, u32 i, u32 groups, u32 width) {
+    return (u64)(i / groups) * m.stride + m.at + i % groups * width;
+}
+
 // x += y
 KERNEL(THREADS, 4) add(Out<float> x, In<float> y) {
     stream(x.n, [&](u64 i) { return Two<float>{x[i], y[i]}; }, [&](u64 i, const Two<float>& v) { x[i] = v.x + v.y; });
@@ -199,6 +204,96 @@ layer_norm_dw(u32 rows, u32 each, In<float> x, In<float> stats, In<float> dy, Ou
     });
 }
 
+// Root-mean-square normalization of `groups` parts of every row, which are counted through all rows: y = x·rstd·(offset +
+// weight), stats[part] = rstd; a warp a part. (Kernels of other crates, which may have any other name, have the plain ones.)
+KERNEL(THREADS, 4)
+rms_parts(u32 parts, u32 groups, float eps, float offset, Matrix from, Matrix to, In<float> weight, In<float> x, Out<float> y, Out<float> stats) {
+    u32 lane = threadIdx.x % 32, i = blockIdx.x * WARPS + threadIdx.x / 32, width = (u32)weight.n;
+    if (i >= parts) return;
+    u64 first = part(from, i, groups, width), out = part(to, i, groups, width);
+    float squares = 0.0f;
+    for (u32 c = lane; c < width; c += 32) {
+        float v = x[first + c];
+        squares = fmaf(v, v, squares);
+    }
+    float rstd = 1.0f / sqrtf(warp_sum(squares) / (float)width + eps);
+    if (lane == 0) stats[i] = rstd;
+    for (u32 c = lane; c < width; c += 32) y[out + c] = x[first + c] * rstd * (offset + weight[c]);
+}
+
+// With x̂ = x·rstd and g = dy·(offset + weight): dx += rstd·(g − x̂·mean(g·x̂)); ROW_THREADS a part.
+KERNEL(THREADS, 4)
+rms_parts_dx(u32 parts, u32 groups, float offset, Matrix xs, Matrix dys, Matrix dxs, In<float> weight, In<float> x, In<float> stats,
+             In<float> dy, Out<float> dx) {
+    SHARED(float, room, WARPS);
+    u32 i = blockIdx.x * (THREADS / ROW_THREADS) + threadIdx.x / ROW_THREADS, first = threadIdx.x % ROW_THREADS, warp = threadIdx.x / 32;
+    // Threads without a part take part in the sums.
+    u32 width = i < parts ? (u32)weight.n : 0;
+    u64 from = part(xs, i, groups, width), back = part(dys, i, groups, width), to = part(dxs, i, groups, width);
+    float rstd = width ? stats[i] : 0.0f;
+    float g[KEPT], normal[KEPT], old[KEPT], sum = 0.0f;
+    UNROLL
+    for (u32 k = 0; k < KEPT; k++) {
+        u32 c = first + k * ROW_THREADS;
+        bool inside = c < width;
+        g[k] = inside ? dy[back + c] : 0.0f;
+        normal[k] = inside ? x[from + c] : 0.0f;
+        old[k] = inside ? (float)dx[to + c] : 0.0f;
+    }
+    UNROLL
+    for (u32 k = 0; k < KEPT; k++) {
+        u32 c = first + k * ROW_THREADS;
+        if (c < width) g[k] *= offset + weight[c];
+        normal[k] *= rstd;
+        sum = fmaf(g[k], normal[k], sum);
+    }
+    for (u32 c = first + KEPT * ROW_THREADS; c < width; c += ROW_THREADS)
+        sum = fmaf(dy[back + c] * (offset + weight[c]), x[from + c] * rstd, sum);
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) room[warp] = sum;
+    __syncthreads();
+    float mean = 0.0f;
+    for (u32 w = warp / ROW_WARPS * ROW_WARPS, end = w + ROW_WARPS; w < end; w++) mean += room[w];
+    mean /= (float)width;
+    UNROLL
+    for (u32 k = 0; k < KEPT; k++) {
+        u32 c = first + k * ROW_THREADS;
+        if (c < width) dx[to + c] = old[k] + rstd * (g[k] - normal[k] * mean);
+    }
+    for (u32 c = first + KEPT * ROW_THREADS; c < width; c += ROW_THREADS)
+        dx[to + c] = dx[to + c] + rstd * (dy[back + c] * (offset + weight[c]) - x[from + c] * rstd * mean);
+}
+
+// dweight += Σ_parts dy·x̂
+KERNEL(THREADS, 4)
+rms_parts_dw(u32 parts, u32 each, u32 groups, Matrix xs, Matrix dys, In<float> x, In<float> stats, In<float> dy, Out<float> dweight,
+             Out<float> sums) {
+    u32 cols = (u32)dweight.n;
+    column_sums<1>(parts, cols, each, &dweight, sums, [&](u32 i, u32 c, float* total) {
+        total[0] = fmaf(dy[part(dys, i, groups, cols) + c], x[part(xs, i, groups, cols) + c] * stats[i], total[0]);
+    });
+}
+
+// Values i and i + half of each head of a row are turned by the i-th angle of the row's position, of which table[position] has
+// `half` cosines, then sines; a block a row. A row whose position is unknown stays as it is.
+KERNEL(THREADS, 4)
+rotate(Report r, u32 tokens, u32 heads, u32 half, u32 known, u32 back, Matrix m, In<float> table, In<i32> positions, Out<float> x) {
+    u32 row = blockIdx.x, position = positions.n ? (u32)positions[row] : row % tokens;
+    if (position >= known) {
+        if (threadIdx.x == 0) report(r, row, TOKEN, position);
+        return;
+    }
+    u64 first = (u64)row * m.stride + m.at, angles = (u64)position * 2 * half;
+    for (u32 i = threadIdx.x; i < heads * half; i += THREADS) {
+        u32 head = i / half, angle = i % half;
+        u64 at = first + (u64)head * 2 * half + angle;
+        float cosine = table[angles + angle], sine = table[angles + half + angle], u = x[at], v = x[at + half];
+        if (back) sine = -sine;
+        x[at] = fmaf(u, cosine, -(v * sine));
+        x[at + half] = fmaf(v, cosine, u * sine);
+    }
+}
+
 #define ROOT_2_OVER_PI 0.7978845608028654f
 #define ROOT_HALF 0.7071067811865476f
 
@@ -207,31 +302,60 @@ __device__ inline float tanh_tail(float x) {
     return expf(-fabsf(x * fmaf(2.0f * ROOT_2_OVER_PI * 0.044715f, x * x, 2.0f * ROOT_2_OVER_PI)));
 }
 
-// y = 0.5·x·(1 + t), t = tanh(√(2/π)·(x + 0.044715·x³)) or erf(x/√2)
-KERNEL(THREADS, 4) gelu(u32 exact, In<float> x, Out<float> y) {
-    stream(y.n, [&](u64 i) { return x[i]; }, [&](u64 i, float v) {
-        if (exact) {
-            y[i] = 0.5f * v * (1.0f + erff(v * ROOT_HALF));
-        } else {
-            float e = tanh_tail(v);
-            y[i] = v * (v < 0.0f ? e : 1.0f) / (1.0f + e);
-        }
-    });
+// 0.5·x·(1 + t), t = tanh(√(2/π)·(x + 0.044715·x³)) or erf(x/√2)
+__device__ inline float gelu_of(u32 exact, float v) {
+    if (exact) return 0.5f * v * (1.0f + erff(v * ROOT_HALF));
+    float e = tanh_tail(v);
+    return v * (v < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
-// d *= 0.5·(1 + t) + 0.5·x·(1 − t²)·u', or Φ(x) + x·exp(−x²/2)/√(2π)
+// 0.5·(1 + t) + 0.5·x·(1 − t²)·u', or Φ(x) + x·exp(−x²/2)/√(2π)
+__device__ inline float gelu_slope(u32 exact, float v) {
+    if (exact) return 0.5f * (1.0f + erff(v * ROOT_HALF)) + v * (expf(-0.5f * v * v) * (0.5f * ROOT_2_OVER_PI));
+    // ½·(1 − t²)·u' = 2·(e/(1 + e)²)·u'. Far out the rest is 0 and u' may be infinite; their product is 0.
+    float e = tanh_tail(v), p = 1.0f / (1.0f + e), rest = e * p * p;
+    if (rest != 0.0f) rest *= 2.0f * ROOT_2_OVER_PI * fmaf(0.134145f, v * v, 1.0f);
+    return fmaf(v, rest, v < 0.0f ? e * p : p);
+}
+
+// y = gelu(x)
+KERNEL(THREADS, 4) gelu(u32 exact, In<float> x, Out<float> y) {
+    stream(y.n, [&](u64 i) { return x[i]; }, [&](u64 i, float v) { y[i] = gelu_of(exact, v); });
+}
+
+// d *= gelu'(x)
 KERNEL(THREADS, 4) gelu_vjp(u32 exact, In<float> x, Out<float> d) {
-    stream(d.n, [&](u64 i) { return Two<float>{x[i], d[i]}; }, [&](u64 i, const Two<float>& both) {
-        float v = both.x, slope;
-        if (exact) {
-            slope = 0.5f * (1.0f + erff(v * ROOT_HALF)) + v * (expf(-0.5f * v * v) * (0.5f * ROOT_2_OVER_PI));
-        } else {
-            // ½·(1 − t²)·u' = 2·(e/(1 + e)²)·u'. Far out the rest is 0 and u' may be infinite; their product is 0.
-            float e = tanh_tail(v), p = 1.0f / (1.0f + e), rest = e * p * p;
-            if (rest != 0.0f) rest *= 2.0f * ROOT_2_OVER_PI * fmaf(0.134145f, v * v, 1.0f);
-            slope = fmaf(v, rest, v < 0.0f ? e * p : p);
-        }
-        d[i] = both.y * slope;
+    stream(d.n, [&](u64 i) { return Two<float>{x[i], d[i]}; },
+           [&](u64 i, const Two<float>& both) { d[i] = both.y * gelu_slope(exact, both.x); });
+}
+
+// Functions of a gate.
+enum { SILU = 0, GELU_TANH = 1, GELU_EXACT = 2 };
+
+// x·σ(x), or gelu(x), and the derivative: of the first, σ + x·σ·(1 − σ).
+__device__ inline Two<float> gate_of(u32 act, float v) {
+    if (act != SILU) return {gelu_of(act == GELU_EXACT, v), gelu_slope(act == GELU_EXACT, v)};
+    // e^-|x| is never infinite. Far out one of σ and 1 − σ is 0, where x may be infinite; the product is 0.
+    float e = expf(-fabsf(v)), p = 1.0f / (1.0f + e), other = e * p, s = v < 0.0f ? other : p, rest = v < 0.0f ? p : other;
+    float y = s == 0.0f ? s : v * s;
+    return {y, rest == 0.0f ? s : fmaf(y, rest, s)};
+}
+
+// y = act(gate)·up
+KERNEL(THREADS, 4) gated(u32 act, In<float> gate, In<float> up, Out<float> y) {
+    stream(y.n, [&](u64 i) { return Two<float>{gate[i], up[i]}; },
+           [&](u64 i, const Two<float>& v) { y[i] = gate_of(act, v.x).x * v.y; });
+}
+
+// d holds dy and becomes dy·act(gate); dgate = dy·up·act'(gate)
+KERNEL(THREADS, 4) gated_vjp(u32 act, In<float> gate, In<float> up, Out<float> d, Out<float> dgate) {
+    struct Three {
+        float gate, up, dy;
+    };
+    stream(d.n, [&](u64 i) { return Three{gate[i], up[i], d[i]}; }, [&](u64 i, const Three& v) {
+        Two<float> f = gate_of(act, v.gate);
+        dgate[i] = v.dy * v.up * f.y;
+        d[i] = v.dy * f.x;
     });
 }
 
@@ -252,14 +376,14 @@ KERNEL(THREADS, 4) dropout(u32 samples, u32 per, float kept, Streams streams, Ou
     }
 }
 
-// x[rows, width] = table[tokens[row]] + positions[row % length]
+// x[rows, width] = table[tokens[row]] + positions[row % length], where there are any
 KERNEL(THREADS, 4)
 embed(Report r, u32 length, u32 width, In<i32> tokens, In<float> table, In<float> positions, Out<float> x) {
     u32 vocab = (u32)(table.n / width);
     EACH(i, x.n) {
         u32 row = (u32)(i / width), c = (u32)(i % width);
         i32 token = tokens[row];
-        float value = positions[(u64)(row % length) * width + c];
+        float value = positions.n ? positions[(u64)(row % length) * width + c] : 0.0f;
         if ((u32)token < vocab) value += table[(u64)(u32)token * width + c];
         else if (c == 0) report(r, row, TOKEN, (u32)token);
         x[i] = value;

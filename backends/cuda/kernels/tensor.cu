@@ -99,20 +99,25 @@ __device__ inline void store(const Attend& a, const Out<float>& x, u64 at, u32 d
 }
 
 // Keys, values, and on the way back queries and gradients of the result lie behind each other, [samples, heads, rows, D] each:
-// rows of one, and where those of a head begin, in words (of which there are less than 2^32).
+// rows and heads of one, and where the rows of a head begin, in words (of which there are less than 2^32).
 enum { KEYS_OF, VALUES, QUERIES, GRADS };
 __device__ inline u32 rows_of(const Attend& a, u32 part) { return part < QUERIES ? a.keys : a.queries; }
+__device__ inline u32 heads_of(const Attend& a, u32 part) { return part < QUERIES ? a.kv_heads : a.heads; }
 
 __device__ inline u32 rounded_at(const Attend& a, u32 part, u32 samples, u32 sample, u32 head, u32 words) {
-    u32 before = (part < QUERIES ? part : 2) * a.keys + (part == GRADS ? a.queries : 0);
-    return (before * samples * a.heads + (sample * a.heads + head) * rows_of(a, part)) * words;
+    u32 before = (part < QUERIES ? part : 2) * a.keys * a.kv_heads + (part == GRADS ? a.queries * a.heads : 0);
+    return (before * samples + (sample * heads_of(a, part) + head) * rows_of(a, part)) * words;
 }
 
 #define ROUNDED_EACH 4
 
 // A block takes a piece of a head of a sample of one operand; rows have 2^log words, what they have beyond a head is 0.
 KERNEL(THREADS, 4) attention_bf16_round(Attend a, u32 log, In<float> k, In<float> v, In<float> q, In<float> dout, Out<u32> rounded) {
-    u32 part = blockIdx.z / a.heads, head = blockIdx.z % a.heads, sample = blockIdx.y, rows = rows_of(a, part);
+    // Heads of keys, of values, of queries, of gradients.
+    u32 of_queries = blockIdx.z - 2 * a.kv_heads, sample = blockIdx.y;
+    bool kv = blockIdx.z < 2 * a.kv_heads;
+    u32 part = kv ? blockIdx.z / a.kv_heads : QUERIES + of_queries / a.heads, rows = rows_of(a, part);
+    u32 head = kv ? blockIdx.z % a.kv_heads : of_queries % a.heads;
     In<float> x = part == KEYS_OF ? k : part == VALUES ? v : part == QUERIES ? q : dout;
     Matrix m = part == KEYS_OF ? a.k : part == VALUES ? a.v : part == QUERIES ? a.q : Matrix{a.heads * a.head_dim, 0};
     u32 to = rounded_at(a, part, gridDim.y, sample, head, 1u << log);
@@ -222,15 +227,15 @@ __device__ inline float lanes_max(float x) {
     return fmaxf(x, __shfl_xor_sync(FULL, x, 2));
 }
 
-// Whether none of some queries sees one of the keys from `key` on, and whether each sees all of some keys. Queries behind the
-// last one, whose rows are 0, count as any other: nothing becomes of them.
-__device__ inline bool none_sees(const Attend& a, u32 query, u32 queries, u32 key, u32 there) {
-    return query >= a.queries || key >= there || (a.mask == CAUSAL && key >= query + queries);
+// Whether none of some queries sees one of some keys, and whether each sees all of them. Queries behind the last one, whose rows
+// are 0, count as any other: nothing becomes of them. Of packed samples it is not asked in which text a query is.
+__device__ inline bool none_sees(const Attend& a, u32 query, u32 queries, u32 key, u32 keys, u32 there) {
+    return query >= a.queries || key >= there || (a.mask == CAUSAL && (key >= query + queries || key + keys + a.window <= query + 1));
 }
 
-__device__ inline bool all_see(const Attend& a, u32 query, u32 queries, u32 key, u32 keys, u32 there) {
-    return key + keys <= there && !(a.mask == CAUSAL && key + keys - 1 > query) &&
-           !(a.mask == OTHERS && key < query + queries && query < key + keys);
+__device__ inline bool all_see(const Attend& a, const In<i32>& starts, u32 query, u32 queries, u32 key, u32 keys, u32 there) {
+    return key + keys <= there && !(a.mask == CAUSAL && (key + keys - 1 > query || key + a.window < query + queries)) &&
+           !(a.mask == OTHERS && key < query + queries && query < key + keys) && starts.n == 0;
 }
 
 // Which weights of Q × K dropout takes: a bit for each, 32 keys in a word. A counter's four words serve four weights.
@@ -258,7 +263,7 @@ __device__ inline float exponent_scale(const Attend& a, const In<float>& tempera
 
 // A lane holds, of the 16·M rows of its warp, those that are m·16 + h·8 + lane / 4.
 template <u32 D, u32 M, u32 T>
-__device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<float>& temperature,
+__device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<i32>& starts, const In<float>& temperature,
                              const In<float>& queries, const Out<float>& out, const Out<float>& lse) {
     const u32 N = T / 8, ROWS = 64 * M, TILE = T * (D / 2);
     TILES(tiles, 4 * TILE);
@@ -268,7 +273,8 @@ __device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i
     // Those with the most keys begin first.
     u32 from = (gridDim.z - 1 - blockIdx.z) * ROWS;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + ROWS < there ? from + ROWS : there;
-    u32 keys_at = rounded_at(a, KEYS_OF, samples, sample, head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, head, D / 2);
+    u32 kv_head = head / group_of(a);
+    u32 keys_at = rounded_at(a, KEYS_OF, samples, sample, kv_head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, kv_head, D / 2);
     float scale = exponent_scale(a, temperature);
     u32 q[M][D / 16][4];
     float o[M][D / 8][4], most[M][2], sum[M][2];
@@ -283,28 +289,33 @@ __device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i
         fetch<T, D>(rounded, values_at, there, first, next + TILE);
         if (a.streams.threshold) dropped<ROWS, T>(a, sample, head, from, first, drops + turn * (ROWS * (T / 32)));
     };
-    if (end > 0) fetch_next(0, 0);
+    u32 begin = first_key<ROWS>(a, starts, sample, from);
+    if (begin < end) fetch_next(begin, 0);
     // No other block reads them.
     own<D, M>(a.queries, from + own_row, q, [&](u32 r, u32 w) {
         u64 at = place(a, a.q, sample * a.queries + r, head) + 2 * w;
         return packed(2 * w < a.head_dim ? queries[at] : 0.0f, 2 * w + 1 < a.head_dim ? queries[at + 1] : 0.0f);
     });
-    for (u32 first = 0, turn = 0; first < end; first += T, turn ^= 1) {
+    for (u32 first = begin, turn = 0; first < end; first += T, turn ^= 1) {
         copied();
         __syncthreads();
         if (first + T < end) fetch_next(first + T, turn ^ 1);
-        if (none_sees(a, from + own_row, 16 * M, first, there)) continue;
+        if (none_sees(a, from + own_row, 16 * M, first, T, there)) continue;
         Shared<u32> ks = tiles + turn * (2 * TILE), vs = ks + TILE;
         float s[M][N][4];
         scores<D, M, N>(q, ks, 0, s);
-        if (!all_see(a, from + own_row, 16 * M, first, T, there)) {
+        if (!all_see(a, starts, from + own_row, 16 * M, first, T, there)) {
             UNROLL
             for (u32 m = 0; m < M; m++)
                 UNROLL
-                for (u32 n = 0; n < N; n++)
+                for (u32 h = 0; h < 2; h++) {
+                    u32 query = from + lane_row + 16 * m + 8 * h, start = start_of(a, starts, sample, query);
                     UNROLL
-                    for (u32 i = 0; i < 4; i++)
-                        if (!sees(a, from + lane_row + 16 * m + i / 2 * 8, first + 8 * n + 2 * t + i % 2, there)) s[m][n][i] = -INFINITY;
+                    for (u32 n = 0; n < N; n++)
+                        UNROLL
+                        for (u32 e = 0; e < 2; e++)
+                            if (!sees(a, query, first + 8 * n + 2 * t + e, start, there)) s[m][n][2 * h + e] = -INFINITY;
+                }
         }
         UNROLL
         for (u32 m = 0; m < M; m++)
@@ -364,7 +375,7 @@ __device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i
 // dq of the warps' queries, against S keys of a tile at a time, and their delta, for the kernel of keys and values after this
 // one; slopes[samples, heads, tiles] = Σ q·dq of a block, where it is asked for.
 template <u32 D, u32 M, u32 T, u32 S>
-__device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<float>& temperature,
+__device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<i32>& starts, const In<float>& temperature,
                                 const In<float>& lse, const In<float>& out, const Out<float>& delta, const Out<float>& dq,
                                 const Out<float>& slopes) {
     const u32 N = S / 8, ROWS = 64 * M, TILE = T * (D / 2);
@@ -374,7 +385,8 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
     u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
     u32 head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y, block = gridDim.z - 1 - blockIdx.z, from = block * ROWS;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + ROWS < there ? from + ROWS : there;
-    u32 keys_at = rounded_at(a, KEYS_OF, samples, sample, head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, head, D / 2);
+    u32 kv_head = head / group_of(a);
+    u32 keys_at = rounded_at(a, KEYS_OF, samples, sample, kv_head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, kv_head, D / 2);
     float scale = exponent_scale(a, temperature);
     u32 q[M][D / 16][4], dos[M][D / 16][4];
     float sum[M][D / 8][4], logs[M][2], means[M][2];
@@ -385,7 +397,8 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
         fetch<T, D>(rounded, values_at, there, first, next + TILE);
         if (a.streams.threshold) dropped<ROWS, T>(a, sample, head, from, first, drops + turn * (ROWS * (T / 32)));
     };
-    if (end > 0) fetch_next(0, 0);
+    u32 begin = first_key<ROWS>(a, starts, sample, from);
+    if (begin < end) fetch_next(begin, 0);
     own<D, M>(rounded, rounded_at(a, QUERIES, samples, sample, head, D / 2), a.queries, from + own_row, q);
     own<D, M>(rounded, rounded_at(a, GRADS, samples, sample, head, D / 2), a.queries, from + own_row, dos);
     UNROLL
@@ -407,7 +420,7 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
             logs[m][h] = inside ? LOG2E * lse[at] : 0.0f;
             if (inside && t == 0) delta[at] = means[m][h];
         }
-    for (u32 first = 0, turn = 0; first < end; first += T, turn ^= 1) {
+    for (u32 first = begin, turn = 0; first < end; first += T, turn ^= 1) {
         copied();
         __syncthreads();
         if (first + T < end) fetch_next(first + T, turn ^ 1);
@@ -415,7 +428,7 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
         ROLLED
         for (u32 step = 0; step < T; step += S) {
             u32 key = first + step;
-            if (none_sees(a, from + own_row, 16 * M, key, there)) break;
+            if (none_sees(a, from + own_row, 16 * M, key, S, there)) continue;
             float s[M][N][4], ds[M][N][4];
             scores<D, M, N>(q, ks, step, s);
             scores<D, M, N>(dos, vs, step, ds);
@@ -425,14 +438,18 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
                 for (u32 n = 0; n < N; n++)
                     UNROLL
                     for (u32 i = 0; i < 4; i++) s[m][n][i] = power_of_2(fmaf(scale, s[m][n][i], -logs[m][i / 2]));
-            if (!all_see(a, from + own_row, 16 * M, key, S, there)) {
+            if (!all_see(a, starts, from + own_row, 16 * M, key, S, there)) {
                 UNROLL
                 for (u32 m = 0; m < M; m++)
                     UNROLL
-                    for (u32 n = 0; n < N; n++)
+                    for (u32 h = 0; h < 2; h++) {
+                        u32 query = from + lane_row + 16 * m + 8 * h, start = start_of(a, starts, sample, query);
                         UNROLL
-                        for (u32 i = 0; i < 4; i++)
-                            if (!sees(a, from + lane_row + 16 * m + i / 2 * 8, key + 8 * n + 2 * t + i % 2, there)) s[m][n][i] = 0.0f;
+                        for (u32 n = 0; n < N; n++)
+                            UNROLL
+                            for (u32 e = 0; e < 2; e++)
+                                if (!sees(a, query, key + 8 * n + 2 * t + e, start, there)) s[m][n][2 * h + e] = 0.0f;
+                    }
             }
             if (a.streams.threshold) {
                 UNROLL
@@ -479,9 +496,9 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
     slopes[(u64)(sample * a.heads + head) * gridDim.z + block] = slope;
 }
 
-// dk and dv of the warps' keys, against S queries of a tile at a time.
+// dk and dv of the warps' keys, against S queries of a tile at a time, of one head that reads these keys after another.
 template <u32 D, u32 M, u32 T, u32 S>
-__device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<float>& temperature,
+__device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const In<i32>& lens, const In<i32>& starts, const In<float>& temperature,
                                  const In<float>& lse, const In<float>& delta, const Out<float>& dk, const Out<float>& dv) {
     const u32 N = S / 8, ROWS = 64 * M, TILE = T * (D / 2);
     TILES(tiles, 4 * TILE);
@@ -489,18 +506,17 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
     // Of each query the logarithm and delta.
     SHARED(float, terms, 4 * T);
     u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
-    u32 head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y, from = blockIdx.z * ROWS;
+    u32 kv_head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y, from = blockIdx.z * ROWS;
     u32 there = present(a, lens, sample);
-    u32 queries_at = rounded_at(a, QUERIES, samples, sample, head, D / 2), grads_at = rounded_at(a, GRADS, samples, sample, head, D / 2);
     float scale = exponent_scale(a, temperature);
     u32 k[M][D / 16][4], v[M][D / 16][4];
     float gk[M][D / 8][4], gv[M][D / 8][4];
     clear(gk);
     clear(gv);
-    auto fetch_next = [&](u32 first, u32 turn) {
+    auto fetch_next = [&](u32 head, u32 first, u32 turn) {
         Shared<u32> next = tiles + turn * (2 * TILE);
-        fetch<T, D>(rounded, queries_at, a.queries, first, next);
-        fetch<T, D>(rounded, grads_at, a.queries, first, next + TILE);
+        fetch<T, D>(rounded, rounded_at(a, QUERIES, samples, sample, head, D / 2), a.queries, first, next);
+        fetch<T, D>(rounded, rounded_at(a, GRADS, samples, sample, head, D / 2), a.queries, first, next + TILE);
         u32 query = first + threadIdx.x % T;
         u64 at = (u64)(sample * a.heads + head) * a.queries + query;
         if (threadIdx.x < T)
@@ -511,19 +527,24 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
     };
     // No query sees padding; causal ones see no key behind them.
     u32 start = from >= there ? a.queries : a.mask == CAUSAL ? from : 0;
-    if (start < a.queries) fetch_next(start, 0);
-    own<D, M>(rounded, rounded_at(a, KEYS_OF, samples, sample, head, D / 2), there, from + own_row, k);
-    own<D, M>(rounded, rounded_at(a, VALUES, samples, sample, head, D / 2), there, from + own_row, v);
-    for (u32 first = start, turn = 0; first < a.queries; first += T, turn ^= 1) {
+    u32 end = last_query(a, starts, sample, start, from + ROWS < there ? from + ROWS : there);
+    u32 head = kv_head * group_of(a), head_end = start < end ? head + group_of(a) : head;
+    if (head < head_end) fetch_next(head, start, 0);
+    own<D, M>(rounded, rounded_at(a, KEYS_OF, samples, sample, kv_head, D / 2), there, from + own_row, k);
+    own<D, M>(rounded, rounded_at(a, VALUES, samples, sample, kv_head, D / 2), there, from + own_row, v);
+    for (u32 first = start, turn = 0; head < head_end; turn ^= 1) {
         copied();
         __syncthreads();
-        if (first + T < a.queries) fetch_next(first + T, turn ^ 1);
+        u32 now = first;
+        first += T;
+        if (first >= end) first = start, head++;
+        if (head < head_end) fetch_next(head, first, turn ^ 1);
         Shared<u32> qs = tiles + turn * (2 * TILE), dos = qs + TILE;
         Shared<float> logs = terms + turn * (2 * T), means = logs + T;
         ROLLED
         for (u32 step = 0; step < T; step += S) {
-            u32 query = first + step;
-            if (none_sees(a, query, S, from + own_row, there)) continue;
+            u32 query = now + step;
+            if (none_sees(a, query, S, from + own_row, 16 * M, there)) continue;
             float p[M][N][4], ds[M][N][4];
             scores<D, M, N>(k, qs, step, p);
             scores<D, M, N>(v, dos, step, ds);
@@ -537,14 +558,18 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
                         UNROLL
                         for (u32 i = e; i < 4; i += 2) p[m][n][i] = power_of_2(fmaf(scale, p[m][n][i], -log));
                 }
-            if (!all_see(a, query, S, from + own_row, 16 * M, there)) {
+            if (!all_see(a, starts, query, S, from + own_row, 16 * M, there)) {
                 UNROLL
-                for (u32 m = 0; m < M; m++)
+                for (u32 n = 0; n < N; n++)
                     UNROLL
-                    for (u32 n = 0; n < N; n++)
+                    for (u32 e = 0; e < 2; e++) {
+                        u32 own_query = query + 8 * n + 2 * t + e, begin = start_of(a, starts, sample, own_query);
                         UNROLL
-                        for (u32 i = 0; i < 4; i++)
-                            if (!sees(a, query + 8 * n + 2 * t + i % 2, from + lane_row + 16 * m + i / 2 * 8, there)) p[m][n][i] = 0.0f;
+                        for (u32 m = 0; m < M; m++)
+                            UNROLL
+                            for (u32 i = e; i < 4; i += 2)
+                                if (!sees(a, own_query, from + lane_row + 16 * m + i / 2 * 8, begin, there)) p[m][n][i] = 0.0f;
+                    }
             }
             auto drop = [&](float (&x)[M][N][4]) {
                 UNROLL
@@ -583,7 +608,7 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
         for (u32 h = 0; h < 2; h++) {
             u32 key = from + thread / 32 * (16 * M) + thread % 32 / 4 + 16 * m + 8 * h;
             if (key >= a.keys) continue;
-            u64 dk_at = place(a, a.dk, sample * a.keys + key, head), dv_at = place(a, a.dv, sample * a.keys + key, head);
+            u64 dk_at = place(a, a.dk, sample * a.keys + key, kv_head), dv_at = place(a, a.dv, sample * a.keys + key, kv_head);
             UNROLL
             for (u32 n = 0; n < D / 8; n++) {
                 store(a, dk, dk_at, 8 * n + 2 * t, factor * gk[m][n][2 * h], factor * gk[m][n][2 * h + 1]);
@@ -592,36 +617,36 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
         }
 }
 
-#define TENSOR_PARAMETERS Attend a, In<u32> rounded, In<i32> lens, In<float> temperature
+#define TENSOR_PARAMETERS Attend a, In<u32> rounded, In<i32> lens, In<i32> starts, In<float> temperature
 #define TENSOR_BACKWARD TENSOR_PARAMETERS, In<float> lse
 
 // Rows of a block are 64·M, as `Tensor` of nn.rs has them.
 KERNEL(TENSOR_THREADS, 2) attention_bf16_32(TENSOR_PARAMETERS, In<float> q, Out<float> out, Out<float> lse) {
-    forward_bf16<32, 2, 64>(a, rounded, lens, temperature, q, out, lse);
+    forward_bf16<32, 2, 64>(a, rounded, lens, starts, temperature, q, out, lse);
 }
 KERNEL(TENSOR_THREADS, 2) attention_bf16_64(TENSOR_PARAMETERS, In<float> q, Out<float> out, Out<float> lse) {
-    forward_bf16<64, 2, 64>(a, rounded, lens, temperature, q, out, lse);
+    forward_bf16<64, 2, 64>(a, rounded, lens, starts, temperature, q, out, lse);
 }
 KERNEL(TENSOR_THREADS, 2) attention_bf16_128(TENSOR_PARAMETERS, In<float> q, Out<float> out, Out<float> lse) {
-    forward_bf16<128, 1, 32>(a, rounded, lens, temperature, q, out, lse);
+    forward_bf16<128, 1, 32>(a, rounded, lens, starts, temperature, q, out, lse);
 }
 KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_32(TENSOR_BACKWARD, In<float> out, Out<float> delta, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<32, 2, 64, 32>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
+    backward_q_bf16<32, 2, 64, 32>(a, rounded, lens, starts, temperature, lse, out, delta, dq, slopes);
 }
 KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_64(TENSOR_BACKWARD, In<float> out, Out<float> delta, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<64, 2, 64, 16>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
+    backward_q_bf16<64, 2, 64, 16>(a, rounded, lens, starts, temperature, lse, out, delta, dq, slopes);
 }
 KERNEL(TENSOR_THREADS, 2) attention_dq_bf16_128(TENSOR_BACKWARD, In<float> out, Out<float> delta, Out<float> dq, Out<float> slopes) {
-    backward_q_bf16<128, 1, 32, 16>(a, rounded, lens, temperature, lse, out, delta, dq, slopes);
+    backward_q_bf16<128, 1, 32, 16>(a, rounded, lens, starts, temperature, lse, out, delta, dq, slopes);
 }
 KERNEL(TENSOR_THREADS, 3) attention_dkv_bf16_32(TENSOR_BACKWARD, In<float> delta, Out<float> dk, Out<float> dv) {
-    backward_kv_bf16<32, 2, 64, 16>(a, rounded, lens, temperature, lse, delta, dk, dv);
+    backward_kv_bf16<32, 2, 64, 16>(a, rounded, lens, starts, temperature, lse, delta, dk, dv);
 }
 KERNEL(TENSOR_THREADS, 2) attention_dkv_bf16_64(TENSOR_BACKWARD, In<float> delta, Out<float> dk, Out<float> dv) {
-    backward_kv_bf16<64, 2, 64, 16>(a, rounded, lens, temperature, lse, delta, dk, dv);
+    backward_kv_bf16<64, 2, 64, 16>(a, rounded, lens, starts, temperature, lse, delta, dk, dv);
 }
 KERNEL(TENSOR_THREADS, 2) attention_dkv_bf16_128(TENSOR_BACKWARD, In<float> delta, Out<float> dk, Out<float> dv) {
-    backward_kv_bf16<128, 1, 32, 16>(a, rounded, lens, temperature, lse, delta, dk, dv);
+    backward_kv_bf16<128, 1, 32, 16>(a, rounded, lens, starts, temperature, lse, delta, dk, dv);
 }
 
 #endif

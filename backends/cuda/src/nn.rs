@@ -1,6 +1,8 @@
 //! [`NnOps`]: products through cuBLAS, everything else in kernels of our own.
 
-use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Half, Mask, Order, Product};
+use bdia_core::backend::{
+    Attention, Columns, CrossEntropy, Gate, Gelu, Half, Mask, Order, Product, RmsNorm, Rotary,
+};
 use bdia_core::plan::Rows;
 use bdia_core::rng::{Draw, drop_threshold};
 use bdia_core::{Chunk, Error, Ints, NnOps, Reals, Result, Words};
@@ -32,6 +34,11 @@ fn reportable(what: &'static str, rows: usize) -> Result<u32> {
     if rows < MOST { Ok(rows as u32) } else { Err(Error::TooLarge(what)) }
 }
 
+/// Columns as kernels see them.
+fn matrix(what: &'static str, c: Columns) -> Result<Matrix> {
+    Ok(Matrix { stride: small(what, c.stride)?, at: c.at as u32 })
+}
+
 /// Blocks of a kernel that takes `n` values one by one.
 pub(crate) fn blocks(n: usize) -> [usize; 3] {
     [n.div_ceil(THREADS as usize).min(BLOCKS), 1, 1]
@@ -49,6 +56,20 @@ fn parts(rows: usize, cols: usize, sums: usize) -> (usize, usize) {
     let parts = rows.div_ceil(ROWS).min(64).min(room).max(1);
     let each = rows.div_ceil(parts).max(1);
     (each, rows.div_ceil(each).max(1))
+}
+
+/// Parts of all rows, each of which has one of `stats`, and parts of a row.
+fn rms_parts(what: &'static str, norm: &RmsNorm, stats: Reals) -> Result<(u32, u32)> {
+    Ok((small(what, stats.len())?, small(what, norm.groups)?))
+}
+
+/// A gate's function, as in `nn.cu`.
+const fn function(act: Gate) -> u32 {
+    match act {
+        Gate::Silu => 0,
+        Gate::Gelu(Gelu::Tanh) => 1,
+        Gate::Gelu(Gelu::Exact) => 2,
+    }
 }
 
 /// Queries of the smallest tile on the way back, by which sums of the temperature's gradient are
@@ -125,19 +146,22 @@ impl Cuda {
             "attention: rows",
             chunk.samples.saturating_mul(a.queries.max(a.keys)).saturating_mul(a.heads.max(1)),
         )?;
-        let matrix = |c: Columns| -> Result<Matrix> {
-            Ok(Matrix { stride: small("attention: columns", c.stride)?, at: c.at as u32 })
+        let matrix = |c| matrix("attention: columns", c);
+        // A causal query's window is the whole sample, as are those that are wider.
+        let (mask, window) = match a.mask {
+            Mask::Full => (0, a.queries),
+            Mask::Causal => (1, a.queries),
+            Mask::Others => (2, a.queries),
+            Mask::Sliding(n) => (1, n.min(a.queries)),
         };
         Ok(Attend {
             heads: a.heads as u32,
+            kv_heads: a.kv_heads as u32,
             head_dim: a.head_dim as u32,
             queries: a.queries as u32,
             keys: a.keys as u32,
-            mask: match a.mask {
-                Mask::Full => 0,
-                Mask::Causal => 1,
-                Mask::Others => 2,
-            },
+            mask,
+            window: window as u32,
             scale: (1.0 / libm::sqrt(a.head_dim.max(1) as f64)) as f32,
             kept: (1.0 / (1.0 - a.dropout)) as f32,
             streams: Streams::new(chunk, a.draw, drop_threshold(a.dropout)),
@@ -155,7 +179,9 @@ impl Cuda {
     /// gradient. Beside the device, shapes alone decide it.
     fn tensor(&self, chunk: &Chunk, a: &Attention) -> Option<Tensor> {
         let t = Tensor::of(a.head_dim);
-        let rows = 2_usize.saturating_mul(a.queries.saturating_add(a.keys)).saturating_mul(a.heads);
+        let (queries, keys) =
+            (a.queries.saturating_mul(a.heads), a.keys.saturating_mul(a.kv_heads));
+        let rows = 2_usize.saturating_mul(queries.saturating_add(keys));
         let bytes = rows.saturating_mul(chunk.samples).saturating_mul(2 * t.wide);
         (self.device.tensor_attention() && bytes <= self.half.bytes).then_some(t)
     }
@@ -170,12 +196,12 @@ impl Cuda {
         back: Option<[Span; 2]>,
     ) -> Result<Span> {
         let words = t.wide / 2;
-        let (parts, queries) = if back.is_some() { (4, a.queries) } else { (2, 0) };
-        let len = 2 * (a.keys + queries) * a.heads * chunk.samples * words;
+        let (heads, queries) = if back.is_some() { (a.heads, a.queries) } else { (0, 0) };
+        let len = 2 * (a.keys * a.kv_heads + queries * heads) * chunk.samples * words;
         let (log, [q, dout]) = (words.ilog2(), back.unwrap_or([Span::EMPTY; 2]));
         let half = Span { at: self.half.at, len: len as u64 };
-        let grid =
-            [(a.keys.max(queries) * words).div_ceil(ROUNDED), chunk.samples, a.heads * parts];
+        let pieces = (a.keys.max(queries) * words).div_ceil(ROUNDED);
+        let grid = [pieces, chunk.samples, 2 * (a.kv_heads + heads)];
         let args = &mut [arg(attend), arg(&log), arg(&k), arg(&v), arg(&q), arg(&dout), arg(&half)];
         self.device.launch(Kernel::AttentionBf16Round, grid, THREADS, args)?;
         Ok(half)
@@ -321,9 +347,7 @@ impl NnOps for Cuda {
     fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> Result<()> {
         let rows = self.arenas.add_columns(width, from, to)?;
         let values = (rows * width) as u64;
-        let matrix = |c: Columns| -> Result<Matrix> {
-            Ok(Matrix { stride: small("add_columns", c.stride)?, at: c.at as u32 })
-        };
+        let matrix = |c| matrix("add_columns", c);
         let (width, scale) = (small("add_columns", width)?, scale as f32);
         let (x, y, from, to) = (self.reals(from.of), self.reals(to.of), matrix(from)?, matrix(to)?);
         let args =
@@ -393,6 +417,154 @@ impl NnOps for Cuda {
         self.add_parts(parts, Span { at: part.at + 4 * half, len: half }, dbias)
     }
 
+    fn rms_norm(
+        &mut self,
+        norm: &RmsNorm,
+        weight: Reals,
+        x: Columns,
+        y: Columns,
+        stats: Reals,
+    ) -> Result<()> {
+        self.arenas.rms_norm(norm, weight, x, y, stats)?;
+        let (parts, groups) = rms_parts("rms_norm", norm, stats)?;
+        let (eps, offset) = (norm.eps as f32, norm.offset as f32);
+        let (from, to) = (matrix("rms_norm: x", x)?, matrix("rms_norm: y", y)?);
+        let (weight, x, y, stats) =
+            (self.reals(weight), self.reals(x.of), self.reals(y.of), self.reals(stats));
+        let args = &mut [
+            arg(&parts),
+            arg(&groups),
+            arg(&eps),
+            arg(&offset),
+            arg(&from),
+            arg(&to),
+            arg(&weight),
+            arg(&x),
+            arg(&y),
+            arg(&stats),
+        ];
+        let grid = [(parts as usize).div_ceil(WARPS), 1, 1];
+        self.device.launch(Kernel::RmsParts, grid, THREADS, args)
+    }
+
+    fn rms_norm_vjp(
+        &mut self,
+        norm: &RmsNorm,
+        weight: Reals,
+        x: Columns,
+        stats: Reals,
+        dy: Columns,
+        dx: Columns,
+        dweight: Reals,
+    ) -> Result<()> {
+        self.arenas.rms_norm_vjp(norm, weight, [x, dy, dx], stats, dweight)?;
+        let (parts, groups) = rms_parts("rms_norm_vjp", norm, stats)?;
+        let offset = norm.offset as f32;
+        let at = |c| matrix("rms_norm_vjp: columns", c);
+        let [x_at, dy_at, dx_at] = [at(x)?, at(dy)?, at(dx)?];
+        let (each, sums) = self::parts(parts as usize, norm.width, 1);
+        let (each, part) = (each as u32, self.partials(sums * norm.width));
+        let (weight, stats, dweight) = (self.reals(weight), self.reals(stats), self.reals(dweight));
+        let (x, dy, dx) = (self.reals(x.of), self.reals(dy.of), self.reals(dx.of));
+        let args = &mut [
+            arg(&parts),
+            arg(&groups),
+            arg(&offset),
+            arg(&x_at),
+            arg(&dy_at),
+            arg(&dx_at),
+            arg(&weight),
+            arg(&x),
+            arg(&stats),
+            arg(&dy),
+            arg(&dx),
+        ];
+        let grid = [(parts as usize * ROW_THREADS).div_ceil(THREADS as usize), 1, 1];
+        self.device.launch(Kernel::RmsPartsDx, grid, THREADS, args)?;
+        if dweight.len == 0 {
+            return Ok(());
+        }
+        let args = &mut [
+            arg(&parts),
+            arg(&each),
+            arg(&groups),
+            arg(&x_at),
+            arg(&dy_at),
+            arg(&x),
+            arg(&stats),
+            arg(&dy),
+            arg(&dweight),
+            arg(&part),
+        ];
+        let grid = [norm.width.div_ceil(32), sums, 1];
+        self.device.launch(Kernel::RmsPartsDw, grid, THREADS, args)?;
+        self.add_parts(sums, part, dweight)
+    }
+
+    fn rotate(
+        &mut self,
+        chunk: &Chunk,
+        rotary: &Rotary,
+        table: Reals,
+        positions: Ints,
+        x: Columns,
+    ) -> Result<()> {
+        let known = self.arenas.rotate(chunk, rotary, table, positions, x)?;
+        let rows = chunk.samples * rotary.tokens;
+        reportable("rotate: rows", rows)?;
+        small("rotate: columns", rotary.heads.saturating_mul(rotary.head_dim))?;
+        let (at, back) = (matrix("rotate: columns", x)?, u32::from(rotary.back));
+        let (tokens, heads) = (small("rotate", rotary.tokens)?, rotary.heads as u32);
+        let half = small("rotate", rotary.head_dim)? / 2;
+        let cause = Cause {
+            first: chunk.first,
+            per: rotary.tokens,
+            vocab: known,
+            ..Cause::new(Code::Token, chunk.site)
+        };
+        let report = self.report(cause);
+        // Positions are below 2^31: a table of as many knows all of them, and none that is negative.
+        let known = known.min(1 << 31) as u32;
+        let (table, positions, x) = (self.reals(table), self.ints(positions), self.reals(x.of));
+        let args = &mut [
+            arg(&report),
+            arg(&tokens),
+            arg(&heads),
+            arg(&half),
+            arg(&known),
+            arg(&back),
+            arg(&at),
+            arg(&table),
+            arg(&positions),
+            arg(&x),
+        ];
+        self.device.launch(Kernel::Rotate, [rows, 1, 1], THREADS, args)
+    }
+
+    fn gated(&mut self, act: Gate, gate: Reals, up: Reals, y: Reals) -> Result<()> {
+        self.arenas.gated("gated", [gate, up, y])?;
+        let act = function(act);
+        let (gate, up, y) = (self.reals(gate), self.reals(up), self.reals(y));
+        let args = &mut [arg(&act), arg(&gate), arg(&up), arg(&y)];
+        self.device.launch(Kernel::Gated, streamed(y.len), THREADS, args)
+    }
+
+    fn gated_vjp(
+        &mut self,
+        act: Gate,
+        gate: Reals,
+        up: Reals,
+        d: Reals,
+        dgate: Reals,
+    ) -> Result<()> {
+        self.arenas.gated("gated_vjp", [gate, up, d, dgate])?;
+        let act = function(act);
+        let (gate, up, d, dgate) =
+            (self.reals(gate), self.reals(up), self.reals(d), self.reals(dgate));
+        let args = &mut [arg(&act), arg(&gate), arg(&up), arg(&d), arg(&dgate)];
+        self.device.launch(Kernel::GatedVjp, streamed(d.len), THREADS, args)
+    }
+
     fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
         self.arenas.pair("gelu", x, y)?;
         let (exact, x, y) = (u32::from(kind == Gelu::Exact), self.reals(x), self.reals(y));
@@ -431,7 +603,8 @@ impl NnOps for Cuda {
         self.arenas.attention(chunk, a, [q, k, v], out, lse, (scratch, needed))?;
         let attend = self.attend(chunk, a, [q, k, v], [q, k, v])?;
         let (q, k, v) = (self.reals(q.of), self.reals(k.of), self.reals(v.of));
-        let (lens, temperature) = (self.ints(a.key_lens), self.reals(a.temperature));
+        let (lens, starts) = (self.ints(a.key_lens), self.ints(a.starts));
+        let temperature = self.reals(a.temperature);
         let (out, lse) = (self.reals(out), self.reals(lse));
         if let Some(t) = self.tensor(chunk, a) {
             let rounded = self.rounded((chunk, a, &t), &attend, [k, v], None)?;
@@ -440,6 +613,7 @@ impl NnOps for Cuda {
                 arg(&attend),
                 arg(&rounded),
                 arg(&lens),
+                arg(&starts),
                 arg(&temperature),
                 arg(&q),
                 arg(&out),
@@ -459,6 +633,7 @@ impl NnOps for Cuda {
             arg(&k),
             arg(&v),
             arg(&lens),
+            arg(&starts),
             arg(&temperature),
             arg(&out),
             arg(&lse),
@@ -497,19 +672,28 @@ impl NnOps for Cuda {
         let (delta, slopes) =
             (self.reals(scratch.sub(0, rows)), self.reals(scratch.sub(rows, slopes)));
         let (q, k, v) = (self.reals(q.of), self.reals(k.of), self.reals(v.of));
-        let (lens, temperature) = (self.ints(a.key_lens), self.reals(a.temperature));
+        let (lens, starts) = (self.ints(a.key_lens), self.ints(a.starts));
+        let temperature = self.reals(a.temperature);
         let (out, lse, dout) = (self.reals(out), self.reals(lse), self.reals(dout));
         let (dq, dk, dv) = (self.reals(dq.of), self.reals(dk.of), self.reals(dv.of));
 
         if let Some(t) = tensor {
             let rounded = self.rounded((chunk, a, &t), &attend, [k, v], Some([q, dout]))?;
-            let common = [arg(&attend), arg(&rounded), arg(&lens), arg(&temperature), arg(&lse)];
-            let grid = |n: usize, rows| [a.heads, chunk.samples, n.div_ceil(rows)];
+            let common = [
+                arg(&attend),
+                arg(&rounded),
+                arg(&lens),
+                arg(&starts),
+                arg(&temperature),
+                arg(&lse),
+            ];
+            let grid = |heads, n: usize, rows| [heads, chunk.samples, n.div_ceil(rows)];
             let mut args =
                 [common.as_slice(), &[arg(&out), arg(&delta), arg(&dq), arg(&slopes)]].concat();
-            self.device.launch(t.dq, grid(a.queries, tile), TENSOR_THREADS, &mut args)?;
+            self.device.launch(t.dq, grid(a.heads, a.queries, tile), TENSOR_THREADS, &mut args)?;
             let mut args = [common.as_slice(), &[arg(&delta), arg(&dk), arg(&dv)]].concat();
-            self.device.launch(t.dkv, grid(a.keys, t.rows[2]), TENSOR_THREADS, &mut args)?;
+            let grid = grid(a.kv_heads, a.keys, t.rows[2]);
+            self.device.launch(t.dkv, grid, TENSOR_THREADS, &mut args)?;
         } else {
             let samples = chunk.samples as u32;
             let args = &mut [arg(&attend), arg(&samples), arg(&out), arg(&dout), arg(&delta)];
@@ -530,16 +714,17 @@ impl NnOps for Cuda {
                 arg(&k),
                 arg(&v),
                 arg(&lens),
+                arg(&starts),
                 arg(&temperature),
                 arg(&lse),
                 arg(&delta),
                 arg(&dout),
             ];
-            let grid = |n: usize| [n.div_ceil(tile), a.heads, chunk.samples];
+            let grid = |n: usize, heads| [n.div_ceil(tile), heads, chunk.samples];
             let mut args = [common.as_slice(), &[arg(&dq), arg(&slopes)]].concat();
-            self.device.launch(for_q, grid(a.queries), THREADS, &mut args)?;
+            self.device.launch(for_q, grid(a.queries, a.heads), THREADS, &mut args)?;
             let mut args = [common.as_slice(), &[arg(&dk), arg(&dv)]].concat();
-            self.device.launch(for_kv, grid(a.keys), THREADS, &mut args)?;
+            self.device.launch(for_kv, grid(a.keys, a.kv_heads), THREADS, &mut args)?;
         }
         if slopes.len > 0 {
             let grad = self.reals(a.temperature_grad);
@@ -626,8 +811,10 @@ impl NnOps for Cuda {
         if width == 0 {
             return Ok(());
         }
-        let args = &mut [arg(&samples), arg(&length), arg(&width), arg(&dx), arg(&dpositions)];
-        self.device.launch(Kernel::EmbedPositions, grid, THREADS, args)?;
+        if dpositions.len > 0 {
+            let args = &mut [arg(&samples), arg(&length), arg(&width), arg(&dx), arg(&dpositions)];
+            self.device.launch(Kernel::EmbedPositions, grid, THREADS, args)?;
+        }
         let args = &mut [arg(&width), arg(&tokens), arg(&dx), arg(&dtable)];
         self.device.launch(Kernel::EmbedTable, [rows as usize, 1, 1], THREADS, args)
     }

@@ -113,10 +113,12 @@ pub(crate) struct Matrix {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Attend {
     pub heads: u32,
+    pub kv_heads: u32,
     pub head_dim: u32,
     pub queries: u32,
     pub keys: u32,
     pub mask: u32,
+    pub window: u32,
     pub scale: f32,
     pub kept: f32,
     pub streams: Streams,

@@ -44,6 +44,10 @@ pub struct Cached<'a> {
     pub positions: &'a [usize],
     /// Tokens including that one, for every sample.
     pub lens: Ints,
+    /// `positions` on the backend, for blocks that turn by them.
+    pub places: Ints,
+    /// The first token that each sample's new one sees in blocks with a sliding window.
+    pub starts: Ints,
     /// Keys and values of the context, where the block reads one.
     pub context: Option<CachedContext>,
 }
@@ -536,6 +540,11 @@ impl<P: Branches> Residual<P> {
         (Reals::EMPTY, middle)
     }
 
+    /// Where the first branch is called.
+    pub(super) fn first_at<'a, B: Backend>(&'a self, call: &'a Call) -> At<'a> {
+        self.at(call, self.frames::<B>(call, 0).0, call.scratch)
+    }
+
     /// Branch `i` alone, for residual networks of another shape: `y = branch(x)`, both `[rows, d]`.
     ///
     /// # Errors
@@ -618,8 +627,7 @@ impl PreNorm {
     /// Where a call's residual has left keys and values: columns `at .. at + 2 d` of a row for each
     /// token.
     pub fn keys_values<B: Backend>(&self, call: &Call) -> Columns {
-        let frame = self.frames::<B>(call, 0).0;
-        self.branches.0.keys_values(&self.at(call, frame, call.scratch))
+        self.branches.0.keys_values(&self.first_at::<B>(call))
     }
 }
 

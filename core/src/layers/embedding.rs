@@ -1,13 +1,14 @@
-//! Token and position embedding: `x = dropout(wte[token] + wpe[position])`.
+//! Token and position embedding: `x = dropout(scale·(wte[token] + wpe[position]))`.
 
 use super::{Init, Parameter, Tensor};
 use crate::arena::{Ints, Reals};
-use crate::backend::{Backend, Chunk};
+use crate::backend::{Backend, Chunk, Columns};
 use crate::error::Result;
+use crate::real::Real;
 use crate::rng::Draw;
 use crate::stack::Input;
 
-/// The input of a GPT-2. Parameters and gradients belong to the model.
+/// The input of a language model. Parameters and gradients belong to the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenEmbedding {
     /// Width `d`.
@@ -18,8 +19,10 @@ pub struct TokenEmbedding {
     pub tokens: Ints,
     /// `[vocab, d]`.
     pub wte: Parameter,
-    /// `[≥ T, d]`.
+    /// `[≥ T, d]`; empty where positions are not learned.
     pub wpe: Parameter,
+    /// Factor of the sum: 1, or `√d` (Gemma). Another one than 1 needs `[samples·T, d]` of scratch.
+    pub scale: f64,
     /// Dropout of the sum.
     pub dropout: f64,
 }
@@ -31,6 +34,13 @@ impl TokenEmbedding {
             Tensor::matrix("wte.weight", vocab, width, Init::Normal(sigma)),
             Tensor::matrix("wpe.weight", positions, width, Init::Normal(sigma)),
         ]
+    }
+
+    /// `to = scale·from`.
+    fn scaled<B: Backend>(&self, be: &mut B, from: Reals, to: Reals) -> Result<()> {
+        be.fill_reals(to, B::Real::of(0.0))?;
+        let of = |of| Columns { of, stride: self.width, at: 0 };
+        be.add_columns(self.width, self.scale, of(from), of(to))
     }
 
     fn tokens(&self, chunk: &Chunk) -> Ints {
@@ -45,22 +55,31 @@ impl<B: Backend> Input<B> for TokenEmbedding {
         chunk: &Chunk,
         train: bool,
         x: Reals,
-        _: Reals,
+        scratch: Reals,
     ) -> Result<()> {
-        be.embed(chunk, self.tokens(chunk), self.wte.value, self.wpe.value, self.width, x)?;
+        let to = if self.scale == 1.0 { x } else { scratch.sub(0, x.len()) };
+        be.embed(chunk, self.tokens(chunk), self.wte.value, self.wpe.value, self.width, to)?;
+        if self.scale != 1.0 {
+            self.scaled(be, to, x)?;
+        }
         if train && self.dropout > 0.0 {
             be.dropout(chunk, Draw::EmbeddingDropout, self.dropout, x)?;
         }
         Ok(())
     }
 
-    fn vjp(&mut self, be: &mut B, chunk: &Chunk, gx: Reals, _: Reals) -> Result<()> {
+    fn vjp(&mut self, be: &mut B, chunk: &Chunk, gx: Reals, scratch: Reals) -> Result<()> {
         if self.wte.grad.is_empty() && self.wpe.grad.is_empty() {
             return Ok(());
         }
         if self.dropout > 0.0 {
             be.dropout(chunk, Draw::EmbeddingDropout, self.dropout, gx)?;
         }
-        be.embed_vjp(chunk, self.tokens(chunk), gx, self.width, self.wte.grad, self.wpe.grad)
+        let mut g = gx;
+        if self.scale != 1.0 {
+            g = scratch.sub(0, gx.len());
+            self.scaled(be, gx, g)?;
+        }
+        be.embed_vjp(chunk, self.tokens(chunk), g, self.width, self.wte.grad, self.wpe.grad)
     }
 }

@@ -1,15 +1,15 @@
-//! Final norm, logits and loss: `loss = cross_entropy(ln_f(x_K)·Wᵀ, targets)`, a few rows of logits
+//! Final norm, logits and loss: `loss = cross_entropy(norm(x_K)·Wᵀ, targets)`, a few rows of logits
 //! at a time.
 
-use super::{Init, Parameter, Tensor};
+use super::{Init, Norm, Parameter, Tensor};
 use crate::arena::{Ints, Reals};
 use crate::backend::{Backend, Chunk, CrossEntropy, Order, Product};
 use crate::error::Result;
 use crate::real::Real;
 use crate::stack::Head;
 
-/// The language-model head of a GPT-2. Parameters and gradients belong to the model; `weight` is
-/// `wte` where tied.
+/// The head of a language model. Parameters and gradients belong to the model; `weight` is
+/// the embedding where tied.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LmHead {
     /// Width `d`.
@@ -18,10 +18,8 @@ pub struct LmHead {
     pub per_sample: usize,
     /// Size of the vocabulary.
     pub vocab: usize,
-    /// `ε` of the norm.
-    pub eps: f64,
-    /// Weight and bias of the norm, `[d]` each.
-    pub norm: [Parameter; 2],
+    /// The norm before the logits.
+    pub norm: Norm,
     /// `[vocab, d]`. Gradients that are empty are not computed.
     pub weight: Parameter,
     /// `[B, T]`; negative: masked.
@@ -39,8 +37,8 @@ pub struct LmHead {
 }
 
 impl LmHead {
-    /// The norm's tensors, and the matrix of the logits, which a model with tied embeddings does
-    /// not have.
+    /// The tensors of a GPT-2: the norm's, and the matrix of the logits, which a model with tied
+    /// embeddings does not have.
     pub const fn tensors(vocab: usize, width: usize, tied: bool) -> [Tensor; 3] {
         [
             Tensor::vector("ln_f.weight", width, Init::Ones),
@@ -68,9 +66,9 @@ impl LmHead {
     ) -> Result<(Reals, Reals, Reals)> {
         let y = scratch.sub(0, x.len());
         let dy = scratch.sub(x.len(), x.len());
-        let stats = scratch.sub(2 * x.len(), 2 * x.len().checked_div(self.width).unwrap_or(0));
-        let [weight, bias] = self.norm;
-        be.layer_norm(self.eps, weight.value, bias.value, x, y, stats)?;
+        let rows = x.len().checked_div(self.width).unwrap_or(0);
+        let stats = scratch.sub(2 * x.len(), Norm::STATS * rows);
+        self.norm.forward(be, x, y, stats)?;
         Ok((y, dy, stats))
     }
 
@@ -148,7 +146,7 @@ impl<B: Backend> Head<B> for LmHead {
         scratch: Reals,
     ) -> Result<()> {
         let (y, dy, stats) = self.normalize(be, x, scratch)?;
-        let ([norm, bias], dweight) = (self.norm, self.weight.grad);
+        let dweight = self.weight.grad;
         let (all, step, d) = (chunk.samples * self.per_sample, self.rows_at_once(), self.width);
         let batch = self.targets.len();
         let losses = self.losses.sub(self.micro_batch * batch, batch);
@@ -180,6 +178,6 @@ impl<B: Backend> Head<B> for LmHead {
             be.matmul(&p, logits, self.weight.value, None, dy)?;
         }
         be.fill_reals(gx, B::Real::of(0.0))?;
-        be.layer_norm_vjp(norm.value, x, stats, dy, gx, norm.grad, bias.grad)
+        self.norm.vjp(be, x, stats, dy, gx)
     }
 }

@@ -33,7 +33,7 @@ impl LoraShape {
         self.alpha / self.rank as f64
     }
 
-    const fn check(&self, width: usize) -> Result<()> {
+    pub(super) const fn check(&self, width: usize) -> Result<()> {
         if self.rank == 0 || self.rank > width {
             let possible = "1 up to the width";
             return Err(Error::setting("LoRA rank", self.rank as f64, possible));

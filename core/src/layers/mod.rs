@@ -10,12 +10,16 @@ mod block;
 mod classifier;
 mod embedding;
 mod encoder;
+mod gated;
+mod grouped;
 mod head;
 mod linear;
 mod lora;
 mod mlp;
+mod norm;
 mod params;
 mod patches;
+mod rotary;
 
 pub use attention::{AttentionShape, CrossAttention, SelfAttention};
 pub use block::{
@@ -24,12 +28,16 @@ pub use block::{
 pub use classifier::{ClassHead, Mixup};
 pub use embedding::TokenEmbedding;
 pub use encoder::EncoderOutput;
+pub use gated::{GatedMlp, LlamaBlocks, LlamaShape};
+pub use grouped::GroupedAttention;
 pub use head::LmHead;
 pub use linear::{linear, linear_vjp};
 pub use lora::LoraShape;
 pub use mlp::{Mlp, MlpShape};
+pub use norm::Norm;
 pub use params::{
     Freeze, Gradients, Home, Init, Matrix, Parameter, Params, Room, Scheme, Tensor, Tensors,
     Updater,
 };
 pub use patches::{PatchEmbedding, Patches};
+pub use rotary::{BlockSet, RotaryAngles, RotaryScaling};

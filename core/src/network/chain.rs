@@ -5,7 +5,7 @@ use crate::arena::{Category, Layout, product};
 use crate::backend::{Backend, Chunk};
 use crate::error::{Error, Result, Site};
 use crate::layers::{
-    Branches, Freeze, Gradients, LmHead, Mlp, Params, Residual, Room, SelfAttention, Tensor,
+    Branches, Freeze, Gradients, LmHead, Mlp, Norm, Params, Residual, Room, SelfAttention, Tensor,
     TokenEmbedding,
 };
 use crate::plan::Choice;
@@ -154,14 +154,14 @@ impl<P: Branches> Chain<TokenEmbedding, P, LmHead, 5> {
             tokens: l.ints(Category::Head, rows),
             wte,
             wpe,
+            scale: 1.0,
             dropout: shape.dropout,
         };
         let head = LmHead {
             width,
             per_sample: tokens,
             vocab,
-            eps: shape.eps,
-            norm: [norm, norm_bias],
+            norm: Norm::Layer { eps: shape.eps, weight: norm, bias: norm_bias },
             weight: if shape.tied { wte } else { lm_head },
             targets: l.ints(Category::Head, rows),
             losses: l.reals(Category::Head, losses),

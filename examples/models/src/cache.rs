@@ -96,6 +96,10 @@ pub(crate) struct Next<'a, P> {
     pub positions: &'a [usize],
     /// Tokens of each row with it, on the backend.
     pub lens: Ints,
+    /// `positions` on the backend, where blocks turn by them.
+    pub places: Ints,
+    /// What a sliding window leaves of each row's text: its first token.
+    pub starts: Ints,
     /// `[blocks][rows / beams, positions, 2 d]` of a context and `beams`, where there is one.
     pub context: Option<(Reals, usize)>,
 }
@@ -111,6 +115,8 @@ impl<B: Backend, P: Branches> Blocks<B> for Next<'_, P> {
             keys: self.cache.keys,
             positions: self.positions,
             lens: self.lens,
+            places: self.places,
+            starts: self.starts,
             context,
         };
         self.blocks.next(be, call, &cached, h)

@@ -4,14 +4,15 @@
 //! # The idea
 //! ```text
 //! forward, for each sample, head and tile of 64 queries:      a piece of work, one thread
+//!   K, V = those that the tile's queries see of their head    [keys, head_dim]
 //!   S = Q[tile]·Kᵀ                                            [64, keys], in the thread's scratch
 //!   for each row s of S:
 //!     p = exp(scale·s − max), lse = max + ln Σp, p /= Σp      lse is kept, S and P are not
 //!   O[tile] = P·V
 //!
-//! backward, for each sample and head:                         a piece of work, one thread
+//! backward, for each sample and head of keys and values:      a piece of work, one thread
 //!   dK = dV = 0
-//!   for each tile of 64 queries:
+//!   for each head of queries that reads them, and each tile of 64 queries:
 //!     S = Q[tile]·Kᵀ, dP = dO[tile]·Vᵀ                        two tiles of scores
 //!     for each row: p = exp(scale·s − lse)                    neither maximum nor sum again
 //!                   ds = scale·p∘(dp − δ)                     δ = dO·O of the row = Σ p∘dp
@@ -21,16 +22,20 @@
 //! The products are small ones ([`product`]): the thread packs both operands into its own memory.
 //!
 //! # What the code adds
-//! 1. Masks. A causal tile multiplies only the keys up to its last query, padding ends a sample's
-//!    keys earlier, and a row's weights beyond what its query sees are 0. The one key that a query
-//!    of [`Mask::Others`] does not see gets the score −∞. A query that sees nothing has output 0,
-//!    gradient 0 and lse −∞.
+//! 1. Masks. A tile multiplies only the keys from the first to the last one that a query of it sees
+//!    ([`Keys::of_tile`]), so a causal tile ends at its last query, padding ends a sample's keys
+//!    earlier, and a sliding window or a packed text begins them later. A row's weights outside what
+//!    its query sees are 0. The one key that a query of [`Mask::Others`] does not see gets the score
+//!    −∞. A query that sees nothing has output 0, gradient 0 and lse −∞.
 //! 2. Dropout: `p` becomes `p∘f`, and `dp` becomes `f∘dp`, with `f` = 0 or 1/(1−rate), drawn again
 //!    on the way back.
 //! 3. The learned temperature τ: scale = e^τ, and dτ = Σ q·dq, since the scores are linear in e^τ.
 //!
-//! Backward, a piece is a whole head, so that no sum of `dK` or `dV` crosses threads: the bits are
-//! the same for any number of them.
+//! Backward, a piece is a whole head of keys and values with all heads of queries that read it, in
+//! their order, so that no sum of `dK` or `dV` crosses threads: the bits are the same for any number
+//! of them.
+
+use core::ops::Range;
 
 use bdia_core::backend::{Attention, Columns, Mask};
 use bdia_core::{Chunk, Reals, Result};
@@ -46,9 +51,14 @@ use crate::{Cpu, actual_threads};
 /// Queries of a tile.
 const TILE: usize = 64;
 
-/// From one row of scores to the next: whole cache lines.
+/// From one row of scores to the next: whole cache lines. A tile's queries see no more keys than a
+/// window for the first one, and one more for each of the others.
 fn row_stride(a: &Attention) -> usize {
-    a.keys.checked_next_multiple_of(16).unwrap_or(usize::MAX)
+    let keys = match a.mask {
+        Mask::Sliding(n) => a.keys.min(n.saturating_add(TILE - 1)),
+        _ => a.keys,
+    };
+    keys.checked_next_multiple_of(16).unwrap_or(usize::MAX)
 }
 
 /// Scratch of one thread: two tiles of scores.
@@ -89,31 +99,51 @@ fn score_scale(cpu: &Cpu, a: &Attention) -> Result<f32> {
     })
 }
 
-/// First dropout element of a query's row of weights; wraps as the generator's counter does.
-fn first_element(a: &Attention, head: usize, query: usize) -> u32 {
+/// Dropout element of a query's weight of `key`; wraps as the generator's counter does.
+fn element(a: &Attention, head: usize, query: usize, key: usize) -> u32 {
     (head as u32)
         .wrapping_mul(a.queries as u32)
         .wrapping_add(query as u32)
         .wrapping_mul(a.keys as u32)
+        .wrapping_add(key as u32)
 }
 
-/// Number of keys among which are those that query `q` of a sample with `present` keys sees: the
-/// first ones.
-fn visible(a: &Attention, q: usize, present: usize) -> usize {
-    match a.mask {
-        Mask::Full | Mask::Others => present,
-        Mask::Causal => present.min(q + 1),
+/// The keys of a sample, and which of them its queries see.
+struct Keys<'a> {
+    a: &'a Attention,
+    /// Those that are not padding.
+    present: usize,
+    /// First key that each query sees; empty where the sample is not packed.
+    starts: &'a [i32],
+}
+
+impl<'a> Keys<'a> {
+    fn new(a: &'a Attention, lens: &[i32], starts: &'a [i32], sample: usize) -> Self {
+        let present =
+            lens.get(sample).map_or(a.keys, |&n| usize::try_from(n).unwrap_or(0).min(a.keys));
+        let own = sample * a.queries..(sample + 1) * a.queries;
+        Self { a, present, starts: starts.get(own).unwrap_or(&[]) }
     }
-}
 
-/// The one of the visible keys that query `q` does not see.
-fn hidden(a: &Attention, q: usize, visible: usize) -> Option<usize> {
-    (a.mask == Mask::Others && q < visible).then_some(q)
-}
+    /// The keys among which are those that query `q` sees. None where it sees none.
+    fn seen_by(&self, q: usize) -> Range<usize> {
+        let start = self.starts.get(q).map_or(0, |&at| usize::try_from(at).unwrap_or(0));
+        let (first, end) = self.a.visible(q, self.present, start);
+        let nothing = end - first == 1 && self.a.hides(q, first);
+        first..if nothing { first } else { end }
+    }
 
-/// Keys of a sample that are not padding.
-fn present(a: &Attention, lens: &[i32], sample: usize) -> usize {
-    lens.get(sample).map_or(a.keys, |&n| usize::try_from(n).unwrap_or(0).min(a.keys))
+    /// The place within the keys of [`seen_by`](Self::seen_by) of the one that query `q` does not
+    /// see.
+    fn hole(&self, q: usize, seen: &Range<usize>) -> Option<usize> {
+        (seen.contains(&q) && self.a.hides(q, q)).then(|| q - seen.start)
+    }
+
+    /// The keys from the first to the last one that one of these queries sees.
+    fn of_tile(&self, queries: Range<usize>) -> Range<usize> {
+        let all = queries.map(|q| self.seen_by(q)).filter(|seen| !seen.is_empty());
+        all.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0)
+    }
 }
 
 pub(super) fn forward(
@@ -140,14 +170,17 @@ pub(super) fn forward(
     let tiles = a.queries.div_ceil(TILE);
     cpu.make_packing()?;
     let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
+    let starts = get(&cpu.ints, a.starts, "attention: starts")?;
     let (reals, packing, products) =
         (Shared::new(&mut cpu.reals), Shared::new(&mut cpu.packing), cpu.products);
     cpu.team.each(chunk.samples * a.heads * tiles, |slot, piece| {
         let (i, head, row) =
             (piece / tiles / a.heads, piece / tiles % a.heads, piece % tiles * TILE);
         let rows = TILE.min(a.queries - row);
-        // No query of the tile sees a key beyond these.
-        let keys = visible(a, row + rows - 1, present(a, lens, i));
+        let (all, kv) = (Keys::new(a, lens, starts, i), a.kv_head(head));
+        // No query of the tile sees another key.
+        let tile_keys = all.of_tile(row..row + rows);
+        let (first, keys) = (tile_keys.start, tile_keys.len());
         let view = |at: usize, row, col| View {
             start: reals.pointer().wrapping_add(at).cast_const(),
             row,
@@ -167,7 +200,7 @@ pub(super) fn forward(
                 products,
                 [rows, keys, hd],
                 view(q.at(i, head, row), q.stride, 1),
-                view(k.at(i, head, 0), 1, k.stride),
+                view(k.at(i, kv, first), 1, k.stride),
                 tile,
                 stride,
                 false,
@@ -176,18 +209,15 @@ pub(super) fn forward(
         }
         let stream = chunk.stream(i, a.draw);
         for r in 0..rows {
-            let seen = visible(a, row + r, keys);
+            let seen = all.seen_by(row + r);
             // SAFETY: `scores` is borrowed again, after the product is done with it.
             let line = unsafe { core::slice::from_raw_parts_mut(tile.add(r * stride), keys) };
-            let (weights, beyond) = line.split_at_mut(seen);
-            beyond.fill(0.0);
-            let hole = hidden(a, row + r, seen);
-            if seen == usize::from(hole.is_some()) {
-                weights.fill(0.0);
+            let weights = only(line, &seen, first);
+            if weights.is_empty() {
                 lse[r] = f32::NEG_INFINITY;
                 continue;
             }
-            if let Some(hole) = hole {
+            if let Some(hole) = all.hole(row + r, &seen) {
                 weights[hole] = f32::NEG_INFINITY;
             }
             // p = exp(s − max)/sum, lse = max + ln(sum)
@@ -198,7 +228,8 @@ pub(super) fn forward(
             let inverse = f32x8::splat(1.0 / sum);
             map(weights, |p| p * inverse);
             if !dropout.is_none() {
-                dropout.each(&stream, first_element(a, head, row + r), seen, |at, factors| {
+                let from = element(a, head, row + r, seen.start);
+                dropout.each(&stream, from, seen.len(), |at, factors| {
                     weights[at..at + factors.len()]
                         .iter_mut()
                         .zip(factors)
@@ -215,7 +246,7 @@ pub(super) fn forward(
                 products,
                 [rows, hd, keys],
                 View { start: tile, row: stride, col: 1 },
-                view(v.at(i, head, 0), v.stride, 1),
+                view(v.at(i, kv, first), v.stride, 1),
                 o,
                 width,
                 false,
@@ -259,12 +290,15 @@ pub(super) fn backward(
     let (stride, slot_len) = (row_stride(a), slot_len(a));
     cpu.make_packing()?;
     let lens = get(&cpu.ints, a.key_lens, "attention: key_lens")?;
+    let starts = get(&cpu.ints, a.starts, "attention: starts")?;
     let (reals, packing, products) =
         (Shared::new(&mut cpu.reals), Shared::new(&mut cpu.packing), cpu.products);
-    // One piece is a whole head, so that no sum of dk and dv crosses pieces.
-    cpu.team.each(chunk.samples * a.heads, |slot, piece| {
-        let (i, head) = (piece / a.heads, piece % a.heads);
-        let present = present(a, lens, i);
+    // One piece is a whole head of keys and values, so that no sum of dk and dv crosses pieces.
+    let group = a.heads / a.kv_heads;
+    cpu.team.each(chunk.samples * a.kv_heads, |slot, piece| {
+        let (i, kv) = (piece / a.kv_heads, piece % a.kv_heads);
+        let heads = kv * group..(kv + 1) * group;
+        let all = Keys::new(a, lens, starts, i);
         let stream = chunk.stream(i, a.draw);
         // SAFETY: the slot is this thread's while the piece runs.
         let memory = unsafe { own_scratch(&packing, slot) };
@@ -273,12 +307,14 @@ pub(super) fn backward(
         for key in 0..a.keys {
             for d in [dk, dv] {
                 // SAFETY: these columns belong to this piece.
-                unsafe { reals.part(d.at(i, head, key), hd) }.fill(0.0);
+                unsafe { reals.part(d.at(i, kv, key), hd) }.fill(0.0);
             }
         }
-        for row in (0..a.queries).step_by(TILE) {
+        let tiles = (0..a.queries).step_by(TILE);
+        for (head, row) in heads.flat_map(|head| tiles.clone().map(move |row| (head, row))) {
             let rows = TILE.min(a.queries - row);
-            let keys = visible(a, row + rows - 1, present);
+            let tile_keys = all.of_tile(row..row + rows);
+            let (first, keys) = (tile_keys.start, tile_keys.len());
             let o_at = (i * a.queries + row) * width + head * hd;
             let d_out = view(dout.start() + o_at, width, 1);
             let p_tile = pointer(scratch.start() + slot * slot_len);
@@ -291,7 +327,7 @@ pub(super) fn backward(
                     products,
                     [rows, keys, hd],
                     view(q.at(i, head, row), q.stride, 1),
-                    view(k.at(i, head, 0), 1, k.stride),
+                    view(k.at(i, kv, first), 1, k.stride),
                     p_tile,
                     stride,
                     false,
@@ -301,7 +337,7 @@ pub(super) fn backward(
                     products,
                     [rows, keys, hd],
                     d_out,
-                    view(v.at(i, head, 0), 1, v.stride),
+                    view(v.at(i, kv, first), 1, v.stride),
                     ds_tile,
                     stride,
                     false,
@@ -309,7 +345,6 @@ pub(super) fn backward(
                 );
             }
             for r in 0..rows {
-                let seen = visible(a, row + r, keys);
                 // SAFETY: lines of the slot, and inputs that nothing writes.
                 let (p, ds, o, d, lse) = unsafe {
                     let from =
@@ -323,18 +358,15 @@ pub(super) fn backward(
                         *pointer(lse.start() + (i * a.heads + head) * a.queries + row + r),
                     )
                 };
-                let hole = hidden(a, row + r, seen);
-                // A query that sees nothing has no gradient.
-                let seen = if seen == usize::from(hole.is_some()) { 0 } else { seen };
-                p[seen..].fill(0.0);
-                ds[seen..].fill(0.0);
-                let (p, ds) = (&mut p[..seen], &mut ds[..seen]);
+                let seen = all.seen_by(row + r);
+                let (p, ds) = (only(p, &seen, first), only(ds, &seen, first));
                 // dS = P∘(D∘dP − Σ P∘D∘dP), and that sum is dO·O
                 let delta = fold_sum2(o, d, |a, b| a * b);
                 if dropout.is_none() {
                     weights(p, ds, None, scale, lse, delta);
                 } else {
-                    dropout.each(&stream, first_element(a, head, row + r), seen, |at, factors| {
+                    let from = element(a, head, row + r, seen.start);
+                    dropout.each(&stream, from, seen.len(), |at, factors| {
                         let part = at..at + factors.len();
                         weights(
                             &mut p[part.clone()],
@@ -346,7 +378,7 @@ pub(super) fn backward(
                         );
                     });
                 }
-                if let Some(hole) = hole.filter(|&hole| hole < seen) {
+                if let Some(hole) = all.hole(row + r, &seen) {
                     (p[hole], ds[hole]) = (0.0, 0.0);
                 }
             }
@@ -358,7 +390,7 @@ pub(super) fn backward(
                     [keys, hd, rows],
                     View { start: p_tile, row: 1, col: stride },
                     d_out,
-                    pointer(dv.at(i, head, 0)),
+                    pointer(dv.at(i, kv, first)),
                     dv.stride,
                     true,
                     memory,
@@ -367,7 +399,7 @@ pub(super) fn backward(
                     products,
                     [rows, hd, keys],
                     View { start: ds_tile, row: stride, col: 1 },
-                    view(k.at(i, head, 0), k.stride, 1),
+                    view(k.at(i, kv, first), k.stride, 1),
                     pointer(dq.at(i, head, row)),
                     dq.stride,
                     false,
@@ -378,7 +410,7 @@ pub(super) fn backward(
                     [keys, hd, rows],
                     View { start: ds_tile, row: 1, col: stride },
                     view(q.at(i, head, row), q.stride, 1),
-                    pointer(dk.at(i, head, 0)),
+                    pointer(dk.at(i, kv, first)),
                     dk.stride,
                     true,
                     memory,
@@ -399,6 +431,18 @@ pub(super) fn backward(
         cpu.reals[at] += sum as f32;
     }
     Ok(())
+}
+
+/// The part of a tile's row, whose first key is `first`, with the keys that a query sees. The rest
+/// becomes 0.
+fn only<'a>(line: &'a mut [f32], seen: &Range<usize>, first: usize) -> &'a mut [f32] {
+    // The keys of a query that sees nothing are none, anywhere.
+    let from = seen.start.saturating_sub(first).min(line.len());
+    let (before, rest) = line.split_at_mut(from);
+    let (own, beyond) = rest.split_at_mut(seen.len());
+    before.fill(0.0);
+    beyond.fill(0.0);
+    own
 }
 
 /// In: scores `p` and gradients `ds` of the dropped weights. Out: the dropped weights, and the

@@ -2,12 +2,15 @@
 
 mod attention;
 mod dropout;
+mod gate;
 mod gelu;
 pub(crate) mod matmul;
 mod packed;
 mod view;
 
-use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Half, Product};
+use bdia_core::backend::{
+    Attention, Columns, CrossEntropy, Gate, Gelu, Half, Product, RmsNorm, Rotary,
+};
 use bdia_core::rng::Draw;
 use bdia_core::{Chunk, Fault, Ints, NnOps, Reals, Result, Words};
 use wide::f32x8;
@@ -15,7 +18,7 @@ use wide::f32x8;
 use self::dropout::Dropout;
 use self::view::View;
 use crate::memory::{Arena, Reserved, Shared, get, split};
-use crate::simd::{exp, fold_sum, fold_sum2, map, map2, map3, max_of};
+use crate::simd::{exp, fold_sum, fold_sum2, map, map_both, map2, map3, max_of};
 use crate::update::Pieces;
 use crate::{BLOCK, Cpu, Products, Team};
 
@@ -257,6 +260,157 @@ impl NnOps for Cpu {
         Ok(())
     }
 
+    fn rms_norm(
+        &mut self,
+        norm: &RmsNorm,
+        weight: Reals,
+        x: Columns,
+        y: Columns,
+        stats: Reals,
+    ) -> Result<()> {
+        let rows = self.arenas().rms_norm(norm, weight, x, y, stats)?;
+        let &RmsNorm { groups, width, eps, offset } = norm;
+        let [weight, xs, ys, stats] =
+            split(&mut self.reals, [weight, x.of, y.of, stats], "rms_norm")?;
+        let (weight, xs, ys, stats) = (&*weight, &*xs, Shared::new(ys), Shared::new(stats));
+        let (each, offset) = (rows_per_piece(groups * width), f32x8::splat(offset as f32));
+        self.team.each(rows.div_ceil(each), |_, piece| {
+            for r in piece * each..rows.min((piece + 1) * each) {
+                for g in 0..groups {
+                    let x = &xs[r * x.stride + x.at + g * width..][..width];
+                    // SAFETY: rows, and groups in them, are disjoint.
+                    let (y, rstd) = unsafe {
+                        let y = ys.part(r * y.stride + y.at + g * width, width);
+                        (y, &mut stats.part(r * groups + g, 1)[0])
+                    };
+                    let squares = fold_sum(x, |x| x * x);
+                    *rstd = (1.0 / libm::sqrt(f64::from(squares) / width as f64 + eps)) as f32;
+                    // y = x·rstd·(offset + weight)
+                    let s = f32x8::splat(*rstd);
+                    map3(y, x, weight, |_, x, w| x * s * (offset + w));
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn rms_norm_vjp(
+        &mut self,
+        norm: &RmsNorm,
+        weight: Reals,
+        x: Columns,
+        stats: Reals,
+        dy: Columns,
+        dx: Columns,
+        dweight: Reals,
+    ) -> Result<()> {
+        let rows = self.arenas().rms_norm_vjp(norm, weight, [x, dy, dx], stats, dweight)?;
+        let &RmsNorm { groups, width, .. } = norm;
+        let [weight, xs, stats, dys, dxs, dweight] =
+            split(&mut self.reals, [weight, x.of, stats, dy.of, dx.of, dweight], "rms_norm_vjp")?;
+        let (weight, xs, stats, dys) = (&*weight, &*xs, &*stats, &*dys);
+        let (dxs, each) = (Shared::new(dxs), rows_per_piece(groups * width));
+        let (offset, places) = (f32x8::splat(norm.offset as f32), [x, dy, dx]);
+        // Where a group of a row begins.
+        let at = |r: usize, g: usize| places.map(|c| r * c.stride + c.at + g * width);
+        self.team.each(rows.div_ceil(each), |_, piece| {
+            for r in piece * each..rows.min((piece + 1) * each) {
+                for g in 0..groups {
+                    let [x, dy, dx] = at(r, g);
+                    let rstd = f32x8::splat(stats[r * groups + g]);
+                    // SAFETY: rows, and groups in them, are disjoint.
+                    let dx = unsafe { dxs.part(dx, width) };
+                    rms_vjp_row(weight, offset, &xs[x..][..width], &dys[dy..][..width], dx, rstd);
+                }
+            }
+        });
+        // dweight += Σ dy·x̂ with x̂ = x·rstd, the groups of a row one after the other.
+        column_sums(&self.team, rows * groups, [dweight], |part, from, [w], n| {
+            let [x, dy, _] = at(part / groups, part % groups);
+            let (x, dy, rstd) = (&xs[x + from..][..n], &dys[dy + from..][..n], stats[part]);
+            let w = &mut w[..n];
+            for c in 0..n {
+                w[c] += dy[c] * (x[c] * rstd);
+            }
+        });
+        Ok(())
+    }
+
+    fn rotate(
+        &mut self,
+        chunk: &Chunk,
+        rotary: &Rotary,
+        table: Reals,
+        positions: Ints,
+        x: Columns,
+    ) -> Result<()> {
+        let vocab = self.arenas().rotate(chunk, rotary, table, positions, x)?;
+        let &Rotary { heads, head_dim, tokens, back } = rotary;
+        let positions = get(&self.ints, positions, "rotate: positions")?;
+        let [table, xs] = split(&mut self.reals, [table, x.of], "rotate")?;
+        let (table, xs, rows) = (&*table, Shared::new(xs), chunk.samples * tokens);
+        let (each, side) =
+            (rows_per_piece(heads * head_dim), f32x8::splat(if back { -1.0 } else { 1.0 }));
+        // A place beyond the numbers of a position is beyond every table.
+        let position = |row: usize| match positions.get(row) {
+            Some(&own) => own,
+            None => i32::try_from(row % tokens).unwrap_or(i32::MAX),
+        };
+        let bad = self.team.reduce(
+            rows.div_ceil(each),
+            usize::MAX,
+            |piece| {
+                let mut bad = usize::MAX;
+                for row in piece * each..rows.min((piece + 1) * each) {
+                    let Some(p) = known(position(row), vocab) else {
+                        bad = bad.min(row);
+                        continue;
+                    };
+                    let (cos, sin) = table[p * head_dim..][..head_dim].split_at(head_dim / 2);
+                    for head in 0..heads {
+                        // SAFETY: rows, and heads in them, are disjoint.
+                        let head =
+                            unsafe { xs.part(row * x.stride + x.at + head * head_dim, head_dim) };
+                        let (a, b) = head.split_at_mut(head_dim / 2);
+                        // (a, b) ← (a·cos − b·sin, b·cos + a·sin)
+                        map_both([a, b], [cos, sin], |[a, b, cos, sin]| {
+                            let sin = sin * side;
+                            [a.mul_add(cos, -(b * sin)), b.mul_add(cos, a * sin)]
+                        });
+                    }
+                }
+                bad
+            },
+            usize::min,
+        );
+        if bad != usize::MAX {
+            let sample = chunk.first.wrapping_add(bad / tokens);
+            self.fault.get_or_insert(Fault::Token { sample, value: position(bad), vocab });
+        }
+        Ok(())
+    }
+
+    fn gated(&mut self, act: Gate, gate: Reals, up: Reals, y: Reals) -> Result<()> {
+        self.arenas().gated("gated", [gate, up, y])?;
+        let [gate, up, y] = split(&mut self.reals, [gate, up, y], "gated")?;
+        gate::product(&self.team, act, gate, up, y);
+        Ok(())
+    }
+
+    fn gated_vjp(
+        &mut self,
+        act: Gate,
+        gate: Reals,
+        up: Reals,
+        d: Reals,
+        dgate: Reals,
+    ) -> Result<()> {
+        self.arenas().gated("gated_vjp", [gate, up, d, dgate])?;
+        let [gate, up, d, dgate] = split(&mut self.reals, [gate, up, d, dgate], "gated_vjp")?;
+        gate::gradients(&self.team, act, gate, up, d, dgate);
+        Ok(())
+    }
+
     fn gelu(&mut self, kind: Gelu, x: Reals, y: Reals) -> Result<()> {
         self.arenas().pair("gelu", x, y)?;
         let [x, y] = split(&mut self.reals, [x, y], "gelu")?;
@@ -370,7 +524,11 @@ impl NnOps for Cpu {
                 for row in piece * each..tokens.len().min((piece + 1) * each) {
                     // SAFETY: rows are disjoint.
                     let x = unsafe { x.part(row * width, width) };
-                    x.copy_from_slice(&positions[row % length * width..][..width]);
+                    if positions.is_empty() {
+                        x.fill(0.0);
+                    } else {
+                        x.copy_from_slice(&positions[row % length * width..][..width]);
+                    }
                     match known(tokens[row], vocab) {
                         Some(token) => map2(x, &table[token * width..][..width], |x, y| x + y),
                         None => bad = bad.min(row),
@@ -408,9 +566,11 @@ impl NnOps for Cpu {
             let n = COLUMNS.min(width - from);
             for (row, &token) in tokens.iter().enumerate() {
                 let dx = &dx[row * width + from..][..n];
-                // SAFETY: columns are disjoint.
-                let position = unsafe { dpositions.part(row % length * width + from, n) };
-                map2(position, dx, |a, b| a + b);
+                if dpositions.len() > 0 {
+                    // SAFETY: columns are disjoint.
+                    let position = unsafe { dpositions.part(row % length * width + from, n) };
+                    map2(position, dx, |a, b| a + b);
+                }
                 if let Some(token) = known(token, vocab) {
                     // SAFETY: as above.
                     let entry = unsafe { dtable.part(token * width + from, n) };
@@ -504,6 +664,28 @@ fn vjp_row(weight: &[f32], x: &[f32], dy: &[f32], dx: &mut [f32], mean: f32x8, r
         g.copy_from_slice(dy);
         map2(g, weight, |g, w| g * w);
         map3(dx, g, x, |dx, g, x| rstd.mul_add(g - mean_g - (x - mean) * rstd * mean_gx, dx));
+    }
+}
+
+/// With `g = dy·(offset + weight)` and `x̂ = x·rstd`: `dx += rstd·(g − x̂·mean(g·x̂))`.
+#[inline]
+fn rms_vjp_row(weight: &[f32], offset: f32x8, x: &[f32], dy: &[f32], dx: &mut [f32], rstd: f32x8) {
+    // As in `vjp_row`.
+    const PART: usize = 256;
+    let mut buffer = [0.0; PART];
+    let mut sum = 0.0;
+    for ((x, dy), weight) in x.chunks(PART).zip(dy.chunks(PART)).zip(weight.chunks(PART)) {
+        let g = &mut buffer[..x.len()];
+        map3(g, dy, weight, |_, dy, w| dy * (offset + w));
+        sum += fold_sum2(g, x, |g, x| g * (x * rstd));
+    }
+    let mean = f32x8::splat(sum / weight.len() as f32);
+    for (((x, dy), weight), dx) in
+        x.chunks(PART).zip(dy.chunks(PART)).zip(weight.chunks(PART)).zip(dx.chunks_mut(PART))
+    {
+        let g = &mut buffer[..x.len()];
+        map3(g, dy, weight, |_, dy, w| dy * (offset + w));
+        map3(dx, g, x, |dx, g, x| rstd.mul_add(g - x * rstd * mean, dx));
     }
 }
 

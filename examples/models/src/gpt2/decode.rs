@@ -490,6 +490,8 @@ impl Decoder {
             cache: &self.cache,
             positions: &positions,
             lens: self.lens,
+            places: Ints::EMPTY,
+            starts: Ints::EMPTY,
             context: None,
         };
         let x = inference.run(be, &self.rows, &mut blocks, &mut input, next.len())?;

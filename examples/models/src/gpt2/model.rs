@@ -5,7 +5,7 @@ use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::{Backend, Gelu, Mask};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BlockShape, Gradients, LmHead, Params, PreNorm, Room, Scheme, Tensor, TokenEmbedding,
+    BlockShape, Gradients, LmHead, Norm, Params, PreNorm, Room, Scheme, Tensor, TokenEmbedding,
 };
 use bdia_core::network::{
     self, Group, Loaded, Loss, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
@@ -209,14 +209,14 @@ impl Gpt2 {
             tokens,
             wte,
             wpe,
+            scale: 1.0,
             dropout: d.dropout[0],
         };
         let head = LmHead {
             width: d.width,
             per_sample: setup.context,
             vocab: d.vocab,
-            eps: d.eps,
-            norm: [norm, norm_bias],
+            norm: Norm::Layer { eps: d.eps, weight: norm, bias: norm_bias },
             weight: if d.tied { wte } else { lm_head },
             targets,
             losses,

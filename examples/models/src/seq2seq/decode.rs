@@ -250,6 +250,8 @@ impl Translator {
             cache: &d.cache,
             positions: &vec![position; rows],
             lens: d.lens,
+            places: Ints::EMPTY,
+            starts: Ints::EMPTY,
             context: Some((d.cross, beams)),
         };
         let x = inference.run(be, &d.rows, &mut blocks, &mut input, rows)?;

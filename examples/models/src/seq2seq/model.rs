@@ -33,8 +33,8 @@ use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::{Backend, Gelu, Mask};
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    BlockShape, Decoder, EncoderOutput, Gradients, Init, LmHead, Parameter, Params, PreNorm, Room,
-    Scheme, Tensor, TokenEmbedding,
+    BlockShape, Decoder, EncoderOutput, Gradients, Init, LmHead, Norm, Parameter, Params, PreNorm,
+    Room, Scheme, Tensor, TokenEmbedding,
 };
 use bdia_core::network::{
     self, Group, Loaded, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
@@ -324,6 +324,7 @@ impl Translator {
             tokens: l.ints(Category::Head, shape.samples.saturating_mul(per_sample)),
             wte: self.table(side),
             wpe: self.end(2 + side),
+            scale: 1.0,
             dropout: self.setup.dims.dropout[0],
         }
     }
@@ -351,8 +352,7 @@ impl Translator {
             width: d.width,
             per_sample: 1,
             vocab: d.vocab[1],
-            eps: d.eps,
-            norm: [self.end(6), self.end(7)],
+            norm: Norm::Layer { eps: d.eps, weight: self.end(6), bias: self.end(7) },
             weight: self.table(1),
             targets: Ints::EMPTY,
             losses: Reals::EMPTY,
