@@ -393,7 +393,8 @@ fn attention() {
     }
 }
 
-/// What Llama's family has: fewer heads of keys than of queries, windows, several texts in a sample.
+/// What Llama's family has: fewer heads of keys than of queries, windows, several texts in one
+/// sample.
 #[test]
 fn grouped_sliding_and_packed_attention() {
     for dropout in [0.0, 0.3] {

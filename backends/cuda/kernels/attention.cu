@@ -35,16 +35,14 @@
 
 enum { FULL_MASK = 0, CAUSAL = 1, OTHERS = 2 };
 
-// With CAUSAL a query sees `window` keys, its own the last of them; no window is larger than a sample.
+// With CAUSAL a query sees `window` keys, its own the last of them; where there is no window it is
+// wider than the sample. `group` heads of queries read one head of keys and values.
 struct Attend {
-    u32 heads, kv_heads, head_dim, queries, keys, mask, window;
+    u32 heads, kv_heads, group, head_dim, queries, keys, mask, window;
     float scale, kept;
     Streams streams;
     Matrix q, k, v, dq, dk, dv;
 };
-
-// Heads of queries that read one head of keys and values.
-__device__ inline u32 group_of(const Attend& a) { return a.heads / a.kv_heads; }
 
 // Place of a row's head.
 __device__ inline u64 place(const Attend& a, const Matrix& m, u32 row, u32 head) {
@@ -58,11 +56,13 @@ __device__ inline u32 present(const Attend& a, const In<i32>& lens, u32 sample) 
     return n < 0 ? 0 : (u32)n < a.keys ? (u32)n : a.keys;
 }
 
+// No key is before the first.
+__device__ inline u32 key_of(i32 start) { return start < 0 ? 0 : (u32)start; }
+
 // The first key of a query's text, in a packed sample.
 __device__ inline u32 start_of(const Attend& a, const In<i32>& starts, u32 sample, u32 query) {
     if (starts.n == 0 || query >= a.queries) return 0;
-    i32 start = starts[sample * a.queries + query];
-    return start < 0 ? 0 : (u32)start;
+    return key_of(starts[sample * a.queries + query]);
 }
 
 // `start` is that of the query.
@@ -166,7 +166,7 @@ __device__ void forward(const Attend& a, const In<float>& q, const In<float>& k,
     SHARED(float, ps, Q * (KEYS + 1));
     u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16, from = blockIdx.x * Q, head = blockIdx.y, sample = blockIdx.z;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + Q < there ? from + Q : there;
-    u32 kv_head = head / group_of(a), starts_at[I];
+    u32 kv_head = head / a.group, starts_at[I];
     float scale = scale_of(a, temperature);
     float o[I][C], most[I], sum[I];
     UNROLL
@@ -290,7 +290,7 @@ __device__ void backward_q(const Attend& a, const In<float>& q, const In<float>&
     SHARED(float, dss, T * (T + 1));
     SHARED(float, room, WARPS);
     u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16, from = blockIdx.x * T, head = blockIdx.y, sample = blockIdx.z;
-    u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + T < there ? from + T : there, kv_head = head / group_of(a);
+    u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + T < there ? from + T : there, kv_head = head / a.group;
     float scale = scale_of(a, temperature);
     Matrix whole = {a.heads * a.head_dim, 0};
     float g[I][C];
@@ -366,7 +366,7 @@ __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>
     u32 start = from >= there ? a.queries : a.mask == CAUSAL ? from : 0;
     u32 end = last_query(a, starts, sample, start, from + T < there ? from + T : there);
     // One head after another, in a fixed order.
-    for (u32 head = kv_head * group_of(a), head_end = head + group_of(a); head < head_end; head++) {
+    for (u32 head = kv_head * a.group, head_end = head + a.group; head < head_end; head++) {
         for (u32 first = start; first < end; first += T) {
             __syncthreads();
             load<T, D>(a, a.q, q, sample, a.queries, head, first, qs);

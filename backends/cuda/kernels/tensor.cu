@@ -273,7 +273,7 @@ __device__ void forward_bf16(const Attend& a, const In<u32>& rounded, const In<i
     // Those with the most keys begin first.
     u32 from = (gridDim.z - 1 - blockIdx.z) * ROWS;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + ROWS < there ? from + ROWS : there;
-    u32 kv_head = head / group_of(a);
+    u32 kv_head = head / a.group;
     u32 keys_at = rounded_at(a, KEYS_OF, samples, sample, kv_head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, kv_head, D / 2);
     float scale = exponent_scale(a, temperature);
     u32 q[M][D / 16][4];
@@ -385,7 +385,7 @@ __device__ void backward_q_bf16(const Attend& a, const In<u32>& rounded, const I
     u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
     u32 head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y, block = gridDim.z - 1 - blockIdx.z, from = block * ROWS;
     u32 there = present(a, lens, sample), end = a.mask == CAUSAL && from + ROWS < there ? from + ROWS : there;
-    u32 kv_head = head / group_of(a);
+    u32 kv_head = head / a.group;
     u32 keys_at = rounded_at(a, KEYS_OF, samples, sample, kv_head, D / 2), values_at = rounded_at(a, VALUES, samples, sample, kv_head, D / 2);
     float scale = exponent_scale(a, temperature);
     u32 q[M][D / 16][4], dos[M][D / 16][4];
@@ -503,8 +503,11 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
     const u32 N = S / 8, ROWS = 64 * M, TILE = T * (D / 2);
     TILES(tiles, 4 * TILE);
     SHARED(u32, drops, 2 * T * (ROWS / 32));
-    // Of each query the logarithm and delta.
+    // Of each query the logarithm and delta, and the first key of its text.
     SHARED(float, terms, 4 * T);
+    SHARED(i32, begins, 2 * T);
+    // Behind the last query that sees one of the keys; not in a register, of which there are none left.
+    SHARED(u32, end, 1);
     u32 t = threadIdx.x % 4, own_row = threadIdx.x / 32 * (16 * M), lane_row = own_row + threadIdx.x % 32 / 4;
     u32 kv_head = blockIdx.x, sample = blockIdx.y, samples = gridDim.y, from = blockIdx.z * ROWS;
     u32 there = present(a, lens, sample);
@@ -523,27 +526,37 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
             copy<1>(terms, turn * (2 * T) + threadIdx.x, lse, at, query < a.queries);
         else if (threadIdx.x < 2 * T)
             copy<1>(terms, turn * (2 * T) + threadIdx.x, delta, at, query < a.queries);
+        if (starts.n && threadIdx.x < T)
+            copy<1>(begins, turn * T + threadIdx.x, starts, (u64)sample * a.queries + query, query < a.queries);
         if (a.streams.threshold) dropped<T, ROWS>(a, sample, head, first, from, drops + turn * (T * (ROWS / 32)));
     };
     // No query sees padding; causal ones see no key behind them.
-    u32 start = from >= there ? a.queries : a.mask == CAUSAL ? from : 0;
-    u32 end = last_query(a, starts, sample, start, from + ROWS < there ? from + ROWS : there);
-    u32 head = kv_head * group_of(a), head_end = start < end ? head + group_of(a) : head;
-    if (head < head_end) fetch_next(head, start, 0);
+    u32 start = a.mask == CAUSAL ? from : 0, last = 0;
+    if (from < there) last = last_query(a, starts, sample, start, from + ROWS < there ? from + ROWS : there);
+    if (threadIdx.x == 0) end[0] = last;
+    __syncthreads();
+    // Tiles of one head after another, in a fixed order; behind the last of them the head is none.
+    auto next = [&](u32& head, u32& first) {
+        first += T;
+        if (first < end[0]) return;
+        first = start, head++;
+        if (head == (kv_head + 1) * a.group) head = a.heads;
+    };
+    u32 head = start < last ? kv_head * a.group : a.heads;
+    if (head < a.heads) fetch_next(head, start, 0);
     own<D, M>(rounded, rounded_at(a, KEYS_OF, samples, sample, kv_head, D / 2), there, from + own_row, k);
     own<D, M>(rounded, rounded_at(a, VALUES, samples, sample, kv_head, D / 2), there, from + own_row, v);
-    for (u32 first = start, turn = 0; head < head_end; turn ^= 1) {
+    for (u32 first = start, turn = 0; head < a.heads; next(head, first), turn ^= 1) {
         copied();
         __syncthreads();
-        u32 now = first;
-        first += T;
-        if (first >= end) first = start, head++;
-        if (head < head_end) fetch_next(head, first, turn ^ 1);
+        u32 next_head = head, next_first = first;
+        next(next_head, next_first);
+        if (next_head < a.heads) fetch_next(next_head, next_first, turn ^ 1);
         Shared<u32> qs = tiles + turn * (2 * TILE), dos = qs + TILE;
         Shared<float> logs = terms + turn * (2 * T), means = logs + T;
         ROLLED
         for (u32 step = 0; step < T; step += S) {
-            u32 query = now + step;
+            u32 query = first + step;
             if (none_sees(a, query, S, from + own_row, 16 * M, there)) continue;
             float p[M][N][4], ds[M][N][4];
             scores<D, M, N>(k, qs, step, p);
@@ -559,16 +572,17 @@ __device__ void backward_kv_bf16(const Attend& a, const In<u32>& rounded, const 
                         for (u32 i = e; i < 4; i += 2) p[m][n][i] = power_of_2(fmaf(scale, p[m][n][i], -log));
                 }
             if (!all_see(a, starts, query, S, from + own_row, 16 * M, there)) {
+                u32 thread = thread_again(), lane_key = from + thread / 32 * (16 * M) + thread % 32 / 4;
                 UNROLL
                 for (u32 n = 0; n < N; n++)
                     UNROLL
                     for (u32 e = 0; e < 2; e++) {
-                        u32 own_query = query + 8 * n + 2 * t + e, begin = start_of(a, starts, sample, own_query);
+                        u32 at = 8 * n + thread % 4 * 2 + e, begin = starts.n ? key_of(begins[turn * T + step + at]) : 0;
                         UNROLL
                         for (u32 m = 0; m < M; m++)
                             UNROLL
                             for (u32 i = e; i < 4; i += 2)
-                                if (!sees(a, own_query, from + lane_row + 16 * m + i / 2 * 8, begin, there)) p[m][n][i] = 0.0f;
+                                if (!sees(a, query + at, lane_key + 16 * m + i / 2 * 8, begin, there)) p[m][n][i] = 0.0f;
                     }
             }
             auto drop = [&](float (&x)[M][N][4]) {

@@ -81,6 +81,9 @@ const fn tiles(head_dim: usize) -> (usize, usize) {
     if head_dim <= 64 { (64, 32) } else { (32, TILE) }
 }
 
+/// The most rows that a block of attention has.
+const MOST_ROWS: usize = 128;
+
 /// Threads of a block of the kernels for tensor cores (`TENSOR_THREADS` in `tensor.cu`).
 const TENSOR_THREADS: u32 = 128;
 
@@ -147,16 +150,19 @@ impl Cuda {
             chunk.samples.saturating_mul(a.queries.max(a.keys)).saturating_mul(a.heads.max(1)),
         )?;
         let matrix = |c| matrix("attention: columns", c);
-        // A causal query's window is the whole sample, as are those that are wider.
+        // No window: wider than a sample, by the rows of a block, so that those behind the last
+        // query do not look as if it cut something off.
+        let wide = a.queries.saturating_add(MOST_ROWS);
         let (mask, window) = match a.mask {
-            Mask::Full => (0, a.queries),
-            Mask::Causal => (1, a.queries),
-            Mask::Others => (2, a.queries),
-            Mask::Sliding(n) => (1, n.min(a.queries)),
+            Mask::Full => (0, wide),
+            Mask::Causal => (1, wide),
+            Mask::Others => (2, wide),
+            Mask::Sliding(n) => (1, if n < a.queries { n } else { wide }),
         };
         Ok(Attend {
             heads: a.heads as u32,
             kv_heads: a.kv_heads as u32,
+            group: a.heads.checked_div(a.kv_heads).unwrap_or_default() as u32,
             head_dim: a.head_dim as u32,
             queries: a.queries as u32,
             keys: a.keys as u32,
@@ -523,7 +529,7 @@ impl NnOps for Cuda {
             ..Cause::new(Code::Token, chunk.site)
         };
         let report = self.report(cause);
-        // Positions are below 2^31: a table of as many knows all of them, and none that is negative.
+        // Positions are below 2^31, as unsigned numbers all but the negative ones.
         let known = known.min(1 << 31) as u32;
         let (table, positions, x) = (self.reals(table), self.ints(positions), self.reals(x.of));
         let args = &mut [

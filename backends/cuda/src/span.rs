@@ -114,6 +114,7 @@ pub(crate) struct Matrix {
 pub(crate) struct Attend {
     pub heads: u32,
     pub kv_heads: u32,
+    pub group: u32,
     pub head_dim: u32,
     pub queries: u32,
     pub keys: u32,

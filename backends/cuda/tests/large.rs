@@ -3,7 +3,9 @@
 //! operation by operation.
 #![allow(clippy::unwrap_used)]
 
-use bdia_core::backend::{Attention, Columns, CrossEntropy, Gelu, Mask, Order, Product};
+use bdia_core::backend::{
+    Attention, Columns, CrossEntropy, Gate, Gelu, Mask, Order, Product, RmsNorm, Rotary,
+};
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{
@@ -181,28 +183,81 @@ fn products_in_bf16() {
     }
 }
 
+/// A case of attention, of every width of heads.
+#[derive(Clone, Copy)]
+struct Case {
+    mask: Mask,
+    heads: usize,
+    /// Heads of queries that read one head of keys and values.
+    group: usize,
+    queries: usize,
+    keys: usize,
+    dropout: f64,
+    padded: bool,
+    tau: bool,
+    /// Tokens of the texts that samples are packed of, or 0.
+    packed: usize,
+}
+
+const PLAIN: Case = Case {
+    mask: Mask::Full,
+    heads: 1,
+    group: 1,
+    queries: 70,
+    keys: 70,
+    dropout: 0.0,
+    padded: false,
+    tau: false,
+    packed: 0,
+};
+
+const CASES: [Case; 12] = [
+    Case { heads: 2, ..PLAIN },
+    Case { mask: Mask::Causal, heads: 2, queries: 100, keys: 100, ..PLAIN },
+    Case { mask: Mask::Causal, queries: 67, keys: 67, dropout: 0.2, padded: true, ..PLAIN },
+    Case { mask: Mask::Others, queries: 65, keys: 65, dropout: 0.1, tau: true, ..PLAIN },
+    Case { queries: 33, keys: 90, padded: true, tau: true, ..PLAIN },
+    // Several blocks, some with tiles that need no mask; one sample has no keys but padding.
+    Case { mask: Mask::Causal, queries: 200, keys: 200, padded: true, ..PLAIN },
+    Case { mask: Mask::Others, queries: 200, keys: 200, padded: true, tau: true, ..PLAIN },
+    Case { queries: 150, keys: 200, dropout: 0.1, padded: true, tau: true, ..PLAIN },
+    // Several heads of queries for a head of keys: with fewer keys than queries, and of more than
+    // one of these; windows that begin and end within tiles; texts that do, one of them longer than
+    // a tile.
+    Case { heads: 4, group: 2, queries: 90, keys: 40, dropout: 0.2, tau: true, ..PLAIN },
+    Case { mask: Mask::Sliding(37), heads: 2, group: 2, queries: 300, keys: 300, ..PLAIN },
+    Case { mask: Mask::Causal, queries: 300, keys: 300, padded: true, packed: 141, ..PLAIN },
+    Case {
+        mask: Mask::Sliding(90),
+        heads: 3,
+        group: 3,
+        queries: 200,
+        keys: 200,
+        dropout: 0.1,
+        packed: 61,
+        ..PLAIN
+    },
+];
+
 fn every_attention(precision: Precision, tolerance: f32) {
-    let plain = (Mask::Full, 2, 70, 70, 0.0, false, false);
     for head_dim in [32, 40, 64, 100, 128] {
-        for (mask, heads, queries, keys, dropout, padded, tau) in [
-            plain,
-            (Mask::Causal, 2, 100, 100, 0.0, false, false),
-            (Mask::Causal, 1, 67, 67, 0.2, true, false),
-            (Mask::Others, 1, 65, 65, 0.1, false, true),
-            (Mask::Full, 1, 33, 90, 0.0, true, true),
-            // Several blocks, some with tiles that need no mask; one sample has no keys but
-            // padding.
-            (Mask::Causal, 1, 200, 200, 0.0, true, false),
-            (Mask::Others, 1, 200, 200, 0.0, true, true),
-            (Mask::Full, 1, 150, 200, 0.1, true, true),
-        ] {
-            let (n, width) = (2, heads * head_dim);
+        for case in CASES {
+            let Case { mask, heads, group, queries, keys, dropout, padded, tau, packed } = case;
+            let (n, width, kv_width) = (2, heads * head_dim, heads / group * head_dim);
             let mut w = World::with(precision);
             let key_lens = if padded {
                 w.ints(&[keys as i32 - 5, if keys == 200 { 0 } else { 40 }])
             } else {
                 Ints::EMPTY
             };
+            // The second sample begins in the middle of a text.
+            let start = |i: usize| {
+                let (sample, t) = (i / queries, i % queries);
+                (t - ((t + 20 * sample) % packed).min(t)) as i32
+            };
+            let starts: Vec<i32> =
+                (0..if packed > 0 { n * queries } else { 0 }).map(start).collect();
+            let starts = w.ints(&starts);
             let [temperature, temperature_grad] = [0; 2].map(|_| w.reals(usize::from(tau)));
             if tau {
                 // About 1/√head_dim, so that scores are of order one.
@@ -211,16 +266,18 @@ fn every_attention(precision: Precision, tolerance: f32) {
             let a = Attention {
                 draw: Draw::AttentionDropout,
                 heads,
+                kv_heads: heads / group,
                 head_dim,
                 queries,
                 keys,
                 mask,
                 key_lens,
+                starts,
                 dropout,
                 temperature,
                 temperature_grad,
             };
-            let stride = 2 * width + 3;
+            let stride = 2 * kv_width + 3;
             let (q, kv) = (w.reals(n * queries * width), w.reals(n * keys * stride));
             let (dq, dkv) = (w.reals(n * queries * width), w.reals(n * keys * stride));
             let (out, lse) = (w.reals(n * queries * width), w.reals(n * queries * heads));
@@ -238,11 +295,11 @@ fn every_attention(precision: Precision, tolerance: f32) {
             }
             let [qs, dqs] = [q, dq].map(|of| Columns { of, stride: width, at: 0 });
             let [k, dk] = [kv, dkv].map(|of| Columns { of, stride, at: 1 });
-            let [v, dv] = [kv, dkv].map(|of| Columns { of, stride, at: width + 2 });
+            let [v, dv] = [kv, dkv].map(|of| Columns { of, stride, at: kv_width + 2 });
             let chunk = chunk(n);
             let what = format!(
-                "{mask:?}, heads of {head_dim}, {queries} × {keys}, dropout {dropout}, padded \
-                 {padded}, {precision:?}"
+                "{mask:?}, heads of {head_dim}, {heads} / {group}, {queries} × {keys}, dropout \
+                 {dropout}, padded {padded}, texts of {packed}, {precision:?}"
             );
             let mut outputs = vec![out, dq, dkv, lse, scratch];
             if tau {
@@ -333,6 +390,14 @@ fn elementwise() {
             on.gelu_vjp(kind, x, d)
         });
     }
+    let [gate, up, product, dy, dgate] = [x, y, d, w.reals(n), w.reals(n + 1).sub(1, n)];
+    for act in [Gate::Silu, Gate::Gelu(Gelu::Tanh), Gate::Gelu(Gelu::Exact)] {
+        // Two more products than a GELU has, each rounded.
+        w.compare(&format!("{act:?}"), 4e-7, &[product, dy, dgate], |on| {
+            on.gated(act, gate, up, product)?;
+            on.gated_vjp(act, gate, up, dy, dgate)
+        });
+    }
     for per in [n, 1001] {
         let (samples, x) = (n / per, x.sub(0, n / per * per));
         w.compare("dropout", 1e-6, &[x], |on| {
@@ -363,6 +428,42 @@ fn sums_over_rows() {
     }
 }
 
+/// Rows that threads keep and such that are too long for it, in parts and not; sums in parts; heads
+/// of several warps' values.
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn norms_and_rotations() {
+    for (rows, groups, width) in [(700, 1, 70), (130, 5, 33), (3, 1, 2000)] {
+        let (mut w, all) = (World::new(), groups * width);
+        let [x, y, dy, dx] = [3, 1, 2, 0].map(|at| Columns {
+            of: w.reals(rows * (all + at + 1)),
+            stride: all + at + 1,
+            at,
+        });
+        let (weight, dweight, stats) = (w.reals(width), w.reals(width), w.reals(rows * groups));
+        let norm = RmsNorm { groups, width, eps: 1e-5, offset: 1.0 };
+        w.compare(&format!("{rows} × {all}"), 3e-5, &[y.of, stats, dx.of, dweight], |on| {
+            on.rms_norm(&norm, weight, x, y, stats)?;
+            on.rms_norm_vjp(&norm, weight, x, stats, dy, dx, dweight)
+        });
+    }
+    let (n, tokens, heads, head_dim, known) = (2, 45, 9, 64, 60);
+    let mut w = World::new();
+    let stride = heads * head_dim + 5;
+    let x = Columns { of: w.reals(n * tokens * stride), stride, at: 3 };
+    let table = w.reals(known * head_dim);
+    let s = Stream::new(3, 0, 0, 0, 0, Draw::Data);
+    // All in the table but some, of which the first is told.
+    let positions: Vec<i32> = (0..n * tokens)
+        .map(|i| if i > 50 && i % 20 == 0 { i as i32 } else { (s.word(i as u32) % 60) as i32 })
+        .collect();
+    let positions = w.ints(&positions);
+    let rotary = Rotary { heads, head_dim, tokens, back: false };
+    for positions in [Ints::EMPTY, positions] {
+        w.compare("rotate", 1e-6, &[x.of], |on| on.rotate(&chunk(n), &rotary, table, positions, x));
+    }
+}
+
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn embedding_and_loss() {
@@ -379,6 +480,10 @@ fn embedding_and_loss() {
     w.compare("embedding", 1e-6, &[x, dtable, dpositions], |on| {
         on.embed_vjp(&chunk, tokens, x, width, dtable, dpositions)?;
         on.embed(&chunk, tokens, table, positions, width, x)
+    });
+    w.compare("embedding without positions", 1e-6, &[x, dtable], |on| {
+        on.embed_vjp(&chunk, tokens, x, width, dtable, Reals::EMPTY)?;
+        on.embed(&chunk, tokens, table, Reals::EMPTY, width, x)
     });
 
     let (rows, vocab) = (9, 5003);

@@ -41,6 +41,8 @@ pub enum Scheme {
         /// σ of projections: `0.02/√(2K)`.
         projections: f64,
     },
+    /// Normal with one σ for all: Llama's.
+    Normal(f64),
     /// [`Init::InverseRoot`]
     InverseRoot,
     /// [`Init::Glorot`]
@@ -57,6 +59,7 @@ impl Scheme {
     pub const fn matrix(self, outputs: usize) -> Init {
         match self {
             Self::Gpt2 { .. } => Init::Normal(0.02),
+            Self::Normal(sigma) => Init::Normal(sigma),
             Self::InverseRoot => Init::InverseRoot,
             Self::Glorot => Init::Glorot { outputs },
         }

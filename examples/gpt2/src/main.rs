@@ -14,7 +14,7 @@ use bdia_core::plan::Choice;
 use bdia_cpu::Cpu;
 use bdia_models::bpe::END;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::{decode, files};
+use bdia_models::gpt2::files;
 use bdia_models::named::{self, Named};
 use bdia_models::plan::Plan;
 use bdia_models::sample::Sampler;
@@ -237,7 +237,7 @@ impl Task for Learner {
         // The file is read as that of any other GPT-2.
         let cpu = |l: &Layout| Ok::<_, Failure>(Cpu::new(l, 1)?);
         let found =
-            decode::of_directory(out, &[&[END.into()], &*start].concat(), tokens, sampler, cpu)?;
+            files::of_directory(out, &[&[END.into()], &*start].concat(), tokens, sampler, cpu)?;
         let all: Vec<u32> = start.into_iter().map(|t| t as u32).chain(found).collect();
         let text = vocabulary.decode(&all)?.replace('\n', "\n  ");
         Ok(if tokens > 0 { format!("\nA sample:\n  {text}\n") } else { String::new() })

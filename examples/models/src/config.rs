@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::files::FileError;
 
@@ -114,4 +115,31 @@ impl ConfigError {
     pub fn of(self, path: impl Into<PathBuf>) -> Self {
         Self::In { path: path.into(), error: Box::new(self) }
     }
+}
+
+/// A field that fits or an error that shows it.
+pub(crate) fn field<T>(
+    map: &Map<String, Value>,
+    name: &'static str,
+    expected: &str,
+    default: Option<T>,
+    read: impl FnOnce(&Value) -> Option<T>,
+) -> Result<T, ConfigError> {
+    let found = match map.get(name) {
+        Some(value) => match read(value) {
+            Some(fits) => return Ok(fits),
+            // Only the start: the value may be anything.
+            None => value.to_string().chars().take(60).collect(),
+        },
+        None => match default {
+            Some(default) => return Ok(default),
+            None => "nothing".to_string(),
+        },
+    };
+    Err(ConfigError::Field { field: name, expected: expected.to_string(), found })
+}
+
+/// A whole number from 1 to `most`.
+pub(crate) fn count(value: &Value, most: usize) -> Option<usize> {
+    value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=most).contains(n))
 }

@@ -7,6 +7,8 @@ pub mod files;
 pub mod gpt2;
 pub mod inference;
 pub mod input;
+pub mod language;
+pub mod llama;
 pub mod named;
 pub mod plan;
 pub mod sample;

@@ -102,6 +102,11 @@ impl Named {
         self.tensor.home == Home::Trained
     }
 
+    /// Whether it is an adapter's `A`, which files have as it is here.
+    pub fn is_adapter_input(&self) -> bool {
+        self.tensor.name.ends_with(".lora_A")
+    }
+
     /// Whether it is a part of an adapter.
     pub fn is_adapter(&self) -> bool {
         self.tensor.name.contains(".lora_")

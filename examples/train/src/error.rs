@@ -6,7 +6,7 @@ use bdia_models::bpe::BpeError;
 use bdia_models::config::ConfigError;
 use bdia_models::files::FileError;
 use bdia_models::gpt2::adapter::AdapterError;
-use bdia_models::gpt2::decode::DecodeError;
+use bdia_models::language::decode::DecodeError;
 use bdia_models::sample::SampleError;
 use bdia_models::seq2seq::vocab::VocabularyError;
 use bdia_models::weights::WeightsError;

@@ -24,16 +24,16 @@
 //! # What the code adds
 //! 1. Masks. A tile multiplies only the keys from the first to the last one that a query of it sees
 //!    ([`Keys::of_tile`]), so a causal tile ends at its last query, padding ends a sample's keys
-//!    earlier, and a sliding window or a packed text begins them later. A row's weights outside what
-//!    its query sees are 0. The one key that a query of [`Mask::Others`] does not see gets the score
-//!    −∞. A query that sees nothing has output 0, gradient 0 and lse −∞.
+//!    earlier, and a sliding window or a packed text begins them later. A row's weights outside
+//!    what its query sees are 0. The one key that a query of [`Mask::Others`] does not see gets the
+//!    score −∞. A query that sees nothing has output 0, gradient 0 and lse −∞.
 //! 2. Dropout: `p` becomes `p∘f`, and `dp` becomes `f∘dp`, with `f` = 0 or 1/(1−rate), drawn again
 //!    on the way back.
 //! 3. The learned temperature τ: scale = e^τ, and dτ = Σ q·dq, since the scores are linear in e^τ.
 //!
 //! Backward, a piece is a whole head of keys and values with all heads of queries that read it, in
-//! their order, so that no sum of `dK` or `dV` crosses threads: the bits are the same for any number
-//! of them.
+//! their order, so that no sum of `dK` or `dV` crosses threads: the bits are the same for any
+//! number of them.
 
 use core::ops::Range;
 

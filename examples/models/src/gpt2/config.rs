@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use bdia_core::backend::Gelu;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::model::Dims;
-use crate::config::{ConfigError, FILE, LIMIT, Training};
+use crate::config::{ConfigError, FILE, LIMIT, Training, count, field};
 use crate::files::{read_limited, write_bytes};
 use crate::tokenizer::{EOT, VOCAB};
 
@@ -72,32 +72,6 @@ pub struct Gpt2Config {
 /// Block indices have 16 bits in the random numbers' counter.
 const MOST_LAYERS: usize = 65_000;
 const MOST: usize = 1 << 31;
-
-/// A field that fits or an error that shows it.
-fn field<T>(
-    map: &Map<String, Value>,
-    name: &'static str,
-    expected: &str,
-    default: Option<T>,
-    read: impl FnOnce(&Value) -> Option<T>,
-) -> Result<T, ConfigError> {
-    let found = match map.get(name) {
-        Some(value) => match read(value) {
-            Some(fits) => return Ok(fits),
-            // Only the start: the value may be anything.
-            None => value.to_string().chars().take(60).collect(),
-        },
-        None => match default {
-            Some(default) => return Ok(default),
-            None => "nothing".to_string(),
-        },
-    };
-    Err(ConfigError::Field { field: name, expected: expected.to_string(), found })
-}
-
-fn count(value: &Value, most: usize) -> Option<usize> {
-    value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=most).contains(n))
-}
 
 impl Gpt2Config {
     /// A named size with GPT-2's vocabulary, no dropout, and a tied head.

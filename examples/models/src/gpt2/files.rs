@@ -1,45 +1,39 @@
-//! Parameters under Hugging Face's names of a GPT-2.
+//! Parameters under Hugging Face's names of a GPT-2, and what a model in a directory writes.
 
+use core::ops::ControlFlow;
 use std::path::Path;
 
 use bdia_core::backend::Backend;
 use bdia_core::layers::Tensor;
-use xxhash_rust::xxh3::Xxh3;
-
-use super::model::Gpt2;
-use crate::named::{self, Named};
-use crate::weights::{self, Weights, WeightsError};
 use bdia_core::network::Lm;
+use bdia_core::plan::Choice;
+use bdia_core::{Error, Layout};
+
+use super::config::Gpt2Config;
+use super::model::{Gpt2, Setup};
+use crate::config::ConfigError;
+use crate::inference::Inference;
+use crate::language::decode::{DecodeError, Decoder, Decoding, How, Sizes};
+use crate::language::files;
+use crate::named::{self, Named};
+use crate::sample::Sampler;
+use crate::weights::{self, WeightsError};
 
 /// The name in a file: with `transformer.`, except `lm_head.weight`.
 fn full_name(name: &str) -> String {
     if name == "lm_head.weight" { name.to_string() } else { format!("transformer.{name}") }
 }
 
-/// Reads a model's weights, whatever their names' prefix, type and number of files. The result is a
-/// digest of what was read: the names and the values in f32, so that it does not depend on files,
-/// their type or how the model stores them.
+/// Reads a model's weights; gives a digest of what was read ([`files::load`]).
 ///
 /// # Errors
-/// Files that cannot be read, every tensor that is missing, unexpected or of another shape, and a
-/// value that does not fit the 16 bits in which the model stores it.
+/// As [`files::load`].
 pub fn load_weights<B: Backend<Real = f32>>(
     dir: &Path,
     be: &mut B,
     model: &Gpt2,
 ) -> Result<String, WeightsError> {
-    let weights = Weights::read_dir(dir)?;
-    let (mut hash, mut bytes, mut last) = (Xxh3::new(), Vec::new(), String::new());
-    named::read(&weights, &model.tensors(), be, |name, values| {
-        if last != name {
-            hash.update(name.as_bytes());
-            last = name.into();
-        }
-        bytes.clear();
-        bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-        hash.update(&bytes);
-    })?;
-    Ok(format!("xxh3:{:016x}", hash.digest()))
+    files::load(dir, be, &model.tensors())
 }
 
 /// Writes `model.safetensors`.
@@ -77,6 +71,41 @@ pub fn save_tensors<B: Backend<Real = f32>>(
     tensors: &[Named],
 ) -> Result<(), WeightsError> {
     named::write(&dir.join(weights::FILE), tensors, be, full_name)
+}
+
+/// What the model in a directory writes after a prompt, drawn token by token. `backend` makes the
+/// backend of a layout.
+///
+/// # Errors
+/// Files that are not those of a GPT-2, a backend that cannot be made; as [`Decoder::decode`].
+pub fn of_directory<B, E>(
+    dir: &Path,
+    prompt: &[i32],
+    tokens: usize,
+    sampler: Sampler,
+    backend: impl FnOnce(&Layout) -> Result<B, E>,
+) -> Result<Vec<u32>, E>
+where
+    B: Backend<Real = f32>,
+    E: From<Error> + From<DecodeError> + From<WeightsError> + From<ConfigError>,
+{
+    let config = Gpt2Config::read_dir(dir)?;
+    let setup = Setup::inference(config.dims(), config.n_positions, 1);
+    let (model, _) = Gpt2::layout::<B>(&setup, Choice { chunk: 1, head_rows: 1 })?;
+    let sizes = Sizes { prompts: 1, beams: 1, context: config.n_positions };
+    let (decoder, layout) = Decoder::layout::<B>(&model, &sizes)?;
+    let mut be = backend(&layout)?;
+    load_weights(dir, &mut be, &model)?;
+    let decoding = Decoding {
+        how: How::Sample(sampler, 1),
+        tokens,
+        end: config.eos_token_id.map(|t| t as i32),
+        no_repeat: 0,
+        inference: Inference::STANDARD,
+    };
+    let found =
+        decoder.decode(&mut be, &[prompt.to_vec()], &decoding, |_, _| ControlFlow::Continue(()))?;
+    Ok(found.into_iter().flatten().map(|t| t as u32).collect())
 }
 
 #[cfg(test)]

@@ -11,26 +11,21 @@
 //! go through the model anew.
 
 use core::ops::{ControlFlow, Range};
-use std::path::Path;
 
 use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
-use bdia_core::backend::{Backend, Chunk};
+use bdia_core::backend::{Backend, Chunk, Columns};
 use bdia_core::error::{Error, Result};
-use bdia_core::layers::{LmHead, PreNorm, TokenEmbedding};
-use bdia_core::plan::Choice;
+use bdia_core::layers::{LmHead, Residual, TokenEmbedding};
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Blocks, Call, Config as StackConfig, Input, Needs, Stack, Tail};
 
-use super::config::Gpt2Config;
-use super::files::load_weights;
-use super::model::{Gpt2, Setup};
+use super::Family;
+use super::model::{LanguageModel, Setup};
 use crate::cache::{Cache, NO_TRAINING, Next};
-use crate::config::ConfigError;
 use crate::inference::Inference;
 use crate::sample::{SampleError, Sampler};
 use crate::search::{self, Search, Stop, repeats};
-use crate::weights::WeightsError;
 
 /// Why there is no text.
 #[derive(Debug, thiserror::Error)]
@@ -106,10 +101,10 @@ pub struct Decoding {
 /// The arenas behind a model's parameters, laid out for decoding. What a training step keeps there
 /// is overwritten.
 #[derive(Debug, Clone)]
-pub struct Decoder {
-    setup: Setup,
+pub struct Decoder<F: Family> {
+    setup: Setup<F>,
     sizes: Sizes,
-    blocks: PreNorm,
+    blocks: Residual<F::Branches>,
     input: TokenEmbedding,
     head: LmHead,
     /// All but the stacks, which take turns in what follows.
@@ -118,46 +113,13 @@ pub struct Decoder {
     rows: Stack,
     /// `[context]` or `[rows]`.
     tokens: Ints,
-    /// One length for each row.
+    /// One length for each row; its last place; the first one that a sliding window leaves.
     lens: Ints,
+    last: Ints,
+    starts: Ints,
     /// `[rows, d]`: the rows' position embeddings.
     places: Reals,
     cache: Cache,
-}
-
-/// What the model in a directory writes after a prompt, drawn token by token. `backend` makes the
-/// backend of a layout.
-///
-/// # Errors
-/// Files that are not those of a GPT-2, a backend that cannot be made; as [`Decoder::decode`].
-pub fn of_directory<B, E>(
-    dir: &Path,
-    prompt: &[i32],
-    tokens: usize,
-    sampler: Sampler,
-    backend: impl FnOnce(&Layout) -> core::result::Result<B, E>,
-) -> core::result::Result<Vec<u32>, E>
-where
-    B: Backend<Real = f32>,
-    E: From<Error> + From<DecodeError> + From<WeightsError> + From<ConfigError>,
-{
-    let config = Gpt2Config::read_dir(dir)?;
-    let setup = Setup::inference(config.dims(), config.n_positions, 1);
-    let (model, _) = Gpt2::layout::<B>(&setup, Choice { chunk: 1, head_rows: 1 })?;
-    let sizes = Sizes { prompts: 1, beams: 1, context: config.n_positions };
-    let (decoder, layout) = Decoder::layout::<B>(&model, &sizes)?;
-    let mut be = backend(&layout)?;
-    load_weights(dir, &mut be, &model)?;
-    let decoding = Decoding {
-        how: How::Sample(sampler, 1),
-        tokens,
-        end: config.eos_token_id.map(|t| t as i32),
-        no_repeat: 0,
-        inference: Inference::STANDARD,
-    };
-    let found =
-        decoder.decode(&mut be, &[prompt.to_vec()], &decoding, |_, _| ControlFlow::Continue(()))?;
-    Ok(found.into_iter().flatten().map(|t| t as u32).collect())
 }
 
 /// A prompt that is being decoded.
@@ -256,14 +218,14 @@ impl Text<'_> {
     }
 }
 
-impl Decoder {
+impl<F: Family> Decoder<F> {
     /// Lays the arenas of a model out for decoding, behind its parameters and what its optimizer
     /// has. The layout is the whole plan of a program that only decodes; one that trains covers it
     /// ([`Layout::cover`]).
     ///
     /// # Errors
     /// A typed error for sizes that do not fit together.
-    pub fn layout<B: Backend>(model: &Gpt2, sizes: &Sizes) -> Result<(Self, Layout)> {
+    pub fn layout<B: Backend>(model: &LanguageModel<F>, sizes: &Sizes) -> Result<(Self, Layout)> {
         let (s, d, mut base) = (*model.setup(), model.setup().dims, model.base.clone());
         let l = &mut base;
         for (what, n) in
@@ -273,15 +235,16 @@ impl Decoder {
                 return Err(Error::setting(what, 0.0, "1 or more"));
             }
         }
-        if sizes.context > d.positions {
-            return Err(Error::Shape {
-                what: "context (longest)",
-                expected: d.positions,
-                found: sizes.context,
-            });
+        // Tables of angles end where the model's samples do.
+        let turns = d.angles().iter().any(Option::is_some);
+        let expected = if turns { s.context } else { d.positions() };
+        if sizes.context > expected {
+            let (what, found) = ("context (longest)", sizes.context);
+            return Err(Error::Shape { what, expected, found });
         }
+        let (width, layers) = (d.width(), d.layers());
         let rows = product("hypotheses", &[sizes.prompts, sizes.beams])?;
-        let logits = product("logits", &[rows, d.vocab])?;
+        let logits = product("logits", &[rows, d.vocab()])?;
         let input = TokenEmbedding { dropout: 0.0, ..model.input };
         let mut decoder = Self {
             setup: s,
@@ -290,22 +253,23 @@ impl Decoder {
             input,
             tokens: l.ints(Category::Head, rows.max(sizes.context)),
             lens: l.ints(Category::Head, rows),
+            last: l.ints(Category::Head, if turns { rows } else { 0 }),
+            starts: l.ints(Category::Head, if d.window().is_some() { rows } else { 0 }),
             head: LmHead { logits: l.reals(Category::Head, logits), ..model.head },
-            places: l.reals(Category::Workspace, product("activations", &[rows, d.width])?),
-            cache: Cache::layout(d.layers, [rows, sizes.beams], sizes.context, d.width, l)?,
+            places: l.reals(Category::Workspace, product("activations", &[rows, width])?),
+            cache: Cache::layout(layers, [rows, sizes.beams], sizes.context, d.kv_width(), l)?,
             rows: model.stack,
             base: Layout::new(B::Real::BYTES),
         };
         // The logits on the host.
         l.outside(Category::Head, product("logits", &[logits, B::Real::BYTES])?);
         decoder.base = base;
-        let one = decoder.blocks.with_tokens(1);
-        let attention = one.branches.0.cached_attention(sizes.context, decoder.lens);
+        let one = F::with_tokens(&decoder.blocks, 1);
+        let attention = F::cached_attention(&one, sizes.context, decoder.lens);
         let mut needs = one.needs::<B>(rows, s.threads);
         needs.fixed = needs.fixed.max(B::attention_scratch(&attention, rows, s.threads));
         let mut plan = decoder.base.clone();
-        decoder.rows =
-            decoder.stack(rows, 1, needs, LmHead::scratch(d.width, 1, rows), &mut plan)?;
+        decoder.rows = decoder.stack(rows, 1, needs, LmHead::scratch(width, 1, rows), &mut plan)?;
         plan.cover(&decoder.alone::<B>(sizes.context)?.1);
         Ok((decoder, plan.checked()?))
     }
@@ -321,8 +285,8 @@ impl Decoder {
         let config = StackConfig {
             id: 0,
             batch: samples,
-            per_sample: product("activations", &[tokens, self.setup.dims.width])?,
-            blocks: self.setup.dims.layers,
+            per_sample: product("activations", &[tokens, self.setup.dims.width()])?,
+            blocks: self.setup.dims.layers(),
             chunk: samples,
             tail: Tail::Head,
             needs,
@@ -335,14 +299,11 @@ impl Decoder {
     /// The stack of one sample of some tokens.
     fn alone<B: Backend>(&self, tokens: usize) -> Result<(Stack, Layout)> {
         let mut layout = self.base.clone();
-        let needs = self.blocks.with_tokens(tokens).needs::<B>(1, self.setup.threads);
-        let stack = self.stack(
-            1,
-            tokens,
-            needs,
-            LmHead::scratch(self.setup.dims.width, 1, 1),
-            &mut layout,
-        )?;
+        let needs = F::with_tokens(&self.blocks, tokens).needs::<B>(1, self.setup.threads);
+        let width = self.setup.dims.width();
+        // The embedding is scaled there.
+        let ends = LmHead::scratch(width, 1, 1).max(tokens.saturating_mul(width));
+        let stack = self.stack(1, tokens, needs, ends, &mut layout)?;
         Ok((stack, layout))
     }
 
@@ -359,7 +320,7 @@ impl Decoder {
         d: &Decoding,
         mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
     ) -> core::result::Result<Vec<Vec<i32>>, DecodeError> {
-        let (beams, vocab) = (self.sizes.beams, self.setup.dims.vocab);
+        let (beams, vocab) = (self.sizes.beams, self.setup.dims.vocab());
         if prompts.iter().any(Vec::is_empty) {
             return Err(Error::Shape { what: "tokens of a prompt", expected: 1, found: 0 }.into());
         }
@@ -453,12 +414,12 @@ impl Decoder {
         let mut input = TokenEmbedding { tokens, per_sample: text.len(), ..self.input };
         let mut blocks = Whole {
             decoder: self,
-            blocks: self.blocks.with_tokens(text.len()),
+            blocks: F::with_tokens(&self.blocks, text.len()),
             tokens: text.len(),
             rows,
         };
         let x = inference.run(be, &stack, &mut blocks, &mut input, 1)?;
-        let d = self.setup.dims.width;
+        let d = self.setup.dims.width();
         let found = self.head.logits(be, x.sub((text.len() - 1) * d, d), stack.scratch())?;
         be.read_reals(found, logits)
     }
@@ -484,14 +445,23 @@ impl Decoder {
         let lens: Vec<_> = positions.iter().map(|&p| p as i32 + 1).collect();
         be.write_ints(self.tokens.sub(0, next.len()), next)?;
         be.write_ints(self.lens, &lens)?;
+        if !self.last.is_empty() {
+            let last: Vec<_> = positions.iter().map(|&p| p as i32).collect();
+            be.write_ints(self.last, &last)?;
+        }
+        if let Some(n) = self.setup.dims.window() {
+            let starts: Vec<_> =
+                positions.iter().map(|&p| (p + 1).saturating_sub(n) as i32).collect();
+            be.write_ints(self.starts, &starts)?;
+        }
         let mut input = Places { decoder: self, positions: &positions };
         let mut blocks = Next {
-            blocks: &self.blocks.with_tokens(1),
+            blocks: &F::with_tokens(&self.blocks, 1),
             cache: &self.cache,
             positions: &positions,
             lens: self.lens,
-            places: Ints::EMPTY,
-            starts: Ints::EMPTY,
+            places: self.last,
+            starts: self.starts,
             context: None,
         };
         let x = inference.run(be, &self.rows, &mut blocks, &mut input, next.len())?;
@@ -515,7 +485,7 @@ impl Decoder {
             order: &'s mut [usize],
             next: &'s mut [i32],
         }
-        let (beams, per) = (self.sizes.beams, self.sizes.beams * self.setup.dims.vocab);
+        let (beams, per) = (self.sizes.beams, self.sizes.beams * self.setup.dims.vocab());
         let places = logits.chunks(per).zip(order.chunks_mut(beams)).zip(next.chunks_mut(beams));
         let mut work: Vec<_> = (texts.iter_mut().zip(places))
             .filter_map(|(text, ((logits, order), next))| {
@@ -582,23 +552,24 @@ impl Decoding {
 }
 
 /// The blocks for a whole text, which leave its keys and values in the cache of some rows.
-struct Whole<'a> {
-    decoder: &'a Decoder,
-    blocks: PreNorm,
+struct Whole<'a, F: Family> {
+    decoder: &'a Decoder<F>,
+    blocks: Residual<F::Branches>,
     tokens: usize,
     rows: Range<usize>,
 }
 
-impl<B: Backend> Blocks<B> for Whole<'_> {
+impl<B: Backend, F: Family> Blocks<B> for Whole<'_, F> {
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
         self.blocks.residual(be, call, h)?;
-        let found = self.blocks.keys_values::<B>(call);
-        let (cache, width) = (&self.decoder.cache, 2 * self.decoder.setup.dims.width);
+        let found = F::keys_values::<B>(&self.blocks, call);
+        let (cache, width) = (&self.decoder.cache, self.decoder.setup.dims.kv_width());
         let row = |row| cache.tokens(call.block, row, 0..self.tokens);
         let first = row(self.rows.start);
-        for t in 0..self.tokens {
-            let one = found.of.sub(t * found.stride + found.at, width);
-            be.copy_reals(one, first.sub(t * width, width))?;
+        be.fill_reals(first, B::Real::of(0.0))?;
+        for (i, from) in found.into_iter().enumerate() {
+            let to = Columns { of: first, stride: 2 * width, at: i * width };
+            be.add_columns(width, 1.0, from, to)?;
         }
         for other in self.rows.clone().skip(1) {
             be.copy_reals(first, row(other))?;
@@ -616,15 +587,19 @@ impl<B: Backend> Blocks<B> for Whole<'_> {
 }
 
 /// The embedding of one token of every row, at places of their own.
-struct Places<'a> {
-    decoder: &'a Decoder,
+struct Places<'a, F: Family> {
+    decoder: &'a Decoder<F>,
     positions: &'a [usize],
 }
 
-impl<B: Backend> Input<B> for Places<'_> {
-    fn forward(&mut self, be: &mut B, chunk: &Chunk, _: bool, x: Reals, _: Reals) -> Result<()> {
+impl<B: Backend, F: Family> Input<B> for Places<'_, F> {
+    fn forward(&mut self, be: &mut B, chunk: &Chunk, _: bool, x: Reals, s: Reals) -> Result<()> {
         let Decoder { input, places, tokens, .. } = self.decoder;
         let d = input.width;
+        if input.wpe.value.is_empty() {
+            let mut input = TokenEmbedding { tokens: *tokens, per_sample: 1, ..*input };
+            return input.forward(be, chunk, false, x, s);
+        }
         for (row, &position) in self.positions.iter().enumerate() {
             be.copy_reals(input.wpe.value.sub(position * d, d), places.sub(row * d, d))?;
         }

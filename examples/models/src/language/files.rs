@@ -1,0 +1,35 @@
+//! Weights in files, whatever the family.
+
+use std::path::Path;
+
+use bdia_core::backend::Backend;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::named::{self, Named};
+use crate::weights::{Weights, WeightsError};
+
+/// Reads a model's weights, whatever their names' prefix, type and number of files. The result is a
+/// digest of what was read: the names and the values in f32, so that it does not depend on files,
+/// their type or how the model stores them.
+///
+/// # Errors
+/// Files that cannot be read, every tensor that is missing, unexpected or of another shape, and a
+/// value that does not fit the 16 bits in which the model stores it.
+pub fn load<B: Backend<Real = f32>>(
+    dir: &Path,
+    be: &mut B,
+    tensors: &[Named],
+) -> Result<String, WeightsError> {
+    let weights = Weights::read_dir(dir)?;
+    let (mut hash, mut bytes, mut last) = (Xxh3::new(), Vec::new(), String::new());
+    named::read(&weights, tensors, be, |name, values| {
+        if last != name {
+            hash.update(name.as_bytes());
+            last = name.into();
+        }
+        bytes.clear();
+        bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        hash.update(&bytes);
+    })?;
+    Ok(format!("xxh3:{:016x}", hash.digest()))
+}

@@ -1,0 +1,23 @@
+//! Parameters under Hugging Face's names.
+
+use std::path::Path;
+
+use bdia_core::backend::Backend;
+
+use super::model::Llama;
+use crate::language::files;
+use crate::weights::WeightsError;
+
+/// Reads a model's weights and fills the tables that its blocks need; gives a digest of what was
+/// read ([`files::load`]).
+///
+/// # Errors
+/// As [`files::load`].
+pub fn load_weights<B: Backend<Real = f32>>(
+    dir: &Path,
+    be: &mut B,
+    model: &Llama,
+) -> Result<String, WeightsError> {
+    model.fill_tables(be)?;
+    files::load(dir, be, &model.tensors())
+}
