@@ -1,10 +1,10 @@
 """How much do the perturbed updates of BDIA training cost a pretrained language model?
 
-A residual network computes x[k+1] = x[k] + h_k(x[k]). BDIA training replaces it, for k >= 1, by
+Instead of x[k+1] = x[k] + h_k(x[k]) it computes, for k >= 1, with r = h,
 
-    x[k+1] = x[k] + h_k(x[k]) + gamma_k (x[k-1] - x[k] + r_k(x[k])),    gamma_k = +-2^-m,
+    x[k+1] = x[k] + h_k(x[k]) + gamma_k (x[k-1] - x[k] + r_k(x[k])),    gamma_k = +-2^-m.
 
-with r = h; any r that can be computed again from x[k] can be inverted as exactly. Every scheme here is
+Any r that can be computed again from x[k] can be inverted as exactly. Every scheme here is
 
     x[k+1] = x[k] + h_k + g_k (h_k - p_{k+1}(x[k] + h_k)) - gamma_k (x[k] - x[k-1] - p_k(x[k])),
 
@@ -21,11 +21,9 @@ and standard error over sequences. A sign for a whole sequence is tried both way
 steps draw their own, a draw and its negative are (for the paper's scheme two). In brackets: the base-4 logarithm of
 (penalty of shared signs with a plain last step at the same bits / penalty), with its jackknife error.
 
-    pip install torch numpy gguf tokenizers
-    gamma_penalty.py --gguf MODEL.gguf --text TEXT     TEXT: plain, documents separated by lines <|endoftext|>
+The text is plain, with lines <|endoftext|> between documents. Wants: pip install torch numpy gguf tokenizers
 """
 import argparse
-import copy
 import math
 
 import gguf
@@ -33,12 +31,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-PREDICTORS = ("full", "full, normed x", "rank 64, normed x", "rank 16, normed x", "rank 1 + mean", "diagonal", "scalar",
-              "mean")
+PREDICTORS = "full", "full, normed", "rank 64, normed", "rank 16, normed", "diagonal", "scalar", "rank 1 + mean", "mean"
 
 
 class Net:
-    """A Llama whose blocks can be called one by one, or in groups of some as one."""
+    """A Llama whose blocks can be called one by one. With a smaller depth, neighbours count as one block."""
 
     def __init__(self, path):
         reader = gguf.GGUFReader(path)
@@ -55,13 +52,8 @@ class Net:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
         self.tokenizer.decoder = decoders.ByteLevel()
 
-    def grouped(self, size):
-        net = copy.copy(self)
-        net.depth = self.blocks // size
-        return net
-
-    def norm(self, x, name):
-        return F.rms_norm(x, x.shape[-1:], self.w[name], self.eps)
+    def norm(self, x, w):
+        return F.rms_norm(x, x.shape[-1:], w, self.eps)
 
     def rotate(self, z):  # GGUF keeps the two of a pair side by side
         angle = torch.arange(z.shape[-2])[:, None] * self.rates
@@ -71,14 +63,13 @@ class Net:
     def block(self, k, x):
         """x + h_k(x)."""
         for i in range(k * self.blocks // self.depth, (k + 1) * self.blocks // self.depth):
-            w = {name: self.w[f"blk.{i}.{name}.weight"] for name in ("ffn_gate", "ffn_up", "ffn_down", "attn_output")}
-            a = self.norm(x, f"blk.{i}.attn_norm.weight")
-            q, key, v = (F.linear(a, self.w[f"blk.{i}.attn_{c}.weight"]).unflatten(-1, (-1, self.head)).transpose(1, 2)
-                         for c in "qkv")
+            w = {name.split(".")[2]: w for name, w in self.w.items() if name.startswith(f"blk.{i}.")}
+            a = self.norm(x, w["attn_norm"])
+            q, key, v = (F.linear(a, w["attn_" + c]).unflatten(-1, (-1, self.head)).transpose(1, 2) for c in "qkv")
             key, v = (z.repeat_interleave(self.repeat, 1) for z in (self.rotate(key), v))
             a = F.scaled_dot_product_attention(self.rotate(q), key, v, is_causal=True).transpose(1, 2).flatten(2)
             x = x + F.linear(a, w["attn_output"])
-            a = self.norm(x, f"blk.{i}.ffn_norm.weight")
+            a = self.norm(x, w["ffn_norm"])
             x = x + F.linear(F.silu(F.linear(a, w["ffn_gate"])) * F.linear(a, w["ffn_up"]), w["ffn_down"])
         return x
 
@@ -86,18 +77,17 @@ class Net:
         return self.w["token_embd.weight"][ids]
 
     def logits(self, x):
-        return F.linear(self.norm(x, "output_norm.weight"), self.w["token_embd.weight"])
+        return F.linear(self.norm(x, self.w["output_norm.weight"]), self.w["token_embd.weight"])
 
     def loss(self, x, targets):
         """Mean loss of each sequence."""
         return torch.stack([F.cross_entropy(self.logits(a), t).double() for a, t in zip(x, targets)])
 
-    def run(self, x, gamma=None, g=None, p=None, first=0, before=None, y=False, visit=None):
-        """The last state, from x = x[first] and before = x[first - 1]. gamma, g: [depth, sequence, position or 1, 1]."""
+    def run(self, x, gamma=None, g=None, p=None, first=0, before=None, y=False, visit=lambda k, h, after: None):
+        """The last state, from x = x[first] and before = x[first - 1]."""
         for k in range(first, self.depth):
             after = plain = self.block(k, x)
-            if visit:
-                visit(k, plain - x, plain)
+            visit(k, plain - x, plain)
             if g is not None and g[k].any():
                 after = after + g[k] * (plain - x - predict(p, k + 1, plain))
             if gamma is not None and gamma[k].any():
@@ -139,8 +129,7 @@ def fit(net, ids, ridge=1e-3):
         w = torch.linalg.solve(gc + ridge * torch.diag(gc.diag()), cc)
         if normed:  # and reduced rank regression
             v = torch.linalg.eigh(w.T @ gc @ w)[1].flip(1)
-            ranks = zip(PREDICTORS[2:5], (64, 16, 1))
-            found = {"full, normed x": w, **{name: w @ v[:, :r] @ v[:, :r].T for name, r in ranks}}
+            found = {PREDICTORS[i]: w @ v[:, :r] @ v[:, :r].T for i, r in ((1, d), (2, 64), (3, 16), (6, 1))}
         else:
             found = {"full": w, "diagonal": cc.diag() / gc.diag(), "mean": torch.zeros(d).double()}
             out["scalar"][k] = False, (cross[:d].trace() / gram[:d, :d].trace()).float().expand(d), torch.zeros(d)
@@ -148,15 +137,6 @@ def fit(net, ids, ridge=1e-3):
             b = (sy - (w.T @ sx if w.dim() == 2 else w * sx)) / one
             out[name][k] = normed, w.float(), b.float()
     return out
-
-
-def greedy_bits(cost, average):
-    """Bits of each step, from its penalty alone at m = 2, taken to fall by 4 for each bit."""
-    bits = [1] * len(cost)
-    for _ in range(round((average - 1) * len(cost))):
-        gain = [c * 4.0 ** (2 - b) if b < 8 else -1 for c, b in zip(cost, bits)]
-        bits[gain.index(max(gain))] += 1
-    return bits
 
 
 def telescope(gamma):
@@ -172,44 +152,36 @@ class Experiment:
         self.net, self.targets, self.reference, self.x0 = net, targets, {}, net.embed(ids)
         self.base = net.loss(net.run(self.x0), targets)
 
-    def growth(self, x):
-        return self.net.loss(x, self.targets) - self.base
-
     def penalty(self, m, signs="shared", a=1.0, p=None, tele=False, plain_last=False, y=False, exempt=False, pairs=1):
         """Of each sequence. m: bits of each step, a number or one for each k = 1 .. depth - 1."""
         gen, depth, (n, length, _) = torch.Generator().manual_seed(1), self.net.depth, self.x0.shape
         size = torch.tensor([0.0] + [2.0 ** -b for b in (m if isinstance(m, list) else [m] * (depth - 1))])
-        size = size[:, None, None, None].expand(depth, n, length if exempt else 1, 1).clone()
-        if exempt:
-            size[:, :, 0] = 0
-        if plain_last:
-            size[-1] = 0
-        if signs == "alternating":
-            size[1::2] *= -1
+        size = size.view(-1, 1, 1, 1).repeat(1, 1, length, 1)
+        size[-1] *= not plain_last
+        size[:, :, 0] *= not exempt
+        size[1::2] *= -1 if signs == "alternating" else 1
         total = 0
         for _ in range(pairs):
             draw = torch.randint(0, 2, (depth, n, 1, 1), generator=gen) * 2.0 - 1 if signs == "block" else 1.0
             for gamma in (size * draw, -size * draw):
                 g = telescope(gamma) if tele else gamma * (0.0 if p else a)
-                if y:
-                    g[0] = gamma[1]
-                total = total + self.growth(self.net.run(self.x0, gamma, g, p, y=y)) / (2 * pairs)
-        return total
+                g[0] += gamma[1] * y
+                total = total + self.net.loss(self.net.run(self.x0, gamma, g, p, y=y), self.targets)
+        return total / (2 * pairs) - self.base
 
-    def alone(self, tele, p=None):
-        """Penalty of gamma = 1/4 in each step alone; telescoped: what step k - 1 adds and step k removes."""
+    def alone(self, p):
+        """Penalty of m = 2 in each step alone: r = h, or telescoped what step k - 1 adds and step k removes."""
         states, out = [self.x0], []
         self.net.run(self.x0, visit=lambda k, h, x: states.append(x))
         for k in range(1, self.net.depth):
-            out.append(0)
+            out.append(-self.base.mean().item())
             for s in (0.25, -0.25):
                 gamma = torch.zeros(self.net.depth, 1, 1, 1)
                 gamma[k] = s
                 before, x = states[k - 1:k + 1]
-                if tele:
-                    x = x + s / (1 - s) * (x - before - predict(p, k, x))
-                x = self.net.run(x, gamma, None if tele else gamma, p, first=k, before=before)
-                out[-1] += self.growth(x).mean().item() / 2
+                x = x + s / (1 - s) * (x - before - predict(p, k, x)) if p else x
+                x = self.net.run(x, gamma, None if p else gamma, p, first=k, before=before)
+                out[-1] += self.net.loss(x, self.targets).mean().item() / 2
         return out
 
     def cell(self, m, penalty):
@@ -221,26 +193,25 @@ class Experiment:
         error = ((n - 1) * left.var(correction=0).item()) ** 0.5
         return text + f" ({math.log(ref.mean().item() / mean, 4):+.2f} ± {error:.2f})"
 
-    def row(self, name, ms, columns=(), group=1, **how):
-        line(name, [self.cell(m, self.penalty(group * m, **how)) if m in ms else "" for m in columns or ms])
-
-    def baseline(self, ms):
-        found = {m: self.penalty(m, plain_last=True) for m in ms}
-        line("shared signs, last step plain", [self.cell(*pair) for pair in found.items()])
-        self.reference |= found
+    def row(self, name, ms, columns=(), group=1, reference=False, **how):
+        found = {m: self.penalty(group * m, **how) for m in ms}
+        line(name, *(self.cell(m, found[m]) if m in ms else "" for m in columns or ms))
+        self.reference |= found if reference else {}
 
 
-def line(name, cells):
-    print("|", " | ".join([str(name), *cells]), "|", flush=True)
+def line(*cells):
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def table(title, *columns):
-    print(f"\n### {title}\n\n| " + " | ".join(map(str, columns)) + " |\n|" + " --- |" * len(columns))
+    print(f"\n### {title}\n")
+    line(*columns)
+    line(*["---"] * len(columns))
 
 
 def held_out(exp, p):
     table("Share of the energy of h[k-1] that p_k explains on held-out text (each token by 1 / mean(x[k]^2)), and the "
-          "first position's share of that energy", "k", *PREDICTORS, "full, normed x, without first position",
+          "first position's share of that energy", "k", *PREDICTORS, "full, normed, without first position",
           "first position, weighted", "first position, unweighted")
 
     def visit(k, h, x):
@@ -248,23 +219,25 @@ def held_out(exp, p):
             w, energy = unit(x)[1].pow(2), h.pow(2)
             left = {name: (h - predict(p[name], k + 1, x)).pow(2) * w for name in PREDICTORS}
             cells = [1 - e.sum() / (energy * w).sum() for e in left.values()]
-            cells += [1 - left["full, normed x"][:, 1:].sum() / (energy * w)[:, 1:].sum()]
-            line(k + 1, [f"{c:.3f}" for c in cells + [e[:, 0].sum() / e.sum() for e in (energy * w, energy)]])
+            cells += [1 - left["full, normed"][:, 1:].sum() / (energy * w)[:, 1:].sum()]
+            line(k + 1, *(f"{c:.3f}" for c in cells), *(f"{e[:, 0].sum() / e.sum():.3f}" for e in (energy * w, energy)))
 
     exp.net.run(exp.x0, visit=visit)
 
 
 def allocations(exp, other, p):
-    means = (1.5, 2, 2.5, 3)
-    for name, tele, q in (("telescoped", True, None), ("telescoped, diagonal", True, p), ("r = h", False, None)):
-        cost = other.alone(tele, q)
-        bits = {a: greedy_bits(cost, a) for a in means}
-        table(f"Penalty of gamma = 1/4 in step k alone, {name}, on other text; greedy bits", "k", *range(1, len(cost) + 1))
-        line("penalty", [f"{c:.4f}" for c in cost])
-        for a in means:
-            line(f"mean {a}", map(str, bits[a]))
-        table("Greedy bits, shared signs", "scheme", *(f"mean {a}" for a in means))
-        line(name, [exp.cell(a, exp.penalty(bits[a], tele=tele, p=q, plain_last=not tele)) for a in means])
+    for name, q in (("r = h", None), ("telescoped, full", p)):
+        cost = other.alone(q)
+        bits = {m: [1] * len(cost) for m in (2, 3)}
+        for m, b in bits.items():
+            while sum(b) < m * len(cost):  # a bit more where it gains most, if each takes off three quarters
+                b[max(range(len(cost)), key=lambda i: cost[i] / 4 ** b[i])] += 1
+        table(f"Penalty of m = 2 in step k alone, {name}, on other text; greedy bits", "k", *range(1, len(cost) + 1))
+        line("penalty", *(f"{c:.4f}" for c in cost))
+        for m in bits:
+            line(f"mean {m}", *bits[m])
+        table("Greedy bits, shared signs", "scheme", *(f"mean {m}" for m in bits))
+        line(name, *(exp.cell(m, exp.penalty(b, tele=bool(q), p=q, plain_last=not q)) for m, b in bits.items()))
 
 
 def main():
@@ -281,7 +254,6 @@ def main():
     for _ in range(8):
         ids.append(net.logits(net.run(net.embed(torch.tensor([ids])))[:, -1])[0].argmax().item())
     print(f"Greedy: {net.tokenizer.decode(ids)!r}")
-
     # Token 0, <|endoftext|>, stands before each sequence. Evaluation and fit share no document.
     with open(args.text, encoding="utf-8") as text:
         docs = [net.tokenizer.encode(doc.strip()).ids for doc in text.read().split("<|endoftext|>\n")]
@@ -296,43 +268,35 @@ def main():
 
     ms = [1, 2, 3, 4, 5, 6]
     table("r = h", "scheme", *(f"m = {m}" for m in ms))
-    exp.baseline(ms)
+    exp.row("shared signs, last step plain", ms, reference=True, plain_last=True)
     exp.row("paper: a sign per block", ms[:4], ms, signs="block", pairs=2)
     exp.row("shared signs, head reads y", ms[:3], ms, y=True)
     exp.row("alternating signs, last step plain", ms[:3], ms, signs="alternating", plain_last=True)
 
     p = fit(net, other[:, :-1])
-    some = {"no p": None, **{name: p[name] for name in ("full, normed x", "diagonal")}}
     held_out(exp, p)
     table("Telescoped", "scheme", *(f"m = {m}" for m in ms[:3]))
     for name in ("no p", *PREDICTORS):
-        exp.row(f"{name}, shared signs", ms[:3] if name in some else [2], ms[:3], tele=True, p=p.get(name))
-    for name, q in some.items():
-        exp.row(f"{name}, a sign per block", [2], ms[:3], signs="block", tele=True, p=q)
-
+        some = ms[:3] if name in ("no p", "full", "full, normed", "diagonal") else [2]
+        exp.row(f"{name}, shared signs", some, ms[:3], tele=True, p=p.get(name))
+    for name in ("no p", "full, normed", "diagonal"):
+        exp.row(f"{name}, a sign per block", [2], ms[:3], signs="block", tele=True, p=p.get(name))
     bits = (0.5, 1, 2)
     table("Telescoped, groups of blocks as one block, shared signs, m = bits per block times group", "group",
-          *(f"{a} bits per block" for a in bits))
-    for size, which, name in ((2, bits, None), (2, bits, "diagonal"), (3, (1, 2), None), (6, (0.5,), None)):
-        exp.net = net.grouped(size)
-        q = fit(exp.net, other[:, :-1])[name] if name else None
-        exp.row(f"{size}, {name or 'no p'}", which, bits, size, tele=True, p=q)
-    exp.net = net
-
+          *(f"{b} bits per block" for b in bits))
+    for size, some, name in ((2, bits, ""), (2, bits, "diagonal"), (2, (2,), "full"), (3, (1, 2), ""), (6, (0.5,), "")):
+        net.depth = net.blocks // size
+        q = fit(net, other[:, :-1])[name] if name else None
+        exp.row(f"{size}, {name or 'no p'}", some, bits, size, tele=True, p=q)
+    net.depth = net.blocks
     table("Not telescoped, m = 2", "scheme", "shared signs, last step plain", "a sign per block")
-    rows = [(f"r = {a} h", {"a": a}) for a in (0.0, 0.25, 0.5, 0.75, 0.9)]
-    for name, how in rows + [(f"r = p: {name}", {"p": p[name]}) for name in PREDICTORS]:
-        line(name, [exp.cell(2, exp.penalty(2, plain_last=True, **how)), exp.cell(2, exp.penalty(2, "block", **how))])
-
+    rows = [(f"r = {a} h", {"a": a}) for a in (0.0, 0.5, 0.9)]
+    for name, how in rows + [(f"r = p: {name}", {"p": p[name]}) for name in ("full", "rank 64, normed", "diagonal")]:
+        line(name, exp.cell(2, exp.penalty(2, plain_last=True, **how)), exp.cell(2, exp.penalty(2, "block", **how)))
     table("First position not perturbed", "scheme", "m = 2")
     exp.row("shared signs, last step plain", [2], plain_last=True, exempt=True)
-    exp.row("paper: a sign per block", [2], signs="block", exempt=True)
-    for name, q in some.items():
-        exp.row(f"telescoped, {name}, shared signs", [2], tele=True, p=q, exempt=True)
-
-    table("Sizes between", "scheme", "m = 1.5", "m = 2.5")
-    exp.baseline([1.5, 2.5])
-    allocations(exp, Experiment(net, other[:8, :-1], other[:8, 1:]), p["diagonal"])
+    exp.row("telescoped, full, shared signs", [2], tele=True, p=p["full"], exempt=True)
+    allocations(exp, Experiment(net, other[:8, :-1], other[:8, 1:]), p["full"])
 
 
 if __name__ == "__main__":
