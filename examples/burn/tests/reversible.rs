@@ -86,8 +86,8 @@ fn straight_through(
     x.clone() + (y - x.detach())
 }
 
-/// `X + s` of the update, a multiple of `2^m`: for `m = 1` the next one, otherwise the nearest. Ties
-/// go down at even places in a sample, which has an even number of values here.
+/// `X + s` of the update, a multiple of `2^m`: for `m = 1` the next one, otherwise the nearest.
+/// Ties go down at even places in a sample, which has an even number of values here.
 fn multiple(m: u32, place: usize, x: f64) -> f64 {
     let unit = f64::from(1_u32 << m);
     let tie = (x / unit).fract().abs() == 0.5;

@@ -461,8 +461,8 @@ impl Inner {
     }
 }
 
-/// Fills in: 14 fractional bits, gamma 0.5 in all steps with drawn signs, whole batches as chunks, threads as
-/// cores; sizes 0.
+/// Fills in: 14 fractional bits, gamma 0.5 in all steps with drawn signs, whole batches as chunks,
+/// threads as cores; sizes 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_config_default(config: *mut Config) -> Status {
     border(|| {

@@ -73,8 +73,8 @@ pub struct Options {
     /// Fractional bits `l` of the grid that activations live on; values may be up to `2^(30-l)` in
     /// magnitude.
     pub frac_bits: u32,
-    /// γ by step: its magnitude, and where its signs come from ([`Sign::Shared`] leaves a pretrained
-    /// network nearest to what it was).
+    /// γ by step: its magnitude, and where its signs come from ([`Sign::Shared`] leaves a
+    /// pretrained network nearest to what it was).
     pub gamma: Policy,
     /// Samples that a block sees at a time: memory against the speed of larger products.
     pub chunk: usize,

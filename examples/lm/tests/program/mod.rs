@@ -52,8 +52,24 @@ impl Drop for Dir {
 pub const SMALL: &str = "--vocab 64 --layers 3 --heads 2 --width 16 --context 16 --batch 4 \
                          --eval-interval 20 --threads 2";
 
+/// The program, with signals as a terminal leaves them: where a shell has started the tests in the
+/// background, SIGINT is ignored, and would be in here.
 pub fn program() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_bdia-lm"))
+    let mut c = Command::new(env!("CARGO_BIN_EXE_bdia-lm"));
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::CommandExt;
+        let as_usual = || {
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1] {
+                // SAFETY: the call is allowed between fork and exec.
+                unsafe { libc::signal(signal, libc::SIG_DFL) };
+            }
+            Ok(())
+        };
+        // SAFETY: the closure neither allocates nor takes a lock.
+        unsafe { c.pre_exec(as_usual) };
+    }
+    c
 }
 
 /// `train` of the small model on the tokens; `flags` are separated by spaces and win.
