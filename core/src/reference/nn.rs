@@ -119,9 +119,11 @@ fn gate<R: Real>(act: Gate, x: R) -> (R, R) {
         Gate::Silu => {
             let one = R::one();
             let s = one / (one + (-x).exponential());
-            // Far out σ is 0 and x may be infinite; their product is 0.
-            let y = if s == R::zero() { s } else { x * s };
-            (y, s + y * (one - s))
+            // Far out σ is 0 or 1 and x may be infinite: the value is 0 or x, the slope σ.
+            if s == R::zero() || s == one {
+                return (if s == one { x } else { s }, s);
+            }
+            (x * s, s + x * s * (one - s))
         }
         Gate::Gelu(kind) => (gelu(kind, x), gelu_derivative(kind, x)),
     }
@@ -1071,7 +1073,7 @@ mod tests {
                 |host| host.gated_vjp(act, gate, up, d, dgate),
             );
         }
-        for x in [-1e20_f32, 1e20, -3e38, 3e38, -120.0, 120.0, f32::NEG_INFINITY] {
+        for x in [-1e20_f32, 1e20, -3e38, 3e38, -120.0, 120.0, f32::NEG_INFINITY, f32::INFINITY] {
             let expected = (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 });
             assert_eq!(gate(Gate::Silu, x), expected, "far out it is the identity or 0");
         }

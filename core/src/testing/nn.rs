@@ -599,7 +599,7 @@ fn embedding<B: NnOps>(
             Some(_) if i == wrong + 1 => i32::MAX,
             _ => (random(seed, i) as usize % vocab) as i32,
         });
-        let learned = bench.cases % 2 == 0;
+        let learned = bench.cases.is_multiple_of(2);
         let table = bench.reals(vocab * width);
         let positions = bench.reals(if learned { (length + 1) * width } else { 0 });
         let x = bench.garbage(n * length * width);
