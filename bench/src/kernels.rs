@@ -160,6 +160,8 @@ impl<B: Backend<Real = f32>> Bench<B> {
         let [lse, losses, norm] = [real(rows * s.heads), real(rows), real(1)];
         let attention = Attention {
             heads: s.heads,
+            kv_heads: s.heads,
+            starts: Ints::EMPTY,
             head_dim: d / s.heads,
             queries: s.tokens,
             keys: s.tokens,
@@ -305,6 +307,7 @@ impl<B: Backend<Real = f32>> Bench<B> {
             Mask::Full => s.tokens * s.tokens,
             Mask::Others => s.tokens * (s.tokens - 1),
             Mask::Causal => s.tokens * (s.tokens + 1) / 2,
+            Mask::Sliding(n) => (1..=s.tokens).map(|seen| seen.min(n)).sum(),
         };
         let per_head = (s.samples * pairs * d) as f64;
         let (qkv, dqkv) = (of(a, 3 * values), of(b, 3 * values));

@@ -653,8 +653,8 @@ impl Arenas {
     }
 }
 
-/// Sizes of an attention: width of all heads of queries, and of keys and values; queries and keys of
-/// all samples.
+/// Sizes of an attention: width of all heads of queries, and of keys and values; queries and keys
+/// of all samples.
 struct Heads {
     width: usize,
     kv_width: usize,

@@ -525,8 +525,8 @@ operations! {
             fn dropout(&mut self, chunk: &Chunk, draw: Draw, p: f64, x: Reals) -> Result<()>;
 
             /// `x[i, t] = table[tokens[i, t]] + positions[t]`; `table[vocab, width]`, `positions[≥
-            /// T, width]` or empty, `tokens[n, T]`, `x[n, T, width]`. A token outside the vocabulary raises
-            /// [`Fault::Token`] and counts as a row of zeros.
+            /// T, width]` or empty, `tokens[n, T]`, `x[n, T, width]`. A token outside the
+            /// vocabulary raises [`Fault::Token`] and counts as a row of zeros.
             fn embed(
                 &mut self,
                 chunk: &Chunk,

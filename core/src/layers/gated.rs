@@ -1,5 +1,5 @@
-//! Blocks of Llama's family, and their MLP branch: `g(x) = norm'(down(act(gate(n))·up(n)))` with `n =
-//! norm(x)`.
+//! Blocks of Llama's family, and their MLP branch: `g(x) = norm'(down(act(gate(n))·up(n)))` with
+//! `n = norm(x)`.
 
 use super::block::{At, Branch, Branches, Cut, Residual};
 use super::grouped::GroupedAttention;

@@ -1,5 +1,5 @@
-//! The attention branch of Llama's family: root-mean-square norms, rotary positions, keys and values
-//! that several heads of queries share.
+//! The attention branch of Llama's family: root-mean-square norms, rotary positions, keys and
+//! values that several heads of queries share.
 
 use super::block::{At, Branch, Cached, Cut};
 use super::gated::LlamaShape;

@@ -164,8 +164,8 @@ impl Linear<'_> {
         be.add_columns(r, self.scale, of(from), of(to))
     }
 
-    /// Adds to the gradients of what is trained, and sets `dx`, or adds to it. `scratch` holds twice
-    /// as many values as `u`.
+    /// Adds to the gradients of what is trained, and sets `dx`, or adds to it. `scratch` holds
+    /// twice as many values as `u`.
     pub(super) fn vjp<B: NnOps>(
         &self,
         be: &mut B,

@@ -48,8 +48,8 @@ pub enum RotaryScaling {
     None,
     /// All are divided by a factor: positions are interpolated (arXiv 2306.15595).
     Linear(f64),
-    /// Llama 3.1's: angles with wavelengths above `original/low` are divided by `factor`, those below
-    /// `original/high` stay, and between the two it is interpolated.
+    /// Llama 3.1's: angles with wavelengths above `original/low` are divided by `factor`, those
+    /// below `original/high` stay, and between the two it is interpolated.
     Llama3 {
         /// The divisor of slow angles.
         factor: f64,

@@ -113,7 +113,8 @@ fn gelu_derivative<R: Real>(kind: Gelu, x: R) -> R {
     }
 }
 
-/// `x·σ(x)` with `σ(x) = 1/(1 + exp(−x))`, or a GELU; and the derivative, `σ(x)·(1 + x·(1 − σ(x)))`.
+/// `x·σ(x)` with `σ(x) = 1/(1 + exp(−x))`, or a GELU; and the derivative, `σ(x)·(1 + x·(1 −
+/// σ(x)))`.
 fn gate<R: Real>(act: Gate, x: R) -> (R, R) {
     match act {
         Gate::Silu => {

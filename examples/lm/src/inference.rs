@@ -12,7 +12,7 @@ use bdia_core::{Category, Error, Grid, Layout};
 use bdia_models::gpt2::adapter::Adapter;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::files::{load_weights, save_weights};
-use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use bdia_models::inference::Inference;
 use bdia_models::input;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
@@ -304,7 +304,7 @@ pub(crate) fn lay_out_decoder(
     config: &Gpt2Config,
     machine: &MachineArgs,
     mut sizes: Sizes,
-) -> Result<(Gpt2, Decoder, Layout), Failure> {
+) -> Result<(Gpt2, Decoder<Dims>, Layout), Failure> {
     let one = Some(Choice { chunk: 1, head_rows: 1 });
     let (model, own) = lay_out(config, machine, 1, 1, one, frac_bits(config, None), None)?;
     let available =
@@ -332,7 +332,7 @@ pub(crate) fn lay_out_decoder(
 /// What follows each prompt, with a bar that shows how far it is; Ctrl-C ends all texts.
 pub(crate) fn decode<B: Backend<Real = f32>>(
     be: &mut B,
-    decoder: &Decoder,
+    decoder: &Decoder<Dims>,
     prompts: &[Vec<i32>],
     decoding: &Decoding,
 ) -> Result<Vec<Vec<i32>>, Failure> {
@@ -356,7 +356,7 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
         args: &'a GenerateArgs,
         config: Gpt2Config,
         model: Gpt2,
-        decoder: Decoder,
+        decoder: Decoder<Dims>,
         texts: Vec<String>,
         prompts: Vec<Vec<i32>>,
         decoding: Decoding,

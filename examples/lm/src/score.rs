@@ -11,7 +11,7 @@ use bdia_core::backend::Backend;
 use bdia_models::files::write_bytes;
 use bdia_models::gpt2::adapter::Adapter;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::model::Gpt2;
+use bdia_models::gpt2::model::{Dims, Gpt2};
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::search::Length;
 use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
@@ -113,7 +113,7 @@ struct Scoring<'a> {
     adapter: Option<&'a Path>,
     config: &'a Gpt2Config,
     model: Gpt2,
-    decoder: Decoder,
+    decoder: Decoder<Dims>,
     prompts: &'a [Vec<i32>],
     decoding: Decoding,
     texts: &'a mut Option<Vec<String>>,

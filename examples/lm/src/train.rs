@@ -10,7 +10,7 @@ use bdia_core::{Layout, Reals};
 use bdia_models::gpt2::adapter;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::files::{load_weights, save_weights};
-use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use bdia_models::inference::Inference;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::named::{self, Adapters, Named};
@@ -86,7 +86,7 @@ pub struct Learner {
     /// Digest of the weights that were read.
     base: Option<String>,
     /// Decodes the sample, where there is one.
-    sample: Option<Decoder>,
+    sample: Option<Decoder<Dims>>,
 }
 
 /// Trains.
@@ -217,7 +217,7 @@ impl Lesson {
     }
 
     /// A decoder for the sample at the end, of the longest context for which training leaves room.
-    fn sampler(&self, model: &Gpt2, plan: &Layout) -> Result<Option<Decoder>, Failure> {
+    fn sampler(&self, model: &Gpt2, plan: &Layout) -> Result<Option<Decoder<Dims>>, Failure> {
         if self.run.sample == 0 || self.config.vocab_size != VOCAB {
             return Ok(None);
         }

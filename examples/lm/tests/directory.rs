@@ -239,7 +239,7 @@ fn stopped_until_done(data: &Path, out: &Path, flags: &str, before: u64) -> u64 
             // By its own progress, in bytes of metrics.
             let n = before + stops;
             wait_for(&mut child, || length(out) > written + n * 370 % 2000);
-            signal(&child, if n % 2 == 0 { "TERM" } else { "INT" });
+            signal(&child, if n.is_multiple_of(2) { "TERM" } else { "INT" });
         }
         let said = Said::from(child.wait_with_output().unwrap());
         if said.code == Some(0) {

@@ -12,7 +12,7 @@ use bdia_core::rng::{Draw, Stream};
 use bdia_core::{Error, Gamma, Layout, Real, Reference, Sign, Storage};
 use bdia_cpu::Cpu;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use bdia_models::inference::Inference;
 use bdia_models::language::decode::{DecodeError, Decoder, Decoding, How, Sizes};
 use bdia_models::sample::Sampler;
@@ -29,7 +29,11 @@ fn setup(context: usize, threads: usize) -> Setup {
 }
 
 /// The model and its decoder over the same arenas.
-fn lay_out<B: Backend>(context: usize, threads: usize, sizes: &Sizes) -> (Gpt2, Decoder, Layout) {
+fn lay_out<B: Backend>(
+    context: usize,
+    threads: usize,
+    sizes: &Sizes,
+) -> (Gpt2, Decoder<Dims>, Layout) {
     let (model, mut layout) =
         Gpt2::layout::<B>(&setup(context, threads), Choice { chunk: 1, head_rows: 3 }).unwrap();
     let (decoder, own) = Decoder::layout::<B>(&model, sizes).unwrap();
@@ -88,7 +92,7 @@ fn fixture() -> (Vec<Vec<i32>>, Vec<Case>) {
 
 fn check<B: Backend>(
     be: &mut B,
-    decoder: &Decoder,
+    decoder: &Decoder<Dims>,
     prompts: &[Vec<i32>],
     d: &Decoding,
     expected: &[Vec<i32>],

@@ -113,7 +113,7 @@ mod tests {
     use super::*;
     use crate::files::testing::TempDir;
     use crate::gpt2::config::Gpt2Config;
-    use crate::weights::FILE;
+    use crate::weights::{FILE, Weights};
 
     #[test]
     fn names_have_their_prefix_in_files_only() {
