@@ -142,6 +142,7 @@ fn gpt2(
         context: job.tokens(),
         mode: mode(job, config.n_layer)?,
         gradients,
+        blocks_per_step: 1,
         adapters: None,
         smoothing: 0.0,
         threads: job.threads,

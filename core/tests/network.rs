@@ -15,8 +15,8 @@ use bdia_core::plan::Choice;
 use bdia_core::rng::philox;
 use bdia_core::stack::{Head, Mode, Pass};
 use bdia_core::{
-    Error, Fault, FloatGamma, Grid, Layout, Policy, Real, Reals, Reference, Result, Sign, Site,
-    Storage,
+    Category, Error, Fault, FloatGamma, Grid, Layout, Policy, Real, Reals, Reference, Result, Sign,
+    Site, Storage,
 };
 
 const BATCH: usize = 4;
@@ -44,6 +44,11 @@ fn training(mode: Mode, gradients: Gradients, micro_batches: usize) -> Training 
 }
 
 fn lay_out<R: Real>(t: &Training, lora: Option<LoraShape>) -> (Lm, Layout) {
+    lay_out_steps::<R>(t, lora, 1)
+}
+
+/// The stack steps over `n` blocks at once.
+fn lay_out_steps<R: Real>(t: &Training, lora: Option<LoraShape>, n: usize) -> (Lm, Layout) {
     let block = BlockShape {
         attention_dropout: 0.1,
         residual_dropout: 0.2,
@@ -51,7 +56,9 @@ fn lay_out<R: Real>(t: &Training, lora: Option<LoraShape>) -> (Lm, Layout) {
     };
     let shape = LmShape { vocab: VOCAB, positions: TOKENS, eps: 1e-5, tied: true, dropout: 0.1 };
     let mut layout = Layout::new(R::BYTES);
-    let blocks = PreNorm::layout(&block, BLOCKS, lora, t.freeze, t.gradients, &mut layout).unwrap();
+    let kept = t.gradients.of_steps(n);
+    let blocks = PreNorm::layout(&block, BLOCKS, lora, t.freeze, kept, &mut layout).unwrap();
+    let blocks = blocks.step_over(n).unwrap();
     let lm = Lm::layout::<Reference<'_, R>>(&shape, blocks, t, &mut layout).unwrap();
     (lm, layout.checked().unwrap())
 }
@@ -179,6 +186,58 @@ fn fused_updates_are_the_same_updates() {
             seen.push((state(&lm, &be), outcomes));
         }
         assert!(seen[0] == seen[1], "{mode:?}");
+    }
+}
+
+/// However many blocks a step has, it is the same network with the same dropout: the gradients
+/// differ by rounding. Rebuilt activations are exact, blocks that update themselves are updated to
+/// the same bits, and side bits are stored once for a step.
+#[test]
+fn steps_over_several_blocks() {
+    let sgd = Gradients::Full(Rule::Sgd { momentum: 0.0 });
+    let mut gradient: Option<Vec<f64>> = None;
+    let mut side_bits = Vec::new();
+    for n in 1..=BLOCKS + 1 {
+        let standard = training(Mode::Standard { grid: None }, sgd, 1);
+        let (mut lm, layout) = lay_out_steps::<f64>(&standard, None, n);
+        let mut memory = Memory::<f64>::new(layout);
+        let mut be = memory.backend();
+        lm.initialize(&mut be, 1).unwrap();
+        one_step(&mut lm, &mut be, &settings(2)).unwrap();
+        let found = gradients(&lm, &be);
+        let expected = gradient.get_or_insert_with(|| found.clone());
+        let distance = found.iter().zip(&*expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(distance < 1e-14, "steps of {n} blocks: {distance:e}");
+
+        for mode in modes() {
+            let mut seen = Vec::new();
+            for kept in [Gradients::Fused(Rule::ADAM_W), Gradients::Full(Rule::ADAM_W)] {
+                let (mut lm, layout) = lay_out_steps::<f32>(&training(mode, kept, 1), None, n);
+                if mode == BDIA && kept.fused() {
+                    side_bits.push(layout.bytes(Category::SideBits));
+                }
+                let mut memory = Memory::<f32>::new(layout);
+                let mut be = memory.backend();
+                lm.initialize(&mut be, 1).unwrap();
+                let outcomes: Vec<_> =
+                    (0..3).map(|i| one_step(&mut lm, &mut be, &settings(i)).unwrap()).collect();
+                assert!(outcomes.iter().all(|o| o.rebuilt.mismatches == 0), "{mode:?} {n}");
+                seen.push((state(&lm, &be), outcomes));
+            }
+            assert!(seen[0] == seen[1], "{mode:?}, steps of {n} blocks");
+        }
+    }
+    // Four steps, two, two, one and one. The last two steps of a stack store no side bits.
+    let [four, two, also_two, one, also_one] = side_bits[..] else { panic!("{side_bits:?}") };
+    assert!(four > two && two == also_two && two >= one && one == also_one, "{side_bits:?}");
+
+    let block = BlockShape::gpt2(TOKENS, 8, 2, BLOCKS);
+    for (kept, n) in [(sgd, 0), (Gradients::Fused(Rule::ADAM_W), 2)] {
+        let mut layout = Layout::new(4);
+        let blocks =
+            PreNorm::layout(&block, BLOCKS, None, Freeze::Nothing, kept, &mut layout).unwrap();
+        let error = blocks.step_over(n).unwrap_err();
+        assert!(matches!(error, Error::Setting { what: "blocks of a step", .. }), "{error}");
     }
 }
 
@@ -659,13 +718,13 @@ fn handles_of_another_layout_are_refused() {
     let foreign = other.ends.parameter(0, &other.outside[0]).value;
     assert!(matches!(be.reals(foreign.sub(1, 2)), Err(Error::Handle(_))));
     let mut clone = layout.clone();
-    let behind = clone.reals(bdia_core::Category::Workspace, 1);
+    let behind = clone.reals(Category::Workspace, 1);
     assert_eq!(behind.layout(), layout.id());
     let mut longer = Memory::<f32>::new(clone);
     assert!(longer.backend().reals(behind).is_ok());
     assert!(longer.backend().reals(own).is_ok());
     // Handles made by hand, those of plans that the compiler computes, and empty ones.
     assert!(be.reals(Reals::new(3, 4)).is_ok());
-    assert!(be.reals(Layout::constant(4).reals(bdia_core::Category::Workspace, 4)).is_ok());
+    assert!(be.reals(Layout::constant(4).reals(Category::Workspace, 4)).is_ok());
     assert_eq!(be.reals(foreign.sub(0, 0)), Ok(&[][..]));
 }

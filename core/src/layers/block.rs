@@ -16,7 +16,7 @@ use super::{
     Room, Scheme, SelfAttention, Tensor, Tensors, Updater,
 };
 use crate::arena::{Ints, Layout, Reals, product};
-use crate::backend::{Backend, Columns, Gelu, Mask, NnOps};
+use crate::backend::{Backend, Chunk, Columns, Gelu, Mask, NnOps};
 use crate::error::{Error, Result, Site, ok};
 use crate::real::Real;
 use crate::rng::Draw;
@@ -503,6 +503,26 @@ impl<P: Branches> Residual<P> {
         self.width
     }
 
+    /// The same blocks, of which the stack steps over `n` at once: to it, `n` neighbours are one
+    /// block, `h(x)` the sum of what they add. The last step has what is left.
+    ///
+    /// An exact step then costs its side bits once for `n` blocks, and γ perturbs a pretrained
+    /// network no more than with steps of one block. The price is room for the intermediates of
+    /// `n` blocks, a chunk at a time, and with fused updates for the gradients of `n` blocks
+    /// ([`Gradients::Together`]). Faults name the step.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for no block, or more than have gradients at a time.
+    pub fn step_over(mut self, n: usize) -> Result<Self> {
+        self.params = self.params.finished_by(n)?;
+        Ok(self)
+    }
+
+    /// Steps of the stack: as many as blocks, unless it [steps over](Self::step_over) several.
+    pub const fn steps(&self) -> usize {
+        self.params.groups().div_ceil(self.params.together())
+    }
+
     /// Prepares a pass: sets the optimizer of the step, and whether this is the step's last pass.
     /// It holds for one step: blocks that update themselves refuse to do so a second time.
     pub const fn begin(&mut self, updater: Updater, last: bool) {
@@ -512,17 +532,30 @@ impl<P: Branches> Residual<P> {
     /// What a block needs of its stack, for chunks of `chunk` samples.
     pub fn needs<B: Backend>(&self, chunk: usize, threads: usize) -> Needs {
         let row = self.tokens.saturating_mul(self.width);
-        (0..P::COUNT).fold(Needs::NONE, |before, i| {
-            let own = self.branches.branch::<B>(i).needs(chunk, threads);
-            compose(before, own, row, i, P::COUNT)
+        let count = P::COUNT * self.params.together().min(self.params.groups().max(1));
+        (0..count).fold(Needs::NONE, |before, b| {
+            let own = self.branches.branch::<B>(b % P::COUNT).needs(chunk, threads);
+            compose(before, own, row, b, count)
         })
+    }
+
+    /// Branches of a step.
+    fn count(&self, call: &Call) -> usize {
+        let (n, first) = (self.params.together(), call.block * self.params.together());
+        P::COUNT * n.min(self.params.groups().saturating_sub(first))
+    }
+
+    /// The call of the block that has the `b`-th branch of a step.
+    const fn inner(&self, call: &Call, b: usize) -> Call {
+        let block = call.block * self.params.together() + b / P::COUNT;
+        Call { block, chunk: Chunk { site: Site::Block(block), ..call.chunk }, ..*call }
     }
 
     const fn at<'a>(&'a self, call: &'a Call, frame: Reals, scratch: Reals) -> At<'a> {
         At { call, frame, scratch, params: &self.params }
     }
 
-    /// The frame of branch `i`, and the place of `m_i` before it.
+    /// The frame of branch `i` of a step, and the place of `m_i` before it.
     fn frames<B: Backend>(&self, call: &Call, i: usize) -> (Reals, Reals) {
         let (n, row) = (call.chunk.samples, self.tokens * self.width);
         let mut cut = Cut(call.frame);
@@ -532,7 +565,8 @@ impl<P: Branches> Residual<P> {
                 middle = cut.take(n * row);
             }
             // Frames do not depend on the backend's scratch.
-            let frame = cut.take(n * self.branches.branch::<B>(j).needs(0, 1).frame);
+            let branch = self.branches.branch::<B>(j % P::COUNT);
+            let frame = cut.take(n * branch.needs(0, 1).frame);
             if j == i {
                 return (frame, middle);
             }
@@ -590,7 +624,7 @@ impl<P: Branches> Residual<P> {
         const { assert!(P::COUNT > 0, "a residual block has at least one branch") };
         let (mut m, mut scratch) = (call.x, Cut(call.scratch));
         let out = scratch.take(h.len());
-        for i in 0..P::COUNT {
+        for i in 0..self.count(call) {
             let (frame, middle) = self.frames::<B>(call, i);
             let y = if i == 0 { h } else { out };
             if i > 0 {
@@ -599,7 +633,8 @@ impl<P: Branches> Residual<P> {
                 be.add(middle, before)?;
                 m = middle;
             }
-            run(be, i, &self.at(call, frame, scratch.0), m, y)?;
+            let inner = self.inner(call, i);
+            run(be, i % P::COUNT, &self.at(&inner, frame, scratch.0), m, y)?;
             if i > 0 {
                 be.add(h, out)?;
             }
@@ -646,10 +681,11 @@ impl<B: Backend, P: Branches> Blocks<B> for Residual<P> {
         let mut scratch = Cut(call.scratch);
         let a = scratch.take(gh.len());
         be.fill_reals(a, B::Real::of(0.0))?;
-        for i in (1..P::COUNT).rev() {
+        let count = self.count(call);
+        for i in (1..count).rev() {
             let (frame, m) = self.frames::<B>(call, i);
             let mut rest = Cut(scratch.0);
-            let gy = if i + 1 == P::COUNT {
+            let gy = if i + 1 == count {
                 gh
             } else {
                 let copy = rest.take(gh.len());
@@ -657,25 +693,27 @@ impl<B: Backend, P: Branches> Blocks<B> for Residual<P> {
                 be.add(copy, a)?;
                 copy
             };
-            let at = self.at(call, frame, rest.0);
-            self.branches.branch(i).vjp(be, &at, m, gy, a)?;
+            let inner = self.inner(call, i);
+            let at = self.at(&inner, frame, rest.0);
+            self.branches.branch(i % P::COUNT).vjp(be, &at, m, gy, a)?;
         }
         be.add(gx, a)?;
         be.add(gh, a)?;
-        let at = self.at(call, self.frames::<B>(call, 0).0, scratch.0);
+        let inner = self.inner(call, 0);
+        let at = self.at(&inner, self.frames::<B>(call, 0).0, scratch.0);
         self.branches.branch(0).vjp(be, &at, call.x, gh, gx)
     }
 
-    fn done(&mut self, be: &mut B, block: usize) -> Result<()> {
+    fn done(&mut self, be: &mut B, step: usize) -> Result<()> {
         if !self.finishes {
             return Ok(());
         }
         let u = self.updater.as_ref();
-        self.params.finished(be, u, Site::Block(block), block, self)?;
-        if block > 0 {
+        self.params.finished(be, u, step, self)?;
+        if step > 0 {
             return Ok(());
         }
-        self.params.settle(be, u, Site::Block(0), self)?;
+        self.params.settle(be, u, self)?;
         // The next step has a learning rate of its own.
         self.updater = None;
         Ok(())

@@ -285,6 +285,9 @@ pub enum Gradients {
     None,
     /// Those of one group at a time: a group is updated by the rule as soon as it is finished.
     Fused(Rule),
+    /// Those of some groups at a time, which are finished together: see
+    /// [`Residual::step_over`](super::Residual::step_over).
+    Together(Rule, usize),
     /// Those of all groups, until the step is complete: for clipping and micro-batches.
     Full(Rule),
 }
@@ -294,13 +297,22 @@ impl Gradients {
     pub const fn rule(&self) -> Option<Rule> {
         match self {
             Self::None => None,
-            Self::Fused(rule) | Self::Full(rule) => Some(*rule),
+            Self::Fused(rule) | Self::Together(rule, _) | Self::Full(rule) => Some(*rule),
         }
     }
 
     /// Whether groups are updated as they are finished.
     pub const fn fused(&self) -> bool {
-        matches!(self, Self::Fused(_))
+        matches!(self, Self::Fused(_) | Self::Together(..))
+    }
+
+    /// The same where `n` groups are finished together.
+    #[must_use]
+    pub const fn of_steps(self, n: usize) -> Self {
+        match self {
+            Self::Fused(rule) if n > 1 => Self::Together(rule, n),
+            other => other,
+        }
     }
 
     /// The same for groups that nobody finishes one after the other: those outside of blocks.
@@ -349,6 +361,8 @@ pub struct Parameter {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Params {
     groups: usize,
+    /// Groups that are finished together.
+    together: usize,
     room: Room,
     kept: Gradients,
     /// Trained values, group after group.
@@ -415,6 +429,10 @@ impl Params {
         let (states, kept) = match gradients {
             Gradients::None => (0, 0),
             Gradients::Fused(rule) => (rule.states(), room.trained),
+            Gradients::Together(rule, n) => {
+                let n = if n < groups { n } else { groups };
+                (rule.states(), ok!(product("gradients", &[n, room.trained])))
+            }
             Gradients::Full(rule) => (rule.states(), all),
         };
         if let Some(rule) = gradients.rule() {
@@ -428,6 +446,7 @@ impl Params {
         };
         Ok(Self {
             groups,
+            together: 1,
             room,
             kept: gradients,
             frozen: l.reals(Category::Frozen, frozen),
@@ -438,6 +457,29 @@ impl Params {
             v: l.reals(Category::Optimizer, if states > 1 { all } else { 0 }),
             norms: l.reals(Category::Gradients, norms),
         })
+    }
+
+    /// The same groups, `n` of which are finished together.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for none, or for more than have gradients at a time.
+    pub(super) const fn finished_by(mut self, n: usize) -> Result<Self> {
+        let most = match self.kept {
+            Gradients::Fused(_) => 1,
+            Gradients::Together(_, most) => most,
+            Gradients::None | Gradients::Full(_) => usize::MAX,
+        };
+        if n == 0 || n > most {
+            let possible = "1, or as many as have gradients at a time";
+            return Err(Error::setting("blocks of a step", n as f64, possible));
+        }
+        self.together = n;
+        Ok(self)
+    }
+
+    /// Groups that are finished together: the blocks of a step.
+    pub const fn together(&self) -> usize {
+        self.together
     }
 
     /// Number of groups.
@@ -568,7 +610,24 @@ impl Params {
     }
 
     const fn gradient_of(&self, k: usize) -> Reals {
-        one_of(self.gradients, k, self.room.trained)
+        self.gradients_of(k, 1)
+    }
+
+    /// The gradients of `n` groups from the `k`-th on, which are kept at the same time.
+    const fn gradients_of(&self, k: usize, n: usize) -> Reals {
+        let len = self.room.trained;
+        let at = match self.gradients.len().checked_div(len) {
+            Some(kept) if kept > 0 => k % kept,
+            _ => 0,
+        };
+        self.gradients.sub(at * len, n * len)
+    }
+
+    /// The groups of a step: the first one, and how many there are.
+    const fn of_step(&self, step: usize) -> (usize, usize) {
+        let first = step.saturating_mul(self.together);
+        let left = self.groups.saturating_sub(first);
+        (first, if left < self.together { left } else { self.together })
     }
 
     /// Sets the gradients of all groups to zero.
@@ -628,14 +687,14 @@ impl Params {
         })
     }
 
-    /// Group `k` is finished: with fused updates it is measured, updated, and its gradient buffer
-    /// cleared.
+    /// The groups of a step are finished: with fused updates they are measured, updated, and their
+    /// gradient buffer cleared.
     ///
-    /// Of several ranks ([`Exchange`]) its gradient is sent on its way, to be added up while the
-    /// next group is worked on, and the sum of the one that was finished before, `k + 1`, takes its
-    /// own gradient's place. With fused updates that is the same buffer, whose values have just
-    /// been taken, and group `k + 1` is updated from it. [`settle`](Self::settle) does so for group
-    /// 0.
+    /// Of several ranks ([`Exchange`]) their gradients are sent on their way, to be added up while
+    /// the next step is worked on, and the sums of the one that was finished before, `step + 1`,
+    /// take their own gradients' place. With fused updates that is the same buffer, whose values
+    /// have just been taken, and the groups of `step + 1` are updated from it.
+    /// [`settle`](Self::settle) does so for step 0.
     ///
     /// # Errors
     /// Any error of the backend; [`Error::Setting`] with fused updates and no optimizer for them.
@@ -643,31 +702,29 @@ impl Params {
         &self,
         be: &mut B,
         u: Option<&Updater>,
-        site: Site,
-        k: usize,
+        step: usize,
         tensors: &(impl Tensors + ?Sized),
     ) -> Result<()> {
         if self.gradients.is_empty() || (be.ranks() == 1 && !self.fused()) {
             return Ok(());
         }
         if be.ranks() == 1 {
-            return self.apply(be, u, site, k, tensors);
+            return self.apply(be, u, step, tensors);
         }
-        let last = k + 1 >= self.groups;
-        let before = if last { Reals::EMPTY } else { self.gradient_of(k + 1) };
-        be.exchange(self.gradient_of(k), before)?;
+        let (first, n) = self.of_step(step);
+        let (above, n_above) = self.of_step(step + 1);
+        be.exchange(self.gradients_of(first, n), self.gradients_of(above, n_above))?;
         if !self.fused() {
             return Ok(());
         }
-        if last {
-            return be.fill_reals(self.gradient_of(k), B::Real::of(0.0));
+        if n_above == 0 {
+            return be.fill_reals(self.gradients_of(first, n), B::Real::of(0.0));
         }
-        let site = if matches!(site, Site::Block(_)) { Site::Block(k + 1) } else { site };
-        self.apply(be, u, site, k + 1, tensors)
+        self.apply(be, u, step + 1, tensors)
     }
 
-    /// All groups are finished: of several ranks, the sum of group 0 comes back, and with fused
-    /// updates it is updated.
+    /// All groups are finished: of several ranks, the sums of step 0 come back, and with fused
+    /// updates its groups are updated.
     ///
     /// # Errors
     /// As [`finished`](Self::finished).
@@ -675,28 +732,30 @@ impl Params {
         &self,
         be: &mut B,
         u: Option<&Updater>,
-        site: Site,
         tensors: &(impl Tensors + ?Sized),
     ) -> Result<()> {
         if self.gradients.is_empty() || be.ranks() == 1 {
             return Ok(());
         }
-        be.exchange(Reals::EMPTY, self.gradient_of(0))?;
-        if self.fused() { self.apply(be, u, site, 0, tensors) } else { Ok(()) }
+        let (first, n) = self.of_step(0);
+        be.exchange(Reals::EMPTY, self.gradients_of(first, n))?;
+        if self.fused() { self.apply(be, u, 0, tensors) } else { Ok(()) }
     }
 
     fn apply<B: OptimOps>(
         &self,
         be: &mut B,
         u: Option<&Updater>,
-        site: Site,
-        k: usize,
+        step: usize,
         tensors: &(impl Tensors + ?Sized),
     ) -> Result<()> {
         let u = u.ok_or(Error::unfit("optimizer of the step", "missing", "one, to update"))?;
-        self.measure(be, site, k, tensors)?;
-        self.update(be, u, k, tensors)?;
-        be.fill_reals(self.gradient_of(k), B::Real::of(0.0))
+        let (first, n) = self.of_step(step);
+        for k in (first..first + n).rev() {
+            self.measure(be, Site::Block(k), k, tensors)?;
+            self.update(be, u, k, tensors)?;
+        }
+        be.fill_reals(self.gradients_of(first, n), B::Real::of(0.0))
     }
 
     /// Adds the gradients of all groups up over the ranks, `piece` values at a time, before they

@@ -175,7 +175,7 @@ impl<P: Branches> Chain<TokenEmbedding, P, LmHead, 5> {
             id: 0,
             batch: t.batch,
             per_sample: product("activations", &[tokens, width])?,
-            blocks: blocks.params.groups(),
+            blocks: blocks.steps(),
             chunk,
             tail: Tail::Head,
             needs: blocks.needs::<B>(chunk, t.threads),

@@ -288,14 +288,15 @@ pub fn step<B: Backend, N: Network<B>, E: From<Error>>(
     Ok(Outcome { loss, targets: targets as usize, items: items as usize, grad_norm, rebuilt })
 }
 
-/// Length of the longest group of gradients that is on its way between ranks at a time: one block,
+/// Length of the longest group of gradients that is on its way between ranks at a time: one step,
 /// or as much of the rest as is worth a message. `groups` is [`Network::groups`].
 pub fn exchanged(groups: impl Fn(&mut dyn FnMut(&Group<'_>) -> Result<()>) -> Result<()>) -> usize {
     let mut longest = 0;
     // Nothing here fails.
     let _ = groups(&mut |group| {
-        let len = group.params.group_len();
-        longest = longest.max(if group.of == Owner::Blocks { len } else { len.min(1 << 18) });
+        let (len, n) = (group.params.group_len(), group.params.together());
+        let own = if group.of == Owner::Blocks { len.saturating_mul(n) } else { len.min(1 << 18) };
+        longest = longest.max(own);
         Ok(())
     });
     longest

@@ -86,9 +86,15 @@ impl Mode {
             && self.segments(config) == 1
     }
 
-    /// Whether all chunks of a block use one frame.
+    /// Whether all chunks of a block use one frame: their inputs are somewhere else, too.
     pub(super) const fn one_frame(&self, config: &Config) -> bool {
-        matches!(self, Self::Bdia { .. }) || (self.segment(config) == 1 && !self.waits(config))
+        let saved = self.segments(config) > 1
+            || matches!(
+                self,
+                Self::Standard { grid: Some(_) } | Self::Checkpoint { grid: Some(_), .. }
+            );
+        matches!(self, Self::Bdia { .. })
+            || (self.segment(config) == 1 && saved && !self.waits(config))
     }
 
     /// Whether intermediates are stored rather than recomputed.

@@ -184,6 +184,7 @@ impl Lesson {
             context,
             mode: machine::mode(&run.mode, dims.layers, run.verify)?,
             gradients: machine::gradients(&run.optim, run.accumulate),
+            blocks_per_step: 1,
             adapters: self.adapters,
             smoothing: run.smoothing,
             threads,

@@ -69,10 +69,14 @@ fn fill(s: &State) -> impl FnMut(usize, &mut [i32], &mut [i32]) -> Result<(), Er
 fn logits_loss_and_every_gradient() {
     for name in CASES {
         let (s, config) = case(name);
-        for (mode, chunk, head_rows) in
-            [(STANDARD, 2, 24), (STANDARD, 1, 5), (checkpoint(1), 2, 7), (checkpoint(3), 1, 24)]
-        {
-            let (mut model, layout) = lay_out(&setup(&config, mode), chunk, head_rows);
+        for (mode, chunk, head_rows, blocks_per_step) in [
+            (STANDARD, 2, 24, 1),
+            (STANDARD, 1, 5, 3),
+            (checkpoint(1), 2, 7, 2),
+            (checkpoint(3), 1, 24, 1),
+        ] {
+            let setup = Setup { blocks_per_step, ..setup(&config, mode) };
+            let (mut model, layout) = lay_out(&setup, chunk, head_rows);
             let mut memory = Memory::<f64>::new(&layout);
             let mut be = memory.backend(&layout);
             model.fill_tables(&mut be).unwrap();
@@ -102,11 +106,13 @@ fn reversible_training_is_exact() {
     for name in CASES {
         let (s, config) = case(name);
         let mut distances = Vec::new();
-        for (m, sign) in [(1, Sign::Random), (4, Sign::Shared), (8, Sign::Shared), (2, Sign::Minus)]
+        for (m, sign, blocks_per_step) in
+            [(1, Sign::Random, 1), (4, Sign::Shared, 2), (8, Sign::Shared, 1), (2, Sign::Minus, 3)]
         {
             let gamma = Policy::fixed(Gamma::new(m, sign).unwrap());
             let mode = Mode::Bdia { grid: Grid::new(20).unwrap(), gamma, verify: true };
-            let (mut model, layout) = lay_out(&setup(&config, mode), 1, 24);
+            let setup = Setup { blocks_per_step, ..setup(&config, mode) };
+            let (mut model, layout) = lay_out(&setup, 1, 24);
             let mut memory = Memory::<f64>::new(&layout);
             let mut be = memory.backend(&layout);
             model.fill_tables(&mut be).unwrap();

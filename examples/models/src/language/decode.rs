@@ -249,7 +249,7 @@ impl<F: Family> Decoder<F> {
         let mut decoder = Self {
             setup: s,
             sizes: *sizes,
-            blocks: model.blocks,
+            blocks: model.blocks.step_over(1)?,
             input,
             tokens: l.ints(Category::Head, rows.max(sizes.context)),
             lens: l.ints(Category::Head, rows),

@@ -34,6 +34,8 @@ pub struct Setup<F> {
     pub mode: Mode,
     /// How gradients are kept, and the optimizer.
     pub gradients: Gradients,
+    /// Blocks that the stack steps over at once ([`Residual::step_over`]).
+    pub blocks_per_step: usize,
     /// Adapters, where those are trained.
     pub adapters: Option<Adapters>,
     /// Label smoothing.
@@ -54,6 +56,7 @@ impl<F: Family> Setup<F> {
             context,
             mode: Mode::Standard { grid: None },
             gradients: Gradients::None,
+            blocks_per_step: 1,
             adapters: None,
             smoothing: 0.0,
             threads,
@@ -128,7 +131,9 @@ impl<F: Family> LanguageModel<F> {
         d.check()?;
         product("parameters", &[vocab.max(d.positions()), width])?;
 
-        let mut blocks = d.blocks(setup.context, setup.adapters, setup.gradients, l)?;
+        let gradients = setup.gradients.of_steps(setup.blocks_per_step);
+        let blocks = d.blocks(setup.context, setup.adapters, gradients, l)?;
+        let mut blocks = blocks.step_over(setup.blocks_per_step)?;
         let freeze = Adapters::of_ends(setup.adapters);
         let (mut tensors, mut room) = (d.ends(), Room::NONE);
         for t in tensors.iter_mut().filter(|t| !t.is_empty()) {
@@ -158,7 +163,7 @@ impl<F: Family> LanguageModel<F> {
             id: 0,
             batch: setup.batch,
             per_sample: product("activations", &[setup.context, width])?,
-            blocks: d.layers(),
+            blocks: blocks.steps(),
             chunk,
             tail: Tail::Head,
             needs: blocks.needs::<B>(chunk, setup.threads),

@@ -198,6 +198,7 @@ pub fn setup(dims: Dims, batch: usize, context: usize, mode: Mode) -> Setup {
         context,
         mode,
         gradients: Gradients::None,
+        blocks_per_step: 1,
         adapters: None,
         smoothing: 0.0,
         threads: 1,

@@ -51,6 +51,7 @@ pub fn agrees(dir: &Path, base: Option<&Path>, context: usize) -> bool {
         context,
         mode: Mode::Standard { grid: None },
         gradients: Gradients::None,
+        blocks_per_step: 1,
         adapters: None,
         smoothing: 0.0,
         threads: 1,
