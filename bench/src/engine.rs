@@ -124,6 +124,7 @@ fn mode(job: &Job, layers: usize) -> Result<stack::Mode, Error> {
         gamma: GAMMA.into(),
         gamma_sign: GammaSign::Random,
         frac_bits: FRAC_BITS,
+        blocks_per_step: 1,
         calibration: None,
     };
     machine::mode(&args, layers, job.verify)
@@ -163,6 +164,7 @@ fn vit(
         chunk: 1,
         mode: mode(job, dims.layers)?,
         gradients,
+        blocks_per_step: 1,
         adapters: None,
         drop_path: 0.0,
         smoothing: 0.0,

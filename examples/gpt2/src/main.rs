@@ -78,6 +78,7 @@ type Done<T = ()> = Result<T, Failure>;
 struct Architecture {
     block: BlockShape,
     layers: usize,
+    blocks_per_step: usize,
     ends: LmShape,
     training: Training,
     library: usize,
@@ -93,7 +94,9 @@ impl Plan for Net {
         let (mut layout, t) =
             (Layout::new(size_of::<B::Real>()), Training { choice, ..a.training });
         let l = &mut layout;
-        let blocks = PreNorm::layout(&a.block, a.layers, None, t.freeze, t.gradients, l)?;
+        let kept = t.gradients.of_steps(a.blocks_per_step);
+        let blocks = PreNorm::layout(&a.block, a.layers, None, t.freeze, kept, l)?;
+        let blocks = blocks.step_over(a.blocks_per_step)?;
         let lm = Lm::layout::<B>(&a.ends, blocks, &t, l)?;
         l.outside(Category::Library, a.library);
         // Tokens and targets on the host.
@@ -138,7 +141,8 @@ fn train(args: &Args) -> Done {
         ..Training::new(mode, run.batch as usize, gradients)
     };
     let library = machine::library(&run.machine, threads);
-    let a = Architecture { block, layers, ends, training, library };
+    let blocks_per_step = run.mode.blocks_per_step as usize;
+    let a = Architecture { block, layers, blocks_per_step, ends, training, library };
 
     let (mut net, planned) = trainer::plan::<Net>(run, from.as_ref(), (mode, layers), |mode| {
         Architecture { training: Training { mode, ..training }, ..a }

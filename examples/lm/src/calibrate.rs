@@ -78,9 +78,10 @@ pub fn measure(
     let samples = Samples::of(source, context)?;
     let at_once = AT_ONCE.min(samples.tokens.len() / context).max(1);
     let place = run.machine.clone();
+    let network = (adapters, run.mode.blocks_per_step as usize);
     calibrate::measure(&mut run.mode, &run.given, &place, |frac_bits| {
         let (model, layout) =
-            inference::lay_out(config, &place, context, at_once, None, frac_bits, adapters)?;
+            inference::lay_out(config, &place, context, at_once, None, frac_bits, network)?;
         Ok((Measured { weights, samples: &samples, model }, layout))
     })
 }

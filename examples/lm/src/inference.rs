@@ -44,7 +44,7 @@ pub(crate) fn lay_out(
     batch: usize,
     choice: Option<Choice>,
     frac_bits: u32,
-    adapters: Option<Adapters>,
+    (adapters, blocks_per_step): (Option<Adapters>, usize),
 ) -> Result<(Gpt2, Layout), Failure> {
     let threads = machine::threads(machine);
     let setup = Setup {
@@ -58,7 +58,7 @@ pub(crate) fn lay_out(
             verify: false,
         },
         gradients: Gradients::None,
-        blocks_per_step: 1,
+        blocks_per_step,
         adapters,
         smoothing: 0.0,
         threads,
@@ -148,7 +148,8 @@ pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
     let config = Gpt2Config::read_dir(&args.weights)?;
     let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(BackendKind::Cpu) };
     let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, layout) = lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None), None)?;
+    let (model, layout) =
+        lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None), (None, 1))?;
     machine::run(&machine, 1, &layout, Merge { args, config, model })
 }
 
@@ -266,7 +267,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         batch,
         None,
         frac_bits(&config, args.frac_bits),
-        None,
+        (None, 1),
     )?;
     let threads = machine::threads(&args.machine);
     machine::run(&args.machine, threads, &layout, Eval { args, config, model, part, name })
@@ -307,7 +308,7 @@ pub(crate) fn lay_out_decoder(
     mut sizes: Sizes,
 ) -> Result<(Gpt2, Decoder<Dims>, Layout), Failure> {
     let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, own) = lay_out(config, machine, 1, 1, one, frac_bits(config, None), None)?;
+    let (model, own) = lay_out(config, machine, 1, 1, one, frac_bits(config, None), (None, 1))?;
     let available =
         (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
     let budget = machine.memory.or(available);
@@ -448,7 +449,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         context,
         mode: machine::mode(&args.mode, layers, args.verify)?,
         gradients: machine::gradients(&args.optim, args.accumulate),
-        blocks_per_step: 1,
+        blocks_per_step: args.mode.blocks_per_step as usize,
         adapters: args.method.adapters(),
         smoothing: 0.0,
         threads,

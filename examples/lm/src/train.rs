@@ -184,7 +184,7 @@ impl Lesson {
             context,
             mode: machine::mode(&run.mode, dims.layers, run.verify)?,
             gradients: machine::gradients(&run.optim, run.accumulate),
-            blocks_per_step: 1,
+            blocks_per_step: run.mode.blocks_per_step as usize,
             adapters: self.adapters,
             smoothing: run.smoothing,
             threads,
@@ -203,7 +203,7 @@ impl Lesson {
         let mut others = Vec::new();
         if rank == 0 {
             for (name, mode) in machine::other_modes(&setup.mode, dims.layers)? {
-                let other = Setup { mode, ..setup };
+                let other = Setup { mode, blocks_per_step: 1, ..setup };
                 let plan = machine::lay_out::<Gpt2>(&other, kind, 1, None, Some(choice))?.2;
                 others.push((name, plan));
             }

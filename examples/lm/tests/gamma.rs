@@ -94,6 +94,8 @@ fn every_policy_is_exact_and_goes_on() {
         ("--gamma 0.25,5:0.125,8:0.5", 3),
         ("--gamma paper --gamma-sign shared", 1),
         ("--gamma 0.25 --gamma-sign minus", 2),
+        ("--gamma 0.25 --gamma-sign shared --blocks-per-step 2", 2),
+        ("--gamma paper --blocks-per-step 3 --clip 1", 1),
     ]
     .into_iter()
     .enumerate()
@@ -118,6 +120,8 @@ fn every_policy_is_exact_and_goes_on() {
     ] {
         bad(&mut train(&data, &dir.at("bad"), flags), &["gamma", word]);
     }
+    let flags = "--mode standard --blocks-per-step 2";
+    bad(&mut train(&data, &dir.at("bad"), flags), &["--blocks-per-step", "--mode bdia"]);
     let mut plan = program();
     let said = good(plan.args("plan --config mini --gamma-sign shared".split(' ')));
     assert!(said.out.contains("gamma 1/16 (m = 4)"), "{}", said.out);

@@ -45,6 +45,7 @@ fn setup(s: &State, mode: Mode) -> Setup {
         // The learning rate is 0, so that the parameters stay; gradients are kept in full
         // buffers.
         gradients: Gradients::Full(SGD),
+        blocks_per_step: 1,
         adapters: None,
         smoothing: s.number("smoothing"),
         head_rows: 5,

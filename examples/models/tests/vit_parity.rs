@@ -48,6 +48,7 @@ fn setup(s: &State) -> Setup {
         // The learning rate is 0, so that the parameters stay; gradients are kept in full
         // buffers.
         gradients: Gradients::Full(SGD),
+        blocks_per_step: 1,
         adapters: None,
         drop_path: 0.0,
         smoothing: s.number("smoothing"),

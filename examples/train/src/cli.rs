@@ -201,6 +201,10 @@ pub struct ModeArgs {
     /// The grid is 2^-l: its l
     #[arg(long, value_name = "L", default_value_t = 14, value_parser = frac_bits)]
     pub frac_bits: u32,
+    /// Blocks of a step, in mode bdia: side bits are kept once for all of them, and their
+    /// intermediates exist together
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(65_000))]
+    pub blocks_per_step: u64,
     /// How gamma was measured, where it was.
     #[arg(skip)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -605,6 +609,9 @@ pub fn check_mode(mode: &ModeArgs, verify: bool) -> Result<(), String> {
         return Err(
             "--checkpoint-every belongs to --mode checkpoint; add that or leave it out".into()
         );
+    }
+    if mode.blocks_per_step > 1 && mode.mode != Mode::Bdia {
+        return Err("--blocks-per-step belongs to --mode bdia; add that or leave it out".into());
     }
     if verify && matches!(mode.mode, Mode::Standard | Mode::Checkpoint) {
         return Err(

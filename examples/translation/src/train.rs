@@ -128,6 +128,7 @@ fn setup(args: &TrainArgs, config: &TranslationConfig) -> Result<Setup, Failure>
         dims: config.dims(),
         mode: machine::mode(&args.run.mode, layers, args.run.verify)?,
         gradients: machine::gradients(&args.run.optim, args.run.accumulate),
+        blocks_per_step: args.run.mode.blocks_per_step as usize,
         adapters: args.method.adapters(),
         smoothing: args.smoothing,
         head_rows: machine::rows(args.run.machine.backend).head,
@@ -214,7 +215,7 @@ fn other_plans(
     choice: Choice,
 ) -> Result<Vec<(String, Layout)>, Failure> {
     let plan = |(name, mode)| {
-        let other = Setup { mode, ..*setup };
+        let other = Setup { mode, blocks_per_step: 1, ..*setup };
         Ok((name, lay_out(&other, p, (kind, 1), None, Some(choice))?.layout))
     };
     let layers = setup.dims.layers[0].max(setup.dims.layers[1]);

@@ -205,6 +205,7 @@ impl Trained {
             dims: config.dims(),
             mode,
             gradients: Gradients::None,
+            blocks_per_step: 1,
             adapters: None,
             smoothing: 0.0,
             head_rows: machine::rows(args.machine.backend).head,

@@ -39,6 +39,7 @@ fn setup(mode: Mode, layers: [usize; 2], fused: bool, width: usize) -> Setup {
         },
         mode,
         gradients: if fused { Gradients::Fused(rule) } else { Gradients::Full(rule) },
+        blocks_per_step: 1,
         adapters: None,
         smoothing: 0.1,
         head_rows: 7,

@@ -133,6 +133,7 @@ fn setup(args: &TrainArgs, config: &VitConfig, ranks: usize) -> Result<Setup, Fa
         chunk: 1,
         mode,
         gradients: machine::gradients(&args.run.optim, args.run.accumulate),
+        blocks_per_step: args.run.mode.blocks_per_step as usize,
         adapters: args.method.adapters(),
         drop_path: args.drop_path,
         smoothing: args.smoothing,
@@ -155,7 +156,7 @@ fn other_plans(
         others.push(("revvit".into(), StackMode::Standard { grid: None }, true));
     }
     let plan = |(name, mode, two_streams)| {
-        let mut other = Setup { mode, drop_path: 0.0, ..*setup };
+        let mut other = Setup { mode, drop_path: 0.0, blocks_per_step: 1, ..*setup };
         other.dims.two_streams = two_streams;
         Ok((name, machine::lay_out::<Vit>(&other, kind, 1, None, Some(choice))?.2))
     };
@@ -265,9 +266,9 @@ fn measure_gamma(args: &mut TrainArgs) -> Result<(), Failure> {
     some.run.mode.gamma = GammaArg::Paper;
     let (data, config, _) = prepare(&some, Some(&weights))?;
     let images = data.train.subset(calibrate::TARGETS);
-    let place = args.run.machine.clone();
+    let (place, together) = (args.run.machine.clone(), args.run.mode.blocks_per_step as usize);
     calibrate::measure(&mut args.run.mode, &args.run.given, &place, |frac_bits| {
-        let setup = inference_setup(&config, &place, images.len(), frac_bits)?;
+        let setup = inference_setup(&config, &place, images.len(), frac_bits, together)?;
         let (_, model, layout) = machine::lay_out(&setup, place.backend, 1, place.memory, None)?;
         Ok((Measured { weights: &weights, config: &config, images: &images, model }, layout))
     })
@@ -323,6 +324,7 @@ fn inference_setup(
     place: &MachineArgs,
     images: usize,
     frac_bits: u32,
+    blocks_per_step: usize,
 ) -> Result<Setup, Failure> {
     let threads = machine::threads(place);
     let batch = 64.min(images).max(1);
@@ -337,6 +339,7 @@ fn inference_setup(
             verify: false,
         },
         gradients: Gradients::None,
+        blocks_per_step,
         adapters: None,
         drop_path: 0.0,
         smoothing: 0.0,
@@ -627,7 +630,7 @@ fn with_model(
     }
     let threads = machine::threads(machine_args);
     let frac_bits = frac_bits.unwrap_or(config.bdia.frac_bits);
-    let setup = inference_setup(&config, machine_args, images.len(), frac_bits)?;
+    let setup = inference_setup(&config, machine_args, images.len(), frac_bits, 1)?;
     let (_, model, layout) =
         machine::lay_out(&setup, machine_args.backend, 1, machine_args.memory, None)?;
     let path = dir.join(if best { "best.safetensors" } else { weights::FILE });

@@ -221,6 +221,7 @@ fn baselines() {
         "--mode checkpoint",
         "--mode bdia-float --gamma 0.6 --verify",
         "--gamma 0.25 --verify",
+        "--gamma 0.25,3:0.125 --gamma-sign shared --blocks-per-step 2 --verify",
         "--network revvit --verify",
         "--mode standard --drop-path 0.3",
         "--plain",

@@ -74,8 +74,8 @@ impl Translator {
         let l = &mut layout;
         let (n, target) = (sizes.sentences, sizes.longest);
         let rows = product("hypotheses", &[n, sizes.beams])?;
-        let mut encoder = self.encoder.with_tokens(source);
-        let mut blocks = self.decoder.with_tokens(1, source);
+        let mut encoder = self.encoder.with_tokens(source).step_over(1)?;
+        let mut blocks = self.decoder.with_tokens(1, source).step_over(1)?;
         let config = |id: u8, samples, tokens, needs, ends_scratch| {
             Ok::<_, Error>(StackConfig {
                 id,

@@ -78,6 +78,10 @@ pub struct Setup {
     pub mode: Mode,
     /// How gradients are kept, and the optimizer.
     pub gradients: Gradients,
+    /// Blocks that each stack steps over at once ([`Residual::step_over`]).
+    ///
+    /// [`Residual::step_over`]: bdia_core::layers::Residual::step_over
+    pub blocks_per_step: usize,
     /// Adapters of self-attention, where those are trained.
     pub adapters: Option<Adapters>,
     /// Label smoothing.
@@ -210,11 +214,14 @@ impl Translator {
             init: Scheme::Glorot,
         };
         product("parameters", &[d.vocab[0].max(d.vocab[1]).max(d.longest), d.width])?;
-        let ((lora, freeze), gradients) = (Adapters::of_blocks(setup.adapters), setup.gradients);
+        let ((lora, freeze), n) = (Adapters::of_blocks(setup.adapters), setup.blocks_per_step);
+        let gradients = setup.gradients.of_steps(n);
         let of = [shape(Mask::Full), shape(Mask::Causal)];
         let encoder = PreNorm::layout(&of[0], d.layers[0], lora, freeze, gradients, l)?;
+        let encoder = encoder.step_over(n)?;
         let (longest, layers) = (d.longest, d.layers[1]);
         let decoder = Decoder::layout_frozen(&of[1], longest, layers, lora, freeze, gradients, l)?;
+        let decoder = decoder.step_over(n)?;
         let (mut outside, freeze) = (outside(d), Adapters::of_ends(setup.adapters));
         let room = Room::NONE.place(&mut outside, freeze);
         let ends = Params::layout(1, room, freeze, gradients.full(), l)?;
@@ -267,7 +274,7 @@ impl Translator {
                 id,
                 batch: shape.samples,
                 per_sample: product("activations", &[tokens, d.width])?,
-                blocks: d.layers[usize::from(id)],
+                blocks: if id == 0 { encoder.steps() } else { decoder.steps() },
                 chunk,
                 tail,
                 needs,

@@ -65,6 +65,11 @@ pub struct Setup {
     pub mode: Mode,
     /// How gradients are kept, and the optimizer.
     pub gradients: Gradients,
+    /// Blocks that the stack steps over at once ([`Residual::step_over`]): 1 with two streams or
+    /// stochastic depth.
+    ///
+    /// [`Residual::step_over`]: bdia_core::layers::Residual::step_over
+    pub blocks_per_step: usize,
     /// Adapters, where they and the head are trained.
     pub adapters: Option<Adapters>,
     /// Stochastic depth (Huang et al., 2016): probability of dropping the last block's residual;
@@ -152,6 +157,11 @@ impl Vit {
                 return Err(Error::setting(what, p, "0 up to, not including, 1"));
             }
         }
+        let together = setup.blocks_per_step;
+        if together > 1 && (d.two_streams || setup.drop_path > 0.0) {
+            let possible = "1 with two streams or stochastic depth";
+            return Err(Error::setting("blocks of a step", together as f64, possible));
+        }
         if d.two_streams && setup.drop_path > 0.0 {
             return Err(Error::setting("stochastic depth", setup.drop_path, "0 with two streams"));
         }
@@ -175,7 +185,9 @@ impl Vit {
         product("parameters", &[values.max(d.classes).max(tokens), d.width])?;
 
         let (lora, freeze) = Adapters::of_blocks(setup.adapters);
-        let blocks = PreNorm::layout(&shape, d.layers, lora, freeze, setup.gradients, l)?;
+        let kept = setup.gradients.of_steps(together);
+        let blocks = PreNorm::layout(&shape, d.layers, lora, freeze, kept, l)?;
+        let blocks = blocks.step_over(together)?;
         let mut tensors = Self::outside(d);
         // The head is trained in any case.
         let (input, head) = tensors.split_at_mut(INPUT);
@@ -204,7 +216,7 @@ impl Vit {
             id: 0,
             batch: setup.batch,
             per_sample: product("activations", &[tokens, d.width])?,
-            blocks: d.layers,
+            blocks: blocks.steps(),
             chunk,
             tail: Tail::Head,
             needs: blocks.needs::<B>(chunk, setup.threads),
