@@ -4,6 +4,7 @@ pub mod bpe;
 mod cache;
 pub mod config;
 pub mod files;
+pub mod gguf;
 pub mod gpt2;
 pub mod inference;
 pub mod input;

@@ -12,7 +12,7 @@ use bdia_core::layers::{
     Branches, Freeze, Home, Init, LoraShape, Params, Residual, Tensor, Tensors,
 };
 
-use crate::weights::{self, Sink, Weights, WeightsError};
+use crate::weights::{self, Sink, Source, WeightsError};
 
 /// Values that are copied at a time.
 const PIECE: usize = 1 << 14;
@@ -267,7 +267,7 @@ pub fn shapes(tensors: &[Named]) -> Vec<(String, Vec<usize>)> {
 /// Every tensor that is missing, unexpected or of another shape; values that do not fit the 16
 /// bits in which the network stores them.
 pub fn read<B: Backend<Real = f32>>(
-    weights: &Weights,
+    weights: &dyn Source,
     tensors: &[Named],
     be: &mut B,
     mut each: impl FnMut(&str, &[f32]),
@@ -278,7 +278,7 @@ pub fn read<B: Backend<Real = f32>>(
         if let [t] = parts
             && !t.transposed
         {
-            weights.stream::<WeightsError>(&name, |at, values| {
+            weights.stream(&name, &mut |at, values| {
                 each(&name, values);
                 if let Some(&value) = values.iter().find(|v| !t.holds(**v)) {
                     return Err(WeightsError::Narrow { name: name.clone(), value });

@@ -51,6 +51,14 @@ pub enum WeightsError {
         /// What is wrong.
         what: String,
     },
+    /// The header of a GGUF file is not one.
+    #[error("{}: not a GGUF file that can be read: {what}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
     /// The index of the shards is not usable.
     #[error("{}: {what}", path.display())]
     Index {
@@ -122,6 +130,60 @@ pub enum WeightsError {
         /// What came.
         found: usize,
     },
+}
+
+/// Where the parameters of a model come from: files of one format or another.
+pub trait Source {
+    /// Whether these are the tensors of a model, by name and shape.
+    ///
+    /// # Errors
+    /// [`WeightsError::Mismatch`] names everything that is missing, unexpected or different.
+    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<(), WeightsError>;
+
+    /// Reads a tensor in pieces: `put` gets the index of the first element, and the elements.
+    ///
+    /// # Errors
+    /// [`WeightsError`], also for a value that is not finite, and what `put` returns.
+    fn stream(
+        &self,
+        name: &str,
+        put: &mut dyn FnMut(usize, &[f32]) -> Result<(), WeightsError>,
+    ) -> Result<(), WeightsError>;
+
+    /// Reads a whole tensor.
+    ///
+    /// # Errors
+    /// [`WeightsError`], also for a buffer of another size.
+    fn read(&self, name: &str, out: &mut [f32]) -> Result<(), WeightsError> {
+        let mut found = 0;
+        self.stream(name, &mut |at, values| {
+            if let Some(place) = out.get_mut(at..at + values.len()) {
+                place.copy_from_slice(values);
+            }
+            found += values.len();
+            Ok(())
+        })?;
+        let (name, expected) = (name.to_string(), found);
+        if found == out.len() {
+            Ok(())
+        } else {
+            Err(WeightsError::Count { name, expected, found: out.len() })
+        }
+    }
+}
+
+impl Source for Weights {
+    fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<(), WeightsError> {
+        Self::check(self, expected)
+    }
+
+    fn stream(
+        &self,
+        name: &str,
+        put: &mut dyn FnMut(usize, &[f32]) -> Result<(), WeightsError>,
+    ) -> Result<(), WeightsError> {
+        Self::stream(self, name, put)
+    }
 }
 
 /// Where a tensor is.

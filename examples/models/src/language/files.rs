@@ -6,7 +6,7 @@ use bdia_core::backend::Backend;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::named::{self, Named};
-use crate::weights::{Weights, WeightsError};
+use crate::weights::{Source, Weights, WeightsError};
 
 /// Reads a model's weights, whatever their names' prefix, type and number of files. The result is a
 /// digest of what was read: the names and the values in f32, so that it does not depend on files,
@@ -20,9 +20,20 @@ pub fn load<B: Backend<Real = f32>>(
     be: &mut B,
     tensors: &[Named],
 ) -> Result<String, WeightsError> {
-    let weights = Weights::read_dir(dir)?;
+    read(&Weights::read_dir(dir)?, be, tensors)
+}
+
+/// As [`load`], from any source.
+///
+/// # Errors
+/// As [`load`].
+pub fn read<B: Backend<Real = f32>>(
+    weights: &dyn Source,
+    be: &mut B,
+    tensors: &[Named],
+) -> Result<String, WeightsError> {
     let (mut hash, mut bytes, mut last) = (Xxh3::new(), Vec::new(), String::new());
-    named::read(&weights, tensors, be, |name, values| {
+    named::read(weights, tensors, be, |name, values| {
         if last != name {
             hash.update(name.as_bytes());
             last = name.into();

@@ -6,7 +6,7 @@ use bdia_core::backend::Backend;
 
 use super::model::Llama;
 use crate::language::files;
-use crate::weights::WeightsError;
+use crate::weights::{Source, WeightsError};
 
 /// Reads a model's weights and fills the tables that its blocks need; gives a digest of what was
 /// read ([`files::load`]).
@@ -20,4 +20,17 @@ pub fn load_weights<B: Backend<Real = f32>>(
 ) -> Result<String, WeightsError> {
     model.fill_tables(be)?;
     files::load(dir, be, &model.tensors())
+}
+
+/// As [`load_weights`], from any source.
+///
+/// # Errors
+/// As [`load_weights`].
+pub fn read_weights<B: Backend<Real = f32>>(
+    weights: &dyn Source,
+    be: &mut B,
+    model: &Llama,
+) -> Result<String, WeightsError> {
+    model.fill_tables(be)?;
+    files::read(weights, be, &model.tensors())
 }
