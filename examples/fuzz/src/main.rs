@@ -14,10 +14,12 @@ mod vit;
 type Target = fn(&[u8]);
 
 /// By the folder of their seeds.
-const TARGETS: [(&str, Target); 14] = [
+const TARGETS: [(&str, Target); 16] = [
     ("lm/checkpoint", lm::checkpoint),
     ("lm/config", lm::config),
+    ("lm/gguf", lm::gguf),
     ("lm/index", lm::index),
+    ("lm/llama_config", lm::llama_config),
     ("lm/packed", lm::packed),
     ("lm/pairs", lm::pairs),
     ("lm/text", lm::text),

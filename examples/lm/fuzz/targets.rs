@@ -10,6 +10,7 @@ use bdia_lm::data::{Corpus, TokenType, token_layout};
 use bdia_lm::pairs::{self, Examples, LossOn, PairColumns};
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::input;
+use bdia_models::llama::config::LlamaConfig;
 use bdia_models::tokenizer::{EOT, SpecialTokens, Tokenizer, VOCAB};
 use bdia_models::weights::{self, Weights, WeightsError};
 use bdia_train::checkpoint;
@@ -40,6 +41,44 @@ fn with_file<T>(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> T) -> T {
     let result = read(&path);
     let _ = std::fs::remove_file(path);
     result
+}
+
+/// A GGUF file: what is accepted can be read to the end, unless a value is not finite; as a model
+/// it is one, or an error.
+pub fn gguf(data: &[u8]) {
+    let path = Path::new("model.gguf");
+    for len in [u64::MAX, data.len() as u64 / 2] {
+        let _ = bdia_models::gguf::read_header(path, data, len);
+    }
+    let Ok(header) = bdia_models::gguf::read_header(path, data, data.len() as u64) else { return };
+    with_file("model.gguf", data, |path| {
+        let file = bdia_models::gguf::Gguf::open(path).expect("the same bytes");
+        assert_eq!(file.tensors, header.tensors);
+        for (name, tensor) in &file.tensors {
+            assert!(tensor.len() <= 2 * data.len());
+            let mut found = 0;
+            let read = file.stream(name, &mut |at, values| {
+                assert_eq!(at, found);
+                assert!(values.iter().all(|v| v.is_finite()));
+                found += values.len();
+                Ok(())
+            });
+            match read {
+                Ok(()) => assert_eq!(found, tensor.len()),
+                Err(WeightsError::NotFinite { .. }) => {}
+                Err(e) => panic!("{e}"),
+            }
+        }
+        let _ = bdia_models::llama::gguf::open(path);
+    });
+}
+
+/// A configuration of Llama's family: what is accepted can be written and read again.
+pub fn llama_config(data: &[u8]) {
+    let Ok(config) = LlamaConfig::from_json(data) else { return };
+    let again = LlamaConfig::from_json(config.to_json().as_bytes()).expect("our own file");
+    assert_eq!(again.dims, config.dims);
+    assert_eq!((again.kind, again.eos_token_ids), (config.kind, config.eos_token_ids));
 }
 
 /// A safetensors file: what is accepted has the bytes that its shapes need, is accepted by the

@@ -23,6 +23,16 @@ fn weights() {
 }
 
 #[test]
+fn gguf() {
+    all("gguf", targets::gguf);
+}
+
+#[test]
+fn llama_config() {
+    all("llama_config", targets::llama_config);
+}
+
+#[test]
 fn index() {
     all("index", targets::index);
 }
@@ -71,6 +81,13 @@ fn good_seeds_are_accepted() {
             .len(),
         4
     );
+    let bytes = seed("gguf", "blocks");
+    let header = bdia_models::gguf::read_header(path, &bytes[..], bytes.len() as u64).unwrap();
+    assert_eq!((header.tensors.len(), header.count("x.u64")), (5, Some(7)));
+    for name in ["llama_scaled", "gemma3", "qwen2", "smollm3", "old"] {
+        let bytes = seed("llama_config", name);
+        bdia_models::llama::config::LlamaConfig::from_json(&bytes).unwrap();
+    }
     assert!(bdia_models::weights::read_index(path, &seed("index", "shards")).is_ok());
     for name in ["hugging_face", "small", "ours"] {
         bdia_models::gpt2::config::Gpt2Config::from_json(&seed("config", name)).unwrap();

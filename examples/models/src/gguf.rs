@@ -1,9 +1,9 @@
 //! GGUF files (versions 2 and 3): metadata, and tensors that are stored in blocks of few bits.
 //!
 //! A file is a header (magic, version, two counts), the metadata (key, type, value), the tensors'
-//! names, shapes, types and places, and their data, each at a multiple of the alignment. All numbers
-//! are little-endian. Headers come from outside and are trusted in nothing; data is read a piece at
-//! a time.
+//! names, shapes, types and places, and their data, each at a multiple of the alignment. All
+//! numbers are little-endian. Headers come from outside and are trusted in nothing; data is read a
+//! piece at a time.
 //!
 //! The formats of the blocks are those of ggml's reference implementation:
 //!
@@ -11,7 +11,7 @@
 //! |---|---|---|---|
 //! | `Q4_0`, `Q5_0`, `Q8_0` | 32 | 18, 22, 34 | `d·q`, `q` from −8, −16, −127 |
 //! | `Q4_1`, `Q5_1` | 32 | 20, 24 | `d·q + m` |
-//! | `Q4_K`, `Q5_K` | 256 | 144, 176 | `(d·s)·q − (e·t)`, `s` and `t` of 6 bits for each 32 values |
+//! | `Q4_K`, `Q5_K` | 256 | 144, 176 | `(d·s)·q − e·t`, `s`, `t` of 6 bits for each 32 values |
 //! | `Q6_K` | 256 | 210 | `(d·s)·q`, `s` of 8 bits for each 16 values, `q` from −32 |
 
 use std::collections::BTreeMap;
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 
 use crate::files::FileError;
-use crate::weights::WeightsError;
+use crate::weights::{Pieces, WeightsError};
 
 /// The first bytes of a file.
 pub const MAGIC: [u8; 4] = *b"GGUF";
@@ -461,15 +461,11 @@ impl Gguf {
         }
     }
 
-    /// Reads a tensor in pieces: `put` gets the index of the first element, and the elements.
+    /// Reads a tensor in pieces.
     ///
     /// # Errors
     /// [`WeightsError`], also for a value that is not finite, and what `put` returns.
-    pub fn stream(
-        &self,
-        name: &str,
-        put: &mut dyn FnMut(usize, &[f32]) -> Result<(), WeightsError>,
-    ) -> Result<(), WeightsError> {
+    pub fn stream(&self, name: &str, put: &mut Pieces<'_>) -> Result<(), WeightsError> {
         let tensor = self.tensors.get(name).ok_or_else(|| WeightsError::Unknown(name.into()))?;
         let failed = |e| WeightsError::from(FileError::io(&self.path, "read its weights", e));
         let mut file = File::open(&self.path).map_err(failed)?;

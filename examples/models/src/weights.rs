@@ -132,6 +132,9 @@ pub enum WeightsError {
     },
 }
 
+/// What takes a tensor's values in pieces: the index of the first element, and the elements.
+pub type Pieces<'a> = dyn FnMut(usize, &[f32]) -> Result<(), WeightsError> + 'a;
+
 /// Where the parameters of a model come from: files of one format or another.
 pub trait Source {
     /// Whether these are the tensors of a model, by name and shape.
@@ -140,15 +143,11 @@ pub trait Source {
     /// [`WeightsError::Mismatch`] names everything that is missing, unexpected or different.
     fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<(), WeightsError>;
 
-    /// Reads a tensor in pieces: `put` gets the index of the first element, and the elements.
+    /// Reads a tensor in pieces.
     ///
     /// # Errors
     /// [`WeightsError`], also for a value that is not finite, and what `put` returns.
-    fn stream(
-        &self,
-        name: &str,
-        put: &mut dyn FnMut(usize, &[f32]) -> Result<(), WeightsError>,
-    ) -> Result<(), WeightsError>;
+    fn stream(&self, name: &str, put: &mut Pieces<'_>) -> Result<(), WeightsError>;
 
     /// Reads a whole tensor.
     ///
@@ -177,11 +176,7 @@ impl Source for Weights {
         Self::check(self, expected)
     }
 
-    fn stream(
-        &self,
-        name: &str,
-        put: &mut dyn FnMut(usize, &[f32]) -> Result<(), WeightsError>,
-    ) -> Result<(), WeightsError> {
+    fn stream(&self, name: &str, put: &mut Pieces<'_>) -> Result<(), WeightsError> {
         Self::stream(self, name, put)
     }
 }

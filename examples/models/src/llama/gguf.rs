@@ -15,7 +15,7 @@ use super::model::Dims;
 use crate::config::ConfigError;
 use crate::gguf::{self, Gguf};
 use crate::language::Family;
-use crate::weights::{Source, WeightsError};
+use crate::weights::{Pieces, Source, WeightsError};
 
 /// A file with a model.
 #[derive(Debug)]
@@ -213,11 +213,7 @@ impl Source for GgufModel {
         if wrong.is_empty() { Ok(()) } else { Err(WeightsError::Mismatch(wrong)) }
     }
 
-    fn stream(
-        &self,
-        name: &str,
-        put: &mut dyn FnMut(usize, &[f32]) -> Result<(), WeightsError>,
-    ) -> Result<(), WeightsError> {
+    fn stream(&self, name: &str, put: &mut Pieces<'_>) -> Result<(), WeightsError> {
         let own = self.names.get(name).ok_or_else(|| WeightsError::Unknown(name.into()))?;
         if self.dims.norm_offset != 0.0 && own.ends_with("norm.weight") {
             let offset = self.dims.norm_offset as f32;
