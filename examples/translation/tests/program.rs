@@ -203,11 +203,11 @@ fn baselines() {
         "--mode checkpoint --checkpoint-every 1",
         "--mode bdia-float --gamma 0.6 --verify",
         "--gamma 0.25 --verify",
-        "--gamma 0.25,3:0.125 --gamma-sign shared --blocks-per-step 2 --verify",
         "--embeddings separate --verify",
         "--clip 1 --optimizer set-adam --schedule noam",
         "--accumulate 3 --verify",
         "--steps 5 --verify",
+        "--gamma 0.25,3:0.125 --gamma-sign shared --blocks-per-step 2 --verify",
     ]
     .iter()
     .enumerate()
