@@ -36,7 +36,7 @@ impl Cut {
 /// Keys and values of the tokens so far, in one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cached<'a> {
-    /// `[samples, keys, 2 d]`.
+    /// `[samples, keys, 2 w]` for keys, and values, of width `w`.
     pub of: Reals,
     /// Most tokens of a sample.
     pub keys: usize,
@@ -509,10 +509,12 @@ impl<P: Branches> Residual<P> {
     /// An exact step then costs its side bits once for `n` blocks, and γ perturbs a pretrained
     /// network no more than with steps of one block. The price is room for the intermediates of
     /// `n` blocks, a chunk at a time, and with fused updates for the gradients of `n` blocks
-    /// ([`Gradients::Together`]). Faults name the step.
+    /// ([`Gradients::Together`]). Faults of activations and of their gradients name the step, those
+    /// of parameters the block.
     ///
     /// # Errors
-    /// [`Error::Setting`] for no block, or more than have gradients at a time.
+    /// [`Error::Setting`] for another number than has gradients at a time, and for several blocks
+    /// of which one is in memory at a time ([`Params::layout_paged`]).
     pub fn step_over(mut self, n: usize) -> Result<Self> {
         self.params = self.params.finished_by(n)?;
         Ok(self)

@@ -367,7 +367,7 @@ pub struct Params {
     kept: Gradients,
     /// Trained values, group after group.
     values: Reals,
-    /// Their gradients: of all groups, or of the one being worked on.
+    /// Their gradients: of all groups, or of those being worked on.
     gradients: Reals,
     m: Reals,
     v: Reals,
@@ -462,18 +462,23 @@ impl Params {
     /// The same groups, `n` of which are finished together.
     ///
     /// # Errors
-    /// [`Error::Setting`] for none, or for more than have gradients at a time.
+    /// [`Error::Setting`] for another number than has gradients at a time, and for several groups
+    /// of which one is in memory at a time.
     pub(super) const fn finished_by(mut self, n: usize) -> Result<Self> {
-        let most = match self.kept {
-            Gradients::Fused(_) => 1,
-            Gradients::Together(_, most) => most,
-            Gradients::None | Gradients::Full(_) => usize::MAX,
+        let fits = match self.kept {
+            Gradients::Fused(_) => n == 1,
+            Gradients::Together(_, kept) => n == kept,
+            Gradients::None | Gradients::Full(_) => n > 0,
         };
-        if n == 0 || n > most {
-            let possible = "1, or as many as have gradients at a time";
+        if !fits {
+            let possible = "as many as have gradients at a time, or 1";
             return Err(Error::setting("blocks of a step", n as f64, possible));
         }
-        self.together = n;
+        if n > 1 && self.frozen.len() < self.groups * self.room.frozen {
+            let possible = "1 where one group is in memory at a time";
+            return Err(Error::setting("blocks of a step", n as f64, possible));
+        }
+        self.together = if n < self.groups { n } else { self.groups };
         Ok(self)
     }
 
@@ -527,8 +532,8 @@ impl Params {
         }
     }
 
-    /// Gradient of a tensor of group `k`; with [`Gradients::Fused`] all groups have the same. Empty
-    /// for what is frozen.
+    /// Gradient of a tensor of group `k`; with [`Gradients::Fused`] all groups have the same, with
+    /// [`Gradients::Together`] those of a step have places of their own. Empty for what is frozen.
     pub const fn gradient(&self, k: usize, t: &Tensor) -> Reals {
         match t.home {
             Home::Trained => t.of(self.gradient_of(k)),
@@ -717,10 +722,13 @@ impl Params {
         if !self.fused() {
             return Ok(());
         }
-        if n_above == 0 {
-            return be.fill_reals(self.gradients_of(first, n), B::Real::of(0.0));
+        if n_above > 0 {
+            self.apply(be, u, step + 1, tensors)?;
         }
-        self.apply(be, u, step + 1, tensors)
+        // Where the step above is a shorter one, the rest still has the values that were taken.
+        let own = self.gradients_of(first, n);
+        let summed = n_above * self.room.trained;
+        be.fill_reals(own.sub(summed, own.len().saturating_sub(summed)), B::Real::of(0.0))
     }
 
     /// All groups are finished: of several ranks, the sums of step 0 come back, and with fused

@@ -74,6 +74,9 @@ pub struct RotaryAngles {
 }
 
 impl RotaryAngles {
+    /// The widest head.
+    pub const MOST: usize = 1024;
+
     /// Angle `i` of position 1, rounded to `f32` as the implementations do that networks are
     /// pretrained with.
     fn frequency(&self, i: usize) -> f32 {
@@ -107,14 +110,27 @@ impl RotaryAngles {
                 return Err(Error::setting(what, x, "a finite number above 0"));
             }
         }
+        if let RotaryScaling::Llama3 { low, high, .. } = self.scaling
+            && low >= high
+        {
+            let possible = "more than the low ones";
+            return Err(Error::setting("high frequencies of rotary positions", high, possible));
+        }
         let (width, mut piece) = (self.head_dim, [B::Real::of(0.0); 64]);
-        let half = width / 2;
+        let (half, mut frequencies) = (width / 2, [0.0; Self::MOST / 2]);
+        if width == 0 || !width.is_multiple_of(2) || width > Self::MOST {
+            let possible = "an even number up to 1024";
+            return Err(Error::setting("width of a rotated head", width as f64, possible));
+        }
+        for (i, frequency) in frequencies[..half].iter_mut().enumerate() {
+            *frequency = self.frequency(i);
+        }
         for at in (0..table.len()).step_by(piece.len()) {
             let piece = &mut piece[..64.min(table.len() - at)];
             for (n, value) in piece.iter_mut().enumerate() {
                 let (position, c) = ((at + n) / width, (at + n) % width);
                 // The product is rounded to f32, too.
-                let angle = f64::from(position as f32 * self.frequency(c % half.max(1)));
+                let angle = f64::from(position as f32 * frequencies[c % half]);
                 *value = B::Real::of(if c < half { libm::cos(angle) } else { libm::sin(angle) });
             }
             be.write_reals(table.sub(at, piece.len()), piece)?;

@@ -29,6 +29,8 @@ pub const MAGIC: [u8; 4] = *b"GGUF";
 /// Most entries of the metadata, tensors, and dimensions of one.
 const MOST_ENTRIES: u64 = 1 << 20;
 const MOST_DIMENSIONS: u32 = 4;
+/// The longest list of the metadata: more than any vocabulary.
+const MOST_VALUES: u64 = 1 << 22;
 /// The longest key or name.
 const MOST_NAME: u64 = 1 << 16;
 /// Values that are converted at a time: whole blocks of every kind.
@@ -314,7 +316,7 @@ impl<R: Read> Reader<R> {
             9 => {
                 let (kind, n) = (self.u32()?, self.u64()?);
                 // Every element takes a byte at least.
-                if n > self.left {
+                if n > self.left.min(MOST_VALUES) {
                     return Err(format!("a list of {n} values in its header"));
                 }
                 if kind == 8 {

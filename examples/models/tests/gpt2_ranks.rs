@@ -124,14 +124,21 @@ fn train(ranks: usize, setup: &Setup, plan: &Step) -> (Vec<Outcome>, Vec<u32>) {
 #[test]
 fn losses_do_not_depend_on_the_number_of_ranks() {
     let clipped = Step { clip: 0.5, ..STEP };
-    for (mode, gradients, plan) in [
-        (exact(), FUSED, STEP),
-        (exact(), FULL, clipped),
-        (STANDARD, FUSED, STEP),
-        (checkpoint(2), FUSED, STEP),
-        (bdia_float(Sign::Random), FULL, clipped),
+    for (mode, gradients, plan, blocks_per_step) in [
+        (exact(), FUSED, STEP, 1),
+        (exact(), FULL, clipped, 1),
+        (STANDARD, FUSED, STEP, 1),
+        (checkpoint(2), FUSED, STEP, 1),
+        (bdia_float(Sign::Random), FULL, clipped, 1),
+        // The last step has one block.
+        (exact(), FUSED, STEP, 2),
+        (exact(), FULL, clipped, 2),
+        (STANDARD, FUSED, STEP, 2),
     ] {
-        let setup = setup(mode, gradients);
+        let mut setup = Setup { blocks_per_step, ..setup(mode, gradients) };
+        if blocks_per_step > 1 {
+            setup.dims.layers = 5;
+        }
         let (one, start) = train(1, &setup, &plan);
         for ranks in [2, 4] {
             let (several, end) = train(ranks, &setup, &plan);

@@ -204,6 +204,7 @@ pub struct ModeArgs {
     /// Blocks of a step, in mode bdia: side bits are kept once for all of them, and their
     /// intermediates exist together
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(65_000))]
+    #[serde(default = "one")]
     pub blocks_per_step: u64,
     /// How gamma was measured, where it was.
     #[arg(skip)]
@@ -288,6 +289,10 @@ impl ModeArgs {
             planes: Some(planes),
         })
     }
+}
+
+const fn one() -> u64 {
+    1
 }
 
 const fn unmeasured() -> bdia_core::Error {

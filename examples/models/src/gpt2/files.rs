@@ -33,7 +33,7 @@ pub fn load_weights<B: Backend<Real = f32>>(
     be: &mut B,
     model: &Gpt2,
 ) -> Result<String, WeightsError> {
-    files::load(dir, be, &model.tensors())
+    files::load(dir, be, model)
 }
 
 /// Writes `model.safetensors`.

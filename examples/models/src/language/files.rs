@@ -5,7 +5,9 @@ use std::path::Path;
 use bdia_core::backend::Backend;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::named::{self, Named};
+use super::Family;
+use super::model::LanguageModel;
+use crate::named;
 use crate::weights::{Source, Weights, WeightsError};
 
 /// Reads a model's weights, whatever their names' prefix, type and number of files. The result is a
@@ -15,25 +17,26 @@ use crate::weights::{Source, Weights, WeightsError};
 /// # Errors
 /// Files that cannot be read, every tensor that is missing, unexpected or of another shape, and a
 /// value that does not fit the 16 bits in which the model stores it.
-pub fn load<B: Backend<Real = f32>>(
+pub fn load<B: Backend<Real = f32>, F: Family>(
     dir: &Path,
     be: &mut B,
-    tensors: &[Named],
+    model: &LanguageModel<F>,
 ) -> Result<String, WeightsError> {
-    read(&Weights::read_dir(dir)?, be, tensors)
+    read(&Weights::read_dir(dir)?, be, model)
 }
 
 /// As [`load`], from any source.
 ///
 /// # Errors
 /// As [`load`].
-pub fn read<B: Backend<Real = f32>>(
+pub fn read<B: Backend<Real = f32>, F: Family>(
     weights: &dyn Source,
     be: &mut B,
-    tensors: &[Named],
+    model: &LanguageModel<F>,
 ) -> Result<String, WeightsError> {
+    model.fill_tables(be)?;
     let (mut hash, mut bytes, mut last) = (Xxh3::new(), Vec::new(), String::new());
-    named::read(weights, tensors, be, |name, values| {
+    named::read(weights, &model.tensors(), be, |name, values| {
         if last != name {
             hash.update(name.as_bytes());
             last = name.into();

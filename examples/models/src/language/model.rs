@@ -223,8 +223,9 @@ impl<F: Family> LanguageModel<F> {
         &self.setup
     }
 
-    /// Writes the tables that the blocks read beside their parameters. Once is enough: nothing
-    /// overwrites them.
+    /// Writes the tables that the blocks read beside their parameters, as
+    /// [`initialize`](Self::initialize) and reading weights do. Once is enough: nothing overwrites
+    /// them.
     ///
     /// # Errors
     /// Constants that are out of range; those of writing.
@@ -290,6 +291,7 @@ impl<F: Family> LanguageModel<F> {
     /// # Errors
     /// Those of writing.
     pub fn initialize<B: Backend>(&self, be: &mut B, seed: u64) -> Result<()> {
+        self.fill_tables(be)?;
         named::initialize(be, &self.tensors(), seed, self.setup.threads)
     }
 

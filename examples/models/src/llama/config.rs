@@ -117,15 +117,31 @@ fn angles(
     scaling: Option<&Value>,
 ) -> Result<RotaryAngles, ConfigError> {
     let none = RotaryAngles { head_dim, theta, scaling: RotaryScaling::None };
-    let Some(Value::Object(map)) = scaling else { return Ok(none) };
+    let map = match scaling {
+        None | Some(Value::Null) => return Ok(none),
+        Some(Value::Object(map)) => map,
+        Some(other) => {
+            return Err(ConfigError::Field {
+                field: "rope_scaling",
+                expected: "an object or null".into(),
+                found: other.to_string().chars().take(60).collect(),
+            });
+        }
+    };
     let reader = Reader { map };
     let theta = reader.number("rope_theta", theta)?;
-    let kind = map.get("rope_type").or_else(|| map.get("type")).and_then(Value::as_str);
+    let name = if map.contains_key("rope_type") { "rope_type" } else { "type" };
+    let kind =
+        field(map, name, "a text", Some(None), |v| v.as_str().map(|kind| Some(kind.to_string())))?;
+    if kind.is_none() && map.contains_key("factor") {
+        let (expected, found) = ("the kind of the scaling".into(), "nothing".into());
+        return Err(ConfigError::Field { field: "rope_type", expected, found });
+    }
     let required = |name: &'static str| {
         let fits = |v: &Value| v.as_f64().filter(|x| *x > 0.0 && x.is_finite());
         field(map, name, "a number above 0", None, fits)
     };
-    let scaling = match kind {
+    let scaling = match kind.as_deref() {
         None | Some("default") => RotaryScaling::None,
         Some("linear") => RotaryScaling::Linear(required("factor")?),
         Some("llama3") => RotaryScaling::Llama3 {
@@ -179,10 +195,49 @@ impl LlamaConfig {
         };
         let theta = r.number("rope_theta", theta)?;
 
+        // Lists that say of every block whether it is of one kind.
+        let list = |name, expected: &str, of: &dyn Fn(&Value) -> Option<bool>| {
+            let expected = format!("{expected} of each of the {layers} blocks, or null");
+            field(&map, name, &expected, Some(None), |v| match v {
+                Value::Null => Some(None),
+                Value::Array(all) if all.len() == layers => {
+                    all.iter().map(of).collect::<Option<Vec<_>>>().map(Some)
+                }
+                _ => None,
+            })
+        };
+        let types =
+            list("layer_types", "\"full_attention\" or \"sliding_attention\"", &|v| match v
+                .as_str()?
+            {
+                "full_attention" => Some(false),
+                "sliding_attention" => Some(true),
+                _ => None,
+            })?;
+        let positions = list("no_rope_layers", "0 or 1", &|v| match v.as_u64()? {
+            0 => Some(false),
+            1 => Some(true),
+            _ => None,
+        })?;
+        let mut unrotated = BlockSet::NONE;
+        if kind == Kind::SmolLm3 {
+            for k in 0..layers {
+                // The list says where positions are.
+                let without = match &positions {
+                    Some(list) => !list[k],
+                    None => (k + 1).is_multiple_of(r.size("no_rope_layer_interval", Some(4))?),
+                };
+                if without {
+                    let with = unrotated.with(k);
+                    unrotated = with.map_err(|e| ConfigError::Values(e.to_string()))?;
+                }
+            }
+        }
+
         // Which blocks have a window.
         let window = match r.optional("sliding_window")? {
             // Hugging Face's default.
-            None if !map.contains_key("sliding_window") => Some(4096),
+            None if !map.contains_key("sliding_window") && kind != Kind::SmolLm3 => Some(4096),
             window => window,
         };
         let uses = match kind {
@@ -194,8 +249,9 @@ impl LlamaConfig {
         let mut sliding = BlockSet::NONE;
         if window.is_some() {
             for k in 0..layers {
-                let slides = match map.get("layer_types").and_then(Value::as_array) {
-                    Some(types) => types.get(k).is_some_and(|t| t == "sliding_attention"),
+                let slides = match &types {
+                    Some(types) => types[k],
+                    None if kind == Kind::SmolLm3 => unrotated.has(k),
                     None if gemma => {
                         let every = r.size("sliding_window_pattern", Some(6))?;
                         !(k + 1).is_multiple_of(every)
@@ -208,21 +264,6 @@ impl LlamaConfig {
                 }
             }
         }
-        let mut unrotated = BlockSet::NONE;
-        if kind == Kind::SmolLm3 {
-            for k in 0..layers {
-                // The list says where positions are.
-                let without = match map.get("no_rope_layers").and_then(Value::as_array) {
-                    Some(list) => list.get(k).and_then(Value::as_u64) == Some(0),
-                    None => (k + 1).is_multiple_of(r.size("no_rope_layer_interval", Some(4))?),
-                };
-                if without {
-                    let with = unrotated.with(k);
-                    unrotated = with.map_err(|e| ConfigError::Values(e.to_string()))?;
-                }
-            }
-        }
-
         let parameters = map.get("rope_parameters").filter(|v| !v.is_null());
         let scaling = parameters.or_else(|| map.get("rope_scaling"));
         let of = |name| scaling.and_then(|s| s.get(name));

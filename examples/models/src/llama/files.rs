@@ -18,8 +18,7 @@ pub fn load_weights<B: Backend<Real = f32>>(
     be: &mut B,
     model: &Llama,
 ) -> Result<String, WeightsError> {
-    model.fill_tables(be)?;
-    files::load(dir, be, &model.tensors())
+    files::load(dir, be, model)
 }
 
 /// As [`load_weights`], from any source.
@@ -31,6 +30,5 @@ pub fn read_weights<B: Backend<Real = f32>>(
     be: &mut B,
     model: &Llama,
 ) -> Result<String, WeightsError> {
-    model.fill_tables(be)?;
-    files::read(weights, be, &model.tensors())
+    files::read(weights, be, model)
 }

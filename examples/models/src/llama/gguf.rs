@@ -1,11 +1,11 @@
 //! Models of Llama's family in GGUF files: their configuration, and their tensors under Hugging
 //! Face's names.
 //!
-//! Llama's and Mistral's files have the rows of queries and keys in another order, for rotations of
-//! neighbours in place of halves; Gemma's have 1 added to the weights of norms. Both are undone, so
-//! that a model is the same wherever it comes from.
+//! The files of Llama, Mistral and SmolLM3 have the rows of queries and keys in another order, for
+//! rotations of neighbours in place of halves; Gemma's have 1 added to the weights of norms. Both
+//! are undone, so that a model is the same wherever it comes from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -81,10 +81,11 @@ fn config(file: &Gguf) -> Result<LlamaConfig, ConfigError> {
     put("num_attention_heads", count("attention.head_count"));
     put("num_key_value_heads", count("attention.head_count_kv"));
     put("max_position_embeddings", count("context_length"));
-    put("rms_norm_eps", number("attention.layer_norm_rms_epsilon"));
+    let eps = number("attention.layer_norm_rms_epsilon");
+    put("rms_norm_eps", Some(eps.ok_or_else(|| absent("layer_norm_rms_epsilon", "nothing"))?));
     put("rope_theta", number("rope.freq_base"));
     put("head_dim", count("attention.key_length"));
-    let rows = |tensor: &str| file.tensors.get(tensor).map(|t| t.shape[0]);
+    let rows = |tensor: &str| file.tensors.get(tensor).and_then(|t| t.shape.first().copied());
     let vocab = rows("token_embd.weight").ok_or_else(|| absent("token_embd.weight", "nothing"))?;
     put("vocab_size", Some(json!(vocab)));
     put("tie_word_embeddings", Some(json!(rows("output.weight").is_none())));
@@ -98,19 +99,41 @@ fn config(file: &Gguf) -> Result<LlamaConfig, ConfigError> {
     match kind {
         Kind::Gemma3 => {
             put("sliding_window", window);
-            let scale = file.number(&key("attention.query_pre_attn_scalar"));
-            put("query_pre_attn_scalar", scale.map(|x| json!(x)));
+            // The file of the 27B does not say that its scores have another factor.
+            if file.count(&key("block_count")) == Some(62) {
+                let found = "62, which has another factor of the scores than 1/√head_dim";
+                return Err(absent("gemma3.block_count", found));
+            }
         }
         Kind::Mistral => put("sliding_window", Some(window.unwrap_or(Value::Null))),
         _ => {}
     }
+    // What would change the result and is not implemented must not be passed over.
+    for name in ["attention.scale", "attention.temperature_scale", "rope.scale_linear"] {
+        if let Some(found) = file.number(&key(name)) {
+            return Err(ConfigError::Field {
+                field: "metadata",
+                expected: format!("no {name}, which is not implemented"),
+                found: found.to_string(),
+            });
+        }
+    }
+    let turned = file.count(&key("rope.dimension_count"));
+    let head = file.count(&key("attention.key_length"));
+    if turned.zip(head).is_some_and(|(turned, head)| turned != head) {
+        return Err(ConfigError::Field {
+            field: "rope.dimension_count",
+            expected: "the width of a head".into(),
+            found: turned.unwrap_or(0).to_string(),
+        });
+    }
     let factor = file.number(&key("rope.scaling.factor"));
-    match file.text(&key("rope.scaling.type")) {
-        None | Some("none") => {}
-        Some("linear") => {
+    match (file.text(&key("rope.scaling.type")), factor) {
+        (Some("none"), _) | (None, None) => {}
+        (Some("linear") | None, _) => {
             put("rope_scaling", Some(json!({"rope_type": "linear", "factor": factor})));
         }
-        Some(other) => {
+        (Some(other), _) => {
             return Err(ConfigError::Field {
                 field: "rope.scaling.type",
                 expected: "\"none\" or \"linear\"".into(),
@@ -133,7 +156,7 @@ impl GgufModel {
         let names =
             file.tensors.keys().filter_map(|name| Some((hugging_face(&dims, name)?, name.clone())));
         let names = names.collect();
-        let neighbours = matches!(config.kind, Kind::Llama | Kind::Mistral);
+        let neighbours = matches!(config.kind, Kind::Llama | Kind::Mistral | Kind::SmolLm3);
         Self { file, dims, names, neighbours }
     }
 
@@ -205,10 +228,12 @@ impl Source for GgufModel {
                 Some(_) => {}
             }
         }
-        let known = |name: &&String| !expected.iter().any(|(known, _)| known == *name);
-        wrong.extend(self.names.keys().filter(known).map(|name| format!("unexpected: {name}")));
-        let strange = |name: &&String| !self.names.values().any(|known| known == *name);
-        let strange = self.file.tensors.keys().filter(strange);
+        let expected: BTreeSet<_> = expected.iter().map(|(name, _)| name.as_str()).collect();
+        let own: BTreeSet<_> = (self.names.iter())
+            .filter(|(name, _)| expected.contains(name.as_str()))
+            .map(|(_, own)| own.as_str())
+            .collect();
+        let strange = self.file.tensors.keys().filter(|name| !own.contains(name.as_str()));
         wrong.extend(strange.map(|name| format!("unexpected: {name}")));
         if wrong.is_empty() { Ok(()) } else { Err(WeightsError::Mismatch(wrong)) }
     }
