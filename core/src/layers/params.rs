@@ -467,7 +467,7 @@ impl Params {
     pub(super) const fn finished_by(mut self, n: usize) -> Result<Self> {
         let fits = match self.kept {
             Gradients::Fused(_) => n == 1,
-            Gradients::Together(_, kept) => n == kept,
+            Gradients::Together(_, kept) => n == 1 || n == kept,
             Gradients::None | Gradients::Full(_) => n > 0,
         };
         if !fits {
@@ -478,7 +478,7 @@ impl Params {
             let possible = "1 where one group is in memory at a time";
             return Err(Error::setting("blocks of a step", n as f64, possible));
         }
-        self.together = if n < self.groups { n } else { self.groups };
+        self.together = if n < self.groups || self.groups == 0 { n } else { self.groups };
         Ok(self)
     }
 
