@@ -53,6 +53,14 @@ typedef enum bdia_status {
 // A stack.
 typedef struct bdia_stack bdia_stack;
 
+// Another magnitude of gamma.
+typedef struct bdia_gamma_change {
+  // The first step, of those given to bdia_stack_forward, that has it; 1 or more.
+  uint32_t step;
+  // As bdia_config.gamma.
+  double gamma;
+} bdia_gamma_change;
+
 // Sizes and settings of a stack. bdia_config_default fills in all but the first three.
 typedef struct bdia_config {
   // Samples of a batch.
@@ -73,9 +81,14 @@ typedef struct bdia_config {
   size_t threads;
   // Magnitude of gamma: 0.5 (one bit is kept per value and block), 0.25 (two), ... 2^-8 (eight).
   double gamma;
+  // Other magnitudes from later steps on, in their order. Memory is that of the smallest gamma.
+  struct bdia_gamma_change gamma_changes[7];
+  // Number of gamma_changes that count, 0 to 7.
+  size_t gamma_change_count;
   // Fractional bits l of the grid 2^-l, 0 to 24. Values may be up to 2^(30-l).
   uint32_t frac_bits;
-  // Sign of gamma: 0 drawn per sample and block, 1 always plus, -1 always minus.
+  // Sign of gamma: 0 drawn per sample and block; 2 drawn per sample, the same for all blocks
+  // (which leaves a pretrained network nearest to what it was); 1 always plus, -1 always minus.
   int32_t sign;
   // 1: keep all activations besides and count values that are rebuilt wrongly
   // (bdia_stack_mismatches). 0: do not.
@@ -178,12 +191,13 @@ enum bdia_status bdia_add_quantized(uint32_t frac_bits, int32_t *x, const float 
 // 32) with gamma = 2^-m.
 enum bdia_status bdia_side_words(double gamma, size_t samples, size_t per_sample, size_t *words);
 
-// The signs that a stack draws for the samples global ... global + samples - 1: sigma[i] = 1 or
-// -1.
+// The signs that a stack with this bdia_config.sign has for the samples global ... global +
+// samples - 1: sigma[i] = 1 or -1.
 enum bdia_status bdia_signs(uint64_t seed,
                             uint32_t step,
                             uint32_t global,
                             uint16_t block,
+                            int32_t sign,
                             int8_t *sigma,
                             size_t samples);
 
@@ -232,8 +246,8 @@ enum bdia_status bdia_step_gradient(double gamma,
 // sum of the whole if first is the index of the part's first value in the whole.
 enum bdia_status bdia_checksum(const int32_t *x, size_t n, size_t first, uint64_t *sum);
 
-// Fills in: 14 fractional bits, gamma 0.5 with drawn signs, whole batches as chunks, threads as
-// cores; sizes 0.
+// Fills in: 14 fractional bits, gamma 0.5 in all steps with drawn signs, whole batches as chunks,
+// threads as cores; sizes 0.
 enum bdia_status bdia_config_default(struct bdia_config *config);
 
 // The bytes that a stack will have, before anything is allocated.
