@@ -265,8 +265,14 @@ static void gradients(Net *net, const bdia_blocks *blocks, const float *x, const
   c.gamma_changes[0].gamma = 0.0625;
   c.gamma_change_count = 1;
   expect(bdia_plan(&c, &many), BDIA_STATUS_OK, "the plan with four");
-  size_t sums = few.side_bits - (size_t)4 * (K - 1) * BATCH * ((P + 31) / 32);
-  check(many.side_bits - sums == 4 * (few.side_bits - sums), "has room for the most bits that a step keeps");
+  check(many.side_bits > few.side_bits, "has more side bits");
+  bdia_stack *stack;
+  size_t words = 0, per_block = 0;
+  expect(bdia_stack_new(&c, blocks, &stack), BDIA_STATUS_OK, "a stack with changes of gamma");
+  expect(bdia_stack_side_words(stack, &words), BDIA_STATUS_OK, "its side bits");
+  expect(bdia_side_words(0.0625, BATCH, P, &per_block), BDIA_STATUS_OK, "those of four bits");
+  check(words == per_block * (K - 1), "there is room for the most bits that a step keeps");
+  expect(bdia_stack_free(stack), BDIA_STATUS_OK, "free");
   for (int sign = -1; sign <= 2; sign++) {
     c.sign = sign;
     gradients_of(c, 1, 0.25, net, blocks, x, target);
