@@ -2,6 +2,7 @@
 
 pub mod bpe;
 mod cache;
+pub mod chat;
 pub mod config;
 pub mod files;
 pub mod gguf;

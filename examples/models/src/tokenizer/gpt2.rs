@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use tiktoken_rs::{CoreBPE, r50k_base_singleton};
 
+use super::SpecialTokens;
 use crate::files::{FileError, write_bytes};
 
 /// The end-of-text token, `<|endoftext|>`.
@@ -19,65 +20,43 @@ pub const EOT_TEXT: &str = "<|endoftext|>";
 /// Text is encoded in pieces of about this many bytes, each on any thread.
 const PIECE: usize = 1 << 16;
 
-/// What `<|endoftext|>` within a text is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SpecialTokens {
-    /// The end-of-text token, as Hugging Face's tokenizers have it.
-    Parse,
-    /// Text like any other.
-    Text,
-}
+/// What [`Engine`](super::engine::Engine) has for these tokens, merges and words.
+pub(super) const DIGEST: u64 = 0;
 
-/// The tokenizer.
-///
-/// A run of letters, digits, or other characters that nothing interrupts is merged as a whole, in
-/// n log n steps for n bytes: a megabyte of DNA gets the tokens that GPT-2's encoding defines.
+/// The encoding.
 #[derive(Clone, Copy)]
-pub struct Tokenizer {
-    bpe: &'static CoreBPE,
-    special: SpecialTokens,
-}
+pub(super) struct Gpt2(&'static CoreBPE);
 
-impl core::fmt::Debug for Tokenizer {
+impl core::fmt::Debug for Gpt2 {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.write_str("Tokenizer(r50k_base)")
+        f.write_str("Gpt2(r50k_base)")
     }
 }
 
-impl Default for Tokenizer {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl Tokenizer {
-    /// GPT-2's tokenizer, built at its first use. `<|endoftext|>` is text like any other.
+impl Gpt2 {
+    /// Built at its first use.
     pub fn new() -> Self {
-        Self { bpe: r50k_base_singleton(), special: SpecialTokens::Text }
+        Self(r50k_base_singleton())
     }
 
-    /// The same with another meaning of `<|endoftext|>`.
-    #[must_use]
-    pub const fn with_special_tokens(self, special: SpecialTokens) -> Self {
-        Self { special, ..self }
-    }
-
-    /// What `<|endoftext|>` within a text is.
-    pub const fn special_tokens(&self) -> SpecialTokens {
-        self.special
-    }
-
-    /// Encodes text on all threads of the current pool.
-    pub fn encode(&self, text: &str) -> Vec<u32> {
-        self.encode_all(&[text]).pop().unwrap_or_default()
+    /// The token that is written like this.
+    pub fn token(self, text: &str) -> Option<u32> {
+        if text == EOT_TEXT {
+            return Some(EOT);
+        }
+        let characters = byte_characters();
+        let byte = |c| characters.iter().position(|known| *known == c).map(|b| b as u8);
+        let bytes: Option<Vec<u8>> = text.chars().map(byte).collect();
+        let bytes = bytes?;
+        (0..EOT).find(|&token| self.decode_bytes(&[token]) == bytes)
     }
 
     /// Encodes many texts on all threads of the current pool.
-    pub fn encode_all(&self, texts: &[&str]) -> Vec<Vec<u32>> {
+    pub fn encode_all(self, texts: &[&str], special: SpecialTokens) -> Vec<Vec<u32>> {
         // The end-of-text token is a piece without text.
         let mut pieces: Vec<(usize, Option<&str>)> = Vec::new();
         for (i, text) in texts.iter().enumerate() {
-            let parts = match self.special {
+            let parts = match special {
                 SpecialTokens::Parse => text.split(EOT_TEXT).collect(),
                 SpecialTokens::Text => vec![*text],
             };
@@ -86,7 +65,7 @@ impl Tokenizer {
                 pieces.extend(cut(part).into_iter().map(|piece| (i, Some(piece))));
             }
         }
-        let encode = |piece: Option<&str>| piece.map(|piece| self.bpe.encode_ordinary(piece));
+        let encode = |piece: Option<&str>| piece.map(|piece| self.0.encode_ordinary(piece));
         let encoded: Vec<Vec<u32>> =
             pieces.par_iter().map(|(_, piece)| encode(*piece).unwrap_or(vec![EOT])).collect();
         let mut all = vec![Vec::new(); texts.len()];
@@ -96,17 +75,11 @@ impl Tokenizer {
         all
     }
 
-    /// The text of tokens. A token may be part of a character: what is not UTF-8 in the end, and
-    /// tokens outside the vocabulary, become `�`.
-    pub fn decode(&self, tokens: &[u32]) -> String {
-        String::from_utf8_lossy(&self.decode_bytes(tokens)).into_owned()
-    }
-
     /// The bytes of tokens; those of `�` for a token outside the vocabulary.
-    pub fn decode_bytes(&self, tokens: &[u32]) -> Vec<u8> {
+    pub fn decode_bytes(self, tokens: &[u32]) -> Vec<u8> {
         let mut bytes = Vec::new();
         for token in tokens {
-            match self.bpe.decode_bytes(core::slice::from_ref(token)) {
+            match self.0.decode_bytes(core::slice::from_ref(token)) {
                 Ok(b) => bytes.extend(b),
                 Err(_) => bytes.extend("\u{fffd}".as_bytes()),
             }
@@ -115,7 +88,7 @@ impl Tokenizer {
     }
 
     /// `vocab.json`: every token as text by [`byte_characters`], with its number.
-    pub fn vocab_json(&self) -> String {
+    pub fn vocab_json(self) -> String {
         let characters = byte_characters();
         let mut map = Map::new();
         for token in 0..EOT {
@@ -129,7 +102,7 @@ impl Tokenizer {
     /// learned.
     ///
     /// The token of rank `r` was made of the two parts that the merges before `r` leave of it.
-    pub fn merges_txt(&self) -> String {
+    pub fn merges_txt(self) -> String {
         let characters = byte_characters();
         let tokens: Vec<Vec<u8>> = (0..EOT).map(|t| self.decode_bytes(&[t])).collect();
         let ranks: HashMap<&[u8], usize> =
@@ -160,7 +133,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`FileError`]
-    pub fn write_hf_files(&self, dir: &Path, positions: usize) -> Result<(), FileError> {
+    pub fn write_hf_files(self, dir: &Path, positions: usize) -> Result<(), FileError> {
         let special = json!({"bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT});
         let config = json!({
             "add_prefix_space": false,
@@ -247,12 +220,13 @@ fn spell(bytes: &[u8], characters: &[char; 256]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Tokenizer;
     use super::*;
     use std::path::PathBuf;
 
     #[test]
     fn known_encodings() {
-        let t = Tokenizer::new();
+        let t = Tokenizer::gpt2();
         assert_eq!(t.encode("Hello, world!"), [15496, 11, 995, 0]);
         assert_eq!(t.decode(&[15496, 11, 995, 0]), "Hello, world!");
         assert_eq!(t.encode(""), [0_u32; 0]);
@@ -269,8 +243,8 @@ mod tests {
     /// Long runs without a space have the tokens that the merges give, one after the other.
     #[test]
     fn long_runs_are_merged_like_short_ones() {
-        let t = Tokenizer::new();
-        let tokens: Vec<Vec<u8>> = (0..EOT).map(|t| Tokenizer::new().decode_bytes(&[t])).collect();
+        let t = Tokenizer::gpt2();
+        let tokens: Vec<Vec<u8>> = (0..EOT).map(|t| Tokenizer::gpt2().decode_bytes(&[t])).collect();
         let ranks: HashMap<&[u8], usize> =
             tokens.iter().enumerate().map(|(r, t)| (t.as_slice(), r)).collect();
         let stream = bdia_core::rng::Stream::new(6, 0, 0, 0, 0, bdia_core::rng::Draw::Data);
@@ -300,7 +274,7 @@ mod tests {
 
     #[test]
     fn fragments_and_foreign_tokens_do_not_fail() {
-        let t = Tokenizer::new();
+        let t = Tokenizer::gpt2();
         let snowman = t.encode("☃");
         assert!(snowman.len() > 1);
         assert_eq!(t.decode(&snowman), "☃");
@@ -311,7 +285,7 @@ mod tests {
     /// Text with every kind of border, longer than several pieces, as a whole and in pieces.
     #[test]
     fn pieces_change_no_token() {
-        let t = Tokenizer::new();
+        let t = Tokenizer::gpt2();
         let some = [
             "don't", " a", "  b", "\n\nxyz", "42", " ,.!", "\t \n", "\u{a0}", "é", "\u{2003}",
             "日本", "'ll", "\r\n",
@@ -325,13 +299,13 @@ mod tests {
         let text = [words(80_000), long.clone(), words(500), long].concat();
         assert!(cut(&text).len() > 2);
         assert_eq!(cut(&text).concat(), text);
-        assert_eq!(t.encode(&text), t.bpe.encode_ordinary(&text));
+        assert_eq!(t.encode(&text), Gpt2::new().0.encode_ordinary(&text));
     }
 
     /// Texts that make careless tokenizers slow or make them fail.
     #[test]
     fn hostile_texts() {
-        let t = Tokenizer::new();
+        let t = Tokenizer::gpt2();
         let n = 300_000;
         for text in [
             " ".repeat(n),
@@ -354,7 +328,8 @@ mod tests {
                 PathBuf::from,
             )
             .join("gpt2_bpe");
-        let t = Tokenizer::new();
+        let t = Tokenizer::gpt2();
+        let t = Gpt2::new();
         let (vocab, merges) = (t.vocab_json(), t.merges_txt());
         assert_eq!(merges.lines().count(), 50_001);
         assert!(merges.starts_with("#version: 0.2\nĠ t\nĠ a\nh e\n"));
