@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::added::AddedToken;
 use super::open::{self, Model};
 use super::pipeline::GPT2;
-use super::{Inner, byte_characters};
+use super::Inner;
 use crate::gguf::{self, Gguf};
 
 type Said<T> = Result<T, String>;
