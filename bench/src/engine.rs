@@ -16,8 +16,8 @@ use bdia_core::{Error, Reference, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::Cuda;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::files as gpt2_files;
 use bdia_models::gpt2::model as gpt2;
+use bdia_models::language::{Config as _, files as language_files};
 use bdia_models::named::Named;
 use bdia_models::plan::Plan;
 use bdia_models::vit::files as vit_files;
@@ -99,7 +99,7 @@ pub fn init(job: &Job, dir: &Path) -> Result<(), Failure> {
             let (be, model) =
                 initialized::<gpt2::Gpt2>(job, &gpt2(job, &config, 1, Gradients::None)?)?;
             config.write_dir(dir).map_err(bdia_train::Failure::from)?;
-            Ok(gpt2_files::save_weights(dir, &be, &model)?)
+            Ok(language_files::save(dir, &be, &model)?)
         }
         Architecture::Vit(dims) => {
             let (be, model) = initialized::<vit::Vit>(job, &vit(job, dims, 1, Gradients::None)?)?;
@@ -145,6 +145,7 @@ fn gpt2(
         gradients,
         blocks_per_step: 1,
         adapters: None,
+        packed: false,
         smoothing: 0.0,
         threads: job.threads,
         library: machine::library(&job.machine(), job.threads),
@@ -196,7 +197,7 @@ trait Measured: Plan {
 impl Measured for gpt2::Gpt2 {
     fn initialize<B: Backend<Real = f32>>(&self, be: &mut B, job: &Job) -> Result<(), Failure> {
         match &job.weights {
-            Some(dir) => gpt2_files::load_weights(dir, be, self).map(drop)?,
+            Some(dir) => language_files::load(dir, be, self).map(drop)?,
             None => self.initialize(be, job.seed)?,
         }
         Ok(())

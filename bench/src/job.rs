@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use bdia_core::layers::Patches;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::config::Size;
+use bdia_models::language::Config as _;
 use bdia_models::vit::model::Dims;
 use bdia_train::cli::{BackendKind, MachineArgs, Mode, PrecisionKind};
 use clap::{Args, ValueEnum};

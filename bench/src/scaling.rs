@@ -20,19 +20,19 @@
 //! What is not in it: ranks of different speed, switches that cannot carry what all links can, and,
 //! where the thread that adds up has no core of its own, what it takes from those that compute.
 
-use bdia_models::gpt2::config::Gpt2Config;
-use bdia_train::cli::Gpt2Size;
+use bdia_models::gpt2::config::{Gpt2Config, Size};
+use bdia_train::cli::Preset;
 use bdia_train::report::bytes;
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::Failure;
 
 /// The machines, and what one of them computes.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct ScalingArgs {
-    /// Size of the model
-    #[arg(long, value_name = "SIZE", default_value = "gpt2")]
-    pub config: Gpt2Size,
+    /// Size of the model: one of GPT-2's
+    #[arg(long, value_name = "SIZE", default_value = "gpt2", value_parser = size)]
+    pub config: Size,
     /// Tokens of a rank's part of a step
     #[arg(long, value_name = "N", default_value_t = 8192)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
@@ -57,6 +57,16 @@ pub struct ScalingArgs {
     pub ranks: Vec<u32>,
 }
 
+/// One of GPT-2's sizes.
+fn size(name: &str) -> Result<Size, String> {
+    let of = |preset: &Preset| Some(preset.to_possible_value()?.get_name().to_string());
+    let known = Preset::value_variants().iter().filter(|preset| preset.gpt2().is_some());
+    let found = known.clone().find(|preset| of(preset).as_deref() == Some(name));
+    let names: Vec<_> = known.filter_map(of).collect();
+    let size = found.and_then(|preset| preset.gpt2());
+    size.ok_or_else(|| format!("expected {}, found {name}", names.join(", ")))
+}
+
 /// What the model says of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
@@ -72,7 +82,7 @@ pub struct Step {
 
 /// A step of `ranks` ranks over links of `gbit` gigabits a second.
 pub fn step(args: &ScalingArgs, gbit: f64, ranks: u32) -> Step {
-    let c = Gpt2Config::preset(args.config.into());
+    let c = Gpt2Config::preset(args.config);
     let (d, inner, blocks, n) =
         (c.n_embd as f64, c.inner() as f64, c.n_layer as f64, f64::from(ranks));
     let block = 4.0 * d * d + 2.0 * d * inner + 9.0 * d + inner;
@@ -150,7 +160,7 @@ mod tests {
 
     fn args() -> ScalingArgs {
         ScalingArgs {
-            config: Gpt2Size::Gpt2,
+            config: Size::Gpt2,
             tokens: 8192,
             speed: 1000.0,
             gbit: vec![10.0],

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use bdia_lm::data::{Corpus, TokenType, token_layout};
-use bdia_lm::pairs::{self, Examples, LossOn, PairColumns};
+use bdia_lm::pairs::{self, Examples, Format, Kind, LossOn, PairColumns, Reading};
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::input;
+use bdia_models::language::Config as _;
 use bdia_models::llama::config::LlamaConfig;
 use bdia_models::tokenizer::{EOT, SpecialTokens, Tokenizer, VOCAB};
 use bdia_models::weights::{self, Weights, WeightsError};
@@ -21,7 +22,7 @@ const CONTEXT: usize = 4;
 
 fn tokenizer() -> &'static Tokenizer {
     static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
-    TOKENIZER.get_or_init(Tokenizer::new)
+    TOKENIZER.get_or_init(Tokenizer::gpt2)
 }
 
 /// The bytes as a new file, in memory where the system has a place for that.
@@ -187,7 +188,7 @@ pub fn tokens(data: &[u8]) {
             }
         }
         with_file("tokens.bin", data, |path| {
-            if let Ok(corpus) = Corpus::open(Some(path), asked, tokenizer(), 1000, CONTEXT) {
+            if let Ok(corpus) = Corpus::open(Some(path), asked, Some(tokenizer()), 1000, CONTEXT) {
                 readable(&corpus, 1000);
             }
         });
@@ -227,10 +228,12 @@ pub fn pairs(data: &[u8]) {
         assert_eq!(again.pairs, read);
         with_file(&name, data, |path| {
             for loss_on in [LossOn::Completion, LossOn::All] {
-                let open = Examples::open(path, &columns, loss_on, tokenizer(), VOCAB);
+                let kind = Kind::Pairs(columns.clone());
+                let reading = Reading { kind, format: Format::Plain, loss_on };
+                let open = Examples::open(path, &reading, (tokenizer(), Some(EOT)), VOCAB);
                 let mut examples = open.expect("what is parsed can be opened");
-                assert_eq!(examples.len(), read.len());
-                if examples.fit(CONTEXT).is_err() {
+                assert_eq!(examples.examples(), read.len());
+                if examples.fit(CONTEXT, false).is_err() {
                     continue;
                 }
                 let (_, dropped) = examples.truncated();
@@ -238,7 +241,7 @@ pub fn pairs(data: &[u8]) {
                 let mut targets = 0;
                 for i in 0..examples.len() {
                     let (mut x, mut y) = ([0; CONTEXT], [0; CONTEXT]);
-                    examples.sample(i, &mut x, &mut y);
+                    examples.sample(i, &mut x, &mut y, &mut []);
                     let learned = y.iter().filter(|&&t| t >= 0).count();
                     assert!(learned > 0);
                     targets += learned as u64;
@@ -260,11 +263,11 @@ pub fn text(data: &[u8]) {
     assert_eq!(tokens, tiktoken_rs::r50k_base_singleton().encode_ordinary(&text));
     let any: Vec<u32> = data.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
     let _ = tokenizer().decode(&any);
-    let parse = tokenizer().with_special_tokens(SpecialTokens::Parse);
+    let parse = tokenizer().clone().with_special_tokens(SpecialTokens::Parse);
     assert_eq!(parse.decode(&parse.encode(&text)), text);
     with_file("text.txt", data, |path| {
         for tokenizer in [tokenizer(), &parse] {
-            if let Ok(corpus) = Corpus::open(Some(path), None, tokenizer, VOCAB, CONTEXT) {
+            if let Ok(corpus) = Corpus::open(Some(path), None, Some(tokenizer), VOCAB, CONTEXT) {
                 readable(&corpus, VOCAB);
             }
         }

@@ -4,11 +4,11 @@
 use std::path::Path;
 
 use bdia_core::backend::Backend;
-use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::files::load_weights;
-use bdia_models::gpt2::model::Gpt2;
 use bdia_models::inference::Inference;
+use bdia_models::language::model::LanguageModel;
+use bdia_models::language::{Config, Family};
 use bdia_models::named::Adapters;
+use bdia_models::pretrained;
 use bdia_train::Failure;
 use bdia_train::calibrate::{self, Batch, Pretrained, TARGETS};
 use bdia_train::cli::{MethodArgs, StepArgs};
@@ -46,7 +46,8 @@ impl Samples {
                 let count = TARGETS.div_ceil(mean as usize).next_multiple_of(AT_ONCE).min(n);
                 for i in 0..count {
                     let (tokens, targets) = all.next();
-                    train.sample((i as u128 * n as u128 / count as u128) as usize, tokens, targets);
+                    let example = (i as u128 * n as u128 / count as u128) as usize;
+                    train.sample(example, tokens, targets, &mut []);
                 }
             }
         }
@@ -65,10 +66,10 @@ impl Samples {
 ///
 /// # Errors
 /// As [`calibrate::measure`].
-pub fn measure(
+pub fn measure<C: Config>(
     run: &mut StepArgs,
     source: &Source,
-    config: &Gpt2Config,
+    config: &C,
     weights: &Path,
     (context, adapters): (usize, Option<Adapters>),
 ) -> Result<(), Failure> {
@@ -86,22 +87,22 @@ pub fn measure(
     })
 }
 
-struct Measured<'a> {
+struct Measured<'a, F: Family> {
     weights: &'a Path,
     samples: &'a Samples,
-    model: Gpt2,
+    model: LanguageModel<F>,
 }
 
-impl Measured<'_> {
+impl<F: Family> Measured<'_, F> {
     /// Tokens of a batch.
     fn of_batch(&self) -> usize {
         self.model.stack.config().chunk * self.samples.context
     }
 }
 
-impl Pretrained for Measured<'_> {
+impl<F: Family> Pretrained for Measured<'_, F> {
     fn load<B: Backend<Real = f32>>(&mut self, be: &mut B) -> Result<(), Failure> {
-        load_weights(self.weights, be, &self.model).map_err(MethodArgs::unreadable)?;
+        pretrained::load(self.weights, be, &self.model).map_err(MethodArgs::unreadable)?;
         if self.model.setup().adapters.is_some() {
             // They begin as nothing.
             self.model.initialize_adapters(be, 0)?;

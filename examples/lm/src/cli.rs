@@ -6,6 +6,9 @@ use std::path::PathBuf;
 
 use bdia_models::config::ConfigError;
 use bdia_models::gpt2::config::Gpt2Config;
+use bdia_models::language::Config as _;
+use bdia_models::llama::config::LlamaConfig;
+use bdia_models::pretrained::AnyConfig;
 use bdia_models::tokenizer::{self, Tokenizer};
 use bdia_train::cli::*;
 use clap::error::ErrorKind;
@@ -13,7 +16,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{MOST_VOCAB, Order, TokenType};
-use crate::pairs::{LossOn, PairColumns};
+use crate::pairs::{Format, Kind, LossOn, PairColumns, Reading};
 
 /// The architecture: a named size, and single dimensions in place of its own.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
@@ -21,11 +24,11 @@ use crate::pairs::{LossOn, PairColumns};
 pub struct ModelArgs {
     /// Size of the model
     #[arg(long, value_name = "SIZE", default_value = "mini")]
-    pub config: Gpt2Size,
+    pub config: Preset,
     /// Blocks, in place of the size's
     #[arg(long, value_name = "N", value_parser = count(65_000))]
     pub layers: Option<u64>,
-    /// Attention heads, in place of the size's
+    /// Attention heads, in place of the size's; of a Llama, each has its own keys and values then
     #[arg(long, value_name = "N", value_parser = count(1 << 20))]
     pub heads: Option<u64>,
     /// Width, in place of the size's
@@ -34,41 +37,57 @@ pub struct ModelArgs {
     /// Tokens of a sample [default: the positions of the size or of the loaded model; 128 for mini]
     #[arg(long, value_name = "N", value_parser = count(1 << 24))]
     pub context: Option<u64>,
-    /// Size of the vocabulary, for token files that are not GPT-2's, at most 65536 [default: 50257]
+    /// Size of the vocabulary, for token files that are not GPT-2's [default: the tokenizer's]
     #[arg(long, value_name = "N", value_parser = count(MOST_VOCAB))]
     pub vocab: Option<u64>,
 }
 
 impl ModelArgs {
-    /// The configuration of a fresh model. The positions of `mini` are the context; the other sizes
-    /// have their own 1024, or the context where that is longer.
+    /// The configuration of a fresh model of `vocab` tokens, unless the flags say otherwise. The
+    /// positions of the smallest sizes are the context; the others have their own, or the context
+    /// where that is longer.
     ///
     /// # Errors
     /// [`ConfigError`] where the dimensions do not fit together.
-    pub fn gpt2(&self, dropout: f64) -> Result<Gpt2Config, ConfigError> {
-        let mut c = Gpt2Config::preset(self.config.into());
+    pub fn fresh(&self, dropout: f64, vocab: usize) -> Result<AnyConfig, ConfigError> {
         let to = |v: u64| usize::try_from(v).unwrap_or(usize::MAX);
-        c.n_layer = self.layers.map_or(c.n_layer, to);
-        c.n_head = self.heads.map_or(c.n_head, to);
-        c.n_embd = self.width.map_or(c.n_embd, to);
-        if let Some(context) = self.context.map(to) {
-            c.n_positions =
-                if self.config == Gpt2Size::Mini { context } else { c.n_positions.max(context) };
-        }
-        if let Some(vocab) = self.vocab.map(to) {
+        let or = |given: Option<u64>, own: usize| given.map_or(own, to);
+        let vocab = or(self.vocab, vocab);
+        let positions = |own: usize| match self.context.map(to) {
+            Some(context) if self.config.is_mini() => context,
+            Some(context) => own.max(context),
+            None => own,
+        };
+        if let Some(size) = self.config.gpt2() {
+            let mut c = Gpt2Config::preset(size);
+            c.n_layer = or(self.layers, c.n_layer);
+            c.n_head = or(self.heads, c.n_head);
+            c.n_embd = or(self.width, c.n_embd);
+            c.n_positions = positions(c.n_positions);
             c.set_vocab(vocab);
+            c.set_dropout(dropout);
+            c.check()?;
+            return Ok(AnyConfig::Gpt2(c));
         }
+        // Width, heads, heads of keys and values, layers, positions.
+        let [width, heads, shared, layers, own] = match self.config {
+            Preset::Llama135m => [576, 9, 3, 30, 8192],
+            _ => [128, 4, 2, 8, 128],
+        };
+        let (width, layers) = (or(self.width, width), or(self.layers, layers));
+        let (heads, shared) = self.heads.map_or((heads, shared), |h| (to(h), to(h)));
+        let inner = width.saturating_mul(8).div_ceil(3).next_multiple_of(64);
+        let mut c = LlamaConfig::new([vocab, positions(own), width, heads, shared, inner, layers])?;
         c.set_dropout(dropout);
-        c.check()?;
-        Ok(c)
+        Ok(AnyConfig::Llama(c))
     }
 }
 
-/// What `<|endoftext|>` within a text is.
+/// What special tokens within a text are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SpecialTokens {
-    /// The end of a document, one token, wherever it stands.
+    /// One token each; <|endoftext|> ends a document, wherever it stands.
     #[default]
     Parse,
     /// Text like any other; on a line of its own it still separates the documents of a text file.
@@ -84,11 +103,11 @@ impl From<SpecialTokens> for tokenizer::SpecialTokens {
     }
 }
 
-/// How texts become tokens.
+/// How texts become tokens: by the tokenizer of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Data")]
 pub struct TextArgs {
-    /// What <|endoftext|> within a text is
+    /// What special tokens such as <|endoftext|> within a text are
     #[arg(long, value_name = "WHAT", default_value = "parse")]
     // Runs of version 0.1 do not say it; what they read otherwise has another digest.
     #[serde(default)]
@@ -96,9 +115,9 @@ pub struct TextArgs {
 }
 
 impl TextArgs {
-    /// GPT-2's tokenizer.
-    pub fn tokenizer(self) -> Tokenizer {
-        Tokenizer::new().with_special_tokens(self.special_tokens.into())
+    /// A tokenizer with these settings.
+    pub fn of(self, tokenizer: Tokenizer) -> Tokenizer {
+        tokenizer.with_special_tokens(self.special_tokens.into())
     }
 }
 
@@ -106,16 +125,17 @@ impl TextArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Args)]
 #[command(next_help_heading = "Data")]
 pub struct ModelTextArgs {
-    /// What <|endoftext|> within a text is [default: what it is in the model's run, else parse]
+    /// What special tokens such as <|endoftext|> within a text are [default: what they are in the
+    /// model's run, else parse]
     #[arg(long, value_name = "WHAT")]
     pub special_tokens: Option<SpecialTokens>,
 }
 
 impl ModelTextArgs {
-    /// GPT-2's tokenizer; `of_run` is what the model's run says, if there is one.
-    pub fn tokenizer(self, of_run: Option<SpecialTokens>) -> Tokenizer {
+    /// A tokenizer with these settings; `of_run` is what the model's run says, if there is one.
+    pub fn of(self, tokenizer: Tokenizer, of_run: Option<SpecialTokens>) -> Tokenizer {
         let special_tokens = self.special_tokens.or(of_run).unwrap_or(SpecialTokens::Parse);
-        TextArgs { special_tokens }.tokenizer()
+        TextArgs { special_tokens }.of(tokenizer)
     }
 }
 
@@ -137,10 +157,15 @@ pub struct TrainArgs {
     /// Which pieces of the text make up a batch
     #[arg(long, default_value = "shuffled", help_heading = "Data")]
     pub order: Order,
-    /// Start from a model in Hugging Face's layout (config.json and model.safetensors)
-    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    /// Start from a model: a directory in Hugging Face's layout, a GGUF file, or a name there
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL", help_heading = "Model")]
     #[arg(conflicts_with_all = ["config", "layers", "heads", "width", "vocab"])]
     pub weights: Option<PathBuf>,
+    /// Tokenizer of a model from scratch: a directory with tokenizer.json, or with vocab.json and
+    /// merges.txt [default: GPT-2's]
+    #[arg(long, value_name = "DIR", help_heading = "Model", conflicts_with = "weights")]
+    #[serde(default)]
+    pub tokenizer: Option<PathBuf>,
     /// The architecture.
     #[command(flatten)]
     #[serde(flatten)]
@@ -152,11 +177,17 @@ pub struct TrainArgs {
 }
 
 impl Flags for TrainArgs {
-    const INPUTS: &'static [&'static str] = &["data", "weights"];
+    const INPUTS: &'static [&'static str] = &["data", "weights", "tokenizer"];
 
     fn run(&mut self) -> RunFlags<'_> {
-        self.run.flags(self.data.iter_mut().chain(&mut self.weights).collect())
+        let (weights, tokenizer) = (on_disk(&mut self.weights), &mut self.tokenizer);
+        self.run.flags(self.data.iter_mut().chain(weights).chain(tokenizer).collect())
     }
+}
+
+/// A model that lies on the disk; the name of one on Hugging Face is no path.
+fn on_disk(model: &mut Option<PathBuf>) -> Option<&mut PathBuf> {
+    model.as_mut().filter(|path| path.exists())
 }
 
 /// What the fine-tuning data is.
@@ -167,6 +198,8 @@ pub enum TaskKind {
     E2e,
     /// Prompts and completions: CSV, TSV or JSONL; also as .gz.
     Pairs,
+    /// Conversations: JSONL with a list `messages` of `role` and `content`; also as .gz.
+    Chat,
     /// Plain UTF-8 text, or a .bin or .npy file of tokens; also as .gz.
     Text,
 }
@@ -181,29 +214,38 @@ pub struct PairArgs {
     /// Column of the completions, of --task pairs [default: completion]
     #[arg(long, value_name = "NAME")]
     pub completion_column: Option<String>,
-    /// Which tokens of a pair are learned [default: completion]
+    /// Which tokens of an example are learned [default: completion; of conversations, the
+    /// assistant's]
     #[arg(long, value_name = "WHICH")]
     pub loss_on: Option<LossOn>,
+    /// What becomes of prompts and completions [default: chat where the model has a template of
+    /// conversations]
+    #[arg(long, value_name = "FORMAT")]
+    #[serde(default)]
+    pub format: Option<Format>,
 }
 
 impl PairArgs {
-    /// The columns of a task; `None` for text.
-    pub fn columns(&self, task: TaskKind) -> Option<PairColumns> {
+    /// How the examples of a task are read, for a model that has a template of conversations or
+    /// none; `None` for text.
+    pub fn reading(&self, task: TaskKind, has_template: bool) -> Option<Reading> {
         let or =
             |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.into());
-        match task {
-            TaskKind::E2e => Some(PairColumns::e2e()),
-            TaskKind::Pairs => Some(PairColumns {
+        let kind = match task {
+            TaskKind::E2e => Kind::Pairs(PairColumns::e2e()),
+            TaskKind::Pairs => Kind::Pairs(PairColumns {
                 prompt: or(&self.prompt_column, "prompt"),
                 completion: or(&self.completion_column, "completion"),
             }),
-            TaskKind::Text => None,
-        }
-    }
-
-    /// Which tokens are learned.
-    pub fn loss_on(&self) -> LossOn {
-        self.loss_on.unwrap_or(LossOn::Completion)
+            TaskKind::Chat => Kind::Messages,
+            TaskKind::Text => return None,
+        };
+        let own = if has_template { Format::Chat } else { Format::Plain };
+        Some(Reading {
+            format: if kind == Kind::Messages { Format::Chat } else { self.format.unwrap_or(own) },
+            kind,
+            loss_on: self.loss_on.unwrap_or(LossOn::Completion),
+        })
     }
 
     fn check(&self, task: TaskKind, token_type: Option<TokenType>) -> Result<(), String> {
@@ -217,6 +259,9 @@ impl PairArgs {
                 "--prompt-column and --completion-column belong to --task pairs; leave them out"
                     .into(),
             );
+        }
+        if matches!(task, TaskKind::Text | TaskKind::Chat) && self.format.is_some() {
+            return Err("--format belongs to --task e2e and pairs; leave it out".into());
         }
         if task == TaskKind::Text && self.loss_on.is_some() {
             return Err(
@@ -251,17 +296,20 @@ pub struct FinetuneArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub text: TextArgs,
-    /// The model to start from, in Hugging Face's layout (config.json and model.safetensors)
-    #[arg(long, value_name = "DIR", help_heading = "Model", conflicts_with = "model")]
-    #[arg(required_unless_present_any = ["model", "resume"])]
+    /// The model to start from: a directory in Hugging Face's layout, a GGUF file, or its name on
+    /// Hugging Face, such as HuggingFaceTB/SmolLM2-135M-Instruct
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL", help_heading = "Model")]
+    #[arg(required_unless_present = "resume")]
     pub weights: Option<PathBuf>,
-    /// The model to start from, by its name on Hugging Face, such as openai-community/gpt2-medium
-    #[arg(long, value_name = "NAME", help_heading = "Model")]
-    pub model: Option<String>,
     /// Tokens of a sample [default: of pairs, the longest example; of text, the model's positions;
     /// at most those]
     #[arg(long, value_name = "N", value_parser = count(1 << 24), help_heading = "Model")]
     pub context: Option<u64>,
+    /// Several examples in a sample, as many as there is room for; none sees another (Llama's
+    /// family)
+    #[arg(long, help_heading = "Data")]
+    #[serde(default)]
+    pub pack: bool,
     /// What is trained.
     #[command(flatten)]
     #[serde(flatten)]
@@ -280,9 +328,8 @@ impl Flags for FinetuneArgs {
     const INPUTS: &'static [&'static str] = &["data", "validation", "weights"];
 
     fn run(&mut self) -> RunFlags<'_> {
-        self.run.flags(
-            self.data.iter_mut().chain(&mut self.validation).chain(&mut self.weights).collect(),
-        )
+        let (data, weights) = (&mut self.data, on_disk(&mut self.weights));
+        self.run.flags(data.iter_mut().chain(&mut self.validation).chain(weights).collect())
     }
 
     fn forget(&mut self) {
@@ -297,6 +344,9 @@ impl FinetuneArgs {
         if self.run.resume.is_none() {
             self.pairs.check(self.task, self.token_type)?;
             self.method.check()?;
+            if self.pack && self.task == TaskKind::Text {
+                return Err("--pack belongs to tasks of examples; text has no room to fill".into());
+            }
         }
         self.run.check()
     }
@@ -305,9 +355,10 @@ impl FinetuneArgs {
 /// Flags of `eval`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct EvalArgs {
-    /// The model: a run's directory, or one in Hugging Face's layout; without this flag, the last
-    /// run without --out
-    #[arg(long, value_name = "DIR", default_value = "runs/lm")]
+    /// The model: a run's directory, one in Hugging Face's layout, a GGUF file, or a name on
+    /// Hugging Face; without this flag, the last run without --out
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL")]
+    #[arg(default_value = "runs/lm")]
     pub weights: PathBuf,
     /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
     #[arg(long, value_name = "DIR")]
@@ -356,9 +407,10 @@ pub struct EvalArgs {
 /// Flags of `generate`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct GenerateArgs {
-    /// The model: a run's directory, or one in Hugging Face's layout; without this flag, the last
-    /// run without --out
-    #[arg(long, value_name = "DIR", default_value = "runs/lm")]
+    /// The model: a run's directory, one in Hugging Face's layout, a GGUF file, or a name on
+    /// Hugging Face; without this flag, the last run without --out
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL")]
+    #[arg(default_value = "runs/lm")]
     pub weights: PathBuf,
     /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
     #[arg(long, value_name = "DIR")]
@@ -441,6 +493,46 @@ impl GenerateArgs {
     }
 }
 
+/// Flags of `chat`.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct ChatArgs {
+    /// The model: a run's directory, one in Hugging Face's layout, a GGUF file, or a name on
+    /// Hugging Face; without this flag, the last run without --out
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL")]
+    #[arg(default_value = "runs/lm")]
+    pub weights: PathBuf,
+    /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// One message in place of a conversation: the answer is written, and that is all
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = count(1 << 20))]
+    pub tokens: u64,
+    /// Tokens of the conversation that the model sees [default: 2048, at most its positions]
+    #[arg(long, value_name = "N", value_parser = count(1 << 24))]
+    pub context: Option<u64>,
+    /// Logits are divided by it; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.7, value_parser = not_negative)]
+    pub temperature: f64,
+    /// Choose among the k most likely tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 40, value_parser = count_or_zero(1 << 20))]
+    pub top_k: u64,
+    /// Choose among the most likely tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = probability)]
+    pub top_p: f64,
+    /// The answers follow from it
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = seed)]
+    pub seed: u64,
+    /// Threads, memory, backend.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+}
+
 /// How texts are written that are scored: by beam search, with the settings of the E2E challenge's
 /// fine-tuned GPT-2.
 #[derive(Debug, Clone, Copy, PartialEq, Args, Serialize, Deserialize)]
@@ -470,8 +562,9 @@ pub struct DecodingArgs {
 /// Flags of `score`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct ScoreArgs {
-    /// The model: a run's directory, or one in Hugging Face's layout
-    #[arg(long, value_name = "DIR")]
+    /// The model: a run's directory, one in Hugging Face's layout, a GGUF file, or a name on
+    /// Hugging Face
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL")]
     pub weights: PathBuf,
     /// Adapters of the model: a directory that `finetune --method lora` or PEFT wrote
     #[arg(long, value_name = "DIR")]
@@ -557,8 +650,9 @@ pub struct SmallDataArgs {
 /// Flags of `merge`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct MergeArgs {
-    /// The model that the adapters were trained on, in Hugging Face's layout
-    #[arg(long, value_name = "DIR")]
+    /// The model that the adapters were trained on: a directory in Hugging Face's layout, a GGUF
+    /// file, or a name on Hugging Face
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL")]
     pub weights: PathBuf,
     /// Its adapters: a directory that `finetune --method lora` or PEFT wrote
     #[arg(long, value_name = "DIR")]
@@ -574,6 +668,10 @@ pub struct MergeArgs {
 /// Flags of `plan`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct PlanArgs {
+    /// A model that is there: a directory in Hugging Face's layout, a GGUF file, or a name there
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL", help_heading = "Model")]
+    #[arg(conflicts_with_all = ["config", "layers", "heads", "width", "vocab"])]
+    pub weights: Option<PathBuf>,
     /// The architecture.
     #[command(flatten)]
     pub model: ModelArgs,
@@ -613,7 +711,7 @@ pub struct PlanArgs {
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Subcommand)]
 pub enum Command {
-    /// Train a GPT-2 (also what runs without a subcommand)
+    /// Train a language model from scratch (also what runs without a subcommand)
     Train(Box<TrainArgs>),
     /// Go on training a pretrained model on a task: all of it, or low-rank adapters
     Finetune(Box<FinetuneArgs>),
@@ -623,6 +721,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Text from a model
     Generate(GenerateArgs),
+    /// A conversation with a model that has a template for it
+    Chat(ChatArgs),
     /// Texts from the prompts of a file and their scores: BLEU, NIST, METEOR, ROUGE-L, CIDEr
     Score(Box<ScoreArgs>),
     /// Many runs and what they show: tables and pictures
@@ -642,7 +742,7 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// GPT-2 with exact reversible training: train, fine-tune, evaluate, generate, plan memory.
+/// Language models with exact reversible training: train, fine-tune, evaluate, generate, plan memory.
 ///
 /// Without a subcommand it trains, and the flags of `train` apply.
 #[derive(Debug, Parser)]
@@ -715,6 +815,10 @@ impl Cli {
             Command::Generate(generate) => {
                 newest(sub, &mut generate.weights);
                 generate.check()
+            }
+            Command::Chat(chat) => {
+                newest(sub, &mut chat.weights);
+                Ok(())
             }
             Command::Score(score) => score.pairs.check(score.task, None),
             Command::Experiment { experiment } => {
@@ -865,8 +969,8 @@ mod tests {
             ("eval --gamma 2", "from -1 to 1"),
             ("--steps 10 eval", "eval"),
             ("finetune --weights a", "--data"),
-            ("finetune --data a", "--weights"),
-            ("finetune --data a --weights b --model c", "cannot be used with"),
+            ("finetune --data a", "--model"),
+            ("finetune --data a --weights b --model c", "cannot be used multiple times"),
             ("finetune --data a --weights b --lora-alpha 3", "belong to --method lora"),
             ("finetune --data a --weights b --lora-alpha 0", "a number above 0"),
             ("finetune --data a --weights b --lora-rank 0", "from 1 to 65536"),
@@ -932,7 +1036,10 @@ mod tests {
         );
         let columns = |flags: &str| {
             let f = finetune(&format!("--data a --weights b {flags}"));
-            f.pairs.columns(f.task).map(|c| [c.prompt, c.completion])
+            f.pairs.reading(f.task, false).map(|r| match r.kind {
+                Kind::Pairs(c) => [c.prompt, c.completion],
+                Kind::Messages => panic!(),
+            })
         };
         let own = |a: &str, b: &str| Some([a.to_string(), b.to_string()]);
         assert_eq!(columns(""), own("mr", "ref"));
@@ -961,16 +1068,20 @@ mod tests {
     fn dimensions() {
         let c = train("--layers 3 --heads 2 --width 48 --context 32 --vocab 61 --dropout 0.1")
             .model
-            .gpt2(0.1)
+            .fresh(0.1, 50_257)
             .unwrap();
+        let AnyConfig::Gpt2(c) = c else { panic!() };
         assert_eq!(
             (c.n_layer, c.n_head, c.n_embd, c.n_positions, c.vocab_size),
             (3, 2, 48, 32, 61)
         );
         assert_eq!((c.eos_token_id, c.resid_pdrop), (None, 0.1));
-        let error = train("--heads 5 --width 48").model.gpt2(0.0).unwrap_err().to_string();
+        let error = train("--heads 5 --width 48").model.fresh(0.0, 50_257).unwrap_err().to_string();
         assert!(error.contains("n_head"), "{error}");
-        assert_eq!(train("--config gpt2 --context 256").model.gpt2(0.0).unwrap().n_positions, 1024);
+        let positions = |flags: &str| train(flags).model.fresh(0.0, 50_257).unwrap().positions();
+        assert_eq!(positions("--config gpt2 --context 256"), 1024);
+        assert_eq!(positions("--config llama-mini --context 64"), 64);
+        assert_eq!(positions("--config llama-135m"), 8192);
     }
 
     #[test]

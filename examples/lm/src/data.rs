@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bdia_core::rng::{Draw, Stream};
 use bdia_models::files::FileError;
 use bdia_models::input::{self, InputError};
-use bdia_models::tokenizer::{EOT, EOT_TEXT, SpecialTokens, Tokenizer};
+use bdia_models::tokenizer::{EOT_TEXT, SpecialTokens, Tokenizer};
 use bdia_train::Failure;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -85,9 +85,8 @@ pub enum DataError {
     /// A token that the model does not have.
     #[error(
         "{source_name}: token {token} at position {position} is outside the vocabulary of \
-         {vocab}; use the vocabulary the tokens were made with (--vocab; those of this program end \
-         at {}), the type of their numbers (--token-type), or other data",
-        MOST_VOCAB
+         {vocab}; use the vocabulary the tokens were made with (--vocab), the type of their \
+         numbers (--token-type), or other data"
     )]
     Token {
         /// Where the tokens come from.
@@ -98,6 +97,16 @@ pub enum DataError {
         position: u64,
         /// Tokens that the model has.
         vocab: usize,
+    },
+    /// Text for a model without a tokenizer.
+    #[error(
+        "{source_name}: text, but the model has no tokenizer: expected tokenizer.json, or \
+         vocab.json and merges.txt, in its directory; put them there, or use token files (.bin, \
+         .npy)"
+    )]
+    Tokenizer {
+        /// Where the text comes from.
+        source_name: String,
     },
     /// Too few tokens.
     #[error(
@@ -194,8 +203,8 @@ impl core::fmt::Display for TokenType {
     }
 }
 
-/// The largest vocabulary: tokens in memory are `u16`.
-pub const MOST_VOCAB: u64 = 1 << 16;
+/// The largest vocabulary that can be asked for.
+pub const MOST_VOCAB: u64 = 1 << 24;
 /// Text files are tokenized in memory; larger ones should be made into token files once.
 const MOST_TEXT: u64 = 4 << 30;
 /// The beginning of a token file: its header, or enough numbers to see how wide they are.
@@ -208,7 +217,7 @@ const MAGIC_U32: u32 = 20_240_801;
 /// Where the tokens of a [`Part`] are.
 #[derive(Debug, Clone)]
 enum Store {
-    Memory(Arc<Vec<u16>>),
+    Memory(Arc<Vec<u32>>),
     /// Token files stay on disk: they may be larger than the memory.
     File {
         file: Arc<Mutex<File>>,
@@ -241,7 +250,7 @@ pub struct Batches {
 
 impl Part {
     /// Tokens in memory.
-    pub fn from_tokens(tokens: Vec<u16>) -> Self {
+    pub fn from_tokens(tokens: Vec<u32>) -> Self {
         let len = tokens.len() as u64;
         Self { store: Store::Memory(Arc::new(tokens)), start: 0, len }
     }
@@ -432,16 +441,18 @@ impl Corpus {
     pub fn open(
         data: Option<&Path>,
         token_type: Option<TokenType>,
-        tokenizer: &Tokenizer,
+        tokenizer: Option<&Tokenizer>,
         vocab: usize,
         context: usize,
     ) -> Result<Self, DataError> {
         let corpus = match data {
-            None => Self::licences(tokenizer),
+            None => Self::licences(needed(tokenizer, "the licence texts")?),
             Some(path) if has_tokens(path, token_type) => {
                 Self::token_file(path, token_type, vocab, context)?
             }
-            Some(path) => Self::text_file(path, tokenizer, context)?,
+            Some(path) => {
+                Self::text_file(path, needed(tokenizer, &path.display().to_string())?, context)?
+            }
         };
         if corpus.train.len() <= context as u64 {
             return Err(DataError::Short {
@@ -462,29 +473,27 @@ impl Corpus {
     pub fn whole(
         path: &Path,
         token_type: Option<TokenType>,
-        tokenizer: &Tokenizer,
+        tokenizer: Option<&Tokenizer>,
         vocab: usize,
     ) -> Result<(Part, Option<String>), DataError> {
         let (part, note) = if has_tokens(path, token_type) {
             (open_tokens(path, token_type, vocab)?, None)
         } else {
+            let tokenizer = needed(tokenizer, &path.display().to_string())?;
             let text = read_text(path)?;
             let (documents, note) = documents(path, &text, tokenizer.special_tokens());
-            (Self::join(&documents, &tokenizer.encode_all(&documents)), note)
+            (Self::join(&documents, tokenizer), note)
         };
         part.check(&path.display().to_string(), vocab)?;
         Ok((part, note))
     }
 
-    /// Documents one after the other; a single one without the end-of-text token before it.
-    fn join(documents: &[&str], encoded: &[Vec<u32>]) -> Part {
+    /// Documents one after the other; a single one without a start token.
+    fn join(documents: &[&str], tokenizer: &Tokenizer) -> Part {
+        let start = start_token(tokenizer).filter(|_| documents.len() > 1);
         let mut all = Vec::new();
-        for tokens in encoded {
-            if documents.len() > 1 {
-                document(&mut all, tokens);
-            } else {
-                all.extend(tokens.iter().map(|&t| t as u16));
-            }
+        for tokens in tokenizer.encode_all(documents) {
+            document(&mut all, start, &tokens);
         }
         Part::from_tokens(all)
     }
@@ -502,10 +511,9 @@ impl Corpus {
         let bodies: Vec<&str> = texts.iter().map(|t| t.1).collect();
         let (mut train, mut validation) = (Vec::new(), Vec::new());
         for ((name, _), tokens) in texts.iter().zip(tokenizer.encode_all(&bodies)) {
-            document(
-                if name_hash(name).is_multiple_of(10) { &mut validation } else { &mut train },
-                &tokens,
-            );
+            let part =
+                if name_hash(name).is_multiple_of(10) { &mut validation } else { &mut train };
+            document(part, start_token(tokenizer), &tokens);
         }
         let name = "licence texts of SPDX".into();
         let (train, validation) = (Part::from_tokens(train), Part::from_tokens(validation));
@@ -515,16 +523,16 @@ impl Corpus {
     fn text_file(path: &Path, tokenizer: &Tokenizer, context: usize) -> Result<Self, DataError> {
         let text = read_text(path)?;
         let (documents, note) = documents(path, &text, tokenizer.special_tokens());
-        let encoded = tokenizer.encode_all(&documents);
         let name = path.display().to_string();
         if documents.len() < 10 {
             // Too few to give whole ones away.
-            let split = Self::split(Self::join(&documents, &encoded), context, name);
+            let split = Self::split(Self::join(&documents, tokenizer), context, name);
             return Ok(Self { note, ..split });
         }
         let (mut train, mut validation) = (Vec::new(), Vec::new());
-        for (i, tokens) in encoded.iter().enumerate() {
-            document(if i % 10 == 9 { &mut validation } else { &mut train }, tokens);
+        for (i, tokens) in tokenizer.encode_all(&documents).iter().enumerate() {
+            let part = if i % 10 == 9 { &mut validation } else { &mut train };
+            document(part, start_token(tokenizer), tokens);
         }
         let (train, validation) = (Part::from_tokens(train), Part::from_tokens(validation));
         Ok(Self { train, validation, name, note })
@@ -579,11 +587,24 @@ fn read_text(path: &Path) -> Result<String, DataError> {
     if text.is_empty() { Err(DataError::Empty(path.into())) } else { Ok(text) }
 }
 
-/// Every document begins with the end-of-text token: what generation without a prompt starts from.
-fn document(to: &mut Vec<u16>, tokens: &[u32]) {
-    to.push(EOT as u16);
-    // r50k has 50257 tokens: all fit.
-    to.extend(tokens.iter().map(|&t| t as u16));
+/// The token that every document begins with, and from which text without a prompt is written: the
+/// one that the model expects at a text's start, else the one that ends documents.
+pub fn start_token(tokenizer: &Tokenizer) -> Option<u32> {
+    let own = tokenizer.bos().filter(|_| tokenizer.adds_bos());
+    own.or_else(|| tokenizer.token(EOT_TEXT)).or(tokenizer.eos()).or(tokenizer.bos())
+}
+
+fn document(to: &mut Vec<u32>, start: Option<u32>, tokens: &[u32]) {
+    to.extend(start);
+    to.extend(tokens);
+}
+
+/// The tokenizer that a text needs.
+fn needed<'a>(
+    tokenizer: Option<&'a Tokenizer>,
+    source_name: &str,
+) -> Result<&'a Tokenizer, DataError> {
+    tokenizer.ok_or_else(|| DataError::Tokenizer { source_name: source_name.into() })
 }
 
 /// FNV-1a: the same on every machine and in every version.
@@ -796,7 +817,7 @@ fn unpacked_tokens(
     let all = bytes[layout.offset as usize..].chunks_exact(layout.token_type.bytes());
     let tokens: Result<_, _> = (all.map(|b| layout.token_type.token(b)).enumerate())
         .map(|(i, token)| {
-            u16::try_from(token).map_err(|_| DataError::Token {
+            u32::try_from(token).map_err(|_| DataError::Token {
                 source_name: path.display().to_string(),
                 token,
                 position: i as u64,
@@ -811,6 +832,7 @@ fn unpacked_tokens(
 mod tests {
     use super::*;
     use bdia_models::files::testing::TempDir;
+    use bdia_models::tokenizer::EOT;
 
     fn bytes(tokens: impl IntoIterator<Item = u16>) -> Vec<u8> {
         tokens.into_iter().flat_map(u16::to_le_bytes).collect()
@@ -831,7 +853,7 @@ mod tests {
     }
 
     fn open(path: &Path, context: usize) -> Result<Corpus, DataError> {
-        Corpus::open(Some(path), None, &Tokenizer::new(), 50_257, context)
+        Corpus::open(Some(path), None, Some(&Tokenizer::gpt2()), 50_257, context)
     }
 
     fn all(part: &Part) -> Vec<i32> {
@@ -843,9 +865,9 @@ mod tests {
     #[test]
     fn licences_are_split_by_licence() {
         let start = std::time::Instant::now();
-        let t = Tokenizer::new();
+        let t = Tokenizer::gpt2();
         let built = start.elapsed();
-        let c = Corpus::open(None, None, &t, 50_257, 128).unwrap();
+        let c = Corpus::open(None, None, Some(&t), 50_257, 128).unwrap();
         let (train, val) = (c.train.len(), c.validation.len());
         println!("{train} + {val} tokens, tokenizer {built:?}, all {:?}", start.elapsed());
         assert!(train > 500_000);
@@ -855,7 +877,7 @@ mod tests {
         c.validation.copy(0, &mut first).unwrap();
         assert_eq!(first, [EOT as i32]);
         assert!(matches!(
-            Corpus::open(None, None, &t, 50_256, 128),
+            Corpus::open(None, None, Some(&t), 50_256, 128),
             Err(DataError::Token { token: 50_256, position: 0, .. })
         ));
     }
@@ -875,7 +897,10 @@ mod tests {
         // Tokens that begin like a packed file.
         for first in [[0x8b1f, 9], [0x8b1f, 0x2008], [0x8b1f, 0x0808]] {
             let path = dir.file("magic.bin", &bytes(first.into_iter().chain([257; 100])));
-            assert_eq!(Corpus::whole(&path, None, &Tokenizer::new(), 50_257).unwrap().0.len(), 102);
+            assert_eq!(
+                Corpus::whole(&path, None, Some(&Tokenizer::gpt2()), 50_257).unwrap().0.len(),
+                102
+            );
         }
         let train = dir.file("x_train_0.bin", &tokens);
         assert_eq!(open(&train, 16).unwrap().train.len(), 900);
@@ -931,7 +956,7 @@ mod tests {
     #[test]
     fn plain_text() {
         let dir = TempDir::new();
-        let t = Tokenizer::new();
+        let t = Tokenizer::gpt2();
         let text = "All work and no play.\n".repeat(100);
         let one = open(&dir.file("one.txt", text.as_bytes()), 16).unwrap();
         let expected: Vec<i32> = t.encode(&text).iter().map(|&t| t as i32).collect();
@@ -975,8 +1000,8 @@ mod tests {
 
         let dir = TempDir::new();
         let path = dir.file("b.txt", "\u{feff}one<|endoftext|>two".as_bytes());
-        let t = Tokenizer::new().with_special_tokens(SpecialTokens::Parse);
-        let (part, _) = Corpus::whole(&path, None, &t, 50_257).unwrap();
+        let t = Tokenizer::gpt2().with_special_tokens(SpecialTokens::Parse);
+        let (part, _) = Corpus::whole(&path, None, Some(&t), 50_257).unwrap();
         let expected = [&[EOT][..], &t.encode("one"), &[EOT], &t.encode("two")].concat();
         assert_eq!(all(&part), expected.iter().map(|&t| t as i32).collect::<Vec<_>>());
     }
@@ -989,7 +1014,7 @@ mod tests {
             tokens.iter().flat_map(|t| t.to_le_bytes()[..width].to_vec()).collect()
         };
         let open = |path: &Path, token_type| {
-            Corpus::open(Some(path), token_type, &Tokenizer::new(), 50_257, 16)
+            Corpus::open(Some(path), token_type, Some(&Tokenizer::gpt2()), 50_257, 16)
         };
         let npy = |descr: &str, shape: &str, content: &[u8]| {
             let mut head =
@@ -1024,7 +1049,7 @@ mod tests {
             let looks = if token_type == TokenType::I32 { TokenType::U32 } else { token_type };
             for n in [10, 1000] {
                 let path = dir.file("a.bin", &bytes[..n * width]);
-                match Corpus::whole(&path, None, &Tokenizer::new(), 50_257) {
+                match Corpus::whole(&path, None, Some(&Tokenizer::gpt2()), 50_257) {
                     Ok((part, _)) => assert_eq!((part.len(), width), (n as u64, 2)),
                     Err(e) => {
                         let way_out = format!("Use --token-type {looks},");
@@ -1050,7 +1075,7 @@ mod tests {
         let beyond = packed(&[1_u32, 70_000].map(u32::to_le_bytes).concat().repeat(20));
         let e = open(&dir.file("c.bin.gz", &beyond), Some(TokenType::U32)).unwrap_err();
         let found = matches!(e, DataError::Token { token: 70_000, position: 1, vocab: 50_257, .. });
-        assert!(found && e.to_string().contains("those of this program end at 65536"), "{e}");
+        assert!(found, "{e}");
         let llama = with_header(MAGIC_U32, 7, 1000, &wide(4));
         assert_eq!(open(&dir.file("d.bin", &llama), None).unwrap().train.len(), 900);
         for (name, content, asked, message) in [

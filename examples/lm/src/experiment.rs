@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::{
     DecodingArgs, FinetuneArgs, FinetuneStudyArgs, ModelTextArgs, ScoreArgs, SmallDataArgs,
-    TrainArgs,
+    TaskKind, TrainArgs,
 };
 use crate::finetune;
 use crate::score::{self, Found};
@@ -109,8 +109,8 @@ fn scores(
     cells: &[Cell<FinetuneArgs>],
 ) -> Result<Option<Vec<Vec<Found>>>, Failure> {
     let base = &args.finetune;
-    let Some(data) = base.validation.as_ref().filter(|_| base.pairs.columns(base.task).is_some())
-    else {
+    let has_prompts = matches!(base.task, TaskKind::E2e | TaskKind::Pairs);
+    let Some(data) = base.validation.as_ref().filter(|_| has_prompts) else {
         return Ok(None);
     };
     let data = std::path::absolute(data).unwrap_or_else(|_| data.clone());

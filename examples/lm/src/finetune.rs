@@ -6,10 +6,12 @@
 //! method lora    adapter_config.json, adapter_model.safetensors, in PEFT's layout
 //! ```
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::tokenizer::Tokenizer;
+use bdia_models::for_family;
+use bdia_models::language::{Config, Family as _};
+use bdia_models::pretrained;
+use bdia_train::checkpoint::Header;
 use bdia_train::cli::{Flags as _, MethodKind};
 use bdia_train::trainer::Summary;
 use bdia_train::{Failure, ranks, report, run};
@@ -19,44 +21,58 @@ use crate::cli::FinetuneArgs;
 use crate::data::{Corpus, DataError, Order};
 use crate::hub;
 use crate::pairs::Examples;
-use crate::train::{Asked, Lesson, Source, Start, batches};
+use crate::train::{Asked, Lesson, Source, Start, Texts, batches};
+
+/// Tokens of a sample with several examples, unless the flags say otherwise.
+const PACKED: usize = 512;
 
 /// Fine-tunes.
 ///
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn finetune(args: &FinetuneArgs) -> Result<Summary, Failure> {
-    let (mut args, from) = run::begin(args)?;
+    let (args, from) = run::begin(args)?;
     let joined = ranks::join(&args.run.machine)?;
     let full = args.method.method == MethodKind::Full;
-    let weights = match (&args.weights, &args.model, &from) {
+    let opened = match (&args.weights, &from) {
         // All that it trains is in its checkpoints.
-        (_, _, Some(_)) if full => args.run.out.clone(),
-        (Some(dir), ..) => dir.clone(),
-        (None, Some(name), _) => hub::locate(name)?,
-        (None, None, _) => {
-            return Err(Failure::Other("expected --weights or --model, found neither".into()));
-        }
+        (_, Some(_)) if full => pretrained::open_config(&args.run.out)?,
+        (Some(model), _) => hub::open(model)?,
+        (None, _) => return Err(Failure::Other("expected --model, found nothing".into())),
     };
-    args.method.check_start(Some(&weights), &args.clone().run())?;
-    let mut config = Gpt2Config::read_dir(&weights)?;
+    args.method.check_start(Some(&opened.path), &args.clone().run())?;
+    let tokenizer = opened.tokenizer.map(|t| args.text.of(t));
+    let texts = Texts { tokenizer, implied: opened.implied };
+    for_family!(opened.config, config => {
+        finetune_on(args, from, joined, config, opened.path, texts)
+    })
+}
+
+fn finetune_on<C: Config>(
+    mut args: FinetuneArgs,
+    from: Option<(PathBuf, Header)>,
+    joined: Option<bdia_ranks::Ranks>,
+    mut config: C,
+    weights: PathBuf,
+    texts: Texts,
+) -> Result<Summary, Failure> {
     // Dropout is a choice of the training; the file's is what somebody else chose.
     config.set_dropout(args.run.dropout);
-    let tokenizer = args.text.tokenizer();
-    let (source, context) = open(&mut args, &config, &tokenizer)?;
+    let (source, context) = open(&mut args, &config, &texts)?;
     if from.is_none() {
         let how = (context, args.method.adapters());
         calibrate::measure(&mut args.run, &source, &config, &weights, how)?;
     }
-    config.bdia = Some(args.run.mode.training()?);
+    config.set_training(args.run.mode.training()?);
     let lesson = Lesson {
         run: args.run.clone(),
         context,
         adapters: args.method.adapters(),
+        packed: args.pack,
         config,
         source,
         name: args.data.as_deref().unwrap_or(Path::new("")).display().to_string(),
-        tokenizer,
+        texts,
         start: Start::Weights(weights),
         asked: Asked::Finetune(Box::new(args.clone())),
     };
@@ -64,25 +80,31 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Summary, Failure> {
 }
 
 /// The data, the tokens of a sample, and the number of steps where passes were asked for.
-fn open(
+fn open<C: Config>(
     args: &mut FinetuneArgs,
-    config: &Gpt2Config,
-    tokenizer: &Tokenizer,
+    config: &C,
+    texts: &Texts,
 ) -> Result<(Source, usize), Failure> {
+    let (vocab, positions) = (config.dims().vocab(), config.dims().positions());
+    let tokenizer = texts.tokenizer.as_ref();
     let Some(data) = args.data.clone() else {
         return Err(Failure::Other("expected --data, found nothing".into()));
     };
     let asked = args.context.map(|c| c as usize);
-    let (source, context, samples) = match args.pairs.columns(args.task) {
-        Some(columns) => {
-            let loss_on = args.pairs.loss_on();
-            let examples =
-                |path: &Path| Examples::open(path, &columns, loss_on, tokenizer, config.vocab_size);
+    let has_template = tokenizer.is_some_and(|t| t.chat().is_some());
+    let (source, context, samples) = match args.pairs.reading(args.task, has_template) {
+        Some(reading) => {
+            let examples = |path: &Path| Examples::of(path, &reading, texts, config);
             let mut train = examples(&data)?;
             let mut validation = args.validation.as_deref().map(examples).transpose()?;
-            let context = asked.unwrap_or_else(|| train.longest().min(config.n_positions));
-            for examples in core::iter::once(&mut train).chain(&mut validation) {
-                examples.fit(context)?;
+            let context = asked.unwrap_or_else(|| {
+                // Room for several, where they are packed.
+                let longest = train.longest();
+                if args.pack { longest.max(PACKED) } else { longest }.min(positions)
+            });
+            train.fit(context, args.pack)?;
+            if let Some(examples) = &mut validation {
+                examples.fit(context, false)?;
             }
             for (name, examples) in
                 [("training", Some(&train)), ("validation", validation.as_ref())]
@@ -100,8 +122,8 @@ fn open(
             (Source::Pairs { train, validation }, context, samples)
         }
         None => {
-            let context = asked.unwrap_or(config.n_positions);
-            let (token_type, vocab) = (args.token_type, config.vocab_size);
+            let context = asked.unwrap_or(positions);
+            let token_type = args.token_type;
             let told = |note: Option<String>| note.iter().for_each(|n| report::note!("{n}"));
             let (train, validation) = match &args.validation {
                 Some(path) => {

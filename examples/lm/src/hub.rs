@@ -1,9 +1,10 @@
 //! Models by their names on Hugging Face: from its cache on this machine, or downloaded into it
 //! (feature `hub`).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use bdia_train::Failure;
+use bdia_models::pretrained::{self, Pretrained};
+use bdia_train::{Failure, report};
 
 /// A model that is not there.
 #[derive(Debug, thiserror::Error)]
@@ -11,9 +12,9 @@ pub enum HubError {
     /// The program was built without downloads.
     #[error(
         "--model {model}: this program was built without downloads from Hugging Face (cargo build \
-         --features hub). Or put \
-         config.json and model.safetensors of https://huggingface.co/{model} into a directory and \
-         name it with --weights"
+         --features hub), and there is no such directory. Or put the files of \
+         https://huggingface.co/{model} (config.json, tokenizer.json, *.safetensors) into a \
+         directory and name it with --model"
     )]
     Without {
         /// The name.
@@ -22,16 +23,15 @@ pub enum HubError {
     /// Neither in the cache nor to be had.
     #[error(
         "--model {model}: {file} is not in the cache ({}) and cannot be downloaded: {why}. \
-         Without a network, put config.json \
-         and model.safetensors of https://huggingface.co/{model} into a directory and name it \
-         with --weights",
+         Without a network, put the files of https://huggingface.co/{model} (config.json, \
+         tokenizer.json, *.safetensors) into a directory and name it with --model",
         cache.display()
     )]
     Absent {
         /// The name.
         model: String,
         /// The file.
-        file: &'static str,
+        file: String,
         /// Where it was looked for.
         cache: PathBuf,
         /// What the library says.
@@ -45,39 +45,70 @@ impl From<HubError> for Failure {
     }
 }
 
-/// The directory that has a model's `config.json` and `model.safetensors`.
+/// Opens a model: a directory, a GGUF file, or a name on Hugging Face. Tells what was noticed.
 ///
 /// # Errors
-/// [`HubError`] says which files to put where.
+/// [`Failure`]; of a name that is not there it says which files to put where.
+pub fn open(model: &Path) -> Result<Pretrained, Failure> {
+    let place = match model.to_str().filter(|name| is_name(name) && !model.exists()) {
+        Some(name) => locate(name)?,
+        None => model.into(),
+    };
+    let opened = pretrained::open(&place)?;
+    opened.note.iter().for_each(|note| report::note!("{note}"));
+    Ok(opened)
+}
+
+/// Whether it may be a name on Hugging Face: `owner/model`.
+fn is_name(text: &str) -> bool {
+    let is_part = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    let is_file = text.ends_with(".gguf") || text.ends_with(".safetensors");
+    !is_file && text.split_once('/').is_some_and(|(owner, name)| is_part(owner) && is_part(name))
+}
+
 #[cfg(not(feature = "hub"))]
-pub fn locate(model: &str) -> Result<PathBuf, HubError> {
+fn locate(model: &str) -> Result<PathBuf, HubError> {
     Err(HubError::Without { model: model.into() })
 }
 
-/// The directory that has a model's `config.json` and `model.safetensors`.
-///
-/// # Errors
-/// [`HubError`] says which files to put where.
+/// The directory that has a model's files.
 #[cfg(feature = "hub")]
-pub fn locate(model: &str) -> Result<PathBuf, HubError> {
+fn locate(model: &str) -> Result<PathBuf, HubError> {
+    use bdia_models::weights::{FILE, INDEX, read_index};
     use hf_hub::Cache;
     use hf_hub::api::sync::ApiBuilder;
 
     let cache = Cache::from_env();
-    let mut dir = PathBuf::new();
-    for file in ["config.json", bdia_models::weights::FILE] {
+    let get = |file: &str| {
         let absent = |why: String| {
-            let cache = cache.path().clone();
+            let (cache, file) = (cache.path().clone(), file.to_string());
             HubError::Absent { model: model.into(), file, cache, why }
         };
-        let path = match cache.model(model.into()).get(file) {
-            Some(path) => path,
+        match cache.model(model.into()).get(file) {
+            Some(path) => Ok(path),
             None => ApiBuilder::from_env()
                 .build()
                 .and_then(|api| api.model(model.into()).get(file))
-                .map_err(|e| absent(e.to_string()))?,
-        };
-        dir = path.parent().map(PathBuf::from).unwrap_or_default();
+                .map_err(|e| absent(e.to_string())),
+        }
+    };
+    let config = get("config.json")?;
+    // Of a large model there are parts and their index.
+    if let Err(absent) = get(FILE) {
+        let Ok(index) = get(INDEX) else { return Err(absent) };
+        let bytes = std::fs::read(&index).unwrap_or_default();
+        let parts = read_index(&index, &bytes).unwrap_or_default();
+        let parts: std::collections::BTreeSet<_> = parts.into_values().collect();
+        parts.iter().try_for_each(|part| get(part).map(drop))?;
     }
-    Ok(dir)
+    // Which of them there are depends on the model.
+    for file in ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"] {
+        let _ = get(file);
+    }
+    let _ = get("chat_template.jinja");
+    Ok(config.parent().map(PathBuf::from).unwrap_or_default())
 }

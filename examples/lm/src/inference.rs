@@ -9,17 +9,18 @@ use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
 use bdia_core::{Category, Error, Grid, Layout};
-use bdia_models::gpt2::adapter::Adapter;
-use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::files::{load_weights, save_weights};
-use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
+use bdia_models::for_family;
 use bdia_models::inference::Inference;
 use bdia_models::input;
+use bdia_models::language::adapter::Adapter;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
+use bdia_models::language::model::{LanguageModel, Setup};
+use bdia_models::language::{Config, Family, files};
 use bdia_models::named::Adapters;
+use bdia_models::pretrained::{self, Pretrained};
 use bdia_models::sample::Sampler;
 use bdia_models::search::Length;
-use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::tokenizer::{Tokenizer, VOCAB};
 use bdia_train::Failure;
 use bdia_train::cli::{self, BackendKind, MachineArgs};
 use bdia_train::directory::{Claim, Directory};
@@ -31,21 +32,22 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PairArgs, PlanArgs, SpecialTokens, TaskKind};
-use crate::data::{Corpus, DataError, Part, TokenType};
-use crate::pairs::Examples;
-use crate::train;
+use crate::data::{Corpus, DataError, Part, TokenType, start_token};
+use crate::hub;
+use crate::pairs::{Examples, begun};
+use crate::train::{self, Texts};
 
 /// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid
 /// can use.
-pub(crate) fn lay_out(
-    config: &Gpt2Config,
+pub(crate) fn lay_out<C: Config>(
+    config: &C,
     machine: &MachineArgs,
     context: usize,
     batch: usize,
     choice: Option<Choice>,
     frac_bits: u32,
     (adapters, blocks_per_step): (Option<Adapters>, usize),
-) -> Result<(Gpt2, Layout), Failure> {
+) -> Result<(LanguageModel<C::Dims>, Layout), Failure> {
     let threads = machine::threads(machine);
     let setup = Setup {
         dims: config.dims(),
@@ -60,6 +62,7 @@ pub(crate) fn lay_out(
         gradients: Gradients::None,
         blocks_per_step,
         adapters,
+        packed: false,
         smoothing: 0.0,
         threads,
         library: machine::library(machine, threads),
@@ -76,8 +79,8 @@ pub(crate) fn inference(kind: cli::Inference, gamma: f64) -> Result<Inference, F
     })
 }
 
-fn frac_bits(config: &Gpt2Config, asked: Option<u32>) -> u32 {
-    asked.or(config.bdia.map(|b| b.frac_bits)).unwrap_or(14)
+fn frac_bits<C: Config>(config: &C, asked: Option<u32>) -> u32 {
+    asked.or(config.training().map(|b| b.frac_bits)).unwrap_or(14)
 }
 
 /// What the flags of a run say of its data, whether it is one of `train` or of `finetune`.
@@ -104,16 +107,15 @@ pub(crate) fn run_data(weights: &Path, adapter: Option<&Path>) -> Result<RunData
 }
 
 /// A model's weights, with adapters merged into them where there are some.
-pub(crate) fn load<B: Backend<Real = f32>>(
-    dir: &Path,
+pub(crate) fn load<B: Backend<Real = f32>, F: Family>(
+    path: &Path,
     adapter: Option<&Path>,
-    config: &Gpt2Config,
     be: &mut B,
-    model: &Gpt2,
+    model: &LanguageModel<F>,
 ) -> Result<(), Failure> {
     // Whether they fit is known before the weights are read.
-    let adapter = adapter.map(|dir| Adapter::open(dir, config)).transpose()?;
-    let digest = load_weights(dir, be, model)?;
+    let adapter = adapter.map(|dir| Adapter::open(dir, model)).transpose()?;
+    let digest = pretrained::load(path, be, model)?;
     Ok(adapter.map_or(Ok(()), |a| a.merge(be, model, &digest))?)
 }
 
@@ -122,35 +124,45 @@ pub(crate) fn load<B: Backend<Real = f32>>(
 /// # Errors
 /// [`Failure`], among them a directory that has a model already.
 pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
-    struct Merge<'a> {
+    Directory::check(&Claim { out: &args.out, named: true, replace: args.replace })?;
+    let opened = hub::open(&args.weights)?;
+    let texts = Texts { tokenizer: opened.tokenizer, implied: opened.implied };
+    for_family!(opened.config, config => merge_on(args, &opened.path, config, &texts))
+}
+
+fn merge_on<C: Config>(
+    args: &MergeArgs,
+    path: &Path,
+    config: C,
+    texts: &Texts,
+) -> Result<(), Failure> {
+    struct Merge<'a, C: Config> {
         args: &'a MergeArgs,
-        config: Gpt2Config,
-        model: Gpt2,
+        path: &'a Path,
+        config: C,
+        model: LanguageModel<C::Dims>,
+        texts: &'a Texts,
     }
-    impl Work for Merge<'_> {
+    impl<C: Config> Work for Merge<'_, C> {
         fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
             let (args, out) = (self.args, self.args.out.as_path());
-            load(&args.weights, Some(&args.adapter), &self.config, be, &self.model)?;
+            load(self.path, Some(&args.adapter), be, &self.model)?;
             let mut directory =
                 Directory::claim(&Claim { out, named: true, replace: args.replace })?;
             let dir = directory.path();
             self.config.write_dir(dir)?;
-            save_weights(dir, be, &self.model)?;
-            if self.config.vocab_size == VOCAB {
-                Tokenizer::new().write_hf_files(dir, self.config.n_positions)?;
-            }
+            files::save(dir, be, &self.model)?;
+            self.texts.write(dir, &self.config)?;
             directory.show()?;
             report::tell!("{}: the model with its adapters", out.display());
             Ok(())
         }
     }
-    Directory::check(&Claim { out: &args.out, named: true, replace: args.replace })?;
-    let config = Gpt2Config::read_dir(&args.weights)?;
     let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(BackendKind::Cpu) };
     let one = Some(Choice { chunk: 1, head_rows: 1 });
     let (model, layout) =
         lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None), (None, 1))?;
-    machine::run(&machine, 1, &layout, Merge { args, config, model })
+    machine::run(&machine, 1, &layout, Merge { args, path, config, model, texts })
 }
 
 /// Loss and perplexity of all of `--data`, or of what the run validated on. Text is measured over
@@ -159,10 +171,23 @@ pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
 /// # Errors
 /// [`Failure`]
 pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
-    struct Eval<'a> {
+    let opened = hub::open(&args.weights)?;
+    for_family!(opened.config, config => {
+        eval_on(args, &opened.path, &config, opened.tokenizer, opened.implied)
+    })
+}
+
+fn eval_on<C: Config>(
+    args: &EvalArgs,
+    path: &Path,
+    config: &C,
+    tokenizer: Option<Tokenizer>,
+    implied: bool,
+) -> Result<(), Failure> {
+    struct Eval<'a, F: Family> {
         args: &'a EvalArgs,
-        config: Gpt2Config,
-        model: Gpt2,
+        path: &'a Path,
+        model: LanguageModel<F>,
         part: Data,
         name: String,
     }
@@ -171,9 +196,9 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         Text(Part),
         Pairs(Examples),
     }
-    impl Work for Eval<'_> {
+    impl<F: Family> Work for Eval<'_, F> {
         fn on<B: Backend<Real = f32>>(mut self, be: &mut B, _: usize) -> Result<(), Failure> {
-            load(&self.args.weights, self.args.adapter.as_deref(), &self.config, be, &self.model)?;
+            load(self.path, self.args.adapter.as_deref(), be, &self.model)?;
             let inference = inference(self.args.inference, self.args.gamma.unwrap_or(0.0))?;
             let (model, all) = (&mut self.model, usize::MAX);
             let (found, tokens) = match &self.part {
@@ -204,12 +229,12 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             Ok(())
         }
     }
-    let config = Gpt2Config::read_dir(&args.weights)?;
-    let mut run = run_data(&args.weights, args.adapter.as_deref())?;
-    let tokenizer = args.text.tokenizer(run.special_tokens);
-    let vocab = config.vocab_size;
+    let mut run = run_data(path, args.adapter.as_deref())?;
+    let tokenizer = tokenizer.map(|t| args.text.of(t, run.special_tokens));
+    let texts = Texts { tokenizer, implied };
+    let (vocab, positions) = (config.dims().vocab(), config.dims().positions());
     let asked = args.context.map(|c| c as usize);
-    let context = asked.or(run.context).unwrap_or(config.n_positions);
+    let context = asked.or(run.context).unwrap_or(positions);
     // Other data than the run's is read as the flags say.
     if let Some(data) = args.data.clone() {
         run = RunData {
@@ -220,13 +245,15 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             ..RunData::default()
         };
     }
-    let columns = run.pairs.columns(run.task.unwrap_or(TaskKind::Text));
-    let (part, name, context, windows) = match (&run.validation, columns) {
-        (Some(path), Some(columns)) => {
-            let mut pairs = Examples::open(path, &columns, run.pairs.loss_on(), &tokenizer, vocab)?;
+    let has_template = texts.tokenizer.as_ref().is_some_and(|t| t.chat().is_some());
+    let reading = run.pairs.reading(run.task.unwrap_or(TaskKind::Text), has_template);
+    let tokenizer = texts.tokenizer.as_ref();
+    let (part, name, context, windows) = match (&run.validation, reading) {
+        (Some(path), Some(reading)) => {
+            let mut pairs = Examples::of(path, &reading, &texts, config)?;
             let context = asked.or(run.context);
-            let context = context.unwrap_or_else(|| pairs.longest().min(config.n_positions));
-            pairs.fit(context)?;
+            let context = context.unwrap_or_else(|| pairs.longest().min(positions));
+            pairs.fit(context, false)?;
             let (cut, dropped) = pairs.truncated();
             if cut + dropped > 0 {
                 report::note!(
@@ -238,7 +265,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
             (Data::Pairs(pairs), path.display().to_string(), context, windows)
         }
         (Some(path), None) => {
-            let (part, note) = Corpus::whole(path, run.token_type, &tokenizer, vocab)?;
+            let (part, note) = Corpus::whole(path, run.token_type, tokenizer, vocab)?;
             note.iter().for_each(|note| report::note!("{note}"));
             let windows = part.windows(context).len().max(1);
             (Data::Text(part), path.display().to_string(), context, windows)
@@ -249,7 +276,7 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
         }
         (None, None) => {
             let data = run.data.as_deref();
-            let corpus = Corpus::open(data, run.token_type, &tokenizer, vocab, context)?;
+            let corpus = Corpus::open(data, run.token_type, tokenizer, vocab, context)?;
             let windows = corpus.validation.windows(context).len().max(1);
             (
                 Data::Text(corpus.validation),
@@ -261,16 +288,16 @@ pub fn eval(args: &EvalArgs) -> Result<(), Failure> {
     };
     let batch = (args.batch as usize).min(windows);
     let (model, layout) = lay_out(
-        &config,
+        config,
         &args.machine,
         context,
         batch,
         None,
-        frac_bits(&config, args.frac_bits),
+        frac_bits(config, args.frac_bits),
         (None, 1),
     )?;
     let threads = machine::threads(&args.machine);
-    machine::run(&args.machine, threads, &layout, Eval { args, config, model, part, name })
+    machine::run(&args.machine, threads, &layout, Eval { args, path, model, part, name })
 }
 
 /// The texts to go on from.
@@ -300,15 +327,19 @@ pub(crate) fn tell_long(prompts: &[Vec<i32>], context: usize) {
     }
 }
 
+/// A model and its decoder, and their plan.
+pub(crate) type Laid<F> = (LanguageModel<F>, Decoder<F>, Layout);
+
 /// Lays a model out for decoding: fewer prompts at a time where the budget, or what the machine
 /// has, is less.
-pub(crate) fn lay_out_decoder(
-    config: &Gpt2Config,
+pub(crate) fn lay_out_decoder<C: Config>(
+    config: &C,
     machine: &MachineArgs,
     mut sizes: Sizes,
-) -> Result<(Gpt2, Decoder<Dims>, Layout), Failure> {
+) -> Result<Laid<C::Dims>, Failure> {
     let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, own) = lay_out(config, machine, 1, 1, one, frac_bits(config, None), (None, 1))?;
+    let (model, own) =
+        lay_out(config, machine, sizes.context, 1, one, frac_bits(config, None), (None, 1))?;
     let available =
         (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
     let budget = machine.memory.or(available);
@@ -332,17 +363,17 @@ pub(crate) fn lay_out_decoder(
 }
 
 /// What follows each prompt, with a bar that shows how far it is; Ctrl-C ends all texts.
-pub(crate) fn decode<B: Backend<Real = f32>>(
+pub(crate) fn decode<B: Backend<Real = f32>, F: Family>(
     be: &mut B,
-    decoder: &Decoder<Dims>,
+    decoder: &Decoder<F>,
     prompts: &[Vec<i32>],
     decoding: &Decoding,
 ) -> Result<Vec<Vec<i32>>, Failure> {
     run::catch_signals();
     let bar = run::bar("prompt", prompts.len() as u64, 0);
-    let found = decoder.decode(be, prompts, decoding, |finished, tokens| {
-        bar.set_position(finished as u64);
-        bar.set_message(format!("{tokens} tokens"));
+    let found = decoder.decode(be, prompts, decoding, |progress| {
+        bar.set_position(progress.finished as u64);
+        bar.set_message(format!("{} tokens", progress.taken));
         if run::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     bar.finish_and_clear();
@@ -354,25 +385,57 @@ pub(crate) fn decode<B: Backend<Real = f32>>(
 /// # Errors
 /// [`Failure`]
 pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
-    struct Generate<'a> {
+    let opened = hub::open(&args.weights)?;
+    let run = run_data(&opened.path, args.adapter.as_deref())?;
+    let tokenizer = args.text.of(shown(&opened)?, run.special_tokens);
+    for_family!(opened.config, config => {
+        generate_on(args, &opened.path, &config, tokenizer, run.context)
+    })
+}
+
+/// The tokenizer of a model whose tokens are to be shown as text.
+pub(crate) fn shown(opened: &Pretrained) -> Result<Tokenizer, Failure> {
+    let (found, path) = (opened.config.vocab(), opened.path.display());
+    match &opened.tokenizer {
+        Some(t) if t.vocab() <= found => Ok(t.clone()),
+        Some(t) => Err(Failure::Other(format!(
+            "{path}: the vocabulary has {found} tokens, expected at least the {} of GPT-2's \
+             tokenizer: its tokens cannot be shown as text",
+            t.vocab()
+        ))),
+        None => Err(Failure::Other(format!(
+            "{path}: the model has no tokenizer: expected tokenizer.json, or vocab.json and \
+             merges.txt, in its directory"
+        ))),
+    }
+}
+
+fn generate_on<C: Config>(
+    args: &GenerateArgs,
+    path: &Path,
+    config: &C,
+    tokenizer: Tokenizer,
+    context: Option<usize>,
+) -> Result<(), Failure> {
+    struct Generate<'a, F: Family> {
         args: &'a GenerateArgs,
-        config: Gpt2Config,
-        model: Gpt2,
-        decoder: Decoder<Dims>,
+        path: &'a Path,
+        model: LanguageModel<F>,
+        decoder: Decoder<F>,
+        tokenizer: Tokenizer,
         texts: Vec<String>,
         prompts: Vec<Vec<i32>>,
         decoding: Decoding,
     }
-    impl Work for Generate<'_> {
+    impl<F: Family> Work for Generate<'_, F> {
         fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
             let args = self.args;
-            load(&args.weights, args.adapter.as_deref(), &self.config, be, &self.model)?;
+            load(self.path, args.adapter.as_deref(), be, &self.model)?;
             let found = decode(be, &self.decoder, &self.prompts, &self.decoding)?;
-            let tokenizer = Tokenizer::new();
             let mut all = Vec::new();
             for (prompt, tokens) in self.texts.iter().zip(found) {
                 let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).collect();
-                let text = tokenizer.decode(&tokens);
+                let text = self.tokenizer.decode(&tokens);
                 match args.prompts {
                     None => report::tell!("{prompt}{text}"),
                     Some(_) => {
@@ -390,24 +453,14 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
             run::go_on()
         }
     }
-    let config = Gpt2Config::read_dir(&args.weights)?;
-    if config.vocab_size != VOCAB {
-        return Err(Failure::Other(format!(
-            "{}: the vocabulary has {} tokens, expected GPT-2's {VOCAB}: its tokens cannot be \
-             shown as text",
-            args.weights.display(),
-            config.vocab_size
-        )));
-    }
     let texts = prompts(args)?;
     let lines: Vec<_> = texts.iter().map(String::as_str).collect();
-    let run = run_data(&args.weights, args.adapter.as_deref())?;
-    let tokenizer = args.text.tokenizer(run.special_tokens);
     let mut prompts: Vec<Vec<i32>> = (tokenizer.encode_all(&lines).into_iter())
-        .map(|tokens| tokens.into_iter().map(|t| t as i32).collect())
+        .map(|tokens| begun(&tokenizer, tokens).into_iter().map(|t| t as i32).collect())
         .collect();
     // An empty prompt is the start of a document.
-    prompts.iter_mut().filter(|p| p.is_empty()).for_each(|p| p.push(EOT as i32));
+    let start = start_token(&tokenizer).unwrap_or(0) as i32;
+    prompts.iter_mut().filter(|p| p.is_empty()).for_each(|p| p.push(start));
     let decoding = Decoding {
         how: match args.beams {
             Some(_) => How::Search(Length::Power(args.length_penalty.unwrap_or(1.0))),
@@ -418,17 +471,18 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
             }
         },
         tokens: args.tokens as usize,
-        end: Some(EOT as i32),
+        ends: Texts { tokenizer: Some(tokenizer.clone()), implied: false }.ends(config),
         no_repeat: args.no_repeat_ngram as usize,
         inference: inference(args.inference, args.gamma.unwrap_or(0.0))?,
     };
-    let context = run.context.unwrap_or(config.n_positions).min(config.n_positions);
+    let positions = config.dims().positions();
+    let context = context.unwrap_or(positions).min(positions);
     tell_long(&prompts, context);
     let beams = args.beams.unwrap_or(1) as usize;
     let sizes = Sizes::of(&prompts, args.batch as usize, beams, decoding.tokens, context);
-    let (model, decoder, layout) = lay_out_decoder(&config, &args.machine, sizes)?;
+    let (model, decoder, layout) = lay_out_decoder(config, &args.machine, sizes)?;
     let threads = machine::threads(&args.machine);
-    let work = Generate { args, config, model, decoder, texts, prompts, decoding };
+    let work = Generate { args, path, model, decoder, tokenizer, texts, prompts, decoding };
     machine::run(&args.machine, threads, &layout, work)
 }
 
@@ -437,13 +491,22 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
 /// # Errors
 /// [`Failure`], among them a budget that cannot be met, with the smallest plan.
 pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
-    let config = args.model.gpt2(args.dropout)?;
-    let context = args.model.context.map_or(config.n_positions, |c| c as usize);
+    let config = match &args.weights {
+        Some(model) => hub::open(model)?.config,
+        None => args.model.fresh(args.dropout, VOCAB)?,
+    };
+    for_family!(config, config => plan_of(args, config))
+}
+
+fn plan_of<C: Config>(args: &PlanArgs, mut config: C) -> Result<(), Failure> {
+    config.set_dropout(args.dropout);
+    let dims = config.dims();
+    let context = args.model.context.map_or(dims.positions(), |c| c as usize);
     let threads = machine::threads(&args.machine);
     let kind = args.machine.backend;
-    let (layers, ranks) = (config.n_layer, args.ranks as usize);
+    let (layers, ranks) = (dims.layers(), args.ranks as usize);
     let setup = Setup {
-        dims: config.dims(),
+        dims,
         batch: ranks::part(args.batch as usize, ranks)?,
         accumulate: args.accumulate as usize,
         context,
@@ -451,17 +514,18 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         gradients: machine::gradients(&args.optim, args.accumulate),
         blocks_per_step: args.mode.blocks_per_step as usize,
         adapters: args.method.adapters(),
+        packed: false,
         smoothing: 0.0,
         threads,
         library: machine::library(&args.machine, threads),
     };
     let fused = setup.gradients.fused();
     let (choice, model, layout) =
-        machine::lay_out::<Gpt2>(&setup, kind, ranks, args.machine.memory, None)?;
+        machine::lay_out::<LanguageModel<C::Dims>>(&setup, kind, ranks, args.machine.memory, None)?;
     report::tell!(
         "{} parameters, {layers} blocks, width {}, {} sample(s) of {context} tokens{}, {}",
         model.parameters(),
-        config.n_embd,
+        dims.width(),
         args.batch,
         if ranks > 1 { format!(" on {ranks} ranks, of which this is one") } else { String::new() },
         if fused { "updates as blocks are finished" } else { "full gradient buffers" },
@@ -476,7 +540,8 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
     others.push(("checkpoint 1".into(), Mode::Checkpoint { every: 1, grid: None }));
     for (other, mode) in others.into_iter().filter(|(other, _)| *other != name) {
         let setup = Setup { mode, ..setup };
-        let plan = machine::lay_out::<Gpt2>(&setup, kind, ranks, None, Some(choice))?.2;
+        let plan =
+            machine::lay_out::<LanguageModel<C::Dims>>(&setup, kind, ranks, None, Some(choice))?.2;
         columns.push((other, plan));
     }
     columns.dedup_by(|a, b| a.0 == b.0);
@@ -495,7 +560,14 @@ pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
         for planes in 1..=Gamma::MAX_PLANES {
             let gamma = Policy::fixed(Gamma::new(planes, args.mode.sign())?);
             let setup = Setup { mode: Mode::Bdia { grid, gamma, verify }, ..setup };
-            let plan = machine::lay_out::<Gpt2>(&setup, kind, ranks, None, Some(choice))?.2;
+            let plan = machine::lay_out::<LanguageModel<C::Dims>>(
+                &setup,
+                kind,
+                ranks,
+                None,
+                Some(choice),
+            )?
+            .2;
             let cells = [plan.bytes(Category::SideBits), plan.total()].map(|n| Some(n as u64));
             by_bits.row(&format!("gamma 1/{} (m = {planes})", 1_u32 << planes), &cells);
         }

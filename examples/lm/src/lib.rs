@@ -3,10 +3,11 @@
 //!
 //! In the order in which data flows: [`data`] (text), [`pairs`] (prompts and completions) →
 //! [`cli`] → [`train`] (the run) → [`finetune`], which begins with a pretrained model ([`hub`]) and
-//! the γ that it bears ([`calibrate`]) → [`inference`] and [`score`] for trained models →
+//! the γ that it bears ([`calibrate`]) → [`inference`], [`chat`] and [`score`] for trained models →
 //! [`experiment`] for many runs.
 
 pub mod calibrate;
+pub mod chat;
 pub mod cli;
 pub mod data;
 pub mod experiment;

@@ -1,10 +1,10 @@
-//! GPT-2 trained with exact reversible backpropagation: see `bdia-lm --help` and the README beside
+//! Language models trained with exact reversible backpropagation: see `bdia-lm --help` and the README beside
 //! it.
 
 use std::process::ExitCode;
 
 use bdia_lm::cli::{Cli, Command, Experiment};
-use bdia_lm::{experiment, finetune, inference, score, train};
+use bdia_lm::{chat, experiment, finetune, inference, score, train};
 use bdia_train::alloc::Counting;
 use bdia_train::run::program;
 
@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Command::Merge(args) => inference::merge(&args),
         Command::Eval(args) => inference::eval(&args),
         Command::Generate(args) => inference::generate(&args),
+        Command::Chat(args) => chat::chat(&args),
         Command::Score(args) => score::score(&args),
         Command::Experiment { experiment: Experiment::Finetune(args) } => {
             experiment::finetune(&args)

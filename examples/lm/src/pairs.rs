@@ -1,40 +1,60 @@
-//! Prompts and what is to be written after them: files of pairs, and batches in which only
-//! completions have targets.
+//! Prompts and what is to be written after them: files of pairs and of conversations, and batches
+//! in which only completions have targets.
 //!
 //! | file | read as |
 //! |---|---|
 //! | `.csv` | a header, commas, quotes; quoted fields may have line breaks (E2E: `mr,ref`) |
 //! | `.tsv` | a header, tabs, no quotes |
-//! | `.jsonl` | one object with two strings a line |
+//! | `.jsonl` | one object with two strings a line; of conversations, with a list `messages` |
 //!
 //! A file may be packed with gzip (`.csv.gz`), which its content tells. Empty lines and pairs
 //! without a completion are skipped; the latter are counted.
 //!
-//! An example is `prompt \n completion <|endoftext|>`; prompt and completion become tokens
-//! separately, so that a model that is given `prompt \n` goes on from the tokens it was trained on.
+//! An example in the format `plain` is `prompt \n completion`, begun by the token that the model
+//! expects at a text's start, if there is one, and ended by the one that ends texts. Prompt and
+//! completion become tokens separately, so that a model that is given `prompt \n` goes on from the
+//! tokens it was trained on. In the format `chat` an example is what the model's own template makes
+//! of a conversation, and the assistant's turns are learned.
+//!
 //! Samples have one length: short examples are padded at their end, where causal attention does not
-//! see the padding, and padding has no target. Several examples are not packed into one sample,
-//! because attention would see from one into the next.
+//! see the padding, and padding has no target. With packing, a sample has several examples, as many
+//! as there is room for; none of them sees another, and positions begin anew with each.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use bdia_core::rng::{Draw, Stream};
+use bdia_models::chat::{ChatError, Message};
 use bdia_models::input::{self, InputError, list};
-use bdia_models::tokenizer::{EOT, Tokenizer};
+use bdia_models::language::{Config, Family as _};
+use bdia_models::tokenizer::{SpecialTokens, Tokenizer};
 use bdia_train::{Failure, report};
 use clap::ValueEnum;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::data::DataError;
+use crate::train::Texts;
 
 /// Which tokens of a pair are learned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LossOn {
-    /// Those of the completion, and the end of the text.
+    /// Those of the completion, and the end of the text; the assistant's of a conversation.
     Completion,
     /// Those of the prompt as well.
     All,
+}
+
+/// What becomes of prompts and completions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// The prompt, a line break, the completion.
+    Plain,
+    /// A conversation, as the model's own template writes it.
+    Chat,
 }
 
 /// What stands between a prompt and its completion.
@@ -91,11 +111,18 @@ pub enum PairsError {
         /// What became of them.
         why: String,
     },
+    /// A conversation that cannot be written as the model's template has it.
+    #[error("{}, example {example}: {error}", path.display())]
+    Chat {
+        /// The file.
+        path: PathBuf,
+        /// Which one, from 1.
+        example: usize,
+        /// What the template says.
+        error: ChatError,
+    },
     /// A token that the model does not have.
-    #[error(
-        "{}: token {token} is outside the vocabulary of {vocab}: the model does not have GPT-2's",
-        path.display()
-    )]
+    #[error("{}: token {token} is outside the model's vocabulary of {vocab}", path.display())]
     Token {
         /// The file.
         path: PathBuf,
@@ -119,6 +146,26 @@ pub struct Pair {
     pub prompt: String,
     /// The completion, without white space at its ends.
     pub completion: String,
+}
+
+/// What an example of a file is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// A prompt and a completion, in columns of these names.
+    Pairs(PairColumns),
+    /// A conversation: the list `messages` of objects with `role` and `content`.
+    Messages,
+}
+
+/// How a file of examples is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reading {
+    /// What an example is.
+    pub kind: Kind,
+    /// What becomes of pairs.
+    pub format: Format,
+    /// Which tokens are learned.
+    pub loss_on: LossOn,
 }
 
 /// Names of the columns of a file of pairs.
@@ -264,9 +311,88 @@ fn lines(path: &Path, text: &str, columns: &PairColumns) -> Result<Pairs, PairsE
     Ok(pairs)
 }
 
+/// The conversations of a file of JSON objects with a list `messages`.
+///
+/// # Errors
+/// [`PairsError`] names file and line.
+pub fn conversations(path: &Path) -> Result<Vec<Vec<Message>>, PairsError> {
+    parse_conversations(path, input::read(path, LIMIT)?)
+}
+
+/// The conversations of a file with these bytes, packed or plain.
+///
+/// # Errors
+/// [`PairsError`] names file and line.
+pub fn parse_conversations(path: &Path, bytes: Vec<u8>) -> Result<Vec<Vec<Message>>, PairsError> {
+    #[derive(Deserialize)]
+    struct Line {
+        messages: Vec<Message>,
+    }
+    if input::ending(path) != "jsonl" {
+        return Err(PairsError::Kind(path.into()));
+    }
+    let text = input::text(path, input::unpack(path, bytes, LIMIT)?)?;
+    let mut all = Vec::new();
+    for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+        let wrong = |what: String| PairsError::Row { path: path.into(), line: i as u64 + 1, what };
+        let Line { messages } = serde_json::from_str(line).map_err(|e| {
+            wrong(format!(
+                "expected an object with a list \"messages\" of objects with the strings \
+                 \"role\" and \"content\": {e}"
+            ))
+        })?;
+        if !messages.iter().any(|m| m.role == ASSISTANT) {
+            let what = "no message whose role is \"assistant\": there is nothing to learn";
+            return Err(wrong(what.into()));
+        }
+        all.push(messages);
+    }
+    if all.is_empty() {
+        return Err(PairsError::None { path: path.into(), why: String::new() });
+    }
+    Ok(all)
+}
+
+/// The roles of a pair in a conversation.
+const USER: &str = "user";
+/// The role whose messages are learned.
+const ASSISTANT: &str = "assistant";
+
+fn message(role: &str, content: &str) -> Message {
+    Message { role: role.into(), content: content.into() }
+}
+
 /// The tokens after which a completion is generated.
-pub fn prompt_tokens(tokenizer: &Tokenizer, prompt: &str) -> Vec<u32> {
-    tokenizer.encode(&format!("{prompt}{SEPARATOR}"))
+///
+/// # Errors
+/// Those of the model's template.
+pub fn prompt_tokens(
+    tokenizer: &Tokenizer,
+    format: Format,
+    prompt: &str,
+) -> Result<Vec<u32>, ChatError> {
+    match format {
+        Format::Plain => Ok(begun(tokenizer, tokenizer.encode(&format!("{prompt}{SEPARATOR}")))),
+        Format::Chat => chat_prompt(tokenizer, &[message(USER, prompt)]),
+    }
+}
+
+/// A conversation as tokens, up to where the assistant begins to write.
+///
+/// # Errors
+/// Those of the model's template.
+pub fn chat_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>, ChatError> {
+    let Some(chat) = tokenizer.chat() else { return Err(ChatError::None) };
+    let text = chat.render(messages, true)?;
+    Ok(tokenizer.clone().with_special_tokens(SpecialTokens::Parse).encode(&text))
+}
+
+/// With the token that the model expects at a text's start.
+pub fn begun(tokenizer: &Tokenizer, mut tokens: Vec<u32>) -> Vec<u32> {
+    if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.adds_bos()) {
+        tokens.insert(0, bos);
+    }
+    tokens
 }
 
 /// One example's place in the tokens of all.
@@ -275,98 +401,220 @@ struct Example {
     start: usize,
     /// Tokens, with the end of the document.
     len: usize,
-    /// Tokens of the prompt and the separator.
+    /// Tokens before the first that is learned.
     prompt: usize,
 }
 
-/// Tokens of pairs, and batches made of them.
+/// Marks a token that is learned.
+const LEARNED: u32 = 1 << 31;
+
+/// Tokens of examples, and batches made of them.
 #[derive(Debug, Clone)]
 pub struct Examples {
-    tokens: Vec<u16>,
+    /// With [`LEARNED`].
+    tokens: Vec<u32>,
     examples: Vec<Example>,
-    loss_on: LossOn,
     path: PathBuf,
     /// Examples that were longer than a sample.
     cut: usize,
-    /// Examples whose prompt alone was.
+    /// Examples that have nothing to learn within a sample.
     dropped: usize,
-    /// The order of one pass over them, and the seed and pass it belongs to.
+    /// The samples: ranges of `packed`.
+    samples: Vec<(u32, u32)>,
+    /// The examples of the samples, one sample after the other.
+    packed: Vec<u32>,
+    /// The order of one pass over the samples, and the seed and pass it belongs to.
     order: Vec<u32>,
     pass: Option<(u64, u64)>,
 }
 
 impl Examples {
-    /// The tokens of the pairs of a file.
+    /// The examples of a file for a model.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] where it has no tokenizer, [`PairsError`].
+    pub fn of<C: Config>(
+        path: &Path,
+        reading: &Reading,
+        texts: &Texts,
+        config: &C,
+    ) -> Result<Self, Failure> {
+        let Some(tokenizer) = &texts.tokenizer else {
+            let source_name = path.display().to_string();
+            return Err(DataError::Tokenizer { source_name }.into());
+        };
+        let end = tokenizer.eos().or_else(|| config.ends().first().copied());
+        Ok(Self::open(path, reading, (tokenizer, end), config.dims().vocab())?)
+    }
+
+    /// The tokens of the examples of a file. Texts end with `end` in the format `plain`.
     ///
     /// # Errors
     /// [`PairsError`]
     pub fn open(
         path: &Path,
-        columns: &PairColumns,
-        loss_on: LossOn,
-        tokenizer: &Tokenizer,
+        reading: &Reading,
+        (tokenizer, end): (&Tokenizer, Option<u32>),
         vocab: usize,
     ) -> Result<Self, PairsError> {
-        let pairs = read(path, columns)?;
-        let prompts: Vec<String> =
-            pairs.iter().map(|p| format!("{}{SEPARATOR}", p.prompt)).collect();
-        let prompts = tokenizer.encode_all(&prompts.iter().map(String::as_str).collect::<Vec<_>>());
-        let completions =
-            tokenizer.encode_all(&pairs.iter().map(|p| p.completion.as_str()).collect::<Vec<_>>());
-        let (mut tokens, mut examples) = (Vec::new(), Vec::with_capacity(pairs.len()));
-        for (prompt, completion) in prompts.iter().zip(&completions) {
-            let start = tokens.len();
-            for &token in prompt.iter().chain(completion).chain(&[EOT]) {
-                match u16::try_from(token) {
-                    Ok(t) if (token as usize) < vocab => tokens.push(t),
-                    _ => return Err(PairsError::Token { path: path.into(), token, vocab }),
-                }
+        let all = reading.loss_on == LossOn::All;
+        let chats = match &reading.kind {
+            Kind::Messages => Some(conversations(path)?),
+            Kind::Pairs(columns) if reading.format == Format::Chat => Some(
+                (read(path, columns)?.into_iter())
+                    .map(|p| vec![message(USER, &p.prompt), message(ASSISTANT, &p.completion)])
+                    .collect(),
+            ),
+            Kind::Pairs(_) => None,
+        };
+        let texts: Vec<(Vec<u32>, Vec<bool>)> = match (chats, &reading.kind) {
+            (Some(chats), _) => (chats.par_iter().enumerate())
+                .map(|(i, messages)| {
+                    tokenizer.encode_chat(messages).map_err(|error| PairsError::Chat {
+                        path: path.into(),
+                        example: i + 1,
+                        error,
+                    })
+                })
+                .collect::<Result<_, _>>()?,
+            (None, Kind::Pairs(columns)) => {
+                let pairs = read(path, columns)?;
+                let prompts: Vec<String> =
+                    pairs.iter().map(|p| format!("{}{SEPARATOR}", p.prompt)).collect();
+                let encode = |texts: Vec<&str>| tokenizer.encode_all(&texts);
+                let prompts = encode(prompts.iter().map(String::as_str).collect());
+                let completions = encode(pairs.iter().map(|p| p.completion.as_str()).collect());
+                (prompts.into_iter().zip(completions))
+                    .map(|(prompt, completion)| {
+                        let mut tokens = begun(tokenizer, prompt);
+                        let prompt = tokens.len();
+                        tokens.extend(completion.into_iter().chain(end));
+                        let learned = (0..tokens.len()).map(|i| i >= prompt).collect();
+                        (tokens, learned)
+                    })
+                    .collect()
             }
-            examples.push(Example { start, len: tokens.len() - start, prompt: prompt.len() });
+            (None, Kind::Messages) => Vec::new(),
+        };
+        let (mut tokens, mut examples) = (Vec::new(), Vec::with_capacity(texts.len()));
+        for (text, learned) in texts {
+            let start = tokens.len();
+            let prompt = learned.iter().position(|l| *l).unwrap_or(text.len());
+            for (i, (token, learned)) in text.into_iter().zip(learned).enumerate() {
+                if token as usize >= vocab.min(LEARNED as usize) {
+                    return Err(PairsError::Token { path: path.into(), token, vocab });
+                }
+                tokens.push(if learned || (all && i > 0) { token | LEARNED } else { token });
+            }
+            examples.push(Example { start, len: tokens.len() - start, prompt });
         }
-        let (cut, dropped, order, pass) = (0, 0, Vec::new(), None);
-        Ok(Self { tokens, examples, loss_on, path: path.into(), cut, dropped, order, pass })
+        Ok(Self {
+            tokens,
+            examples,
+            path: path.into(),
+            cut: 0,
+            dropped: 0,
+            samples: Vec::new(),
+            packed: Vec::new(),
+            order: Vec::new(),
+            pass: None,
+        })
     }
 
     /// Tokens of a sample that has room for every example.
     pub fn longest(&self) -> usize {
-        self.examples.iter().map(|e| e.len - 1).max().unwrap_or(1)
+        self.examples.iter().map(|e| e.len.saturating_sub(1)).max().unwrap_or(1).max(1)
     }
 
-    /// Cuts off what a sample of `context` tokens has no room for; examples that have no target
-    /// left are dropped.
+    /// Makes samples of `context` tokens: with several examples each where `pack` says so. What
+    /// there is no room for is cut off; examples that have no target left are dropped.
     ///
     /// # Errors
     /// [`PairsError::None`] if no example is left.
-    pub fn fit(&mut self, context: usize) -> Result<(), PairsError> {
-        let (before, all) = (self.examples.len(), self.loss_on == LossOn::All);
-        self.examples.retain(|e| all || e.prompt <= context);
-        self.dropped = before - self.examples.len();
+    pub fn fit(&mut self, context: usize, pack: bool) -> Result<(), PairsError> {
+        let (before, tokens) = (self.examples.len(), &self.tokens);
         self.cut = 0;
-        for e in &mut self.examples {
-            if e.len > context + 1 {
-                e.len = context + 1;
-                self.cut += 1;
-            }
-        }
+        let mut cut = 0;
+        self.examples.retain_mut(|e| {
+            let len = e.len.min(context + 1);
+            let learns = tokens[e.start..e.start + len].iter().skip(1).any(|t| t & LEARNED != 0);
+            cut += usize::from(learns && len < e.len);
+            e.len = len;
+            learns
+        });
+        (self.cut, self.dropped) = (cut, before - self.examples.len());
         if self.examples.is_empty() {
             let why = format!(
                 ": every prompt is longer than a sample of {context} tokens; use a larger --context"
             );
             return Err(PairsError::None { path: self.path.clone(), why });
         }
-        self.order = (0..self.examples.len() as u32).collect();
+        self.pack(context, pack);
+        self.order = (0..self.samples.len() as u32).collect();
+        self.pass = None;
         Ok(())
     }
 
-    /// Number of examples.
+    /// The longest example first, each into the fullest sample that has room for it.
+    fn pack(&mut self, context: usize, pack: bool) {
+        let n = self.examples.len() as u32;
+        if !pack {
+            self.packed = (0..n).collect();
+            self.samples = (0..n).map(|i| (i, i + 1)).collect();
+            return;
+        }
+        let rows = |i: u32| self.examples[i as usize].len - 1;
+        let mut by_length: Vec<u32> = (0..n).collect();
+        by_length.sort_by_key(|&i| (core::cmp::Reverse(rows(i)), i));
+        let mut bins: Vec<Vec<u32>> = Vec::new();
+        // Room that is left, and the samples that have so much.
+        let mut room: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for i in by_length {
+            let need = rows(i);
+            let best = room.range(need..).next().map(|(&left, _)| left);
+            let bin = match best.and_then(|left| Some((left, room.get_mut(&left)?.pop()?))) {
+                Some((left, bin)) => {
+                    if room.get(&left).is_some_and(Vec::is_empty) {
+                        room.remove(&left);
+                    }
+                    room.entry(left - need).or_default().push(bin);
+                    bin
+                }
+                None => {
+                    bins.push(Vec::new());
+                    room.entry(context - need).or_default().push(bins.len() - 1);
+                    bins.len() - 1
+                }
+            };
+            bins[bin].push(i);
+        }
+        self.packed.clear();
+        self.samples.clear();
+        for bin in bins {
+            let first = self.packed.len() as u32;
+            self.packed.extend(bin);
+            self.samples.push((first, self.packed.len() as u32));
+        }
+    }
+
+    /// Number of samples: of examples, unless several are packed into one.
     pub fn len(&self) -> usize {
-        self.examples.len()
+        self.samples.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.examples.is_empty()
+        self.samples.is_empty()
+    }
+
+    /// Number of examples.
+    pub fn examples(&self) -> usize {
+        self.examples.len()
+    }
+
+    /// Whether samples have several examples.
+    pub fn is_packed(&self) -> bool {
+        self.samples.len() < self.examples.len()
     }
 
     /// Examples that were cut, and those that were dropped.
@@ -376,45 +624,78 @@ impl Examples {
 
     /// Tokens that are learned in one pass.
     pub fn targets(&self) -> u64 {
-        self.examples.iter().map(|e| (e.len - self.first_target(e)) as u64).sum()
-    }
-
-    /// All tokens, and how they are cut into examples: what a run's data is known by.
-    pub fn content(&self) -> (&[u16], impl Iterator<Item = [u64; 2]>) {
-        (
-            &self.tokens,
-            self.examples
+        let learned = |e: &Example| {
+            self.tokens[e.start..e.start + e.len]
                 .iter()
-                .map(|e| [e.start as u64, (e.len << 32 | self.first_target(e)) as u64]),
-        )
+                .skip(1)
+                .filter(|t| **t & LEARNED != 0)
+                .count()
+        };
+        self.examples.iter().map(|e| learned(e) as u64).sum()
     }
 
-    /// The first token of an example that is a target.
-    const fn first_target(&self, e: &Example) -> usize {
-        match self.loss_on {
-            LossOn::Completion => e.prompt,
-            LossOn::All => 1,
+    /// What a run's data is known by: all tokens, in two bytes each where that is enough, and how
+    /// they are cut into examples.
+    pub fn digest(&self, hash: &mut Xxh3) {
+        let small = self.tokens.iter().all(|t| t & !LEARNED < 1 << 16);
+        for token in self.tokens.iter().map(|t| t & !LEARNED) {
+            match u16::try_from(token) {
+                Ok(token) if small => hash.update(&token.to_le_bytes()),
+                _ => hash.update(&token.to_le_bytes()),
+            }
+        }
+        let mut parts = Vec::new();
+        for e in &self.examples {
+            let marks = || self.tokens[e.start..e.start + e.len].iter().map(|t| t & LEARNED != 0);
+            let first = marks().skip(1).position(|l| l).map_or(e.len, |at| at + 1);
+            let numbers = [e.start as u64, (e.len << 32 | first) as u64];
+            numbers.iter().for_each(|n| hash.update(&n.to_le_bytes()));
+            // More than one turn.
+            if marks().skip(first).any(|l| !l) {
+                parts.extend(marks().map(u8::from));
+            }
+        }
+        hash.update(&parts);
+        if self.is_packed() {
+            self.packed.iter().for_each(|i| hash.update(&i.to_le_bytes()));
+            self.samples.iter().for_each(|s| hash.update(&s.1.to_le_bytes()));
         }
     }
 
-    /// The prompt of example `i`, with the separator.
+    /// The first example of sample `i`, up to what is learned.
     pub fn prompt(&self, i: usize) -> Vec<i32> {
-        let e = self.examples[i];
-        self.tokens[e.start..e.start + e.prompt.min(e.len)].iter().map(|&t| i32::from(t)).collect()
+        let e = self.examples[self.packed[self.samples[i].0 as usize] as usize];
+        let tokens = &self.tokens[e.start..e.start + e.prompt.min(e.len)];
+        tokens.iter().map(|t| (t & !LEARNED) as i32).collect()
     }
 
-    /// Writes example `i` into a sample; targets are negative where there is none.
-    pub fn sample(&self, i: usize, tokens: &mut [i32], targets: &mut [i32]) {
-        let e = self.examples[i];
-        let example = &self.tokens[e.start..e.start + e.len];
-        let first = self.first_target(&e);
+    /// Writes sample `i`; targets are negative where there is none. `starts` gets the place at
+    /// which every token's example begins, where examples are packed.
+    pub fn sample(&self, i: usize, tokens: &mut [i32], targets: &mut [i32], starts: &mut [i32]) {
+        let (first, end) = self.samples[i];
         tokens.fill(0);
         targets.fill(-1);
-        for (at, pair) in example.windows(2).enumerate().take(tokens.len()) {
-            tokens[at] = i32::from(pair[0]);
-            if at + 1 >= first {
-                targets[at] = i32::from(pair[1]);
+        let mut at = 0;
+        for &i in &self.packed[first as usize..end as usize] {
+            let e = self.examples[i as usize];
+            let begin = at;
+            for pair in self.tokens[e.start..e.start + e.len].windows(2) {
+                let (Some(token), Some(target)) = (tokens.get_mut(at), targets.get_mut(at)) else {
+                    return;
+                };
+                *token = (pair[0] & !LEARNED) as i32;
+                if pair[1] & LEARNED != 0 {
+                    *target = (pair[1] & !LEARNED) as i32;
+                }
+                if let Some(start) = starts.get_mut(at) {
+                    *start = begin as i32;
+                }
+                at += 1;
             }
+        }
+        // Padding is a text of its own.
+        if let Some(rest) = starts.get_mut(at..) {
+            rest.fill(at as i32);
         }
     }
 
@@ -429,19 +710,20 @@ impl Examples {
         seed: u64,
         first: u64,
         context: usize,
-        tokens: &mut [i32],
-        targets: &mut [i32],
+        (tokens, targets, starts): (&mut [i32], &mut [i32], &mut [i32]),
     ) -> Result<(), DataError> {
         if context == 0 || tokens.len() != targets.len() || !tokens.len().is_multiple_of(context) {
             return Err(DataError::Shape { tokens: tokens.len(), targets: targets.len(), context });
         }
-        let n = self.examples.len() as u64;
+        let n = self.samples.len() as u64;
+        let mut starts = starts.chunks_exact_mut(context);
         for (i, (x, y)) in
             tokens.chunks_exact_mut(context).zip(targets.chunks_exact_mut(context)).enumerate()
         {
             let at = first + i as u64;
             self.shuffle(seed, at / n);
-            self.sample(self.order[(at % n) as usize] as usize, x, y);
+            let starts = starts.next().unwrap_or(&mut []);
+            self.sample(self.order[(at % n) as usize] as usize, x, y, starts);
         }
         Ok(())
     }
@@ -465,6 +747,11 @@ impl Examples {
 mod tests {
     use super::*;
     use bdia_models::files::testing::TempDir;
+    use bdia_models::tokenizer::EOT;
+
+    fn reading(loss_on: LossOn) -> Reading {
+        Reading { kind: Kind::Pairs(columns()), format: Format::Plain, loss_on }
+    }
 
     fn columns() -> PairColumns {
         PairColumns { prompt: "q".into(), completion: "a".into() }
@@ -548,60 +835,65 @@ mod tests {
             b"{\"q\":\"a b\",\"a\":\"c d e\"}\n{\"q\":\"a\",\"a\":\"b\"}\n\
               {\"q\":\"a b c d e f\",\"a\":\"g\"}\n",
         );
-        Examples::open(&path, &columns(), loss_on, &Tokenizer::new(), 50_257).unwrap()
+        open(&path, loss_on, 50_257).unwrap()
+    }
+
+    fn open(path: &Path, loss_on: LossOn, vocab: usize) -> Result<Examples, PairsError> {
+        let t = Tokenizer::gpt2();
+        Examples::open(path, &reading(loss_on), (&t, Some(EOT)), vocab)
     }
 
     #[test]
     fn only_completions_have_targets() {
-        let t = Tokenizer::new();
+        let t = Tokenizer::gpt2();
         let of = |text: &str| t.encode(text).into_iter().map(|t| t as i32).collect::<Vec<_>>();
         let mut e = examples(LossOn::Completion);
         assert_eq!(e.longest(), 8);
-        e.fit(8).unwrap();
+        e.fit(8, false).unwrap();
         assert_eq!(e.truncated(), (0, 0));
         let (mut x, mut y) = ([9; 8], [9; 8]);
-        e.sample(0, &mut x, &mut y);
+        e.sample(0, &mut x, &mut y, &mut []);
         let (prompt, completion) = (of("a b\n"), of("c d e"));
-        assert_eq!(prompt_tokens(&t, "a b"), t.encode("a b\n"));
+        assert_eq!(prompt_tokens(&t, Format::Plain, "a b").unwrap(), t.encode("a b\n"));
         let whole = [&prompt[..], &completion, &[EOT as i32]].concat();
         assert_eq!((x[..6].to_vec(), &x[6..]), (whole[..6].to_vec(), &[0, 0][..]));
         assert_eq!(y[..2], [-1, -1]);
         assert_eq!((y[2..6].to_vec(), &y[6..]), (whole[3..].to_vec(), &[-1, -1][..]));
         assert_eq!(e.targets(), 4 + 2 + 2);
         let mut all = examples(LossOn::All);
-        all.fit(8).unwrap();
-        all.sample(0, &mut x, &mut y);
+        all.fit(8, false).unwrap();
+        all.sample(0, &mut x, &mut y, &mut []);
         assert_eq!(y[..6], whole[1..]);
     }
 
     #[test]
     fn what_has_no_room_is_counted() {
         let mut e = examples(LossOn::Completion);
-        e.fit(4).unwrap();
+        e.fit(4, false).unwrap();
         // The prompts have 3, 2 and 7 tokens.
         assert_eq!((e.len(), e.truncated()), (2, (1, 1)));
         let (mut x, mut y) = ([9; 4], [9; 4]);
-        e.sample(0, &mut x, &mut y);
+        e.sample(0, &mut x, &mut y, &mut []);
         assert_eq!(y.iter().filter(|&&t| t >= 0).count(), 2);
         assert!(
             examples(LossOn::Completion)
-                .fit(1)
+                .fit(1, false)
                 .unwrap_err()
                 .to_string()
                 .contains("larger --context")
         );
         let mut all = examples(LossOn::All);
-        all.fit(1).unwrap();
+        all.fit(1, false).unwrap();
         assert_eq!((all.len(), all.truncated()), (3, (3, 0)));
     }
 
     #[test]
     fn every_pass_has_every_example_once() {
         let mut e = examples(LossOn::Completion);
-        e.fit(8).unwrap();
+        e.fit(8, false).unwrap();
         let at = |e: &mut Examples, seed, first: u64| {
             let (mut x, mut y) = ([0; 8], [0; 8]);
-            e.batch(seed, first, 8, &mut x, &mut y).unwrap();
+            e.batch(seed, first, 8, (&mut x, &mut y, &mut [])).unwrap();
             x
         };
         let passes: Vec<Vec<_>> =
@@ -616,17 +908,81 @@ mod tests {
         assert!(passes.iter().any(|p| p != &passes[0]));
         // A batch across the border of two passes, and the same again.
         let (mut x, mut y) = ([0; 16], [0; 16]);
-        e.batch(1, 5, 8, &mut x, &mut y).unwrap();
+        e.batch(1, 5, 8, (&mut x, &mut y, &mut [])).unwrap();
         assert_eq!((&x[..8], &x[8..]), (&passes[1][2][..], &passes[2][0][..]));
-        assert!(e.batch(1, 0, 8, &mut [0; 7], &mut [0; 7]).is_err());
+        assert!(e.batch(1, 0, 8, (&mut [0; 7], &mut [0; 7], &mut [])).is_err());
     }
 
     #[test]
     fn vocabularies_that_are_too_small() {
         let dir = TempDir::new();
         let path = dir.file("x.csv", b"q,a\nhello,world\n");
-        let error =
-            Examples::open(&path, &columns(), LossOn::All, &Tokenizer::new(), 100).unwrap_err();
+        let error = open(&path, LossOn::All, 100).unwrap_err();
         assert!(matches!(error, PairsError::Token { vocab: 100, .. }), "{error}");
+    }
+
+    /// Every example is in one sample, none is cut, and each begins at its own place.
+    #[test]
+    fn packed_samples_have_whole_examples() {
+        let dir = TempDir::new();
+        let lines: String = (0..40)
+            .map(|i| format!("{{\"q\":\"q{i}\",\"a\":\"{}\"}}\n", "b ".repeat(1 + i * 7 % 11)))
+            .collect();
+        let path = dir.file("x.jsonl", lines.as_bytes());
+        let (mut one, mut all) = (open(&path, LossOn::Completion, 50_257).unwrap(), Vec::new());
+        let mut packed = one.clone();
+        let context = one.longest() + 5;
+        one.fit(context, false).unwrap();
+        packed.fit(context, true).unwrap();
+        assert!(packed.is_packed() && packed.len() < 30 && packed.truncated() == (0, 0));
+        assert_eq!((packed.examples(), packed.targets()), (40, one.targets()));
+        let own = |e: &Examples, i| {
+            let [mut x, mut y, mut s] = [(); 3].map(|()| vec![7; context]);
+            e.sample(i, &mut x, &mut y, &mut s);
+            (x, y, s)
+        };
+        for i in 0..packed.len() {
+            let (x, y, starts) = own(&packed, i);
+            let mut at = 0;
+            while at < context {
+                let end = (at..context).find(|&t| starts[t] != at as i32).unwrap_or(context);
+                all.push((x[at..end].to_vec(), y[at..end].to_vec()));
+                at = end;
+            }
+        }
+        // Padding learns nothing; the rest are the examples, in another order.
+        all.retain(|(_, y)| y.iter().any(|&t| t >= 0));
+        let mut expected: Vec<_> = (0..one.len())
+            .map(|i| {
+                let (x, y, starts) = own(&one, i);
+                let end = (0..context).find(|&t| starts[t] != 0).unwrap_or(context);
+                (x[..end].to_vec(), y[..end].to_vec())
+            })
+            .collect();
+        all.sort();
+        expected.sort();
+        assert_eq!(all, expected);
+    }
+
+    #[test]
+    fn conversations_that_cannot_be_used() {
+        let read = |text: &str| {
+            parse_conversations(Path::new("x.jsonl"), text.as_bytes().to_vec())
+                .map_err(|e| e.to_string())
+        };
+        let good =
+            r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
+        assert_eq!(read(&format!("{good}\n\n{good}\n")).unwrap().len(), 2);
+        for (text, expected) in [
+            ("{}", "line 1: expected an object with a list \"messages\""),
+            (r#"{"messages":[{"role":"user"}]}"#, "missing field `content`"),
+            (r#"{"messages":[{"role":"user","content":"a"}]}"#, "nothing to learn"),
+            ("", "no pairs"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+        let error = parse_conversations(Path::new("x.csv"), Vec::new()).unwrap_err();
+        assert!(matches!(error, PairsError::Kind(_)));
     }
 }

@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Backend;
 use bdia_models::files::write_bytes;
-use bdia_models::gpt2::adapter::Adapter;
-use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::model::{Dims, Gpt2};
+use bdia_models::for_family;
+use bdia_models::language::adapter::Adapter;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
+use bdia_models::language::model::LanguageModel;
+use bdia_models::language::{Config, Family};
 use bdia_models::search::Length;
-use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::tokenizer::Tokenizer;
 use bdia_train::Failure;
 use bdia_train::machine::{self, Work};
 use bdia_train::report;
@@ -24,8 +25,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::cli::{DecodingArgs, ScoreArgs};
+use crate::hub;
 use crate::inference;
-use crate::pairs::{self, Pair};
+use crate::pairs::{self, Kind, Pair, PairsError, Reading};
+use crate::train::Texts;
 
 /// What was found.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -108,29 +111,28 @@ pub fn score(args: &ScoreArgs) -> Result<(), Failure> {
 }
 
 /// The texts of a model and their scores; `None` where Ctrl-C came first.
-struct Scoring<'a> {
+struct Scoring<'a, F: Family> {
     weights: &'a Path,
     adapter: Option<&'a Path>,
-    config: &'a Gpt2Config,
-    model: Gpt2,
-    decoder: Decoder<Dims>,
+    model: LanguageModel<F>,
+    decoder: Decoder<F>,
+    tokenizer: &'a Tokenizer,
     prompts: &'a [Vec<i32>],
     decoding: Decoding,
     texts: &'a mut Option<Vec<String>>,
 }
 
-impl Work for Scoring<'_> {
+impl<F: Family> Work for Scoring<'_, F> {
     fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
-        inference::load(self.weights, self.adapter, self.config, be, &self.model)?;
+        inference::load(self.weights, self.adapter, be, &self.model)?;
         let found = inference::decode(be, &self.decoder, self.prompts, &self.decoding)?;
         if run::interrupted() {
             return Ok(());
         }
-        let tokenizer = Tokenizer::new();
         let text = |tokens: Vec<i32>| {
             let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).collect();
             // One line each, whatever the model writes.
-            tokenizer.decode(&tokens).split_whitespace().collect::<Vec<_>>().join(" ")
+            self.tokenizer.decode(&tokens).split_whitespace().collect::<Vec<_>>().join(" ")
         };
         *self.texts = Some(found.into_iter().map(text).collect());
         Ok(())
@@ -143,57 +145,57 @@ impl Work for Scoring<'_> {
 /// # Errors
 /// [`Failure`]
 pub fn measure(args: &ScoreArgs) -> Result<Option<Found>, Failure> {
-    let Some(columns) = args.pairs.columns(args.task) else {
+    let opened = hub::open(&args.weights)?;
+    let run = inference::run_data(&opened.path, args.adapter.as_deref())?;
+    let tokenizer = args.text.of(inference::shown(&opened)?, run.special_tokens);
+    for_family!(opened.config, config => measure_on(args, &opened.path, &config, tokenizer))
+}
+
+fn measure_on<C: Config>(
+    args: &ScoreArgs,
+    path: &Path,
+    config: &C,
+    tokenizer: Tokenizer,
+) -> Result<Option<Found>, Failure> {
+    let reading = args.pairs.reading(args.task, tokenizer.chat().is_some());
+    let Some(Reading { kind: Kind::Pairs(columns), format, .. }) = reading else {
         return Err(Failure::Other(
-            "--task text has no references; expected --task e2e or pairs".into(),
+            "--task text and chat have no references; expected --task e2e or pairs".into(),
         ));
     };
-    let config = Gpt2Config::read_dir(&args.weights)?;
-    if config.vocab_size != VOCAB {
-        return Err(Failure::Other(format!(
-            "{}: the vocabulary has {} tokens, expected GPT-2's {VOCAB}: its tokens cannot be \
-             compared as text",
-            args.weights.display(),
-            config.vocab_size
-        )));
-    }
-    // Whether they fit is known before the weights are read.
-    args.adapter.as_deref().map(|dir| Adapter::open(dir, &config)).transpose()?;
     let pairs = pairs::read(&args.data, &columns)?;
     let groups = some(grouped(&pairs), args.decoding.prompts);
-    let run = inference::run_data(&args.weights, args.adapter.as_deref())?;
-    let tokenizer = args.text.tokenizer(run.special_tokens);
-    let prompts: Vec<Vec<i32>> = (groups.iter())
-        .map(|(prompt, _)| {
-            pairs::prompt_tokens(&tokenizer, prompt).into_iter().map(|t| t as i32).collect()
+    let prompts = (groups.iter().enumerate())
+        .map(|(i, (prompt, _))| {
+            let tokens = pairs::prompt_tokens(&tokenizer, format, prompt).map_err(|error| {
+                PairsError::Chat { path: args.data.clone(), example: i + 1, error }
+            })?;
+            Ok(tokens.into_iter().map(|t| t as i32).collect())
         })
-        .collect();
-    inference::tell_long(&prompts, config.n_positions);
+        .collect::<Result<Vec<Vec<i32>>, PairsError>>()?;
+    let positions = config.dims().positions();
+    inference::tell_long(&prompts, positions);
     let DecodingArgs { beams, length_penalty, no_repeat_ngram, tokens, prompts_at_once, .. } =
         args.decoding;
     let decoding = Decoding {
         how: How::Search(Length::Power(length_penalty)),
         tokens: tokens as usize,
-        end: Some(EOT as i32),
+        ends: Texts { tokenizer: Some(tokenizer.clone()), implied: false }.ends(config),
         no_repeat: no_repeat_ngram as usize,
         inference: inference::inference(args.inference, args.gamma.unwrap_or(0.0))?,
     };
-    let sizes = Sizes::of(
-        &prompts,
-        prompts_at_once as usize,
-        beams as usize,
-        decoding.tokens,
-        config.n_positions,
-    );
-    let (model, decoder, layout) = inference::lay_out_decoder(&config, &args.machine, sizes)?;
+    let sizes =
+        Sizes::of(&prompts, prompts_at_once as usize, beams as usize, decoding.tokens, positions);
+    let (model, decoder, layout) = inference::lay_out_decoder(config, &args.machine, sizes)?;
+    // Whether they fit is known before the weights are read.
+    args.adapter.as_deref().map(|dir| Adapter::open(dir, &model)).transpose()?;
     let mut texts = None;
-    let (weights, adapter) = (args.weights.as_path(), args.adapter.as_deref());
     let work = Scoring {
-        weights,
-        adapter,
-        config: &config,
+        weights: path,
+        adapter: args.adapter.as_deref(),
         model,
         decoder,
+        tokenizer: &tokenizer,
         prompts: &prompts,
         decoding,
         texts: &mut texts,

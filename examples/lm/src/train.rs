@@ -7,15 +7,15 @@ use bdia_core::backend::Backend;
 use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
 use bdia_core::{Layout, Reals};
-use bdia_models::gpt2::adapter;
-use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::files::{load_weights, save_weights};
-use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
+use bdia_models::for_family;
 use bdia_models::inference::Inference;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
+use bdia_models::language::model::{LanguageModel, Setup};
+use bdia_models::language::{Config, Family, adapter, files};
 use bdia_models::named::{self, Adapters, Named};
+use bdia_models::pretrained;
 use bdia_models::sample::Sampler;
-use bdia_models::tokenizer::{EOT, Tokenizer, VOCAB};
+use bdia_models::tokenizer::Tokenizer;
 use bdia_train::checkpoint::Header;
 use bdia_train::machine::{self, for_kind};
 use bdia_train::trainer::{self, Planned, Settings, Summary, Task, Validation, When, fixed_choice};
@@ -24,7 +24,8 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::calibrate;
 use crate::cli::{FinetuneArgs, TrainArgs};
-use crate::data::{Batches, Corpus, Order, Part};
+use crate::data::{Batches, Corpus, Order, Part, start_token};
+use crate::hub;
 use crate::pairs::Examples;
 use bdia_train::cli::{MethodArgs, StepArgs};
 
@@ -72,21 +73,59 @@ pub enum Asked {
     Finetune(Box<FinetuneArgs>),
 }
 
+/// The tokenizer of a model.
+#[derive(Clone)]
+pub struct Texts {
+    /// It, where the model has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// Whether the model has it without any file.
+    pub implied: bool,
+}
+
+impl Texts {
+    /// The text of tokens; without a tokenizer, their numbers.
+    pub fn decode(&self, tokens: &[u32]) -> String {
+        let numbers = || tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
+        self.tokenizer.as_ref().map_or_else(numbers, |t| t.decode(tokens))
+    }
+
+    /// The tokens that end a text of a model.
+    pub fn ends<C: Config>(&self, config: &C) -> Vec<i32> {
+        let own = self.tokenizer.as_ref().and_then(Tokenizer::eos);
+        let mut ends: Vec<_> = config.ends().into_iter().chain(own).map(|t| t as i32).collect();
+        ends.sort_unstable();
+        ends.dedup();
+        ends
+    }
+
+    /// Writes the files of the tokenizer into the directory of a model.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn write<C: Config>(&self, out: &Path, config: &C) -> Result<(), Failure> {
+        let d = config.dims();
+        match self.tokenizer.as_ref().filter(|t| t.vocab() <= d.vocab()) {
+            Some(t) => Ok(t.write_hf_files(out, d.positions())?),
+            None => Ok(()),
+        }
+    }
+}
+
 /// A language model that learns.
-pub struct Learner {
+pub struct Learner<C: Config> {
     run: StepArgs,
-    model: Gpt2,
-    config: Gpt2Config,
+    model: LanguageModel<C::Dims>,
+    config: C,
     source: Source,
     /// What the source is called.
     name: String,
-    tokenizer: Tokenizer,
+    texts: Texts,
     start: Start,
     asked: Asked,
     /// Digest of the weights that were read.
     base: Option<String>,
     /// Decodes the sample, where there is one.
-    sample: Option<Decoder<Dims>>,
+    sample: Option<Decoder<C::Dims>>,
 }
 
 /// Trains.
@@ -94,41 +133,80 @@ pub struct Learner {
 /// # Errors
 /// [`Failure`]; what was saved before stays good.
 pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
-    let (mut args, from) = run::begin(args)?;
+    let (args, from) = run::begin(args)?;
     let joined = ranks::join(&args.run.machine)?;
-    let tokenizer = args.text.tokenizer();
-    let mut config = match (&args.weights, &from) {
-        (_, Some(_)) => Gpt2Config::read_dir(&args.run.out)?,
-        (Some(dir), None) => {
-            let mut config = Gpt2Config::read_dir(dir)?;
-            // Dropout is a choice of the training; the file's is what somebody else chose.
-            config.set_dropout(args.run.dropout);
-            config
-        }
-        (None, None) => args.model.gpt2(args.run.dropout)?,
+    let opened = match (&args.weights, &from) {
+        (_, Some(_)) => pretrained::open_config(&args.run.out)?,
+        (Some(model), None) => hub::open(model)?,
+        (None, None) => fresh(&args)?,
     };
-    let context = args.model.context.map_or(config.n_positions, |c| c as usize);
-    let (data, vocab) = (args.data.as_deref(), config.vocab_size);
-    let corpus = Corpus::open(data, args.token_type, &tokenizer, vocab, context)?;
+    let weights = args.weights.as_ref().map(|_| opened.path.clone());
+    let tokenizer = opened.tokenizer.map(|t| args.text.of(t));
+    let texts = Texts { tokenizer, implied: opened.implied };
+    for_family!(opened.config, config => train_on(args, from, joined, config, weights, texts))
+}
+
+/// A model that is drawn.
+fn fresh(args: &TrainArgs) -> Result<pretrained::Pretrained, Failure> {
+    let tokenizer = match &args.tokenizer {
+        None => Tokenizer::gpt2(),
+        Some(dir) => {
+            Tokenizer::open(dir).map_err(pretrained::PretrainedError::from)?.ok_or_else(|| {
+                Failure::Other(format!(
+                    "--tokenizer {}: expected tokenizer.json, or vocab.json and merges.txt, found \
+                     neither",
+                    dir.display()
+                ))
+            })?
+        }
+    };
+    let config = args.model.fresh(args.run.dropout, tokenizer.vocab())?;
+    let gpt2 = matches!(config, pretrained::AnyConfig::Gpt2(_));
+    Ok(pretrained::Pretrained {
+        path: args.run.out.clone(),
+        config,
+        tokenizer: Some(tokenizer),
+        implied: gpt2 && args.tokenizer.is_none(),
+        note: None,
+    })
+}
+
+fn train_on<C: Config>(
+    mut args: TrainArgs,
+    from: Option<(PathBuf, Header)>,
+    joined: Option<bdia_ranks::Ranks>,
+    mut config: C,
+    weights: Option<PathBuf>,
+    texts: Texts,
+) -> Result<Summary, Failure> {
+    if weights.is_some() && from.is_none() {
+        // Dropout is a choice of the training; the file's is what somebody else chose.
+        config.set_dropout(args.run.dropout);
+    }
+    let dims = config.dims();
+    let context = args.model.context.map_or(dims.positions(), |c| c as usize);
+    let (data, tokenizer) = (args.data.as_deref(), texts.tokenizer.as_ref());
+    let corpus = Corpus::open(data, args.token_type, tokenizer, dims.vocab(), context)?;
     corpus.note.iter().for_each(|note| report::note!("{note}"));
     args.run.count_passes(corpus.train.len() as f64 / context as f64)?;
     let batches = batches(&args.run, args.order, context);
     let name = corpus.name.to_string();
     let (train, validation) = (corpus.train, corpus.validation);
     let source = Source::Text { train, validation, batches };
-    if let (Some(weights), None) = (&args.weights, &from) {
+    if let (Some(weights), None) = (&weights, &from) {
         calibrate::measure(&mut args.run, &source, &config, weights, (context, None))?;
     }
-    config.bdia = Some(args.run.mode.training()?);
+    config.set_training(args.run.mode.training()?);
     let lesson = Lesson {
         run: args.run.clone(),
         context,
         adapters: None,
+        packed: false,
         config,
         source,
         name,
-        tokenizer,
-        start: args.weights.clone().map_or(Start::Fresh, Start::Weights),
+        texts,
+        start: weights.map_or(Start::Fresh, Start::Weights),
         asked: Asked::Train(Box::new(args.clone())),
     };
     lesson.learn(args, "bdia-lm train", from, joined)
@@ -140,28 +218,30 @@ pub fn batches(args: &StepArgs, order: Order, context: usize) -> Batches {
 }
 
 /// A run before its plan.
-pub struct Lesson {
+pub struct Lesson<C> {
     /// Flags that every run has.
     pub run: StepArgs,
     /// Tokens of a sample.
     pub context: usize,
     /// Adapters, where those are trained.
     pub adapters: Option<Adapters>,
+    /// Whether samples have several texts.
+    pub packed: bool,
     /// The model.
-    pub config: Gpt2Config,
+    pub config: C,
     /// The data.
     pub source: Source,
     /// What it is called.
     pub name: String,
     /// The model's tokenizer.
-    pub tokenizer: Tokenizer,
+    pub texts: Texts,
     /// Where parameters come from.
     pub start: Start,
     /// All flags.
     pub asked: Asked,
 }
 
-impl Lesson {
+impl<C: Config> Lesson<C> {
     /// Plans the run and does it.
     ///
     /// # Errors
@@ -182,10 +262,11 @@ impl Lesson {
             batch: ranks::part(run.batch as usize, count)?,
             accumulate: run.accumulate as usize,
             context,
-            mode: machine::mode(&run.mode, dims.layers, run.verify)?,
+            mode: machine::mode(&run.mode, dims.layers(), run.verify)?,
             gradients: machine::gradients(&run.optim, run.accumulate),
             blocks_per_step: run.mode.blocks_per_step as usize,
             adapters: self.adapters,
+            packed: self.packed,
             smoothing: run.smoothing,
             threads,
             library: machine::library(&run.machine, threads),
@@ -194,32 +275,49 @@ impl Lesson {
             (1..=setup.batch).contains(&c.chunk) && (1..=c.chunk * context).contains(&c.head_rows)
         };
         let fixed = fixed_choice(from.as_ref(), run.steps as u32, count, fits)?;
-        let (choice, model, layout) =
-            machine::lay_out::<Gpt2>(&setup, kind, count, run.machine.memory, fixed)?;
+        let (choice, model, layout) = machine::lay_out::<LanguageModel<C::Dims>>(
+            &setup,
+            kind,
+            count,
+            run.machine.memory,
+            fixed,
+        )?;
         if let Some(joined) = &mut joined {
             joined.reserve(&[bdia_models::plan::Plan::exchanged(&model)]);
         }
         // The table is told by the first rank alone.
         let mut others = Vec::new();
         if rank == 0 {
-            for (name, mode) in machine::other_modes(&setup.mode, dims.layers)? {
+            for (name, mode) in machine::other_modes(&setup.mode, dims.layers())? {
                 let other = Setup { mode, blocks_per_step: 1, ..setup };
-                let plan = machine::lay_out::<Gpt2>(&other, kind, 1, None, Some(choice))?.2;
+                let plan = machine::lay_out::<LanguageModel<C::Dims>>(
+                    &other,
+                    kind,
+                    1,
+                    None,
+                    Some(choice),
+                )?
+                .2;
                 others.push((name, plan));
             }
         }
         let sample = self.sampler(&model, &layout)?;
         let settings = Settings::of_steps(run, command, PROGRAM);
-        let Self { run, config, source, name, tokenizer, start, asked, .. } = self;
+        let Self { run, config, source, name, texts, start, asked, .. } = self;
         let base = None;
-        let task =
-            Learner { run, model, config, source, name, tokenizer, start, asked, base, sample };
+        let task = Learner { run, model, config, source, name, texts, start, asked, base, sample };
         trainer::train(args, settings, Planned { choice, layout, others }, task, from, joined)
     }
 
     /// A decoder for the sample at the end, of the longest context for which training leaves room.
-    fn sampler(&self, model: &Gpt2, plan: &Layout) -> Result<Option<Decoder<Dims>>, Failure> {
-        if self.run.sample == 0 || self.config.vocab_size != VOCAB {
+    fn sampler(
+        &self,
+        model: &LanguageModel<C::Dims>,
+        plan: &Layout,
+    ) -> Result<Option<Decoder<C::Dims>>, Failure> {
+        let vocab = self.config.dims().vocab();
+        let shown = self.texts.tokenizer.as_ref().filter(|t| t.vocab() <= vocab);
+        if self.run.sample == 0 || shown.is_none() {
             return Ok(None);
         }
         let mut sizes = Sizes { prompts: 1, beams: 1, context: self.context };
@@ -235,15 +333,16 @@ impl Lesson {
     }
 }
 
-impl Learner {
+impl<C: Config> Learner<C> {
     /// Samples of a step.
     const fn per_step(&self) -> u64 {
         self.run.batch * self.run.accumulate
     }
 
     fn prompt(&self) -> Vec<i32> {
+        let start = self.texts.tokenizer.as_ref().and_then(start_token).unwrap_or(0);
         match &self.source {
-            Source::Text { .. } => vec![EOT as i32],
+            Source::Text { .. } => vec![start as i32],
             Source::Pairs { train, validation } => validation.as_ref().unwrap_or(train).prompt(0),
         }
     }
@@ -255,24 +354,25 @@ impl Learner {
         let decoding = Decoding {
             how: How::Sample(sampler, 1),
             tokens: self.run.sample as usize,
-            end: Some(EOT as i32),
+            ends: self.texts.ends(&self.config),
             no_repeat: 0,
             inference: Inference::STANDARD,
         };
         let prompt = self.prompt();
-        let found = decoder.decode(be, core::slice::from_ref(&prompt), &decoding, |_, _| {
+        let found = decoder.decode(be, core::slice::from_ref(&prompt), &decoding, |_| {
             core::ops::ControlFlow::Continue(())
         })?;
+        let is_special = |t: u32| self.texts.tokenizer.as_ref().is_some_and(|k| k.is_special(t));
         let tokens: Vec<u32> = (prompt.into_iter().chain(found.into_iter().flatten()))
             .map(|t| t as u32)
-            .filter(|&t| t != EOT)
+            .filter(|&t| !is_special(t))
             .collect();
-        let text = self.tokenizer.decode(&tokens);
+        let text = self.texts.decode(&tokens);
         Ok(format!("\nA sample:\n  {}\n", text.trim().replace('\n', "\n  ")))
     }
 }
 
-impl Task for Learner {
+impl<C: Config> Task for Learner<C> {
     fn describe(&self) -> String {
         let s = self.model.setup();
         let [parameters, trained] = self.parameters();
@@ -287,9 +387,14 @@ impl Task for Learner {
                 format!("{} training and {} validation tokens", train.len(), validation.len())
             }
             Source::Pairs { train, validation } => format!(
-                "{} training and {} validation examples, {} tokens to be learned, {:.2} passes",
-                train.len(),
-                validation.as_ref().map_or(0, Examples::len),
+                "{} training{} and {} validation examples, {} tokens to be learned, {:.2} passes",
+                train.examples(),
+                if train.is_packed() {
+                    format!(" (packed into {} samples)", train.len())
+                } else {
+                    String::new()
+                },
+                validation.as_ref().map_or(0, Examples::examples),
                 train.targets(),
                 (self.run.steps * self.per_step()) as f64 / train.len() as f64,
             ),
@@ -297,7 +402,11 @@ impl Task for Learner {
         format!(
             "{parameters} parameters{adapters}, {} blocks, width {}, context {}, batch {}{times}; \
              {data} of {}",
-            s.dims.layers, s.dims.width, s.context, self.run.batch, self.name
+            s.dims.layers(),
+            s.dims.width(),
+            s.context,
+            self.run.batch,
+            self.name
         )
     }
 
@@ -309,11 +418,8 @@ impl Task for Learner {
                 digest(validation, &mut hash)?;
             }
             Source::Pairs { train, validation } => {
-                for (tokens, cuts) in
-                    [Some(train), validation.as_ref()].into_iter().flatten().map(Examples::content)
-                {
-                    tokens.iter().for_each(|t| hash.update(&t.to_le_bytes()));
-                    cuts.flatten().for_each(|n| hash.update(&n.to_le_bytes()));
+                for examples in [Some(train), validation.as_ref()].into_iter().flatten() {
+                    examples.digest(&mut hash);
                 }
             }
         }
@@ -328,7 +434,7 @@ impl Task for Learner {
         let Start::Weights(dir) = &self.start else {
             return Ok(self.model.initialize(be, self.run.seed)?);
         };
-        let found = load_weights(dir, be, &self.model).map_err(MethodArgs::unreadable)?;
+        let found = pretrained::load(dir, be, &self.model).map_err(MethodArgs::unreadable)?;
         if let Asked::Finetune(args) = &self.asked
             && let Some(expected) = args.base.as_ref().filter(|e| **e != found)
         {
@@ -351,6 +457,9 @@ impl Task for Learner {
     fn record(&self, out: &Path) -> Result<(), Failure> {
         if self.model.setup().adapters.is_none() {
             self.config.write_dir(out)?;
+            if !self.texts.implied {
+                self.texts.write(out, &self.config)?;
+            }
         }
         match &self.asked {
             Asked::Train(_) => Ok(()),
@@ -381,15 +490,16 @@ impl Task for Learner {
         let part = be.rank() as u32 * (batch / be.ranks() as u32);
         let (seed, context) = (self.run.seed, self.model.setup().context);
         let (model, source) = (&mut self.model, &mut self.source);
-        model.train(be, step, |i, tokens, targets| {
+        model.train_packed(be, step, |i, tokens, targets, starts| {
             let first = i as u32 * batch + part;
             match source {
                 Source::Text { train, batches, .. } => {
+                    starts.fill(0);
                     train.batch(batches, step.step, first, tokens, targets)?;
                 }
                 Source::Pairs { train, .. } => {
                     let first = u64::from(step.step) * per_step + u64::from(first);
-                    train.batch(seed, first, context, tokens, targets)?;
+                    train.batch(seed, first, context, (tokens, targets, starts))?;
                 }
             }
             Ok(())
@@ -432,15 +542,15 @@ impl Task for Learner {
                 Start::Weights(dir) => dir.display().to_string(),
                 Start::Fresh => String::new(),
             };
-            let base = args.model.clone().unwrap_or(dir);
+            // The name on Hugging Face, where it came from there.
+            let named = args.weights.as_ref().filter(|model| !model.exists());
+            let base = named.map_or(dir, |model| model.display().to_string());
             adapter::save(out, be, &self.model, &base, digest)?;
             return Ok("adapter_model.safetensors, adapter_config.json");
         }
         self.config.write_dir(out)?;
-        save_weights(out, be, &self.model)?;
-        if self.config.vocab_size == VOCAB {
-            self.tokenizer.write_hf_files(out, self.config.n_positions)?;
-        }
+        files::save(out, be, &self.model)?;
+        self.texts.write(out, &self.config)?;
         Ok("model.safetensors, config.json")
     }
 
@@ -470,9 +580,9 @@ fn digest(part: &Part, hash: &mut Xxh3) -> Result<(), Failure> {
 ///
 /// # Errors
 /// [`Failure`]
-pub fn evaluate<B: Backend<Real = f32>>(
+pub fn evaluate<B: Backend<Real = f32>, F: Family>(
     be: &mut B,
-    model: &mut Gpt2,
+    model: &mut LanguageModel<F>,
     part: &Part,
     windows: usize,
     inference: Inference,
@@ -510,9 +620,9 @@ pub fn evaluate<B: Backend<Real = f32>>(
 ///
 /// # Errors
 /// [`Failure`]
-pub fn evaluate_pairs<B: Backend<Real = f32>>(
+pub fn evaluate_pairs<B: Backend<Real = f32>, F: Family>(
     be: &mut B,
-    model: &mut Gpt2,
+    model: &mut LanguageModel<F>,
     examples: &Examples,
     samples: usize,
     inference: Inference,
@@ -527,7 +637,7 @@ pub fn evaluate_pairs<B: Backend<Real = f32>>(
         for i in 0..here {
             let range = i * context..(i + 1) * context;
             let example = ((first + i) as u128 * examples.len() as u128 / n as u128) as usize;
-            examples.sample(example, &mut tokens[range.clone()], &mut targets[range]);
+            examples.sample(example, &mut tokens[range.clone()], &mut targets[range], &mut []);
         }
         let (tokens, targets) = (&tokens[..here * context], &targets[..here * context]);
         let (loss, m) = model.evaluate(be, tokens, targets, inference)?;

@@ -6,7 +6,7 @@ mod program;
 use std::path::Path;
 use std::process::Command;
 
-use bdia_models::gpt2::adapter;
+use bdia_models::language::adapter;
 use program::{Dir, bad, content, copy, good, metrics, model as data, program, tokens_below, tune};
 
 #[test]

@@ -13,6 +13,7 @@ pub mod language;
 pub mod llama;
 pub mod named;
 pub mod plan;
+pub mod pretrained;
 pub mod sample;
 pub mod search;
 pub mod seq2seq;

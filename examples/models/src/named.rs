@@ -20,7 +20,7 @@ const PIECE: usize = 1 << 14;
 /// What is trained in place of the blocks of a network, which stay as they are.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adapters {
-    /// Rank and factor of the adapters of queries and values.
+    /// Rank and factor of the adapters: of queries and values, or of every linear layer.
     pub shape: LoraShape,
     /// Storage of the blocks' matrices, where it is 16 bits; norms, biases and what is outside the
     /// blocks always are reals.

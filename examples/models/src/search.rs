@@ -39,7 +39,7 @@ pub enum Stop {
 }
 
 /// How a prompt is searched.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// Hypotheses that go on side by side.
     pub beams: usize,
@@ -49,8 +49,8 @@ pub struct Settings {
     pub stop: Stop,
     /// Most tokens, with the end.
     pub tokens: usize,
-    /// The token that ends a hypothesis, if there is one. It is not part of the result.
-    pub end: Option<i32>,
+    /// The tokens that end a hypothesis. They are not part of the result.
+    pub ends: Vec<i32>,
     /// No `n` tokens of prompt and hypothesis occur twice in a row of this length; 0 for no such
     /// rule.
     pub no_repeat: usize,
@@ -127,7 +127,7 @@ impl Search {
         self.length += 1;
         let last = self.length == self.settings.tokens;
         for (rank, (mut hypothesis, token)) in next.into_iter().enumerate() {
-            let end = Some(token) == self.settings.end;
+            let end = self.settings.ends.contains(&token);
             if end || (last && self.settings.stop == Stop::NoBetter) {
                 // An end that is not among the best is not worth more than what goes on.
                 if rank < beams {
@@ -229,20 +229,22 @@ pub fn repeats(n: usize, prompt: &[i32], tokens: &[i32]) -> Vec<i32> {
 mod tests {
     use super::*;
 
-    const SETTINGS: Settings = Settings {
-        beams: 2,
-        length: Length::Power(1.0),
-        stop: Stop::NoBetter,
-        tokens: 3,
-        end: Some(0),
-        no_repeat: 0,
-    };
+    fn settings() -> Settings {
+        Settings {
+            beams: 2,
+            length: Length::Power(1.0),
+            stop: Stop::NoBetter,
+            tokens: 3,
+            ends: vec![0],
+            no_repeat: 0,
+        }
+    }
 
     /// Searches where the probabilities of the next token depend on the last one only; token 1
     /// comes before the first.
     fn search(settings: Settings, table: &[&[f64]]) -> Vec<i32> {
-        let mut search = Search::new(settings, &[]);
         let (mut tokens, mut order) = (vec![1; settings.beams], vec![0; settings.beams]);
+        let mut search = Search::new(settings, &[]);
         while !search.finished() {
             let logits: Vec<f64> =
                 tokens.iter().flat_map(|&t| table[t as usize].iter().map(|p| p.ln())).collect();
@@ -256,14 +258,14 @@ mod tests {
 
     #[test]
     fn a_beam_finds_what_greed_passes() {
-        let greedy = Settings { beams: 1, ..SETTINGS };
+        let greedy = Settings { beams: 1, ..settings() };
         assert_eq!(search(greedy, &TABLE), [1, 1, 1]);
         // 0.3·0.98 in two tokens against 0.4·0.4·0.4 in three; and 0.3 in one, which is less by
         // length.
-        assert_eq!(search(SETTINGS, &TABLE), [2]);
+        assert_eq!(search(settings(), &TABLE), [2]);
         // Without a regard for length the end alone has more.
         assert_eq!(
-            search(Settings { beams: 3, length: Length::Power(0.0), ..SETTINGS }, &TABLE),
+            search(Settings { beams: 3, length: Length::Power(0.0), ..settings() }, &TABLE),
             [0_i32; 0]
         );
     }
@@ -273,16 +275,16 @@ mod tests {
         // The end is never likely: nothing has ended at the last token.
         let table: [&[f64]; 3] = [&[1.0, 0.0, 0.0], &[0.0001, 0.0999, 0.9], &[0.0001, 0.9, 0.0999]];
         for stop in [Stop::Full, Stop::NoBetter] {
-            assert_eq!(search(Settings { stop, ..SETTINGS }, &table), [2, 1, 2], "{stop:?}");
+            assert_eq!(search(Settings { stop, ..settings() }, &table), [2, 1, 2], "{stop:?}");
         }
         // A bad end at once, a good hypothesis without one.
         let table: [&[f64]; 3] = [&[1.0, 0.0, 0.0], &[0.1, 0.0, 0.9], &[0.0, 0.0, 1.0]];
         assert_eq!(
-            search(Settings { stop: Stop::Full, tokens: 2, ..SETTINGS }, &table),
+            search(Settings { stop: Stop::Full, tokens: 2, ..settings() }, &table),
             [0_i32; 0]
         );
-        assert_eq!(search(Settings { tokens: 2, ..SETTINGS }, &table), [2, 2]);
-        assert_eq!(search(Settings { tokens: 0, ..SETTINGS }, &table), [0_i32; 0]);
+        assert_eq!(search(Settings { tokens: 2, ..settings() }, &table), [2, 2]);
+        assert_eq!(search(Settings { tokens: 0, ..settings() }, &table), [0_i32; 0]);
     }
 
     #[test]
@@ -292,15 +294,15 @@ mod tests {
         assert_eq!(repeats(3, &[1, 2], &[]), [0_i32; 0]);
         assert_eq!(repeats(0, &[1, 1], &[1]), [0_i32; 0]);
         // 1 is not followed by 1 again; of two equals it is the lower.
-        let settings = Settings { beams: 1, no_repeat: 2, tokens: 4, end: None, ..SETTINGS };
-        assert_eq!(search(settings, &TABLE), [1, 1, 0, 0]);
+        let own = Settings { beams: 1, no_repeat: 2, tokens: 4, ends: Vec::new(), ..settings() };
+        assert_eq!(search(own.clone(), &TABLE), [1, 1, 0, 0]);
         // Of three tokens none is left for the fourth.
-        assert_eq!(search(Settings { no_repeat: 1, ..settings }, &TABLE), [1, 0, 2]);
+        assert_eq!(search(Settings { no_repeat: 1, ..own }, &TABLE), [1, 0, 2]);
     }
 
     #[test]
     fn tokens_that_are_never_chosen() {
-        let mut search = Search::new(SETTINGS, &[]);
+        let mut search = Search::new(settings(), &[]);
         let (mut tokens, mut order) = ([7; 2], [7; 2]);
         search.advance(&[0.0, 3.0, 2.0, 1.0, 9.0, 9.0, 9.0, 9.0], &[1, 0], &mut order, &mut tokens);
         assert_eq!((tokens, order), ([2, 3], [0, 0]));

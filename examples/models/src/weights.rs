@@ -21,6 +21,12 @@ pub const FILE: &str = "model.safetensors";
 /// The index of a sharded one.
 pub const INDEX: &str = "model.safetensors.index.json";
 
+/// The weights as older files have them.
+const PICKLE: &str = "pytorch_model.bin";
+
+/// The matrix of a language model's logits.
+const HEAD: &str = "lm_head.weight";
+
 /// The note by which a file knows the configuration that it was written with.
 const NOTE: &str = "bdia_config";
 /// The largest configuration that is looked at.
@@ -39,8 +45,14 @@ pub enum WeightsError {
     File(#[from] FileError),
     /// There is no model in the directory.
     #[error(
-        "{}: found neither {FILE} nor {INDEX}; expected a directory in Hugging Face's layout",
-        .0.display()
+        "{}: found neither {FILE} nor {INDEX}; expected a directory in Hugging Face's layout{}",
+        .0.display(),
+        if .0.join(PICKLE).exists() || .0.join(format!("{PICKLE}.index.json")).exists() {
+            ". Pickled weights may run code and are not read; convert them with transformers: \
+             AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+        } else {
+            ""
+        }
     )]
     Absent(PathBuf),
     /// The header is not one.
@@ -486,6 +498,30 @@ impl Weights {
         self.tensors.get(name)
     }
 
+    /// The head of a model that ties it to the embedding: where the file has only one of the two,
+    /// it is known under both names, and where they differ, they are not tied, whatever the
+    /// configuration says.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn tie(&mut self, embedding: &str) -> Result<bool, WeightsError> {
+        match (self.tensors.get(embedding), self.tensors.get(HEAD)) {
+            (None, Some(head)) => {
+                let head = head.clone();
+                self.tensors.insert(embedding.into(), head);
+            }
+            (Some(a), Some(b)) if a.shape == b.shape => {
+                let (mut first, mut second) = (vec![0.0; a.len()], vec![0.0; b.len()]);
+                self.read(embedding, &mut first)?;
+                self.read(HEAD, &mut second)?;
+                return Ok(first == second);
+            }
+            (Some(_), Some(_)) => return Ok(false),
+            _ => {}
+        }
+        Ok(true)
+    }
+
     /// Whether these are the tensors of a model. A head that the model ties to the embedding may be
     /// there in addition.
     ///
@@ -504,7 +540,7 @@ impl Weights {
             wrong.push(format!("missing: {}", list(missing)));
         }
         let unexpected: Vec<_> = (self.tensors.keys())
-            .filter(|n| !names.contains(n.as_str()) && *n != "lm_head.weight")
+            .filter(|n| !names.contains(n.as_str()) && *n != HEAD)
             .map(|n| short(n))
             .collect();
         if !unexpected.is_empty() {
@@ -595,7 +631,12 @@ impl Weights {
 }
 
 fn plain_name(name: &str) -> &str {
-    name.strip_prefix("transformer.").unwrap_or(name)
+    let mut plain = name;
+    // What PyTorch's wrappers put before the names: data parallelism, compilation.
+    while let Some(rest) = ["module.", "_orig_mod."].iter().find_map(|p| plain.strip_prefix(p)) {
+        plain = rest;
+    }
+    plain.strip_prefix("transformer.").unwrap_or(plain)
 }
 
 /// The causal masks that old files hold beside the parameters: `h.N.attn.bias` and

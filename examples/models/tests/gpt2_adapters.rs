@@ -15,10 +15,10 @@ use bdia_core::stack::Mode;
 use bdia_core::{Error, NnOps, Reals, Reference, Sign, Storage};
 use bdia_cpu::Cpu;
 use bdia_models::files::testing::TempDir;
-use bdia_models::gpt2::adapter::{self, Adapter};
 use bdia_models::gpt2::config::{Gpt2Config, Size};
-use bdia_models::gpt2::files::load_weights;
 use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::language::adapter::{self, Adapter};
+use bdia_models::language::files::load;
 use bdia_models::named::{Adapters, Named};
 use bdia_models::weights::Weights;
 use common::{
@@ -58,7 +58,7 @@ fn reversible() -> Mode {
     bdia(14, Sign::Random)
 }
 
-fn load(model: &Gpt2, be: &mut Reference<'_, f64>) {
+fn load_values(model: &Gpt2, be: &mut Reference<'_, f64>) {
     let weights = Weights::read_dir(&data("hf_tied")).unwrap();
     for t in model.tensors() {
         let mut values = vec![0.0; t.len()];
@@ -112,7 +112,7 @@ fn a_masked_step_is_that_of_transformers() {
     let (mut model, layout) = lay_out::<f64>(&setup(STANDARD, None), 2, 7);
     let mut memory = Memory::new(&layout);
     let mut be = memory.backend(&layout);
-    load(&model, &mut be);
+    load_values(&model, &mut be);
     let outcome = model.train(&mut be, &STEP, fill(&batch)).unwrap();
     assert!((outcome.loss - s.reals["full.loss"][0]).abs() < 1e-12, "{}", outcome.loss);
     for t in model.tensors() {
@@ -132,7 +132,7 @@ fn a_masked_step_with_adapters_is_that_of_peft() {
         let (mut model, layout) = lay_out::<f64>(&setup, chunk, 7);
         let mut memory = Memory::new(&layout);
         let mut be = memory.backend(&layout);
-        load(&model, &mut be);
+        load_values(&model, &mut be);
         for (place, values) in load_adapter(&model) {
             be.write_reals(place, &values).unwrap();
         }
@@ -161,7 +161,7 @@ fn a_masked_step_with_adapters_is_that_of_peft() {
             let (mut model, layout) = lay_out::<f64>(&setup, chunk, 7);
             let mut memory = Memory::new(&layout);
             let mut be = memory.backend(&layout);
-            load(&model, &mut be);
+            load_values(&model, &mut be);
             model.initialize_adapters(&mut be, 1).unwrap();
             for (place, values) in load_adapter(&model) {
                 be.write_reals(place, &values).unwrap();
@@ -191,8 +191,8 @@ fn gradients_in_every_mode_follow_from_those_of_the_merged_weight() {
         let (mut whole, whole_layout) = lay_out::<f64>(&setup(mode, None), 2, 7);
         let (mut memory, mut whole_memory) = (Memory::new(&layout), Memory::new(&whole_layout));
         let (mut be, mut on) = (memory.backend(&layout), whole_memory.backend(&whole_layout));
-        load(&model, &mut be);
-        load(&whole, &mut on);
+        load_values(&model, &mut be);
+        load_values(&whole, &mut on);
         let loaded = load_adapter(&model);
         // Column of c_attn that part q of the adapters belongs to.
         let column = |q: usize, j: usize| if q < r { j } else { 2 * d + j };
@@ -255,7 +255,7 @@ fn bits(be: &Cpu, tensors: &[Named]) -> Vec<u32> {
 fn trained(dir: &str, setup: &Setup, chunk: usize) -> (Vec<u64>, Vec<u32>, u64) {
     let batch = batch(&state("gpt2/finetune.safetensors"));
     let (mut model, mut be) = on_cpu(setup, chunk);
-    load_weights(&data(dir), &mut be, &model).unwrap();
+    load(&data(dir), &mut be, &model).unwrap();
     model.initialize_adapters(&mut be, 1).unwrap();
     let (mut losses, mut mismatches) = (Vec::new(), 0);
     for i in 0..6 {
@@ -301,7 +301,7 @@ fn other_weights_are_rounded() {
     for half in [Half::Bf16, Half::F16] {
         let (model, mut be) =
             on_cpu(&setup(reversible(), Some(Adapters { shape: SHAPE, half: Some(half) })), 1);
-        load_weights(&data("hf_tied"), &mut be, &model).unwrap();
+        load(&data("hf_tied"), &mut be, &model).unwrap();
         let mut narrow = 0;
         for t in model.tensors() {
             let mut values = vec![0.0; t.len()];
@@ -331,7 +331,7 @@ fn adapters_are_saved_as_peft_saves_them() {
     let dir = TempDir::new();
     let (model, mut be) =
         on_cpu(&setup(reversible(), Some(Adapters { shape: SHAPE, half: None })), 1);
-    let digest = load_weights(&data("hf_tied"), &mut be, &model).unwrap();
+    let digest = load(&data("hf_tied"), &mut be, &model).unwrap();
     for (place, values) in load_adapter(&model) {
         be.write_reals(place, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()).unwrap();
     }
@@ -372,11 +372,10 @@ fn adapters_are_saved_as_peft_saves_them() {
 fn merged_adapters_compute_what_peft_does() {
     let s = state("gpt2/finetune.safetensors");
     let (tokens, _) = batch(&s);
-    let config = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     for (dir, key) in [("peft_qv", "lora.logits"), ("peft_full", "other.logits")] {
         let (mut model, mut be) = on_cpu(&setup(STANDARD, None), 1);
-        let digest = load_weights(&data("hf_tied"), &mut be, &model).unwrap();
-        Adapter::open(&data(dir), &config).unwrap().merge(&mut be, &model, &digest).unwrap();
+        let digest = load(&data("hf_tied"), &mut be, &model).unwrap();
+        Adapter::open(&data(dir), &model).unwrap().merge(&mut be, &model, &digest).unwrap();
         for (i, tokens) in tokens.chunks(15).enumerate() {
             let n = length(&s, i);
             let ours = model.logits(&mut be, tokens, 0..n, float(0.0)).unwrap();

@@ -14,7 +14,7 @@ use bdia_cpu::Cpu;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use bdia_models::inference::Inference;
-use bdia_models::language::decode::{DecodeError, Decoder, Decoding, How, Sizes};
+use bdia_models::language::decode::{DecodeError, Decoder, Decoding, How, Progress, Sizes};
 use bdia_models::sample::Sampler;
 use bdia_models::search::Length;
 use bdia_models::weights::Weights;
@@ -55,7 +55,13 @@ fn load<B: Backend>(be: &mut B, model: &Gpt2) {
 }
 
 fn greedy(tokens: usize, inference: Inference) -> Decoding {
-    Decoding { how: How::Search(Length::Power(1.0)), tokens, end: None, no_repeat: 0, inference }
+    Decoding {
+        how: How::Search(Length::Power(1.0)),
+        tokens,
+        ends: Vec::new(),
+        no_repeat: 0,
+        inference,
+    }
 }
 
 fn tokens(of: &Value) -> Vec<Vec<i32>> {
@@ -77,7 +83,7 @@ fn fixture() -> (Vec<Vec<i32>>, Vec<Case>) {
         let decoding = Decoding {
             how: How::Search(Length::Power(c["length_penalty"].as_f64().unwrap())),
             tokens: file["tokens"].as_u64().unwrap() as usize,
-            end: Some(file["end"].as_i64().unwrap() as i32),
+            ends: vec![file["end"].as_i64().unwrap() as i32],
             no_repeat: c["no_repeat"].as_u64().unwrap() as usize,
             inference: float(0.0),
         };
@@ -97,7 +103,7 @@ fn check<B: Backend>(
     d: &Decoding,
     expected: &[Vec<i32>],
 ) {
-    let found = decoder.decode(be, prompts, d, |_, _| ControlFlow::Continue(())).unwrap();
+    let found = decoder.decode(be, prompts, d, |_| ControlFlow::Continue(())).unwrap();
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
         assert_eq!(found, expected, "prompt {i}, {d:?}");
     }
@@ -193,7 +199,7 @@ fn prompts_do_not_meet() {
         (1, How::Sample(Sampler { temperature: 1.0, top_k: 20, top_p: 1.0 }, 3)),
         (3, How::Search(Length::Power(0.9))),
     ] {
-        let d = Decoding { how, no_repeat: 3, end: Some(60), ..greedy(15, quantized(0.0)) };
+        let d = Decoding { how, no_repeat: 3, ends: vec![60], ..greedy(15, quantized(0.0)) };
         let all: Vec<_> = [6, 2]
             .map(|together| {
                 let (model, decoder, layout) =
@@ -202,11 +208,16 @@ fn prompts_do_not_meet() {
                 load(&mut be, &model);
                 let mut heard = (0, 0);
                 let found = decoder
-                    .decode(&mut be, &prompts, &d, |finished, tokens| {
-                        assert!(finished >= heard.0 && tokens > heard.1);
-                        heard = (finished, tokens);
-                        ControlFlow::Continue(())
-                    })
+                    .decode(
+                        &mut be,
+                        &prompts,
+                        &d,
+                        |Progress { finished, taken: tokens, .. }| {
+                            assert!(finished >= heard.0 && tokens > heard.1);
+                            heard = (finished, tokens);
+                            ControlFlow::Continue(())
+                        },
+                    )
                     .unwrap();
                 assert_eq!(heard.0, prompts.len());
                 assert!(heard.1 >= found.iter().map(Vec::len).sum());
@@ -233,28 +244,25 @@ fn what_cannot_be_decoded() {
     load(&mut be, &model);
     let d = greedy(3, float(0.0));
     let mut refused = |prompts: &[Vec<i32>], d: &Decoding| -> String {
-        decoder
-            .decode(&mut be, prompts, d, |_, _| ControlFlow::Continue(()))
-            .unwrap_err()
-            .to_string()
+        decoder.decode(&mut be, prompts, d, |_| ControlFlow::Continue(())).unwrap_err().to_string()
     };
     assert!(refused(&[vec![1], vec![]], &d).contains("tokens of a prompt"));
     assert!(refused(&[vec![1, 61]], &d).contains("vocabulary"), "{}", refused(&[vec![1, 61]], &d));
-    let drawn = Decoding { how: How::Sample(Sampler::GREEDY, 1), ..d };
+    let drawn = Decoding { how: How::Sample(Sampler::GREEDY, 1), ..d.clone() };
     assert!(refused(&[vec![1]], &drawn).contains("beams of a sample"));
     // On the grid there is no such network.
     assert!(Gamma::from_value(0.3, Sign::Plus).unwrap_err().to_string().contains("0.3"));
-    assert!(decoder.decode(&mut be, &[], &d, |_, _| ControlFlow::Continue(())).unwrap().is_empty());
+    assert!(decoder.decode(&mut be, &[], &d, |_| ControlFlow::Continue(())).unwrap().is_empty());
     assert_eq!(
         decoder
-            .decode(&mut be, &[vec![1]], &greedy(0, float(0.0)), |_, _| ControlFlow::Continue(()))
+            .decode(&mut be, &[vec![1]], &greedy(0, float(0.0)), |_| ControlFlow::Continue(()))
             .unwrap(),
         [Vec::<i32>::new()]
     );
     let bias = model.tensors().into_iter().find(|t| t.name == "ln_f.bias").unwrap();
     be.fill_reals(bias.values.sub(0, 1), f32::NAN).unwrap();
     assert!(matches!(
-        decoder.decode(&mut be, &[vec![1]], &d, |_, _| ControlFlow::Continue(())),
+        decoder.decode(&mut be, &[vec![1]], &d, |_| ControlFlow::Continue(())),
         Err(DecodeError::Sample(_) | DecodeError::Core(_))
     ));
     for sizes in

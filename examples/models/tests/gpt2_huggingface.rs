@@ -15,8 +15,9 @@ use bdia_core::{Error, Layout, Sign, Storage};
 use bdia_cpu::Cpu;
 use bdia_models::files::testing::TempDir;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::files::{load_weights, save_weights};
 use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::language::Config as _;
+use bdia_models::language::files::{load, save};
 use bdia_models::weights::{self, Weights, WeightsError};
 use common::transformers::{agrees, logits};
 use common::{Memory, SGD, STANDARD, STILL, bdia, data, state};
@@ -45,7 +46,7 @@ fn logits_are_those_of_transformers() {
             let choice = Choice { chunk: 1, head_rows };
             let (mut model, layout) = lay_out(&setup(&config, 1, 16, mode), choice);
             let mut be = Cpu::new(&layout, 1).unwrap();
-            load_weights(&data(name), &mut be, &model).unwrap();
+            load(&data(name), &mut be, &model).unwrap();
             let d =
                 difference(&logits(&mut be, &mut model, &s.ints["tokens"], 16), &s.reals["logits"]);
             println!("{name}, {mode:?}: logits differ by {d:.1e} of the largest");
@@ -62,7 +63,7 @@ fn loss_and_gradients_are_those_of_transformers() {
         let setup = Setup { gradients: Gradients::Full(SGD), ..setup(&config, 2, 16, STANDARD) };
         let (mut model, layout) = lay_out(&setup, Choice { chunk: 2, head_rows: 32 });
         let mut be = Cpu::new(&layout, 1).unwrap();
-        load_weights(&data(name), &mut be, &model).unwrap();
+        load(&data(name), &mut be, &model).unwrap();
         let outcome = model
             .train(&mut be, &STILL, |_, x, y| {
                 x.copy_from_slice(&s.ints["tokens"]);
@@ -135,7 +136,7 @@ fn tensors_that_do_not_fit_are_all_named() {
     let (model, layout) =
         lay_out(&setup(&untied, 1, 16, STANDARD), Choice { chunk: 1, head_rows: 16 });
     let mut be = Cpu::new(&layout, 1).unwrap();
-    let error = load_weights(&data("hf_tied"), &mut be, &model).unwrap_err().to_string();
+    let error = load(&data("hf_tied"), &mut be, &model).unwrap_err().to_string();
     assert!(error.contains("missing: lm_head.weight"), "{error}");
 }
 
@@ -145,8 +146,8 @@ fn save_again(name: &str, dir: &Path) -> Vec<f32> {
     let (model, layout) =
         lay_out(&setup(&config, 1, 16, STANDARD), Choice { chunk: 1, head_rows: 16 });
     let mut be = Cpu::new(&layout, 1).unwrap();
-    load_weights(&data(name), &mut be, &model).unwrap();
-    save_weights(dir, &be, &model).unwrap();
+    load(&data(name), &mut be, &model).unwrap();
+    save(dir, &be, &model).unwrap();
     config.write_dir(dir).unwrap();
     read(&be, &model)
 }
@@ -171,7 +172,7 @@ fn what_we_save_is_read_back_the_same() {
         let (model, layout) =
             lay_out(&setup(&config, 1, 16, STANDARD), Choice { chunk: 1, head_rows: 16 });
         let mut be = Cpu::new(&layout, 1).unwrap();
-        load_weights(dir.path(), &mut be, &model).unwrap();
+        load(dir.path(), &mut be, &model).unwrap();
         let again = read(&be, &model);
         assert!(saved.iter().map(|x| x.to_bits()).eq(again.iter().map(|x| x.to_bits())), "{name}");
     }
@@ -313,7 +314,7 @@ fn a_published_model_gives_its_stored_logits() {
     // In f32, which rounds as much as PyTorch's program did.
     let (mut model, layout) = lay_out(&setup, choice);
     let mut be = Cpu::new(&layout, 1).unwrap();
-    load_weights(dir.path(), &mut be, &model).unwrap();
+    load(dir.path(), &mut be, &model).unwrap();
     let ours = logits(&mut be, &mut model, &tokens, 11);
     let (absolute, relative) = (most(&ours), difference(&ours, &stored));
     println!("f32: logits differ by {absolute:.2e}, {relative:.2e} of the largest");

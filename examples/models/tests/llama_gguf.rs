@@ -10,8 +10,8 @@ use bdia_core::Reference;
 use bdia_core::plan::Choice;
 use bdia_models::gguf::{self, Kind, Value};
 use bdia_models::inference::Inference;
+use bdia_models::language::files::{load, read};
 use bdia_models::llama::config::LlamaConfig;
-use bdia_models::llama::files::{load_weights, read_weights};
 use bdia_models::llama::gguf::open;
 use bdia_models::llama::model::{Llama, Setup};
 use bdia_models::weights::WeightsError;
@@ -69,9 +69,9 @@ fn logits(name: &str, from_file: bool) -> Vec<f64> {
     let mut memory = Memory::<f32>::new(&layout);
     let mut be = memory.backend(&layout);
     if from_file {
-        read_weights(&file, &mut be, &model).unwrap();
+        read(&file, &mut be, &model).unwrap();
     } else {
-        load_weights(&data(name), &mut be, &model).unwrap();
+        load(&data(name), &mut be, &model).unwrap();
     }
     let tokens = &s.ints["tokens"][..12];
     let found = model.logits(&mut be, tokens, 0..12, Inference::STANDARD).unwrap();

@@ -139,14 +139,14 @@ fn a_cache_and_greedy_decoding() {
         let decoding = Decoding {
             how: How::Search(Length::Power(1.0)),
             tokens: 16,
-            end: None,
+            ends: Vec::new(),
             no_repeat: 0,
             inference: Inference::STANDARD,
         };
         let expected: Vec<_> = s.ints["generated"].chunks(21).collect();
         let prompts: Vec<_> = expected.iter().map(|all| all[..5].to_vec()).collect();
         let found =
-            decoder.decode(&mut be, &prompts, &decoding, |_, _| ControlFlow::Continue(())).unwrap();
+            decoder.decode(&mut be, &prompts, &decoding, |_| ControlFlow::Continue(())).unwrap();
         for (found, expected) in found.iter().zip(expected) {
             assert_eq!(found, &expected[5..], "{name}");
         }

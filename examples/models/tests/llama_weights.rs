@@ -15,7 +15,7 @@ use bdia_core::{Error, Layout};
 use bdia_cpu::Cpu;
 use bdia_models::inference::Inference;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
-use bdia_models::llama::files::read_weights;
+use bdia_models::language::files::read;
 use bdia_models::llama::gguf::{GgufModel, open};
 use bdia_models::llama::model::{Dims, Llama, Setup};
 use bdia_models::named::Adapters;
@@ -49,7 +49,7 @@ fn loss_logits_and_greedy_tokens() {
     let tokens = &s.ints["tokens"];
     let (mut model, layout) = lay_out(&setup(dims, tokens.len()));
     let mut be = Cpu::new(&layout, THREADS).unwrap();
-    read_weights(&file, &mut be, &model).unwrap();
+    read(&file, &mut be, &model).unwrap();
     let last = tokens.len() - 1;
     let found = model.logits(&mut be, tokens, last..last + 1, Inference::STANDARD).unwrap();
     let found: Vec<f64> = found.into_iter().step_by(16).map(f64::from).collect();
@@ -66,17 +66,17 @@ fn loss_logits_and_greedy_tokens() {
     let sizes = Sizes { prompts: 1, beams: 1, context: 64 };
     let (decoder, layout) = Decoder::layout::<Cpu>(&model, &sizes).unwrap();
     let mut be = Cpu::new(&layout, THREADS).unwrap();
-    read_weights(&file, &mut be, &model).unwrap();
+    read(&file, &mut be, &model).unwrap();
     let decoding = Decoding {
         how: How::Search(Length::Power(1.0)),
         tokens: 24,
-        end: None,
+        ends: Vec::new(),
         no_repeat: 0,
         inference: Inference::STANDARD,
     };
     let prompts = [s.ints["prompt"].clone()];
     let found =
-        decoder.decode(&mut be, &prompts, &decoding, |_, _| ControlFlow::Continue(())).unwrap();
+        decoder.decode(&mut be, &prompts, &decoding, |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(found[0], s.ints["greedy"][prompts[0].len()..]);
 }
 
@@ -100,7 +100,7 @@ fn training_is_exact() {
             Setup { mode, gradients, blocks_per_step, adapters, ..setup(dims, tokens.len()) };
         let (mut model, layout) = lay_out(&setup);
         let mut be = Cpu::new(&layout, THREADS).unwrap();
-        read_weights(&file, &mut be, &model).unwrap();
+        read(&file, &mut be, &model).unwrap();
         if adapters.is_some() {
             model.initialize_adapters(&mut be, 1).unwrap();
         }

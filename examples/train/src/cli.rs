@@ -83,35 +83,54 @@ impl From<GammaSign> for config::GammaSign {
     }
 }
 
-/// The named sizes of GPT-2.
+/// The named sizes of language models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-pub enum Gpt2Size {
-    /// 6 layers, 4 heads, width 128, context 128: trains in minutes on two cores.
+pub enum Preset {
+    /// GPT-2 of 6 layers, 4 heads, width 128, context 128: trains in minutes on two cores.
     #[value(name = "mini")]
+    #[serde(rename = "Mini")]
     Mini,
-    /// 12 layers, 12 heads, width 768 (124M parameters).
+    /// GPT-2 of 12 layers, 12 heads, width 768 (124M parameters).
     #[value(name = "gpt2")]
+    #[serde(rename = "Gpt2")]
     Gpt2,
-    /// 24 layers, 16 heads, width 1024 (355M).
+    /// GPT-2 of 24 layers, 16 heads, width 1024 (355M).
     #[value(name = "gpt2-medium")]
-    Medium,
-    /// 36 layers, 20 heads, width 1280 (774M).
+    #[serde(rename = "Medium")]
+    Gpt2Medium,
+    /// GPT-2 of 36 layers, 20 heads, width 1280 (774M).
     #[value(name = "gpt2-large")]
-    Large,
-    /// 48 layers, 25 heads, width 1600 (1.5B).
+    #[serde(rename = "Large")]
+    Gpt2Large,
+    /// GPT-2 of 48 layers, 25 heads, width 1600 (1.5B).
     #[value(name = "gpt2-xl")]
-    Xl,
+    #[serde(rename = "Xl")]
+    Gpt2Xl,
+    /// Llama of 8 layers, 4 heads, 2 of keys and values, width 128, context 128: trains in minutes
+    /// on two cores.
+    #[value(name = "llama-mini")]
+    LlamaMini,
+    /// Llama of the shape of SmolLM2-135M: 30 layers, 9 heads, 3 of keys and values, width 576.
+    #[value(name = "llama-135m")]
+    Llama135m,
 }
 
-impl From<Gpt2Size> for gpt2::Size {
-    fn from(size: Gpt2Size) -> Self {
-        match size {
-            Gpt2Size::Mini => Self::Mini,
-            Gpt2Size::Gpt2 => Self::Gpt2,
-            Gpt2Size::Medium => Self::Medium,
-            Gpt2Size::Large => Self::Large,
-            Gpt2Size::Xl => Self::Xl,
+impl Preset {
+    /// GPT-2's size, where it is one.
+    pub const fn gpt2(self) -> Option<gpt2::Size> {
+        match self {
+            Self::Mini => Some(gpt2::Size::Mini),
+            Self::Gpt2 => Some(gpt2::Size::Gpt2),
+            Self::Gpt2Medium => Some(gpt2::Size::Medium),
+            Self::Gpt2Large => Some(gpt2::Size::Large),
+            Self::Gpt2Xl => Some(gpt2::Size::Xl),
+            Self::LlamaMini | Self::Llama135m => None,
         }
+    }
+
+    /// Whether its positions are the context that is asked for.
+    pub const fn is_mini(self) -> bool {
+        matches!(self, Self::Mini | Self::LlamaMini)
     }
 }
 
@@ -689,7 +708,8 @@ pub struct MethodArgs {
     #[arg(long, default_value = "full")]
     #[serde(default)]
     pub method: MethodKind,
-    /// Rank of the adapters of queries and of values [default: 4]
+    /// Rank of the adapters: those of queries and values, in Llama's family of every linear layer
+    /// [default: 4]
     #[arg(long, value_name = "R", value_parser = count(1 << 16))]
     pub lora_rank: Option<u64>,
     /// Adapters are multiplied by alpha/rank [default: 32]

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use bdia_models::bpe::BpeError;
 use bdia_models::config::ConfigError;
 use bdia_models::files::FileError;
-use bdia_models::gpt2::adapter::AdapterError;
+use bdia_models::language::adapter::AdapterError;
 use bdia_models::language::decode::DecodeError;
+use bdia_models::pretrained::PretrainedError;
 use bdia_models::sample::SampleError;
 use bdia_models::seq2seq::vocab::VocabularyError;
 use bdia_models::weights::WeightsError;
@@ -33,6 +34,8 @@ pub enum Failure {
     Weights(#[from] WeightsError),
     #[error("{0}")]
     Config(#[from] ConfigError),
+    #[error("{0}")]
+    Pretrained(#[from] PretrainedError),
     #[error("{0}")]
     Adapter(#[from] AdapterError),
     #[error("{0}")]

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use super::model::Dims;
 use crate::config::{ConfigError, FILE, LIMIT, Training, count, field};
-use crate::files::{read_limited, write_bytes};
+use crate::files::read_limited;
+use crate::language;
 use crate::tokenizer::{EOT, VOCAB};
 
 /// The GELU of the MLP.
@@ -119,11 +120,6 @@ impl Gpt2Config {
         for id in [&mut self.bos_token_id, &mut self.eos_token_id] {
             *id = id.filter(|&t| (t as usize) < vocab);
         }
-    }
-
-    /// The same dropout at all three places.
-    pub fn set_dropout(&mut self, p: f64) {
-        (self.resid_pdrop, self.embd_pdrop, self.attn_pdrop) = (p, p, p);
     }
 
     /// Width of the MLP's inner layer.
@@ -361,9 +357,36 @@ impl Gpt2Config {
         let path = dir.join(FILE);
         Self::from_json(&read_limited(&path, LIMIT)?).map_err(|e| e.of(path))
     }
+}
 
-    /// The text of a `config.json` that transformers reads without a warning.
-    pub fn to_json(&self) -> String {
+impl language::Config for Gpt2Config {
+    type Dims = Dims;
+
+    fn dims(&self) -> Dims {
+        self.dims()
+    }
+
+    fn start(&self) -> Option<u32> {
+        self.bos_token_id
+    }
+
+    fn ends(&self) -> Vec<u32> {
+        self.eos_token_id.into_iter().collect()
+    }
+
+    fn training(&self) -> Option<Training> {
+        self.bdia
+    }
+
+    fn set_training(&mut self, training: Training) {
+        self.bdia = Some(training);
+    }
+
+    fn set_dropout(&mut self, p: f64) {
+        (self.resid_pdrop, self.embd_pdrop, self.attn_pdrop) = (p, p, p);
+    }
+
+    fn to_json(&self) -> String {
         let mut map = json!({
             "activation_function": match self.activation_function {
                 Activation::GeluNew => "gelu_new",
@@ -392,14 +415,6 @@ impl Gpt2Config {
         }
         format!("{map:#}\n")
     }
-
-    /// Writes `config.json` into a directory, atomically.
-    ///
-    /// # Errors
-    /// [`ConfigError`]
-    pub fn write_dir(&self, dir: &Path) -> Result<(), ConfigError> {
-        Ok(write_bytes(&dir.join(FILE), self.to_json().as_bytes())?)
-    }
 }
 
 #[cfg(test)]
@@ -408,6 +423,7 @@ mod tests {
     use crate::config::{GammaSign, Mode};
     use crate::files::FileError;
     use crate::files::testing::TempDir;
+    use crate::language::Config as _;
 
     #[test]
     fn sizes_have_the_published_numbers_of_parameters() {

@@ -10,43 +10,14 @@ use bdia_core::plan::Choice;
 use bdia_core::{Error, Layout};
 
 use super::config::Gpt2Config;
-use super::model::{Gpt2, Setup};
+use super::model::{Dims, Gpt2, Setup};
 use crate::config::ConfigError;
 use crate::inference::Inference;
 use crate::language::decode::{DecodeError, Decoder, Decoding, How, Sizes};
-use crate::language::files;
+use crate::language::{Family as _, files};
 use crate::named::{self, Named};
 use crate::sample::Sampler;
 use crate::weights::{self, WeightsError};
-
-/// The name in a file: with `transformer.`, except `lm_head.weight`.
-fn full_name(name: &str) -> String {
-    if name == "lm_head.weight" { name.to_string() } else { format!("transformer.{name}") }
-}
-
-/// Reads a model's weights; gives a digest of what was read ([`files::load`]).
-///
-/// # Errors
-/// As [`files::load`].
-pub fn load_weights<B: Backend<Real = f32>>(
-    dir: &Path,
-    be: &mut B,
-    model: &Gpt2,
-) -> Result<String, WeightsError> {
-    files::load(dir, be, model)
-}
-
-/// Writes `model.safetensors`.
-///
-/// # Errors
-/// A file that cannot be written; an existing one is untouched then.
-pub fn save_weights<B: Backend<Real = f32>>(
-    dir: &Path,
-    be: &B,
-    model: &Gpt2,
-) -> Result<(), WeightsError> {
-    save_tensors(dir, be, &model.tensors())
-}
 
 /// The tensors of a language model of the core, in the order and under the names of GPT-2's file.
 pub fn tensors(lm: &Lm) -> Vec<Named> {
@@ -70,7 +41,7 @@ pub fn save_tensors<B: Backend<Real = f32>>(
     be: &B,
     tensors: &[Named],
 ) -> Result<(), WeightsError> {
-    named::write(&dir.join(weights::FILE), tensors, be, full_name)
+    named::write(&dir.join(weights::FILE), tensors, be, Dims::full_name)
 }
 
 /// What the model in a directory writes after a prompt, drawn token by token. `backend` makes the
@@ -95,16 +66,16 @@ where
     let sizes = Sizes { prompts: 1, beams: 1, context: config.n_positions };
     let (decoder, layout) = Decoder::layout::<B>(&model, &sizes)?;
     let mut be = backend(&layout)?;
-    load_weights(dir, &mut be, &model)?;
+    files::load(dir, &mut be, &model)?;
     let decoding = Decoding {
         how: How::Sample(sampler, 1),
         tokens,
-        end: config.eos_token_id.map(|t| t as i32),
+        ends: config.eos_token_id.map(|t| t as i32).into_iter().collect(),
         no_repeat: 0,
         inference: Inference::STANDARD,
     };
     let found =
-        decoder.decode(&mut be, &[prompt.to_vec()], &decoding, |_, _| ControlFlow::Continue(()))?;
+        decoder.decode(&mut be, &[prompt.to_vec()], &decoding, |_| ControlFlow::Continue(()))?;
     Ok(found.into_iter().flatten().map(|t| t as u32).collect())
 }
 
@@ -123,7 +94,7 @@ mod tests {
             vec![("ln_f.bias".to_string(), vec![1]), ("lm_head.weight".into(), vec![1, 2])];
         let size = |i: usize| tensors[i].1.iter().product();
         let named: Vec<_> =
-            tensors.iter().map(|(name, shape)| (full_name(name), shape.clone())).collect();
+            tensors.iter().map(|(name, shape)| (Dims::full_name(name), shape.clone())).collect();
         weights::write(&path, &named, |i, sink| sink.put(&vec![0.5; size(i)])).unwrap();
         Weights::read_dir(dir.path()).unwrap().check(&tensors).unwrap();
         let bytes = std::fs::read(&path).unwrap();

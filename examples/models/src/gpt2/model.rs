@@ -4,8 +4,8 @@ use bdia_core::arena::{Ints, Layout};
 use bdia_core::backend::{Attention, Backend, Columns, Gelu, Mask};
 use bdia_core::error::Result;
 use bdia_core::layers::{
-    BlockShape, Gradients, LmHead, Mlp, Norm, Parameter, PreNorm, Scheme, SelfAttention, Tensor,
-    TokenEmbedding,
+    BlockShape, Gradients, LmHead, LoraShape, Mlp, Norm, Parameter, PreNorm, Scheme, SelfAttention,
+    Tensor, TokenEmbedding,
 };
 use bdia_core::stack::Call;
 
@@ -142,5 +142,35 @@ impl Family for Dims {
         }
     }
 
+    /// With `transformer.`, except the head's own matrix.
+    fn full_name(name: &str) -> String {
+        if name == "lm_head.weight" { name.into() } else { format!("transformer.{name}") }
+    }
+
     const TRANSPOSED: bool = false;
+
+    const TARGETS: &'static [&'static str] = &["c_attn"];
+
+    /// PEFT has one adapter for all of `c_attn`: the first half of its ranks is for queries, in the
+    /// first third of its rows, the other for values, in the last.
+    fn peft_up(shape: &LoraShape, outputs: usize, ours: &[f32]) -> Vec<f32> {
+        let (r, d) = (shape.rank, outputs / 3);
+        let mut all = vec![0.0; outputs * 2 * r];
+        for (j, row) in all.chunks_exact_mut(2 * r).enumerate() {
+            let from = match j / d {
+                0 => 0..r,
+                1 => 0..0,
+                _ => r..2 * r,
+            };
+            for q in from {
+                row[q] = ours[q * d + j % d];
+            }
+        }
+        all
+    }
+
+    /// Two adapters of rank `r` and factor `α/r` are one of rank `2r` and factor `2α/2r`.
+    fn peft_shape(shape: &LoraShape) -> LoraShape {
+        LoraShape { rank: 2 * shape.rank, alpha: 2.0 * shape.alpha }
+    }
 }

@@ -84,18 +84,29 @@ pub enum How {
 }
 
 /// What is decoded from every prompt.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Decoding {
     /// How tokens are chosen.
     pub how: How,
     /// Most tokens.
     pub tokens: usize,
-    /// The token that ends a text. It is not part of the result.
-    pub end: Option<i32>,
+    /// The tokens that end a text. They are not part of the result.
+    pub ends: Vec<i32>,
     /// No `n` tokens occur twice in a row of this length, prompt included; 0 for no such rule.
     pub no_repeat: usize,
     /// The network.
     pub inference: Inference,
+}
+
+/// How far it is.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress<'a> {
+    /// Prompts that are finished.
+    pub finished: usize,
+    /// Tokens of all texts that have been taken.
+    pub taken: usize,
+    /// What follows the first of the prompts that are being decoded, so far.
+    pub text: &'a [i32],
 }
 
 /// The arenas behind a model's parameters, laid out for decoding. What a training step keeps there
@@ -162,6 +173,14 @@ impl Text<'_> {
         }
     }
 
+    /// What follows the prompt so far, in the first row.
+    fn so_far(&self) -> &[i32] {
+        match &self.state {
+            State::Search(search) => search.rows().next().unwrap_or(&[]),
+            State::Sample { tokens, .. } => tokens,
+        }
+    }
+
     fn result(self) -> Vec<i32> {
         match self.state {
             State::Search(search) => search.best(),
@@ -206,7 +225,7 @@ impl Text<'_> {
                 let stream = Stream::new(seed, 0, self.index as u32, 0, 0, Draw::Sample);
                 let place = (self.prompt.len() + tokens.len()) as u32;
                 let token = sampler.choose(&own, &stream, place, &mut Vec::new())? as i32;
-                *finished = Some(token) == d.end;
+                *finished = d.ends.contains(&token);
                 if !*finished {
                     tokens.push(token);
                     *finished = tokens.len() == d.tokens;
@@ -264,6 +283,7 @@ impl<F: Family> Decoder<F> {
         // The logits on the host.
         l.outside(Category::Head, product("logits", &[logits, B::Real::BYTES])?);
         decoder.base = base;
+        F::set_places(&mut decoder.blocks, [Ints::EMPTY; 2]);
         let one = F::with_tokens(&decoder.blocks, 1);
         let attention = F::cached_attention(&one, sizes.context, decoder.lens);
         let mut needs = one.needs::<B>(rows, s.threads);
@@ -272,6 +292,11 @@ impl<F: Family> Decoder<F> {
         decoder.rows = decoder.stack(rows, 1, needs, LmHead::scratch(width, 1, rows), &mut plan)?;
         plan.cover(&decoder.alone::<B>(sizes.context)?.1);
         Ok((decoder, plan.checked()?))
+    }
+
+    /// What it was laid out for.
+    pub const fn sizes(&self) -> &Sizes {
+        &self.sizes
     }
 
     fn stack(
@@ -308,8 +333,7 @@ impl<F: Family> Decoder<F> {
     }
 
     /// What follows each prompt. Prompts are not empty; one that is longer than the context is seen
-    /// from its end. `progress` hears how many prompts are finished, and how many tokens of all
-    /// have been taken; where it breaks, texts end where they are.
+    /// from its end. Where `progress` breaks, texts end where they are.
     ///
     /// # Errors
     /// [`DecodeError`]
@@ -318,7 +342,7 @@ impl<F: Family> Decoder<F> {
         be: &mut B,
         prompts: &[Vec<i32>],
         d: &Decoding,
-        mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+        mut progress: impl FnMut(Progress<'_>) -> ControlFlow<()>,
     ) -> core::result::Result<Vec<Vec<i32>>, DecodeError> {
         let (beams, vocab) = (self.sizes.beams, self.setup.dims.vocab());
         if prompts.iter().any(Vec::is_empty) {
@@ -361,18 +385,16 @@ impl<F: Family> Decoder<F> {
                     .map_or_else(|| error.into(), |fault| Error::from(fault).into()));
             }
             taken += texts.iter().flatten().count();
+            finished += texts.iter().flatten().filter(|text| text.finished()).count();
+            let text = texts.iter().flatten().next().map_or(&[][..], Text::so_far);
+            let stop = progress(Progress { finished, taken, text }).is_break();
             for place in &mut texts {
-                if let Some(text) = place.take_if(|text| text.finished()) {
+                if let Some(text) = place.take_if(|text| stop || text.finished()) {
                     let index = text.index;
                     results[index] = text.result();
-                    finished += 1;
                 }
             }
-            if progress(finished, taken).is_break() {
-                for text in texts.iter_mut().filter_map(Option::take) {
-                    let index = text.index;
-                    results[index] = text.result();
-                }
+            if stop {
                 break;
             }
             if texts.iter().any(Option::is_some) {
@@ -542,7 +564,7 @@ impl Decoding {
                     length,
                     stop: Stop::NoBetter,
                     tokens: self.tokens,
-                    end: self.end,
+                    ends: self.ends.clone(),
                     no_repeat: self.no_repeat,
                 };
                 State::Search(Search::new(settings, prompt))

@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::Family;
 use super::model::LanguageModel;
 use crate::named;
-use crate::weights::{Source, Weights, WeightsError};
+use crate::weights::{self, Source, Weights, WeightsError};
 
 /// Reads a model's weights, whatever their names' prefix, type and number of files. The result is a
 /// digest of what was read: the names and the values in f32, so that it does not depend on files,
@@ -22,7 +22,12 @@ pub fn load<B: Backend<Real = f32>, F: Family>(
     be: &mut B,
     model: &LanguageModel<F>,
 ) -> Result<String, WeightsError> {
-    read(&Weights::read_dir(dir)?, be, model)
+    let (mut weights, d) = (Weights::read_dir(dir)?, model.setup().dims);
+    if d.tied() {
+        let [embedding, ..] = d.ends();
+        weights.tie(&d.name(None, &embedding))?;
+    }
+    read(&weights, be, model)
 }
 
 /// As [`load`], from any source.
@@ -46,4 +51,16 @@ pub fn read<B: Backend<Real = f32>, F: Family>(
         hash.update(&bytes);
     })?;
     Ok(format!("xxh3:{:016x}", hash.digest()))
+}
+
+/// Writes `model.safetensors` into a directory.
+///
+/// # Errors
+/// A file that cannot be written; an existing one is untouched then.
+pub fn save<B: Backend<Real = f32>, F: Family>(
+    dir: &Path,
+    be: &B,
+    model: &LanguageModel<F>,
+) -> Result<(), WeightsError> {
+    named::write(&dir.join(weights::FILE), &model.tensors(), be, F::full_name)
 }

@@ -1,19 +1,60 @@
 //! Language models: what GPT-2 and Llama's family have in common is written here once; what tells
 //! them apart is a [`Family`].
 
+pub mod adapter;
 pub mod decode;
 pub mod files;
 pub mod model;
 
 use core::fmt::Debug;
+use std::path::Path;
 
 use bdia_core::arena::{Ints, Layout};
 use bdia_core::backend::{Attention, Backend, Columns};
 use bdia_core::error::Result;
-use bdia_core::layers::{Branches, Gradients, Norm, Parameter, Residual, RotaryAngles, Tensor};
+use bdia_core::layers::{
+    Branches, Gradients, LoraShape, Norm, Parameter, Residual, RotaryAngles, Tensor,
+};
 use bdia_core::stack::Call;
 
+use crate::config::{ConfigError, FILE, Training};
+use crate::files::write_bytes;
 use crate::named::Adapters;
+
+/// What a `config.json` says of a language model.
+pub trait Config: Debug + Clone {
+    /// The architecture.
+    type Dims: Family;
+
+    /// What the network is laid out from.
+    fn dims(&self) -> Self::Dims;
+
+    /// The token at a text's start, if there is one.
+    fn start(&self) -> Option<u32>;
+
+    /// The tokens that end a text.
+    fn ends(&self) -> Vec<u32>;
+
+    /// How it was trained, if by these programs.
+    fn training(&self) -> Option<Training>;
+
+    /// Notes how it was trained.
+    fn set_training(&mut self, training: Training);
+
+    /// The same dropout wherever the architecture has one.
+    fn set_dropout(&mut self, p: f64);
+
+    /// The text of a `config.json` that transformers reads.
+    fn to_json(&self) -> String;
+
+    /// Writes `config.json` into a directory, atomically.
+    ///
+    /// # Errors
+    /// [`ConfigError`]
+    fn write_dir(&self, dir: &Path) -> core::result::Result<(), ConfigError> {
+        Ok(write_bytes(&dir.join(FILE), self.to_json().as_bytes())?)
+    }
+}
 
 /// Tensors outside the blocks: embedding, learned positions, weight and bias of the last norm, the
 /// matrix of the logits.
@@ -97,6 +138,14 @@ pub trait Family: Debug + Clone + Copy + PartialEq {
         let _ = (blocks, tables);
     }
 
+    /// Whether samples may have several texts.
+    const PACKS: bool = false;
+
+    /// Tells the blocks where positions and starts of texts are; empty: samples are one text.
+    fn set_places(blocks: &mut Residual<Self::Branches>, places: [Ints; 2]) {
+        let _ = (blocks, places);
+    }
+
     /// The same blocks for samples of another length.
     #[must_use]
     fn with_tokens(blocks: &Residual<Self::Branches>, tokens: usize) -> Residual<Self::Branches>;
@@ -110,6 +159,26 @@ pub trait Family: Debug + Clone + Copy + PartialEq {
     /// The name in a file of a tensor of block `k`, or outside the blocks.
     fn name(&self, block: Option<usize>, tensor: &Tensor) -> String;
 
+    /// The name that files have for one of [`name`](Self::name), whose common prefix is left out
+    /// there.
+    fn full_name(name: &str) -> String {
+        name.into()
+    }
+
     /// Whether files have the transposes of matrices.
     const TRANSPOSED: bool;
+
+    /// The linear layers with adapters, as PEFT names them.
+    const TARGETS: &'static [&'static str];
+
+    /// `B` of an adapter, `[out, rank]`, as PEFT has it, of ours.
+    fn peft_up(shape: &LoraShape, outputs: usize, ours: &[f32]) -> Vec<f32> {
+        let r = shape.rank;
+        (0..outputs * r).map(|at| ours[at % r * outputs + at / r]).collect()
+    }
+
+    /// Rank and α of the adapters in PEFT's terms.
+    fn peft_shape(shape: &LoraShape) -> LoraShape {
+        *shape
+    }
 }

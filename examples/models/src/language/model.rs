@@ -38,6 +38,8 @@ pub struct Setup<F> {
     pub blocks_per_step: usize,
     /// Adapters, where those are trained.
     pub adapters: Option<Adapters>,
+    /// Whether samples may have several texts ([`LanguageModel::train_packed`]).
+    pub packed: bool,
     /// Label smoothing.
     pub smoothing: f64,
     /// Threads of the backend.
@@ -58,6 +60,7 @@ impl<F: Family> Setup<F> {
             gradients: Gradients::None,
             blocks_per_step: 1,
             adapters: None,
+            packed: false,
             smoothing: 0.0,
             threads,
             library: 0,
@@ -85,8 +88,10 @@ pub struct LanguageModel<F: Family> {
     outside: Vec<Tensor>,
     /// Tables of the angles of positions.
     tables: [(Option<RotaryAngles>, Reals); 2],
-    /// Tokens and targets of a batch on the host.
-    staging: [Vec<i32>; 2],
+    /// `[B, T]`, where texts are packed: the position of every token, and where its text begins.
+    places: [Ints; 2],
+    /// Tokens, targets, places of a batch on the host.
+    staging: [Vec<i32>; 4],
 }
 
 impl<F: Family> Plan for LanguageModel<F> {
@@ -153,8 +158,21 @@ impl<F: Family> LanguageModel<F> {
 
         let rows = product("tokens of a batch", &[setup.batch, setup.context])?;
         let (tokens, targets) = (l.ints(Category::Head, rows), l.ints(Category::Head, rows));
+        let mut places = [Ints::EMPTY; 2];
+        if setup.packed {
+            if !F::PACKS {
+                let possible = "samples of one text: this family does not pack several";
+                return Err(Error::setting("packing", 1.0, possible));
+            }
+            places = [rows, rows].map(|n| l.ints(Category::Workspace, n));
+            F::set_places(&mut blocks, places);
+        }
         // The staging buffers on the host.
-        l.outside(Category::Head, product("tokens of a batch", &[rows, 2, size_of::<i32>()])?);
+        let buffers = if setup.packed { 4 } else { 2 };
+        l.outside(
+            Category::Head,
+            product("tokens of a batch", &[rows, buffers, size_of::<i32>()])?,
+        );
         let losses = l.reals(Category::Head, product("losses", &[rows, setup.accumulate])?);
         let logits = l.reals(Category::Head, product("logits", &[choice.head_rows, vocab])?);
 
@@ -206,7 +224,8 @@ impl<F: Family> LanguageModel<F> {
             ends,
             outside: tensors.into_iter().filter(|t| !t.is_empty()).collect(),
             tables,
-            staging: [Vec::new(), Vec::new()],
+            places,
+            staging: [const { Vec::new() }; 4],
         };
         Ok((model, layout))
     }
@@ -307,13 +326,39 @@ impl<F: Family> LanguageModel<F> {
         step: &Step,
         mut fill: impl FnMut(usize, &mut [i32], &mut [i32]) -> core::result::Result<(), E>,
     ) -> core::result::Result<Outcome, E> {
+        self.train_packed(be, step, |i, tokens, targets, starts| {
+            starts.fill(0);
+            fill(i, tokens, targets)
+        })
+    }
+
+    /// As [`train`](Self::train) with samples of several texts: `fill` also writes the place in the
+    /// sample at which every token's text begins. Texts do not see each other, and positions begin
+    /// anew with each. The places are empty where the setup packs nothing.
+    ///
+    /// # Errors
+    /// As [`train`](Self::train).
+    pub fn train_packed<B: Backend, E: From<Error>>(
+        &mut self,
+        be: &mut B,
+        step: &Step,
+        mut fill: impl FnMut(usize, &mut [i32], &mut [i32], &mut [i32]) -> core::result::Result<(), E>,
+    ) -> core::result::Result<Outcome, E> {
         self.prepare();
         let (rank, ranks) = (be.rank(), be.ranks());
         network::step(self, be, step, |net, be, i| {
-            let [tokens, targets] = &mut net.staging;
-            fill(i, tokens, targets)?;
+            let [tokens, targets, positions, starts] = &mut net.staging;
+            fill(i, tokens, targets, starts)?;
             be.write_ints(net.input.tokens, tokens)?;
             be.write_ints(net.head.targets, targets)?;
+            if net.setup.packed {
+                let context = net.setup.context;
+                for (t, (position, start)) in positions.iter_mut().zip(&*starts).enumerate() {
+                    *position = (t % context) as i32 - start;
+                }
+                be.write_ints(net.places[0], positions)?;
+                be.write_ints(net.places[1], starts)?;
+            }
             Ok(Loaded {
                 first: ((i * ranks + rank) * net.setup.batch) as u32,
                 targets: targets.iter().filter(|&&t| t >= 0).count(),
@@ -325,10 +370,22 @@ impl<F: Family> LanguageModel<F> {
     /// Makes the staging buffers, so that a step allocates nothing.
     pub fn prepare(&mut self) {
         let rows = self.setup.batch * self.setup.context;
-        for buffer in &mut self.staging {
+        let buffers = if self.setup.packed { 4 } else { 2 };
+        for buffer in &mut self.staging[..buffers] {
             buffer.resize(rows, 0);
             buffer.shrink_to_fit();
         }
+    }
+
+    /// Samples of one text each.
+    fn unpacked<B: Backend>(&self, be: &mut B, samples: usize) -> Result<()> {
+        if !self.setup.packed {
+            return Ok(());
+        }
+        let n = samples * self.setup.context;
+        let positions: Vec<_> = (0..n).map(|t| (t % self.setup.context) as i32).collect();
+        be.write_ints(self.places[0].sub(0, n), &positions)?;
+        be.write_ints(self.places[1].sub(0, n), &vec![0; n])
     }
 
     /// Sum of losses and number of targets of some samples (at most a chunk, [`Stack::config`]) of
@@ -363,8 +420,9 @@ impl<F: Family> LanguageModel<F> {
     /// What the backend reports.
     pub fn largest<B: Backend>(&mut self, be: &mut B, tokens: &[i32]) -> Result<f64> {
         be.write_ints(self.input.tokens.sub(0, tokens.len()), tokens)?;
-        let mut probe = Probe { blocks: &mut self.blocks, largest: 0.0 };
         let samples = tokens.len() / self.setup.context;
+        self.unpacked(be, samples)?;
+        let mut probe = Probe { blocks: &mut self.blocks, largest: 0.0 };
         self.stack.infer(be, &mut probe, &mut self.input, samples, FloatGamma::ZERO)?;
         Ok(probe.largest)
     }
@@ -377,6 +435,7 @@ impl<F: Family> LanguageModel<F> {
         inference: Inference,
     ) -> Result<Reals> {
         be.write_ints(self.input.tokens.sub(0, tokens.len()), tokens)?;
+        self.unpacked(be, samples)?;
         inference.run(be, &self.stack, &mut self.blocks, &mut self.input, samples)
     }
 

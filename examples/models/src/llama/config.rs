@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::model::Dims;
 use crate::config::{ConfigError, FILE, LIMIT, Training, count, field};
 use crate::files::read_limited;
+use crate::language;
 
 /// The members of the family, by the `model_type` of their files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +30,7 @@ pub enum Kind {
 
 impl Kind {
     /// Kind and `model_type`.
-    const ALL: [(Self, &'static str); 6] = [
+    pub const ALL: [(Self, &'static str); 6] = [
         (Self::Llama, "llama"),
         (Self::Mistral, "mistral"),
         (Self::Qwen2, "qwen2"),
@@ -366,6 +367,38 @@ impl LlamaConfig {
         Ok(config)
     }
 
+    /// A Llama of these sizes (vocabulary, positions, width, heads, heads of keys and values, inner
+    /// width, layers) with a tied head.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where they do not fit together.
+    pub fn new(
+        [vocab, positions, width, heads, kv_heads, inner, layers]: [usize; 7],
+    ) -> Result<Self, ConfigError> {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": vocab,
+            "max_position_embeddings": positions,
+            "hidden_size": width,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10_000.0,
+            "tie_word_embeddings": true,
+        });
+        Self::from_json(config.to_string().as_bytes())
+    }
+
+    /// The head gets a matrix of its own.
+    pub fn untie(&mut self) {
+        self.dims.tied = false;
+        self.file.insert("tie_word_embeddings".into(), json!(false));
+    }
+
     /// Whether the dimensions fit together.
     fn check(&self) -> Result<(), ConfigError> {
         let d = &self.dims;
@@ -399,11 +432,43 @@ impl LlamaConfig {
         let path = dir.join(FILE);
         Self::from_json(&read_limited(&path, LIMIT)?).map_err(|e| e.of(path))
     }
+}
 
-    /// The text of a `config.json`: the file as it was read, with how the model was trained.
-    pub fn to_json(&self) -> String {
+impl language::Config for LlamaConfig {
+    type Dims = Dims;
+
+    fn dims(&self) -> Dims {
+        self.dims
+    }
+
+    fn start(&self) -> Option<u32> {
+        self.bos_token_id
+    }
+
+    fn ends(&self) -> Vec<u32> {
+        self.eos_token_ids.clone()
+    }
+
+    fn training(&self) -> Option<Training> {
+        self.bdia
+    }
+
+    fn set_training(&mut self, training: Training) {
+        self.bdia = Some(training);
+    }
+
+    fn set_dropout(&mut self, p: f64) {
+        self.dims.dropout = p;
+    }
+
+    /// The file as it was read, with how the model was trained.
+    fn to_json(&self) -> String {
         let mut map = self.file.clone();
         map.insert("model_type".into(), json!(self.kind.name()));
+        map.insert("attention_dropout".into(), json!(self.dims.dropout));
+        // Weights are written in f32, whatever they were read in.
+        map.remove("torch_dtype");
+        map.insert("dtype".into(), json!("float32"));
         if let Some(bdia) = &self.bdia {
             map.insert("bdia".into(), json!(bdia));
         }

@@ -1,6 +1,5 @@
 //! Llama and its relatives: Mistral, Qwen 2 and 3, SmolLM 2 and 3, Gemma 3.
 
 pub mod config;
-pub mod files;
 pub mod gguf;
 pub mod model;

@@ -181,6 +181,12 @@ impl Family for Dims {
         blocks.branches.0.tables = tables;
     }
 
+    const PACKS: bool = true;
+
+    fn set_places(blocks: &mut LlamaBlocks, [positions, starts]: [Ints; 2]) {
+        (blocks.branches.0.positions, blocks.branches.0.starts) = (positions, starts);
+    }
+
     fn with_tokens(blocks: &LlamaBlocks, tokens: usize) -> LlamaBlocks {
         blocks.with_tokens(tokens)
     }
@@ -226,4 +232,7 @@ impl Family for Dims {
     }
 
     const TRANSPOSED: bool = true;
+
+    const TARGETS: &'static [&'static str] =
+        &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 }

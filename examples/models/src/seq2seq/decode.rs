@@ -174,7 +174,7 @@ impl Translator {
                     stop: Stop::Full,
                     // Much longer than its source is nothing but a loop.
                     tokens: sizes.longest.min(2 * s.len() + 16),
-                    end: Some(END),
+                    ends: vec![END],
                     no_repeat: 0,
                 };
                 search::Search::new(settings, &[])

@@ -11,10 +11,10 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
+use super::Inner;
 use super::added::AddedToken;
 use super::open::{self, Model};
 use super::pipeline::GPT2;
-use super::Inner;
 use crate::gguf::{self, Gguf};
 
 type Said<T> = Result<T, String>;

@@ -200,6 +200,7 @@ pub fn setup(dims: Dims, batch: usize, context: usize, mode: Mode) -> Setup {
         gradients: Gradients::None,
         blocks_per_step: 1,
         adapters: None,
+        packed: false,
         smoothing: 0.0,
         threads: 1,
         library: 0,

@@ -11,11 +11,11 @@ use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::Mode;
 use bdia_cpu::Cpu;
-use bdia_models::gpt2::adapter::Adapter;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::files::load_weights;
 use bdia_models::gpt2::model::{Gpt2, Setup};
 use bdia_models::inference::Inference;
+use bdia_models::language::adapter::Adapter;
+use bdia_models::language::files::load;
 
 /// The logits of samples of `context` tokens, as a standard transformer computes them.
 pub fn logits<B: Backend>(
@@ -53,6 +53,7 @@ pub fn agrees(dir: &Path, base: Option<&Path>, context: usize) -> bool {
         gradients: Gradients::None,
         blocks_per_step: 1,
         adapters: None,
+        packed: false,
         smoothing: 0.0,
         threads: 1,
         library: Cpu::library_bytes(1),
@@ -60,9 +61,9 @@ pub fn agrees(dir: &Path, base: Option<&Path>, context: usize) -> bool {
     let (mut model, layout) =
         Gpt2::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 16 }).unwrap();
     let mut be = Cpu::new(&layout, 1).unwrap();
-    let digest = load_weights(weights, &mut be, &model).unwrap();
+    let digest = load(weights, &mut be, &model).unwrap();
     if base.is_some() {
-        Adapter::open(dir, &config).unwrap().merge(&mut be, &model, &digest).unwrap();
+        Adapter::open(dir, &model).unwrap().merge(&mut be, &model, &digest).unwrap();
     }
     let random = Stream::new(1, 0, 0, 0, 0, Draw::Data);
     let tokens: Vec<i32> =

@@ -1,0 +1,204 @@
+//! A language model as its owner has it: a directory in Hugging Face's layout, or a GGUF file.
+//!
+//! `config.json`, or the metadata of the file, decides the family; the tokenizer is the model's
+//! own.
+
+use std::path::{Path, PathBuf};
+
+use bdia_core::backend::Backend;
+use serde_json::{Map, Value};
+
+use crate::config::{ConfigError, FILE, LIMIT};
+use crate::files::read_limited;
+use crate::gpt2::config::Gpt2Config;
+use crate::language::model::LanguageModel;
+use crate::language::{Config as _, Family, files};
+use crate::llama::config::{Kind, LlamaConfig};
+use crate::llama::gguf;
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::weights::{Weights, WeightsError};
+
+/// A configuration of any family.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "a program has one")]
+pub enum AnyConfig {
+    /// GPT-2.
+    Gpt2(Gpt2Config),
+    /// Llama and its relatives.
+    Llama(LlamaConfig),
+}
+
+/// Does the same for a configuration of any family: `for_family!(config, c => …)`.
+#[macro_export]
+macro_rules! for_family {
+    ($config:expr, $c:ident => $body:expr) => {
+        match $config {
+            $crate::pretrained::AnyConfig::Gpt2($c) => $body,
+            $crate::pretrained::AnyConfig::Llama($c) => $body,
+        }
+    };
+}
+
+/// A model that is not trained from scratch.
+#[derive(Debug, Clone)]
+pub struct Pretrained {
+    /// Its directory or file.
+    pub path: PathBuf,
+    /// Its configuration.
+    pub config: AnyConfig,
+    /// Its tokenizer; none where the directory has no file of one.
+    pub tokenizer: Option<Tokenizer>,
+    /// Whether the tokenizer is the one that such a model has without any file of one.
+    pub implied: bool,
+    /// What was noticed.
+    pub note: Option<String>,
+}
+
+/// Why a model cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum PretrainedError {
+    /// Its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Its weights.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// Its tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A tokenizer with tokens that the model does not have.
+    #[error(
+        "{}: the tokenizer has tokens up to {found}, the model's vocabulary ends before {expected}",
+        path.display()
+    )]
+    Vocabulary {
+        /// The model.
+        path: PathBuf,
+        /// Size of the model's vocabulary.
+        expected: usize,
+        /// The tokenizer's last token.
+        found: usize,
+    },
+}
+
+impl AnyConfig {
+    /// Reads the text of a `config.json`; a file without `model_type` is taken for GPT-2's.
+    ///
+    /// # Errors
+    /// [`ConfigError`]; of an unknown family it names the known ones.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, ConfigError> {
+        let what = "not valid JSON, expected Hugging Face's config.json";
+        let map: Map<String, Value> =
+            serde_json::from_slice(bytes).map_err(|error| ConfigError::Json { what, error })?;
+        match map.get("model_type").and_then(Value::as_str) {
+            None | Some("gpt2") => Gpt2Config::from_json(bytes).map(Self::Gpt2),
+            Some(name) if Kind::of(name).is_some() => {
+                LlamaConfig::from_json(bytes).map(Self::Llama)
+            }
+            Some(other) => {
+                let known: Vec<_> = Kind::ALL.iter().map(|(_, name)| format!("{name:?}")).collect();
+                Err(ConfigError::Field {
+                    field: "model_type",
+                    expected: format!("\"gpt2\", {}", known.join(", ")),
+                    found: other.chars().take(60).collect(),
+                })
+            }
+        }
+    }
+
+    /// Reads `config.json` of a directory.
+    ///
+    /// # Errors
+    /// [`ConfigError`]
+    pub fn read_dir(dir: &Path) -> Result<Self, ConfigError> {
+        let path = dir.join(FILE);
+        Self::from_json(&read_limited(&path, LIMIT)?).map_err(|e| e.of(path))
+    }
+
+    /// Size of the vocabulary.
+    pub fn vocab(&self) -> usize {
+        for_family!(self, c => c.dims().vocab())
+    }
+
+    /// The longest context.
+    pub fn positions(&self) -> usize {
+        for_family!(self, c => c.dims().positions())
+    }
+}
+
+/// Whether a path is that of a file with a model, not of a directory.
+fn is_file(path: &Path) -> bool {
+    path.is_file() || path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+}
+
+/// Opens a model: all but its weights is read.
+///
+/// # Errors
+/// [`PretrainedError`]
+pub fn open(path: &Path) -> Result<Pretrained, PretrainedError> {
+    if is_file(path) {
+        let (config, model) = gguf::open(path)?;
+        return Ok(Pretrained {
+            path: path.into(),
+            config: AnyConfig::Llama(config),
+            tokenizer: Some(Tokenizer::of_gguf(model.header())?),
+            implied: false,
+            note: None,
+        });
+    }
+    let mut opened = open_config(path)?;
+    let (tied, embedding) = for_family!(&opened.config, c => {
+        let d = c.dims();
+        let [embedding, ..] = d.ends();
+        (d.tied(), d.name(None, &embedding))
+    });
+    if tied && !Weights::read_dir(path)?.tie(&embedding)? {
+        opened.note = Some(format!(
+            "{}: lm_head.weight differs from {embedding}: they are not tied, whatever config.json \
+             says",
+            path.display()
+        ));
+        match &mut opened.config {
+            AnyConfig::Gpt2(c) => c.tie_word_embeddings = false,
+            AnyConfig::Llama(c) => c.untie(),
+        }
+    }
+    Ok(opened)
+}
+
+/// Opens the directory of a model that may have no weights yet.
+///
+/// # Errors
+/// [`PretrainedError`]
+pub fn open_config(dir: &Path) -> Result<Pretrained, PretrainedError> {
+    let config = AnyConfig::read_dir(dir)?;
+    let own = Tokenizer::open(dir)?;
+    if let Some(t) = own.as_ref().filter(|t| t.vocab() > config.vocab()) {
+        return Err(PretrainedError::Vocabulary {
+            path: dir.into(),
+            expected: config.vocab(),
+            found: t.vocab().saturating_sub(1),
+        });
+    }
+    // Directories of GPT-2 without files of a tokenizer mean its own.
+    let implied = own.is_none() && matches!(config, AnyConfig::Gpt2(_));
+    let tokenizer = if implied { Some(Tokenizer::gpt2()) } else { own };
+    Ok(Pretrained { path: dir.into(), config, tokenizer, implied, note: None })
+}
+
+/// Reads a model's weights, wherever they are; gives a digest of what was read ([`files::load`]).
+///
+/// # Errors
+/// As [`files::load`].
+pub fn load<B: Backend<Real = f32>, F: Family>(
+    path: &Path,
+    be: &mut B,
+    model: &LanguageModel<F>,
+) -> Result<String, WeightsError> {
+    if !is_file(path) {
+        return files::load(path, be, model);
+    }
+    let opened = gguf::open(path)
+        .map_err(|e| WeightsError::Gguf { path: path.into(), what: e.to_string() })?;
+    files::read(&opened.1, be, model)
+}
