@@ -13,7 +13,7 @@ use bdia_train::Failure;
 use bdia_train::calibrate::{self, Batch, Pretrained, TARGETS};
 use bdia_train::cli::{MethodArgs, StepArgs};
 
-use crate::inference;
+use crate::inference::{self, Shape};
 use crate::train::Source;
 
 /// Samples at a time.
@@ -24,41 +24,56 @@ struct Samples {
     context: usize,
     tokens: Vec<i32>,
     targets: Vec<i32>,
+    /// Where the texts of packed samples begin; empty otherwise.
+    starts: Vec<i32>,
 }
 
 impl Samples {
     /// Samples of the training data at equal distances, with enough targets if there are as many.
-    fn of(source: &Source, context: usize) -> Result<Self, Failure> {
-        let mut all = Self { context, tokens: Vec::new(), targets: Vec::new() };
+    /// Examples are packed where the network allows that: less of what is computed is padding then.
+    fn of(source: &Source, context: usize, packs: bool) -> Result<Self, Failure> {
+        let [tokens, targets, starts] = [const { Vec::new() }; 3];
+        let mut all = Self { context, tokens, targets, starts };
         match source {
             Source::Text { train, .. } => {
                 let starts: Vec<_> = train.windows(context).collect();
                 let n = TARGETS.div_ceil(context).min(starts.len());
                 for i in 0..n {
-                    let (tokens, targets) = all.next();
+                    let (tokens, targets, _) = all.next(false);
                     train.window(starts[i * starts.len() / n], tokens, targets)?;
                 }
             }
             Source::Pairs { train, .. } => {
+                let mut train = train.clone();
+                train.fit(context, packs)?;
+                let packed = train.is_packed();
                 // About as many as have enough targets, by the mean of all.
                 let n = train.len();
                 let mean = (train.targets() / n.max(1) as u64).max(1);
                 let count = TARGETS.div_ceil(mean as usize).next_multiple_of(AT_ONCE).min(n);
                 for i in 0..count {
-                    let (tokens, targets) = all.next();
+                    let (tokens, targets, starts) = all.next(packed);
                     let example = (i as u128 * n as u128 / count as u128) as usize;
-                    train.sample(example, tokens, targets, &mut []);
+                    train.sample(example, tokens, targets, starts);
                 }
             }
         }
         Ok(all)
     }
 
-    fn next(&mut self) -> (&mut [i32], &mut [i32]) {
+    fn next(&mut self, packed: bool) -> (&mut [i32], &mut [i32], &mut [i32]) {
         let at = self.tokens.len();
         self.tokens.resize(at + self.context, 0);
         self.targets.resize(at + self.context, 0);
-        (&mut self.tokens[at..], &mut self.targets[at..])
+        let starts = if packed { at } else { 0 };
+        self.starts.resize(if packed { at + self.context } else { 0 }, 0);
+        (&mut self.tokens[at..], &mut self.targets[at..], &mut self.starts[starts..])
+    }
+
+    /// Tokens, targets and starts of batches of `n` tokens.
+    fn batches(&self, n: usize) -> impl Iterator<Item = (&[i32], &[i32], &[i32])> {
+        let starts = self.starts.chunks(n).chain(core::iter::repeat(&[][..]));
+        self.tokens.chunks(n).zip(self.targets.chunks(n)).zip(starts).map(|((x, y), s)| (x, y, s))
     }
 }
 
@@ -76,13 +91,14 @@ pub fn measure<C: Config>(
     if !calibrate::is_wanted(&run.mode)? {
         return Ok(());
     }
-    let samples = Samples::of(source, context)?;
+    let samples = Samples::of(source, context, <C::Dims as Family>::PACKS)?;
     let at_once = AT_ONCE.min(samples.tokens.len() / context).max(1);
     let place = run.machine.clone();
-    let network = (adapters, run.mode.blocks_per_step as usize);
+    let blocks_per_step = run.mode.blocks_per_step as usize;
+    let shape = Shape { adapters, blocks_per_step, packed: !samples.starts.is_empty() };
     calibrate::measure(&mut run.mode, &run.given, &place, |frac_bits| {
         let (model, layout) =
-            inference::lay_out(config, &place, context, at_once, None, frac_bits, network)?;
+            inference::lay_out(config, &place, context, at_once, None, frac_bits, shape)?;
         Ok((Measured { weights, samples: &samples, model }, layout))
     })
 }
@@ -116,19 +132,18 @@ impl<F: Family> Pretrained for Measured<'_, F> {
         inference: Inference,
     ) -> Result<Vec<Batch>, Failure> {
         let (n, all) = (self.of_batch(), self.samples);
-        let batches = all.tokens.chunks(n).zip(all.targets.chunks(n)).enumerate();
-        batches
-            .map(|(i, (tokens, targets))| {
+        (all.batches(n).enumerate())
+            .map(|(i, (tokens, targets, starts))| {
                 let inference = inference.of_samples((i * n / all.context) as u32);
-                Ok(self.model.evaluate(be, tokens, targets, inference)?)
+                Ok(self.model.evaluate_packed(be, tokens, targets, starts, inference)?)
             })
             .collect()
     }
 
     fn largest<B: Backend<Real = f32>>(&mut self, be: &mut B) -> Result<f64, Failure> {
         let mut largest = 0.0_f64;
-        for tokens in self.samples.tokens.chunks(self.of_batch()) {
-            largest = largest.max(self.model.largest(be, tokens)?);
+        for (tokens, _, starts) in self.samples.batches(self.of_batch()) {
+            largest = largest.max(self.model.largest(be, tokens, starts)?);
         }
         Ok(largest)
     }

@@ -37,6 +37,20 @@ use crate::hub;
 use crate::pairs::{Examples, begun};
 use crate::train::{self, Texts};
 
+/// What a network that is not trained has besides its parameters.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    /// Adapters.
+    pub adapters: Option<Adapters>,
+    /// Blocks that the stack steps over at once.
+    pub blocks_per_step: usize,
+    /// Whether samples may have several texts.
+    pub packed: bool,
+}
+
+/// Nothing.
+const PLAIN: Shape = Shape { adapters: None, blocks_per_step: 1, packed: false };
+
 /// A model laid out for inference: a stack in mode `bdia` of one chunk, which both float and grid
 /// can use.
 pub(crate) fn lay_out<C: Config>(
@@ -46,7 +60,7 @@ pub(crate) fn lay_out<C: Config>(
     batch: usize,
     choice: Option<Choice>,
     frac_bits: u32,
-    (adapters, blocks_per_step): (Option<Adapters>, usize),
+    shape: Shape,
 ) -> Result<(LanguageModel<C::Dims>, Layout), Failure> {
     let threads = machine::threads(machine);
     let setup = Setup {
@@ -60,9 +74,9 @@ pub(crate) fn lay_out<C: Config>(
             verify: false,
         },
         gradients: Gradients::None,
-        blocks_per_step,
-        adapters,
-        packed: false,
+        blocks_per_step: shape.blocks_per_step,
+        adapters: shape.adapters,
+        packed: shape.packed,
         smoothing: 0.0,
         threads,
         library: machine::library(machine, threads),
@@ -160,8 +174,7 @@ fn merge_on<C: Config>(
     }
     let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(BackendKind::Cpu) };
     let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, layout) =
-        lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None), (None, 1))?;
+    let (model, layout) = lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None), PLAIN)?;
     machine::run(&machine, 1, &layout, Merge { args, path, config, model, texts })
 }
 
@@ -294,7 +307,7 @@ fn eval_on<C: Config>(
         batch,
         None,
         frac_bits(config, args.frac_bits),
-        (None, 1),
+        PLAIN,
     )?;
     let threads = machine::threads(&args.machine);
     machine::run(&args.machine, threads, &layout, Eval { args, path, model, part, name })
@@ -338,8 +351,10 @@ pub(crate) fn lay_out_decoder<C: Config>(
     mut sizes: Sizes,
 ) -> Result<Laid<C::Dims>, Failure> {
     let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, own) =
-        lay_out(config, machine, sizes.context, 1, one, frac_bits(config, None), (None, 1))?;
+    // Tables of angles end where the model's samples do.
+    let turns = config.dims().angles().iter().any(Option::is_some);
+    let context = if turns { sizes.context } else { 1 };
+    let (model, own) = lay_out(config, machine, context, 1, one, frac_bits(config, None), PLAIN)?;
     let available =
         (machine.backend != BackendKind::Cuda).then(machine::available_memory).flatten();
     let budget = machine.memory.or(available);

@@ -178,3 +178,54 @@ fn adapters_of_all_layers() {
         }
     }
 }
+
+/// Several texts in a sample give the loss and the gradients of as many samples, whatever their
+/// windows and positions are, and are rebuilt to the bit.
+#[test]
+fn packed_texts_are_separate_samples() {
+    // Texts: place in the packed samples, length.
+    const TEXTS: [(usize, usize); 6] = [(0, 5), (5, 1), (6, 6), (12, 7), (19, 4), (23, 1)];
+    for name in CASES {
+        let (s, config) = case(name);
+        let (tokens, targets) = (&s.ints["tokens"], &s.ints["targets"]);
+        let run = |packed: bool, mode| {
+            let batch = if packed { 2 } else { TEXTS.len() };
+            let setup = Setup { batch, packed, ..setup(&config, mode) };
+            let (mut model, layout) = lay_out(&setup, 2, 24);
+            let mut memory = Memory::<f64>::new(&layout);
+            let mut be = memory.backend(&layout);
+            model.fill_tables(&mut be).unwrap();
+            s.load(&mut be, &model.tensors());
+            let outcome = model
+                .train_packed(&mut be, &STILL, |_, x, y, starts| {
+                    x.fill(0);
+                    y.fill(-1);
+                    for (i, (at, len)) in TEXTS.into_iter().enumerate() {
+                        let to = if packed { at } else { 12 * i };
+                        x[to..to + len].copy_from_slice(&tokens[at..at + len]);
+                        y[to..to + len].copy_from_slice(&targets[at..at + len]);
+                        if packed {
+                            starts[to..to + len].fill((at % 12) as i32);
+                        }
+                    }
+                    Ok::<_, Error>(())
+                })
+                .unwrap();
+            let gradients: Vec<_> = (model.tensors().iter())
+                .map(|t| (t.name.clone(), be.reals(t.gradient).unwrap().to_vec()))
+                .collect();
+            (outcome, gradients)
+        };
+        for mode in [STANDARD, checkpoint(2)] {
+            let ((one, separate), (other, packed)) = (run(false, mode), run(true, mode));
+            assert!((one.loss - other.loss).abs() < TOLERANCE, "{name}");
+            for ((name_of, a), (_, b)) in separate.iter().zip(&packed) {
+                let d = difference(b, a, LEAST);
+                assert!(d < TOLERANCE, "{name}: gradient of {name_of} differs by {d:e}");
+            }
+        }
+        let gamma = Policy::fixed(Gamma::new(2, Sign::Random).unwrap());
+        let mode = Mode::Bdia { grid: Grid::new(20).unwrap(), gamma, verify: true };
+        assert_eq!(run(true, mode).0.rebuilt.mismatches, 0, "{name}");
+    }
+}

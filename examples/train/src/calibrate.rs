@@ -27,8 +27,6 @@ pub const TARGETS: usize = 4096;
 const DRAWS: u64 = 4;
 /// The largest penalty in nats: the magnitude of its mean and two standard errors.
 const MOST: f64 = 0.02;
-/// A first draw that is this far above needs no other.
-const HOPELESS: f64 = 10.0 * MOST;
 /// The penalty of a network that leaves the grid.
 const LOST: f64 = 1e6;
 /// The grid holds this many times the largest magnitude.
@@ -61,6 +59,11 @@ impl Penalty {
     /// its data.
     fn is_small(&self) -> bool {
         self.mean.abs() + 2.0 * self.error <= MOST
+    }
+
+    /// Whether more draws would not change that it is too large.
+    fn is_large(&self) -> bool {
+        self.mean.abs() - 2.0 * self.error > MOST
     }
 }
 
@@ -136,7 +139,7 @@ fn calibrate(
                 done => done?,
             }
             drawn += 1;
-            if Penalty::new(planes, drawn, &all).mean.abs() > HOPELESS {
+            if Penalty::new(planes, drawn, &all).is_large() {
                 break;
             }
         }
@@ -323,7 +326,7 @@ mod tests {
         let found = measured(5.0, 0.0, Sign::Shared).unwrap();
         assert_eq!((found.targets, found.loss), (4096, 4.5));
         let planes: Vec<_> = found.rows.iter().map(|r| (r.planes, r.draws)).collect();
-        assert_eq!(planes, [(0, 1), (1, 1), (2, 1), (3, 4), (4, 4)]);
+        assert_eq!(planes, [(0, 1), (1, 1), (2, 1), (3, 1), (4, 4)]);
         assert_eq!(found.gamma(), 0.0625);
         // The same mean with an uncertain measurement is not small enough.
         assert_eq!(measured(5.0, 0.5, Sign::Shared).unwrap().gamma(), 0.03125);

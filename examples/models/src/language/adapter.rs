@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Backend;
+use bdia_core::layers::Tensor;
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
@@ -29,6 +30,8 @@ pub const CONFIG: &str = "adapter_config.json";
 
 /// The largest configuration that is read.
 const LIMIT: u64 = 1 << 20;
+/// The part of the file that has the matrix of a layer as it was.
+const BASE_LAYER: &str = "base_layer";
 /// The note that has the digest of the base weights.
 const BASE: &str = "base_digest";
 
@@ -106,13 +109,15 @@ impl Linear {
 fn linear_layers<F: Family>(model: &LanguageModel<F>) -> Vec<Linear> {
     let d = model.setup().dims;
     // What is outside the blocks: embedding, positions, norm, the matrix of the logits.
-    let [embedding, positions, .., head] = d.ends().map(|t| d.name(None, &t));
+    let named = |t: &Tensor| (!t.is_empty()).then(|| d.name(None, t));
+    let [embedding, positions, .., head] = d.ends().map(|t| named(&t));
+    let is = |t: &Named, end: &Option<String>| end.as_ref() == Some(&t.name);
     (model.tensors().into_iter())
-        .filter(|t| t.tensor.matrix && t.name != embedding && t.name != positions)
+        .filter(|t| t.tensor.matrix && !is(t, &embedding) && !is(t, &positions))
         .map(|matrix| {
             let full = F::full_name(&matrix.name);
             let module = full.strip_suffix(".weight").unwrap_or(&full).to_string();
-            Linear { module, rows_are_outputs: matrix.name == head, matrix }
+            Linear { module, rows_are_outputs: is(&matrix, &head), matrix }
         })
         .collect()
 }
@@ -146,6 +151,11 @@ impl Adapter {
             let [inputs, outputs] = layer.sizes();
             expected.push((name(&layer.module, "lora_A"), vec![rank, inputs]));
             expected.push((name(&layer.module, "lora_B"), vec![outputs, rank]));
+            // PEFT saves the matrix itself of the logits and of embeddings.
+            let base = name(&layer.module, BASE_LAYER);
+            if weights.get(&base).is_some() {
+                expected.push((base, layer.matrix.shape.clone()));
+            }
             layers.insert(layer.module.clone(), (rank, scale));
         }
         weights.check(&expected).map_err(wrong)?;
@@ -178,9 +188,19 @@ impl Adapter {
             self.weights.read(&name(&layer.module, "lora_B"), &mut b)?;
             let (rows, cols) = (layer.matrix.tensor.rows, layer.matrix.tensor.cols);
             let mut row = vec![0.0; cols];
+            let copy = name(&layer.module, BASE_LAYER);
+            let mut theirs = vec![0.0; self.weights.get(&copy).map_or(0, weights::Tensor::len)];
+            if !theirs.is_empty() {
+                self.weights.read(&copy, &mut theirs)?;
+            }
             for i in 0..rows {
                 let place = layer.matrix.values.sub(i * cols, cols);
                 be.read_reals(place, &mut row)?;
+                if theirs.get(i * cols..(i + 1) * cols).is_some_and(|own| own != row) {
+                    let (path, expected) = (self.dir.clone(), format!("in its own {copy}"));
+                    let found = format!("another matrix of {}", layer.module);
+                    return Err(AdapterError::OtherModel { path, expected, found });
+                }
                 for (j, x) in row.iter_mut().enumerate() {
                     let (input, output) = if layer.rows_are_outputs { (j, i) } else { (i, j) };
                     let factors = (0..r).map(|q| (a[q * inputs + input], b[output * r + q]));

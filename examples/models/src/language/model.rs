@@ -377,15 +377,23 @@ impl<F: Family> LanguageModel<F> {
         }
     }
 
-    /// Samples of one text each.
-    fn unpacked<B: Backend>(&self, be: &mut B, samples: usize) -> Result<()> {
+    /// Where the texts of some samples begin; without `starts`, with the samples.
+    fn write_places<B: Backend>(&self, be: &mut B, samples: usize, starts: &[i32]) -> Result<()> {
+        let (context, n) = (self.setup.context, samples * self.setup.context);
         if !self.setup.packed {
-            return Ok(());
+            let (what, found) = ("starts of texts in samples of one", starts.len());
+            return if found == 0 {
+                Ok(())
+            } else {
+                Err(Error::Shape { what, expected: 0, found })
+            };
         }
-        let n = samples * self.setup.context;
-        let positions: Vec<_> = (0..n).map(|t| (t % self.setup.context) as i32).collect();
+        let none = vec![0; if starts.is_empty() { n } else { 0 }];
+        let starts = if starts.is_empty() { &none } else { starts };
+        let positions: Vec<_> =
+            starts.iter().enumerate().map(|(t, start)| (t % context) as i32 - start).collect();
         be.write_ints(self.places[0].sub(0, n), &positions)?;
-        be.write_ints(self.places[1].sub(0, n), &vec![0; n])
+        be.write_ints(self.places[1].sub(0, n), starts)
     }
 
     /// Sum of losses and number of targets of some samples (at most a chunk, [`Stack::config`]) of
@@ -400,10 +408,27 @@ impl<F: Family> LanguageModel<F> {
         targets: &[i32],
         inference: Inference,
     ) -> Result<(f64, usize)> {
+        self.evaluate_packed(be, tokens, targets, &[], inference)
+    }
+
+    /// As [`evaluate`](Self::evaluate) with samples of several texts, whose tokens' texts begin at
+    /// `starts` ([`train_packed`](Self::train_packed)); empty: every sample is one text.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate).
+    pub fn evaluate_packed<B: Backend>(
+        &mut self,
+        be: &mut B,
+        tokens: &[i32],
+        targets: &[i32],
+        starts: &[i32],
+        inference: Inference,
+    ) -> Result<(f64, usize)> {
         be.clear_fault()?;
         let samples = tokens.len() / self.setup.context;
         let n = samples * self.setup.context;
         be.write_ints(self.head.targets.sub(0, n), targets)?;
+        self.write_places(be, samples, starts)?;
         let x = self.run(be, tokens, samples, inference)?;
         self.head.loss(be, &at_head(0, samples), x, self.stack.scratch())?;
         if let Some(fault) = be.take_fault()? {
@@ -414,14 +439,20 @@ impl<F: Family> LanguageModel<F> {
     }
 
     /// Largest magnitude among activations and residuals of the standard transformer on some
-    /// samples (at most a chunk): what the grid must hold.
+    /// samples (at most a chunk), with the `starts` of
+    /// [`evaluate_packed`](Self::evaluate_packed): what the grid must hold.
     ///
     /// # Errors
     /// What the backend reports.
-    pub fn largest<B: Backend>(&mut self, be: &mut B, tokens: &[i32]) -> Result<f64> {
+    pub fn largest<B: Backend>(
+        &mut self,
+        be: &mut B,
+        tokens: &[i32],
+        starts: &[i32],
+    ) -> Result<f64> {
         be.write_ints(self.input.tokens.sub(0, tokens.len()), tokens)?;
         let samples = tokens.len() / self.setup.context;
-        self.unpacked(be, samples)?;
+        self.write_places(be, samples, starts)?;
         let mut probe = Probe { blocks: &mut self.blocks, largest: 0.0 };
         self.stack.infer(be, &mut probe, &mut self.input, samples, FloatGamma::ZERO)?;
         Ok(probe.largest)
@@ -435,7 +466,6 @@ impl<F: Family> LanguageModel<F> {
         inference: Inference,
     ) -> Result<Reals> {
         be.write_ints(self.input.tokens.sub(0, tokens.len()), tokens)?;
-        self.unpacked(be, samples)?;
         inference.run(be, &self.stack, &mut self.blocks, &mut self.input, samples)
     }
 
@@ -459,6 +489,7 @@ impl<F: Family> LanguageModel<F> {
         let mut padded = tokens.to_vec();
         padded.resize(self.setup.context, 0);
         let (d, vocab) = (self.setup.dims.width(), self.setup.dims.vocab());
+        self.write_places(be, 1, &[])?;
         let x = self.run(be, &padded, 1, inference)?;
         let at_once = (self.head.logits.len() / vocab).max(1);
         let mut all = vec![B::Real::of(0.0); positions.len() * vocab];
