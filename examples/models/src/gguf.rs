@@ -324,7 +324,8 @@ impl Number {
 }
 
 /// A value of the metadata. Single numbers are written in the first of `u32` and `u64`, `i32` and
-/// `i64`, `f32` and `f64` that has them; lists keep their type.
+/// `i64`, `f32` and `f64` that has them. Lists keep their type; whole numbers in them are exact up
+/// to 2⁵³.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
     /// A whole number that is not negative.
