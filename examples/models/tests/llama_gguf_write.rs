@@ -17,13 +17,14 @@ use bdia_models::files::testing::TempDir;
 use bdia_models::gguf::{self, Gguf, Kind, NewTensor, Number, Value, WriteError};
 use bdia_models::inference::Inference;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
+use bdia_models::language::files;
 use bdia_models::llama::config::LlamaConfig;
-use bdia_models::llama::files::{load_weights, read_weights};
 use bdia_models::llama::gguf::{Storage, open, write};
 use bdia_models::llama::gguf_tokenizer::tokenizer_metadata;
 use bdia_models::llama::model::{Dims, Llama, Setup};
 use bdia_models::named::Adapters;
 use bdia_models::search::Length;
+use bdia_models::tokenizer::Tokenizer;
 use common::{Memory, bits, state};
 use half::f16;
 use serde_json::{Value as Json, json};
@@ -99,13 +100,13 @@ fn with<T>(
 
 fn of_dir(name: &str) -> impl FnOnce(&mut Be<'_>, &Llama) + '_ {
     move |be, model| {
-        load_weights(&data(name), be, model).unwrap();
+        files::load(&data(name), be, model).unwrap();
     }
 }
 
 fn of_file(path: &Path) -> impl FnOnce(&mut Be<'_>, &Llama) + '_ {
     move |be, model| {
-        read_weights(&open(path).unwrap().1, be, model).unwrap();
+        files::read(&open(path).unwrap().1, be, model).unwrap();
     }
 }
 
@@ -782,7 +783,7 @@ fn write_anew(path: &Path, name: &str, prompt: &[i32], end: &[i32]) {
     let dir = out(&temporary);
     {
         let mut be = Cpu::new(&layout, THREADS).unwrap();
-        read_weights(&file, &mut be, &model).unwrap();
+        files::read(&file, &mut be, &model).unwrap();
         for (storage, suffix) in STORAGES {
             let path = dir.join(format!("{name}.{suffix}.gguf"));
             write(&path, &be, &config, &model, &entries, storage).unwrap();
@@ -797,17 +798,17 @@ fn write_anew(path: &Path, name: &str, prompt: &[i32], end: &[i32]) {
         let sizes = Sizes { prompts: 1, beams: 1, context: 64 };
         let (decoder, layout) = Decoder::layout::<Cpu>(&model, &sizes).unwrap();
         let mut be = Cpu::new(&layout, THREADS).unwrap();
-        read_weights(&open(&path).unwrap().1, &mut be, &model).unwrap();
+        files::read(&open(&path).unwrap().1, &mut be, &model).unwrap();
         let decoding = Decoding {
             how: How::Search(Length::Power(1.0)),
             tokens: 24,
-            end: None,
+            ends: Vec::new(),
             no_repeat: 0,
             inference: Inference::STANDARD,
         };
         let prompts = [prompt.to_vec()];
         let found =
-            decoder.decode(&mut be, &prompts, &decoding, |_, _| ControlFlow::Continue(())).unwrap();
+            decoder.decode(&mut be, &prompts, &decoding, |_| ControlFlow::Continue(())).unwrap();
         println!("{name} {suffix}: {:?}", found[0]);
         assert!(found[0].starts_with(end), "{name} {suffix}");
         let tokens = json!({"prompt": prompt, "greedy": found[0]});
@@ -893,7 +894,9 @@ fn gemma_has_the_tokenizer_of_its_file() {
     assert!(order.windows(2).all(|pair| ours[pair[0]] >= ours[pair[1]]));
     // For others to cut texts by.
     let temporary = TempDir::new();
-    for (name, entries) in [("theirs", &entries), ("ours", &found)] {
+    let again = by_way_of_json(&path);
+    assert!(entry(&again, "ggml.tokens").is_some());
+    for (name, entries) in [("theirs", &entries), ("ours", &found), ("again", &again)] {
         let mut all = vec![
             ("general.architecture".into(), Value::Text("gemma3".into())),
             ("gemma3.vocab_size".into(), Value::Unsigned(tokens.len() as u64)),
@@ -902,6 +905,15 @@ fn gemma_has_the_tokenizer_of_its_file() {
         let path = out(&temporary).join(format!("{name}.vocab.gguf"));
         gguf::write(&path, &all, &[], |_, _| Ok(())).unwrap();
     }
+}
+
+/// The entries of a file, by way of the `tokenizer.json` that this crate makes of them.
+fn by_way_of_json(path: &Path) -> Vec<(String, Value)> {
+    let dir = TempDir::new();
+    let tokenizer = Tokenizer::of_gguf(&Gguf::open(path).unwrap()).unwrap();
+    tokenizer.write_hf_files(dir.path(), 2048).unwrap();
+    let read = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
+    tokenizer_metadata(&read("tokenizer.json"), Some(&read("tokenizer_config.json"))).unwrap()
 }
 
 /// The `tokenizer.json` that SmolLM2 has, put together from its file, gives the file's entries.
@@ -931,6 +943,10 @@ fn smollm2_has_the_tokenizer_of_its_file() {
     let (all, config) = (all.to_string(), config.to_string());
     let mut found = tokenizer_metadata(all.as_bytes(), Some(config.as_bytes())).unwrap();
     // The file does not say what is so anyway.
+    found.retain(|(key, _)| key != "tokenizer.ggml.add_eos_token");
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    assert!(found == entries);
+    let mut found = by_way_of_json(&path);
     found.retain(|(key, _)| key != "tokenizer.ggml.add_eos_token");
     found.sort_by(|a, b| a.0.cmp(&b.0));
     assert!(found == entries);

