@@ -2,8 +2,9 @@
 //!
 //! A file is a header (magic, version, two counts), the metadata (key, type, value), the tensors'
 //! names, shapes, types and places, and their data, each at a multiple of the alignment. All
-//! numbers are little-endian. Headers come from outside and are trusted in nothing; data is read a
-//! piece at a time.
+//! numbers are little-endian. Headers come from outside and are trusted in nothing; data is read
+//! and written a piece at a time. What is written is of version 3, with values of 16 or 32 bits or
+//! `Q8_0`, which is quantized as ggml's reference implementation does.
 //!
 //! The formats of the blocks are those of ggml's reference implementation:
 //!
@@ -14,14 +15,14 @@
 //! | `Q4_K`, `Q5_K` | 256 | 144, 176 | `(d·s)·q − e·t`, `s`, `t` of 6 bits for each 32 values |
 //! | `Q6_K` | 256 | 210 | `(d·s)·q`, `s` of 8 bits for each 16 values, `q` from −32 |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 
-use crate::files::FileError;
+use crate::files::{FileError, Temporary, write_atomic};
 use crate::weights::{Pieces, WeightsError};
 
 /// The first bytes of a file.
@@ -33,6 +34,10 @@ const MOST_DIMENSIONS: u32 = 4;
 const MOST_VALUES: u64 = 1 << 22;
 /// The longest key or name.
 const MOST_NAME: u64 = 1 << 16;
+/// The longest name of a tensor that ggml holds.
+const MOST_TENSOR_NAME: usize = 63;
+/// Where data begins, in files that say nothing else.
+const ALIGNMENT: u64 = 32;
 /// Values that are converted at a time: whole blocks of every kind.
 const PIECE: usize = 4096;
 
@@ -102,6 +107,55 @@ impl Kind {
     /// Bytes of a block.
     pub fn bytes(self) -> usize {
         self.entry().1
+    }
+
+    /// Whether it can be written.
+    pub const fn is_written(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16 | Self::Q8_0)
+    }
+
+    /// The largest magnitude that a file holds, where it can be written.
+    fn largest(self) -> f32 {
+        match self {
+            Self::F16 => f16::MAX.to_f32(),
+            Self::Bf16 => bf16::MAX.to_f32(),
+            Self::Q8_0 => 127.0 * f16::MAX.to_f32(),
+            _ => f32::MAX,
+        }
+    }
+
+    /// Appends a block with these values, of a kind that can be written; false where one of them
+    /// has no finite counterpart.
+    fn pack(self, values: &[f32], out: &mut Vec<u8>) -> bool {
+        if !values.iter().all(|x| x.is_finite()) {
+            return false;
+        }
+        match self {
+            Self::F16 => values.iter().all(|x| {
+                let half = f16::from_f32(*x);
+                out.extend(half.to_le_bytes());
+                half.is_finite()
+            }),
+            Self::Bf16 => values.iter().all(|x| {
+                let half = bf16::from_f32(*x);
+                out.extend(half.to_le_bytes());
+                half.is_finite()
+            }),
+            Self::Q8_0 => {
+                let most = values.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+                let d = most / 127.0;
+                // Where 1/d overflows, d itself is 0 in 16 bits.
+                let inverse = Some(1.0 / d).filter(|x| x.is_finite()).unwrap_or(0.0);
+                let scale = f16::from_f32(d);
+                out.extend(scale.to_le_bytes());
+                out.extend(values.iter().map(|x| (x * inverse).round() as i8 as u8));
+                scale.is_finite()
+            }
+            _ => {
+                out.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+                true
+            }
+        }
     }
 
     /// The values of whole blocks, by ggml's formulas in the order of its operations.
@@ -194,7 +248,84 @@ fn scale_and_minimum(packed: &[u8], part: usize) -> (u8, u8) {
     (both & 15 | low >> 6 << 4, both >> 4 | high >> 6 << 4)
 }
 
-/// A value of the metadata.
+/// The type of the elements of a list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum Number {
+    U8,
+    I8,
+    U16,
+    I16,
+    U32,
+    I32,
+    F32,
+    Bool,
+    U64,
+    I64,
+    F64,
+}
+
+impl Number {
+    /// Number in files.
+    const ALL: [(Self, u32); 11] = [
+        (Self::U8, 0),
+        (Self::I8, 1),
+        (Self::U16, 2),
+        (Self::I16, 3),
+        (Self::U32, 4),
+        (Self::I32, 5),
+        (Self::F32, 6),
+        (Self::Bool, 7),
+        (Self::U64, 10),
+        (Self::I64, 11),
+        (Self::F64, 12),
+    ];
+
+    fn of(number: u32) -> Option<Self> {
+        Self::ALL.iter().find(|n| n.1 == number).map(|n| n.0)
+    }
+
+    fn code(self) -> u32 {
+        Self::ALL.iter().find(|n| n.0 == self).map_or(0, |n| n.1)
+    }
+
+    /// Appends a number; false where the type does not have it.
+    fn pack(self, x: f64, out: &mut Vec<u8>) -> bool {
+        // A cast that changes nothing.
+        macro_rules! exact {
+            ($t:ty) => {{
+                out.extend((x as $t).to_le_bytes());
+                (x as $t) as f64 == x
+            }};
+        }
+        match self {
+            Self::U8 => exact!(u8),
+            Self::I8 => exact!(i8),
+            Self::U16 => exact!(u16),
+            Self::I16 => exact!(i16),
+            Self::U32 => exact!(u32),
+            Self::I32 => exact!(i32),
+            Self::U64 => exact!(u64),
+            Self::I64 => exact!(i64),
+            Self::Bool => {
+                out.push(u8::from(x != 0.0));
+                x == 0.0 || x == 1.0
+            }
+            Self::F32 => {
+                out.extend((x as f32).to_le_bytes());
+                true
+            }
+            Self::F64 => {
+                out.extend(x.to_le_bytes());
+                true
+            }
+        }
+    }
+}
+
+/// A value of the metadata. Single numbers are written in the first of `u32` and `u64`, `i32` and
+/// `i64`, `f32` and `f64` that has them. Lists keep their type; whole numbers in them are exact up
+/// to 2⁵³.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
     /// A whole number that is not negative.
@@ -210,7 +341,74 @@ pub enum Value {
     /// Texts.
     Texts(Vec<String>),
     /// Numbers or truth values.
-    Numbers(Vec<f64>),
+    Numbers(Number, Vec<f64>),
+}
+
+impl Value {
+    /// A number that is stored as `f32`.
+    pub fn single(x: f64) -> Self {
+        Self::Float(decimal(x as f32))
+    }
+
+    /// Appends it with its type; false where it cannot be written.
+    fn pack(&self, out: &mut Vec<u8>) -> bool {
+        let code = |out: &mut Vec<u8>, code: u32| out.extend(code.to_le_bytes());
+        let text = |out: &mut Vec<u8>, text: &str| {
+            out.extend((text.len() as u64).to_le_bytes());
+            out.extend(text.as_bytes());
+        };
+        let number = |out: &mut Vec<u8>, number: Number| code(out, number.code());
+        match self {
+            Self::Unsigned(n) => match u32::try_from(*n) {
+                Ok(n) => {
+                    number(out, Number::U32);
+                    out.extend(n.to_le_bytes());
+                }
+                Err(_) => {
+                    number(out, Number::U64);
+                    out.extend(n.to_le_bytes());
+                }
+            },
+            Self::Signed(n) => match i32::try_from(*n) {
+                Ok(n) => {
+                    number(out, Number::I32);
+                    out.extend(n.to_le_bytes());
+                }
+                Err(_) => {
+                    number(out, Number::I64);
+                    out.extend(n.to_le_bytes());
+                }
+            },
+            Self::Float(x) => {
+                let single = decimal(*x as f32).to_bits() == x.to_bits();
+                let kind = if single { Number::F32 } else { Number::F64 };
+                number(out, kind);
+                return kind.pack(*x, out);
+            }
+            Self::Bool(b) => {
+                number(out, Number::Bool);
+                out.push(u8::from(*b));
+            }
+            Self::Text(t) => {
+                code(out, 8);
+                text(out, t);
+            }
+            Self::Texts(all) => {
+                code(out, 9);
+                code(out, 8);
+                out.extend((all.len() as u64).to_le_bytes());
+                all.iter().for_each(|t| text(out, t));
+                return all.len() as u64 <= MOST_VALUES;
+            }
+            Self::Numbers(kind, all) => {
+                code(out, 9);
+                number(out, *kind);
+                out.extend((all.len() as u64).to_le_bytes());
+                return all.iter().all(|x| kind.pack(*x, out)) && all.len() as u64 <= MOST_VALUES;
+            }
+        }
+        true
+    }
 }
 
 /// Where a tensor is.
@@ -323,15 +521,18 @@ impl<R: Read> Reader<R> {
                     let all: Said<Vec<_>> = (0..n).map(|_| self.text(u64::MAX)).collect();
                     return Ok(Value::Texts(all?));
                 }
+                let Some(of) = Number::of(kind) else {
+                    return Err(format!("a list of type {kind}, which lists do not have"));
+                };
                 let number = |value| match value {
                     Value::Unsigned(n) => n as f64,
                     Value::Signed(n) => n as f64,
                     Value::Float(x) => x,
                     Value::Bool(b) => f64::from(u8::from(b)),
-                    Value::Text(_) | Value::Texts(_) | Value::Numbers(_) => 0.0,
+                    Value::Text(_) | Value::Texts(_) | Value::Numbers(..) => 0.0,
                 };
                 let all: Said<Vec<_>> = (0..n).map(|_| self.number(kind).map(number)).collect();
-                Ok(Value::Numbers(all?))
+                Ok(Value::Numbers(of, all?))
             }
             kind => self.number(kind),
         }
@@ -391,7 +592,7 @@ fn header<R: Read>(path: &Path, mut r: Reader<R>, len: u64) -> Said<Gguf> {
         Some(other) => {
             return Err(format!("general.alignment is {other:?}, expected a power of 2"));
         }
-        None => 32,
+        None => ALIGNMENT,
     };
     let start = (len - r.left).next_multiple_of(alignment);
     let mut tensors = BTreeMap::new();
@@ -463,6 +664,12 @@ impl Gguf {
         }
     }
 
+    /// What the file says of the model's tokenizer, to be carried over into another file.
+    pub fn tokenizer(&self) -> Vec<(String, Value)> {
+        let entries = self.metadata.iter().filter(|(key, _)| key.starts_with("tokenizer."));
+        entries.map(|(key, value)| (key.clone(), value.clone())).collect()
+    }
+
     /// Reads a tensor in pieces.
     ///
     /// # Errors
@@ -489,4 +696,234 @@ impl Gguf {
         }
         Ok(())
     }
+}
+
+/// Why a GGUF file cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The file could not be written.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// More or fewer values than a tensor has.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The backend refused.
+    #[error(transparent)]
+    Core(#[from] bdia_core::Error),
+    /// What such a file, or the program that it is for, cannot have.
+    #[error("{what}: expected {expected}, found {found}")]
+    Unfit {
+        /// What.
+        what: String,
+        /// What is possible.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// A value that the tensor cannot hold as it is to be stored.
+    #[error(
+        "tensor {name}: element {at} is {value}, expected a number up to {}, the largest of {}",
+        kind.largest(),
+        kind.name()
+    )]
+    Range {
+        /// The tensor.
+        name: String,
+        /// The element; of a block, the largest.
+        at: usize,
+        /// Its value.
+        value: f32,
+        /// How it is to be stored.
+        kind: Kind,
+    },
+}
+
+impl WriteError {
+    pub(crate) fn unfit(what: &str, expected: impl Into<String>, found: impl Into<String>) -> Self {
+        Self::Unfit { what: what.into(), expected: expected.into(), found: found.into() }
+    }
+}
+
+/// A tensor that is to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewTensor {
+    /// The name.
+    pub name: String,
+    /// The shape, the last dimension the one that lies together.
+    pub shape: Vec<usize>,
+    /// How its values are stored: a kind that [can be written](Kind::is_written).
+    pub kind: Kind,
+}
+
+/// Takes the values of one tensor, in any number of pieces.
+pub struct Sink<'a> {
+    out: &'a mut BufWriter<Temporary>,
+    path: &'a Path,
+    tensor: &'a NewTensor,
+    /// Values that do not fill a block yet.
+    rest: Vec<f32>,
+    bytes: Vec<u8>,
+    count: usize,
+}
+
+impl core::fmt::Debug for Sink<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Sink").field("tensor", self.tensor).field("count", &self.count).finish()
+    }
+}
+
+impl Sink<'_> {
+    /// The next values.
+    ///
+    /// # Errors
+    /// A value that is not finite, or not as it is stored; a file that cannot be written.
+    pub fn put(&mut self, mut values: &[f32]) -> Result<(), WriteError> {
+        let per = self.tensor.kind.values();
+        while !values.is_empty() {
+            if self.rest.is_empty() && values.len() >= per {
+                let (whole, after) = values.split_at(values.len().min(PIECE) / per * per);
+                values = after;
+                self.pack(whole)?;
+            } else {
+                let (some, after) = values.split_at(values.len().min(per - self.rest.len()));
+                values = after;
+                self.rest.extend(some);
+                if self.rest.len() == per {
+                    let whole = core::mem::take(&mut self.rest);
+                    self.pack(&whole)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes whole blocks.
+    fn pack(&mut self, values: &[f32]) -> Result<(), WriteError> {
+        let kind = self.tensor.kind;
+        self.bytes.clear();
+        for block in values.chunks_exact(kind.values()) {
+            if !kind.pack(block, &mut self.bytes) {
+                let wrong = |x: &f32| if x.is_finite() { x.abs() } else { f32::INFINITY };
+                let largest =
+                    |a: &(usize, &f32), b: &(usize, &f32)| wrong(a.1).total_cmp(&wrong(b.1));
+                let (i, &value) = block.iter().enumerate().max_by(largest).unwrap_or((0, &0.0));
+                let (name, at) = (self.tensor.name.clone(), self.count + i);
+                return Err(WriteError::Range { name, at, value, kind });
+            }
+            self.count += block.len();
+        }
+        let failed = |e| FileError::io(self.path, "write its weights", e);
+        Ok(self.out.write_all(&self.bytes).map_err(failed)?)
+    }
+}
+
+/// Writes a file, atomically: `values` is called once for each tensor, in order, and puts its
+/// values into the sink. Memory is needed for a piece of a tensor, and for the header.
+///
+/// # Errors
+/// Metadata and tensors that such a file cannot have, and what `values` returns; an existing file
+/// is untouched then.
+pub fn write(
+    path: &Path,
+    metadata: &[(String, Value)],
+    tensors: &[NewTensor],
+    mut values: impl FnMut(usize, &mut Sink<'_>) -> Result<(), WriteError>,
+) -> Result<(), WriteError> {
+    let header = new_header(metadata, tensors)?;
+    let to_alignment = |n: u64| (n.next_multiple_of(ALIGNMENT) - n) as usize;
+    let zeros = [0; ALIGNMENT as usize];
+    write_atomic(path, |out| {
+        let failed = |e| FileError::io(path, "write its header", e);
+        out.write_all(&header).map_err(failed)?;
+        out.write_all(&zeros[..to_alignment(header.len() as u64)]).map_err(failed)?;
+        for (i, tensor) in tensors.iter().enumerate() {
+            let (rest, bytes) = (Vec::new(), Vec::new());
+            let mut sink = Sink { out, path, tensor, rest, bytes, count: 0 };
+            values(i, &mut sink)?;
+            let (name, found) = (tensor.name.clone(), sink.count + sink.rest.len());
+            let expected = tensor.shape.iter().product();
+            if found != expected {
+                return Err(WeightsError::Count { name, expected, found }.into());
+            }
+            let bytes = (expected / tensor.kind.values() * tensor.kind.bytes()) as u64;
+            let failed = |e| FileError::io(path, "write its weights", e);
+            out.write_all(&zeros[..to_alignment(bytes)]).map_err(failed)?;
+        }
+        Ok(())
+    })
+}
+
+/// A header, without what fills it up to the alignment.
+fn new_header(metadata: &[(String, Value)], tensors: &[NewTensor]) -> Result<Vec<u8>, WriteError> {
+    for (what, n) in [("entries of metadata", metadata.len()), ("tensors", tensors.len())] {
+        if n as u64 > MOST_ENTRIES {
+            return Err(WriteError::unfit(what, format!("at most {MOST_ENTRIES}"), n.to_string()));
+        }
+    }
+    let mut out = MAGIC.to_vec();
+    out.extend(3_u32.to_le_bytes());
+    out.extend((tensors.len() as u64).to_le_bytes());
+    out.extend((metadata.len() as u64).to_le_bytes());
+    let text = |out: &mut Vec<u8>, text: &str| {
+        out.extend((text.len() as u64).to_le_bytes());
+        out.extend(text.as_bytes());
+    };
+    let mut names = BTreeSet::new();
+    for (key, value) in metadata {
+        if !names.insert(key) {
+            return Err(WriteError::unfit(key, "one entry", "two"));
+        }
+        if key.len() as u64 >= MOST_NAME {
+            return Err(WriteError::unfit(
+                "a key",
+                format!("less than {MOST_NAME} bytes"),
+                key.len().to_string(),
+            ));
+        }
+        if key == "general.alignment" && *value != Value::Unsigned(ALIGNMENT) {
+            return Err(WriteError::unfit(key, ALIGNMENT.to_string(), format!("{value:?}")));
+        }
+        text(&mut out, key);
+        if !value.pack(&mut out) {
+            let expected = format!("numbers of its type, and at most {MOST_VALUES}");
+            return Err(WriteError::unfit(key, expected, "others"));
+        }
+    }
+    let (mut names, mut at) = (BTreeSet::new(), 0_u64);
+    for NewTensor { name, shape, kind } in tensors {
+        let what = format!("tensor {name}");
+        let unfit = |expected: &str, found: String| WriteError::unfit(&what, expected, found);
+        if !names.insert(name) {
+            return Err(unfit("one of that name", "two".into()));
+        }
+        if name.len() > MOST_TENSOR_NAME {
+            let expected = format!("a name of at most {MOST_TENSOR_NAME} bytes");
+            return Err(unfit(&expected, name.len().to_string()));
+        }
+        if shape.len() > MOST_DIMENSIONS as usize {
+            let expected = format!("at most {MOST_DIMENSIONS} dimensions");
+            return Err(unfit(&expected, shape.len().to_string()));
+        }
+        if !kind.is_written() {
+            return Err(unfit("F32, F16, BF16 or Q8_0", kind.name().into()));
+        }
+        if !shape.last().unwrap_or(&1).is_multiple_of(kind.values()) {
+            let expected = format!("rows of whole blocks of {} values", kind.values());
+            return Err(unfit(&expected, format!("{shape:?}")));
+        }
+        let values = shape.iter().try_fold(1_u64, |n, d| n.checked_mul(*d as u64));
+        let bytes =
+            values.and_then(|n| (n / kind.values() as u64).checked_mul(kind.bytes() as u64));
+        // Up to what a file can have, so that nothing below overflows.
+        let end = bytes.and_then(|n| at.checked_add(n)).filter(|end| *end < i64::MAX as u64);
+        let end = end.ok_or_else(|| unfit("a size that can be counted", format!("{shape:?}")))?;
+        text(&mut out, name);
+        out.extend((shape.len() as u32).to_le_bytes());
+        out.extend(shape.iter().rev().flat_map(|d| (*d as u64).to_le_bytes()));
+        let number = Kind::ALL.iter().find(|k| k.0 == *kind).map_or(0, |k| k.1);
+        out.extend(number.to_le_bytes());
+        out.extend(at.to_le_bytes());
+        at = end.next_multiple_of(ALIGNMENT);
+    }
+    Ok(out)
 }

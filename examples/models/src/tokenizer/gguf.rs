@@ -88,7 +88,7 @@ fn texts<'a>(file: &'a Gguf, key: &str) -> Said<Option<&'a [String]>> {
         None => Ok(None),
         Some(gguf::Value::Texts(all)) => Ok(Some(all)),
         // A list without an element has no type that can be told.
-        Some(gguf::Value::Numbers(all)) if all.is_empty() => Ok(None),
+        Some(gguf::Value::Numbers(_, all)) if all.is_empty() => Ok(None),
         Some(_) => Err(format!("{key:?} is no list of texts")),
     }
 }
@@ -96,8 +96,8 @@ fn texts<'a>(file: &'a Gguf, key: &str) -> Said<Option<&'a [String]>> {
 fn numbers<'a>(file: &'a Gguf, key: &str, n: usize) -> Said<Option<&'a [f64]>> {
     match file.metadata.get(key) {
         None => Ok(None),
-        Some(gguf::Value::Numbers(all)) if all.len() == n => Ok(Some(all)),
-        Some(gguf::Value::Numbers(all)) => {
+        Some(gguf::Value::Numbers(_, all)) if all.len() == n => Ok(Some(all)),
+        Some(gguf::Value::Numbers(_, all)) => {
             Err(format!("{key:?} has {} values, expected {n}, one for each token", all.len()))
         }
         Some(_) => Err(format!("{key:?} is no list of numbers")),
