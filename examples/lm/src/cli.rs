@@ -665,6 +665,42 @@ pub struct MergeArgs {
     pub replace: bool,
 }
 
+/// How the matrices of a GGUF file are stored; vectors are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StorageKind {
+    /// 32 bits.
+    #[value(name = "f32")]
+    F32,
+    /// 16 bits, rounded to nearest.
+    #[value(name = "f16")]
+    F16,
+    /// Blocks of 32 values of 8 bits.
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+/// Flags of `export`.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct ExportArgs {
+    /// The model: a run's directory, one in Hugging Face's layout, a GGUF file, or a name on
+    /// Hugging Face
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL")]
+    pub weights: PathBuf,
+    /// Adapters that are merged into it: a directory that `finetune --method lora` or PEFT wrote
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Where it goes: a GGUF file, whose name ends in .gguf, for llama.cpp and its like, or a
+    /// directory in Hugging Face's layout
+    #[arg(long, value_name = "PLACE")]
+    pub out: PathBuf,
+    /// How the matrices of a GGUF file are stored
+    #[arg(long = "type", value_name = "TYPE", default_value = "f32")]
+    pub storage: StorageKind,
+    /// Replace what is in --out
+    #[arg(long)]
+    pub replace: bool,
+}
+
 /// Flags of `plan`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct PlanArgs {
@@ -717,6 +753,8 @@ pub enum Command {
     Finetune(Box<FinetuneArgs>),
     /// A model and its adapters as one model
     Merge(MergeArgs),
+    /// A model in another format: GGUF, or Hugging Face's
+    Export(ExportArgs),
     /// Loss and perplexity of a model
     Eval(EvalArgs),
     /// Text from a model
@@ -835,7 +873,7 @@ impl Cli {
                     }
                 }
             }
-            Command::Merge(_) => Ok(()),
+            Command::Merge(_) | Command::Export(_) => Ok(()),
         };
         checked.map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         Ok(Self { command: parsed })

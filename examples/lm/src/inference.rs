@@ -140,42 +140,62 @@ pub(crate) fn load<B: Backend<Real = f32>, F: Family>(
 pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
     Directory::check(&Claim { out: &args.out, named: true, replace: args.replace })?;
     let opened = hub::open(&args.weights)?;
-    let texts = Texts { tokenizer: opened.tokenizer, implied: opened.implied };
-    for_family!(opened.config, config => merge_on(args, &opened.path, config, &texts))
+    write_model(&opened, Some(&args.adapter), &args.out, args.replace)
 }
 
-fn merge_on<C: Config>(
-    args: &MergeArgs,
-    path: &Path,
-    config: C,
-    texts: &Texts,
-) -> Result<(), Failure> {
-    struct Merge<'a, C: Config> {
-        args: &'a MergeArgs,
-        path: &'a Path,
-        config: C,
-        model: LanguageModel<C::Dims>,
-        texts: &'a Texts,
-    }
-    impl<C: Config> Work for Merge<'_, C> {
-        fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
-            let (args, out) = (self.args, self.args.out.as_path());
-            load(self.path, Some(&args.adapter), be, &self.model)?;
-            let mut directory =
-                Directory::claim(&Claim { out, named: true, replace: args.replace })?;
-            let dir = directory.path();
-            self.config.write_dir(dir)?;
-            files::save(dir, be, &self.model)?;
-            self.texts.write(dir, &self.config)?;
-            directory.show()?;
-            report::tell!("{}: the model with its adapters", out.display());
-            Ok(())
-        }
-    }
-    let machine = MachineArgs { threads: Some(1), ..MachineArgs::on(BackendKind::Cpu) };
+/// The CPU, for work that is mostly copying.
+pub(crate) fn one_thread() -> MachineArgs {
+    MachineArgs { threads: Some(1), ..MachineArgs::on(BackendKind::Cpu) }
+}
+
+/// A model that is only read and written.
+pub(crate) fn lay_out_plain<C: Config>(
+    config: &C,
+) -> Result<(LanguageModel<C::Dims>, Layout), Failure> {
     let one = Some(Choice { chunk: 1, head_rows: 1 });
-    let (model, layout) = lay_out(&config, &machine, 1, 1, one, frac_bits(&config, None), PLAIN)?;
-    machine::run(&machine, 1, &layout, Merge { args, path, config, model, texts })
+    lay_out(config, &one_thread(), 1, 1, one, frac_bits(config, None), PLAIN)
+}
+
+/// Writes a model, with adapters merged into it where there are some, as a directory in Hugging
+/// Face's layout.
+pub(crate) fn write_model(
+    opened: &Pretrained,
+    adapter: Option<&Path>,
+    out: &Path,
+    replace: bool,
+) -> Result<(), Failure> {
+    Directory::check(&Claim { out, named: true, replace })?;
+    for_family!(&opened.config, config => {
+        let (model, layout) = lay_out_plain(config)?;
+        let work = Writing { opened, adapter, out, replace, config, model };
+        machine::run(&one_thread(), 1, &layout, work)
+    })
+}
+
+struct Writing<'a, C: Config> {
+    opened: &'a Pretrained,
+    adapter: Option<&'a Path>,
+    out: &'a Path,
+    replace: bool,
+    config: &'a C,
+    model: LanguageModel<C::Dims>,
+}
+
+impl<C: Config> Work for Writing<'_, C> {
+    fn on<B: Backend<Real = f32>>(self, be: &mut B, _: usize) -> Result<(), Failure> {
+        let (opened, out) = (self.opened, self.out);
+        load(&opened.path, self.adapter, be, &self.model)?;
+        let mut directory = Directory::claim(&Claim { out, named: true, replace: self.replace })?;
+        let dir = directory.path();
+        self.config.write_dir(dir)?;
+        files::save(dir, be, &self.model)?;
+        Texts { tokenizer: opened.tokenizer.clone(), implied: opened.implied }
+            .write(dir, self.config)?;
+        directory.show()?;
+        let what = if self.adapter.is_some() { "the model with its adapters" } else { "the model" };
+        report::tell!("{}: {what}", out.display());
+        Ok(())
+    }
 }
 
 /// Loss and perplexity of all of `--data`, or of what the run validated on. Text is measured over

@@ -3,7 +3,7 @@
 //!
 //! In the order in which data flows: [`data`] (text), [`pairs`] (prompts and completions) →
 //! [`cli`] → [`train`] (the run) → [`finetune`], which begins with a pretrained model ([`hub`]) and
-//! the γ that it bears ([`calibrate`]) → [`inference`], [`chat`] and [`score`] for trained models →
+//! the γ that it bears ([`calibrate`]) → [`inference`], [`chat`], [`score`] and [`export`] for trained models →
 //! [`experiment`] for many runs.
 
 pub mod calibrate;
@@ -11,6 +11,7 @@ pub mod chat;
 pub mod cli;
 pub mod data;
 pub mod experiment;
+pub mod export;
 pub mod finetune;
 pub mod hub;
 pub mod inference;

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use bdia_lm::cli::{Cli, Command, Experiment};
-use bdia_lm::{chat, experiment, finetune, inference, score, train};
+use bdia_lm::{chat, experiment, export, finetune, inference, score, train};
 use bdia_train::alloc::Counting;
 use bdia_train::run::program;
 
@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::train(&args).map(|_| ()),
         Command::Finetune(args) => finetune::finetune(&args).map(|_| ()),
         Command::Merge(args) => inference::merge(&args),
+        Command::Export(args) => export::export(&args),
         Command::Eval(args) => inference::eval(&args),
         Command::Generate(args) => inference::generate(&args),
         Command::Chat(args) => chat::chat(&args),

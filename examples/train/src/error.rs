@@ -35,6 +35,8 @@ pub enum Failure {
     #[error("{0}")]
     Config(#[from] ConfigError),
     #[error("{0}")]
+    Gguf(#[from] bdia_models::gguf::WriteError),
+    #[error("{0}")]
     Pretrained(#[from] PretrainedError),
     #[error("{0}")]
     Adapter(#[from] AdapterError),
