@@ -14,7 +14,8 @@ mod vit;
 type Target = fn(&[u8]);
 
 /// By the folder of their seeds.
-const TARGETS: [(&str, Target); 16] = [
+const TARGETS: [(&str, Target); 18] = [
+    ("lm/chat", lm::chat),
     ("lm/checkpoint", lm::checkpoint),
     ("lm/config", lm::config),
     ("lm/gguf", lm::gguf),
@@ -23,6 +24,7 @@ const TARGETS: [(&str, Target); 16] = [
     ("lm/packed", lm::packed),
     ("lm/pairs", lm::pairs),
     ("lm/text", lm::text),
+    ("lm/tokenizer", lm::tokenizer_files),
     ("lm/tokens", lm::tokens),
     ("lm/weights", lm::weights),
     ("translation/pairs", translation::pairs),

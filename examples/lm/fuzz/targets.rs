@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use bdia_lm::data::{Corpus, TokenType, token_layout};
 use bdia_lm::pairs::{self, Examples, Format, Kind, LossOn, PairColumns, Reading};
+use bdia_models::chat::{ChatTemplate, Message};
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::input;
 use bdia_models::language::Config as _;
@@ -72,6 +73,53 @@ pub fn gguf(data: &[u8]) {
         }
         let _ = bdia_models::llama::gguf::open(path);
     });
+}
+
+/// A `tokenizer.json`, or a GGUF file with a tokenizer: what is accepted encodes any text into its
+/// own tokens, the same in parts and after writing and reading.
+pub fn tokenizer_files(data: &[u8]) {
+    let read = if data.starts_with(&bdia_models::gguf::MAGIC) {
+        let path = Path::new("model.gguf");
+        let header = bdia_models::gguf::read_header(path, data, data.len() as u64);
+        let Ok(header) = header else { return };
+        Tokenizer::of_gguf(&header)
+    } else {
+        Tokenizer::from_json(data)
+    };
+    let Ok(tokenizer) = read else { return };
+    let texts = ["", "a b  c\n\n12 é 日本 ▁<s>", "<|im_end|> \u{0}x <s>hello hello"];
+    for special in [SpecialTokens::Parse, SpecialTokens::Text] {
+        let tokenizer = tokenizer.clone().with_special_tokens(special);
+        let all = tokenizer.encode_all(&texts);
+        for (text, tokens) in texts.iter().zip(&all) {
+            assert!(tokens.iter().all(|&t| (t as usize) < tokenizer.vocab()));
+            assert_eq!(tokenizer.encode(text), *tokens);
+            let _ = tokenizer.decode(tokens);
+        }
+    }
+    for id in [tokenizer.bos(), tokenizer.eos()].into_iter().flatten() {
+        assert!((id as usize) < tokenizer.vocab());
+    }
+    let _ = (tokenizer.token("a"), tokenizer.chat().is_some());
+}
+
+/// A chat template: it writes a conversation, the same every time, or says why not.
+pub fn chat(data: &[u8]) {
+    // The engine's own panics are caught and become errors; libFuzzer's hook would stop at them.
+    static HOOK: OnceLock<()> = OnceLock::new();
+    HOOK.get_or_init(|| std::panic::set_hook(Box::new(|info| eprintln!("{info}"))));
+    let Ok(text) = core::str::from_utf8(data) else { return };
+    let Ok(template) = ChatTemplate::parse(text, Some("<s>"), Some("</s>")) else { return };
+    let said = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+    let all = [said("system", "Be brief."), said("user", " 1 < 2?\n"), said("assistant", "Yé</s>")];
+    for messages in [&all[..], &all[1..], &all[1..2]] {
+        for prompt in [false, true] {
+            let _ = template.render(messages, prompt);
+        }
+        if let Ok((text, ranges)) = template.learned(messages) {
+            assert!(ranges.iter().all(|r| r.0 <= r.1 && text.get(r.0..r.1).is_some()));
+        }
+    }
 }
 
 /// A configuration of Llama's family: what is accepted can be written and read again.

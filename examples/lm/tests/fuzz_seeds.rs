@@ -28,6 +28,16 @@ fn gguf() {
 }
 
 #[test]
+fn tokenizer() {
+    all("tokenizer", targets::tokenizer_files);
+}
+
+#[test]
+fn chat() {
+    all("chat", targets::chat);
+}
+
+#[test]
 fn llama_config() {
     all("llama_config", targets::llama_config);
 }
@@ -84,6 +94,18 @@ fn good_seeds_are_accepted() {
     let bytes = seed("gguf", "blocks");
     let header = bdia_models::gguf::read_header(path, &bytes[..], bytes.len() as u64).unwrap();
     assert_eq!((header.tensors.len(), header.count("x.u64")), (5, Some(7)));
+    for name in ["byte_level", "split", "metaspace", "pieces"] {
+        bdia_models::tokenizer::Tokenizer::from_json(&seed("tokenizer", name)).unwrap();
+    }
+    for name in ["byte_level_file", "pieces_file"] {
+        let bytes = seed("tokenizer", name);
+        let header = bdia_models::gguf::read_header(path, &bytes[..], bytes.len() as u64).unwrap();
+        bdia_models::tokenizer::Tokenizer::of_gguf(&header).unwrap();
+    }
+    for name in ["chatml", "headers", "inst", "marked", "python"] {
+        let text = String::from_utf8(seed("chat", name)).unwrap();
+        bdia_models::chat::ChatTemplate::parse(&text, None, None).unwrap();
+    }
     for name in ["llama_scaled", "gemma3", "qwen2", "smollm3", "old"] {
         let bytes = seed("llama_config", name);
         bdia_models::llama::config::LlamaConfig::from_json(&bytes).unwrap();

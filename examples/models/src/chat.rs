@@ -7,7 +7,9 @@
 //! a template that runs for too long or writes too much is stopped.
 
 use core::fmt::Write as _;
+use core::panic::AssertUnwindSafe;
 use std::collections::BTreeMap;
+use std::panic::catch_unwind;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -157,11 +159,18 @@ impl ChatTemplate {
             }
             ChatError::Render(what)
         };
+        if messages.is_empty() {
+            return Err(ChatError::Render("there is no message".into()));
+        }
         let template = environment.get_template(NAME).map_err(failed)?;
         let given: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
         let most = MOST_WRITTEN + MOST_OF_MESSAGE * messages.len() + 4 * given;
         let mut out = Bounded { bytes: Vec::new(), most };
-        template.render_captured_to(context, &mut out).map_err(failed)?;
+        // The engine panics at some templates, such as one that reverses an empty list.
+        let rendered = catch_unwind(AssertUnwindSafe(|| {
+            template.render_captured_to(context, &mut out).map(|_| ()).map_err(failed)
+        }));
+        rendered.unwrap_or_else(|_| Err(ChatError::Render("the template engine failed".into())))?;
         String::from_utf8(out.bytes).map_err(|e| ChatError::Render(e.to_string()))
     }
 
@@ -262,7 +271,7 @@ fn generation(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some(start) = rest.find("{%") {
-        let Some(end) = rest[start..].find("%}").map(|n| start + n + 2) else { break };
+        let Some(end) = rest[start + 2..].find("%}").map(|n| start + n + 4) else { break };
         let tag = &rest[start..end];
         let inner = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
         out.push_str(&rest[..start]);
@@ -433,7 +442,8 @@ fn strftime(format: &str, seconds: u64) -> String {
 
 impl Tokenizer {
     /// The tokens of a conversation as the model's template writes it, and of each whether it is
-    /// the assistant's: its answers, each with the token that ends its turn. Those are learned.
+    /// the assistant's: its answers, each with the token that ends its turn. Those are learned; so
+    /// is a token of which only a part is the assistant's, as Hugging Face has it.
     /// Special tokens are parsed, those within messages too, as `apply_chat_template` has it.
     ///
     /// # Errors
@@ -450,7 +460,7 @@ impl Tokenizer {
                 let mut ranges = ranges.iter().peekable();
                 for (learned, end) in learned.iter_mut().zip(ends) {
                     while ranges.next_if(|range| range.1 <= start).is_some() {}
-                    *learned = ranges.peek().is_some_and(|r| r.0 <= start && end <= r.1);
+                    *learned = ranges.peek().is_some_and(|r| r.0 < end && start < r.1);
                     start = end;
                 }
             }

@@ -53,7 +53,8 @@ impl Added {
         let bytes: usize = tokens.iter().map(|token| token.content.len()).sum();
         if tokens.len() > MOST || bytes > MOST_BYTES {
             return Err(format!(
-                "{} added tokens of {bytes} bytes together, expected at most {MOST} of {MOST_BYTES}",
+                "{} added tokens of {bytes} bytes together, expected at most {MOST} of \
+                 {MOST_BYTES}",
                 tokens.len()
             ));
         }

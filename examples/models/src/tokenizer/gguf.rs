@@ -52,7 +52,7 @@ const PLAIN: Pre = Pre {
     adds_bos: false,
 };
 
-const PRES: [Pre; 6] = [
+static PRES: [Pre; 6] = [
     PLAIN,
     Pre { names: &["smollm"], digits: true, ..PLAIN },
     Pre {
@@ -125,9 +125,19 @@ pub(super) fn inner(file: &Gguf) -> Said<Inner> {
         token.map(|t| Some(&**t)).ok_or_else(|| format!("{key:?} is {id}, expected one below {n}"))
     };
     let (bos, eos, unknown) = (id("bos")?, id("eos")?, id("unknown")?);
-    let (json, adds) = match model {
-        "gpt2" => byte_level(file, tokens, types)?,
-        "llama" => sentencepiece(file, tokens, types, unknown)?,
+    let adds = |default: bool| {
+        flag(file, "tokenizer.ggml.add_bos_token").unwrap_or(default) && bos.is_some()
+    };
+    let first = |default: bool| match (bos, file.count("tokenizer.ggml.bos_token_id")) {
+        (Some(token), Some(id)) if adds(default) => begins_with(token, id),
+        _ => Value::Null,
+    };
+    let (json, adds_bos) = match model {
+        "gpt2" => {
+            let pre = pre(file)?;
+            (byte_level(file, pre, tokens, types, first(pre.adds_bos))?, adds(pre.adds_bos))
+        }
+        "llama" => (sentencepiece(file, tokens, types, unknown, first(true))?, adds(true)),
         other => {
             let other: String = other.chars().take(40).collect();
             return Err(format!(
@@ -136,7 +146,6 @@ pub(super) fn inner(file: &Gguf) -> Said<Inner> {
         }
     };
     let mut config = Map::new();
-    let adds_bos = flag(file, "tokenizer.ggml.add_bos_token").unwrap_or(adds);
     config.insert("add_bos_token".into(), json!(adds_bos));
     config.insert("add_prefix_space".into(), json!(false));
     let pad = id("padding")?;
@@ -182,24 +191,43 @@ fn added(tokens: &[String], types: Option<&[f64]>) -> Vec<AddedToken> {
         .collect()
 }
 
-fn byte_level(file: &Gguf, tokens: &[String], types: Option<&[f64]>) -> Said<(String, bool)> {
+/// A post-processor that puts a token before a text.
+fn begins_with(token: &str, id: u64) -> Value {
+    let special = json!({"SpecialToken": {"id": token, "type_id": 0}});
+    let [a, b] =
+        [("A", 0), ("B", 1)].map(|(id, kind)| json!({"Sequence": {"id": id, "type_id": kind}}));
+    let known = json!({"id": token, "ids": [id], "tokens": [token]});
+    json!({"type": "TemplateProcessing", "single": [special, a], "pair": [special, a, special, b],
+        "special_tokens": {token: known}})
+}
+
+fn pre(file: &Gguf) -> Said<&'static Pre> {
     let name = file.text("tokenizer.ggml.pre").unwrap_or("default");
-    let pre = PRES.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
+    PRES.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
         let known: Vec<_> = PRES.iter().flat_map(|pre| pre.names).copied().collect();
         let name: String = name.chars().take(40).collect();
         format!("\"tokenizer.ggml.pre\" is {name:?}, expected one of {}", known.join(", "))
-    })?;
+    })
+}
+
+fn byte_level(
+    file: &Gguf,
+    pre: &Pre,
+    tokens: &[String],
+    types: Option<&[f64]>,
+    post_processor: Value,
+) -> Said<String> {
     let merges = texts(file, "tokenizer.ggml.merges")?.ok_or("no \"tokenizer.ggml.merges\"")?;
     let merges: Said<Vec<_>> =
         merges.iter().map(|line| super::engine::merge_of_line(line)).collect();
-    let text = open::byte_level(
+    open::byte_level(
         &Vocab(tokens),
         &merges?,
         open::Pattern { pattern: pre.pattern, digits: pre.digits, nfc: pre.nfc },
         pre.whole_words,
         &added(tokens, types),
-    )?;
-    Ok((text, pre.adds_bos))
+        post_processor,
+    )
 }
 
 /// How words begin where a space has this character.
@@ -210,7 +238,8 @@ fn sentencepiece(
     tokens: &[String],
     types: Option<&[f64]>,
     unknown: Option<&str>,
-) -> Said<(String, bool)> {
+    post_processor: Value,
+) -> Said<String> {
     let gemma = file.text("general.architecture").is_some_and(|name| name.starts_with("gemma"));
     let added = added(tokens, types);
     let spaces = |token: &str| token.len() > 1 && token.bytes().all(|b| b == b' ');
@@ -240,7 +269,10 @@ fn sentencepiece(
     let bytes = (0..=255_u8).all(|b| tokens.contains(&format!("<0x{b:02X}>")));
     let prefix = !gemma && flag(file, "tokenizer.ggml.add_space_prefix").unwrap_or(true);
     let space = SPACE.to_string();
-    let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+    let replace = |from: &str, to: &str| {
+        let pattern = json!({"String": from});
+        json!({"type": "Replace", "pattern": pattern, "content": to})
+    };
     let (normalizer, words) = if prefix {
         let words = json!({"type": "Metaspace", "replacement": space, "prepend_scheme": "first",
             "split": false});
@@ -267,7 +299,7 @@ fn sentencepiece(
         merges: &merges,
     };
     let decoder = json!({"type": "Sequence", "decoders": decoders});
-    Ok((open::written(&added, normalizer, words, decoder, &model)?, true))
+    open::written(&added, [normalizer, words, post_processor, decoder], &model)
 }
 
 /// The merges of a vocabulary: every two tokens that make up a third, the better ones first.

@@ -304,7 +304,7 @@ fn of_vocab_and_merges(vocab: &[u8], merges: &[u8], class: Option<&str>) -> Said
         .collect();
     let pattern = if qwen { QWEN2 } else { GPT2 };
     let pattern = Pattern { pattern, digits: false, nfc: qwen };
-    Ok(byte_level(&vocab, &merges?, pattern, false, &[])?.into_bytes())
+    Ok(byte_level(&vocab, &merges?, pattern, false, &[], Value::Null)?.into_bytes())
 }
 
 /// How the words of a byte-level encoding are found.
@@ -323,6 +323,7 @@ pub(super) fn byte_level(
     Pattern { pattern, digits, nfc }: Pattern,
     whole_words: bool,
     added: &[AddedToken],
+    post_processor: Value,
 ) -> Said<String> {
     let level = |regex: bool| {
         json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false,
@@ -350,7 +351,8 @@ pub(super) fn byte_level(
         vocab,
         merges,
     };
-    written(added, normalizer, words, level(true), &model)
+    let parts = [normalizer, words, post_processor, level(true)];
+    written(added, parts, &model)
 }
 
 /// The model of a `tokenizer.json`.
@@ -372,9 +374,7 @@ pub(super) struct Model<'a, V: serde::Serialize> {
 /// A `tokenizer.json`.
 pub(super) fn written<V: serde::Serialize>(
     added_tokens: &[AddedToken],
-    normalizer: Value,
-    pre_tokenizer: Value,
-    decoder: Value,
+    [normalizer, pre_tokenizer, post_processor, decoder]: [Value; 4],
     model: &Model<'_, V>,
 ) -> Said<String> {
     #[derive(serde::Serialize)]
@@ -385,7 +385,7 @@ pub(super) fn written<V: serde::Serialize>(
         added_tokens: &'a [AddedToken],
         normalizer: Value,
         pre_tokenizer: Value,
-        post_processor: Option<u8>,
+        post_processor: Value,
         decoder: Value,
         model: &'a Model<'a, V>,
     }
@@ -396,7 +396,7 @@ pub(super) fn written<V: serde::Serialize>(
         added_tokens,
         normalizer,
         pre_tokenizer,
-        post_processor: None,
+        post_processor,
         decoder,
         model,
     })
