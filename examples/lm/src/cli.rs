@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{MOST_VOCAB, Order, TokenType};
 use crate::pairs::{Format, Kind, LossOn, PairColumns, Reading};
+use crate::recipe;
 
 /// The architecture: a named size, and single dimensions in place of its own.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
@@ -139,9 +140,23 @@ impl ModelTextArgs {
     }
 }
 
+/// Where flags are read from, besides.
+#[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Run")]
+pub struct RecipeArgs {
+    /// Flags as a TOML file: names without dashes and their values; those of the command line win
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub recipe: Option<PathBuf>,
+}
+
 /// Flags of `train`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct TrainArgs {
+    /// A recipe.
+    #[command(flatten)]
+    #[serde(skip)]
+    pub recipe: RecipeArgs,
     /// Plain UTF-8 text, or a .bin or .npy file of tokens; also as .gz [default: the licence texts
     /// of SPDX, which are built in]
     #[arg(long, value_name = "FILE", help_heading = "Data")]
@@ -275,6 +290,10 @@ impl PairArgs {
 /// Flags of `finetune`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct FinetuneArgs {
+    /// A recipe.
+    #[command(flatten)]
+    #[serde(skip)]
+    pub recipe: RecipeArgs,
     /// What the data is
     #[arg(long, default_value = "e2e", help_heading = "Data")]
     pub task: TaskKind,
@@ -830,6 +849,9 @@ impl Cli {
                 s.mut_subcommands(|s| s.allow_negative_numbers(true))
                     .mut_subcommand("finetune", finetune_defaults)
             });
+        let arguments = arguments.into_iter().map(Into::into).collect();
+        let arguments = recipe::expand(arguments)
+            .map_err(|message| command.error(ErrorKind::ValueValidation, message))?;
         let matches = command.try_get_matches_from_mut(arguments)?;
         let raw = Raw::from_arg_matches(&matches)?;
         let sub = matches.subcommand().map(|(_, m)| m);

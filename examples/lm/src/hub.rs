@@ -50,13 +50,26 @@ impl From<HubError> for Failure {
 /// # Errors
 /// [`Failure`]; of a name that is not there it says which files to put where.
 pub fn open(model: &Path) -> Result<Pretrained, Failure> {
-    let place = match model.to_str().filter(|name| is_name(name) && !model.exists()) {
-        Some(name) => locate(name)?,
-        None => model.into(),
-    };
-    let opened = pretrained::open(&place)?;
+    let opened = pretrained::open(&place(model)?)?;
     opened.note.iter().for_each(|note| report::note!("{note}"));
     Ok(opened)
+}
+
+/// Opens a model whose weights are not needed.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_config(model: &Path) -> Result<Pretrained, Failure> {
+    let place = place(model)?;
+    Ok(if place.is_dir() { pretrained::open_config(&place) } else { pretrained::open(&place) }?)
+}
+
+/// Where a model lies.
+fn place(model: &Path) -> Result<PathBuf, Failure> {
+    Ok(match model.to_str().filter(|name| is_name(name) && !model.exists()) {
+        Some(name) => locate(name)?,
+        None => model.into(),
+    })
 }
 
 /// Whether it may be a name on Hugging Face: `owner/model`.

@@ -527,7 +527,7 @@ fn generate_on<C: Config>(
 /// [`Failure`], among them a budget that cannot be met, with the smallest plan.
 pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
     let config = match &args.weights {
-        Some(model) => hub::open(model)?.config,
+        Some(model) => hub::open_config(model)?.config,
         None => args.model.fresh(args.dropout, VOCAB)?,
     };
     for_family!(config, config => plan_of(args, config))

@@ -2,7 +2,7 @@
 //! `bdia-lm`.
 //!
 //! In the order in which data flows: [`data`] (text), [`pairs`] (prompts and completions) →
-//! [`cli`] → [`train`] (the run) → [`finetune`], which begins with a pretrained model ([`hub`]) and
+//! [`cli`] (flags, or a [`recipe`] of them) → [`train`] (the run) → [`finetune`], which begins with a pretrained model ([`hub`]) and
 //! the γ that it bears ([`calibrate`]) → [`inference`], [`chat`], [`score`] and [`export`] for trained models →
 //! [`experiment`] for many runs.
 
@@ -16,5 +16,6 @@ pub mod finetune;
 pub mod hub;
 pub mod inference;
 pub mod pairs;
+pub mod recipe;
 pub mod score;
 pub mod train;

@@ -429,7 +429,8 @@ impl<C: Config> Task for Learner<C> {
     fn start<B: Backend<Real = f32>>(&mut self, be: &mut B, resumed: bool) -> Result<(), Failure> {
         let adapters = self.model.setup().adapters.is_some();
         if resumed && !adapters {
-            return Ok(());
+            // The parameters are those of the checkpoint.
+            return Ok(self.model.fill_tables(be)?);
         }
         let Start::Weights(dir) = &self.start else {
             return Ok(self.model.initialize(be, self.run.seed)?);

@@ -106,7 +106,7 @@ fn unusable_weights() {
     let cases: [(&str, Vec<u8>, &[&str]); 12] = [
         ("config.json", b"{".to_vec(), &["config.json"]),
         ("config.json", vec![], &["config.json"]),
-        ("config.json", with("model_type", "llama".into()), &["llama"]),
+        ("config.json", with("model_type", "bert".into()), &["\"llama\"", "found bert"]),
         ("config.json", with("n_head", 3.into()), &["n_head"]),
         ("config.json", with("n_layer", 0.into()), &["n_layer"]),
         ("config.json", with("n_layer", 4.into()), &["n_layer is 4, it was 3"]),
@@ -196,7 +196,7 @@ fn unusable_flags() {
         ("width", "0"),
         ("context", "0"),
         ("vocab", "0"),
-        ("vocab", "70000"),
+        ("vocab", "17000000"),
         ("batch", "0"),
         ("batch", "-4"),
         ("steps", "0"),

@@ -139,7 +139,7 @@ fn adapters_that_are_none() {
     check(
         "modules",
         &|m| drop(m.insert("target_modules".into(), vec!["c_proj"].into())),
-        &["target_modules", "c_proj"],
+        &["missing: base_model.model.transformer.h.0.attn.c_proj"],
     );
     check("rank", &|m| drop(m.insert("r".into(), 0.into())), &["r: expected a whole number"]);
     check(
@@ -155,7 +155,7 @@ fn adapters_that_are_none() {
     check(
         "dora",
         &|m| drop(m.insert("use_dora".into(), true.into())),
-        &["use_dora: expected false"],
+        &["use_dora: expected nothing"],
     );
     check(
         "saved",
@@ -250,10 +250,7 @@ fn weights_that_cannot_be_tuned() {
     c.env("HF_ENDPOINT", "http://127.0.0.1:1");
     bad(
         &mut c,
-        &[
-            "--weights",
-            "config.json and model.safetensors of https://huggingface.co/openai-community/gpt2",
-        ],
+        &["name it with --model", "the files of https://huggingface.co/openai-community/gpt2"],
     );
 }
 

@@ -3,6 +3,8 @@
 //! `config.json`, or the metadata of the file, decides the family; the tokenizer is the model's
 //! own.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use bdia_core::backend::Backend;
@@ -10,11 +12,12 @@ use serde_json::{Map, Value};
 
 use crate::config::{ConfigError, FILE, LIMIT};
 use crate::files::read_limited;
+use crate::gguf;
 use crate::gpt2::config::Gpt2Config;
 use crate::language::model::LanguageModel;
 use crate::language::{Config as _, Family, files};
 use crate::llama::config::{Kind, LlamaConfig};
-use crate::llama::gguf;
+use crate::llama::gguf as llama_gguf;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::weights::{Weights, WeightsError};
 
@@ -46,7 +49,7 @@ pub struct Pretrained {
     pub path: PathBuf,
     /// Its configuration.
     pub config: AnyConfig,
-    /// Its tokenizer; none where the directory has no file of one.
+    /// Its tokenizer; none where it brings none along.
     pub tokenizer: Option<Tokenizer>,
     /// Whether the tokenizer is the one that such a model has without any file of one.
     pub implied: bool,
@@ -66,6 +69,13 @@ pub enum PretrainedError {
     /// Its tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A file that has no model.
+    #[error(
+        "{}: expected a directory in Hugging Face's layout (config.json, *.safetensors) or a GGUF \
+         file, found another file",
+        .0.display()
+    )]
+    Neither(PathBuf),
     /// A tokenizer with tokens that the model does not have.
     #[error(
         "{}: the tokenizer has tokens up to {found}, the model's vocabulary ends before {expected}",
@@ -137,11 +147,18 @@ fn is_file(path: &Path) -> bool {
 /// [`PretrainedError`]
 pub fn open(path: &Path) -> Result<Pretrained, PretrainedError> {
     if is_file(path) {
-        let (config, model) = gguf::open(path)?;
+        let mut magic = [0; gguf::MAGIC.len()];
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+        if path.is_file() && (read.is_err() || magic != gguf::MAGIC) {
+            return Err(PretrainedError::Neither(path.into()));
+        }
+        let (config, model) = llama_gguf::open(path)?;
+        let header = model.header();
+        let has_tokens = header.metadata.contains_key("tokenizer.ggml.tokens");
         return Ok(Pretrained {
             path: path.into(),
             config: AnyConfig::Llama(config),
-            tokenizer: Some(Tokenizer::of_gguf(model.header())?),
+            tokenizer: has_tokens.then(|| Tokenizer::of_gguf(header)).transpose()?,
             implied: false,
             note: None,
         });
@@ -198,7 +215,7 @@ pub fn load<B: Backend<Real = f32>, F: Family>(
     if !is_file(path) {
         return files::load(path, be, model);
     }
-    let opened = gguf::open(path)
+    let opened = llama_gguf::open(path)
         .map_err(|e| WeightsError::Gguf { path: path.into(), what: e.to_string() })?;
     files::read(&opened.1, be, model)
 }
