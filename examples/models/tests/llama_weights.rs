@@ -1,5 +1,6 @@
-//! Real weights: SmolLM2-135M-Instruct in its GGUF file, against transformers
-//! (`tests/torch/smollm2.py` says where the file comes from). `BDIA_SMOLLM2` names it.
+//! Real weights: SmolLM2-135M-Instruct and Gemma 3 270M in their GGUF files, against transformers
+//! (`tests/torch/real_weights.py` says where the files come from). `BDIA_SMOLLM2` and `BDIA_GEMMA3`
+//! name them.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -20,18 +21,33 @@ use bdia_models::llama::gguf::{GgufModel, open};
 use bdia_models::llama::model::{Dims, Llama, Setup};
 use bdia_models::named::Adapters;
 use bdia_models::search::Length;
-use common::{ADAMW, state};
+use common::{ADAMW, State, state};
 
 const THREADS: usize = 2;
 
-/// The model's dimensions and its file, where there is one.
-fn smollm2() -> Option<(Dims, GgufModel)> {
-    let Some(path) = std::env::var_os("BDIA_SMOLLM2") else {
-        eprintln!("skipped: BDIA_SMOLLM2 does not name SmolLM2's GGUF file");
-        return None;
-    };
-    let (config, file) = open(path.as_ref()).unwrap();
-    Some((config.dims, file))
+/// A model: the variable that names its file, what transformers computes, and `l` of a grid that
+/// holds its activations.
+struct Real {
+    variable: &'static str,
+    expected: &'static str,
+    frac_bits: u32,
+}
+
+const SMOLLM2: Real =
+    Real { variable: "BDIA_SMOLLM2", expected: "llama/smollm2.safetensors", frac_bits: 12 };
+const GEMMA3: Real =
+    Real { variable: "BDIA_GEMMA3", expected: "llama/gemma3_270m.safetensors", frac_bits: 10 };
+
+impl Real {
+    /// The dimensions and the file, where there is one, and what is expected.
+    fn open(&self) -> Option<(Dims, GgufModel, State)> {
+        let Some(path) = std::env::var_os(self.variable) else {
+            eprintln!("skipped: {} does not name the model's GGUF file", self.variable);
+            return None;
+        };
+        let (config, file) = open(path.as_ref()).unwrap();
+        Some((config.dims, file, state(self.expected)))
+    }
 }
 
 fn setup(dims: Dims, context: usize) -> Setup {
@@ -43,9 +59,18 @@ fn lay_out(setup: &Setup) -> (Llama, Layout) {
 }
 
 #[test]
-fn loss_logits_and_greedy_tokens() {
-    let Some((dims, file)) = smollm2() else { return };
-    let s = state("llama/smollm2.safetensors");
+fn smollm2_computes_what_transformers_does() {
+    computes_what_transformers_does(&SMOLLM2);
+}
+
+#[test]
+fn gemma3_computes_what_transformers_does() {
+    computes_what_transformers_does(&GEMMA3);
+}
+
+/// Loss, logits and greedy tokens.
+fn computes_what_transformers_does(real: &Real) {
+    let Some((dims, file, s)) = real.open() else { return };
     let tokens = &s.ints["tokens"];
     let (mut model, layout) = lay_out(&setup(dims, tokens.len()));
     let mut be = Cpu::new(&layout, THREADS).unwrap();
@@ -54,7 +79,7 @@ fn loss_logits_and_greedy_tokens() {
     let found = model.logits(&mut be, tokens, last..last + 1, Inference::STANDARD).unwrap();
     let found: Vec<f64> = found.into_iter().step_by(16).map(f64::from).collect();
     let distance = common::difference(&found, &s.reals["logits"], 1.0);
-    // f32 against f64, through 30 blocks.
+    // f32 against f64, through all blocks.
     assert!(distance < 2e-4, "{distance:e}");
     let mut targets = tokens[1..].to_vec();
     targets.push(-1);
@@ -80,12 +105,20 @@ fn loss_logits_and_greedy_tokens() {
     assert_eq!(found[0], s.ints["greedy"][prompts[0].len()..]);
 }
 
+#[test]
+fn smollm2_is_trained_exactly() {
+    training_is_exact(&SMOLLM2);
+}
+
+#[test]
+fn gemma3_is_trained_exactly() {
+    training_is_exact(&GEMMA3);
+}
+
 /// Steps of training on the text: every rebuilt value is exact, and a small γ begins where the
 /// network is.
-#[test]
-fn training_is_exact() {
-    let Some((dims, file)) = smollm2() else { return };
-    let s = state("llama/smollm2.safetensors");
+fn training_is_exact(real: &Real) {
+    let Some((dims, file, s)) = real.open() else { return };
     let tokens = &s.ints["tokens"];
     let lora = Adapters { shape: LoraShape { rank: 4, alpha: 8.0 }, half: None };
     for (m, sign, blocks_per_step, adapters, near) in [
@@ -94,7 +127,7 @@ fn training_is_exact() {
         (5, Sign::Shared, 1, None, true),
     ] {
         let gamma = Policy::fixed(Gamma::new(m, sign).unwrap());
-        let mode = Mode::Bdia { grid: Grid::new(12).unwrap(), gamma, verify: true };
+        let mode = Mode::Bdia { grid: Grid::new(real.frac_bits).unwrap(), gamma, verify: true };
         let gradients = Gradients::Fused(ADAMW);
         let setup =
             Setup { mode, gradients, blocks_per_step, adapters, ..setup(dims, tokens.len()) };
