@@ -128,7 +128,8 @@ impl<F: Family> Conversation<'_, F> {
         let mut told = 0;
         let text_of = |tokens: &[i32]| {
             let tokens: Vec<u32> = tokens.iter().map(|t| *t as u32).collect();
-            self.tokenizer.decode(&tokens)
+            let text = self.tokenizer.decode_bytes(&tokens);
+            String::from_utf8_lossy(&text).trim_start().to_string()
         };
         run::catch_signals();
         let found = self.decoder.decode(be, &[prompt], &decoding, |progress| {

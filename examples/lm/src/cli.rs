@@ -172,7 +172,8 @@ pub struct TrainArgs {
     /// Which pieces of the text make up a batch
     #[arg(long, default_value = "shuffled", help_heading = "Data")]
     pub order: Order,
-    /// Start from a model: a directory in Hugging Face's layout, a GGUF file, or a name there
+    /// Start from a pretrained model: a directory in Hugging Face's layout, a GGUF file, or a name
+    /// on Hugging Face
     #[arg(long = "model", visible_alias = "weights", value_name = "MODEL", help_heading = "Model")]
     #[arg(conflicts_with_all = ["config", "layers", "heads", "width", "vocab"])]
     pub weights: Option<PathBuf>,
@@ -320,8 +321,8 @@ pub struct FinetuneArgs {
     #[arg(long = "model", visible_alias = "weights", value_name = "MODEL", help_heading = "Model")]
     #[arg(required_unless_present = "resume")]
     pub weights: Option<PathBuf>,
-    /// Tokens of a sample [default: of pairs, the longest example; of text, the model's positions;
-    /// at most those]
+    /// Tokens of a sample [default: of examples, the longest, with --pack at least 512; of text, the
+    /// model's positions; at most those]
     #[arg(long, value_name = "N", value_parser = count(1 << 24), help_heading = "Model")]
     pub context: Option<u64>,
     /// Several examples in a sample, as many as there is room for; none sees another (Llama's
@@ -723,7 +724,8 @@ pub struct ExportArgs {
 /// Flags of `plan`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct PlanArgs {
-    /// A model that is there: a directory in Hugging Face's layout, a GGUF file, or a name there
+    /// A pretrained model: a directory in Hugging Face's layout, a GGUF file, or a name on Hugging
+    /// Face
     #[arg(long = "model", visible_alias = "weights", value_name = "MODEL", help_heading = "Model")]
     #[arg(conflicts_with_all = ["config", "layers", "heads", "width", "vocab"])]
     pub weights: Option<PathBuf>,
@@ -766,7 +768,7 @@ pub struct PlanArgs {
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Subcommand)]
 pub enum Command {
-    /// Train a language model from scratch (also what runs without a subcommand)
+    /// Train a language model (also what runs without a subcommand)
     Train(Box<TrainArgs>),
     /// Go on training a pretrained model on a task: all of it, or low-rank adapters
     Finetune(Box<FinetuneArgs>),

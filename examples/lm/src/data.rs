@@ -488,9 +488,11 @@ impl Corpus {
         Ok((part, note))
     }
 
-    /// Documents one after the other; a single one without a start token.
+    /// Documents one after the other; a single one without a start token, unless the model expects
+    /// one at every text's start.
     fn join(documents: &[&str], tokenizer: &Tokenizer) -> Part {
-        let start = start_token(tokenizer).filter(|_| documents.len() > 1);
+        let begins = documents.len() > 1 || tokenizer.adds_bos();
+        let start = start_token(tokenizer).filter(|_| begins);
         let mut all = Vec::new();
         for tokens in tokenizer.encode_all(documents) {
             document(&mut all, start, &tokens);

@@ -9,7 +9,7 @@
 use std::path::{Path, PathBuf};
 
 use bdia_models::for_family;
-use bdia_models::language::{Config, Family as _};
+use bdia_models::language::{Config, Family};
 use bdia_models::pretrained;
 use bdia_train::checkpoint::Header;
 use bdia_train::cli::{Flags as _, MethodKind};
@@ -56,6 +56,11 @@ fn finetune_on<C: Config>(
     weights: PathBuf,
     texts: Texts,
 ) -> Result<Summary, Failure> {
+    if args.pack && !<C::Dims as Family>::PACKS {
+        return Err(Failure::Other(
+            "--pack: expected a model of Llama's family, found a GPT-2; leave the flag out".into(),
+        ));
+    }
     // Dropout is a choice of the training; the file's is what somebody else chose.
     config.set_dropout(args.run.dropout);
     let (source, context) = open(&mut args, &config, &texts)?;

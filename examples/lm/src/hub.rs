@@ -12,7 +12,7 @@ pub enum HubError {
     /// The program was built without downloads.
     #[error(
         "--model {model}: this program was built without downloads from Hugging Face (cargo build \
-         --features hub), and there is no such directory. Or put the files of \
+         --features hub), and no such directory exists. Put the files of \
          https://huggingface.co/{model} (config.json, tokenizer.json, *.safetensors) into a \
          directory and name it with --model"
     )]
@@ -80,8 +80,25 @@ fn is_name(text: &str) -> bool {
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
     let is_file = text.ends_with(".gguf") || text.ends_with(".safetensors");
-    !is_file && text.split_once('/').is_some_and(|(owner, name)| is_part(owner) && is_part(name))
+    // Where runs lie, and a model is looked for that nobody has named.
+    !is_file
+        && !text.starts_with("runs/")
+        && text.split_once('/').is_some_and(|(owner, name)| is_part(owner) && is_part(name))
 }
+
+/// What says something of a model's texts.
+#[cfg(feature = "hub")]
+const BESIDE: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+];
 
 #[cfg(not(feature = "hub"))]
 fn locate(model: &str) -> Result<PathBuf, HubError> {
@@ -119,9 +136,8 @@ fn locate(model: &str) -> Result<PathBuf, HubError> {
         parts.iter().try_for_each(|part| get(part).map(drop))?;
     }
     // Which of them there are depends on the model.
-    for file in ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"] {
+    for file in BESIDE {
         let _ = get(file);
     }
-    let _ = get("chat_template.jinja");
     Ok(config.parent().map(PathBuf::from).unwrap_or_default())
 }

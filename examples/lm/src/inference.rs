@@ -104,7 +104,7 @@ pub(crate) struct RunData {
     validation: Option<PathBuf>,
     task: Option<TaskKind>,
     #[serde(flatten)]
-    pairs: PairArgs,
+    pub pairs: PairArgs,
     token_type: Option<TokenType>,
     /// What `<|endoftext|>` within a text is.
     pub special_tokens: Option<SpecialTokens>,
@@ -138,7 +138,6 @@ pub(crate) fn load<B: Backend<Real = f32>, F: Family>(
 /// # Errors
 /// [`Failure`], among them a directory that has a model already.
 pub fn merge(args: &MergeArgs) -> Result<(), Failure> {
-    Directory::check(&Claim { out: &args.out, named: true, replace: args.replace })?;
     let opened = hub::open(&args.weights)?;
     write_model(&opened, Some(&args.adapter), &args.out, args.replace)
 }
@@ -273,7 +272,10 @@ fn eval_on<C: Config>(
         run = RunData {
             validation: Some(data),
             task: args.task,
-            pairs: args.pairs.clone(),
+            pairs: PairArgs {
+                format: args.pairs.format.or(run.pairs.format),
+                ..args.pairs.clone()
+            },
             token_type: args.token_type,
             ..RunData::default()
         };
@@ -432,10 +434,10 @@ pub fn generate(args: &GenerateArgs) -> Result<(), Failure> {
 pub(crate) fn shown(opened: &Pretrained) -> Result<Tokenizer, Failure> {
     let (found, path) = (opened.config.vocab(), opened.path.display());
     match &opened.tokenizer {
-        Some(t) if t.vocab() <= found => Ok(t.clone()),
+        Some(t) if pretrained::fits(t, found) => Ok(t.clone()),
         Some(t) => Err(Failure::Other(format!(
-            "{path}: the vocabulary has {found} tokens, expected at least the {} of GPT-2's \
-             tokenizer: its tokens cannot be shown as text",
+            "{path}: the vocabulary has {found} tokens, expected at least the {} of its \
+             tokenizer: they cannot be shown as text",
             t.vocab()
         ))),
         None => Err(Failure::Other(format!(
@@ -470,7 +472,9 @@ fn generate_on<C: Config>(
             let mut all = Vec::new();
             for (prompt, tokens) in self.texts.iter().zip(found) {
                 let tokens: Vec<u32> = tokens.into_iter().map(|t| t as u32).collect();
-                let text = self.tokenizer.decode(&tokens);
+                // What goes on keeps the space before it.
+                let text = self.tokenizer.decode_bytes(&tokens);
+                let text = String::from_utf8_lossy(&text).into_owned();
                 match args.prompts {
                     None => report::tell!("{prompt}{text}"),
                     Some(_) => {

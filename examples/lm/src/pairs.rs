@@ -327,6 +327,9 @@ pub fn parse_conversations(path: &Path, bytes: Vec<u8>) -> Result<Vec<Vec<Messag
     #[derive(Deserialize)]
     struct Line {
         messages: Vec<Message>,
+        /// Would be a part of the conversation.
+        #[serde(default)]
+        tools: serde_json::Value,
     }
     if input::ending(path) != "jsonl" {
         return Err(PairsError::Kind(path.into()));
@@ -335,13 +338,16 @@ pub fn parse_conversations(path: &Path, bytes: Vec<u8>) -> Result<Vec<Vec<Messag
     let mut all = Vec::new();
     for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         let wrong = |what: String| PairsError::Row { path: path.into(), line: i as u64 + 1, what };
-        let Line { messages } = serde_json::from_str(line).map_err(|e| {
+        let Line { messages, tools } = serde_json::from_str(line).map_err(|e| {
             wrong(format!(
                 "expected an object with a list \"messages\" of objects with the strings \
                  \"role\" and \"content\": {e}"
             ))
         })?;
-        if !messages.iter().any(|m| m.role == ASSISTANT) {
+        if !tools.is_null() {
+            return Err(wrong("\"tools\" are not implemented; leave them out".into()));
+        }
+        if !messages.iter().any(Message::is_learned) {
             let what = "no message whose role is \"assistant\": there is nothing to learn";
             return Err(wrong(what.into()));
         }

@@ -19,6 +19,17 @@ const LIMIT: u64 = 1 << 20;
 /// Flags with two names.
 const ALIASES: [(&str, &str); 1] = [("weights", "model")];
 
+/// Flags of which one leaves no place for the other.
+const EXCLUSIVE: [[&str; 2]; 7] = [
+    ["steps", "epochs"],
+    ["model", "config"],
+    ["model", "layers"],
+    ["model", "heads"],
+    ["model", "width"],
+    ["model", "vocab"],
+    ["model", "tokenizer"],
+];
+
 /// The arguments with those of the recipe among them, where `--recipe` names one. The first is the
 /// program's name.
 ///
@@ -33,8 +44,9 @@ pub fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>, String> {
 
     let (program, rest) = arguments.split_first().ok_or_else(|| wrong("no program".into()))?;
     let given: BTreeSet<String> = rest.iter().filter_map(|a| flag(a)).collect();
-    // Only a subcommand stands before all flags.
-    let own = rest.first().and_then(|a| a.to_str()).filter(|a| !a.starts_with('-'));
+    // Only subcommands stand before all flags.
+    let words = rest.iter().take_while(|a| !a.to_string_lossy().starts_with('-')).count();
+    let own = words.checked_sub(1).and_then(|last| rest[last].to_str());
     let said = match table.get(COMMAND) {
         None => None,
         Some(Value::String(command)) => Some(command.as_str()),
@@ -48,9 +60,12 @@ pub fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>, String> {
         return Err(wrong(format!("it is one of {said}, the command line says {own}")));
     }
     let mut all = vec![program.clone()];
-    all.extend(own.or(said).map(OsString::from));
+    all.extend(rest[..words].iter().cloned());
+    all.extend(said.filter(|_| words == 0).map(OsString::from));
     for (key, value) in table.iter().filter(|(key, _)| *key != COMMAND) {
-        if given.contains(&canonical(key)) {
+        let name = canonical(key);
+        let rivals = EXCLUSIVE.iter().filter(|pair| pair.contains(&name.as_str())).flatten();
+        if given.contains(&name) || rivals.into_iter().any(|rival| given.contains(*rival)) {
             continue;
         }
         match value {
@@ -69,7 +84,7 @@ pub fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>, String> {
         }
     }
     // The recipe itself is none of the run's flags.
-    let mut rest = rest.iter().skip(usize::from(own.is_some()));
+    let mut rest = rest.iter().skip(words);
     while let Some(argument) = rest.next() {
         match argument.to_string_lossy().strip_prefix(FLAG) {
             Some("") => drop(rest.next()),
@@ -130,6 +145,7 @@ mod tests {
         let f = of("");
         assert_eq!((f.run.steps, f.run.optim.lr, f.run.verify, f.pack), (7, 1e-5, true, false));
         assert_eq!(f.weights, Some("a".into()));
+        assert_eq!(of("--epochs 2").run.epochs, Some(2.0));
         let f = of("finetune --steps 3 --weights=c --pack");
         assert_eq!((f.run.steps, f.pack, f.weights), (3, true, Some("c".into())));
         let error = read(&format!("train --recipe {}", path.display())).unwrap_err();

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use bdia_core::backend::Backend;
 use bdia_models::files::write_bytes;
 use bdia_models::for_family;
-use bdia_models::language::adapter::Adapter;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::language::model::LanguageModel;
 use bdia_models::language::{Config, Family};
@@ -24,7 +23,7 @@ use bdia_train::scores::{self, Corpus, Scores};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::cli::{DecodingArgs, ScoreArgs};
+use crate::cli::{DecodingArgs, PairArgs, ScoreArgs};
 use crate::hub;
 use crate::inference;
 use crate::pairs::{self, Kind, Pair, PairsError, Reading};
@@ -148,16 +147,20 @@ pub fn measure(args: &ScoreArgs) -> Result<Option<Found>, Failure> {
     let opened = hub::open(&args.weights)?;
     let run = inference::run_data(&opened.path, args.adapter.as_deref())?;
     let tokenizer = args.text.of(inference::shown(&opened)?, run.special_tokens);
-    for_family!(opened.config, config => measure_on(args, &opened.path, &config, tokenizer))
+    let pairs = PairArgs { format: args.pairs.format.or(run.pairs.format), ..args.pairs.clone() };
+    for_family!(opened.config, config => {
+        measure_on(args, &pairs, &opened.path, &config, tokenizer)
+    })
 }
 
 fn measure_on<C: Config>(
     args: &ScoreArgs,
+    pairs: &PairArgs,
     path: &Path,
     config: &C,
     tokenizer: Tokenizer,
 ) -> Result<Option<Found>, Failure> {
-    let reading = args.pairs.reading(args.task, tokenizer.chat().is_some());
+    let reading = pairs.reading(args.task, tokenizer.chat().is_some());
     let Some(Reading { kind: Kind::Pairs(columns), format, .. }) = reading else {
         return Err(Failure::Other(
             "--task text and chat have no references; expected --task e2e or pairs".into(),
@@ -187,8 +190,6 @@ fn measure_on<C: Config>(
     let sizes =
         Sizes::of(&prompts, prompts_at_once as usize, beams as usize, decoding.tokens, positions);
     let (model, decoder, layout) = inference::lay_out_decoder(config, &args.machine, sizes)?;
-    // Whether they fit is known before the weights are read.
-    args.adapter.as_deref().map(|dir| Adapter::open(dir, &model)).transpose()?;
     let mut texts = None;
     let work = Scoring {
         weights: path,

@@ -104,7 +104,7 @@ impl Texts {
     /// A file that cannot be written.
     pub fn write<C: Config>(&self, out: &Path, config: &C) -> Result<(), Failure> {
         let d = config.dims();
-        match self.tokenizer.as_ref().filter(|t| t.vocab() <= d.vocab()) {
+        match self.tokenizer.as_ref().filter(|t| pretrained::fits(t, d.vocab())) {
             Some(t) => Ok(t.write_hf_files(out, d.positions())?),
             None => Ok(()),
         }
@@ -160,7 +160,11 @@ fn fresh(args: &TrainArgs) -> Result<pretrained::Pretrained, Failure> {
             })?
         }
     };
-    let config = args.model.fresh(args.run.dropout, tokenizer.vocab())?;
+    let mut config = args.model.fresh(args.run.dropout, tokenizer.vocab())?;
+    if let pretrained::AnyConfig::Llama(config) = &mut config {
+        config.set_start(tokenizer.bos());
+        config.add_ends(tokenizer.eos());
+    }
     let gpt2 = matches!(config, pretrained::AnyConfig::Gpt2(_));
     Ok(pretrained::Pretrained {
         path: args.run.out.clone(),
@@ -316,7 +320,7 @@ impl<C: Config> Lesson<C> {
         plan: &Layout,
     ) -> Result<Option<Decoder<C::Dims>>, Failure> {
         let vocab = self.config.dims().vocab();
-        let shown = self.texts.tokenizer.as_ref().filter(|t| t.vocab() <= vocab);
+        let shown = self.texts.tokenizer.as_ref().filter(|t| pretrained::fits(t, vocab));
         if self.run.sample == 0 || shown.is_none() {
             return Ok(None);
         }

@@ -141,13 +141,13 @@ fn conversations() {
     assert_eq!((said.code, said.out.lines().count() >= 2), (Some(0), true), "{}", said.err);
 
     // What has no template, or is no conversation.
-    bad(&mut with_model("chat", &program::model("hf_tied"), "--prompt a"), &["GPT-2's"]);
+    bad(&mut with_model("chat", &program::model("hf_tied"), "--prompt a"), &["expected at least the 50257"]);
     let wrong = dir.file("wrong.jsonl", b"{\"prompt\": \"a\"}\n");
     let mut c = with_model("finetune", &model, "--task chat --gamma 0.125 --out");
     bad(c.arg(dir.at("no")).arg("--data").arg(&wrong), &["line 1", "messages"]);
     let mut c = with_model("finetune", &program::model("hf_tied"), "--task pairs --pack --out");
     let pairs = dir.file("p.csv", b"prompt,completion\na,b\n");
-    bad(c.arg(dir.at("no")).arg("--data").arg(&pairs), &["vocabulary of 61"]);
+    bad(c.arg(dir.at("no")).arg("--data").arg(&pairs), &["--pack: expected a model of Llama's family"]);
 }
 
 /// A tokenizer that does not fit, none at all, and a head that is not the embedding.
@@ -163,7 +163,7 @@ fn models_as_their_owners_wrote_them() {
     };
     bad(&mut eval(&base), &["no tokenizer", "tokenizer.json"]);
     std::fs::copy(data("tokenizers/llama3/tokenizer.json"), base.join("tokenizer.json")).unwrap();
-    bad(&mut eval(&base), &["vocabulary ends before 31"]);
+    bad(&mut eval(&base), &["the model only 31"]);
     bad(&mut with_model("generate", &program::model("hf_tied"), ""), &["vocabulary has 61"]);
     std::fs::remove_file(base.join("tokenizer.json")).unwrap();
     // Only pickled weights.

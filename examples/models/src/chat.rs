@@ -28,8 +28,12 @@ const STEPS_OF_MESSAGE: u64 = 1 << 13;
 const MOST_WRITTEN: usize = 1 << 20;
 const MOST_OF_MESSAGE: usize = 1 << 14;
 
+/// The longest conversation that is learned.
+const MOST_MESSAGES: usize = 1024;
+
 /// What somebody says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Message {
     /// Who: `system`, `user` or `assistant`.
     pub role: String,
@@ -39,7 +43,7 @@ pub struct Message {
 
 impl Message {
     /// Whether a model says it.
-    fn is_learned(&self) -> bool {
+    pub fn is_learned(&self) -> bool {
         self.role == "assistant" || self.role == "model"
     }
 }
@@ -59,10 +63,15 @@ pub enum ChatError {
          chat_template.jinja, or the metadata of a GGUF file"
     )]
     None,
+    /// More messages than are learned at once: each is written together with all before it.
+    #[error("{found} messages in a conversation, expected at most {MOST_MESSAGES}; split it")]
+    Long {
+        /// How many there are.
+        found: usize,
+    },
     /// Where a turn begins or ends in the text cannot be told.
     #[error(
-        "the template writes the {} messages up to number {message} in another way when more \
-         follow, so that it cannot be told which tokens are the assistant's; expected a template \
+        "the template writes the messages up to number {} in another way when more follow, so that it cannot be told which tokens are the assistant's; expected a template \
          that only appends, or one that marks them by {{% generation %}}", message + 1
     )]
     NotAppended {
@@ -183,6 +192,9 @@ impl ChatTemplate {
         &self,
         messages: &[Message],
     ) -> Result<(String, Vec<(usize, usize)>), ChatError> {
+        if messages.len() > MOST_MESSAGES {
+            return Err(ChatError::Long { found: messages.len() });
+        }
         let text = self.write(messages, false, false)?;
         if self.marked && !text.contains(MARKS) {
             let marked = self.write(messages, false, true)?;
@@ -200,9 +212,12 @@ impl ChatTemplate {
         }
         let mut ranges = Vec::new();
         for (message, _) in messages.iter().enumerate().filter(|(_, m)| m.is_learned()) {
-            let not = |_| ChatError::NotAppended { message };
-            let before = self.write(&messages[..message], true, false).map_err(not)?;
-            let after = self.write(&messages[..=message], false, false).map_err(not)?;
+            // What stands before the first message may need one to be written.
+            let before = match self.write(&messages[..message], true, false) {
+                Err(_) if message == 0 => String::new(),
+                written => written?,
+            };
+            let after = self.write(&messages[..=message], false, false)?;
             if !text.starts_with(&after) || !after.starts_with(&before) {
                 return Err(ChatError::NotAppended { message });
             }

@@ -78,7 +78,8 @@ pub enum PretrainedError {
     Neither(PathBuf),
     /// A tokenizer with tokens that the model does not have.
     #[error(
-        "{}: the tokenizer has tokens up to {found}, the model's vocabulary ends before {expected}",
+        "{}: the tokenizer has {found} tokens, the model only {expected}; put the model's own \
+         tokenizer there",
         path.display()
     )]
     Vocabulary {
@@ -86,7 +87,7 @@ pub enum PretrainedError {
         path: PathBuf,
         /// Size of the model's vocabulary.
         expected: usize,
-        /// The tokenizer's last token.
+        /// The tokenizer's.
         found: usize,
     },
 }
@@ -155,13 +156,15 @@ pub fn open(path: &Path) -> Result<Pretrained, PretrainedError> {
         let (config, model) = llama_gguf::open(path)?;
         let header = model.header();
         let has_tokens = header.metadata.contains_key("tokenizer.ggml.tokens");
-        return Ok(Pretrained {
-            path: path.into(),
-            config: AnyConfig::Llama(config),
-            tokenizer: has_tokens.then(|| Tokenizer::of_gguf(header)).transpose()?,
-            implied: false,
-            note: None,
-        });
+        let tokenizer = has_tokens.then(|| Tokenizer::of_gguf(header)).transpose()?;
+        let count = |key: &str| header.count(key).and_then(|n| u32::try_from(n).ok());
+        let keys = ["eot", "eom"].map(|name| format!("tokenizer.ggml.{name}_token_id"));
+        let ends = keys.iter().filter_map(|key| count(key)).collect();
+        let config = AnyConfig::Llama(config);
+        let mut opened =
+            Pretrained { path: path.into(), config, tokenizer, implied: false, note: None };
+        opened.check(ends)?;
+        return Ok(opened);
     }
     let mut opened = open_config(path)?;
     let (tied, embedding) = for_family!(&opened.config, c => {
@@ -169,7 +172,7 @@ pub fn open(path: &Path) -> Result<Pretrained, PretrainedError> {
         let [embedding, ..] = d.ends();
         (d.tied(), d.name(None, &embedding))
     });
-    if tied && !Weights::read_dir(path)?.tie(&embedding)? {
+    if tied && !Weights::read_dir(path)?.is_tied(&embedding)? {
         opened.note = Some(format!(
             "{}: lm_head.weight differs from {embedding}: they are not tied, whatever config.json \
              says",
@@ -190,17 +193,55 @@ pub fn open(path: &Path) -> Result<Pretrained, PretrainedError> {
 pub fn open_config(dir: &Path) -> Result<Pretrained, PretrainedError> {
     let config = AnyConfig::read_dir(dir)?;
     let own = Tokenizer::open(dir)?;
-    if let Some(t) = own.as_ref().filter(|t| t.vocab() > config.vocab()) {
-        return Err(PretrainedError::Vocabulary {
-            path: dir.into(),
-            expected: config.vocab(),
-            found: t.vocab().saturating_sub(1),
-        });
-    }
+    let mut opened =
+        Pretrained { path: dir.into(), config, tokenizer: own, implied: false, note: None };
+    opened.check(generation_ends(dir)?)?;
     // Directories of GPT-2 without files of a tokenizer mean its own.
-    let implied = own.is_none() && matches!(config, AnyConfig::Gpt2(_));
-    let tokenizer = if implied { Some(Tokenizer::gpt2()) } else { own };
-    Ok(Pretrained { path: dir.into(), config, tokenizer, implied, note: None })
+    if opened.tokenizer.is_none() && matches!(opened.config, AnyConfig::Gpt2(_)) {
+        (opened.tokenizer, opened.implied) = (Some(Tokenizer::gpt2()), true);
+    }
+    Ok(opened)
+}
+
+/// The tokens that end a text, as `generation_config.json` has them.
+fn generation_ends(dir: &Path) -> Result<Vec<u32>, PretrainedError> {
+    let path = dir.join("generation_config.json");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let bytes = read_limited(&path, LIMIT).map_err(ConfigError::from)?;
+    let what = "not valid JSON, expected Hugging Face's generation_config.json";
+    let map: Map<String, Value> = serde_json::from_slice(&bytes)
+        .map_err(|error| ConfigError::Json { what, error }.of(&path))?;
+    let token = |v: &Value| v.as_u64().and_then(|t| u32::try_from(t).ok());
+    Ok(match map.get("eos_token_id") {
+        Some(Value::Array(all)) => all.iter().filter_map(token).collect(),
+        one => one.and_then(token).into_iter().collect(),
+    })
+}
+
+impl Pretrained {
+    /// Checks the tokenizer against the vocabulary, and tells the configuration of all `ends` of a
+    /// text that its neighbours name.
+    fn check(&mut self, ends: Vec<u32>) -> Result<(), PretrainedError> {
+        let expected = self.config.vocab();
+        if let Some(t) = self.tokenizer.as_ref().filter(|t| !fits(t, expected)) {
+            let (path, found) = (self.path.clone(), t.vocab());
+            return Err(PretrainedError::Vocabulary { path, expected, found });
+        }
+        if let AnyConfig::Llama(config) = &mut self.config {
+            let own = self.tokenizer.as_ref().and_then(Tokenizer::eos);
+            config.add_ends(own.into_iter().chain(ends));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a model of `vocab` tokens has those of a tokenizer. Special tokens beyond the end are
+/// never shown to it: Gemma's tokenizer has one for images, which its models of text have not.
+pub fn fits(tokenizer: &Tokenizer, vocab: usize) -> bool {
+    let beyond = vocab..tokenizer.vocab();
+    beyond.len() <= 256 && beyond.into_iter().all(|t| tokenizer.is_special(t as u32))
 }
 
 /// Reads a model's weights, wherever they are; gives a digest of what was read ([`files::load`]).

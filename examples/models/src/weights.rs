@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::files::{FileError, Temporary, read_limited, write_atomic};
 
@@ -498,28 +499,34 @@ impl Weights {
         self.tensors.get(name)
     }
 
-    /// The head of a model that ties it to the embedding: where the file has only one of the two,
-    /// it is known under both names, and where they differ, they are not tied, whatever the
-    /// configuration says.
+    /// Of a model whose head is its embedding: where the file has the head alone, it is known under
+    /// the embedding's name, too.
+    pub fn tie(&mut self, embedding: &str) {
+        if !self.tensors.contains_key(embedding)
+            && let Some(head) = self.tensors.get(HEAD).cloned()
+        {
+            self.tensors.insert(embedding.into(), head);
+        }
+    }
+
+    /// Whether the head may be the embedding: they are not tied where the file has both and they
+    /// differ, whatever a configuration says.
     ///
     /// # Errors
     /// Those of reading.
-    pub fn tie(&mut self, embedding: &str) -> Result<bool, WeightsError> {
-        match (self.tensors.get(embedding), self.tensors.get(HEAD)) {
-            (None, Some(head)) => {
-                let head = head.clone();
-                self.tensors.insert(embedding.into(), head);
-            }
-            (Some(a), Some(b)) if a.shape == b.shape => {
-                let (mut first, mut second) = (vec![0.0; a.len()], vec![0.0; b.len()]);
-                self.read(embedding, &mut first)?;
-                self.read(HEAD, &mut second)?;
-                return Ok(first == second);
-            }
-            (Some(_), Some(_)) => return Ok(false),
-            _ => {}
-        }
-        Ok(true)
+    pub fn is_tied(&self, embedding: &str) -> Result<bool, WeightsError> {
+        let (Some(a), Some(b)) = (self.tensors.get(embedding), self.tensors.get(HEAD)) else {
+            return Ok(true);
+        };
+        let digest = |name: &str| {
+            let mut hash = Xxh3::new();
+            self.stream(name, |_, values: &[f32]| {
+                values.iter().for_each(|v| hash.update(&v.to_bits().to_le_bytes()));
+                Ok::<_, WeightsError>(())
+            })?;
+            Ok::<_, WeightsError>(hash.digest128())
+        };
+        Ok(a.shape == b.shape && digest(embedding)? == digest(HEAD)?)
     }
 
     /// Whether these are the tensors of a model. A head that the model ties to the embedding may be

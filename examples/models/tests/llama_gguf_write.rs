@@ -895,7 +895,9 @@ fn gemma_has_the_tokenizer_of_its_file() {
     // For others to cut texts by.
     let temporary = TempDir::new();
     let again = by_way_of_json(&path);
-    assert!(entry(&again, "ggml.tokens").is_some());
+    for key in ["ggml.tokens", "ggml.token_type"] {
+        assert!(entry(&again, key) == entry(&found, key), "{key}");
+    }
     for (name, entries) in [("theirs", &entries), ("ours", &found), ("again", &again)] {
         let mut all = vec![
             ("general.architecture".into(), Value::Text("gemma3".into())),

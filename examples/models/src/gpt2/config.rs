@@ -366,10 +366,6 @@ impl language::Config for Gpt2Config {
         self.dims()
     }
 
-    fn start(&self) -> Option<u32> {
-        self.bos_token_id
-    }
-
     fn ends(&self) -> Vec<u32> {
         self.eos_token_id.into_iter().collect()
     }

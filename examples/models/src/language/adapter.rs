@@ -75,6 +75,18 @@ pub enum AdapterError {
         /// That of the weights at hand.
         found: String,
     },
+    /// The adapters have another matrix of a layer beside them than the model has.
+    #[error(
+        "{}: the adapters belong to another model: their copy of the matrix of {layer} is not the \
+         model's",
+        path.display()
+    )]
+    OtherMatrix {
+        /// The adapters.
+        path: PathBuf,
+        /// The layer.
+        layer: String,
+    },
     /// Values cannot be read or written.
     #[error(transparent)]
     Values(#[from] WeightsError),
@@ -197,9 +209,8 @@ impl Adapter {
                 let place = layer.matrix.values.sub(i * cols, cols);
                 be.read_reals(place, &mut row)?;
                 if theirs.get(i * cols..(i + 1) * cols).is_some_and(|own| own != row) {
-                    let (path, expected) = (self.dir.clone(), format!("in its own {copy}"));
-                    let found = format!("another matrix of {}", layer.module);
-                    return Err(AdapterError::OtherModel { path, expected, found });
+                    let (path, layer) = (self.dir.clone(), layer.module);
+                    return Err(AdapterError::OtherMatrix { path, layer });
                 }
                 for (j, x) in row.iter_mut().enumerate() {
                     let (input, output) = if layer.rows_are_outputs { (j, i) } else { (i, j) };

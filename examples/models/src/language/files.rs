@@ -25,7 +25,7 @@ pub fn load<B: Backend<Real = f32>, F: Family>(
     let (mut weights, d) = (Weights::read_dir(dir)?, model.setup().dims);
     if d.tied() {
         let [embedding, ..] = d.ends();
-        weights.tie(&d.name(None, &embedding))?;
+        weights.tie(&d.name(None, &embedding));
     }
     read(&weights, be, model)
 }

@@ -29,9 +29,6 @@ pub trait Config: Debug + Clone {
     /// What the network is laid out from.
     fn dims(&self) -> Self::Dims;
 
-    /// The token at a text's start, if there is one.
-    fn start(&self) -> Option<u32>;
-
     /// The tokens that end a text.
     fn ends(&self) -> Vec<u32>;
 

@@ -393,6 +393,29 @@ impl LlamaConfig {
         Self::from_json(config.to_string().as_bytes())
     }
 
+    /// Further tokens that end a text; those outside the vocabulary are none.
+    pub fn add_ends(&mut self, ends: impl IntoIterator<Item = u32>) {
+        let before = self.eos_token_ids.len();
+        for end in ends.into_iter().filter(|end| (*end as usize) < self.dims.vocab) {
+            if !self.eos_token_ids.contains(&end) {
+                self.eos_token_ids.push(end);
+            }
+        }
+        if self.eos_token_ids.len() > before {
+            let one_or_all = match self.eos_token_ids.as_slice() {
+                [one] => json!(one),
+                all => json!(all),
+            };
+            self.file.insert("eos_token_id".into(), one_or_all);
+        }
+    }
+
+    /// The token that begins a text.
+    pub fn set_start(&mut self, start: Option<u32>) {
+        self.bos_token_id = start.filter(|t| (*t as usize) < self.dims.vocab);
+        self.file.insert("bos_token_id".into(), json!(self.bos_token_id));
+    }
+
     /// The head gets a matrix of its own.
     pub fn untie(&mut self) {
         self.dims.tied = false;
@@ -439,10 +462,6 @@ impl language::Config for LlamaConfig {
 
     fn dims(&self) -> Dims {
         self.dims
-    }
-
-    fn start(&self) -> Option<u32> {
-        self.bos_token_id
     }
 
     fn ends(&self) -> Vec<u32> {

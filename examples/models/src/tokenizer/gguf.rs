@@ -241,14 +241,14 @@ fn sentencepiece(
     post_processor: Value,
 ) -> Said<String> {
     let gemma = file.text("general.architecture").is_some_and(|name| name.starts_with("gemma"));
-    let added = added(tokens, types);
+    // Gemma's files have runs of spaces as such, where its tokenizer.json has ▁ in their place.
     let spaces = |token: &str| token.len() > 1 && token.bytes().all(|b| b == b' ');
-    // Gemma's files have runs of spaces as such.
-    let tokens: Vec<String> = (tokens.iter())
-        .map(|t| if gemma && spaces(t) { t.replace(' ', "\u{2581}") } else { t.clone() })
-        .collect();
-    let added: Vec<AddedToken> =
-        added.into_iter().filter(|t| !gemma || !spaces(&t.content)).collect();
+    let spelled = |token: &String| match gemma && spaces(token) {
+        true => token.replace(' ', "\u{2581}"),
+        false => token.clone(),
+    };
+    let tokens: Vec<String> = tokens.iter().map(spelled).collect();
+    let added = added(&tokens, types);
     let merges = match texts(file, "tokenizer.ggml.merges")? {
         Some(merges) => {
             let all: Said<Vec<_>> =
