@@ -112,7 +112,8 @@ impl<F: Family> Conversation<'_, F> {
         messages: &[Message],
     ) -> Result<String, Failure> {
         let wrong = |error: ChatError| Failure::Program(Box::new(error));
-        let prompt = chat_prompt(&self.tokenizer, messages).map_err(wrong)?;
+        let template = self.tokenizer.chat().ok_or(ChatError::None).map_err(wrong)?.today();
+        let prompt = chat_prompt(&self.tokenizer, &template, messages).map_err(wrong)?;
         let prompt: Vec<_> = prompt.into_iter().map(|t| t as i32).collect();
         inference::tell_long(core::slice::from_ref(&prompt), self.decoder.sizes().context);
         let ChatArgs { temperature, top_p, top_k, seed, tokens, .. } = *self.args;

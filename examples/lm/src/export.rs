@@ -80,9 +80,9 @@ fn tokenizer(opened: &Pretrained) -> Result<Vec<(String, Value)>, Failure> {
     let config = read("tokenizer_config.json")?;
     let mut all = tokenizer_metadata(&json, config.as_deref())?;
     let key = "tokenizer.chat_template";
-    if let Some(chat) = opened.tokenizer.as_ref().and_then(|t| t.chat())
-        && !all.iter().any(|(name, _)| name == key)
-    {
+    // The one that is used here, whichever of the files has it.
+    if let Some(chat) = opened.tokenizer.as_ref().and_then(|t| t.chat()) {
+        all.retain(|(name, _)| name != key);
         all.push((key.into(), Value::Text(chat.source().into())));
     }
     Ok(all)

@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use bdia_core::rng::{Draw, Stream};
-use bdia_models::chat::{ChatError, Message};
+use bdia_models::chat::{ChatError, ChatTemplate, Message};
 use bdia_models::input::{self, InputError, list};
 use bdia_models::language::{Config, Family as _};
 use bdia_models::tokenizer::{SpecialTokens, Tokenizer};
@@ -379,7 +379,10 @@ pub fn prompt_tokens(
 ) -> Result<Vec<u32>, ChatError> {
     match format {
         Format::Plain => Ok(begun(tokenizer, tokenizer.encode(&format!("{prompt}{SEPARATOR}")))),
-        Format::Chat => chat_prompt(tokenizer, &[message(USER, prompt)]),
+        Format::Chat => {
+            let template = tokenizer.chat().ok_or(ChatError::None)?;
+            chat_prompt(tokenizer, template, &[message(USER, prompt)])
+        }
     }
 }
 
@@ -387,9 +390,12 @@ pub fn prompt_tokens(
 ///
 /// # Errors
 /// Those of the model's template.
-pub fn chat_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>, ChatError> {
-    let Some(chat) = tokenizer.chat() else { return Err(ChatError::None) };
-    let text = chat.render(messages, true)?;
+pub fn chat_prompt(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    messages: &[Message],
+) -> Result<Vec<u32>, ChatError> {
+    let text = template.render(messages, true)?;
     Ok(tokenizer.clone().with_special_tokens(SpecialTokens::Parse).encode(&text))
 }
 

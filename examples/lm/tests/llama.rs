@@ -141,13 +141,19 @@ fn conversations() {
     assert_eq!((said.code, said.out.lines().count() >= 2), (Some(0), true), "{}", said.err);
 
     // What has no template, or is no conversation.
-    bad(&mut with_model("chat", &program::model("hf_tied"), "--prompt a"), &["expected at least the 50257"]);
+    bad(
+        &mut with_model("chat", &program::model("hf_tied"), "--prompt a"),
+        &["expected at least the 50257"],
+    );
     let wrong = dir.file("wrong.jsonl", b"{\"prompt\": \"a\"}\n");
     let mut c = with_model("finetune", &model, "--task chat --gamma 0.125 --out");
     bad(c.arg(dir.at("no")).arg("--data").arg(&wrong), &["line 1", "messages"]);
     let mut c = with_model("finetune", &program::model("hf_tied"), "--task pairs --pack --out");
     let pairs = dir.file("p.csv", b"prompt,completion\na,b\n");
-    bad(c.arg(dir.at("no")).arg("--data").arg(&pairs), &["--pack: expected a model of Llama's family"]);
+    bad(
+        c.arg(dir.at("no")).arg("--data").arg(&pairs),
+        &["--pack: expected a model of Llama's family"],
+    );
 }
 
 /// A tokenizer that does not fit, none at all, and a head that is not the embedding.

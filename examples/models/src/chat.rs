@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
+use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
 use serde::{Deserialize, Serialize};
 
 use crate::tokenizer::{SpecialTokens, Tokenizer};
@@ -92,6 +92,8 @@ pub struct ChatTemplate {
     source: String,
     /// What is wrong with the template, if it cannot be used.
     environment: Result<Arc<Environment<'static>>, String>,
+    /// What `strftime_now` takes for now, in seconds since 1970.
+    now: u64,
     bos: Option<String>,
     eos: Option<String>,
     /// Whether it marks what is learned.
@@ -121,7 +123,16 @@ impl ChatTemplate {
         let marked = text.contains("endgeneration");
         let environment = environment(text).map(Arc::new);
         let [bos, eos] = [bos, eos].map(|token| token.map(Into::into));
-        Self { source: text.into(), environment, bos, eos, marked }
+        Self { source: text.into(), environment, now: THE_DAY, bos, eos, marked }
+    }
+
+    /// The same on the day that it is. Otherwise templates are told that it is 26 July 2024, the day
+    /// that Llama 3's template has where it knows none, so that what is learned and measured does
+    /// not change with the day.
+    #[must_use]
+    pub fn today(&self) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        Self { now, ..self.clone() }
     }
 
     /// The template as it was read.
@@ -159,6 +170,7 @@ impl ChatTemplate {
             }
         }
         context.insert(MARKING, marks.into());
+        context.insert(NOW, self.now.into());
         let failed = |e: Error| {
             let mut what = String::new();
             let mut error: Option<&dyn core::error::Error> = Some(&e);
@@ -248,6 +260,10 @@ impl std::io::Write for Bounded {
 }
 
 const NAME: &str = "chat_template";
+/// The variable that has the time.
+const NOW: &str = "bdia_now";
+/// 26 July 2024.
+const THE_DAY: u64 = 1_721_952_000;
 /// Whether what is learned is to be marked.
 const MARKING: &str = "bdia_marking";
 
@@ -267,9 +283,9 @@ fn environment(text: &str) -> Result<Environment<'static>, String> {
     environment.add_function("raise_exception", |what: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, what))
     });
-    environment.add_function("strftime_now", |format: String| {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        strftime(&format, now)
+    environment.add_function("strftime_now", |state: &State<'_, '_>, format: String| {
+        let now = state.lookup(NOW).and_then(|now| u64::try_from(now).ok());
+        strftime(&format, now.unwrap_or(THE_DAY))
     });
     let text = generation(text);
     environment.add_template_owned(NAME, text).map_err(|e| e.to_string())?;
