@@ -321,8 +321,8 @@ pub struct FinetuneArgs {
     #[arg(long = "model", visible_alias = "weights", value_name = "MODEL", help_heading = "Model")]
     #[arg(required_unless_present = "resume")]
     pub weights: Option<PathBuf>,
-    /// Tokens of a sample [default: of examples, the longest, with --pack at least 512; of text, the
-    /// model's positions; at most those]
+    /// Tokens of a sample [default: of examples, the longest, with --pack at least 512; of text,
+    /// the model's positions; at most those]
     #[arg(long, value_name = "N", value_parser = count(1 << 24), help_heading = "Model")]
     pub context: Option<u64>,
     /// Several examples in a sample, as many as there is room for; none sees another (Llama's
@@ -801,7 +801,8 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// Language models with exact reversible training: train, fine-tune, evaluate, generate, plan memory.
+/// Language models with exact reversible training: train, fine-tune, evaluate, generate, chat, plan
+/// memory.
 ///
 /// Without a subcommand it trains, and the flags of `train` apply.
 #[derive(Debug, Parser)]

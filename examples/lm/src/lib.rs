@@ -1,10 +1,11 @@
 //! Language models trained with exact reversible backpropagation: the parts of the program
 //! `bdia-lm`.
 //!
-//! In the order in which data flows: [`data`] (text), [`pairs`] (prompts and completions) →
-//! [`cli`] (flags, or a [`recipe`] of them) → [`train`] (the run) → [`finetune`], which begins with a pretrained model ([`hub`]) and
-//! the γ that it bears ([`calibrate`]) → [`inference`], [`chat`], [`score`] and [`export`] for trained models →
-//! [`experiment`] for many runs.
+//! In the order in which data flows: [`data`] (text), [`pairs`] (prompts, completions,
+//! conversations) → [`cli`] (flags, or a [`recipe`] of them) → [`train`] (the run) → [`finetune`],
+//! which begins with a pretrained model ([`hub`]) and the γ that it bears ([`calibrate`]) →
+//! [`inference`], [`chat`], [`score`] and [`export`] for trained models → [`experiment`] for many
+//! runs.
 
 pub mod calibrate;
 pub mod chat;

@@ -1,5 +1,5 @@
-//! Language models trained with exact reversible backpropagation: see `bdia-lm --help` and the README beside
-//! it.
+//! Language models trained with exact reversible backpropagation: see `bdia-lm --help` and the
+//! README beside it.
 
 use std::process::ExitCode;
 

@@ -495,7 +495,7 @@ impl<C: Config> Task for Learner<C> {
         let part = be.rank() as u32 * (batch / be.ranks() as u32);
         let (seed, context) = (self.run.seed, self.model.setup().context);
         let (model, source) = (&mut self.model, &mut self.source);
-        model.train_packed(be, step, |i, tokens, targets, starts| {
+        model.train_packed(be, step, |i, [tokens, targets, starts]| {
             let first = i as u32 * batch + part;
             match source {
                 Source::Text { train, batches, .. } => {

@@ -71,8 +71,9 @@ pub enum ChatError {
     },
     /// Where a turn begins or ends in the text cannot be told.
     #[error(
-        "the template writes the messages up to number {} in another way when more follow, so that it cannot be told which tokens are the assistant's; expected a template \
-         that only appends, or one that marks them by {{% generation %}}", message + 1
+        "the template writes the messages up to number {} in another way when more follow, so \
+         that it cannot be told which tokens are the assistant's; expected a template that only \
+         appends, or one that marks them by {{% generation %}}", message + 1
     )]
     NotAppended {
         /// The message of the assistant, from 0.
@@ -126,9 +127,9 @@ impl ChatTemplate {
         Self { source: text.into(), environment, now: THE_DAY, bos, eos, marked }
     }
 
-    /// The same on the day that it is. Otherwise templates are told that it is 26 July 2024, the day
-    /// that Llama 3's template has where it knows none, so that what is learned and measured does
-    /// not change with the day.
+    /// The same on the day that it is. Otherwise templates are told that it is 26 July 2024, as
+    /// Llama 3's has it where it knows no day, so that what is learned and measured does not change
+    /// with the day.
     #[must_use]
     pub fn today(&self) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());

@@ -197,7 +197,7 @@ fn packed_texts_are_separate_samples() {
             model.fill_tables(&mut be).unwrap();
             s.load(&mut be, &model.tensors());
             let outcome = model
-                .train_packed(&mut be, &STILL, |_, x, y, starts| {
+                .train_packed(&mut be, &STILL, |_, [x, y, starts]| {
                     x.fill(0);
                     y.fill(-1);
                     for (i, (at, len)) in TEXTS.into_iter().enumerate() {

@@ -749,8 +749,8 @@ impl MethodArgs {
         }
         let Some(weights) = weights else {
             return Err(Failure::Other(
-                "--method lora needs --weights (or --model), the network that its adapters are for; add that, \
-                 or leave --method out"
+                "--method lora needs --weights (or --model), the network that its adapters are \
+                 for; add that, or leave --method out"
                     .into(),
             ));
         };

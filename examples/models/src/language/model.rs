@@ -326,15 +326,16 @@ impl<F: Family> LanguageModel<F> {
         step: &Step,
         mut fill: impl FnMut(usize, &mut [i32], &mut [i32]) -> core::result::Result<(), E>,
     ) -> core::result::Result<Outcome, E> {
-        self.train_packed(be, step, |i, tokens, targets, starts| {
+        self.train_packed(be, step, |i, [tokens, targets, starts]| {
             starts.fill(0);
             fill(i, tokens, targets)
         })
     }
 
-    /// As [`train`](Self::train) with samples of several texts: `fill` also writes the place in the
-    /// sample at which every token's text begins. Texts do not see each other, and positions begin
-    /// anew with each. The places are empty where the setup packs nothing.
+    /// As [`train`](Self::train) with samples of several texts: `fill` also writes, as a third
+    /// list, the place in the sample at which every token's text begins. Texts do not see each
+    /// other, and positions begin anew with each. The places are empty where the setup packs
+    /// nothing.
     ///
     /// # Errors
     /// As [`train`](Self::train).
@@ -342,13 +343,13 @@ impl<F: Family> LanguageModel<F> {
         &mut self,
         be: &mut B,
         step: &Step,
-        mut fill: impl FnMut(usize, &mut [i32], &mut [i32], &mut [i32]) -> core::result::Result<(), E>,
+        mut fill: impl FnMut(usize, [&mut [i32]; 3]) -> core::result::Result<(), E>,
     ) -> core::result::Result<Outcome, E> {
         self.prepare();
         let (rank, ranks) = (be.rank(), be.ranks());
         network::step(self, be, step, |net, be, i| {
             let [tokens, targets, positions, starts] = &mut net.staging;
-            fill(i, tokens, targets, starts)?;
+            fill(i, [&mut tokens[..], &mut targets[..], &mut starts[..]])?;
             be.write_ints(net.input.tokens, tokens)?;
             be.write_ints(net.head.targets, targets)?;
             if net.setup.packed {
