@@ -153,10 +153,6 @@ pub struct RecipeArgs {
 /// Flags of `train`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct TrainArgs {
-    /// A recipe.
-    #[command(flatten)]
-    #[serde(skip)]
-    pub recipe: RecipeArgs,
     /// Plain UTF-8 text, or a .bin or .npy file of tokens; also as .gz [default: the licence texts
     /// of SPDX, which are built in]
     #[arg(long, value_name = "FILE", help_heading = "Data")]
@@ -190,6 +186,10 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub run: StepArgs,
+    /// A recipe.
+    #[command(flatten)]
+    #[serde(skip)]
+    pub recipe: RecipeArgs,
 }
 
 impl Flags for TrainArgs {
@@ -291,10 +291,6 @@ impl PairArgs {
 /// Flags of `finetune`.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 pub struct FinetuneArgs {
-    /// A recipe.
-    #[command(flatten)]
-    #[serde(skip)]
-    pub recipe: RecipeArgs,
     /// What the data is
     #[arg(long, default_value = "e2e", help_heading = "Data")]
     pub task: TaskKind,
@@ -338,6 +334,10 @@ pub struct FinetuneArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub run: StepArgs,
+    /// A recipe.
+    #[command(flatten)]
+    #[serde(skip)]
+    pub recipe: RecipeArgs,
     /// Digest of the weights that the run started from.
     #[arg(skip)]
     #[serde(default)]

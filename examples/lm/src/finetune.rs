@@ -124,7 +124,7 @@ fn open<C: Config>(
                 }
             }
             let samples = train.len() as f64;
-            (Source::Pairs { train, validation }, context, samples)
+            (Source::Pairs { train, validation: validation.map(Box::new) }, context, samples)
         }
         None => {
             let context = asked.unwrap_or(positions);

@@ -43,7 +43,7 @@ pub fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>, String> {
     let table: Table = text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
 
     let (program, rest) = arguments.split_first().ok_or_else(|| wrong("no program".into()))?;
-    let given: BTreeSet<String> = rest.iter().filter_map(|a| flag(a)).collect();
+    let given: BTreeSet<String> = rest.iter().filter_map(flag).collect();
     // Only subcommands stand before all flags.
     let words = rest.iter().take_while(|a| !a.to_string_lossy().starts_with('-')).count();
     let own = words.checked_sub(1).and_then(|last| rest[last].to_str());

@@ -52,7 +52,7 @@ pub enum Source {
         /// To learn from.
         train: Examples,
         /// To measure on.
-        validation: Option<Examples>,
+        validation: Option<Box<Examples>>,
     },
 }
 
@@ -347,7 +347,7 @@ impl<C: Config> Learner<C> {
         let start = self.texts.tokenizer.as_ref().and_then(start_token).unwrap_or(0);
         match &self.source {
             Source::Text { .. } => vec![start as i32],
-            Source::Pairs { train, validation } => validation.as_ref().unwrap_or(train).prompt(0),
+            Source::Pairs { train, validation } => validation.as_deref().unwrap_or(train).prompt(0),
         }
     }
 
@@ -398,7 +398,7 @@ impl<C: Config> Task for Learner<C> {
                 } else {
                     String::new()
                 },
-                validation.as_ref().map_or(0, Examples::examples),
+                validation.as_deref().map_or(0, Examples::examples),
                 train.targets(),
                 (self.run.steps * self.per_step()) as f64 / train.len() as f64,
             ),
@@ -422,7 +422,7 @@ impl<C: Config> Task for Learner<C> {
                 digest(validation, &mut hash)?;
             }
             Source::Pairs { train, validation } => {
-                for examples in [Some(train), validation.as_ref()].into_iter().flatten() {
+                for examples in [Some(train), validation.as_deref()].into_iter().flatten() {
                     examples.digest(&mut hash);
                 }
             }

@@ -122,7 +122,7 @@ fn conversations() {
         assert_eq!(said.json()["verify_mismatches"], 0);
         assert_eq!(
             said.err.contains("packed into") || said.out.contains("packed into"),
-            flags != ""
+            !flags.is_empty()
         );
         losses.push(said.json()["loss"].as_f64().unwrap());
         for file in ["tokenizer.json", "chat_template.jinja"] {
