@@ -20,7 +20,7 @@ use crate::cli::ChatArgs;
 use crate::hub;
 use crate::inference::{self, load};
 use crate::pairs::chat_prompt;
-use crate::train::Texts;
+use crate::train::end_tokens;
 
 /// Tokens that the model sees, unless the flags say otherwise.
 const CONTEXT: usize = 2048;
@@ -52,7 +52,7 @@ fn chat_with<C: Config>(
     let context = args.context.map_or(CONTEXT.min(positions), |c| c as usize);
     let sizes = Sizes { prompts: 1, beams: 1, context };
     let (model, decoder, layout) = inference::lay_out_decoder(config, &args.machine, sizes)?;
-    let ends = Texts { tokenizer: Some(tokenizer.clone()), implied: false }.ends(config);
+    let ends = end_tokens(config, &tokenizer);
     let work = Conversation { args, path, model, decoder, tokenizer, ends };
     machine::run(&args.machine, machine::threads(&args.machine), &layout, work)
 }

@@ -35,7 +35,7 @@ use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PairArgs, PlanArgs, SpecialT
 use crate::data::{Corpus, DataError, Part, TokenType, start_token};
 use crate::hub;
 use crate::pairs::{Examples, begun};
-use crate::train::{self, Texts};
+use crate::train::{self, Texts, end_tokens};
 
 /// What a network that is not trained has besides its parameters.
 #[derive(Debug, Clone, Copy)]
@@ -510,7 +510,7 @@ fn generate_on<C: Config>(
             }
         },
         tokens: args.tokens as usize,
-        ends: Texts { tokenizer: Some(tokenizer.clone()), implied: false }.ends(config),
+        ends: end_tokens(config, &tokenizer),
         no_repeat: args.no_repeat_ngram as usize,
         inference: inference(args.inference, args.gamma.unwrap_or(0.0))?,
     };

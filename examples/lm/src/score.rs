@@ -27,7 +27,7 @@ use crate::cli::{DecodingArgs, PairArgs, ScoreArgs};
 use crate::hub;
 use crate::inference;
 use crate::pairs::{self, Kind, Pair, PairsError, Reading};
-use crate::train::Texts;
+use crate::train::end_tokens;
 
 /// What was found.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -183,7 +183,7 @@ fn measure_on<C: Config>(
     let decoding = Decoding {
         how: How::Search(Length::Power(length_penalty)),
         tokens: tokens as usize,
-        ends: Texts { tokenizer: Some(tokenizer.clone()), implied: false }.ends(config),
+        ends: end_tokens(config, &tokenizer),
         no_repeat: no_repeat_ngram as usize,
         inference: inference::inference(args.inference, args.gamma.unwrap_or(0.0))?,
     };

@@ -83,21 +83,6 @@ pub struct Texts {
 }
 
 impl Texts {
-    /// The text of tokens; without a tokenizer, their numbers.
-    pub fn decode(&self, tokens: &[u32]) -> String {
-        let numbers = || tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
-        self.tokenizer.as_ref().map_or_else(numbers, |t| t.decode(tokens))
-    }
-
-    /// The tokens that end a text of a model.
-    pub fn ends<C: Config>(&self, config: &C) -> Vec<i32> {
-        let own = self.tokenizer.as_ref().and_then(Tokenizer::eos);
-        let mut ends: Vec<_> = config.ends().into_iter().chain(own).map(|t| t as i32).collect();
-        ends.sort_unstable();
-        ends.dedup();
-        ends
-    }
-
     /// Writes the files of the tokenizer into the directory of a model.
     ///
     /// # Errors
@@ -109,6 +94,13 @@ impl Texts {
             None => Ok(()),
         }
     }
+}
+
+/// The tokens that end a text of a model.
+pub fn end_tokens<C: Config>(config: &C, tokenizer: &Tokenizer) -> Vec<i32> {
+    let mut ends = config.ends();
+    ends.extend(tokenizer.eos().filter(|eos| !ends.contains(eos)));
+    ends.into_iter().map(|t| t as i32).collect()
 }
 
 /// A language model that learns.
@@ -353,12 +345,15 @@ impl<C: Config> Learner<C> {
 
     /// What the model writes at the end: the same tokens every time.
     fn sample<B: Backend<Real = f32>>(&self, be: &mut B) -> Result<String, Failure> {
-        let Some(decoder) = &self.sample else { return Ok(String::new()) };
+        // Where there is a decoder, there is a tokenizer.
+        let (Some(decoder), Some(tokenizer)) = (&self.sample, &self.texts.tokenizer) else {
+            return Ok(String::new());
+        };
         let sampler = Sampler { temperature: 0.8, top_k: 40, top_p: 1.0 };
         let decoding = Decoding {
             how: How::Sample(sampler, 1),
             tokens: self.run.sample as usize,
-            ends: self.texts.ends(&self.config),
+            ends: end_tokens(&self.config, tokenizer),
             no_repeat: 0,
             inference: Inference::STANDARD,
         };
@@ -366,12 +361,11 @@ impl<C: Config> Learner<C> {
         let found = decoder.decode(be, core::slice::from_ref(&prompt), &decoding, |_| {
             core::ops::ControlFlow::Continue(())
         })?;
-        let is_special = |t: u32| self.texts.tokenizer.as_ref().is_some_and(|k| k.is_special(t));
         let tokens: Vec<u32> = (prompt.into_iter().chain(found.into_iter().flatten()))
             .map(|t| t as u32)
-            .filter(|&t| !is_special(t))
+            .filter(|&t| !tokenizer.is_special(t))
             .collect();
-        let text = self.texts.decode(&tokens);
+        let text = tokenizer.decode(&tokens);
         Ok(format!("\nA sample:\n  {}\n", text.trim().replace('\n', "\n  ")))
     }
 }

@@ -14,6 +14,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Map, Value as Json};
 
 use crate::gguf::{Number, Value, WriteError};
+use crate::tokenizer::gguf::LLAMA3;
+use crate::tokenizer::open::{QWEN2, template};
 
 /// Types of tokens.
 const NORMAL: f64 = 1.0;
@@ -25,17 +27,6 @@ const BYTE: f64 = 6.0;
 
 /// The most tokens that are listed: more than any vocabulary.
 const MOST: u64 = 1 << 22;
-
-/// How Llama 3 cuts words.
-const LLAMA3: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
-/// How Qwen 2 does.
-const QWEN2: &str = concat!(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-);
 
 /// llama.cpp's names of how words are cut, as far as they are recognized.
 pub const CUTS: [&str; 4] = ["gpt-2", "smollm", "llama-bpe", "qwen2"];
@@ -130,15 +121,6 @@ pub fn tokenizer_metadata(
         all.push(("tokenizer.chat_template".into(), Value::Text(template.into())));
     }
     Ok(all)
-}
-
-/// The template of chats, or of several the default one.
-fn template(found: &Json) -> Option<&str> {
-    let named = |t: &&Json| t.get("name").and_then(Json::as_str) == Some("default");
-    match found {
-        Json::Array(all) => all.iter().find(named)?.get("template")?.as_str(),
-        one => one.as_str(),
-    }
 }
 
 /// Tokens by number, with their types.

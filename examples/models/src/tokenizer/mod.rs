@@ -14,9 +14,9 @@
 mod added;
 mod bpe;
 mod engine;
-mod gguf;
+pub(crate) mod gguf;
 mod gpt2;
-mod open;
+pub(crate) mod open;
 mod pipeline;
 
 use std::path::{Path, PathBuf};

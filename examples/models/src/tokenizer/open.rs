@@ -33,7 +33,7 @@ const LIMIT: u64 = 1 << 26;
 const SMALL: u64 = 1 << 24;
 
 /// The expression of Qwen's words.
-pub(super) const QWEN2: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}\
+pub(crate) const QWEN2: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}\
      | ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
 type Said<T> = Result<T, String>;
@@ -74,6 +74,15 @@ fn special(content: &str) -> AddedToken {
         rstrip: false,
         normalized: false,
         special: true,
+    }
+}
+
+/// A template of chats, or of several the default one.
+pub(crate) fn template(found: &Value) -> Option<&str> {
+    let named = |t: &&Value| t.get("name").and_then(Value::as_str) == Some("default");
+    match found {
+        Value::Array(all) => all.iter().find(named)?.get("template")?.as_str(),
+        one => one.as_str(),
     }
 }
 
@@ -120,13 +129,7 @@ impl Beside {
         if let Some(text) = &self.template {
             return Some(text);
         }
-        match self.config.get("chat_template")? {
-            Value::Array(all) => {
-                let default = |t: &&Value| t.get("name").and_then(Value::as_str) == Some("default");
-                all.iter().find(default)?.get("template")?.as_str()
-            }
-            other => other.as_str(),
-        }
+        template(self.config.get("chat_template")?)
     }
 
     fn inner(&self, kind: Kind, files: Vec<(&'static str, Vec<u8>)>) -> Said<Inner> {
