@@ -105,9 +105,28 @@ handle!(
     Reals
 );
 handle!(
-    /// `u32` words: side bits and checksums (two words each, the low one first).
+    /// `u32` words: side bits, checksums (two words each, the low one first), packed matrices.
     Words
 );
+
+impl Words {
+    /// Where handles to memory that is not of the arena begin: beyond every arena.
+    const MAPPED: usize = 1 << (usize::BITS - 3);
+
+    /// Whether they lie in memory that the backend is given ([`Layout::mapped`]), which only
+    /// [`NnOps::unpack`](crate::NnOps::unpack) and its like read.
+    pub const fn is_mapped(self) -> bool {
+        self.start >= Self::MAPPED
+    }
+
+    /// The place of mapped words among all of these.
+    pub const fn mapped(self) -> Option<core::ops::Range<usize>> {
+        match self.start.checked_sub(Self::MAPPED) {
+            Some(start) => Some(start..start.saturating_add(self.len)),
+            None => None,
+        }
+    }
+}
 
 /// What a buffer is for: the rows of the memory table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -185,6 +204,7 @@ pub struct Layout {
     ints: usize,
     reals: usize,
     words: usize,
+    mapped: usize,
     real_bytes: usize,
     bytes: [usize; Category::ALL.len()],
     overflow: bool,
@@ -193,7 +213,7 @@ pub struct Layout {
 /// Layouts are equal if the same has been laid out in them, whatever their ids.
 impl PartialEq for Layout {
     fn eq(&self, other: &Self) -> bool {
-        self.arenas() == other.arenas()
+        (self.arenas(), self.mapped) == (other.arenas(), other.mapped)
             && (self.real_bytes, self.bytes, self.overflow)
                 == (other.real_bytes, other.bytes, other.overflow)
     }
@@ -220,6 +240,7 @@ impl Layout {
             ints: 0,
             reals: 0,
             words: 0,
+            mapped: 0,
             real_bytes,
             bytes: [0; Category::ALL.len()],
             overflow: false,
@@ -294,6 +315,23 @@ impl Layout {
         Words { start, len, layout: self.id }
     }
 
+    /// `len` words that are not allocated: the backend is given memory that has them
+    /// ([`Storage::attach`](crate::Storage::attach)), as a file that is mapped. They are in no
+    /// category and not in the [`total`](Self::total).
+    pub const fn mapped(&mut self, len: usize) -> Words {
+        match len.checked_next_multiple_of(Self::ALIGN) {
+            Some(padded) if padded <= isize::MAX as usize / 8 - self.mapped => {
+                let start = Words::MAPPED + self.mapped;
+                self.mapped += padded;
+                Words { start, len, layout: self.id }
+            }
+            _ => {
+                self.overflow = true;
+                Words::EMPTY
+            }
+        }
+    }
+
     /// Makes room in the same arenas for another layout, of something that is used at another time.
     /// Both began as clones of one layout; what they have claimed since then may overlap. Where the
     /// other's arenas are longer, the difference is counted as workspace, so start with the
@@ -314,13 +352,19 @@ impl Layout {
             }
             i += 1;
         }
+        if other.mapped > self.mapped {
+            self.mapped = other.mapped;
+        }
         self.overflow |= other.overflow;
         self.outside(Category::Workspace, more);
     }
 
     /// Whether another layout over the same arenas fits into them.
     pub const fn holds(&self, other: &Self) -> bool {
-        self.ints >= other.ints && self.reals >= other.reals && self.words >= other.words
+        self.ints >= other.ints
+            && self.reals >= other.reals
+            && self.words >= other.words
+            && self.mapped >= other.mapped
     }
 
     /// Counts bytes that live outside the arenas.
@@ -349,6 +393,11 @@ impl Layout {
     /// Lengths of the arenas: integers, reals, words.
     pub const fn arenas(&self) -> (usize, usize, usize) {
         (self.ints, self.reals, self.words)
+    }
+
+    /// [`mapped`](Self::mapped) words, and the unused ones between them.
+    pub const fn mapped_words(&self) -> usize {
+        self.mapped
     }
 
     /// The layout itself, if every size fitted.
@@ -396,6 +445,19 @@ mod tests {
         );
         assert_eq!(b.sub(10, 100).len(), 7);
         assert_eq!(b.sub(100, 1).len(), 0);
+    }
+
+    #[test]
+    fn mapped_words_are_not_allocated() {
+        let mut l = Layout::new(4);
+        let a = l.words(Category::Frozen, 3);
+        let (b, c) = (l.mapped(5), l.mapped(2));
+        assert_eq!((a.is_mapped(), a.mapped()), (false, None));
+        assert_eq!((b.mapped(), c.mapped()), (Some(0..5), Some(16..18)));
+        assert_eq!(c.sub(1, 9).mapped(), Some(17..18));
+        assert_eq!((l.arenas(), l.mapped_words(), l.total()), ((0, 0, 16), 32, 64));
+        assert_eq!(l.mapped(usize::MAX / 8), Words::EMPTY);
+        assert_eq!(l.checked(), Err(Error::TooLarge("the plan")));
     }
 
     #[test]

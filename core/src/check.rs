@@ -12,6 +12,7 @@ use crate::arena::{Ints, Layout, LayoutId, Reals, Words, product};
 use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Mask, Product, RmsNorm, Rotary};
 use crate::error::{Error, Result};
 use crate::optim::Update;
+use crate::packing::Packed;
 use crate::update::Gamma;
 
 /// Refuses two sizes that do not agree.
@@ -91,6 +92,8 @@ pub struct Arenas {
     pub reals: usize,
     /// Words.
     pub words: usize,
+    /// [`Layout::mapped_words`], of a backend that is given memory; else 0.
+    pub mapped: usize,
     /// The layout that they were made for.
     pub layout: LayoutId,
 }
@@ -98,10 +101,10 @@ pub struct Arenas {
 /// The errors of all functions are those of [`same`].
 #[allow(clippy::missing_errors_doc)]
 impl Arenas {
-    /// The arenas of a layout.
+    /// The arenas of a layout, of a backend that reads no memory but its own.
     pub const fn of(layout: &Layout) -> Self {
         let (ints, reals, words) = layout.arenas();
-        Self { ints, reals, words, layout: layout.id() }
+        Self { ints, reals, words, mapped: 0, layout: layout.id() }
     }
 
     fn place(
@@ -131,6 +134,22 @@ impl Arenas {
     /// As [`ints`](Self::ints).
     pub fn words(&self, what: &'static str, h: Words) -> Result<Range<usize>> {
         self.place(what, h.range(), h.layout(), self.words)
+    }
+
+    /// Words of the arena, or mapped ones ([`Words::is_mapped`]).
+    fn packed_words(&self, what: &'static str, h: Words) -> Result<()> {
+        match h.mapped() {
+            Some(place) => self.place(what, place, h.layout(), self.mapped)?,
+            None => self.words(what, h)?,
+        };
+        Ok(())
+    }
+
+    /// [`Storage::attach`](crate::Storage::attach)
+    pub fn attach(&self, at: Words, bytes: &[u8]) -> Result<Range<usize>> {
+        let place = at.mapped().ok_or(Error::Handle("attach: words that are not mapped"))?;
+        same("attach", at.len(), bytes.len().div_ceil(4))?;
+        self.place("attach", place, at.layout(), self.mapped)
     }
 
     /// Places of reals none of which may overlap.
@@ -281,12 +300,36 @@ impl Arenas {
         self.apart(what, [x, y])
     }
 
-    /// [`NnOps::widen`](crate::NnOps::widen)
-    pub fn widen(&self, x: Words, y: Reals) -> Result<()> {
-        same("widen", y.len().div_ceil(2), x.len())?;
-        self.words("widen", x)?;
-        self.reals("widen", y)?;
-        Ok(())
+    fn packed(&self, what: &'static str, x: &Packed) -> Result<()> {
+        same(what, Packed::words_of(x.packing, x.rows, x.cols)?, x.words.len())?;
+        let n = x.neighbours;
+        if n > 0 && (!n.is_multiple_of(2) || !x.rows.is_multiple_of(n)) {
+            let possible = "0, or an even divisor of the rows";
+            return Err(Error::setting("rows of a head of neighbours", n as f64, possible));
+        }
+        self.packed_words(what, x.words)
+    }
+
+    /// [`NnOps::unpack`](crate::NnOps::unpack): the number of rows.
+    pub fn unpack(&self, x: &Packed, first: usize, y: Reals) -> Result<usize> {
+        let rows = rows_of("unpack: y", y.len(), x.cols)?;
+        let found = first.saturating_add(rows);
+        if found > x.rows {
+            return Err(Error::Shape { what: "unpack: rows", expected: x.rows, found });
+        }
+        self.packed("unpack", x)?;
+        self.reals("unpack", y)?;
+        Ok(rows)
+    }
+
+    /// [`NnOps::unpack_rows`](crate::NnOps::unpack_rows): rows of a sample.
+    pub fn unpack_rows(&self, chunk: &Chunk, x: &Packed, rows: Ints, y: Reals) -> Result<usize> {
+        let length = rows_of("unpack_rows: rows", rows.len(), chunk.samples)?;
+        same("unpack_rows: y", product("unpack_rows: y", &[rows.len(), x.cols])?, y.len())?;
+        self.packed("unpack_rows", x)?;
+        self.ints("unpack_rows", rows)?;
+        self.reals("unpack_rows", y)?;
+        Ok(length)
     }
 
     /// [`NnOps::add_columns`](crate::NnOps::add_columns): the number of rows.

@@ -81,6 +81,7 @@
 //! | [`stack`] | rebuilt activations are exact or the step stops; four modes over one block code |
 //! | [`layers`] | transformer layers with hand-written vector-Jacobian products |
 //! | [`network`] | one optimizer step for every network; nothing is forgotten in silence |
+//! | [`packing`] | frozen matrices in few bits have the same values on every backend |
 //! | [`optim`], [`plan`] | optimizers and schedules as values; fitting a step into a budget |
 //! | `testing` | (feature) the conformance suite that a backend runs |
 //!
@@ -107,6 +108,7 @@ pub mod guide {}
 pub mod layers;
 pub mod network;
 pub mod optim;
+pub mod packing;
 pub mod plan;
 pub mod real;
 pub mod reference;
@@ -119,6 +121,7 @@ pub mod update;
 pub use arena::{Category, Ints, Layout, LayoutId, Reals, Words};
 pub use backend::{Backend, Chunk, Exchange, NnOps, OptimOps, Storage, UpdateOps, Wrapper};
 pub use error::{Error, ErrorKind, Fault, Found, Halt, Result, Site};
+pub use packing::{Packed, Packing};
 pub use real::Real;
 pub use reference::Reference;
 pub use update::{FloatGamma, Gamma, Grid, Policy, Sign};

@@ -5,15 +5,15 @@
 mod common;
 
 use bdia_core::arena::{Ints, Layout, Reals};
-use bdia_core::backend::{Backend, Chunk, Gate, Gelu, Half, Mask};
+use bdia_core::backend::{Backend, Chunk, Gate, Gelu, Mask};
 use bdia_core::layers::{
     At, BlockSet, BlockShape, Branch, Branches, CrossAttention, Decoder, Freeze, GatedMlp,
     Gradients, GroupedAttention, Init, LlamaBlocks, LlamaShape, LoraShape, Mlp, MlpShape,
-    Parameter, Params, PreNorm, Residual, Room, Scheme, SelfAttention, Tensor, Tensors,
+    Parameter, Params, PreNorm, Residual, Room, Scheme, SelfAttention, Store, Tensor, Tensors,
 };
 use bdia_core::optim::Rule;
 use bdia_core::stack::{Blocks, Call, Context, Needs};
-use bdia_core::{Category, NnOps, Real, Reference, Result, Site, Storage};
+use bdia_core::{Category, NnOps, Packing, Real, Reference, Result, Site, Storage};
 use common::noise;
 
 const SAMPLES: usize = 3;
@@ -189,10 +189,10 @@ fn check<P: Branches + Copy>(
     assert!(of[..groups].iter().all(foreign), "{name}: a gradient of another block");
     of.drain(..groups);
     let trained = of.iter().map(|p| p.value.len()).sum();
-    of.push(Parameter { value: b.call.x, grad: b.gx });
+    of.push(Parameter::new(b.call.x, b.gx));
     if let Some(context) = b.call.context {
         after[context.grad.range()].iter_mut().for_each(|g| *g += 0.5);
-        of.push(Parameter { value: context.value, grad: context.grad });
+        of.push(Parameter::new(context.value, context.grad));
     }
     let mut arena = memory.1.clone();
     let seen = common::compare_gradients(&of, &mut arena, &after, |arena| {
@@ -230,7 +230,7 @@ fn two_branches_against_finite_differences() {
             "frozen temperature",
             BlockShape { temperature: true, mask: Mask::Others, ..dropped() },
             lora,
-            Freeze::All(Some(Half::F16)),
+            Freeze::All(Some(Store::Alike(Packing::F16))),
             adapters,
         ),
         (
@@ -242,10 +242,16 @@ fn two_branches_against_finite_differences() {
         ),
         ("frozen matrices", dropped(), None, Freeze::Matrices, vectors),
         ("frozen", dropped(), None, Freeze::All(None), 0),
-        ("frozen in bf16", dropped(), None, Freeze::All(Some(Half::Bf16)), 0),
+        ("frozen in bf16", dropped(), None, Freeze::All(Some(Store::Alike(Packing::Bf16))), 0),
         ("adapters", dropped(), lora, Freeze::Nothing, all + adapters),
         ("adapters of frozen blocks", dropped(), lora, Freeze::All(None), adapters),
-        ("adapters of binary16", dropped(), lora, Freeze::All(Some(Half::F16)), adapters),
+        (
+            "adapters of binary16",
+            dropped(),
+            lora,
+            Freeze::All(Some(Store::Alike(Packing::F16))),
+            adapters,
+        ),
         ("adapters and vectors", shape(), lora, Freeze::Matrices, vectors + adapters),
     ];
     for (name, shape, lora, freeze, trained) in cases {
@@ -301,7 +307,13 @@ fn branches_of_llama_against_finite_differences() {
         ("everything", everything, None, Freeze::Nothing, all),
         ("no positions", LlamaShape { unrotated, ..shape }, None, Freeze::Nothing, plain),
         ("adapters", shape, lora, Freeze::All(None), adapters),
-        ("adapters of everything", everything, lora, Freeze::All(Some(Half::Bf16)), adapters),
+        (
+            "adapters of everything",
+            everything,
+            lora,
+            Freeze::All(Some(Store::Alike(Packing::Bf16))),
+            adapters,
+        ),
         ("all and adapters", everything, lora, Freeze::Nothing, all + adapters),
     ] {
         let blocks =
@@ -337,7 +349,7 @@ fn three_branches_against_finite_differences() {
     for (name, lora, freeze, trained) in [
         ("frozen matrices", None, Freeze::Matrices, vectors),
         ("frozen", None, Freeze::All(None), 0),
-        ("adapters of bf16", lora, Freeze::All(Some(Half::Bf16)), adapters),
+        ("adapters of bf16", lora, Freeze::All(Some(Store::Alike(Packing::Bf16))), adapters),
         ("adapters and vectors", lora, Freeze::Matrices, vectors + adapters),
     ] {
         let blocks = |l: &mut Layout| {
@@ -383,7 +395,7 @@ fn two_branches_are_the_formulas() {
         (None, Freeze::Nothing),
         (None, Freeze::Matrices),
         (lora, Freeze::All(None)),
-        (lora, Freeze::All(Some(Half::Bf16))),
+        (lora, Freeze::All(Some(Store::Alike(Packing::Bf16)))),
     ] {
         let blocks =
             |l: &mut Layout| PreNorm::layout(&dropped(), BLOCKS, lora, freeze, KEPT, l).unwrap();

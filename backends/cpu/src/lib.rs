@@ -40,10 +40,11 @@ mod simd;
 mod update;
 
 use core::fmt;
+use core::ops::Range;
 use std::sync::Arc;
 
 use bdia_core::backend::Identity;
-use bdia_core::check::{Arenas, same};
+use bdia_core::check::{Arenas, overlap, same};
 use bdia_core::{Error, ErrorKind, Fault, Ints, Layout, LayoutId, Reals, Result, Storage, Words};
 use rayon::prelude::*;
 
@@ -227,6 +228,9 @@ pub struct Cpu {
     ints: Arena<i32>,
     reals: Arena<f32>,
     words: Arena<u32>,
+    /// Memory that is given, by its place among the mapped words.
+    mapped: Vec<(Range<usize>, &'static [u8])>,
+    mapped_words: usize,
     /// Packed operands of matrix products; empty until there is one, which programs with blocks of
     /// their own never need.
     packing: Arena<f32>,
@@ -302,6 +306,8 @@ impl Cpu {
             ints: Arena::new(ints)?,
             reals: Arena::new(reals)?,
             words: Arena::new(words)?,
+            mapped: Vec::new(),
+            mapped_words: layout.mapped_words(),
             packing: Arena::new(0)?,
             layout: layout.id(),
             fault: None,
@@ -315,6 +321,7 @@ impl Cpu {
             ints: self.ints.len(),
             reals: self.reals.len(),
             words: self.words.len(),
+            mapped: self.mapped_words,
             layout: self.layout,
         }
     }
@@ -424,6 +431,13 @@ fn copy<T: Copy>(what: &'static str, src: &[T], dst: &mut [T]) -> Result<()> {
 
 impl Storage for Cpu {
     type Real = f32;
+
+    fn attach(&mut self, at: Words, bytes: &'static [u8]) -> Result<()> {
+        let place = self.arenas().attach(at, bytes)?;
+        self.mapped.retain(|(other, _)| !overlap(other, &place));
+        self.mapped.push((place, bytes));
+        Ok(())
+    }
 
     fn identity(&self) -> Identity {
         Identity {

@@ -164,6 +164,31 @@ pub(crate) fn get_mut<'s, T>(
     arena.get_mut(h.place()).ok_or(Error::Handle(what))
 }
 
+/// The bytes of packed values: of the arena, or of memory that is `given`.
+pub(crate) fn packed_bytes<'s>(
+    arena: &'s [u32],
+    given: &'s [(Range<usize>, &'static [u8])],
+    h: Words,
+) -> Result<&'s [u8]> {
+    let Some(place) = h.mapped() else {
+        let words = get(arena, h, "packed words")?;
+        // Words are little-endian wherever this crate runs (x86-64, 64-bit ARM).
+        // SAFETY: the memory of the words, of which every byte is a number.
+        return Ok(unsafe {
+            core::slice::from_raw_parts(words.as_ptr().cast(), size_of_val(words))
+        });
+    };
+    if place.is_empty() {
+        return Ok(&[]);
+    }
+    let inside = |(at, _): &&(Range<usize>, _)| at.start <= place.start && place.end <= at.end;
+    let (at, bytes) =
+        given.iter().find(inside).ok_or(Error::Handle("mapped words that were not attached"))?;
+    let from = 4 * (place.start - at.start);
+    let end = (from + 4 * place.len()).min(bytes.len());
+    bytes.get(from..end).ok_or(Error::Handle("packed words"))
+}
+
 /// The values of several handles; an error where they overlap or lie outside.
 pub(crate) fn split<'s, T, H: Handle, const N: usize>(
     arena: &'s mut [T],

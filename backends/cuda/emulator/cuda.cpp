@@ -244,7 +244,7 @@ struct Kernel {
 
 static const Kernel table[] = {
     ENTRY(raise), ENTRY(quantize), ENTRY(dequantize), ENTRY(add_quantized), ENTRY(subtract_quantized), ENTRY(step),
-    ENTRY(inverse), ENTRY(blend), ENTRY(widen), ENTRY(add_columns),
+    ENTRY(inverse), ENTRY(blend), ENTRY(unpack), ENTRY(unpack_rows), ENTRY(add_columns),
     ENTRY(unblend), ENTRY(combine), ENTRY(check_gradient), ENTRY(check_input), ENTRY(compare), ENTRY(count_differences),
     ENTRY(fill), ENTRY(add), ENTRY(bias_rows),
     ENTRY(to_bf16), ENTRY(unpad), ENTRY(add_parts), ENTRY(sum_rows), ENTRY(layer_norm), ENTRY(layer_norm_dx), ENTRY(layer_norm_dw),

@@ -18,18 +18,90 @@ KERNEL(THREADS, 4) add(Out<float> x, In<float> y) {
     stream(x.n, [&](u64 i) { return Two<float>{x[i], y[i]}; }, [&](u64 i, const Two<float>& v) { x[i] = v.x + v.y; });
 }
 
-// y[i] = the i-th of the 16-bit values in x, two in a word, the first in its low half.
-KERNEL(THREADS, 4) widen(u32 f16, In<u32> x, Out<float> y) {
+// Rows of packed values (bdia_core::packing): their number, the blocks of a row, values and bytes of a block, rows of a
+// head of neighbours or 0, and the number of the packing.
+struct Packed {
+    u64 rows;
+    u32 blocks, values, bytes, neighbours, packing;
+};
+enum { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
+
+__device__ inline u32 byte_at(const In<u32>& x, u64 at) { return x[at / 4] >> 8 * (at % 4) & 0xFFu; }
+
+__device__ inline u32 pair_at(const In<u32>& x, u64 at) { return byte_at(x, at) | byte_at(x, at + 1) << 8; }
+
+// The value of a number of 16 bits (IEEE binary16).
+__device__ inline float half_at(const In<u32>& x, u64 at) {
+    u32 bits = pair_at(x, at);
+    // The exponents' biases are 112 apart; a product sets small values right too, which have no leading 1.
+    u32 rest = (bits & 0x7FFFu) << 13;
+    u32 finite = __float_as_uint(__uint_as_float(rest) * __uint_as_float((127u + 112u) << 23));
+    return __uint_as_float((bits & 0x8000u) << 16 | ((bits & 0x7C00u) == 0x7C00u ? rest | 0x7F800000u : finite));
+}
+
+// Value i of the block that begins at byte `at`.
+__device__ inline float unpacked(u32 packing, const In<u32>& x, u64 at, u32 i) {
+    switch (packing) {
+    case F32: return __uint_as_float(pair_at(x, at) | pair_at(x, at + 2) << 16);
+    case F16: return half_at(x, at);
+    case BF16: return __uint_as_float(pair_at(x, at) << 16);
+    case Q8_0: return MUL((float)(signed char)byte_at(x, at + 2 + i), half_at(x, at));
+    }
+    float d = half_at(x, at);
+    if (packing < Q8_0) {
+        // Low halves of 16 bytes, then high ones.
+        bool minimum = packing == Q4_1 || packing == Q5_1, fifth = packing == Q5_0 || packing == Q5_1;
+        u64 from = at + (minimum ? 4 : 2);
+        u32 q = byte_at(x, from + (fifth ? 4 : 0) + i % 16) >> 4 * (i / 16) & 15u;
+        if (fifth) q |= (byte_at(x, from + i / 8) >> i % 8 & 1u) << 4;
+        if (minimum) return ADD(MUL(d, (float)q), half_at(x, at + 2));
+        return MUL(d, (float)((i32)q - (fifth ? 16 : 8)));
+    }
+    u32 part = i / 32, l = i % 32;
+    if (packing == Q6_K) {
+        // Two halves of 128 values; in each, four quarters of 32, of two scales.
+        u32 n = part / 4, quarter = part % 4;
+        u32 low = byte_at(x, at + n * 64 + quarter % 2 * 32 + l) >> 4 * (quarter / 2) & 15u;
+        u32 high = byte_at(x, at + 128 + n * 32 + l) >> 2 * quarter & 3u;
+        float s = MUL(half_at(x, at + 208), (float)(signed char)byte_at(x, at + 192 + n * 8 + quarter * 2 + l / 16));
+        return MUL(s, (float)((i32)(low | high << 4) - 32));
+    }
+    // Scale and minimum, of six bits each.
+    u32 a = byte_at(x, at + 4 + part % 4), b = byte_at(x, at + 8 + part % 4), s = a & 63u, t = b & 63u;
+    if (part >= 4) {
+        u32 both = byte_at(x, at + 8 + part);
+        s = (both & 15u) | a >> 6 << 4, t = both >> 4 | b >> 6 << 4;
+    }
+    u64 from = at + (packing == Q5_K ? 48 : 16);
+    u32 q = byte_at(x, from + part / 2 * 32 + l) >> 4 * (part % 2) & 15u;
+    if (packing == Q5_K) q |= (byte_at(x, at + 16 + l) >> part & 1u) << 4;
+    return SUB(MUL(MUL(d, (float)s), (float)q), MUL(half_at(x, at + 2), (float)t));
+}
+
+// Column c of a row.
+__device__ inline float packed_value(const Packed& p, const In<u32>& x, u64 row, u32 c) {
+    if (p.neighbours) {
+        u32 i = (u32)(row % p.neighbours), half = p.neighbours / 2;
+        row = row - i + (i < half ? 2 * i : 2 * (i - half) + 1);
+    }
+    return unpacked(p.packing, x, (row * p.blocks + c / p.values) * p.bytes, c % p.values);
+}
+
+// y = the rows of x from `first` on
+KERNEL(THREADS, 4) unpack(Packed p, u64 first, In<u32> x, Out<float> y) {
+    u32 cols = p.blocks * p.values;
+    EACH(i, y.n) y[i] = packed_value(p, x, first + i / cols, (u32)(i % cols));
+}
+
+// y[i] = row rows[i] of x
+KERNEL(THREADS, 4) unpack_rows(Report r, Packed p, In<u32> x, In<i32> rows, Out<float> y) {
+    u32 cols = p.blocks * p.values;
     EACH(i, y.n) {
-        u32 bits = i % 2 ? x[i / 2] >> 16 : x[i / 2] & 0xFFFFu;
-        if (!f16) {
-            y[i] = __uint_as_float(bits << 16);
-            continue;
-        }
-        // The exponents' biases are 112 apart; a product sets small values right too, which have no leading 1.
-        u32 rest = (bits & 0x7FFFu) << 13;
-        u32 finite = __float_as_uint(__uint_as_float(rest) * __uint_as_float((127u + 112u) << 23));
-        y[i] = __uint_as_float((bits & 0x8000u) << 16 | ((bits & 0x7C00u) == 0x7C00u ? rest | 0x7F800000u : finite));
+        u32 at = (u32)(i / cols), c = (u32)(i % cols);
+        i32 row = rows[at];
+        bool known = row >= 0 && (u64)row < p.rows;
+        y[i] = known ? packed_value(p, x, (u64)row, c) : 0.0f;
+        if (!known && c == 0) report(r, at, TOKEN, (u32)row);
     }
 }
 

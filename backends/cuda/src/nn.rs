@@ -1,11 +1,11 @@
 //! [`NnOps`]: products through cuBLAS, everything else in kernels of our own.
 
 use bdia_core::backend::{
-    Attention, Columns, CrossEntropy, Gate, Gelu, Half, Mask, Order, Product, RmsNorm, Rotary,
+    Attention, Columns, CrossEntropy, Gate, Gelu, Mask, Order, Product, RmsNorm, Rotary,
 };
 use bdia_core::plan::Rows;
 use bdia_core::rng::{Draw, drop_threshold};
-use bdia_core::{Chunk, Error, Ints, NnOps, Reals, Result, Words};
+use bdia_core::{Chunk, Error, Ints, NnOps, Packed, Packing, Reals, Result};
 
 use crate::device::{AT_ONCE, BLOCKS, Kernel, THREADS, arg};
 use crate::products::{Factor, Gemm, Precision, padded};
@@ -234,6 +234,35 @@ fn by_rows(rows: usize, cols: u64) -> [usize; 3] {
     [streamed(cols)[0], rows.min(65_535), 1]
 }
 
+/// A packed matrix, as kernels take it.
+fn packed(x: &Packed) -> Result<crate::span::Packed> {
+    const WHAT: &str = "a packed matrix";
+    // The numbers of nn.cu.
+    let packing = match x.packing {
+        Packing::F32 => 0,
+        Packing::F16 => 1,
+        Packing::Bf16 => 2,
+        Packing::Q4_0 => 3,
+        Packing::Q4_1 => 4,
+        Packing::Q5_0 => 5,
+        Packing::Q5_1 => 6,
+        Packing::Q8_0 => 7,
+        Packing::Q4_K => 8,
+        Packing::Q5_K => 9,
+        Packing::Q6_K => 10,
+    };
+    // A row's values must be counted in 32 bits too.
+    small(WHAT, x.cols)?;
+    Ok(crate::span::Packed {
+        rows: x.rows as u64,
+        blocks: small(WHAT, x.cols / x.packing.values())?,
+        values: small(WHAT, x.packing.values())?,
+        bytes: small(WHAT, x.packing.bytes())?,
+        neighbours: small(WHAT, x.neighbours)?,
+        packing,
+    })
+}
+
 impl NnOps for Cuda {
     fn matmul(
         &mut self,
@@ -339,15 +368,23 @@ impl NnOps for Cuda {
         self.device.launch(Kernel::Add, streamed(x.len), THREADS, &mut [arg(&x), arg(&y)])
     }
 
-    fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()> {
-        self.arenas.widen(x, y)?;
-        let (f16, x, y) = (u32::from(half == Half::F16), self.words(x), self.reals(y));
-        self.device.launch(
-            Kernel::Widen,
-            blocks(y.len as usize),
-            THREADS,
-            &mut [arg(&f16), arg(&x), arg(&y)],
-        )
+    fn unpack(&mut self, x: &Packed, first: usize, y: Reals) -> Result<()> {
+        self.arenas.unpack(x, first, y)?;
+        let (p, first) = (packed(x)?, first as u64);
+        let (x, y) = (self.words(x.words), self.reals(y));
+        let args = &mut [arg(&p), arg(&first), arg(&x), arg(&y)];
+        self.device.launch(Kernel::Unpack, blocks(y.len as usize), THREADS, args)
+    }
+
+    fn unpack_rows(&mut self, chunk: &Chunk, x: &Packed, rows: Ints, y: Reals) -> Result<()> {
+        let length = self.arenas.unpack_rows(chunk, x, rows, y)?;
+        reportable("unpack_rows", rows.len())?;
+        let code = Cause::new(Code::Token, chunk.site);
+        let cause = Cause { first: chunk.first, per: length, vocab: x.rows, ..code };
+        let (report, p) = (self.report(cause), packed(x)?);
+        let (x, rows, y) = (self.words(x.words), self.ints(rows), self.reals(y));
+        let args = &mut [arg(&report), arg(&p), arg(&x), arg(&rows), arg(&y)];
+        self.device.launch(Kernel::UnpackRows, blocks(y.len as usize), THREADS, args)
     }
 
     fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> Result<()> {

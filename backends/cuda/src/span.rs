@@ -22,7 +22,7 @@ macro_rules! parameters {
         unsafe impl Parameter for $t {}
     )*};
 }
-parameters!(Span, Streams, Shape, Report, Matrix, Attend, Constants);
+parameters!(Span, Streams, Shape, Report, Matrix, Packed, Attend, Constants);
 
 /// `In` or `Out`: an address and a number of values.
 #[repr(C)]
@@ -106,6 +106,18 @@ pub(crate) struct Report {
 pub(crate) struct Matrix {
     pub stride: u32,
     pub at: u32,
+}
+
+/// `Packed` of nn.cu
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Packed {
+    pub rows: u64,
+    pub blocks: u32,
+    pub values: u32,
+    pub bytes: u32,
+    pub neighbours: u32,
+    pub packing: u32,
 }
 
 /// `Attend` of attention.cu

@@ -114,6 +114,17 @@ pub enum Order {
     Transposed,
 }
 
+impl Order {
+    /// That of the transpose.
+    #[must_use]
+    pub const fn transposed(self) -> Self {
+        match self {
+            Self::Plain => Self::Transposed,
+            Self::Transposed => Self::Plain,
+        }
+    }
+}
+
 /// A matrix product `C[rows, cols] = A[rows, inner] · B[inner, cols]`; all matrices are dense and
 /// row-major.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,34 +153,6 @@ pub struct Columns {
     pub stride: usize,
     /// First column.
     pub at: usize,
-}
-
-/// How values are stored in 16 bits: two in a word, the first one in its low half.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Half {
-    /// The upper half of an `f32`.
-    Bf16,
-    /// IEEE binary16.
-    F16,
-}
-
-impl Half {
-    /// The value of the lower 16 bits of `bits`. Exact.
-    #[inline]
-    pub fn value(self, bits: u32) -> f32 {
-        match self {
-            Self::Bf16 => f32::from_bits(bits << 16),
-            Self::F16 => {
-                let (sign, exponent, rest) =
-                    ((bits & 0x8000) << 16, bits & 0x7C00, (bits & 0x7FFF) << 13);
-                // The exponents' biases are 112 apart; a product sets small values right too, which
-                // have no leading 1.
-                let finite = f32::from_bits(rest) * f32::from_bits((127 + 112) << 23);
-                let special = rest | 0x7F80_0000;
-                f32::from_bits(sign | if exponent == 0x7C00 { special } else { finite.to_bits() })
-            }
-        }
-    }
 }
 
 /// Which keys a query sees.

@@ -1,13 +1,14 @@
 //! The list of operations, and what is made of it: the traits of a backend, and [`Wrapper`].
 
 use super::{
-    Attention, Chunk, Columns, CrossEntropy, Gate, Gelu, Half, Identity, Product, RmsNorm, Rotary,
+    Attention, Chunk, Columns, CrossEntropy, Gate, Gelu, Identity, Product, RmsNorm, Rotary,
 };
 use crate::arena::{Ints, Reals, Words};
 #[cfg(doc)]
 use crate::error::Error;
 use crate::error::{Fault, Result, Site};
 use crate::optim::Update;
+use crate::packing::Packed;
 use crate::plan::Rows;
 use crate::real::Real;
 use crate::rng::Draw;
@@ -76,6 +77,14 @@ macro_rules! operations {
                 self.inner_mut().peek_fault()
             }
 
+            /// [`Storage::attach`]
+            ///
+            /// # Errors
+            /// Any error of the backend inside.
+            fn attach(&mut self, at: Words, bytes: &'static [u8]) -> Result<()> {
+                self.inner_mut().attach(at, bytes)
+            }
+
             $(
                 $(
                     #[doc = concat!("[`", stringify!($trait), "::", stringify!($read), "`]")]
@@ -129,6 +138,10 @@ macro_rules! operations {
         fn peek_fault(&mut self) -> Result<Option<Fault>> {
             Wrapper::peek_fault(self)
         }
+
+        fn attach(&mut self, at: Words, bytes: &'static [u8]) -> Result<()> {
+            Wrapper::attach(self, at, bytes)
+        }
     };
     (@own NnOps) => {
         fn attention_scratch(a: &Attention, samples: usize, threads: usize) -> usize {
@@ -163,6 +176,19 @@ operations! {
                     self.raise(fault);
                 }
                 Ok(fault)
+            }
+
+            /// Says where mapped words ([`Layout::mapped`](crate::Layout::mapped)) are: `bytes`
+            /// has all of `at`, from its first byte on (aligned to 4), little-endian. A static on
+            /// a device, a file that is mapped until the program ends.
+            ///
+            /// # Errors
+            /// [`Error::Unsupported`](crate::ErrorKind) by default: a backend whose memory is
+            /// elsewhere copies instead.
+            fn attach(&mut self, at: Words, bytes: &'static [u8]) -> Result<()> {
+                let _ = (at, bytes);
+                let possible = "copied ones: this backend reads no memory but its own";
+                Err(crate::error::Error::unfit("packed matrices", "mapped ones", possible))
             }
         }
         reads {
@@ -384,9 +410,15 @@ operations! {
             /// `x += y`.
             fn add(&mut self, x: Reals, y: Reals) -> Result<()>;
 
-            /// The `n` values of `y` from the `ceil(n/2)` words of `x` ([`Half`]). The same bits on
-            /// all backends.
-            fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()>;
+            /// The rows of `x` from `first` on, in order, as many as `y` has room for. The same
+            /// bits on all backends.
+            fn unpack(&mut self, x: &Packed, first: usize, y: Reals) -> Result<()>;
+
+            /// `y[i] = x[rows[i]]`, whole rows: the embedding of tokens, of which every sample has
+            /// as many. One that `x` does not have raises [`Fault::Token`] and gives a row of
+            /// zeros. The same bits on all backends.
+            fn unpack_rows(&mut self, chunk: &Chunk, x: &Packed, rows: Ints, y: Reals)
+                -> Result<()>;
 
             /// `to[r, c] += scale·from[r, c]` for `width` columns of two matrices with the same
             /// number of rows, in different memory.

@@ -538,7 +538,7 @@ impl<B: Backend> Branch<B> for CrossAttention {
         let m = at.matrix(be, kv_w)?;
         let slopes = (at.slope(kv_w), at.slope(kv_b));
         linear_vjp(be, keys, m, slopes, context.value, dkv, Reals::EMPTY)?;
-        let (a, b) = (Order::Plain, Order::Transposed);
+        let (a, b) = (Order::Plain, m.order.transposed());
         let p = Product { rows: keys, cols: d, inner: 2 * d, a, b, accumulate: true };
         be.matmul(&p, dkv, m.values, None, context.grad)?;
         let m = at.matrix(be, q_w)?;

@@ -2,7 +2,7 @@
 
 use super::{Init, Matrix, Parameter, Tensor, linear, linear_vjp};
 use crate::arena::{Ints, Reals};
-use crate::backend::{Backend, Chunk, CrossEntropy};
+use crate::backend::{Backend, Chunk, CrossEntropy, Order};
 use crate::error::Result;
 use crate::real::Real;
 use crate::stack::Head;
@@ -78,7 +78,12 @@ impl ClassHead {
     }
 
     const fn matrix(&self) -> Matrix {
-        Matrix { values: self.weight.value, inputs: self.width, outputs: self.classes() }
+        Matrix {
+            values: self.weight.value,
+            inputs: self.width,
+            outputs: self.classes(),
+            order: Order::Plain,
+        }
     }
 
     /// Reals of scratch for chunks of `samples` samples.

@@ -17,7 +17,7 @@ pub struct TokenEmbedding {
     pub per_sample: usize,
     /// `[B, T]`.
     pub tokens: Ints,
-    /// `[vocab, d]`.
+    /// `[vocab, d]`, possibly in few bits.
     pub wte: Parameter,
     /// `[≥ T, d]`; empty where positions are not learned.
     pub wpe: Parameter,
@@ -43,6 +43,21 @@ impl TokenEmbedding {
         be.add_columns(self.width, self.scale, of(from), of(to))
     }
 
+    /// `x = wte[token] + wpe[position]`.
+    fn look_up<B: Backend>(&self, be: &mut B, chunk: &Chunk, x: Reals) -> Result<()> {
+        let (tokens, positions) = (self.tokens(chunk), self.wpe.value);
+        let Some(packed) = &self.wte.packed else {
+            return be.embed(chunk, tokens, self.wte.value, positions, self.width, x);
+        };
+        be.unpack_rows(chunk, packed, tokens, x)?;
+        if positions.is_empty() {
+            return Ok(());
+        }
+        let sample = self.per_sample * self.width;
+        let positions = positions.sub(0, sample);
+        (0..chunk.samples).try_for_each(|i| be.add(x.sub(i * sample, sample), positions))
+    }
+
     fn tokens(&self, chunk: &Chunk) -> Ints {
         self.tokens.sub(chunk.first * self.per_sample, chunk.samples * self.per_sample)
     }
@@ -58,7 +73,7 @@ impl<B: Backend> Input<B> for TokenEmbedding {
         scratch: Reals,
     ) -> Result<()> {
         let to = if self.scale == 1.0 { x } else { scratch.sub(0, x.len()) };
-        be.embed(chunk, self.tokens(chunk), self.wte.value, self.wpe.value, self.width, to)?;
+        self.look_up(be, chunk, to)?;
         if self.scale != 1.0 {
             self.scaled(be, to, x)?;
         }

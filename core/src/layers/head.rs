@@ -3,8 +3,9 @@
 
 use super::{Init, Norm, Parameter, Tensor};
 use crate::arena::{Ints, Reals};
-use crate::backend::{Backend, Chunk, CrossEntropy, Order, Product};
+use crate::backend::{Backend, Chunk, Columns, CrossEntropy, Order, Product};
 use crate::error::Result;
+use crate::packing::Packed;
 use crate::real::Real;
 use crate::stack::Head;
 
@@ -20,8 +21,10 @@ pub struct LmHead {
     pub vocab: usize,
     /// The norm before the logits.
     pub norm: Norm,
-    /// `[vocab, d]`. Gradients that are empty are not computed.
+    /// `[vocab, d]`, possibly in few bits. Gradients that are empty are not computed.
     pub weight: Parameter,
+    /// Room for the pieces of a weight in few bits: [`tile`](Self::tile) values, else none.
+    pub tile: Reals,
     /// `[B, T]`; negative: masked.
     pub targets: Ints,
     /// `[micro-batches, B, T]`: the loss of every token.
@@ -50,6 +53,35 @@ impl LmHead {
     /// Reals of scratch for chunks of `samples` samples.
     pub const fn scratch(width: usize, per_sample: usize, samples: usize) -> usize {
         samples.saturating_mul(per_sample).saturating_mul(width.saturating_mul(2).saturating_add(2))
+    }
+
+    /// Rows of a weight in few bits that are unpacked at a time.
+    const TILE: usize = 1024;
+
+    /// Reals of room for the pieces of a weight in few bits, where `rows` rows of logits exist at a
+    /// time.
+    pub const fn tile(vocab: usize, width: usize, rows: usize) -> usize {
+        let n = if vocab < Self::TILE { vocab } else { Self::TILE };
+        n.saturating_mul(width.saturating_add(rows))
+    }
+
+    /// For every piece of a weight in few bits: `f` of its first row, its rows, their values
+    /// `[n, d]`, and room for `[rows, n]` logits.
+    fn tiles<B: Backend>(
+        &self,
+        be: &mut B,
+        packed: &Packed,
+        rows: usize,
+        mut f: impl FnMut(&mut B, usize, usize, Reals, Reals) -> Result<()>,
+    ) -> Result<()> {
+        let most = Self::TILE.min(self.vocab);
+        for first in (0..self.vocab).step_by(most.max(1)) {
+            let n = most.min(self.vocab - first);
+            let wide = self.tile.sub(0, n * self.width);
+            be.unpack(packed, first, wide)?;
+            f(be, first, n, wide, self.tile.sub(most * self.width, rows * n))?;
+        }
+        Ok(())
     }
 
     /// Rows of logits that exist at a time.
@@ -82,8 +114,45 @@ impl LmHead {
             b: Order::Transposed,
             accumulate: false,
         };
-        be.matmul(&p, y, self.weight.value, None, logits)?;
+        let Some(packed) = &self.weight.packed else {
+            be.matmul(&p, y, self.weight.value, None, logits)?;
+            return Ok(logits);
+        };
+        be.fill_reals(logits, B::Real::of(0.0))?;
+        self.tiles(be, packed, rows, |be, first, n, wide, part| {
+            be.matmul(&Product { cols: n, ..p }, y, wide, None, part)?;
+            let to = Columns { of: logits, stride: self.vocab, at: first };
+            be.add_columns(n, 1.0, Columns { of: part, stride: n, at: 0 }, to)
+        })?;
         Ok(logits)
+    }
+
+    /// `dy = dlogits·W`.
+    fn logits_vjp<B: Backend>(
+        &self,
+        be: &mut B,
+        rows: usize,
+        logits: Reals,
+        dy: Reals,
+    ) -> Result<()> {
+        let p = Product {
+            rows,
+            cols: self.width,
+            inner: self.vocab,
+            a: Order::Plain,
+            b: Order::Plain,
+            accumulate: false,
+        };
+        let Some(packed) = &self.weight.packed else {
+            return be.matmul(&p, logits, self.weight.value, None, dy);
+        };
+        self.tiles(be, packed, rows, |be, first, n, wide, part| {
+            be.fill_reals(part, B::Real::of(0.0))?;
+            let from = Columns { of: logits, stride: self.vocab, at: first };
+            be.add_columns(n, 1.0, from, Columns { of: part, stride: n, at: 0 })?;
+            let p = Product { inner: n, accumulate: first > 0, ..p };
+            be.matmul(&p, part, wide, None, dy)
+        })
     }
 
     fn loss_of<B: Backend>(
@@ -167,15 +236,7 @@ impl<B: Backend> Head<B> for LmHead {
             if !dweight.is_empty() {
                 be.matmul(&p, logits, y, None, dweight)?;
             }
-            let p = Product {
-                rows,
-                cols: d,
-                inner: self.vocab,
-                a: Order::Plain,
-                b: Order::Plain,
-                accumulate: false,
-            };
-            be.matmul(&p, logits, self.weight.value, None, dy)?;
+            self.logits_vjp(be, rows, logits, dy)?;
         }
         be.fill_reals(gx, B::Real::of(0.0))?;
         self.norm.vjp(be, x, stats, dy, gx)

@@ -19,9 +19,8 @@ pub fn linear<B: NnOps>(
     x: Reals,
     y: Reals,
 ) -> Result<()> {
-    let (a, order) = (Order::Plain, Order::Plain);
     let (cols, inner) = (w.outputs, w.inputs);
-    let p = Product { rows, cols, inner, a, b: order, accumulate: false };
+    let p = Product { rows, cols, inner, a: Order::Plain, b: w.order, accumulate: false };
     be.matmul(&p, x, w.values, Some(b).filter(|b| !b.is_empty()), y)
 }
 
@@ -51,7 +50,7 @@ pub fn linear_vjp<B: NnOps>(
     if dx.is_empty() {
         return Ok(());
     }
-    let (a, b) = (Order::Plain, Order::Transposed);
+    let (a, b) = (Order::Plain, w.order.transposed());
     let p = Product { rows, cols: inner, inner: cols, a, b, accumulate: false };
     be.matmul(&p, dy, w.values, None, dx)
 }
@@ -178,8 +177,8 @@ impl Linear<'_> {
     ) -> Result<()> {
         let w = at.matrix(be, self.weight)?;
         linear_vjp(be, rows, w, (at.slope(self.weight), at.slope(self.bias)), x, dy, Reals::EMPTY)?;
-        let p =
-            product_of([rows, w.inputs, w.outputs], Order::Plain, Order::Transposed, accumulate);
+        let (a, b) = (Order::Plain, w.order.transposed());
+        let p = product_of([rows, w.inputs, w.outputs], a, b, accumulate);
         be.matmul(&p, dy, w.values, None, dx)?;
         let r = self.rank();
         if r == 0 {

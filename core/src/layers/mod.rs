@@ -36,8 +36,8 @@ pub use lora::LoraShape;
 pub use mlp::{Mlp, MlpShape};
 pub use norm::Norm;
 pub use params::{
-    Freeze, Gradients, Home, Init, Matrix, Parameter, Params, Room, Scheme, Tensor, Tensors,
-    Updater,
+    Freeze, Gradients, Home, Init, Matrix, Parameter, Params, Room, Scheme, Store, Stored, Tensor,
+    Tensors, Updater,
 };
 pub use patches::{PatchEmbedding, Patches};
 pub use rotary::{BlockSet, RotaryAngles, RotaryScaling};

@@ -1,9 +1,11 @@
 //! Parameters: tensors, where their values live, and what an optimizer does with them.
 
+use super::rotary::BlockSet;
 use crate::arena::{Category, Layout, Reals, Words, product};
-use crate::backend::{Exchange, Half, NnOps, OptimOps};
+use crate::backend::{Exchange, NnOps, OptimOps, Order};
 use crate::error::{Error, Result, Site, ok};
 use crate::optim::{Rule, Update};
+use crate::packing::{Packed, Packing};
 use crate::real::Real;
 use crate::rng::{Draw, Stream};
 
@@ -81,8 +83,8 @@ pub enum Home {
     Trained,
     /// Among those that stay as they are.
     Frozen,
-    /// Among those that stay as they are, in 16 bits each.
-    Narrow,
+    /// Among those that stay as they are, in few bits each.
+    Packed,
 }
 
 /// A parameter tensor of a group: of a block, or of what is outside the blocks.
@@ -100,19 +102,93 @@ pub struct Tensor {
     pub init: Init,
     /// Where they are.
     pub home: Home,
-    /// Index of the first one there.
+    /// Index of the first one there; of the first word for those in few bits.
     pub offset: usize,
+    /// How they are stored in few bits, where they are.
+    pub stored: Stored,
+}
+
+/// How a matrix is stored in few bits, in every group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    /// In most groups.
+    pub packing: Packing,
+    /// In the other ones.
+    pub other: Packing,
+    /// Groups that have the other packing.
+    pub others: BlockSet,
+    /// `Transposed`: the rows are those of the transpose, as linear layers of `[out, in]` have it.
+    pub order: Order,
+    /// [`Packed::neighbours`]
+    pub neighbours: usize,
+}
+
+impl Stored {
+    /// Rows in order, in one packing.
+    pub const fn plain(packing: Packing) -> Self {
+        Self { packing, other: packing, others: BlockSet::NONE, order: Order::Plain, neighbours: 0 }
+    }
+
+    /// The packing in group `k`.
+    pub const fn packing(&self, k: usize) -> Packing {
+        if self.others.has(k) { self.other } else { self.packing }
+    }
+}
+
+/// How the frozen matrices of a group are stored in few bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// All alike, in memory.
+    Alike(Packing),
+    /// Each in its way, in the order of the tensors.
+    Each {
+        /// The first of them are used.
+        matrices: [Stored; Store::MOST],
+        /// Whether they are in memory that the backend is given ([`Layout::mapped`]).
+        mapped: bool,
+    },
+}
+
+impl Store {
+    /// The most matrices of a group that can be stored each in its way.
+    pub const MOST: usize = 8;
+
+    const fn of(&self, i: usize) -> Stored {
+        match self {
+            Self::Alike(packing) => Stored::plain(*packing),
+            // A group with more is refused in `Params::layout`.
+            Self::Each { matrices, .. } => matrices[if i < Self::MOST { i } else { 0 }],
+        }
+    }
 }
 
 impl Tensor {
     /// A vector.
     pub const fn vector(name: &'static str, cols: usize, init: Init) -> Self {
-        Self { name, rows: 1, cols, matrix: false, init, home: Home::Trained, offset: 0 }
+        Self {
+            name,
+            rows: 1,
+            cols,
+            matrix: false,
+            init,
+            home: Home::Trained,
+            offset: 0,
+            stored: Stored::plain(Packing::F32),
+        }
     }
 
     /// A matrix `[rows, cols]`.
     pub const fn matrix(name: &'static str, rows: usize, cols: usize, init: Init) -> Self {
-        Self { name, rows, cols, matrix: true, init, home: Home::Trained, offset: 0 }
+        Self {
+            name,
+            rows,
+            cols,
+            matrix: true,
+            init,
+            home: Home::Trained,
+            offset: 0,
+            stored: Stored::plain(Packing::F32),
+        }
     }
 
     /// The tensor if it is `there`; otherwise one that the group does not have.
@@ -132,6 +208,19 @@ impl Tensor {
     /// Number of values.
     pub const fn len(&self) -> usize {
         self.rows.wrapping_mul(self.cols)
+    }
+
+    /// Rows and columns as they are stored in few bits.
+    pub const fn stored_as(&self) -> [usize; 2] {
+        match self.stored.order {
+            Order::Plain => [self.rows, self.cols],
+            Order::Transposed => [self.cols, self.rows],
+        }
+    }
+
+    const fn words(&self, packing: Packing) -> Result<usize> {
+        let [rows, cols] = self.stored_as();
+        Packed::words_of(packing, rows, cols)
     }
 
     /// The tensor's values within those of its group.
@@ -211,8 +300,8 @@ pub enum Freeze {
     Nothing,
     /// The matrices; vectors are trained.
     Matrices,
-    /// Everything but adapters; matrices in 16 bits where a storage is given.
-    All(Option<Half>),
+    /// Everything but adapters; matrices in few bits where a storage is given.
+    All(Option<Store>),
 }
 
 /// How much room the tensors of a group take, by home.
@@ -222,14 +311,28 @@ pub struct Room {
     /// Tensors that are trained, empty ones too.
     slots: usize,
     frozen: usize,
-    narrow: usize,
-    /// Values of the largest tensor in 16 bits.
+    /// Words.
+    packed: usize,
+    /// Tensors in few bits.
+    matrices: usize,
+    /// Values of the largest of them.
     largest: usize,
+    /// Whether the rows of one of them are not whole blocks.
+    broken: bool,
 }
 
 impl Room {
     /// No room.
-    pub const NONE: Self = Self { trained: 0, slots: 0, frozen: 0, narrow: 0, largest: 0 };
+    pub const NONE: Self =
+        Self { trained: 0, slots: 0, frozen: 0, packed: 0, matrices: 0, largest: 0, broken: false };
+
+    /// The same where no matrix is [asked for](Params::matrix) as a whole: what is stored in few
+    /// bits is unpacked a piece at a time.
+    #[must_use]
+    pub const fn in_pieces(mut self) -> Self {
+        self.largest = 0;
+        self
+    }
 
     /// Gives tensors their homes, and aligned places there behind those that were placed before.
     #[must_use]
@@ -241,24 +344,41 @@ impl Room {
             t.home = match freeze {
                 Freeze::Nothing => Home::Trained,
                 Freeze::Matrices if !t.matrix => Home::Trained,
-                Freeze::All(Some(_)) if t.matrix => Home::Narrow,
+                Freeze::All(Some(_)) if t.matrix => Home::Packed,
                 Freeze::Matrices | Freeze::All(_) => Home::Frozen,
             };
-            let (at, align) = match t.home {
-                Home::Trained => {
-                    self.slots += 1;
-                    (&mut self.trained, Layout::ALIGN)
-                }
-                Home::Frozen => (&mut self.frozen, Layout::ALIGN),
-                Home::Narrow => {
+            let (at, len) = match (t.home, freeze) {
+                (Home::Packed, Freeze::All(Some(store))) if !t.is_empty() => {
+                    t.stored = store.of(self.matrices);
+                    self.matrices += 1;
                     if t.len() > self.largest {
                         self.largest = t.len();
                     }
-                    (&mut self.narrow, 2 * Layout::ALIGN)
+                    let (one, other) = (t.words(t.stored.packing), t.words(t.stored.other));
+                    self.broken |= one.is_err() || other.is_err();
+                    (
+                        &mut self.packed,
+                        match (one, other) {
+                            (Ok(one), Ok(other)) => {
+                                if one > other {
+                                    one
+                                } else {
+                                    other
+                                }
+                            }
+                            _ => 0,
+                        },
+                    )
                 }
+                (Home::Packed, _) => (&mut self.packed, 0),
+                (Home::Trained, _) => {
+                    self.slots += 1;
+                    (&mut self.trained, t.len())
+                }
+                (Home::Frozen, _) => (&mut self.frozen, t.len()),
             };
             t.offset = *at;
-            *at = at.wrapping_add(t.len().div_ceil(align).wrapping_mul(align));
+            *at = at.wrapping_add(len.div_ceil(Layout::ALIGN).wrapping_mul(Layout::ALIGN));
             i += 1;
         }
         self
@@ -325,14 +445,11 @@ impl Gradients {
     }
 }
 
-/// Frozen matrices in 16 bits; each is widened into one place when it is used.
+/// Frozen matrices in few bits; each is unpacked into one place when it is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Narrow {
-    half: Half,
-    /// Words of a group.
-    group: usize,
     /// Group after group.
-    values: Words,
+    words: Words,
     /// Room for the largest tensor.
     wide: Reals,
 }
@@ -340,21 +457,35 @@ struct Narrow {
 /// A matrix, ready for a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Matrix {
-    /// `[inputs, outputs]`.
+    /// `[inputs, outputs]`, in the order that [`order`](Self::order) says.
     pub values: Reals,
     /// Rows.
     pub inputs: usize,
     /// Columns.
     pub outputs: usize,
+    /// `Transposed`: they are stored as `[outputs, inputs]`.
+    pub order: Order,
 }
 
 /// The values of a tensor and their gradient, which is empty where it is frozen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Parameter {
-    /// The values.
+    /// The values; empty where they are stored in few bits.
     pub value: Reals,
     /// The gradient.
     pub grad: Reals,
+    /// The values, where they are stored in few bits.
+    pub packed: Option<Packed>,
+}
+
+impl Parameter {
+    /// One that is not there.
+    pub const EMPTY: Self = Self::new(Reals::EMPTY, Reals::EMPTY);
+
+    /// Values that are reals, and their gradient.
+    pub const fn new(value: Reals, grad: Reals) -> Self {
+        Self { value, grad, packed: None }
+    }
 }
 
 /// Parameters of some equal groups (the blocks), with gradients and optimizer state.
@@ -411,16 +542,25 @@ impl Params {
         }
         let l = layout;
         let narrow = match freeze {
-            Freeze::All(Some(half)) => {
-                let group = room.narrow / 2;
-                let words = ok!(product("frozen matrices", &[groups, group]));
-                let values = l.words(Category::Frozen, words);
-                Some(Narrow {
-                    half,
-                    group,
-                    values,
-                    wide: l.reals(Category::Workspace, room.largest),
-                })
+            Freeze::All(Some(store)) => {
+                if room.broken {
+                    let possible = "whole blocks of the packing";
+                    return Err(Error::unfit("rows of a packed matrix", "broken", possible));
+                }
+                let words = ok!(product("frozen matrices", &[groups, room.packed]));
+                let words = match store {
+                    Store::Each { .. } if room.matrices > Store::MOST => {
+                        let found = room.matrices as f64;
+                        return Err(Error::setting(
+                            "packed matrices of a group",
+                            found,
+                            "at most 8",
+                        ));
+                    }
+                    Store::Each { mapped: true, .. } => l.mapped(words),
+                    _ => l.words(Category::Frozen, words),
+                };
+                Some(Narrow { words, wide: l.reals(Category::Workspace, room.largest) })
             }
             _ => None,
         };
@@ -507,26 +647,39 @@ impl Params {
         self.room.trained
     }
 
-    /// Values of a tensor of group `k`; empty for one in 16 bits ([`words`](Self::words)).
+    /// Values of a tensor of group `k`; empty for one in few bits ([`packed`](Self::packed)).
     pub const fn value(&self, k: usize, t: &Tensor) -> Reals {
         match t.home {
             Home::Trained => t.of(self.values.sub(k * self.room.trained, self.room.trained)),
             Home::Frozen => t.of(one_of(self.frozen, k, self.room.frozen)),
-            Home::Narrow => Reals::EMPTY,
+            Home::Packed => Reals::EMPTY,
         }
     }
 
     /// A tensor of group `k` with its gradient.
     pub const fn parameter(&self, k: usize, t: &Tensor) -> Parameter {
-        Parameter { value: self.value(k, t), grad: self.gradient(k, t) }
+        let packed = self.packed(k, t);
+        Parameter { value: self.value(k, t), grad: self.gradient(k, t), packed }
     }
 
-    /// The words of a tensor in 16 bits, `ceil(n/2)` for `n` values, and their format.
-    pub const fn words(&self, k: usize, t: &Tensor) -> Option<(Half, Words)> {
+    /// A tensor of group `k` that is stored in few bits, as it is stored.
+    pub const fn packed(&self, k: usize, t: &Tensor) -> Option<Packed> {
         match &self.narrow {
-            Some(narrow) if matches!(t.home, Home::Narrow) => {
-                let at = k * narrow.group + t.offset / 2;
-                Some((narrow.half, narrow.values.sub(at, t.len().div_ceil(2))))
+            Some(narrow) if matches!(t.home, Home::Packed) && !t.is_empty() => {
+                let packing = t.stored.packing(k);
+                let len = match t.words(packing) {
+                    Ok(len) => len,
+                    // Refused when it was laid out.
+                    Err(_) => 0,
+                };
+                let [rows, cols] = t.stored_as();
+                Some(Packed {
+                    packing,
+                    words: narrow.words.sub(k * self.room.packed + t.offset, len),
+                    rows,
+                    cols,
+                    neighbours: t.stored.neighbours,
+                })
             }
             _ => None,
         }
@@ -537,7 +690,7 @@ impl Params {
     pub const fn gradient(&self, k: usize, t: &Tensor) -> Reals {
         match t.home {
             Home::Trained => t.of(self.gradient_of(k)),
-            Home::Frozen | Home::Narrow => Reals::EMPTY,
+            Home::Frozen | Home::Packed => Reals::EMPTY,
         }
     }
 
@@ -553,27 +706,27 @@ impl Params {
         })
     }
 
-    /// A matrix of group `k`. One that is stored in 16 bits stays until the next one is asked for.
+    /// A matrix of group `k`. One that is stored in few bits stays until the next one is asked for.
     ///
     /// # Errors
     /// Any error of the backend.
     pub fn matrix<B: NnOps>(&self, be: &mut B, k: usize, t: &Tensor) -> Result<Matrix> {
-        let values = match (&self.narrow, self.words(k, t)) {
-            (Some(narrow), Some((half, words))) => {
+        let (values, order) = match (&self.narrow, self.packed(k, t)) {
+            (Some(narrow), Some(packed)) => {
                 let wide = narrow.wide.sub(0, t.len());
-                be.widen(half, words, wide)?;
-                wide
+                be.unpack(&packed, 0, wide)?;
+                (wide, t.stored.order)
             }
-            _ => self.value(k, t),
+            _ => (self.value(k, t), Order::Plain),
         };
-        Ok(Matrix { values, inputs: t.rows, outputs: t.cols })
+        Ok(Matrix { values, inputs: t.rows, outputs: t.cols, order })
     }
 
     /// Draws the initial values of all groups and sets the optimizer's state to 0. `index` is the
     /// number in the network of the first tensor; it is advanced by those that are there.
     ///
     /// # Errors
-    /// [`Error::Setting`] for matrices in 16 bits, which are read and never drawn, and for frozen
+    /// [`Error::Setting`] for matrices in few bits, which are read and never drawn, and for frozen
     /// values that are not all in memory; any error of the backend.
     pub fn initialize<B: OptimOps>(
         &self,
@@ -589,9 +742,9 @@ impl Params {
                     return Ok(());
                 }
                 let values = match t.home {
-                    Home::Narrow => {
+                    Home::Packed => {
                         let possible = "reals, to be drawn";
-                        return Err(Error::unfit("storage of a matrix", "16 bits", possible));
+                        return Err(Error::unfit("storage of a matrix", "few bits", possible));
                     }
                     Home::Frozen if self.frozen.len() < self.groups * self.room.frozen => {
                         let possible = "all in memory, to be drawn";
@@ -858,7 +1011,7 @@ mod tests {
             let mut be = Reference::new(&layout, &mut [], &mut r, &mut w).unwrap();
             params.initialize(&mut be, 7, &mut 0, &tensors).unwrap_err()
         };
-        let error = refused(2, Freeze::All(Some(Half::Bf16)));
+        let error = refused(2, Freeze::All(Some(Store::Alike(Packing::Bf16))));
         assert!(matches!(error, Error::Setting { what: "storage of a matrix", .. }), "{error}");
         let error = refused(1, Freeze::Matrices);
         assert!(matches!(error, Error::Setting { what: "frozen values", .. }), "{error}");

@@ -8,7 +8,7 @@
 
 use super::{Init, Matrix, Parameter, Tensor, linear, linear_vjp};
 use crate::arena::{Reals, product};
-use crate::backend::{Backend, Chunk};
+use crate::backend::{Backend, Chunk, Order};
 use crate::error::{Error, Result};
 use crate::real::Real;
 use crate::rng::Draw;
@@ -149,7 +149,12 @@ impl PatchEmbedding {
     }
 
     fn matrix(&self) -> Matrix {
-        Matrix { values: self.weight.value, inputs: self.values(), outputs: self.width }
+        Matrix {
+            values: self.weight.value,
+            inputs: self.values(),
+            outputs: self.width,
+            order: Order::Plain,
+        }
     }
 
     /// Reals of scratch for chunks of `samples` samples.

@@ -1,7 +1,7 @@
 //! The most common network: an input, one stack of blocks, a head.
 
 use super::{Group, Loaded, Micro, Network, Owner, Rebuilt, sum};
-use crate::arena::{Category, Layout, product};
+use crate::arena::{Category, Layout, Reals, product};
 use crate::backend::{Backend, Chunk};
 use crate::error::{Error, Result, Site};
 use crate::layers::{
@@ -163,6 +163,7 @@ impl<P: Branches> Chain<TokenEmbedding, P, LmHead, 5> {
             vocab,
             norm: Norm::Layer { eps: shape.eps, weight: norm, bias: norm_bias },
             weight: if shape.tied { wte } else { lm_head },
+            tile: Reals::EMPTY,
             targets: l.ints(Category::Head, rows),
             losses: l.reals(Category::Head, losses),
             micro_batch: 0,

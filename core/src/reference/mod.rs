@@ -56,6 +56,7 @@ impl<'a, R: Real> Reference<'a, R> {
             ints: self.ints.len(),
             reals: self.reals.len(),
             words: self.words.len(),
+            mapped: 0,
             layout: self.layout,
         }
     }

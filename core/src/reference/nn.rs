@@ -3,12 +3,12 @@
 use core::ops::Range;
 
 use super::{Reference, split};
-use crate::arena::{Ints, Reals, Words};
+use crate::arena::{Ints, Reals};
 use crate::backend::{
-    Attention, Chunk, Columns, CrossEntropy, Gate, Gelu, Half, NnOps, Order, Product, RmsNorm,
-    Rotary,
+    Attention, Chunk, Columns, CrossEntropy, Gate, Gelu, NnOps, Order, Product, RmsNorm, Rotary,
 };
 use crate::error::{Error, Fault, Result};
+use crate::packing::{Packed, Packing};
 use crate::real::Real;
 use crate::rng::{Draw, Stream, drop_threshold, keep};
 
@@ -63,6 +63,23 @@ fn dot<R: Real>(a: &[R], b: &[R]) -> R {
         sum += a * b;
     }
     sum
+}
+
+/// Row `row` of a packed matrix.
+fn unpack_row<R: Real>(x: &Packed, words: &[u32], row: usize, y: &mut [R]) -> Result<()> {
+    let (bytes, values) = (x.packing.bytes(), x.packing.values());
+    let first = x.stored(row) * x.packing.row_bytes(x.cols)?;
+    let (mut block, mut wide) = ([0; Packing::LARGEST], [0.0; 256]);
+    for (b, y) in y.chunks_mut(values).enumerate() {
+        for (at, byte) in (first + b * bytes..).zip(&mut block[..bytes]) {
+            *byte = (words[at / 4] >> (8 * (at % 4))) as u8;
+        }
+        x.packing.unpack(&block[..bytes], &mut wide[..values]);
+        for (y, wide) in y.iter_mut().zip(wide) {
+            *y = R::of(f64::from(wide));
+        }
+    }
+    Ok(())
 }
 
 /// `y += factor·x`.
@@ -250,14 +267,33 @@ impl<R: Real> NnOps for Reference<'_, R> {
         Ok(())
     }
 
-    fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()> {
-        self.arenas().widen(x, y)?;
-        let words = self.words.get(x.range()).ok_or(Error::Handle("widen"))?;
-        let [y] = split(self.reals, [y.range()], "widen")?;
-        for (pair, word) in y.chunks_mut(2).zip(words) {
-            for (y, bits) in pair.iter_mut().zip([*word, word >> 16]) {
-                *y = R::of(f64::from(half.value(bits)));
+    fn unpack(&mut self, x: &Packed, first: usize, y: Reals) -> Result<()> {
+        let rows = self.arenas().unpack(x, first, y)?;
+        let words = self.words.get(x.words.range()).ok_or(Error::Handle("unpack"))?;
+        let [y] = split(self.reals, [y.range()], "unpack")?;
+        for row in 0..rows {
+            unpack_row(x, words, first + row, &mut y[row * x.cols..][..x.cols])?;
+        }
+        Ok(())
+    }
+
+    fn unpack_rows(&mut self, chunk: &Chunk, x: &Packed, rows: Ints, y: Reals) -> Result<()> {
+        let length = self.arenas().unpack_rows(chunk, x, rows, y)?;
+        let rows = self.ints.get(rows.range()).ok_or(Error::Handle("unpack_rows"))?;
+        let words = self.words.get(x.words.range()).ok_or(Error::Handle("unpack_rows"))?;
+        let [y] = split(self.reals, [y.range()], "unpack_rows")?;
+        for (i, &row) in rows.iter().enumerate() {
+            let y = &mut y[i * x.cols..][..x.cols];
+            if let Some(row) = usize::try_from(row).ok().filter(|&row| row < x.rows) {
+                unpack_row(x, words, row, y)?;
+                continue;
             }
+            y.fill(R::zero());
+            self.fault.get_or_insert(Fault::Token {
+                sample: chunk.first.wrapping_add(i / length),
+                value: row,
+                vocab: x.rows,
+            });
         }
         Ok(())
     }

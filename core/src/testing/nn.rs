@@ -1,11 +1,12 @@
 //! [`NnOps`] against the reference, up to rounding.
 
-use super::{Bench, Failure, OUTSIDE, Operand, THREADS, chunk, noise, random};
+use super::{Bench, Failure, OUTSIDE, Operand, THREADS, WORDS, chunk, noise, random};
 use crate::arena::{Ints, Layout, Reals, Words};
 use crate::backend::{
-    Attention, Columns, CrossEntropy, Gate, Gelu, Half, Mask, NnOps, Order, Product, RmsNorm,
-    Rotary, Storage,
+    Attention, Columns, CrossEntropy, Gate, Gelu, Mask, NnOps, Order, Product, RmsNorm, Rotary,
+    Storage,
 };
+use crate::packing::{Packed, Packing};
 use crate::real::Real;
 use crate::rng::{Draw, drop_threshold, keep};
 
@@ -39,6 +40,9 @@ pub fn nn_ops<B: NnOps>(mut new: impl FnMut(&Layout) -> B) -> Result<(), Failure
     }
     for n in [0, 1, 8, 33, 200] {
         activations(&mut bench, n)?;
+    }
+    for size in [[0, 1], [1, 0], [1, 1], [2, 2], [5, 1]] {
+        packings(&mut bench, size)?;
     }
     for [rows, groups, width] in [
         [0, 1, 4],
@@ -165,21 +169,53 @@ fn rows_and_norms<B: NnOps>(
     Ok(())
 }
 
+/// Packed matrices: rows in order and in heads of neighbours, some of them and looked up.
+fn packings<B: NnOps>(bench: &mut Bench<B>, [blocks, heads]: [usize; 2]) -> Result<(), Failure> {
+    for packing in Packing::ALL {
+        let (rows, cols) = (4 * heads, blocks * packing.values());
+        // Refused, and so told, where it is no size.
+        let len = Packed::words_of(packing, rows, cols).unwrap_or(0);
+        if len > WORDS - 16 {
+            // Several of the large blocks have no room.
+            continue;
+        }
+        for neighbours in [0, 4] {
+            let begin = |bench: &mut Bench<B>, op| {
+                bench.begin(op, packing.name(), [rows, cols, neighbours, 0]);
+                // Any bits at all; small, special and ordinary values of 16 bits among them.
+                let words = bench.words(len);
+                let special = [0x0001_8001, 0x7C00_FC00, 0x7E01_03FF, 0x3C00_0400];
+                for (at, word) in special.into_iter().enumerate() {
+                    bench.set_words(words.sub(at, 1), &[word][..words.sub(at, 1).len()]);
+                }
+                Packed { packing, words, rows, cols, neighbours }
+            };
+            for (first, n) in [(0, rows), (rows.min(1), rows.saturating_sub(2)), (rows, 0)] {
+                let x = begin(bench, "unpack");
+                let y = bench.garbage(n * cols);
+                both!(bench, [Operand::set("y", y, 0)], |on| on.unpack(&x, first, y));
+            }
+            for bad in [None, Some(-1), Some(rows as i32)] {
+                let x = begin(bench, "unpack_rows");
+                let list = bench.ints(4, |i| match bad {
+                    // A second one must not win.
+                    Some(bad) if i > 1 => [bad, i32::MAX][i - 2],
+                    None if rows == 0 => -7,
+                    _ => (i * 5 % rows.max(1)) as i32,
+                });
+                let y = bench.garbage(4 * cols);
+                let part = chunk(2);
+                both!(bench, [Operand::set("y", y, 0)], |on| on.unpack_rows(&part, &x, list, y));
+            }
+        }
+    }
+    Ok(())
+}
+
 fn activations<B: NnOps>(bench: &mut Bench<B>, n: usize) -> Result<(), Failure> {
     bench.begin("add", "", [n, 0, 0, 0]);
     let (x, y) = (bench.reals(n), bench.reals(n));
     both!(bench, [Operand::sum("x", x, 1)], |on| on.add(x, y));
-    for (half, case) in [(Half::Bf16, "bf16"), (Half::F16, "f16")] {
-        bench.begin("widen", case, [n, 0, 0, 0]);
-        // Any bits at all; small, special and ordinary values among them.
-        let (x, y) = (bench.words(n.div_ceil(2)), bench.garbage(n));
-        for (at, word) in
-            [0x0001_8001, 0x7C00_FC00, 0x7E01_03FF, 0x3C00_0400].into_iter().enumerate()
-        {
-            bench.set_words(x.sub(at, 1), &[word][..x.sub(at, 1).len()]);
-        }
-        both!(bench, [Operand::set("y", y, 0)], |on| on.widen(half, x, y));
-    }
     for (act, case) in
         [(Gate::Silu, "silu"), (Gate::Gelu(Gelu::Tanh), "tanh"), (Gate::Gelu(Gelu::Exact), "exact")]
     {
@@ -779,12 +815,31 @@ fn refusals<B: NnOps>(bench: &mut Bench<B>) -> Result<(), Failure> {
     let (up, dy) = (b.sub(0, 9), c.sub(0, 9));
     refused!(bench, "dgate too long", |on| on.gated_vjp(act, gate, up, dy, d.sub(0, 10)));
     refused!(bench, "dgate is dup", |on| on.gated_vjp(act, gate, up, dy, dy));
-    bench.op = "widen";
-    let words = bench.words(4);
-    refused!(bench, "too few words", |on| on.widen(Half::Bf16, words, a.sub(0, 9)));
-    refused!(bench, "too many words", |on| on.widen(Half::F16, words, a.sub(0, 6)));
-    refused!(bench, "words outside", |on| on.widen(Half::F16, Words::new(OUTSIDE, 4), a.sub(0, 8)));
-    refused!(bench, "y outside", |on| on.widen(Half::Bf16, words, far(8)));
+    bench.op = "unpack";
+    let words = bench.words(5);
+    let x = Packed { packing: Packing::Bf16, words, rows: 2, cols: 5, neighbours: 0 };
+    let far_away = Packed { words: Words::new(OUTSIDE, 5), ..x };
+    let (short, long) = (Packed { words: words.sub(0, 4), ..x }, Packed { rows: 1, ..x });
+    refused!(bench, "too few words", |on| on.unpack(&short, 0, a.sub(0, 10)));
+    refused!(bench, "too many words", |on| on.unpack(&long, 0, a.sub(0, 5)));
+    refused!(bench, "words outside", |on| on.unpack(&far_away, 0, a.sub(0, 10)));
+    refused!(bench, "y outside", |on| on.unpack(&x, 0, far(10)));
+    refused!(bench, "no whole rows", |on| on.unpack(&x, 0, a.sub(0, 9)));
+    refused!(bench, "rows beyond the last", |on| on.unpack(&x, 1, a.sub(0, 10)));
+    refused!(bench, "a row that overflows", |on| on.unpack(&x, usize::MAX, a.sub(0, 10)));
+    let odd = Packed { neighbours: 1, ..x };
+    refused!(bench, "an odd head", |on| on.unpack(&odd, 0, a.sub(0, 10)));
+    let split = Packed { neighbours: 4, ..x };
+    refused!(bench, "no whole heads", |on| on.unpack(&split, 0, a.sub(0, 10)));
+    let broken = Packed { packing: Packing::Q4_0, ..x };
+    refused!(bench, "no whole blocks", |on| on.unpack(&broken, 0, a.sub(0, 10)));
+    bench.op = "unpack_rows";
+    let two = bench.ints(2, |i| i as i32);
+    refused!(bench, "y too short", |on| on.unpack_rows(&ok, &x, two, a.sub(0, 5)));
+    refused!(bench, "rows outside", |on| {
+        on.unpack_rows(&ok, &x, Ints::new(OUTSIDE, 2), a.sub(0, 10))
+    });
+    refused!(bench, "y outside", |on| on.unpack_rows(&ok, &x, two, far(10)));
     bench.op = "add_columns";
     let (from, to) = (Columns { of: a, stride: 12, at: 2 }, Columns { of: b, stride: 6, at: 1 });
     let ten = Columns { of: b.sub(0, 60), ..to };

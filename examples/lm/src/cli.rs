@@ -1072,7 +1072,7 @@ mod tests {
     fn fine_tuning_has_defaults_of_its_own() {
         let f = finetune("--data a.csv --weights b --batch 2");
         assert_eq!(
-            (f.task, f.method.method, f.method.adapters()),
+            (f.task, f.method.method, f.method.lora()),
             (TaskKind::E2e, MethodKind::Full, None)
         );
         assert_eq!((f.run.optim.lr, f.run.optim.weight_decay, f.run.steps), (2e-4, 0.01, 1000));
@@ -1088,14 +1088,11 @@ mod tests {
         assert_eq!((train("").run.optim.lr, train("train").run.steps), (1e-3, 130));
         let f =
             finetune("--data a --model x/y --method lora --frozen-dtype f16 --lr 1 --epochs 2.5");
-        let adapters = f.method.adapters().unwrap();
+        let shape = f.method.lora().unwrap();
+        assert_eq!((shape.rank, shape.alpha, shape.scale()), (4, 32.0, 8.0));
         assert_eq!(
-            (adapters.shape.rank, adapters.shape.alpha, adapters.shape.scale()),
-            (4, 32.0, 8.0)
-        );
-        assert_eq!(
-            (adapters.half, f.run.optim.lr, f.run.epochs),
-            (Some(bdia_core::backend::Half::F16), 1.0, Some(2.5))
+            (f.method.frozen_dtype, f.run.optim.lr, f.run.epochs),
+            (Some(FrozenKind::F16), 1.0, Some(2.5))
         );
         let columns = |flags: &str| {
             let f = finetune(&format!("--data a --weights b {flags}"));

@@ -9,10 +9,11 @@
 use std::path::{Path, PathBuf};
 
 use bdia_models::for_family;
-use bdia_models::language::{Config, Family};
+use bdia_models::language::{Config, Family, frozen};
+use bdia_models::named::{Adapters, Frozen};
 use bdia_models::pretrained;
 use bdia_train::checkpoint::Header;
-use bdia_train::cli::{Flags as _, MethodKind};
+use bdia_train::cli::{BackendKind, Flags as _, FrozenKind, MachineArgs, MethodArgs, MethodKind};
 use bdia_train::trainer::Summary;
 use bdia_train::{Failure, ranks, report, run};
 
@@ -65,14 +66,19 @@ fn finetune_on<C: Config>(
     config.set_dropout(args.run.dropout);
     let (source, context) = open(&mut args, &config, &texts)?;
     if from.is_none() {
-        let how = (context, args.method.adapters());
+        let kind = storage(&args.method, &config, &weights)?;
+        args.method.frozen_dtype = kind;
+    }
+    let adapters = adapters(&args.method, &args.run.machine, &config, Some(&weights))?;
+    if from.is_none() {
+        let how = (context, adapters);
         calibrate::measure(&mut args.run, &source, &config, &weights, how)?;
     }
     config.set_training(args.run.mode.training()?);
     let lesson = Lesson {
         run: args.run.clone(),
         context,
-        adapters: args.method.adapters(),
+        adapters,
         packed: args.pack,
         config,
         source,
@@ -82,6 +88,45 @@ fn finetune_on<C: Config>(
         asked: Asked::Finetune(Box::new(args.clone())),
     };
     lesson.learn(args, "bdia-lm finetune", from, joined)
+}
+
+/// How matrices that are not trained are stored: as the flags say, else as a file has them, where
+/// that is in few bits.
+pub(crate) fn storage<C: Config>(
+    method: &MethodArgs,
+    config: &C,
+    weights: &Path,
+) -> Result<Option<FrozenKind>, Failure> {
+    if method.lora().is_none() || method.frozen_dtype.is_some() {
+        return Ok(method.frozen_dtype);
+    }
+    let is_narrow = weights.is_file() && pretrained::is_narrow(weights, &config.dims())?;
+    Ok(Some(if is_narrow { FrozenKind::File } else { FrozenKind::F32 }))
+}
+
+/// Adapters, where those are trained, and how the model that they are for is stored.
+pub(crate) fn adapters<C: Config>(
+    method: &MethodArgs,
+    machine: &MachineArgs,
+    config: &C,
+    weights: Option<&Path>,
+) -> Result<Option<Adapters>, Failure> {
+    let Some(shape) = method.lora() else { return Ok(None) };
+    let (dims, kind) = (config.dims(), method.frozen_dtype.unwrap_or(FrozenKind::F32));
+    let frozen = match (kind, kind.packing(), weights) {
+        (FrozenKind::File, _, Some(path)) => {
+            // A device has no part in the memory of files.
+            let mapped = machine.backend == BackendKind::Cpu;
+            frozen::as_stored(&dims, &*pretrained::source(path, &dims)?, mapped)?
+        }
+        (FrozenKind::File, _, None) => {
+            let text = "--frozen-dtype file: expected --model, whose file it is, found nothing";
+            return Err(Failure::Other(text.into()));
+        }
+        (_, Some(packing), _) => frozen::packed(&dims, packing)?,
+        _ => Frozen::default(),
+    };
+    Ok(Some(Adapters { shape, frozen }))
 }
 
 /// The data, the tokens of a sample, and the number of steps where passes were asked for.

@@ -33,6 +33,7 @@ use serde_json::json;
 
 use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PairArgs, PlanArgs, SpecialTokens, TaskKind};
 use crate::data::{Corpus, DataError, Part, TokenType, start_token};
+use crate::finetune::{self, storage};
 use crate::hub;
 use crate::pairs::{Examples, begun};
 use crate::train::{self, Texts, end_tokens};
@@ -530,14 +531,26 @@ fn generate_on<C: Config>(
 /// # Errors
 /// [`Failure`], among them a budget that cannot be met, with the smallest plan.
 pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
-    let config = match &args.weights {
-        Some(model) => hub::open_config(model)?.config,
-        None => args.model.fresh(args.dropout, VOCAB)?,
+    let (config, weights) = match &args.weights {
+        Some(model) => {
+            let opened = hub::open_config(model)?;
+            (opened.config, Some(opened.path))
+        }
+        None => (args.model.fresh(args.dropout, VOCAB)?, None),
     };
-    for_family!(config, config => plan_of(args, config))
+    for_family!(config, config => plan_of(args, config, weights.as_deref()))
 }
 
-fn plan_of<C: Config>(args: &PlanArgs, mut config: C) -> Result<(), Failure> {
+fn plan_of<C: Config>(
+    args: &PlanArgs,
+    mut config: C,
+    weights: Option<&Path>,
+) -> Result<(), Failure> {
+    let mut method = args.method.clone();
+    if let Some(path) = weights {
+        method.frozen_dtype = storage(&method, &config, path)?;
+    }
+    let adapters = finetune::adapters(&method, &args.machine, &config, weights)?;
     config.set_dropout(args.dropout);
     let dims = config.dims();
     let context = args.model.context.map_or(dims.positions(), |c| c as usize);
@@ -552,7 +565,7 @@ fn plan_of<C: Config>(args: &PlanArgs, mut config: C) -> Result<(), Failure> {
         mode: machine::mode(&args.mode, layers, args.verify)?,
         gradients: machine::gradients(&args.optim, args.accumulate),
         blocks_per_step: args.mode.blocks_per_step as usize,
-        adapters: args.method.adapters(),
+        adapters,
         packed: false,
         smoothing: 0.0,
         threads,
@@ -619,6 +632,7 @@ fn plan_of<C: Config>(args: &PlanArgs, mut config: C) -> Result<(), Failure> {
             "{}",
             json!({
                 "plan_bytes": layout.total(),
+                "mapped_bytes": 4 * layout.mapped_words(),
                 "parameters": model.parameters(),
                 "chunk": choice.chunk,
                 "head_rows": choice.head_rows,

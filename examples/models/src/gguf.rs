@@ -6,23 +6,17 @@
 //! and written a piece at a time. What is written is of version 3, with values of 16 or 32 bits or
 //! `Q8_0`, which is quantized as ggml's reference implementation does.
 //!
-//! The formats of the blocks are those of ggml's reference implementation:
-//!
-//! | type | values | bytes | value |
-//! |---|---|---|---|
-//! | `Q4_0`, `Q5_0`, `Q8_0` | 32 | 18, 22, 34 | `d·q`, `q` from −8, −16, −127 |
-//! | `Q4_1`, `Q5_1` | 32 | 20, 24 | `d·q + m` |
-//! | `Q4_K`, `Q5_K` | 256 | 144, 176 | `(d·s)·q − e·t`, `s`, `t` of 6 bits for each 32 values |
-//! | `Q6_K` | 256 | 210 | `(d·s)·q`, `s` of 8 bits for each 16 values, `q` from −32 |
+//! The formats of the blocks are those of [`bdia_core::packing`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
+use bdia_core::Packing;
 
 use crate::files::{FileError, Temporary, write_atomic};
+use crate::packing::{self, Blocks};
 use crate::weights::{Pieces, WeightsError};
 
 /// The first bytes of a file.
@@ -41,212 +35,20 @@ const ALIGNMENT: u64 = 32;
 /// Values that are converted at a time: whole blocks of every kind.
 const PIECE: usize = 4096;
 
-/// How the values of a tensor are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(non_camel_case_types, reason = "the format's own names")]
-pub enum Kind {
-    /// 32 bits.
-    F32,
-    /// IEEE binary16.
-    F16,
-    /// The upper half of an `f32`.
-    Bf16,
-    /// See the [module](self).
-    Q4_0,
-    /// See the [module](self).
-    Q4_1,
-    /// See the [module](self).
-    Q5_0,
-    /// See the [module](self).
-    Q5_1,
-    /// See the [module](self).
-    Q8_0,
-    /// See the [module](self).
-    Q4_K,
-    /// See the [module](self).
-    Q5_K,
-    /// See the [module](self).
-    Q6_K,
-}
-
-impl Kind {
-    /// Number in files, name, values of a block, bytes of a block.
-    const ALL: [(Self, u32, &'static str, usize, usize); 11] = [
-        (Self::F32, 0, "F32", 1, 4),
-        (Self::F16, 1, "F16", 1, 2),
-        (Self::Bf16, 30, "BF16", 1, 2),
-        (Self::Q4_0, 2, "Q4_0", 32, 18),
-        (Self::Q4_1, 3, "Q4_1", 32, 20),
-        (Self::Q5_0, 6, "Q5_0", 32, 22),
-        (Self::Q5_1, 7, "Q5_1", 32, 24),
-        (Self::Q8_0, 8, "Q8_0", 32, 34),
-        (Self::Q4_K, 12, "Q4_K", 256, 144),
-        (Self::Q5_K, 13, "Q5_K", 256, 176),
-        (Self::Q6_K, 14, "Q6_K", 256, 210),
-    ];
-
-    fn of(number: u32) -> Option<Self> {
-        Self::ALL.iter().find(|k| k.1 == number).map(|k| k.0)
-    }
-
-    fn entry(self) -> (usize, usize) {
-        // Every kind is in the list.
-        Self::ALL.iter().find(|k| k.0 == self).map_or((1, 4), |k| (k.3, k.4))
-    }
-
-    /// The name.
-    pub fn name(self) -> &'static str {
-        Self::ALL.iter().find(|k| k.0 == self).map_or("", |k| k.2)
-    }
-
-    /// Values of a block.
-    pub fn values(self) -> usize {
-        self.entry().0
-    }
-
-    /// Bytes of a block.
-    pub fn bytes(self) -> usize {
-        self.entry().1
-    }
-
-    /// Whether it can be written.
-    pub const fn is_written(self) -> bool {
-        matches!(self, Self::F32 | Self::F16 | Self::Bf16 | Self::Q8_0)
-    }
-
-    /// The largest magnitude that a file holds, where it can be written.
-    fn largest(self) -> f32 {
-        match self {
-            Self::F16 => f16::MAX.to_f32(),
-            Self::Bf16 => bf16::MAX.to_f32(),
-            Self::Q8_0 => 127.0 * f16::MAX.to_f32(),
-            _ => f32::MAX,
-        }
-    }
-
-    /// Appends a block with these values, of a kind that can be written; false where one of them
-    /// has no finite counterpart.
-    fn pack(self, values: &[f32], out: &mut Vec<u8>) -> bool {
-        if !values.iter().all(|x| x.is_finite()) {
-            return false;
-        }
-        match self {
-            Self::F16 => values.iter().all(|x| {
-                let half = f16::from_f32(*x);
-                out.extend(half.to_le_bytes());
-                half.is_finite()
-            }),
-            Self::Bf16 => values.iter().all(|x| {
-                let half = bf16::from_f32(*x);
-                out.extend(half.to_le_bytes());
-                half.is_finite()
-            }),
-            Self::Q8_0 => {
-                let most = values.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
-                let d = most / 127.0;
-                // Where 1/d overflows, d itself is 0 in 16 bits.
-                let inverse = Some(1.0 / d).filter(|x| x.is_finite()).unwrap_or(0.0);
-                let scale = f16::from_f32(d);
-                out.extend(scale.to_le_bytes());
-                out.extend(values.iter().map(|x| (x * inverse).round() as i8 as u8));
-                scale.is_finite()
-            }
-            _ => {
-                out.extend(values.iter().flat_map(|x| x.to_le_bytes()));
-                true
-            }
-        }
-    }
-
-    /// The values of whole blocks, by ggml's formulas in the order of its operations.
-    pub fn dequantize(self, blocks: &[u8], out: &mut [f32]) {
-        let (values, bytes) = self.entry();
-        for (block, y) in blocks.chunks_exact(bytes).zip(out.chunks_exact_mut(values)) {
-            self.block(block, y);
-        }
-    }
-
-    fn block(self, b: &[u8], y: &mut [f32]) {
-        let half = |at: usize| f16::from_le_bytes([b[at], b[at + 1]]).to_f32();
-        // The fifth bits of 32 values.
-        let fifth = |at: usize| u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
-        match self {
-            Self::F32 => y[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-            Self::F16 => y[0] = half(0),
-            Self::Bf16 => y[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-            Self::Q8_0 => {
-                let d = half(0);
-                y.iter_mut().zip(&b[2..]).for_each(|(y, q)| *y = f32::from(*q as i8) * d);
-            }
-            Self::Q4_0 | Self::Q4_1 => {
-                let with_m = self == Self::Q4_1;
-                let (d, m) = (half(0), if with_m { half(2) } else { 0.0 });
-                let qs = &b[if with_m { 4 } else { 2 }..];
-                for (j, q) in qs.iter().enumerate() {
-                    for (at, q) in [(j, q & 15), (j + 16, q >> 4)] {
-                        y[at] =
-                            if with_m { d * f32::from(q) + m } else { d * f32::from(q as i8 - 8) };
-                    }
-                }
-            }
-            Self::Q5_0 | Self::Q5_1 => {
-                let with_m = self == Self::Q5_1;
-                let (d, m) = (half(0), if with_m { half(2) } else { 0.0 });
-                let at = if with_m { 4 } else { 2 };
-                let high = fifth(at);
-                for (j, q) in b[at + 4..].iter().enumerate() {
-                    for (at, low) in [(j, q & 15), (j + 16, q >> 4)] {
-                        let q = low | ((high >> at & 1) << 4) as u8;
-                        y[at] =
-                            if with_m { d * f32::from(q) + m } else { d * f32::from(q as i8 - 16) };
-                    }
-                }
-            }
-            Self::Q4_K | Self::Q5_K => {
-                let (d, e) = (half(0), half(2));
-                let scales = &b[4..16];
-                let (high, qs) =
-                    if self == Self::Q5_K { b[16..].split_at(32) } else { (&[][..], &b[16..]) };
-                for (part, y) in y.chunks_exact_mut(32).enumerate() {
-                    let (s, t) = scale_and_minimum(scales, part);
-                    let (s, t) = (d * f32::from(s), e * f32::from(t));
-                    let qs = &qs[part / 2 * 32..][..32];
-                    for (l, y) in y.iter_mut().enumerate() {
-                        let low = if part % 2 == 0 { qs[l] & 15 } else { qs[l] >> 4 };
-                        let bit = high.get(l).map_or(0, |h| h >> part & 1);
-                        *y = s * f32::from(low | bit << 4) - t;
-                    }
-                }
-            }
-            Self::Q6_K => {
-                let (low, rest) = b.split_at(128);
-                let (high, rest) = rest.split_at(64);
-                let d = half(208);
-                for (part, y) in y.chunks_exact_mut(32).enumerate() {
-                    // Two halves of 128 values; in each, four quarters of 32.
-                    let (n, quarter) = (part / 4, part % 4);
-                    let low = &low[n * 64 + quarter % 2 * 32..][..32];
-                    let high = &high[n * 32..][..32];
-                    for (l, y) in y.iter_mut().enumerate() {
-                        let four = if quarter < 2 { low[l] & 15 } else { low[l] >> 4 };
-                        let q = (four | (high[l] >> (2 * quarter) & 3) << 4) as i8 - 32;
-                        let scale = rest[n * 8 + quarter * 2 + l / 16] as i8;
-                        *y = d * f32::from(scale) * f32::from(q);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Scale and minimum, of 6 bits each, of 32 of a block's 256 values.
-fn scale_and_minimum(packed: &[u8], part: usize) -> (u8, u8) {
-    if part < 4 {
-        return (packed[part] & 63, packed[part + 4] & 63);
-    }
-    let (both, low, high) = (packed[part + 4], packed[part - 4], packed[part]);
-    (both & 15 | low >> 6 << 4, both >> 4 | high >> 6 << 4)
-}
+/// Numbers of packings in files.
+const NUMBERS: [(Packing, u32); 11] = [
+    (Packing::F32, 0),
+    (Packing::F16, 1),
+    (Packing::Bf16, 30),
+    (Packing::Q4_0, 2),
+    (Packing::Q4_1, 3),
+    (Packing::Q5_0, 6),
+    (Packing::Q5_1, 7),
+    (Packing::Q8_0, 8),
+    (Packing::Q4_K, 12),
+    (Packing::Q5_K, 13),
+    (Packing::Q6_K, 14),
+];
 
 /// The type of the elements of a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -417,7 +219,7 @@ pub struct Tensor {
     /// Its shape, the last dimension the one that lies together.
     pub shape: Vec<usize>,
     /// How its values are stored.
-    pub kind: Kind,
+    pub kind: Packing,
     /// First byte in the file.
     offset: u64,
 }
@@ -538,7 +340,7 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    fn tensor(&mut self) -> Said<(String, Vec<u64>, Kind, u64)> {
+    fn tensor(&mut self) -> Said<(String, Vec<u64>, Packing, u64)> {
         let name = self.text(MOST_NAME)?;
         let n = self.u32()?;
         if n > MOST_DIMENSIONS {
@@ -548,8 +350,9 @@ impl<R: Read> Reader<R> {
         // The first dimension is the one that lies together.
         shape.reverse();
         let number = self.u32()?;
-        let kind = Kind::of(number).ok_or_else(|| {
-            let known: Vec<_> = Kind::ALL.iter().map(|k| k.2).collect();
+        let kind = NUMBERS.iter().find(|known| known.1 == number);
+        let kind = kind.map(|known| known.0).ok_or_else(|| {
+            let known: Vec<_> = NUMBERS.iter().map(|known| known.0.name()).collect();
             format!("tensor {name:?} has type {number}, expected one of {}", known.join(", "))
         })?;
         Ok((name, shape, kind, self.u64()?))
@@ -623,6 +426,13 @@ fn header<R: Read>(path: &Path, mut r: Reader<R>, len: u64) -> Said<Gguf> {
 }
 
 impl Gguf {
+    /// Where a tensor lies.
+    pub fn blocks(&self, name: &str) -> Option<Blocks> {
+        let tensor = self.tensors.get(name)?;
+        let path = self.path.clone();
+        Some(Blocks { packing: tensor.kind, neighbours: 0, path, offset: tensor.offset })
+    }
+
     /// Reads a file's header.
     ///
     /// # Errors
@@ -686,7 +496,7 @@ impl Gguf {
             let n = PIECE.min(tensor.len() - at);
             let (bytes, values) = (&mut bytes[..n / per * unit], &mut values[..n]);
             file.read_exact(bytes).map_err(failed)?;
-            tensor.kind.dequantize(bytes, values);
+            tensor.kind.unpack(bytes, values);
             if let Some(i) = values.iter().position(|v| !v.is_finite()) {
                 let (path, name, at) = (self.path.clone(), name.into(), at + i);
                 return Err(WeightsError::NotFinite { path, name, at, value: values[i] });
@@ -723,7 +533,7 @@ pub enum WriteError {
     /// A value that the tensor cannot hold as it is to be stored.
     #[error(
         "tensor {name}: element {at} is {value}, expected a number up to {}, the largest of {}",
-        kind.largest(),
+        packing::largest(*kind),
         kind.name()
     )]
     Range {
@@ -734,7 +544,7 @@ pub enum WriteError {
         /// Its value.
         value: f32,
         /// How it is to be stored.
-        kind: Kind,
+        kind: Packing,
     },
 }
 
@@ -751,8 +561,8 @@ pub struct NewTensor {
     pub name: String,
     /// The shape, the last dimension the one that lies together.
     pub shape: Vec<usize>,
-    /// How its values are stored: a kind that [can be written](Kind::is_written).
-    pub kind: Kind,
+    /// How its values are stored: one that [can be written](packing::WRITTEN).
+    pub kind: Packing,
 }
 
 /// Takes the values of one tensor, in any number of pieces.
@@ -802,7 +612,7 @@ impl Sink<'_> {
         let kind = self.tensor.kind;
         self.bytes.clear();
         for block in values.chunks_exact(kind.values()) {
-            if !kind.pack(block, &mut self.bytes) {
+            if !packing::pack(kind, block, &mut self.bytes) {
                 let wrong = |x: &f32| if x.is_finite() { x.abs() } else { f32::INFINITY };
                 let largest =
                     |a: &(usize, &f32), b: &(usize, &f32)| wrong(a.1).total_cmp(&wrong(b.1));
@@ -904,8 +714,8 @@ fn new_header(metadata: &[(String, Value)], tensors: &[NewTensor]) -> Result<Vec
             let expected = format!("at most {MOST_DIMENSIONS} dimensions");
             return Err(unfit(&expected, shape.len().to_string()));
         }
-        if !kind.is_written() {
-            return Err(unfit("F32, F16, BF16 or Q8_0", kind.name().into()));
+        if !packing::WRITTEN.contains(kind) {
+            return Err(unfit("F32, F16, BF16, Q8_0 or Q4_0", kind.name().into()));
         }
         if !shape.last().unwrap_or(&1).is_multiple_of(kind.values()) {
             let expected = format!("rows of whole blocks of {} values", kind.values());
@@ -920,7 +730,7 @@ fn new_header(metadata: &[(String, Value)], tensors: &[NewTensor]) -> Result<Vec
         text(&mut out, name);
         out.extend((shape.len() as u32).to_le_bytes());
         out.extend(shape.iter().rev().flat_map(|d| (*d as u64).to_le_bytes()));
-        let number = Kind::ALL.iter().find(|k| k.0 == *kind).map_or(0, |k| k.1);
+        let number = NUMBERS.iter().find(|known| known.0 == *kind).map_or(0, |known| known.1);
         out.extend(number.to_le_bytes());
         out.extend(at.to_le_bytes());
         at = end.next_multiple_of(ALIGNMENT);

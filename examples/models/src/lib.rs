@@ -12,6 +12,7 @@ pub mod input;
 pub mod language;
 pub mod llama;
 pub mod named;
+pub mod packing;
 pub mod plan;
 pub mod pretrained;
 pub mod sample;

@@ -4,14 +4,15 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::thread::Builder;
 
-use bdia_core::Real;
-use bdia_core::arena::{Reals, Words};
-use bdia_core::backend::{Backend, Half};
-use bdia_core::error::Result;
+use bdia_core::arena::Reals;
+use bdia_core::backend::{Backend, Order};
+use bdia_core::error::{Error, Result};
 use bdia_core::layers::{
-    Branches, Freeze, Home, Init, LoraShape, Params, Residual, Tensor, Tensors,
+    Branches, Freeze, Home, Init, LoraShape, Params, Residual, Store, Tensor, Tensors,
 };
+use bdia_core::{Packed, Real};
 
+use crate::packing;
 use crate::weights::{self, Sink, Source, WeightsError};
 
 /// Values that are copied at a time.
@@ -22,21 +23,35 @@ const PIECE: usize = 1 << 14;
 pub struct Adapters {
     /// Rank and factor of the adapters: of queries and values, or of every linear layer.
     pub shape: LoraShape,
-    /// Storage of the blocks' matrices, where it is 16 bits; norms, biases and what is outside the
-    /// blocks always are reals.
-    pub half: Option<Half>,
+    /// How the rest is stored.
+    pub frozen: Frozen,
+}
+
+/// How matrices that stay as they are are stored, where it is in few bits; norms and biases always
+/// are reals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Frozen {
+    /// Those of the blocks.
+    pub blocks: Option<Store>,
+    /// The embedding and the head of a language model.
+    pub ends: Option<Store>,
 }
 
 impl Adapters {
+    /// Adapters of a network that is stored in reals.
+    pub fn new(shape: LoraShape) -> Self {
+        Self { shape, frozen: Frozen::default() }
+    }
+
     /// The adapters of the blocks, and what is frozen there.
     pub fn of_blocks(adapters: Option<Self>) -> (Option<LoraShape>, Freeze) {
-        let freeze = adapters.map_or(Freeze::Nothing, |a| Freeze::All(a.half));
+        let freeze = adapters.map_or(Freeze::Nothing, |a| Freeze::All(a.frozen.blocks));
         (adapters.map(|a| a.shape), freeze)
     }
 
     /// What is frozen outside the blocks.
     pub fn of_ends(adapters: Option<Self>) -> Freeze {
-        adapters.map_or(Freeze::Nothing, |_| Freeze::All(None))
+        adapters.map_or(Freeze::Nothing, |a| Freeze::All(a.frozen.ends))
     }
 }
 
@@ -52,10 +67,10 @@ pub struct Named {
     pub transposed: bool,
     /// The tensor as its part has it.
     pub tensor: Tensor,
-    /// The values; empty where they are stored in 16 bits.
+    /// The values; empty where they are stored in few bits.
     pub values: Reals,
-    /// The values that are stored in 16 bits.
-    pub narrow: Option<(Half, Words)>,
+    /// The values that are stored in few bits, in the order of the shape.
+    pub packed: Option<Packed>,
     /// Their gradient; with fused updates the buffer that all blocks use.
     pub gradient: Reals,
     /// The optimizer's state.
@@ -67,11 +82,11 @@ impl Named {
     pub fn new(name: String, params: &Params, k: usize, t: &Tensor) -> Self {
         Self {
             name,
-            shape: if t.matrix { vec![t.rows, t.cols] } else { vec![t.cols] },
+            shape: if t.matrix { t.stored_as().to_vec() } else { vec![t.cols] },
             transposed: false,
             tensor: *t,
             values: params.value(k, t),
-            narrow: params.words(k, t),
+            packed: params.packed(k, t),
             gradient: params.gradient(k, t),
             state: params.state(k, t),
         }
@@ -80,7 +95,8 @@ impl Named {
     /// The same where the file has the transpose of a matrix.
     #[must_use]
     pub fn transposed(mut self) -> Self {
-        if self.tensor.matrix {
+        // What is stored as files have it needs no change.
+        if self.tensor.matrix && self.tensor.stored.order == Order::Plain {
             self.shape = vec![self.tensor.cols, self.tensor.rows];
             self.transposed = true;
         }
@@ -114,53 +130,63 @@ impl Named {
 
     /// Whether a finite value stays finite as the tensor is stored.
     pub fn holds(&self, x: f32) -> bool {
-        self.narrow.is_none_or(|(half, _)| half.value(rounded(half, x)).is_finite())
+        self.packed.is_none_or(|p| x.abs() <= packing::largest(p.packing))
     }
 
-    /// Writes values from index `at` on, an even one, as the tensor is stored: rounded to nearest
-    /// where that is in 16 bits (see [`holds`](Self::holds)).
+    /// Writes values from index `at` on, a multiple of 64, as the tensor is stored: rounded where
+    /// that is in few bits (see [`holds`](Self::holds)).
     ///
     /// # Errors
-    /// What the backend reports.
+    /// Few bits that cannot be written, or that a value does not fit; what the backend reports.
     pub fn put<B: Backend>(&self, be: &mut B, at: usize, values: &[B::Real]) -> Result<()> {
-        let Some((half, words)) = self.narrow else {
+        let Some(Packed { packing, words, neighbours, .. }) = self.packed else {
             return be.write_reals(self.values.sub(at, values.len()), values);
         };
-        let bits = |x: B::Real| rounded(half, x.wide() as f32);
-        let mut piece = [0; 256];
-        for (i, values) in values.chunks(2 * piece.len()).enumerate() {
-            let piece = &mut piece[..values.len().div_ceil(2)];
-            for (word, pair) in piece.iter_mut().zip(values.chunks(2)) {
-                *word = bits(pair[0]) | pair.get(1).map_or(0, |&x| bits(x) << 16);
+        let unit = packing.values();
+        if !packing::WRITTEN.contains(&packing) || neighbours > 0 || !at.is_multiple_of(64) {
+            let possible = "F32, F16, BF16, Q8_0 or Q4_0, in pieces of 64 values";
+            return Err(Error::unfit("storage of a tensor that is written", "another", possible));
+        }
+        let (mut wide, mut bytes, mut whole) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, values) in values.chunks(64 * 64).enumerate() {
+            wide.clear();
+            wide.extend(values.iter().map(|x| x.wide() as f32));
+            bytes.clear();
+            if !wide.chunks(unit).all(|block| packing::pack(packing, block, &mut bytes)) {
+                let possible = "finite ones, in the range of the packing";
+                return Err(Error::unfit("values that are stored in few bits", "others", possible));
             }
-            be.write_words(words.sub(at / 2 + i * 256, piece.len()), piece)?;
+            packing::to_words(&bytes, &mut whole);
+            let first = (at + i * 64 * 64) / unit * packing.bytes() / 4;
+            be.write_words(words.sub(first, whole.len()), &whole)?;
         }
         Ok(())
     }
 
-    /// Reads values from index `at` on, an even one.
+    /// Reads values from index `at` on.
     ///
     /// # Errors
-    /// What the backend reports.
+    /// Values that are mapped; what the backend reports.
     pub fn get<B: Backend<Real = f32>>(&self, be: &B, at: usize, out: &mut [f32]) -> Result<()> {
-        let Some((half, words)) = self.narrow else {
+        let Some(p) = self.packed else {
             return be.read_reals(self.values.sub(at, out.len()), out);
         };
-        let mut pairs = vec![0; out.len().div_ceil(2)];
-        be.read_words(words.sub(at / 2, pairs.len()), &mut pairs)?;
-        for (i, x) in out.iter_mut().enumerate() {
-            *x = half.value(pairs[i / 2] >> (i % 2 * 16) & 0xFFFF);
+        let (row_bytes, cols) = (p.packing.row_bytes(p.cols)?, p.cols.max(1));
+        let (mut words, mut wide) = (Vec::new(), vec![0.0; cols]);
+        let mut done = 0;
+        while done < out.len() {
+            let (row, col) = ((at + done) / cols, (at + done) % cols);
+            let from = p.stored(row) * row_bytes;
+            words.resize((from % 4 + row_bytes).div_ceil(4), 0);
+            be.read_words(p.words.sub(from / 4, words.len()), &mut words)?;
+            let bytes: Vec<_> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+            p.packing.unpack(&bytes[from % 4..][..row_bytes], &mut wide);
+            let n = (cols - col).min(out.len() - done);
+            out[done..done + n].copy_from_slice(&wide[col..col + n]);
+            done += n;
         }
         Ok(())
     }
-}
-
-/// The nearest value of 16 bits.
-fn rounded(half: Half, x: f32) -> u32 {
-    u32::from(match half {
-        Half::Bf16 => half::bf16::from_f32(x).to_bits(),
-        Half::F16 => half::f16::from_f32(x).to_bits(),
-    })
 }
 
 /// The tensors of block `k` that are there, in order.
@@ -199,13 +225,22 @@ pub fn initialize<B: Backend>(
             be.fill_reals(state, B::Real::of(0.0))?;
         }
         let t = &named.tensor;
+        if t.stored.order == Order::Transposed {
+            let possible = "in the order of the layer";
+            return Err(Error::unfit(
+                "a matrix that is drawn",
+                "stored as files have it",
+                possible,
+            ));
+        }
         let draw = |first: usize, values: &mut [B::Real]| {
             for (row, line) in values.chunks_mut(t.cols.max(1)).enumerate() {
                 t.draw(seed, i as u32, first + row, line);
             }
         };
-        // Pieces begin at an even value.
-        let share = PIECE.div_ceil(t.cols.max(1)).next_multiple_of(2);
+        // Pieces of what is stored in few bits begin at a multiple of 64 values.
+        let even = if named.packed.is_some() { 64 } else { 1 };
+        let share = PIECE.div_ceil(t.cols.max(1)).next_multiple_of(even);
         let cheap = matches!(t.init, Init::Zeros | Init::Ones) || t.rows == 1;
         let together = if cheap { 1 } else { threads };
         for first in (0..t.rows).step_by(share * together) {
@@ -275,14 +310,32 @@ pub fn read<B: Backend<Real = f32>>(
     weights.check(&shapes(tensors))?;
     for (name, shape, range) in of_file(tensors) {
         let parts = &tensors[range];
+        let packed = parts.iter().find_map(|t| t.packed.as_ref());
+        let blocks = packed.and(weights.blocks(&name));
+        if let (Some(x), Some(blocks)) = (packed, &blocks)
+            && blocks.are(x)
+            && matches!(parts, [t] if !t.transposed)
+        {
+            weights.stream(&name, &mut |_, values| {
+                each(&name, values);
+                Ok(())
+            })?;
+            blocks.store(be, x)?;
+            continue;
+        }
+        if let Some(x) = packed.filter(|x| x.words.is_mapped() || x.neighbours > 0) {
+            let expected = format!("{}, to be used where it lies", x.packing.name());
+            let found = blocks.map_or("values that have to be converted".into(), |b| {
+                format!("{} in another order", b.packing.name())
+            });
+            return Err(WeightsError::Stored { name, expected, found });
+        }
         if let [t] = parts
             && !t.transposed
+            && t.packed.is_none()
         {
             weights.stream(&name, &mut |at, values| {
                 each(&name, values);
-                if let Some(&value) = values.iter().find(|v| !t.holds(**v)) {
-                    return Err(WeightsError::Narrow { name: name.clone(), value });
-                }
                 Ok(t.put(be, at, values)?)
             })?;
             continue;

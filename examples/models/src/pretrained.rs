@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
+use bdia_core::Packing;
 use bdia_core::backend::Backend;
 use serde_json::{Map, Value};
 
@@ -19,7 +20,7 @@ use crate::language::{Config as _, Family, files};
 use crate::llama::config::{Kind, LlamaConfig};
 use crate::llama::gguf as llama_gguf;
 use crate::tokenizer::{Tokenizer, TokenizerError};
-use crate::weights::{Weights, WeightsError};
+use crate::weights::{Source, Weights, WeightsError};
 
 /// A configuration of any family.
 #[derive(Debug, Clone, PartialEq)]
@@ -253,10 +254,29 @@ pub fn load<B: Backend<Real = f32>, F: Family>(
     be: &mut B,
     model: &LanguageModel<F>,
 ) -> Result<String, WeightsError> {
+    files::read(&*source(path, &model.setup().dims)?, be, model)
+}
+
+/// A model's weights, wherever they are.
+///
+/// # Errors
+/// Files that cannot be read, or are none of weights.
+pub fn source<F: Family>(path: &Path, dims: &F) -> Result<Box<dyn Source>, WeightsError> {
     if !is_file(path) {
-        return files::load(path, be, model);
+        return Ok(Box::new(files::open(path, dims)?));
     }
     let opened = llama_gguf::open(path)
         .map_err(|e| WeightsError::Gguf { path: path.into(), what: e.to_string() })?;
-    files::read(&opened.1, be, model)
+    Ok(Box::new(opened.1))
+}
+
+/// Whether a model's file has its matrices in fewer bits than 32.
+///
+/// # Errors
+/// As [`source`].
+pub fn is_narrow<F: Family>(path: &Path, dims: &F) -> Result<bool, WeightsError> {
+    let weights = source(path, dims)?;
+    let [embedding, ..] = dims.ends();
+    let blocks = weights.blocks(&dims.name(None, &embedding));
+    Ok(blocks.is_some_and(|blocks| blocks.packing != Packing::F32))
 }

@@ -10,12 +10,14 @@ use std::fs::File;
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use bdia_core::Packing;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::files::{FileError, Temporary, read_limited, write_atomic};
+use crate::packing::Blocks;
 
 /// The file of an unsharded model.
 pub const FILE: &str = "model.safetensors";
@@ -122,13 +124,23 @@ pub enum WeightsError {
         /// Its value.
         value: f32,
     },
-    /// A value that the model, which stores the tensor in 16 bits, cannot hold.
-    #[error("tensor {name}: {value} does not fit the 16 bits in which it is to be stored")]
+    /// A value that the model, which stores the tensor in few bits, cannot hold.
+    #[error("tensor {name}: {value} does not fit the few bits in which it is to be stored")]
     Narrow {
         /// The tensor.
         name: String,
         /// The value.
         value: f32,
+    },
+    /// A tensor that is stored otherwise than was planned.
+    #[error("tensor {name}: expected {expected}, found {found}")]
+    Stored {
+        /// The tensor.
+        name: String,
+        /// What would do.
+        expected: String,
+        /// How it is stored.
+        found: String,
     },
     /// The backend refused.
     #[error(transparent)]
@@ -155,6 +167,12 @@ pub trait Source {
     /// # Errors
     /// [`WeightsError::Mismatch`] names everything that is missing, unexpected or different.
     fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<(), WeightsError>;
+
+    /// Where a tensor of finite values lies as it is; none where its values are changed first.
+    fn blocks(&self, name: &str) -> Option<Blocks> {
+        let _ = name;
+        None
+    }
 
     /// Reads a tensor in pieces.
     ///
@@ -187,6 +205,18 @@ pub trait Source {
 impl Source for Weights {
     fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<(), WeightsError> {
         Self::check(self, expected)
+    }
+
+    fn blocks(&self, name: &str) -> Option<Blocks> {
+        let tensor = self.tensors.get(name)?;
+        let packing = match tensor.dtype.as_str() {
+            "F32" => Packing::F32,
+            "F16" => Packing::F16,
+            "BF16" => Packing::Bf16,
+            _ => return None,
+        };
+        let path = self.files[tensor.file].clone();
+        Some(Blocks { packing, neighbours: 0, path, offset: tensor.offset })
     }
 
     fn stream(&self, name: &str, put: &mut Pieces<'_>) -> Result<(), WeightsError> {

@@ -6,20 +6,20 @@ mod common;
 
 use std::path::PathBuf;
 
-use bdia_core::backend::Half;
 use bdia_core::layers::{Gradients, LoraShape};
 use bdia_core::network::Step;
 use bdia_core::optim::Rule;
 use bdia_core::plan::{Choice, fit};
 use bdia_core::stack::Mode;
-use bdia_core::{Error, NnOps, Reals, Reference, Sign, Storage};
+use bdia_core::{Error, NnOps, Packed, Packing, Reals, Reference, Sign, Storage};
 use bdia_cpu::Cpu;
 use bdia_models::files::testing::TempDir;
 use bdia_models::gpt2::config::{Gpt2Config, Size};
 use bdia_models::gpt2::model::{Gpt2, Setup};
 use bdia_models::language::adapter::{self, Adapter};
 use bdia_models::language::files::load;
-use bdia_models::named::{Adapters, Named};
+use bdia_models::language::frozen;
+use bdia_models::named::{Adapters, Frozen, Named};
 use bdia_models::weights::Weights;
 use common::{
     Memory, SGD, STANDARD, State, bdia, bdia_float, checkpoint, data, float, lay_out, small, state,
@@ -51,6 +51,12 @@ fn length(s: &State, i: usize) -> usize {
 fn setup(mode: Mode, adapters: Option<Adapters>) -> Setup {
     let dims = Gpt2Config::read_dir(&data("hf_tied")).unwrap().dims();
     Setup { gradients: Gradients::Full(SGD), adapters, ..common::setup(dims, 3, 15, mode) }
+}
+
+/// Matrices in few bits.
+fn stored(packing: Option<Packing>) -> Frozen {
+    let dims = Gpt2Config::read_dir(&data("hf_tied")).unwrap().dims();
+    packing.map_or(Frozen::default(), |p| frozen::packed(&dims, p).unwrap())
 }
 
 /// Mode `bdia`.
@@ -126,7 +132,7 @@ fn a_masked_step_is_that_of_transformers() {
 fn a_masked_step_with_adapters_is_that_of_peft() {
     let s = state("gpt2/finetune.safetensors");
     let batch = batch(&s);
-    let adapters = Some(Adapters { shape: SHAPE, half: None });
+    let adapters = Some(Adapters::new(SHAPE));
     for (mode, chunk) in [(STANDARD, 3), (checkpoint(2), 2), (checkpoint(1), 1)] {
         let mut setup = setup(mode, adapters);
         let (mut model, layout) = lay_out::<f64>(&setup, chunk, 7);
@@ -186,7 +192,7 @@ fn gradients_in_every_mode_follow_from_those_of_the_merged_weight() {
     let batch = batch(&state("gpt2/finetune.safetensors"));
     let (d, r, s) = (24, 4, SHAPE.scale());
     for mode in [reversible(), bdia_float(Sign::Random), STANDARD] {
-        let adapters = Some(Adapters { shape: SHAPE, half: None });
+        let adapters = Some(Adapters::new(SHAPE));
         let (mut model, layout) = lay_out::<f64>(&setup(mode, adapters), 2, 7);
         let (mut whole, whole_layout) = lay_out::<f64>(&setup(mode, None), 2, 7);
         let (mut memory, mut whole_memory) = (Memory::new(&layout), Memory::new(&whole_layout));
@@ -271,9 +277,9 @@ fn trained(dir: &str, setup: &Setup, chunk: usize) -> (Vec<u64>, Vec<u32>, u64) 
 /// even a bit.
 #[test]
 fn storage_in_16_bits_changes_no_bit() {
-    for (dir, half) in [("hf_bf16", Half::Bf16), ("hf_f16", Half::F16)] {
+    for (dir, half) in [("hf_bf16", Packing::Bf16), ("hf_f16", Packing::F16)] {
         for mode in [verified(reversible()), STANDARD, checkpoint(2), bdia_float(Sign::Random)] {
-            let adapters = |half| Some(Adapters { shape: SHAPE, half });
+            let adapters = |half| Some(Adapters { shape: SHAPE, frozen: stored(half) });
             let (fused, full) = (Gradients::Fused(ADAMW), Gradients::Full(ADAMW));
             let of = |half, gradients, threads| {
                 let s = Setup { gradients, threads, ..setup(mode, adapters(half)) };
@@ -294,19 +300,20 @@ fn storage_in_16_bits_changes_no_bit() {
     }
 }
 
-/// Weights that are not numbers of 16 bits are rounded to the nearest, and the matrices only.
+/// Weights that are not numbers of 16 bits are rounded to the nearest, and the matrices only; not
+/// those of learned positions.
 #[test]
 fn other_weights_are_rounded() {
     let weights = Weights::read_dir(&data("hf_tied")).unwrap();
-    for half in [Half::Bf16, Half::F16] {
-        let (model, mut be) =
-            on_cpu(&setup(reversible(), Some(Adapters { shape: SHAPE, half: Some(half) })), 1);
+    for half in [Packing::Bf16, Packing::F16] {
+        let adapters = Adapters { shape: SHAPE, frozen: stored(Some(half)) };
+        let (model, mut be) = on_cpu(&setup(reversible(), Some(adapters)), 1);
         load(&data("hf_tied"), &mut be, &model).unwrap();
         let mut narrow = 0;
         for t in model.tensors() {
             let mut values = vec![0.0; t.len()];
             weights.read(&t.name, &mut values).unwrap();
-            let Some((_, words)) = t.narrow else {
+            let Some(Packed { words, .. }) = t.packed else {
                 assert_eq!(be.reals(t.values).unwrap(), values, "{}", t.name);
                 continue;
             };
@@ -315,13 +322,13 @@ fn other_weights_are_rounded() {
             for (i, &x) in values.iter().enumerate() {
                 let bits = stored[i / 2] >> (16 * (i % 2)) & 0xFFFF;
                 let expected = match half {
-                    Half::Bf16 => half::bf16::from_f32(x).to_bits(),
-                    Half::F16 => half::f16::from_f32(x).to_bits(),
+                    Packing::Bf16 => half::bf16::from_f32(x).to_bits(),
+                    _ => half::f16::from_f32(x).to_bits(),
                 };
                 assert_eq!(bits, u32::from(expected), "{}: {i}", t.name);
             }
         }
-        assert_eq!(narrow, 4 * 3);
+        assert_eq!(narrow, 4 * 3 + 1);
     }
 }
 
@@ -329,8 +336,7 @@ fn other_weights_are_rounded() {
 #[test]
 fn adapters_are_saved_as_peft_saves_them() {
     let dir = TempDir::new();
-    let (model, mut be) =
-        on_cpu(&setup(reversible(), Some(Adapters { shape: SHAPE, half: None })), 1);
+    let (model, mut be) = on_cpu(&setup(reversible(), Some(Adapters::new(SHAPE))), 1);
     let digest = load(&data("hf_tied"), &mut be, &model).unwrap();
     for (place, values) in load_adapter(&model) {
         be.write_reals(place, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()).unwrap();
@@ -404,11 +410,15 @@ fn plans_of_the_355m_model() {
         let choices = Cpu::rows().choices(setup.batch, setup.context);
         fit(None, choices, |choice| Gpt2::layout::<Cpu>(&setup, choice)).unwrap().2.total()
     };
-    let of = |half| plan(Some(Adapters { shape: SHAPE, half }));
-    let (full, lora, bf16) = (plan(None), of(None), of(Some(Half::Bf16)));
+    let of = |packing: Option<Packing>| {
+        let frozen =
+            packing.map_or(Frozen::default(), |p| frozen::packed(&config.dims(), p).unwrap());
+        plan(Some(Adapters { shape: SHAPE, frozen }))
+    };
+    let (full, lora, bf16) = (plan(None), of(None), of(Some(Packing::Bf16)));
     println!("full {full}, adapters {lora}, with bf16 {bf16}");
     assert!(
-        full <= 4_700_000_000 && lora <= 1_800_000_000 && bf16 <= 1_100_000_000,
+        full <= 4_700_000_000 && lora <= 1_800_000_000 && bf16 <= 960_000_000,
         "{full} {lora} {bf16}"
     );
 }
@@ -416,7 +426,7 @@ fn plans_of_the_355m_model() {
 #[test]
 fn settings_that_do_not_fit() {
     let lay = |shape| {
-        let adapters = Some(Adapters { shape, half: None });
+        let adapters = Some(Adapters::new(shape));
         let s = Setup { dims: small(), context: 8, ..setup(reversible(), adapters) };
         Gpt2::layout::<Cpu>(&s, Choice { chunk: 1, head_rows: 4 }).unwrap_err().to_string()
     };

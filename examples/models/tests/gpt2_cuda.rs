@@ -5,16 +5,16 @@
 
 mod common;
 
-use bdia_core::backend::Half;
 use bdia_core::layers::{Gradients, LoraShape};
 use bdia_core::network::{Outcome, Step};
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
-use bdia_core::{Error, Fault, Sign, Site, Storage};
+use bdia_core::{Error, Fault, Packing, Sign, Site, Storage};
 use bdia_cuda::{Cuda, Options, Precision};
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
-use bdia_models::named::Adapters;
+use bdia_models::language::frozen;
+use bdia_models::named::{Adapters, Frozen};
 use common::{ADAMW, Memory, STANDARD, bdia, checkpoint, lay_out, run, small, verified};
 
 const STEP: Step = Step { step: 0, seed: 11, lr: 3e-3, weight_decay: 0.1, clip: 0.0 };
@@ -72,9 +72,11 @@ fn exact_and_like_the_reference() {
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn adapters_are_trained() {
-    for half in [None, Some(Half::Bf16), Some(Half::F16)] {
-        let adapters = Some(Adapters { shape: LoraShape { rank: 3, alpha: 12.0 }, half });
-        let s = Setup { adapters, ..setup(exact()) };
+    for half in [None, Some(Packing::Bf16), Some(Packing::F16)] {
+        let s = setup(exact());
+        let frozen = half.map_or(Frozen::default(), |p| frozen::packed(&s.dims, p).unwrap());
+        let shape = LoraShape { rank: 3, alpha: 12.0 };
+        let s = Setup { adapters: Some(Adapters { shape, frozen }), ..s };
         let (mut model, layout) = lay_out::<f64>(&s, 4, 36);
         let mut memory = Memory::<f64>::new(&layout);
         let step = Step { lr: 3e-2, ..STEP };

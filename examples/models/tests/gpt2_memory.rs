@@ -11,16 +11,16 @@ mod common;
 
 use alloc::{Counting, threads};
 
-use bdia_core::backend::Half;
 use bdia_core::layers::{Gradients, LoraShape};
 use bdia_core::network::Step;
 use bdia_core::optim::Rule;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
-use bdia_core::{Category, Error, Layout, Sign};
+use bdia_core::{Category, Error, Layout, Packing, Sign};
 use bdia_cpu::Cpu;
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
-use bdia_models::named::{Adapters, Named};
+use bdia_models::language::frozen;
+use bdia_models::named::{Adapters, Frozen, Named};
 use common::{Memory, bdia, bdia_float, float, grid, lay_out, small};
 
 #[global_allocator]
@@ -94,8 +94,9 @@ fn main() {
     }
 
     // Adapters beside frozen parameters, in 32 and in 16 bits.
-    for half in [None, Some(Half::Bf16)] {
-        let adapters = Some(Adapters { shape: LoraShape { rank: 3, alpha: 6.0 }, half });
+    for half in [None, Some(Packing::Bf16)] {
+        let frozen = half.map_or(Frozen::default(), |p| frozen::packed(&small(), p).unwrap());
+        let adapters = Some(Adapters { shape: LoraShape { rank: 3, alpha: 6.0 }, frozen });
         for (mode, gradients) in modes.into_iter().zip([fused, full, fused, full, fused]) {
             let s = Setup { adapters, ..setup(mode, 5, gradients, small()) };
             let (mut model, layout) = lay_out::<f32>(&s, 2, 7);
@@ -117,7 +118,7 @@ fn main() {
             assert_eq!(Counting::count(), count, "no allocation within a step: {mode:?}, {half:?}");
             assert_eq!(Counting::peak() - before, layout.total(), "{mode:?}, {half:?}");
             let frozen: usize = layout.bytes(Category::Frozen);
-            let bytes = |t: &Named| t.len() * if t.narrow.is_some() { 2 } else { 4 };
+            let bytes = |t: &Named| t.len() * if t.packed.is_some() { 2 } else { 4 };
             let named = model.tensors();
             // Every tensor may be padded by up to 62 bytes.
             let least: usize = named.iter().map(bytes).sum();

@@ -6,9 +6,9 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use bdia_core::Reference;
 use bdia_core::plan::Choice;
-use bdia_models::gguf::{self, Kind, Value};
+use bdia_core::{Packing, Reference};
+use bdia_models::gguf::{self, Value};
 use bdia_models::inference::Inference;
 use bdia_models::language::files::{load, read};
 use bdia_models::llama::config::LlamaConfig;
@@ -25,24 +25,24 @@ fn data(name: &str) -> PathBuf {
 fn blocks_of_every_kind_have_the_bits_of_ggml() {
     let s = state("llama/blocks.safetensors");
     for kind in [
-        Kind::F32,
-        Kind::F16,
-        Kind::Bf16,
-        Kind::Q4_0,
-        Kind::Q4_1,
-        Kind::Q5_0,
-        Kind::Q5_1,
-        Kind::Q8_0,
-        Kind::Q4_K,
-        Kind::Q5_K,
-        Kind::Q6_K,
+        Packing::F32,
+        Packing::F16,
+        Packing::Bf16,
+        Packing::Q4_0,
+        Packing::Q4_1,
+        Packing::Q5_0,
+        Packing::Q5_1,
+        Packing::Q8_0,
+        Packing::Q4_K,
+        Packing::Q5_K,
+        Packing::Q6_K,
     ] {
         let bytes = &s.ints[&format!("{}.bytes", kind.name())];
         let bytes: Vec<u8> = bytes.iter().map(|&b| b as u8).collect();
         let expected = &s.reals[&format!("{}.values", kind.name())];
         let mut found = vec![f32::NAN; expected.len()];
         assert_eq!(bytes.len() / kind.bytes() * kind.values(), found.len());
-        kind.dequantize(&bytes, &mut found);
+        kind.unpack(&bytes, &mut found);
         for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
             let expected = *expected as f32;
             assert_eq!(found.to_bits(), expected.to_bits(), "{kind:?} {i}: {found} {expected}");

@@ -156,7 +156,7 @@ fn a_cache_and_greedy_decoding() {
 /// One adapter for every linear layer, on frozen weights.
 #[test]
 fn adapters_of_all_layers() {
-    let adapters = Adapters { shape: LoraShape { rank: 3, alpha: 5.0 }, half: None };
+    let adapters = Adapters::new(LoraShape { rank: 3, alpha: 5.0 });
     for name in ["llama_biases", "gemma3"] {
         let (s, config) = case(name);
         let setup = Setup { adapters: Some(adapters), ..setup(&config, STANDARD) };

@@ -120,7 +120,7 @@ fn gemma3_is_trained_exactly() {
 fn training_is_exact(real: &Real) {
     let Some((dims, file, s)) = real.open() else { return };
     let tokens = &s.ints["tokens"];
-    let lora = Adapters { shape: LoraShape { rank: 4, alpha: 8.0 }, half: None };
+    let lora = Adapters::new(LoraShape { rank: 4, alpha: 8.0 });
     for (m, sign, blocks_per_step, adapters, near) in [
         (1, Sign::Random, 1, Some(lora), false),
         (4, Sign::Shared, 2, Some(lora), true),

@@ -4,13 +4,13 @@ use core::fmt;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use bdia_core::backend::Half;
-use bdia_core::layers::LoraShape;
+use bdia_core::Packing;
+use bdia_core::layers::{LoraShape, Store};
 use bdia_core::optim::{Decay, Rule, Schedule};
 use bdia_core::{FloatGamma, Gamma, Grid, Policy, Sign};
 use bdia_models::config::{self, Training};
 use bdia_models::gpt2::config as gpt2;
-use bdia_models::named::Adapters;
+use bdia_models::named::{Adapters, Frozen};
 use bdia_models::weights::WeightsError;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, ValueEnum};
@@ -694,10 +694,34 @@ pub enum MethodKind {
 pub enum FrozenKind {
     /// 32 bits.
     F32,
-    /// The matrices of the blocks in 16 bits, with the exponents of f32.
+    /// Matrices in 16 bits, with the exponents of f32.
     Bf16,
-    /// The matrices of the blocks in 16 bits, with three more bits of fraction.
+    /// Matrices in 16 bits, with three more bits of fraction.
     F16,
+    /// Matrices in 8 bits, 32 values with one factor (of language models).
+    #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// Matrices in 4 bits, 32 values with one factor (of language models).
+    #[value(name = "q4_0")]
+    #[serde(rename = "q4_0")]
+    Q4_0,
+    /// Matrices as the model's file has them, read where the system keeps the file (of language
+    /// models).
+    File,
+}
+
+impl FrozenKind {
+    /// In what matrices are converted; none for those that stay as they are, in reals or in a file.
+    pub const fn packing(self) -> Option<Packing> {
+        match self {
+            Self::F32 | Self::File => None,
+            Self::Bf16 => Some(Packing::Bf16),
+            Self::F16 => Some(Packing::F16),
+            Self::Q8_0 => Some(Packing::Q8_0),
+            Self::Q4_0 => Some(Packing::Q4_0),
+        }
+    }
 }
 
 /// What is trained, and how the rest is stored.
@@ -715,25 +739,35 @@ pub struct MethodArgs {
     /// Adapters are multiplied by alpha/rank [default: 32]
     #[arg(long, value_name = "A", value_parser = positive)]
     pub lora_alpha: Option<f64>,
-    /// How the parameters that are not trained are stored [default: f32]
+    /// How the parameters that are not trained are stored [default: of a language model file, if
+    /// its matrices have fewer bits than f32, else f32]
     #[arg(long, value_name = "TYPE")]
     pub frozen_dtype: Option<FrozenKind>,
 }
 
 impl MethodArgs {
-    /// Adapters, where those are trained.
-    pub fn adapters(&self) -> Option<Adapters> {
-        (self.method == MethodKind::Lora).then(|| Adapters {
-            shape: LoraShape {
-                rank: self.lora_rank.unwrap_or(4) as usize,
-                alpha: self.lora_alpha.unwrap_or(32.0),
-            },
-            half: match self.frozen_dtype {
-                None | Some(FrozenKind::F32) => None,
-                Some(FrozenKind::Bf16) => Some(Half::Bf16),
-                Some(FrozenKind::F16) => Some(Half::F16),
-            },
+    /// Rank and factor of adapters, where those are trained.
+    pub fn lora(&self) -> Option<LoraShape> {
+        (self.method == MethodKind::Lora).then(|| LoraShape {
+            rank: self.lora_rank.unwrap_or(4) as usize,
+            alpha: self.lora_alpha.unwrap_or(32.0),
         })
+    }
+
+    /// Adapters of blocks whose matrices are in 32 or 16 bits.
+    ///
+    /// # Errors
+    /// A sentence for other storage, which language models have.
+    pub fn adapters(&self) -> Result<Option<Adapters>, Failure> {
+        let kind = self.frozen_dtype.unwrap_or(FrozenKind::F32);
+        if !matches!(kind, FrozenKind::F32 | FrozenKind::Bf16 | FrozenKind::F16) {
+            return Err(Failure::Other(
+                "--frozen-dtype: expected f32, bf16 or f16, found one that language models have"
+                    .into(),
+            ));
+        }
+        let frozen = Frozen { blocks: kind.packing().map(Store::Alike), ends: None };
+        Ok(self.lora().map(|shape| Adapters { shape, frozen }))
     }
 
     /// Checks that adapters have a network to start from, which the run, where its directory is

@@ -218,6 +218,9 @@ pub fn memory_table(plans: &[(String, Layout)], peak: Option<u64>) -> MemoryTabl
         }
     }
     row("total", peak, &|l| l.total() as u64);
+    if plans.iter().any(|p| p.1.mapped_words() > 0) {
+        row("mapped from files", None, &|l| 4 * l.mapped_words() as u64);
+    }
     table
 }
 

@@ -129,7 +129,7 @@ fn setup(args: &TrainArgs, config: &TranslationConfig) -> Result<Setup, Failure>
         mode: machine::mode(&args.run.mode, layers, args.run.verify)?,
         gradients: machine::gradients(&args.run.optim, args.run.accumulate),
         blocks_per_step: args.run.mode.blocks_per_step as usize,
-        adapters: args.method.adapters(),
+        adapters: args.method.adapters()?,
         smoothing: args.smoothing,
         head_rows: machine::rows(args.run.machine.backend).head,
         threads,

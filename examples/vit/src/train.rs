@@ -134,7 +134,7 @@ fn setup(args: &TrainArgs, config: &VitConfig, ranks: usize) -> Result<Setup, Fa
         mode,
         gradients: machine::gradients(&args.run.optim, args.run.accumulate),
         blocks_per_step: args.run.mode.blocks_per_step as usize,
-        adapters: args.method.adapters(),
+        adapters: args.method.adapters()?,
         drop_path: args.drop_path,
         smoothing: args.smoothing,
         mixup: args.mixup > 0.0,

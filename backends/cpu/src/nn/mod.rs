@@ -8,16 +8,14 @@ pub(crate) mod matmul;
 mod packed;
 mod view;
 
-use bdia_core::backend::{
-    Attention, Columns, CrossEntropy, Gate, Gelu, Half, Product, RmsNorm, Rotary,
-};
+use bdia_core::backend::{Attention, Columns, CrossEntropy, Gate, Gelu, Product, RmsNorm, Rotary};
 use bdia_core::rng::Draw;
-use bdia_core::{Chunk, Fault, Ints, NnOps, Reals, Result, Words};
+use bdia_core::{Chunk, Fault, Ints, NnOps, Packed, Reals, Result};
 use wide::f32x8;
 
 use self::dropout::Dropout;
 use self::view::View;
-use crate::memory::{Arena, Reserved, Shared, get, split};
+use crate::memory::{Arena, Reserved, Shared, get, packed_bytes, split};
 use crate::simd::{exp, fold_sum, fold_sum2, map, map_both, map2, map3, max_of};
 use crate::update::Pieces;
 use crate::{BLOCK, Cpu, Products, Team};
@@ -40,24 +38,6 @@ fn blocks2(team: &Team, x: &mut [f32], y: &[f32], f: impl Fn(&mut [f32], &[f32])
         let y = &y[b * BLOCK..y.len().min((b + 1) * BLOCK)];
         // SAFETY: blocks are disjoint.
         f(unsafe { x.part(b * BLOCK, y.len()) }, y);
-    });
-}
-
-/// Two values of each word, a block of words at a time.
-fn widen(team: &Team, words: &[u32], y: &mut [f32], value: impl Fn(u32) -> f32 + Sync) {
-    let y = Shared::new(y);
-    team.each(words.len().div_ceil(BLOCK), |_, b| {
-        let words = &words[b * BLOCK..words.len().min((b + 1) * BLOCK)];
-        let from = 2 * b * BLOCK;
-        // SAFETY: blocks are disjoint.
-        let y = unsafe { y.part(from, (2 * words.len()).min(y.len() - from)) };
-        let (pairs, last) = y.as_chunks_mut::<2>();
-        for (pair, &word) in pairs.iter_mut().zip(words) {
-            *pair = [value(word), value(word >> 16)];
-        }
-        if let ([y], [.., word]) = (last, words) {
-            *y = value(*word);
-        }
     });
 }
 
@@ -160,13 +140,56 @@ impl NnOps for Cpu {
         Ok(())
     }
 
-    fn widen(&mut self, half: Half, x: Words, y: Reals) -> Result<()> {
-        self.arenas().widen(x, y)?;
-        let words = get(&self.words, x, "widen")?;
-        let [y] = split(&mut self.reals, [y], "widen")?;
-        match half {
-            Half::Bf16 => widen(&self.team, words, y, |bits| Half::Bf16.value(bits)),
-            Half::F16 => widen(&self.team, words, y, |bits| Half::F16.value(bits)),
+    fn unpack(&mut self, x: &Packed, first: usize, y: Reals) -> Result<()> {
+        let rows = self.arenas().unpack(x, first, y)?;
+        let row_bytes = x.packing.row_bytes(x.cols)?;
+        let bytes = packed_bytes(&self.words, &self.mapped, x.words)?;
+        let [y] = split(&mut self.reals, [y], "unpack")?;
+        let (y, each) = (Shared::new(y), rows_per_piece(x.cols));
+        self.team.each(rows.div_ceil(each), |_, piece| {
+            for row in piece * each..rows.min((piece + 1) * each) {
+                let blocks = &bytes[x.stored(first + row) * row_bytes..][..row_bytes];
+                // SAFETY: rows are disjoint.
+                x.packing.unpack(blocks, unsafe { y.part(row * x.cols, x.cols) });
+            }
+        });
+        Ok(())
+    }
+
+    fn unpack_rows(&mut self, chunk: &Chunk, x: &Packed, rows: Ints, y: Reals) -> Result<()> {
+        let length = self.arenas().unpack_rows(chunk, x, rows, y)?;
+        let row_bytes = x.packing.row_bytes(x.cols)?;
+        let rows = get(&self.ints, rows, "unpack_rows")?;
+        let bytes = packed_bytes(&self.words, &self.mapped, x.words)?;
+        let [y] = split(&mut self.reals, [y], "unpack_rows")?;
+        let (y, each) = (Shared::new(y), rows_per_piece(x.cols));
+        let bad = self.team.reduce(
+            rows.len().div_ceil(each),
+            usize::MAX,
+            |piece| {
+                let mut bad = usize::MAX;
+                for i in piece * each..rows.len().min((piece + 1) * each) {
+                    // SAFETY: rows are disjoint.
+                    let y = unsafe { y.part(i * x.cols, x.cols) };
+                    match known(rows[i], x.rows) {
+                        Some(row) => {
+                            let blocks = &bytes[x.stored(row) * row_bytes..][..row_bytes];
+                            x.packing.unpack(blocks, y);
+                        }
+                        None => {
+                            y.fill(0.0);
+                            bad = bad.min(i);
+                        }
+                    }
+                }
+                bad
+            },
+            usize::min,
+        );
+        if bad != usize::MAX {
+            let sample = chunk.first.wrapping_add(bad / length);
+            let value = rows[bad];
+            self.fault.get_or_insert(Fault::Token { sample, value, vocab: x.rows });
         }
         Ok(())
     }

@@ -264,6 +264,8 @@ impl<F: Family> Decoder<F> {
         let (width, layers) = (d.width(), d.layers());
         let rows = product("hypotheses", &[sizes.prompts, sizes.beams])?;
         let logits = product("logits", &[rows, d.vocab()])?;
+        let is_packed = model.head.weight.packed.is_some();
+        let tile = if is_packed { LmHead::tile(d.vocab(), width, rows) } else { 0 };
         let input = TokenEmbedding { dropout: 0.0, ..model.input };
         let mut decoder = Self {
             setup: s,
@@ -274,7 +276,11 @@ impl<F: Family> Decoder<F> {
             lens: l.ints(Category::Head, rows),
             last: l.ints(Category::Head, if turns { rows } else { 0 }),
             starts: l.ints(Category::Head, if d.window().is_some() { rows } else { 0 }),
-            head: LmHead { logits: l.reals(Category::Head, logits), ..model.head },
+            head: LmHead {
+                logits: l.reals(Category::Head, logits),
+                tile: l.reals(Category::Workspace, tile),
+                ..model.head
+            },
             places: l.reals(Category::Workspace, product("activations", &[rows, width])?),
             cache: Cache::layout(layers, [rows, sizes.beams], sizes.context, d.kv_width(), l)?,
             rows: model.stack,

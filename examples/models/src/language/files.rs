@@ -16,18 +16,26 @@ use crate::weights::{self, Source, Weights, WeightsError};
 ///
 /// # Errors
 /// Files that cannot be read, every tensor that is missing, unexpected or of another shape, and a
-/// value that does not fit the 16 bits in which the model stores it.
+/// value that does not fit the few bits in which the model stores it.
 pub fn load<B: Backend<Real = f32>, F: Family>(
     dir: &Path,
     be: &mut B,
     model: &LanguageModel<F>,
 ) -> Result<String, WeightsError> {
-    let (mut weights, d) = (Weights::read_dir(dir)?, model.setup().dims);
-    if d.tied() {
-        let [embedding, ..] = d.ends();
-        weights.tie(&d.name(None, &embedding));
+    read(&open(dir, &model.setup().dims)?, be, model)
+}
+
+/// The weights of a model in a directory.
+///
+/// # Errors
+/// Files that cannot be read, or are none of weights.
+pub fn open<F: Family>(dir: &Path, dims: &F) -> Result<Weights, WeightsError> {
+    let mut weights = Weights::read_dir(dir)?;
+    if dims.tied() {
+        let [embedding, ..] = dims.ends();
+        weights.tie(&dims.name(None, &embedding));
     }
-    read(&weights, be, model)
+    Ok(weights)
 }
 
 /// As [`load`], from any source.

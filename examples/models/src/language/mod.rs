@@ -4,6 +4,7 @@
 pub mod adapter;
 pub mod decode;
 pub mod files;
+pub mod frozen;
 pub mod model;
 
 use core::fmt::Debug;

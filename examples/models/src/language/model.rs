@@ -5,7 +5,8 @@ use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::Backend;
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    Gradients, LmHead, Parameter, Params, Residual, Room, RotaryAngles, Tensor, TokenEmbedding,
+    Freeze, Gradients, Home, LmHead, Parameter, Params, Residual, Room, RotaryAngles, Tensor,
+    TokenEmbedding,
 };
 use bdia_core::network::{
     self, Group, Loaded, Loss, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
@@ -141,10 +142,15 @@ impl<F: Family> LanguageModel<F> {
         let mut blocks = blocks.step_over(setup.blocks_per_step)?;
         let freeze = Adapters::of_ends(setup.adapters);
         let (mut tensors, mut room) = (d.ends(), Room::NONE);
-        for t in tensors.iter_mut().filter(|t| !t.is_empty()) {
-            room = room.place(core::slice::from_mut(t), freeze);
+        for (i, t) in tensors.iter_mut().enumerate().filter(|(_, t)| !t.is_empty()) {
+            // Learned positions are added, not looked up.
+            let plain = if setup.adapters.is_some() { Freeze::All(None) } else { freeze };
+            room = room.place(core::slice::from_mut(t), if i == 1 { plain } else { freeze });
         }
-        let ends = Params::layout(1, room, freeze, setup.gradients.full(), l)?;
+        let ends = Params::layout(1, room.in_pieces(), freeze, setup.gradients.full(), l)?;
+        let is_packed = tensors.iter().any(|t| t.home == Home::Packed);
+        let tile = if is_packed { LmHead::tile(vocab, width, choice.head_rows) } else { 0 };
+        let tile = l.reals(Category::Workspace, tile);
         let mut tables = [(None, Reals::EMPTY); 2];
         for (table, angles) in tables.iter_mut().zip(d.angles()) {
             if let Some(angles) = angles {
@@ -189,7 +195,7 @@ impl<F: Family> LanguageModel<F> {
         };
         let stack = Stack::layout(&config, &setup.mode, l)?;
 
-        let empty = Parameter { value: Reals::EMPTY, grad: Reals::EMPTY };
+        let empty = Parameter::EMPTY;
         let [wte, wpe, norm, norm_bias, lm_head] =
             tensors.map(|t| if t.is_empty() { empty } else { ends.parameter(0, &t) });
         let input = TokenEmbedding {
@@ -207,6 +213,7 @@ impl<F: Family> LanguageModel<F> {
             vocab,
             norm: d.norm([norm, norm_bias]),
             weight: if d.tied() { wte } else { lm_head },
+            tile,
             targets,
             losses,
             micro_batch: 0,

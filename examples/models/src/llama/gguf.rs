@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use bdia_core::Packing;
 use bdia_core::backend::{Backend, Gate, Gelu};
 use bdia_core::layers::{RotaryAngles, RotaryScaling};
 use serde_json::{Map, Value, json};
@@ -22,6 +23,7 @@ use crate::config::ConfigError;
 use crate::gguf::{self, Gguf, NewTensor, Number, Sink, WriteError};
 use crate::language::Family;
 use crate::named::Named;
+use crate::packing::Blocks;
 use crate::weights::{Pieces, Source, WeightsError};
 
 /// A file with a model.
@@ -355,6 +357,15 @@ impl Source for GgufModel {
         if wrong.is_empty() { Ok(()) } else { Err(WeightsError::Mismatch(wrong)) }
     }
 
+    fn blocks(&self, name: &str) -> Option<Blocks> {
+        let own = self.names.get(name)?;
+        let mut blocks = self.file.blocks(own)?;
+        if let Some(heads) = self.turned(own) {
+            blocks.neighbours = self.file.tensors.get(own)?.shape.first()?.checked_div(heads)?;
+        }
+        Some(blocks)
+    }
+
     fn stream(&self, name: &str, put: &mut Pieces<'_>) -> Result<(), WeightsError> {
         let own = self.names.get(name).ok_or_else(|| WeightsError::Unknown(name.into()))?;
         if self.dims.norm_offset != 0.0 && own.ends_with("norm.weight") {
@@ -398,12 +409,12 @@ pub enum Storage {
 }
 
 impl Storage {
-    fn kind(self, shape: &[usize]) -> gguf::Kind {
+    fn kind(self, shape: &[usize]) -> Packing {
         match self {
-            _ if shape.len() < 2 => gguf::Kind::F32,
-            Self::F32 => gguf::Kind::F32,
-            Self::Q8_0 if shape.last().is_some_and(|n| n.is_multiple_of(32)) => gguf::Kind::Q8_0,
-            Self::F16 | Self::Q8_0 => gguf::Kind::F16,
+            _ if shape.len() < 2 => Packing::F32,
+            Self::F32 => Packing::F32,
+            Self::Q8_0 if shape.last().is_some_and(|n| n.is_multiple_of(32)) => Packing::Q8_0,
+            Self::F16 | Self::Q8_0 => Packing::F16,
         }
     }
 
@@ -465,7 +476,7 @@ pub fn write<B: Backend<Real = f32>>(
         let constants = [factor, low, high, original];
         divisors = self::divisors(d.head_dim, d.angles[0].theta, constants).collect();
         let (name, shape) = (FREQUENCIES.into(), vec![divisors.len()]);
-        new.push(NewTensor { name, shape, kind: gguf::Kind::F32 });
+        new.push(NewTensor { name, shape, kind: Packing::F32 });
     }
     gguf::write(path, &metadata, &new, |i, sink| match tensors.get(i) {
         Some(t) => put(d, config.kind, t, be, sink),

@@ -361,6 +361,7 @@ impl Translator {
             vocab: d.vocab[1],
             norm: Norm::Layer { eps: d.eps, weight: self.end(6), bias: self.end(7) },
             weight: self.table(1),
+            tile: Reals::EMPTY,
             targets: Ints::EMPTY,
             losses: Reals::EMPTY,
             micro_batch: 0,

@@ -15,7 +15,7 @@ use bdia_core::stack::Mode;
 use bdia_core::{Error, FloatGamma, Gamma, Grid, Layout, Policy, Real, Reference, Sign, Storage};
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use bdia_models::inference::Inference;
-use bdia_models::named::{self, Adapters, Named};
+use bdia_models::named::{self, Adapters, Frozen, Named};
 use safetensors::{Dtype, SafeTensors};
 
 /// A state file in memory: reals and integers and the metadata.
@@ -276,7 +276,10 @@ pub fn lay_out<R: Real>(setup: &Setup, chunk: usize, head_rows: usize) -> (Gpt2,
 }
 
 /// Adapters of a small network.
-pub const ADAPTERS: Adapters = Adapters { shape: LoraShape { rank: 2, alpha: 3.0 }, half: None };
+pub const ADAPTERS: Adapters = Adapters {
+    shape: LoraShape { rank: 2, alpha: 3.0 },
+    frozen: Frozen { blocks: None, ends: None },
+};
 
 fn of_adapters(tensors: &[Named]) -> Vec<&Named> {
     tensors.iter().filter(|t| t.is_adapter()).collect()

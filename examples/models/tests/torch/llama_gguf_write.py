@@ -6,7 +6,7 @@
     python -B llama_gguf_write.py hf DIR       logits by transformers, of the architectures that it reads
     python -B llama_gguf_write.py llama DIR    logits, and 24 greedy tokens of SmolLM2, by llama.cpp
 
-q8_0.safetensors has values (f32) with their blocks (bytes, one i32 a byte), the digest (FNV-1a, two i32) of the
+q8_0.safetensors has values (f32) with their blocks (bytes; bytes_q4_0 of a 16th of them; one i32 a byte), the digest (FNV-1a, two i32) of the
 tensors of DIR/wide.f32.gguf as the package quantizes them, and the divisors of the angles of Llama 3.1 and 3.2 by the
 formulas of llama.cpp's converter.
 """
@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 
 DATA = Path(__file__).parent.parent / "data" / "llama"
-Q8_0, F16, F32 = (gguf.GGMLQuantizationType[n] for n in ("Q8_0", "F16", "F32"))
+Q4_0, Q8_0, F16, F32 = (gguf.GGMLQuantizationType[n] for n in ("Q4_0", "Q8_0", "F16", "F32"))
 SUFFIXES = ("f32", "f16", "q8_0")
 # What transformers 5.24 does not take from a file, or does not read.
 NOT_BY_HF = {
@@ -80,7 +80,9 @@ def make(folder):
     from safetensors.torch import save_file
 
     x = values()
-    out = {"values": torch.tensor(x), "bytes": torch.tensor(gguf.quants.quantize(x, Q8_0).reshape(-1).astype(np.int32))}
+    blocks = lambda x, kind: torch.tensor(gguf.quants.quantize(x, kind).reshape(-1).astype(np.int32))
+    # The largest are 127 times the largest number of 16 bits, which 4 bits do not reach.
+    out = {"values": torch.tensor(x), "bytes": blocks(x, Q8_0), "bytes_q4_0": blocks(x / 16, Q4_0)}
     digest = 0xCBF29CE484222325
     for t in gguf.GGUFReader(folder / "wide.f32.gguf").tensors:
         _, data = stored(t.name, t.data, Q8_0)
