@@ -240,7 +240,7 @@ const CASES: [Case; 12] = [
 ];
 
 fn every_attention(precision: Precision, tolerance: f32) {
-    for head_dim in [32, 40, 64, 100, 128] {
+    for head_dim in [32, 40, 64, 100, 128, 160, 192, 256] {
         for case in CASES {
             let Case { mask, heads, group, queries, keys, dropout, padded, tau, packed } = case;
             let (n, width, kv_width) = (2, heads * head_dim, heads / group * head_dim);
