@@ -51,7 +51,7 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Summary, Failure> {
 fn finetune_on<C: Config>(
     mut args: FinetuneArgs,
     from: Option<(PathBuf, Header)>,
-    joined: Option<bdia_ranks::Ranks>,
+    mut joined: Option<bdia_ranks::Ranks>,
     mut config: C,
     weights: PathBuf,
     texts: Texts,
@@ -66,7 +66,7 @@ fn finetune_on<C: Config>(
     let (source, context) = open(&mut args, &config, &texts)?;
     if from.is_none() {
         let how = (context, args.method.adapters());
-        calibrate::measure(&mut args.run, &source, &config, &weights, how)?;
+        calibrate::measure(&mut args.run, joined.as_mut(), &source, &config, &weights, how)?;
     }
     config.set_training(args.run.mode.training()?);
     let lesson = Lesson {

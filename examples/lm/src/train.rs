@@ -170,7 +170,7 @@ fn fresh(args: &TrainArgs) -> Result<pretrained::Pretrained, Failure> {
 fn train_on<C: Config>(
     mut args: TrainArgs,
     from: Option<(PathBuf, Header)>,
-    joined: Option<bdia_ranks::Ranks>,
+    mut joined: Option<bdia_ranks::Ranks>,
     mut config: C,
     weights: Option<PathBuf>,
     texts: Texts,
@@ -190,7 +190,8 @@ fn train_on<C: Config>(
     let (train, validation) = (corpus.train, corpus.validation);
     let source = Source::Text { train, validation, batches };
     if let (Some(weights), None) = (&weights, &from) {
-        calibrate::measure(&mut args.run, &source, &config, weights, (context, None))?;
+        let how = (context, None);
+        calibrate::measure(&mut args.run, joined.as_mut(), &source, &config, weights, how)?;
     }
     config.set_training(args.run.mode.training()?);
     let lesson = Lesson {

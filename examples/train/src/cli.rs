@@ -240,6 +240,13 @@ impl ModeArgs {
         }
     }
 
+    /// Takes the γ and the grid that were measured.
+    pub fn take(&mut self, found: Calibration) {
+        self.gamma = found.gamma().into();
+        self.frac_bits = found.frac_bits;
+        self.calibration = Some(found);
+    }
+
     /// γ of mode `bdia`.
     ///
     /// # Errors
