@@ -593,6 +593,9 @@ fn plan_of<C: Config>(args: &PlanArgs, mut config: C) -> Result<(), Failure> {
     if let Some(budget) = args.machine.memory {
         report::tell!("  fits into {}", report::bytes(budget));
     }
+    if let Some(last) = model.stack.last_step() {
+        report::tell!("{last}");
+    }
     if let Mode::Bdia { grid, verify, .. } = setup.mode {
         // What --gamma auto may choose.
         let mut by_bits = MemoryTable::new(&["side bits", "total"]);

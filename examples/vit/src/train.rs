@@ -763,6 +763,9 @@ pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
     plans.extend(other_plans(&setup, kind, choice)?);
     report::tell!("{} parameters; chunks of {} image(s)\n", model.parameters(), choice.chunk);
     report::tell!("{}", machine::memory_table(&plans, None));
+    if let Some(last) = model.last_step() {
+        report::tell!("{last}");
+    }
     if args.run.json {
         let json =
             serde_json::json!({"parameters": model.parameters(), "plan_bytes": layout.total()});
