@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use bdia_models::config::ConfigError;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::language::Config as _;
-use bdia_models::llama::config::LlamaConfig;
+use bdia_models::language::{Config as _, Family};
+use bdia_models::llama::config::{self as llama, LlamaConfig};
 use bdia_models::pretrained::AnyConfig;
 use bdia_models::tokenizer::{self, Tokenizer};
 use bdia_train::cli::*;
@@ -70,14 +70,11 @@ impl ModelArgs {
             c.check()?;
             return Ok(AnyConfig::Gpt2(c));
         }
-        // Width, heads, heads of keys and values, layers, positions.
-        let [width, heads, shared, layers, own] = match self.config {
-            Preset::Llama135m => [576, 9, 3, 30, 8192],
-            _ => [128, 4, 2, 8, 128],
-        };
+        let size = self.config.llama().unwrap_or(llama::Size::Mini);
+        let [width, heads, shared, layers, own] = size.sizes();
         let (width, layers) = (or(self.width, width), or(self.layers, layers));
         let (heads, shared) = self.heads.map_or((heads, shared), |h| (to(h), to(h)));
-        let inner = width.saturating_mul(8).div_ceil(3).next_multiple_of(64);
+        let inner = llama::inner(width);
         let mut c = LlamaConfig::new([vocab, positions(own), width, heads, shared, inner, layers])?;
         c.set_dropout(dropout);
         Ok(AnyConfig::Llama(c))

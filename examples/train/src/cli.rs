@@ -10,6 +10,7 @@ use bdia_core::optim::{Decay, Rule, Schedule};
 use bdia_core::{FloatGamma, Gamma, Grid, Policy, Sign};
 use bdia_models::config::{self, Training};
 use bdia_models::gpt2::config as gpt2;
+use bdia_models::llama::config as llama;
 use bdia_models::named::Adapters;
 use bdia_models::weights::WeightsError;
 use clap::parser::ValueSource;
@@ -125,6 +126,15 @@ impl Preset {
             Self::Gpt2Large => Some(gpt2::Size::Large),
             Self::Gpt2Xl => Some(gpt2::Size::Xl),
             Self::LlamaMini | Self::Llama135m => None,
+        }
+    }
+
+    /// Llama's size, where it is one.
+    pub const fn llama(self) -> Option<llama::Size> {
+        match self {
+            Self::LlamaMini => Some(llama::Size::Mini),
+            Self::Llama135m => Some(llama::Size::Of135m),
+            _ => None,
         }
     }
 
