@@ -23,7 +23,7 @@ use bdia_train::{Failure, ranks, report, run};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::calibrate;
-use crate::cli::{FinetuneArgs, TrainArgs};
+use crate::cli::{FinetuneArgs, TrainArgs, context_of};
 use crate::data::{Batches, Corpus, Order, Part, start_token};
 use crate::hub;
 use crate::pairs::Examples;
@@ -180,7 +180,8 @@ fn train_on<C: Config>(
         config.set_dropout(args.run.dropout);
     }
     let dims = config.dims();
-    let context = args.model.context.map_or(dims.positions(), |c| c as usize);
+    let positions = dims.positions();
+    let context = context_of(args.model.context, positions)?.unwrap_or(positions);
     let (data, tokenizer) = (args.data.as_deref(), texts.tokenizer.as_ref());
     let corpus = Corpus::open(data, args.token_type, tokenizer, dims.vocab(), context)?;
     corpus.note.iter().for_each(|note| report::note!("{note}"));
