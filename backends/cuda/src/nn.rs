@@ -532,7 +532,7 @@ impl NnOps for Cuda {
             first: chunk.first,
             per: rotary.tokens,
             vocab: known,
-            ..Cause::new(Code::Token, chunk.site)
+            ..Cause::new(Code::Position, chunk.site)
         };
         let report = self.report(cause);
         // Positions are below 2^31, as unsigned numbers all but the negative ones.

@@ -116,6 +116,9 @@ pub(crate) fn fault(fault: Option<Fault>) -> [u32; HEADER - SAME] {
             (6, site(s), sample, value.to_bits(), 0)
         }
         Some(Fault::Input { site: s, sample }) => (7, site(s), sample, 0, 0),
+        Some(Fault::Position { sample, value, positions }) => {
+            (8, [0; 2], sample, u64::from(value as u32), positions)
+        }
     };
     let ([i, _], [low, high]) = (halves(index as u64), halves(value));
     [code, a, b, i, low, high, last as u32, 0]
@@ -138,6 +141,7 @@ pub(crate) fn fault_of(header: &[u32]) -> Option<Fault> {
         5 => Fault::Token { sample, value: low as i32, vocab: last as usize },
         6 => Fault::ActivationGradient { site, sample, value },
         7 => Fault::Input { site, sample },
+        8 => Fault::Position { sample, value: low as i32, positions: last as usize },
         _ => return None,
     })
 }
@@ -157,6 +161,7 @@ mod tests {
             Fault::Token { sample: 1, value: -19, vocab: 50_257 },
             Fault::ActivationGradient { site: Site::Head, sample: 2, value: f64::INFINITY },
             Fault::Input { site: Site::Block(9), sample: 4 },
+            Fault::Position { sample: 2, value: 8192, positions: 8192 },
         ] {
             assert_eq!(fault_of(&header(Kind::Gradients, 1, 5, fault(Some(f)))), Some(f));
         }
