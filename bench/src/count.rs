@@ -8,7 +8,7 @@
 //! second time, because nothing of size `T²` may be kept. `R` rows (samples · tokens), width `d`,
 //! inner width `i`, vocabulary `V`, `K` blocks, `P` parameters, `pairs` of query and key over all
 //! samples, and heads of width `w`. Of a Llama, whose queries have width `q = H·w` and whose keys and
-//! values have width `v`, the products of a block have `2dq + 2dv + 3di` weights in place of
+//! values have width `c`, the products of a block have `2dq + 2dc + 3di` weights in place of
 //! `4d² + 2di`:
 //!
 //! ```text
@@ -30,7 +30,7 @@
 //! dropout              other     1 a value, in each pass
 //!
 //! Llama instead of     norms: 4 and 10 a value (7 and 14), gate and SiLU 5 and 12 an inner value
-//!                      (GELU), no biases; rotary positions 3R(q+v) in each pass
+//!                      (GELU), no biases; rotary positions 3R(q+c) in each pass
 //! ```
 
 use bdia_core::backend::Gelu;
