@@ -7,7 +7,9 @@
 //! a query sees (a token of the ViT sees all others). Attention's backward pass counts the scores a
 //! second time, because nothing of size `T²` may be kept. `R` rows (samples · tokens), width `d`,
 //! inner width `i`, vocabulary `V`, `K` blocks, `P` parameters, `pairs` of query and key over all
-//! samples, and heads of width `w`:
+//! samples, and heads of width `w`. Of a Llama, whose queries have width `q = H·w` and whose keys and
+//! values have width `c`, the products of a block have `2dq + 2dc + 3di` weights in place of
+//! `4d² + 2di`:
 //!
 //! ```text
 //! block, forward       products  2R(4d² + 2di) + 4·pairs·H·w
@@ -26,6 +28,9 @@
 //! its gradient         other     4Rd a block
 //! AdamW, gradient norm other     16P
 //! dropout              other     1 a value, in each pass
+//!
+//! Llama instead of     norms: 4 and 10 a value (7 and 14), gate and SiLU 5 and 12 an inner value
+//!                      (GELU), no biases; rotary positions 3R(q+c) in each pass
 //! ```
 
 use bdia_core::backend::Gelu;
@@ -51,13 +56,20 @@ struct Shape {
     vocab: usize,
     layers: usize,
     heads: usize,
+    head_dim: usize,
+    /// Weights of a block's products.
+    weights: usize,
     /// Pairs of query and key, of one sample and head.
     pairs: f64,
-    gelu: Gelu,
+    /// Operations of a norm for a value, forward and backward.
+    norm: [f64; 2],
+    /// Operations of the MLP's function for an inner value, forward and backward.
+    act: [f64; 2],
+    /// Biases of a block, and values that are rotated, for a row.
+    each: [usize; 2],
     /// Dropout: of the embedding, of attention probabilities, of the branches' outputs, inside the
     /// MLP.
     dropout: [f64; 4],
-    qkv_bias: bool,
     /// Patches of an image and values of a patch; none of text.
     patches: Option<[usize; 2]>,
     parameters: f64,
@@ -76,12 +88,39 @@ pub fn stages(job: &Job) -> Vec<Stage> {
                 vocab: d.vocab,
                 layers: d.layers,
                 heads: d.heads,
+                head_dim: d.width / d.heads,
+                weights: 4 * d.width * d.width + 2 * d.width * d.inner,
                 pairs: t * (t + 1.0) / 2.0,
-                gelu: d.gelu,
+                norm: LAYER_NORM,
+                act: gelu(d.gelu),
+                each: [5 * d.width + d.inner, 0],
                 dropout: [input, attention, residual, 0.0],
-                qkv_bias: true,
                 patches: None,
                 parameters: config.parameters().unwrap_or(0) as f64,
+            }
+        }
+        Architecture::Llama(d) => {
+            let (q, kv) = (d.heads * d.head_dim, d.kv_heads * d.head_dim);
+            let weights = 2 * d.width * (q + kv) + 3 * d.width * d.inner;
+            Shape {
+                width: d.width,
+                inner: d.inner,
+                vocab: d.vocab,
+                layers: d.layers,
+                heads: d.heads,
+                head_dim: d.head_dim,
+                weights,
+                pairs: t * (t + 1.0) / 2.0,
+                // Squares and their sum, the root, the weight; backward dout·w·x and its sum, both
+                // terms of dx, and dw.
+                norm: [4.0, 10.0],
+                // exp, addition, division, two products; backward the logistic function again.
+                act: [5.0, 12.0],
+                each: [0, q + kv],
+                dropout: [0.0, d.dropout, 0.0, 0.0],
+                patches: None,
+                parameters: (d.vocab * d.width + d.layers * (weights + 2 * d.width) + d.width)
+                    as f64,
             }
         }
         Architecture::Vit(d) => {
@@ -94,10 +133,13 @@ pub fn stages(job: &Job) -> Vec<Stage> {
                 vocab: d.classes,
                 layers: d.layers,
                 heads: d.heads,
+                head_dim: d.width / d.heads,
+                weights: 4 * d.width * d.width + 2 * d.width * d.inner,
                 pairs: t * (t - 1.0),
-                gelu: Gelu::Exact,
+                norm: LAYER_NORM,
+                act: gelu(Gelu::Exact),
+                each: [2 * d.width + d.inner, 0],
                 dropout: d.dropout,
-                qkv_bias: false,
                 patches: Some([d.patches.count(), values]),
                 parameters: (input
                     + d.layers * block
@@ -110,32 +152,45 @@ pub fn stages(job: &Job) -> Vec<Stage> {
     count(&shape, job.mode, job.every(), job.batch(), job.tokens())
 }
 
+/// Of LayerNorm.
+const LAYER_NORM: [f64; 2] = [7.0, 14.0];
+
+const fn gelu(kind: Gelu) -> [f64; 2] {
+    match kind {
+        Gelu::Tanh => [9.0, 16.0],
+        Gelu::Exact => [5.0, 11.0],
+    }
+}
+
 fn count(c: &Shape, mode: Mode, every: usize, batch: usize, tokens: usize) -> Vec<Stage> {
     let [d, i, v, k, heads] = [c.width, c.inner, c.vocab, c.layers, c.heads].map(|n| n as f64);
     let (samples, t) = (batch as f64, tokens as f64);
     let r = samples * t;
     let pairs = samples * heads * c.pairs;
-    let w = d / heads;
-    let (gelu, gelu_vjp) = match c.gelu {
-        Gelu::Tanh => (9.0, 16.0),
-        Gelu::Exact => (5.0, 11.0),
-    };
+    let (w, [norm, norm_vjp], [act, act_vjp]) = (c.head_dim as f64, c.norm, c.act);
     let on = |p: f64| f64::from(u8::from(p > 0.0));
     let [at_input, attention, residual, hidden] = c.dropout.map(on);
-    let linear = 2.0 * r * (4.0 * d * d + 2.0 * d * i);
+    let linear = 2.0 * r * c.weights as f64;
     let dropped = attention * pairs + residual * 2.0 * r * d + hidden * r * i;
-    let biases = r * (if c.qkv_bias { 5.0 } else { 2.0 } * d + i);
+    let [biases, rotated] = c.each.map(|n| r * n as f64);
+    let rows = biases + 3.0 * rotated;
     let forward = Stage {
         name: "blocks, forward",
         products: linear + 4.0 * pairs * w,
-        other: 14.0 * r * d + biases + gelu * r * i + 5.0 * pairs + r * d + 2.0 * r * d + dropped,
+        other: 2.0 * norm * r * d
+            + rows
+            + act * r * i
+            + 5.0 * pairs
+            + r * d
+            + 2.0 * r * d
+            + dropped,
     };
     let backward = Stage {
         name: "blocks, backward",
         products: 2.0 * linear + 10.0 * pairs * w,
-        other: 28.0 * r * d
-            + biases
-            + gelu_vjp * r * i
+        other: 2.0 * norm_vjp * r * d
+            + rows
+            + act_vjp * r * i
             + 6.0 * pairs
             + 2.0 * r * d
             + 2.0 * r * d
@@ -171,7 +226,7 @@ fn count(c: &Shape, mode: Mode, every: usize, batch: usize, tokens: usize) -> Ve
         Stage {
             name: "head and loss",
             products: 6.0 * head_rows * d * v,
-            other: head_rows * (21.0 * d + 6.0 * v),
+            other: head_rows * ((norm + norm_vjp) * d + 6.0 * v),
         },
         Stage { name: "update of X, inverse, G", products: 0.0, other: update + gradient },
         Stage { name: "AdamW", products: 0.0, other: 16.0 * c.parameters },
@@ -217,6 +272,18 @@ mod tests {
     fn parameters_of_the_vit() {
         let update = stages(&Job::new(Model::VitSmall, Mode::Bdia)).pop().unwrap();
         assert_eq!(update.other / 16.0, 9_622_512.0);
+    }
+
+    /// SmolLM2-135M's number, and its products by the rule of thumb, without attention: every
+    /// weight but the norms' meets every token.
+    #[test]
+    fn parameters_of_the_llama() {
+        let job = Job::new(Model::Llama135m, Mode::Bdia);
+        let update = stages(&job).pop().unwrap();
+        assert_eq!(update.other / 16.0, 134_515_008.0);
+        let products: f64 =
+            stages(&Job { mode: Mode::Standard, ..job }).iter().map(|s| s.products).sum();
+        assert!((products / (6.0 * 1024.0 * 134_515_008.0) - 1.0).abs() < 0.06);
     }
 
     #[test]

@@ -15,9 +15,11 @@ use bdia_core::plan::Choice;
 use bdia_core::{Error, Reference, stack};
 use bdia_cpu::Cpu;
 use bdia_cuda::Cuda;
-use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::gpt2::model as gpt2;
-use bdia_models::language::{Config as _, files as language_files};
+use bdia_models::gpt2::model::Gpt2;
+use bdia_models::language::model::{LanguageModel, Setup};
+use bdia_models::language::{Config, Family, files as language_files};
+use bdia_models::llama::config::LlamaConfig;
+use bdia_models::llama::model::Llama;
 use bdia_models::named::Named;
 use bdia_models::plan::Plan;
 use bdia_models::vit::files as vit_files;
@@ -46,7 +48,10 @@ pub fn run(job: &Job) -> Result<Record, Failure> {
     let gradients = Gradients::Fused(RULE);
     match job.model.architecture(job) {
         Architecture::Gpt2(config) => {
-            measure::<gpt2::Gpt2>(job, &gpt2(job, &config, job.batch(), gradients)?)
+            measure::<Gpt2>(job, &language(job, config.dims(), job.batch(), gradients)?)
+        }
+        Architecture::Llama(dims) => {
+            measure::<Llama>(job, &language(job, *dims, job.batch(), gradients)?)
         }
         Architecture::Vit(dims) => {
             measure::<vit::Vit>(job, &vit(job, dims, job.batch(), gradients)?)
@@ -95,17 +100,25 @@ fn measure<N: Measured>(job: &Job, setup: &N::Setup) -> Result<Record, Failure> 
 pub fn init(job: &Job, dir: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(dir).map_err(|error| Failure::File { path: dir.into(), error })?;
     match job.model.architecture(job) {
-        Architecture::Gpt2(config) => {
-            let (be, model) =
-                initialized::<gpt2::Gpt2>(job, &gpt2(job, &config, 1, Gradients::None)?)?;
-            config.write_dir(dir).map_err(bdia_train::Failure::from)?;
-            Ok(language_files::save(dir, &be, &model)?)
+        Architecture::Gpt2(config) => init_language(job, &*config, dir),
+        Architecture::Llama(d) => {
+            let sizes = [d.vocab, d.positions, d.width, d.heads, d.kv_heads, d.inner, d.layers];
+            let mut config = LlamaConfig::new(sizes).map_err(bdia_train::Failure::from)?;
+            config.set_dropout(job.dropout);
+            init_language(job, &config, dir)
         }
         Architecture::Vit(dims) => {
             let (be, model) = initialized::<vit::Vit>(job, &vit(job, dims, 1, Gradients::None)?)?;
             Ok(vit_files::save_weights(&dir.join(FILE), &be, &model)?)
         }
     }
+}
+
+fn init_language<C: Config>(job: &Job, config: &C, dir: &Path) -> Result<(), Failure> {
+    let setup = language(job, config.dims(), 1, Gradients::None)?;
+    let (be, model) = initialized::<LanguageModel<C::Dims>>(job, &setup)?;
+    config.write_dir(dir).map_err(bdia_train::Failure::from)?;
+    Ok(language_files::save(dir, &be, &model)?)
 }
 
 fn initialized<N: Measured>(job: &Job, setup: &N::Setup) -> Result<(Cpu, N), Failure> {
@@ -130,18 +143,18 @@ fn mode(job: &Job, layers: usize) -> Result<stack::Mode, Error> {
     machine::mode(&args, layers, job.verify)
 }
 
-fn gpt2(
+fn language<F: Family>(
     job: &Job,
-    config: &Gpt2Config,
+    dims: F,
     batch: usize,
     gradients: Gradients,
-) -> Result<gpt2::Setup, Error> {
-    Ok(gpt2::Setup {
-        dims: config.dims(),
+) -> Result<Setup<F>, Error> {
+    Ok(Setup {
+        dims,
         batch,
         accumulate: 1,
         context: job.tokens(),
-        mode: mode(job, config.n_layer)?,
+        mode: mode(job, dims.layers())?,
         gradients,
         blocks_per_step: 1,
         adapters: None,
@@ -194,7 +207,7 @@ trait Measured: Plan {
     fn tensors(&self) -> Vec<Named>;
 }
 
-impl Measured for gpt2::Gpt2 {
+impl<F: Family> Measured for LanguageModel<F> {
     fn initialize<B: Backend<Real = f32>>(&self, be: &mut B, job: &Job) -> Result<(), Failure> {
         match &job.weights {
             Some(dir) => language_files::load(dir, be, self).map(drop)?,
@@ -213,7 +226,7 @@ impl Measured for gpt2::Gpt2 {
         job: &Job,
         step: &Step,
     ) -> Result<Outcome, Error> {
-        let (context, vocab) = (job.tokens(), self.setup().dims.vocab as u64);
+        let (context, vocab) = (job.tokens(), self.setup().dims.vocab() as u64);
         let token =
             |i: usize, t: usize| (number(job.seed, (i * (context + 1) + t) as u64) % vocab) as i32;
         self.train(be, step, |_, tokens, targets| {
@@ -448,13 +461,15 @@ mod tests {
 
     #[test]
     fn modes_agree_with_the_reference_backend() {
-        for mode in [Mode::Bdia, Mode::Standard, Mode::Checkpoint] {
-            let job = Job { verify: true, steps: 3, dropout: 0.1, ..Job::new(Model::Tiny, mode) };
+        let modes = [Mode::Bdia, Mode::Standard, Mode::Checkpoint, Mode::BdiaFloat];
+        let models = [Model::Tiny, Model::LlamaTiny];
+        for (model, mode) in models.into_iter().flat_map(|model| modes.map(|mode| (model, mode))) {
+            let job = Job { verify: true, steps: 3, dropout: 0.1, ..Job::new(model, mode) };
             let ours = run(&job).unwrap();
             let reference = run(&Job { backend: BackendKind::Reference, ..job }).unwrap();
             assert_eq!(ours.mismatches.unwrap_or(0), 0);
             for (a, b) in ours.losses.iter().zip(&reference.losses) {
-                assert!((a - b).abs() < 1e-4 * b, "{mode:?}: {a} {b}");
+                assert!((a - b).abs() < 1e-4 * b, "{model:?}, {mode:?}: {a} {b}");
             }
             // The arenas; norms and padding between tensors are in one part of the plan and in
             // another of what is found.
@@ -462,6 +477,22 @@ mod tests {
             let (plan, found) =
                 arenas.iter().fold((0, 0), |(p, f), part| (p + part.plan, f + part.measured));
             assert!(0 < found && found <= plan, "{arenas:?}");
+        }
+    }
+
+    /// A model that was written trains as the one that was not, and has the parameters that are
+    /// counted.
+    #[test]
+    fn runs_start_from_files() {
+        for model in [Model::Tiny, Model::LlamaTiny] {
+            let dir = bdia_models::files::testing::TempDir::new();
+            let job = Job { steps: 2, ..Job::new(model, Mode::Bdia) };
+            init(&job, dir.path()).unwrap();
+            let fresh = run(&job).unwrap();
+            let read = run(&Job { weights: Some(dir.path().into()), ..job.clone() }).unwrap();
+            assert_eq!(read.losses, fresh.losses, "{model:?}");
+            let counted = crate::count::stages(&job).pop().unwrap().other / 16.0;
+            assert_eq!(counted, fresh.parameters as f64, "{model:?}");
         }
     }
 }

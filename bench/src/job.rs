@@ -7,6 +7,8 @@ use bdia_core::layers::Patches;
 use bdia_models::gpt2::config::Gpt2Config;
 use bdia_models::gpt2::config::Size;
 use bdia_models::language::Config as _;
+use bdia_models::llama::config as llama;
+use bdia_models::llama::model::Dims as LlamaDims;
 use bdia_models::vit::model::Dims;
 use bdia_train::cli::{BackendKind, MachineArgs, Mode, PrecisionKind};
 use clap::{Args, ValueEnum};
@@ -28,6 +30,13 @@ pub enum Model {
     Mini,
     /// 3 blocks of width 64 and 512 tokens: runs in milliseconds, also on the reference backend.
     Tiny,
+    /// A Llama of SmolLM2-135M's shape: 30 blocks of width 576, 9 heads, 3 of keys and values, 49152
+    /// tokens.
+    #[value(name = "llama-135m")]
+    #[serde(rename = "llama-135m")]
+    Llama135m,
+    /// A Llama of 3 blocks of width 64, 4 heads, 2 of keys and values, and 512 tokens.
+    LlamaTiny,
     /// The paper's ViT for images of 32×32 and 10 classes: 6 blocks of width 512, 8 heads, MLP 512,
     /// 65 tokens. An image is one sample.
     VitSmall,
@@ -38,6 +47,8 @@ pub enum Model {
 pub enum Architecture {
     /// A GPT-2.
     Gpt2(Box<Gpt2Config>),
+    /// A Llama.
+    Llama(Box<LlamaDims>),
     /// A vision transformer.
     Vit(Dims),
 }
@@ -47,6 +58,7 @@ impl Architecture {
     pub fn layers(&self) -> usize {
         match self {
             Self::Gpt2(c) => c.n_layer,
+            Self::Llama(d) => d.layers,
             Self::Vit(d) => d.layers,
         }
     }
@@ -55,6 +67,7 @@ impl Architecture {
     pub fn vocab(&self) -> usize {
         match self {
             Self::Gpt2(c) => c.vocab_size,
+            Self::Llama(d) => d.vocab,
             Self::Vit(d) => d.classes,
         }
     }
@@ -73,6 +86,8 @@ impl Model {
                 n_positions: 64,
                 ..Gpt2Config::preset(Size::Mini)
             },
+            Self::Llama135m => return Self::llama(job, llama::Size::Of135m.sizes(), 49_152),
+            Self::LlamaTiny => return Self::llama(job, [64, 4, 2, 3, 64], 512),
             Self::VitSmall => {
                 return Architecture::Vit(Dims {
                     patches: Patches {
@@ -106,12 +121,25 @@ impl Model {
         Architecture::Gpt2(Box::new(c))
     }
 
+    /// A Llama of this width, heads, heads of keys and values, layers and positions.
+    fn llama(
+        job: &Job,
+        [width, heads, kv_heads, layers, positions]: [usize; 5],
+        vocab: usize,
+    ) -> Architecture {
+        let positions = positions.max(job.context(positions));
+        let (vocab, layers) = (job.vocab.unwrap_or(vocab), job.layers.unwrap_or(layers));
+        let inner = llama::inner(width);
+        let sizes = [vocab, positions, width, heads, kv_heads, inner, layers];
+        Architecture::Llama(Box::new(LlamaDims { dropout: job.dropout, ..LlamaDims::plain(sizes) }))
+    }
+
     /// The batch and the context that it is measured with, unless a job says otherwise.
     pub const fn usual(self) -> (usize, usize) {
         match self {
-            Self::Gpt2 | Self::Gpt2Medium => (4, 256),
+            Self::Gpt2 | Self::Gpt2Medium | Self::Llama135m => (4, 256),
             Self::Mini => (8, 128),
-            Self::Tiny => (4, 32),
+            Self::Tiny | Self::LlamaTiny => (4, 32),
             Self::VitSmall => (128, 65),
         }
     }
@@ -123,6 +151,8 @@ impl Model {
             Self::Gpt2Medium => "gpt2-medium",
             Self::Mini => "mini",
             Self::Tiny => "tiny",
+            Self::Llama135m => "llama-135m",
+            Self::LlamaTiny => "llama-tiny",
             Self::VitSmall => "vit-small",
         }
     }
@@ -176,7 +206,7 @@ pub struct Job {
     /// Steps at the start that do not count in the rate
     #[arg(long, default_value_t = 1)]
     pub warmup: usize,
-    /// Dropout at all places
+    /// Dropout at all places of the architecture
     #[arg(long, default_value_t = 0.0)]
     pub dropout: f64,
     /// Seed of parameters, data and signs
@@ -420,6 +450,16 @@ mod tests {
         (job.backend, job.device, job.precision) = (BackendKind::Cuda, 1, PrecisionKind::Bf16);
         let line = core::iter::once("run".to_string()).chain(job.flags());
         assert_eq!(Line::parse_from(line).job, job);
+    }
+
+    /// Names on the command line, in records and in tables are the same.
+    #[test]
+    fn names_of_models() {
+        for &model in Model::value_variants() {
+            let name = model.to_possible_value().map(|v| v.get_name().to_string());
+            assert_eq!(name.as_deref(), Some(model.name()));
+            assert_eq!(serde_json::to_value(model).unwrap(), model.name());
+        }
     }
 
     #[test]

@@ -60,11 +60,18 @@ impl Python {
     /// paper's ViT.
     ///
     /// # Errors
-    /// A program that cannot be started, fails, or prints something else.
+    /// A model that no program has; a program that cannot be started, fails, or prints something
+    /// else.
     pub fn run(&self, job: &Job, peer: Peer) -> Result<Record, Failure> {
         let config = match job.model.architecture(job) {
             Architecture::Vit(_) => return output(self.command("vit_small.py", job, peer)),
             Architecture::Gpt2(config) => config,
+            Architecture::Llama(_) => {
+                return Err(Failure::Other(format!(
+                    "{}: expected a GPT-2 or the paper's ViT, the models of bench/peers",
+                    job.model.name()
+                )));
+            }
         };
         let d = config.dims();
         let mut command = self.command("gpt2.py", job, peer);

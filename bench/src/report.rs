@@ -256,7 +256,7 @@ impl Report {
         let steps = match model {
             _ if self.args.quick => 3,
             Model::Gpt2 => 4,
-            Model::Gpt2Medium => 3,
+            Model::Gpt2Medium | Model::Llama135m => 3,
             _ => 6,
         };
         Job { threads: self.threads, steps, ..Job::new(model, mode) }
@@ -364,9 +364,9 @@ impl Report {
     /// Modes × backends × models.
     fn steps(&mut self) -> Result<(), Failure> {
         let models: &[Model] = if self.args.quick {
-            &[Model::Tiny, Model::VitSmall]
+            &[Model::Tiny, Model::LlamaTiny, Model::VitSmall]
         } else {
-            &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall, Model::Mini]
+            &[Model::Gpt2, Model::Gpt2Medium, Model::Llama135m, Model::VitSmall, Model::Mini]
         };
         // With peers this model has its rows there: it takes minutes.
         let models = self
@@ -564,7 +564,7 @@ impl Report {
             Model::VitSmall => {
                 ("vit-small: share of the product peak, bdia", "vit-small: time of bdia / standard")
             }
-            Model::Mini | Model::Tiny => return,
+            Model::Mini | Model::Tiny | Model::Llama135m | Model::LlamaTiny => return,
         };
         let goal =
             |met: bool, what, target: String, found: String| Target { what, target, found, met };
@@ -1085,7 +1085,9 @@ impl Report {
     fn operations(&mut self) {
         let mut table =
             Table::new(&["model", "stage", "products, GFLOP", "other, GFLOP", "bdia / standard"]);
-        for model in [Model::Gpt2, Model::Gpt2Medium, Model::VitSmall, Model::Mini] {
+        let models =
+            [Model::Gpt2, Model::Gpt2Medium, Model::Llama135m, Model::VitSmall, Model::Mini];
+        for model in models {
             let job = Job {
                 dropout: if model == Model::VitSmall { 0.1 } else { 0.0 },
                 ..Job::new(model, Mode::Bdia)

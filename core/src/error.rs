@@ -311,6 +311,15 @@ pub enum Fault {
         /// The size of the vocabulary.
         vocab: usize,
     },
+    /// A token's position lies outside the table of rotary positions. No parameter was updated.
+    Position {
+        /// Index of the sample in the batch.
+        sample: usize,
+        /// The position.
+        value: i32,
+        /// The positions of the table.
+        positions: usize,
+    },
 }
 
 impl fmt::Display for Fault {
@@ -352,6 +361,13 @@ impl fmt::Display for Fault {
                     f,
                     "sample {sample}: token {value} is outside the vocabulary of {vocab}; no \
                      parameter was updated"
+                )
+            }
+            Self::Position { sample, value, positions } => {
+                write!(
+                    f,
+                    "sample {sample}: position {value} is outside the table of {positions} rotary \
+                     positions; no parameter was updated"
                 )
             }
         }

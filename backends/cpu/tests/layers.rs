@@ -169,7 +169,7 @@ fn rotations() {
             }
             let short: common::Op = &|b| b.rotate(&c, &rotary, table.sub(0, 0), Ints::EMPTY, x);
             let after = world.close("rotate without positions", TOLERANCE, short);
-            let first = Fault::Token { sample: 5, value: 0, vocab: 0 };
+            let first = Fault::Position { sample: 5, value: 0, positions: 0 };
             assert_eq!(after.fault, (!own.is_empty()).then_some(first));
             assert_eq!(after.world.reals, world.reals);
             let mut bad = world.clone();
@@ -179,7 +179,7 @@ fn rotations() {
             let op: common::Op = &|b| b.rotate(&c, &rotary, table, own, x);
             let fault = bad.close("rotate to nowhere", TOLERANCE, op).fault;
             let value = if own.len() > 1 { -7 } else { known as i32 };
-            let first = Fault::Token { sample: 4 + samples, value, vocab: known };
+            let first = Fault::Position { sample: 4 + samples, value, positions: known };
             assert_eq!(fault, (!own.is_empty()).then_some(first));
         }
     }

@@ -7,7 +7,7 @@
 //   forward
 //     q[Q] -> shared memory, once
 //     o[Q] = 0, most[Q] = -inf, sum[Q] = 0                 in registers
-//     for each tile of 32 keys that one of the queries sees:
+//     for each tile of keys that one of the queries sees:
 //       k -> shared memory
 //       s = scale·q·k                                      in registers; 16 threads have a row
 //       now = max(most, max of s), c = exp(most - now)     shuffles within those 16
@@ -22,6 +22,9 @@
 //     backward_q    a block a tile of queries, over all keys:     dq = Σ ds·k
 //     backward_kv   a block a tile of keys, over all queries:     dk = Σ ds·q, dv = Σ p·factor·dout
 //                   of every head of queries that reads these keys, one head after another
+//
+// Where the width of heads leaves no room for four tiles at a time, the way back has two: q and k for the scores, then dout and
+// v over them, and then once more what the sums want.
 //
 // The way back has two kernels, each of which computes the scores, so that every sum belongs to one
 // block and has a fixed order; a single one would add to dq from many blocks at a time.
@@ -153,10 +156,8 @@ template <u32 I, u32 J, u32 D> __device__ void products(Shared<float> x, Shared<
     }
 }
 
-#define KEYS 32
-
-// Q queries a block, D at least the width of a head.
-template <u32 Q, u32 D>
+// Q queries a block, KEYS keys at a time, D at least the width of a head.
+template <u32 Q, u32 D, u32 KEYS = 32>
 __device__ void forward(const Attend& a, const In<float>& q, const In<float>& k, const In<float>& v, const In<i32>& lens,
                         const In<i32>& starts, const In<float>& temperature, const Out<float>& out, const Out<float>& lse) {
     const u32 I = Q / 16, J = KEYS / 16, C = D / 16;
@@ -251,13 +252,18 @@ KERNEL(THREADS, 4) attention_delta(Attend a, u32 samples, In<float> out, In<floa
     if (lane == 0) delta[(u64)(sample * a.heads + head) * a.queries + query] = sum;
 }
 
-// One tile of the way back, T queries by T keys: p·factor and scale·ds of this thread's pairs.
-template <u32 T, u32 D>
+// Whether the way back has room for four tiles of rows D wide at a time.
+#define FOUR_TILES(D) ((D) <= 128)
+
+// One tile of the way back, T queries by T keys: p·factor and scale·ds of this thread's pairs. `turn` puts dout and v into
+// shared memory, where they are not there yet.
+template <u32 T, u32 D, class F>
 __device__ void tile(const Attend& a, float scale, u32 sample, u32 head, u32 first_query, u32 first_key, u32 there, const In<i32>& starts, const In<float>& lse,
-                     const In<float>& delta, Shared<float> qs, Shared<float> ks, Shared<float> vs, Shared<float> dos,
+                     const In<float>& delta, Shared<float> qs, Shared<float> ks, Shared<float> vs, Shared<float> dos, F turn,
                      float (&p)[T / 16][T / 16], float (&ds)[T / 16][T / 16]) {
     u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     products<T / 16, T / 16, D>(qs, ks, p);
+    turn();
     products<T / 16, T / 16, D>(dos, vs, ds);
     UNROLL
     for (u32 i = 0; i < T / 16; i++) {
@@ -283,10 +289,10 @@ __device__ void backward_q(const Attend& a, const In<float>& q, const In<float>&
                            const In<i32>& starts, const In<float>& temperature, const In<float>& lse, const In<float>& delta,
                            const In<float>& dout, const Out<float>& dq, const Out<float>& slopes) {
     const u32 I = T / 16, C = D / 16;
-    SHARED(float, qs, T * (D + 1));
-    SHARED(float, dos, T * (D + 1));
-    SHARED(float, ks, T * (D + 1));
-    SHARED(float, vs, T * (D + 1));
+    const bool FOUR = FOUR_TILES(D);
+    const u32 TILE = T * (D + 1);
+    SHARED(float, tiles, (FOUR ? 4 : 2) * TILE);
+    Shared<float> qs = tiles, ks = tiles + TILE, dos = FOUR ? tiles + 2 * TILE : qs, vs = FOUR ? tiles + 3 * TILE : ks;
     SHARED(float, dss, T * (T + 1));
     SHARED(float, room, WARPS);
     u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16, from = blockIdx.x * T, head = blockIdx.y, sample = blockIdx.z;
@@ -298,20 +304,34 @@ __device__ void backward_q(const Attend& a, const In<float>& q, const In<float>&
     for (u32 i = 0; i < I; i++)
         UNROLL
         for (u32 c = 0; c < C; c++) g[i][c] = 0.0f;
-    load<T, D>(a, a.q, q, sample, a.queries, head, from, qs);
-    load<T, D>(a, whole, dout, sample, a.queries, head, from, dos);
+    if (FOUR) {
+        load<T, D>(a, a.q, q, sample, a.queries, head, from, qs);
+        load<T, D>(a, whole, dout, sample, a.queries, head, from, dos);
+    }
     for (u32 first = first_key<T>(a, starts, sample, from); first < end; first += T) {
         __syncthreads();
+        if (!FOUR) load<T, D>(a, a.q, q, sample, a.queries, head, from, qs);
         load<T, D>(a, a.k, k, sample, a.keys, kv_head, first, ks);
-        load<T, D>(a, a.v, v, sample, a.keys, kv_head, first, vs);
+        if (FOUR) load<T, D>(a, a.v, v, sample, a.keys, kv_head, first, vs);
         __syncthreads();
+        auto turn = [&] {
+            if (FOUR) return;
+            __syncthreads();
+            load<T, D>(a, whole, dout, sample, a.queries, head, from, dos);
+            load<T, D>(a, a.v, v, sample, a.keys, kv_head, first, vs);
+            __syncthreads();
+        };
         float p[I][I], ds[I][I];
-        tile<T, D>(a, scale, sample, head, from, first, there, starts, lse, delta, qs, ks, vs, dos, p, ds);
+        tile<T, D>(a, scale, sample, head, from, first, there, starts, lse, delta, qs, ks, vs, dos, turn, p, ds);
         UNROLL
         for (u32 i = 0; i < I; i++)
             UNROLL
             for (u32 j = 0; j < I; j++) dss[(ty + 16 * i) * (T + 1) + tx + 16 * j] = ds[i][j];
         __syncthreads();
+        if (!FOUR) {
+            load<T, D>(a, a.k, k, sample, a.keys, kv_head, first, ks);
+            __syncthreads();
+        }
         for (u32 key = 0; key < T; key++) {
             UNROLL
             for (u32 i = 0; i < I; i++) {
@@ -322,6 +342,10 @@ __device__ void backward_q(const Attend& a, const In<float>& q, const In<float>&
         }
     }
     __syncthreads();
+    if (!FOUR && slopes.n) {
+        load<T, D>(a, a.q, q, sample, a.queries, head, from, qs);
+        __syncthreads();
+    }
     float slope = 0.0f;
     UNROLL
     for (u32 i = 0; i < I; i++) {
@@ -331,7 +355,7 @@ __device__ void backward_q(const Attend& a, const In<float>& q, const In<float>&
             u32 d = tx + 16 * c;
             if (query >= a.queries || d >= a.head_dim) continue;
             dq[place(a, a.dq, sample * a.queries + query, head) + d] = g[i][c];
-            slope = fmaf(qs[(ty + 16 * i) * (D + 1) + d], g[i][c], slope);
+            if (slopes.n) slope = fmaf(qs[(ty + 16 * i) * (D + 1) + d], g[i][c], slope);
         }
     }
     if (slopes.n == 0) return;
@@ -345,12 +369,14 @@ __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>
                             const In<i32>& starts, const In<float>& temperature, const In<float>& lse, const In<float>& delta,
                             const In<float>& dout, const Out<float>& dk, const Out<float>& dv) {
     const u32 I = T / 16, C = D / 16;
-    SHARED(float, qs, T * (D + 1));
-    SHARED(float, dos, T * (D + 1));
-    SHARED(float, ks, T * (D + 1));
-    SHARED(float, vs, T * (D + 1));
+    const bool FOUR = FOUR_TILES(D);
+    const u32 TILE = T * (D + 1);
+    SHARED(float, tiles, (FOUR ? 4 : 2) * TILE);
+    Shared<float> qs = tiles, ks = tiles + TILE, dos = FOUR ? tiles + 2 * TILE : qs, vs = FOUR ? tiles + 3 * TILE : ks;
     SHARED(float, dss, T * (T + 1));
     SHARED(float, ps, T * (T + 1));
+    // What the sums of dk want: over v, where there are two tiles.
+    Shared<float> queries = FOUR ? qs : ks;
     u32 tx = threadIdx.x % 16, ty = threadIdx.x / 16, from = blockIdx.x * T, kv_head = blockIdx.y, sample = blockIdx.z;
     u32 there = present(a, lens, sample);
     float scale = scale_of(a, temperature);
@@ -360,8 +386,10 @@ __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>
     for (u32 i = 0; i < I; i++)
         UNROLL
         for (u32 c = 0; c < C; c++) gk[i][c] = 0.0f, gv[i][c] = 0.0f;
-    load<T, D>(a, a.k, k, sample, a.keys, kv_head, from, ks);
-    load<T, D>(a, a.v, v, sample, a.keys, kv_head, from, vs);
+    if (FOUR) {
+        load<T, D>(a, a.k, k, sample, a.keys, kv_head, from, ks);
+        load<T, D>(a, a.v, v, sample, a.keys, kv_head, from, vs);
+    }
     // No query sees padding; causal ones see no key behind them.
     u32 start = from >= there ? a.queries : a.mask == CAUSAL ? from : 0;
     u32 end = last_query(a, starts, sample, start, from + T < there ? from + T : there);
@@ -370,10 +398,18 @@ __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>
         for (u32 first = start; first < end; first += T) {
             __syncthreads();
             load<T, D>(a, a.q, q, sample, a.queries, head, first, qs);
-            load<T, D>(a, whole, dout, sample, a.queries, head, first, dos);
+            if (FOUR) load<T, D>(a, whole, dout, sample, a.queries, head, first, dos);
+            if (!FOUR) load<T, D>(a, a.k, k, sample, a.keys, kv_head, from, ks);
             __syncthreads();
+            auto turn = [&] {
+                if (FOUR) return;
+                __syncthreads();
+                load<T, D>(a, whole, dout, sample, a.queries, head, first, dos);
+                load<T, D>(a, a.v, v, sample, a.keys, kv_head, from, vs);
+                __syncthreads();
+            };
             float p[I][I], ds[I][I];
-            tile<T, D>(a, scale, sample, head, first, from, there, starts, lse, delta, qs, ks, vs, dos, p, ds);
+            tile<T, D>(a, scale, sample, head, first, from, there, starts, lse, delta, qs, ks, vs, dos, turn, p, ds);
             UNROLL
             for (u32 i = 0; i < I; i++) {
                 UNROLL
@@ -381,6 +417,10 @@ __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>
                     u32 at = (ty + 16 * i) * (T + 1) + tx + 16 * j;
                     ps[at] = p[i][j], dss[at] = ds[i][j];
                 }
+            }
+            if (!FOUR) {
+                __syncthreads();
+                load<T, D>(a, a.q, q, sample, a.queries, head, first, queries);
             }
             __syncthreads();
             for (u32 query = 0; query < T; query++) {
@@ -391,7 +431,7 @@ __device__ void backward_kv(const Attend& a, const In<float>& q, const In<float>
                     for (u32 c = 0; c < C; c++) {
                         u32 d = tx + 16 * c;
                         gv[i][c] = fmaf(x, dos[query * (D + 1) + d], gv[i][c]);
-                        gk[i][c] = fmaf(y, qs[query * (D + 1) + d], gk[i][c]);
+                        gk[i][c] = fmaf(y, queries[query * (D + 1) + d], gk[i][c]);
                     }
                 }
             }
@@ -422,6 +462,9 @@ KERNEL(THREADS, 2) attention_64(ATTENTION_PARAMETERS, Out<float> out, Out<float>
 KERNEL(THREADS, 2) attention_128(ATTENTION_PARAMETERS, Out<float> out, Out<float> lse) {
     forward<32, 128>(a, q, k, v, lens, starts, temperature, out, lse);
 }
+KERNEL(THREADS, 2) attention_256(ATTENTION_PARAMETERS, Out<float> out, Out<float> lse) {
+    forward<16, 256, 16>(a, q, k, v, lens, starts, temperature, out, lse);
+}
 KERNEL(THREADS, 2) attention_dq_32(BACKWARD_PARAMETERS, Out<float> dq, Out<float> slopes) {
     backward_q<32, 32>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dq, slopes);
 }
@@ -431,6 +474,9 @@ KERNEL(THREADS, 2) attention_dq_64(BACKWARD_PARAMETERS, Out<float> dq, Out<float
 KERNEL(THREADS, 2) attention_dq_128(BACKWARD_PARAMETERS, Out<float> dq, Out<float> slopes) {
     backward_q<16, 128>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dq, slopes);
 }
+KERNEL(THREADS, 2) attention_dq_256(BACKWARD_PARAMETERS, Out<float> dq, Out<float> slopes) {
+    backward_q<16, 256>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dq, slopes);
+}
 KERNEL(THREADS, 2) attention_dkv_32(BACKWARD_PARAMETERS, Out<float> dk, Out<float> dv) {
     backward_kv<32, 32>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dk, dv);
 }
@@ -439,6 +485,9 @@ KERNEL(THREADS, 2) attention_dkv_64(BACKWARD_PARAMETERS, Out<float> dk, Out<floa
 }
 KERNEL(THREADS, 2) attention_dkv_128(BACKWARD_PARAMETERS, Out<float> dk, Out<float> dv) {
     backward_kv<16, 128>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dk, dv);
+}
+KERNEL(THREADS, 2) attention_dkv_256(BACKWARD_PARAMETERS, Out<float> dk, Out<float> dv) {
+    backward_kv<16, 256>(a, q, k, v, lens, starts, temperature, lse, delta, dout, dk, dv);
 }
 
 // out[1] += Σ x; one block.

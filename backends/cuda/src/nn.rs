@@ -16,7 +16,7 @@ use crate::{Cuda, SCRATCH};
 /// Warps of a block.
 const WARPS: usize = THREADS as usize / 32;
 /// The widest head that the attention kernels have room for.
-const MOST_HEAD: usize = 128;
+const MOST_HEAD: usize = 256;
 /// Threads of a block that has a row of logits, as in `nn.cu`.
 const LOSS_THREADS: u32 = 512;
 /// Threads that the gradient of a normalization has for a row, as in `nn.cu`.
@@ -78,7 +78,11 @@ const TILE: usize = 16;
 
 /// Queries of a tile of the forward pass, and of one of the way back, for a width of heads.
 const fn tiles(head_dim: usize) -> (usize, usize) {
-    if head_dim <= 64 { (64, 32) } else { (32, TILE) }
+    match head_dim {
+        0..=64 => (64, 32),
+        65..=128 => (32, TILE),
+        _ => (16, TILE),
+    }
 }
 
 /// The most rows that a block of attention has.
@@ -103,7 +107,8 @@ struct Tensor {
 }
 
 impl Tensor {
-    const fn of(head_dim: usize) -> Self {
+    /// None for wider heads: their rows and sums are more than a warp's registers hold.
+    const fn of(head_dim: usize) -> Option<Self> {
         use Kernel as K;
         let (wide, forward, dq, dkv, rows) = match head_dim {
             0..=32 => (
@@ -120,15 +125,16 @@ impl Tensor {
                 K::AttentionDkvBf16x64,
                 [128, 128, 128],
             ),
-            _ => (
+            65..=128 => (
                 128,
                 K::AttentionBf16x128,
                 K::AttentionDqBf16x128,
                 K::AttentionDkvBf16x128,
                 [64, 64, 64],
             ),
+            _ => return None,
         };
-        Self { wide, forward, dq, dkv, rows }
+        Some(Self { wide, forward, dq, dkv, rows })
     }
 }
 
@@ -143,7 +149,7 @@ impl Cuda {
     ) -> Result<Attend> {
         if a.head_dim > MOST_HEAD {
             let found = a.head_dim as f64;
-            return Err(Error::setting("width of a head", found, "up to 128 on a CUDA device"));
+            return Err(Error::setting("width of a head", found, "up to 256 on a CUDA device"));
         }
         small(
             "attention: rows",
@@ -181,10 +187,10 @@ impl Cuda {
     }
 
     /// Whether attention goes to tensor cores, forward and backward alike: where the device has the
-    /// kernels, and the room for bf16 factors takes queries, keys, values and the result's
-    /// gradient. Beside the device, shapes alone decide it.
+    /// kernels, heads are not too wide for them, and the room for bf16 factors takes queries, keys,
+    /// values and the result's gradient. Beside the device, shapes alone decide it.
     fn tensor(&self, chunk: &Chunk, a: &Attention) -> Option<Tensor> {
-        let t = Tensor::of(a.head_dim);
+        let t = Tensor::of(a.head_dim)?;
         let (queries, keys) =
             (a.queries.saturating_mul(a.heads), a.keys.saturating_mul(a.kv_heads));
         let rows = 2_usize.saturating_mul(queries.saturating_add(keys));
@@ -563,7 +569,7 @@ impl NnOps for Cuda {
             first: chunk.first,
             per: rotary.tokens,
             vocab: known,
-            ..Cause::new(Code::Token, chunk.site)
+            ..Cause::new(Code::Position, chunk.site)
         };
         let report = self.report(cause);
         // Positions are below 2^31, as unsigned numbers all but the negative ones.
@@ -667,7 +673,8 @@ impl NnOps for Cuda {
         let kernel = match a.head_dim {
             0..=32 => Kernel::Attention32,
             33..=64 => Kernel::Attention64,
-            _ => Kernel::Attention128,
+            65..=128 => Kernel::Attention128,
+            _ => Kernel::Attention256,
         };
         let grid = [a.queries.div_ceil(tiles(a.head_dim).0), a.heads, chunk.samples];
         let args = &mut [
@@ -749,7 +756,8 @@ impl NnOps for Cuda {
             let (for_q, for_kv) = match a.head_dim {
                 0..=32 => (Kernel::AttentionDq32, Kernel::AttentionDkv32),
                 33..=64 => (Kernel::AttentionDq64, Kernel::AttentionDkv64),
-                _ => (Kernel::AttentionDq128, Kernel::AttentionDkv128),
+                65..=128 => (Kernel::AttentionDq128, Kernel::AttentionDkv128),
+                _ => (Kernel::AttentionDq256, Kernel::AttentionDkv256),
             };
             let common = [
                 arg(&attend),

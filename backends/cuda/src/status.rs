@@ -21,6 +21,7 @@ pub(crate) enum Code {
     Host = 5,
     ActivationGradient = 6,
     Input = 7,
+    Position = 8,
 }
 
 /// What an operation says about its faults, before the backend fills in where they go.
@@ -32,6 +33,7 @@ pub(crate) struct Cause {
     pub first: usize,
     /// Elements (or rows) of a sample.
     pub per: usize,
+    /// The size of the vocabulary, or of the table of positions.
     pub vocab: usize,
     pub frac_bits: u32,
 }
@@ -83,6 +85,9 @@ pub(crate) fn fault(s: &Status, raised: Option<(u32, Fault)>) -> Option<Fault> {
         _ => f64::from(f32::from_bits(payload)),
     };
     Some(match s.code {
+        code if code == Code::Position as u32 => {
+            Fault::Position { sample, value: payload as i32, positions: s.vocab as usize }
+        }
         _ if kind == 2 => Fault::Token { sample, value: payload as i32, vocab: s.vocab as usize },
         code if code == Code::Checksum as u32 => {
             Fault::Checksum { activation: s.first as usize, block: s.site as usize }

@@ -1,15 +1,18 @@
 //! The thread that adds up while its rank computes.
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use core::time::Duration;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
 use bdia_core::{Error, Halt, Result};
 
 use crate::link::Link;
-use crate::wire::{HEADER, Header, Kind, SAME, header};
+use crate::wire::{HEADER, Header, Kind, PIECE, Piece, SAME, header, piece, piece_of};
 
 /// Groups of gradients that may be on their way at a time, with room to spare.
 const QUEUE: usize = 8;
+/// How often a rank that the others wait for says that it works: more often than any link's limit.
+const SOON: Duration = Duration::from_millis(200);
 
 /// Values of a rank's share of `len` values.
 const fn share(len: usize, ranks: usize) -> usize {
@@ -194,6 +197,61 @@ impl Ranks {
             self.failed = Some(error);
         }
         answer
+    }
+
+    /// What `work` gives on rank 0, on every rank; the others do not call it, and wait for as long
+    /// as it takes.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] for a rank that is silent, gone, or does something else;
+    /// [`Error::Setting`] where gradients are on their way.
+    pub fn from_first(&mut self, work: impl FnOnce() -> Vec<u8>) -> Result<Vec<u8>> {
+        if self.busy() {
+            return Err(Error::setting("gradients on their way", 1.0, "0, to tell something"));
+        }
+        if self.rank != 0 {
+            let (mut all, mut room) = (Vec::new(), [0; PIECE]);
+            loop {
+                let answer = self.tell(Piece::Soon)?;
+                match piece_of(&answer.headers, &mut room) {
+                    Some(Piece::Soon) => {}
+                    Some(Piece::Part(bytes)) => all.extend_from_slice(bytes),
+                    Some(Piece::End(bytes)) => {
+                        all.extend_from_slice(bytes);
+                        return Ok(all);
+                    }
+                    None => return Err(Error::Rank { rank: 0, why: Halt::Astray }),
+                }
+            }
+        }
+        let all = std::thread::scope(|scope| {
+            let (done, working) = channel::<()>();
+            let ranks = &mut *self;
+            let telling = scope.spawn(move || {
+                while working.recv_timeout(SOON) == Err(RecvTimeoutError::Timeout) {
+                    ranks.tell(Piece::Soon)?;
+                }
+                Ok(())
+            });
+            let all = work();
+            drop(done);
+            let gone = Error::Device("the thread that says that this rank works ended");
+            telling.join().unwrap_or(Err(gone)).map(|()| all)
+        })?;
+        let (last, parts) = match all.len().div_ceil(PIECE) {
+            0 | 1 => (&all[..], &[][..]),
+            n => (&all[(n - 1) * PIECE..], &all[..(n - 1) * PIECE]),
+        };
+        for part in parts.chunks(PIECE) {
+            self.tell(Piece::Part(part))?;
+        }
+        self.tell(Piece::End(last))?;
+        Ok(all)
+    }
+
+    fn tell(&mut self, own: Piece<'_>) -> Result<Answer> {
+        self.send(Kind::Text, piece(own), Buffers::default(), 0)?;
+        self.receive()
     }
 
     /// Ends it after all work is done: closes the link, which waits for the other ranks to do the

@@ -15,7 +15,23 @@ pub(crate) type Header = [u32; HEADER];
 pub(crate) enum Kind {
     Numbers = 1,
     Gradients = 2,
+    /// A piece of what rank 0 has for all.
+    Text = 3,
 }
+
+/// What rank 0 has for all, piece by piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Piece<'a> {
+    /// It is not there yet.
+    Soon,
+    /// Up to [`PIECE`] bytes of it.
+    Part(&'a [u8]),
+    /// The last ones.
+    End(&'a [u8]),
+}
+
+/// Bytes of a piece.
+pub(crate) const PIECE: usize = 4 * (HEADER - SAME - 1);
 
 const fn halves(x: u64) -> [u32; 2] {
     [x as u32, (x >> 32) as u32]
@@ -48,6 +64,38 @@ pub(crate) fn numbers_of(header: &[u32]) -> [f64; 4] {
     core::array::from_fn(|i| f64::from_bits(whole(header[SAME + 2 * i], header[SAME + 2 * i + 1])))
 }
 
+/// A piece as words: what it is and its length, and its bytes.
+pub(crate) fn piece(piece: Piece<'_>) -> [u32; HEADER - SAME] {
+    let (code, bytes) = match piece {
+        Piece::Soon => (0, &[][..]),
+        Piece::Part(bytes) => (1, bytes),
+        Piece::End(bytes) => (2, bytes),
+    };
+    let mut words = [0; HEADER - SAME];
+    words[0] = code << 8 | bytes.len() as u32;
+    for (word, bytes) in words[1..].iter_mut().zip(bytes.chunks(4)) {
+        let mut four = [0; 4];
+        four[..bytes.len()].copy_from_slice(bytes);
+        *word = u32::from_le_bytes(four);
+    }
+    words
+}
+
+/// The piece of a header, with room for its bytes; what no rank writes is none.
+pub(crate) fn piece_of<'a>(header: &[u32], room: &'a mut [u8; PIECE]) -> Option<Piece<'a>> {
+    let (&head, words) = header[SAME..].split_first()?;
+    for (four, word) in room.chunks_exact_mut(4).zip(words) {
+        four.copy_from_slice(&word.to_le_bytes());
+    }
+    let bytes = room.get(..(head & 0xFF) as usize)?;
+    match head >> 8 {
+        0 => Some(Piece::Soon),
+        1 => Some(Piece::Part(bytes)),
+        2 => Some(Piece::End(bytes)),
+        _ => None,
+    }
+}
+
 /// A status as words: what it is, where, and its numbers.
 pub(crate) fn fault(fault: Option<Fault>) -> [u32; HEADER - SAME] {
     let site = |site| match site {
@@ -68,6 +116,9 @@ pub(crate) fn fault(fault: Option<Fault>) -> [u32; HEADER - SAME] {
             (6, site(s), sample, value.to_bits(), 0)
         }
         Some(Fault::Input { site: s, sample }) => (7, site(s), sample, 0, 0),
+        Some(Fault::Position { sample, value, positions }) => {
+            (8, [0; 2], sample, u64::from(value as u32), positions)
+        }
     };
     let ([i, _], [low, high]) = (halves(index as u64), halves(value));
     [code, a, b, i, low, high, last as u32, 0]
@@ -90,6 +141,7 @@ pub(crate) fn fault_of(header: &[u32]) -> Option<Fault> {
         5 => Fault::Token { sample, value: low as i32, vocab: last as usize },
         6 => Fault::ActivationGradient { site, sample, value },
         7 => Fault::Input { site, sample },
+        8 => Fault::Position { sample, value: low as i32, positions: last as usize },
         _ => return None,
     })
 }
@@ -109,10 +161,22 @@ mod tests {
             Fault::Token { sample: 1, value: -19, vocab: 50_257 },
             Fault::ActivationGradient { site: Site::Head, sample: 2, value: f64::INFINITY },
             Fault::Input { site: Site::Block(9), sample: 4 },
+            Fault::Position { sample: 2, value: 8192, positions: 8192 },
         ] {
             assert_eq!(fault_of(&header(Kind::Gradients, 1, 5, fault(Some(f)))), Some(f));
         }
         assert_eq!(fault_of(&header(Kind::Gradients, 1, 5, fault(None))), None);
+        let all: Vec<u8> = (200..=255).collect();
+        for p in [
+            Piece::Soon,
+            Piece::Part(&all[..PIECE]),
+            Piece::Part(&all[..5]),
+            Piece::End(&all[..PIECE]),
+            Piece::End(&[]),
+        ] {
+            let words = header(Kind::Text, 1, 0, piece(p));
+            assert_eq!(piece_of(&words, &mut [0; PIECE]), Some(p));
+        }
         let x = [1.5, -0.0, f64::INFINITY, 9_007_199_254_740_993.0];
         assert_eq!(numbers_of(&header(Kind::Numbers, u32::MAX, usize::MAX, numbers(x))), x);
     }

@@ -258,3 +258,37 @@ fn requests_that_make_no_sense_are_errors() {
         assert!(matches!(e[3], Err(Error::Handle(_))), "{e:?}");
     }
 }
+
+/// What rank 0 works out for all: of any length, and for longer than a link waits. A rank that is
+/// gone meanwhile is told.
+#[test]
+fn what_rank_0_finds_is_everybodys() {
+    let on_links = |limit, work: &(dyn Fn(&mut Ranks) -> Result<Vec<u8>> + Sync)| {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (Local::group(3, limit).into_iter())
+                .map(|link| scope.spawn(move || work(&mut Ranks::start(move || Ok(link)).unwrap())))
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
+        })
+    };
+    for len in [0, 1, 27, 28, 29, 56, 1000] {
+        let all: Vec<u8> = (0..len).map(|i| (i * 7 + len) as u8).collect();
+        let found = on_links(LIMIT, &|ranks| {
+            let rank = ranks.rank();
+            ranks.from_first(|| if rank == 0 { all.clone() } else { panic!("rank {rank} works") })
+        });
+        assert!(found.iter().all(|f| f.as_ref() == Ok(&all)), "{len}: {found:?}");
+    }
+    let slow = on_links(Duration::from_secs(1), &|ranks| {
+        ranks.from_first(|| {
+            std::thread::sleep(Duration::from_millis(2500));
+            vec![5; 100]
+        })
+    });
+    assert!(slow.iter().all(|f| f == &Ok(vec![5; 100])), "{slow:?}");
+    let gone = on_links(Duration::from_secs(1), &|ranks| match ranks.rank() {
+        2 => Ok(Vec::new()),
+        _ => ranks.from_first(|| vec![1]),
+    });
+    assert!(matches!(gone[0], Err(Error::Rank { rank: 1 | 2, .. })), "{gone:?}");
+}

@@ -214,7 +214,7 @@ impl Report {
             precision,
             ..self.job(model, mode)
         };
-        if matches!(model, Model::Gpt2 | Model::Gpt2Medium) {
+        if matches!(model, Model::Gpt2 | Model::Gpt2Medium | Model::Llama135m) {
             // What the targets on a GPU are about.
             (job.batch, job.context, job.steps) = (Some(8), Some(1024), 10);
         }
@@ -223,9 +223,9 @@ impl Report {
 
     fn cuda_steps(&mut self, roofs: &[Roofed]) -> Result<(), Failure> {
         let models: &[Model] = if self.args.quick {
-            &[Model::Tiny]
+            &[Model::Tiny, Model::LlamaTiny]
         } else {
-            &[Model::Gpt2, Model::Gpt2Medium, Model::VitSmall]
+            &[Model::Gpt2, Model::Gpt2Medium, Model::Llama135m, Model::VitSmall]
         };
         let mut times = Table::new(&["model", "precision", "kernel", "calls", "time", "share"]);
         let mut table = Table::new(&[

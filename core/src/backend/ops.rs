@@ -485,7 +485,7 @@ operations! {
             /// a position's angles and then their sines, position after position;
             /// `positions[samples·tokens]` has the position of every row, and where it is empty a
             /// row's position is its place in the sample. One that the table does not have raises
-            /// [`Fault::Token`], and its row stays as it is.
+            /// [`Fault::Position`], and its row stays as it is.
             fn rotate(
                 &mut self,
                 chunk: &Chunk,

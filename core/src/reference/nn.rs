@@ -466,7 +466,7 @@ impl<R: Real> NnOps for Reference<'_, R> {
             let position = positions.get(r).map_or((r % tokens) as i64, |&p| p.into());
             let Some(p) = usize::try_from(position).ok().filter(|&p| p < known) else {
                 let (sample, value) = (chunk.first + r / tokens, position as i32);
-                self.fault.get_or_insert(Fault::Token { sample, value, vocab: known });
+                self.fault.get_or_insert(Fault::Position { sample, value, positions: known });
                 continue;
             };
             let (cos, sin) = table[p * width..(p + 1) * width].split_at(half);

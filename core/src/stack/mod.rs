@@ -36,6 +36,8 @@ pub use reversible::Reversible;
 pub use segments::{Segmented, largest_difference};
 pub use workspace::Workspace;
 
+use core::fmt;
+
 use crate::arena::{Layout, Reals};
 use crate::backend::{Storage, UpdateOps};
 use crate::error::{Error, Result, ok};
@@ -86,6 +88,51 @@ impl Mode {
             _ => Grid::DEFAULT,
         };
         Self::Bdia { grid, gamma: Policy::PAPER, verify: false }
+    }
+
+    /// What becomes of the last of `blocks` steps, in mode `bdia`.
+    pub const fn last_step(&self, tail: Tail, blocks: usize) -> Option<LastStep> {
+        match self {
+            Self::Bdia { gamma, .. } => Some(LastStep::of(gamma, tail, blocks)),
+            _ => None,
+        }
+    }
+}
+
+/// The last step of a stack in mode `bdia`, which prints as a line of its plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LastStep {
+    /// `X_K = X_{K-1} + Q(h_{K-1}(x_{K-1}))`.
+    Plain,
+    /// With γ, whose perturbation the head sees; side bits of `K−2` steps are kept.
+    Perturbed,
+    /// With γ, since the output leaves the stack: `X_K` and `X_{K-1}` and the side bits of `K−1`
+    /// steps are kept, and the last block is recomputed. (The other choice, to keep `X_{K-1}` and
+    /// `X_{K-2}`, would take one forward pass of that block more and one set of side bits less.)
+    Inverted,
+}
+
+impl LastStep {
+    const fn of(gamma: &Policy, tail: Tail, blocks: usize) -> Self {
+        match tail {
+            // The first step is plain as well.
+            _ if blocks <= 1 => Self::Plain,
+            Tail::Output => Self::Inverted,
+            Tail::Head if gamma.ends_plain() => Self::Plain,
+            Tail::Head => Self::Perturbed,
+        }
+    }
+}
+
+impl fmt::Display for LastStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "the last step is plain, without gamma",
+            Self::Perturbed => "the last step has gamma, and no side bits: nothing inverts it",
+            Self::Inverted => {
+                "the output leaves the stack: the last step has gamma, side bits, and is inverted"
+            }
+        })
     }
 }
 
@@ -206,6 +253,14 @@ impl Stack {
     /// The sizes, with the chunk that is used.
     pub const fn config(&self) -> &Config {
         either!(self, s => s.config())
+    }
+
+    /// What becomes of the last step, in mode `bdia`.
+    pub const fn last_step(&self) -> Option<LastStep> {
+        match self {
+            Self::Reversible(s) => Some(s.last_step()),
+            Self::Segmented(_) => None,
+        }
     }
 
     /// Gives all blocks a second input.

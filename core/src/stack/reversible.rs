@@ -2,7 +2,7 @@
 
 use super::blocks::{Blocks, Call, Context, Head, Input};
 use super::workspace::{Common, Sizes, Workspace};
-use super::{Config, Mode, Pass, Tail};
+use super::{Config, LastStep, Mode, Pass, Tail};
 use crate::arena::{Category, Ints, Layout, Reals, Words, product};
 use crate::backend::{Chunk, Storage, UpdateOps};
 #[cfg(doc)]
@@ -103,6 +103,11 @@ impl Reversible {
     /// The sizes, with the chunk that is used.
     pub const fn config(&self) -> &Config {
         &self.common.config
+    }
+
+    /// What becomes of the last step.
+    pub const fn last_step(&self) -> LastStep {
+        LastStep::of(&self.gamma, self.config().tail, self.config().blocks)
     }
 
     /// Gives all blocks a second input.
@@ -549,6 +554,16 @@ mod tests {
                 let mut layout = Layout::new(4);
                 let mut stack =
                     Reversible::layout(&config, Grid::DEFAULT, policy, true, &mut layout).unwrap();
+                // What a plan says of the last step is what is done and kept.
+                let perturbed = gamma_at(&policy, &config, 0, BLOCKS - 1).is_some();
+                let inverted = stored_planes(&config) == BLOCKS - 1;
+                let last = match (perturbed, inverted) {
+                    (false, false) => LastStep::Plain,
+                    (true, false) => LastStep::Perturbed,
+                    (true, true) => LastStep::Inverted,
+                    (false, true) => panic!("side bits that nothing needs"),
+                };
+                assert_eq!(stack.last_step(), last);
                 let (i, r, w) = layout.arenas();
                 let (mut i, mut r, mut w) = (vec![0; i], vec![0.0_f32; r], vec![u32::MAX; w]);
                 let mut be = Reference::new(&layout, &mut i, &mut r, &mut w).unwrap();

@@ -171,7 +171,7 @@ impl fmt::Display for Failure {
 impl core::error::Error for Failure {}
 
 const INTS: usize = 640;
-const REALS: usize = 3072;
+const REALS: usize = 3584;
 const WORDS: usize = 256;
 /// Values that cross from the backend at once where no copy of the whole is kept.
 const PIECE: usize = 256;

@@ -397,7 +397,7 @@ const PLAIN: Case = Case {
     temperature: false,
 };
 
-const ATTENTIONS: [Case; 29] = [
+const ATTENTIONS: [Case; 32] = [
     PLAIN,
     Case { name: "causal", mask: Mask::Causal, ..PLAIN },
     Case {
@@ -521,6 +521,37 @@ const ATTENTIONS: [Case; 29] = [
         ..PLAIN
     },
     Case { name: "packed", mask: Mask::Causal, packed: 3, ..PLAIN },
+    Case {
+        name: "heads of 160",
+        mask: Mask::Causal,
+        queries: 2,
+        keys: 2,
+        heads: 1,
+        head_dim: 160,
+        samples: 1,
+        ..PLAIN
+    },
+    Case {
+        name: "heads of 192, with temperature",
+        queries: 1,
+        keys: 2,
+        heads: 1,
+        head_dim: 192,
+        samples: 1,
+        together: false,
+        temperature: true,
+        ..PLAIN
+    },
+    Case {
+        name: "heads of 256",
+        queries: 1,
+        keys: 2,
+        heads: 1,
+        head_dim: 256,
+        samples: 1,
+        together: false,
+        ..PLAIN
+    },
     Case {
         name: "packed, many tokens, sliding with padding",
         mask: Mask::Sliding(30),

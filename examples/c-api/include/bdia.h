@@ -250,7 +250,8 @@ enum bdia_status bdia_checksum(const int32_t *x, size_t n, size_t first, uint64_
 // threads as cores; sizes 0.
 enum bdia_status bdia_config_default(struct bdia_config *config);
 
-// The bytes that a stack will have, before anything is allocated.
+// The bytes that a stack will have, before anything is allocated. As the output leaves the stack,
+// the last step has gamma and side bits like the others, and backward inverts it.
 enum bdia_status bdia_plan(const struct bdia_config *config, struct bdia_memory *memory);
 
 // A new stack in *stack (NULL there after a failure). The table is copied; what user points to is

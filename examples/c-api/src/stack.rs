@@ -488,7 +488,8 @@ pub unsafe extern "C" fn bdia_config_default(config: *mut Config) -> Status {
     })
 }
 
-/// The bytes that a stack will have, before anything is allocated.
+/// The bytes that a stack will have, before anything is allocated. As the output leaves the stack,
+/// the last step has gamma and side bits like the others, and backward inverts it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bdia_plan(config: *const Config, memory: *mut Memory) -> Status {
     border(|| {

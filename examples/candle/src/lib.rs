@@ -266,7 +266,8 @@ impl<M: ModuleT> Reversible<M> {
     }
 
     /// Bytes that the stack holds for the last shape of input, by category; candle's own memory is
-    /// not in it.
+    /// not in it. As the output leaves the stack, the last step has gamma and side bits like the
+    /// others, and is inverted.
     pub fn memory(&self) -> impl Iterator<Item = (Category, usize)> {
         Category::ALL.into_iter().filter_map(|c| self.laid.as_ref().map(|l| (c, l.layout.bytes(c))))
     }

@@ -9,9 +9,9 @@ use bdia_models::language::model::LanguageModel;
 use bdia_models::language::{Config, Family};
 use bdia_models::named::Adapters;
 use bdia_models::pretrained;
-use bdia_train::Failure;
 use bdia_train::calibrate::{self, Batch, Pretrained, TARGETS};
 use bdia_train::cli::{MethodArgs, StepArgs};
+use bdia_train::{Failure, ranks};
 
 use crate::inference::{self, Shape};
 use crate::train::Source;
@@ -77,12 +77,14 @@ impl Samples {
     }
 }
 
-/// Measures γ where the flags leave that to us, and puts it into the flags.
+/// Measures γ where the flags leave that to us, and puts it into the flags. Of several ranks the
+/// first measures.
 ///
 /// # Errors
 /// As [`calibrate::measure`].
 pub fn measure<C: Config>(
     run: &mut StepArgs,
+    joined: Option<&mut ranks::Ranks>,
     source: &Source,
     config: &C,
     weights: &Path,
@@ -91,16 +93,21 @@ pub fn measure<C: Config>(
     if !calibrate::is_wanted(&run.mode)? {
         return Ok(());
     }
-    let samples = Samples::of(source, context, <C::Dims as Family>::PACKS)?;
-    let at_once = AT_ONCE.min(samples.tokens.len() / context).max(1);
-    let place = run.machine.clone();
-    let blocks_per_step = run.mode.blocks_per_step as usize;
-    let shape = Shape { adapters, blocks_per_step, packed: !samples.starts.is_empty() };
-    calibrate::measure(&mut run.mode, &run.given, &place, |frac_bits| {
-        let (model, layout) =
-            inference::lay_out(config, &place, context, at_once, None, frac_bits, shape)?;
-        Ok((Measured { weights, samples: &samples, model }, layout))
-    })
+    let found = ranks::of_first(joined, || {
+        let samples = Samples::of(source, context, <C::Dims as Family>::PACKS)?;
+        let at_once = AT_ONCE.min(samples.tokens.len() / context).max(1);
+        let (place, blocks_per_step) = (&run.machine, run.mode.blocks_per_step as usize);
+        let shape = Shape { adapters, blocks_per_step, packed: !samples.starts.is_empty() };
+        calibrate::measure(&run.mode, &run.given, place, |frac_bits| {
+            let (model, layout) =
+                inference::lay_out(config, place, context, at_once, None, frac_bits, shape)?;
+            Ok((Measured { weights, samples: &samples, model }, layout))
+        })
+    })?;
+    if let Some(found) = found {
+        run.mode.take(found);
+    }
+    Ok(())
 }
 
 struct Measured<'a, F: Family> {

@@ -16,7 +16,7 @@ use bdia_train::Failure;
 use bdia_train::machine::{self, Work};
 use bdia_train::{report, run};
 
-use crate::cli::ChatArgs;
+use crate::cli::{ChatArgs, context_of};
 use crate::hub;
 use crate::inference::{self, load};
 use crate::pairs::chat_prompt;
@@ -49,7 +49,7 @@ fn chat_with<C: Config>(
     tokenizer: Tokenizer,
 ) -> Result<(), Failure> {
     let positions = config.dims().positions();
-    let context = args.context.map_or(CONTEXT.min(positions), |c| c as usize);
+    let context = context_of(args.context, positions)?.unwrap_or(CONTEXT.min(positions));
     let sizes = Sizes { prompts: 1, beams: 1, context };
     let (model, decoder, layout) = inference::lay_out_decoder(config, &args.machine, sizes)?;
     let ends = end_tokens(config, &tokenizer);

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 
 use bdia_models::config::ConfigError;
 use bdia_models::gpt2::config::Gpt2Config;
-use bdia_models::language::Config as _;
-use bdia_models::llama::config::LlamaConfig;
+use bdia_models::language::{Config as _, Family};
+use bdia_models::llama::config::{self as llama, LlamaConfig};
 use bdia_models::pretrained::AnyConfig;
 use bdia_models::tokenizer::{self, Tokenizer};
+use bdia_train::Failure;
 use bdia_train::cli::*;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -70,14 +71,11 @@ impl ModelArgs {
             c.check()?;
             return Ok(AnyConfig::Gpt2(c));
         }
-        // Width, heads, heads of keys and values, layers, positions.
-        let [width, heads, shared, layers, own] = match self.config {
-            Preset::Llama135m => [576, 9, 3, 30, 8192],
-            _ => [128, 4, 2, 8, 128],
-        };
+        let size = self.config.llama().unwrap_or(llama::Size::Mini);
+        let [width, heads, shared, layers, own] = size.sizes();
         let (width, layers) = (or(self.width, width), or(self.layers, layers));
         let (heads, shared) = self.heads.map_or((heads, shared), |h| (to(h), to(h)));
-        let inner = width.saturating_mul(8).div_ceil(3).next_multiple_of(64);
+        let inner = llama::inner(width);
         let mut c = LlamaConfig::new([vocab, positions(own), width, heads, shared, inner, layers])?;
         c.set_dropout(dropout);
         Ok(AnyConfig::Llama(c))
@@ -239,6 +237,32 @@ pub struct PairArgs {
     #[arg(long, value_name = "FORMAT")]
     #[serde(default)]
     pub format: Option<Format>,
+}
+
+/// The tokens of a sample that were asked for, of a model with so many positions.
+///
+/// # Errors
+/// More than the model has.
+pub fn context_of(asked: Option<u64>, positions: usize) -> Result<Option<usize>, Failure> {
+    match asked {
+        Some(n) if n > positions as u64 => Err(Failure::Other(format!(
+            "--context {n}: expected at most {positions}, the positions of the model"
+        ))),
+        asked => Ok(asked.map(|n| n as usize)),
+    }
+}
+
+/// Refuses packed samples of a family that does not know them.
+///
+/// # Errors
+/// A family that does not.
+pub fn check_pack<F: Family>(pack: bool) -> Result<(), Failure> {
+    if pack && !F::PACKS {
+        return Err(Failure::Other(
+            "--pack: expected a model of Llama's family, found a GPT-2; leave the flag out".into(),
+        ));
+    }
+    Ok(())
 }
 
 impl PairArgs {
@@ -621,6 +645,17 @@ pub struct ScoreArgs {
     pub machine: MachineArgs,
 }
 
+impl ScoreArgs {
+    fn check(&self) -> Result<(), String> {
+        if self.pairs.loss_on.is_some() {
+            return Err(
+                "--loss-on says what is learned, and score learns nothing; leave it out".into()
+            );
+        }
+        self.pairs.check(self.task, None)
+    }
+}
+
 /// The experiments.
 #[derive(Debug, Clone, PartialEq, Subcommand)]
 pub enum Experiment {
@@ -751,6 +786,9 @@ pub struct PlanArgs {
     /// Micro-batches of a step. More than one needs full gradient buffers
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 10))]
     pub accumulate: u64,
+    /// With the places of several examples in a sample (Llama's family)
+    #[arg(long)]
+    pub pack: bool,
     /// Ranks that share a micro-batch
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1 << 20))]
     pub ranks: u64,
@@ -883,7 +921,7 @@ impl Cli {
                 newest(sub, &mut chat.weights);
                 Ok(())
             }
-            Command::Score(score) => score.pairs.check(score.task, None),
+            Command::Score(score) => score.check(),
             Command::Experiment { experiment } => {
                 let own =
                     sub.and_then(|m| m.subcommand()).map_or_else(BTreeSet::new, |(_, m)| given(m));

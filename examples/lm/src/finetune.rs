@@ -18,7 +18,7 @@ use bdia_train::trainer::Summary;
 use bdia_train::{Failure, ranks, report, run};
 
 use crate::calibrate;
-use crate::cli::FinetuneArgs;
+use crate::cli::{FinetuneArgs, check_pack, context_of};
 use crate::data::{Corpus, DataError, Order};
 use crate::hub;
 use crate::pairs::Examples;
@@ -52,16 +52,12 @@ pub fn finetune(args: &FinetuneArgs) -> Result<Summary, Failure> {
 fn finetune_on<C: Config>(
     mut args: FinetuneArgs,
     from: Option<(PathBuf, Header)>,
-    joined: Option<bdia_ranks::Ranks>,
+    mut joined: Option<bdia_ranks::Ranks>,
     mut config: C,
     weights: PathBuf,
     texts: Texts,
 ) -> Result<Summary, Failure> {
-    if args.pack && !<C::Dims as Family>::PACKS {
-        return Err(Failure::Other(
-            "--pack: expected a model of Llama's family, found a GPT-2; leave the flag out".into(),
-        ));
-    }
+    check_pack::<C::Dims>(args.pack)?;
     // Dropout is a choice of the training; the file's is what somebody else chose.
     config.set_dropout(args.run.dropout);
     let (source, context) = open(&mut args, &config, &texts)?;
@@ -72,7 +68,7 @@ fn finetune_on<C: Config>(
     let adapters = adapters(&args.method, &args.run.machine, &config, Some(&weights))?;
     if from.is_none() {
         let how = (context, adapters);
-        calibrate::measure(&mut args.run, &source, &config, &weights, how)?;
+        calibrate::measure(&mut args.run, joined.as_mut(), &source, &config, &weights, how)?;
     }
     config.set_training(args.run.mode.training()?);
     let lesson = Lesson {
@@ -140,7 +136,7 @@ fn open<C: Config>(
     let Some(data) = args.data.clone() else {
         return Err(Failure::Other("expected --data, found nothing".into()));
     };
-    let asked = args.context.map(|c| c as usize);
+    let asked = context_of(args.context, positions)?;
     let has_template = tokenizer.is_some_and(|t| t.chat().is_some());
     let (source, context, samples) = match args.pairs.reading(args.task, has_template) {
         Some(reading) => {

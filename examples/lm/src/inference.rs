@@ -31,7 +31,10 @@ use bdia_train::{ranks, run};
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::cli::{EvalArgs, GenerateArgs, MergeArgs, PairArgs, PlanArgs, SpecialTokens, TaskKind};
+use crate::cli::{
+    EvalArgs, GenerateArgs, MergeArgs, PairArgs, PlanArgs, SpecialTokens, TaskKind, check_pack,
+    context_of,
+};
 use crate::data::{Corpus, DataError, Part, TokenType, start_token};
 use crate::finetune::{self, storage};
 use crate::hub;
@@ -266,7 +269,7 @@ fn eval_on<C: Config>(
     let tokenizer = tokenizer.map(|t| args.text.of(t, run.special_tokens));
     let texts = Texts { tokenizer, implied };
     let (vocab, positions) = (config.dims().vocab(), config.dims().positions());
-    let asked = args.context.map(|c| c as usize);
+    let asked = context_of(args.context, positions)?;
     let context = asked.or(run.context).unwrap_or(positions);
     // Other data than the run's is read as the flags say.
     if let Some(data) = args.data.clone() {
@@ -553,7 +556,9 @@ fn plan_of<C: Config>(
     let adapters = finetune::adapters(&method, &args.machine, &config, weights)?;
     config.set_dropout(args.dropout);
     let dims = config.dims();
-    let context = args.model.context.map_or(dims.positions(), |c| c as usize);
+    let positions = dims.positions();
+    let context = context_of(args.model.context, positions)?.unwrap_or(positions);
+    check_pack::<C::Dims>(args.pack)?;
     let threads = machine::threads(&args.machine);
     let kind = args.machine.backend;
     let (layers, ranks) = (dims.layers(), args.ranks as usize);
@@ -566,7 +571,7 @@ fn plan_of<C: Config>(
         gradients: machine::gradients(&args.optim, args.accumulate),
         blocks_per_step: args.mode.blocks_per_step as usize,
         adapters,
-        packed: false,
+        packed: args.pack,
         smoothing: 0.0,
         threads,
         library: machine::library(&args.machine, threads),
@@ -605,6 +610,9 @@ fn plan_of<C: Config>(
     );
     if let Some(budget) = args.machine.memory {
         report::tell!("  fits into {}", report::bytes(budget));
+    }
+    if let Some(last) = model.stack.last_step() {
+        report::tell!("{last}");
     }
     if let Mode::Bdia { grid, verify, .. } = setup.mode {
         // What --gamma auto may choose.

@@ -23,7 +23,7 @@ use bdia_train::{Failure, ranks, report, run};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::calibrate;
-use crate::cli::{FinetuneArgs, TrainArgs};
+use crate::cli::{FinetuneArgs, TrainArgs, context_of};
 use crate::data::{Batches, Corpus, Order, Part, start_token};
 use crate::hub;
 use crate::pairs::Examples;
@@ -170,7 +170,7 @@ fn fresh(args: &TrainArgs) -> Result<pretrained::Pretrained, Failure> {
 fn train_on<C: Config>(
     mut args: TrainArgs,
     from: Option<(PathBuf, Header)>,
-    joined: Option<bdia_ranks::Ranks>,
+    mut joined: Option<bdia_ranks::Ranks>,
     mut config: C,
     weights: Option<PathBuf>,
     texts: Texts,
@@ -180,7 +180,8 @@ fn train_on<C: Config>(
         config.set_dropout(args.run.dropout);
     }
     let dims = config.dims();
-    let context = args.model.context.map_or(dims.positions(), |c| c as usize);
+    let positions = dims.positions();
+    let context = context_of(args.model.context, positions)?.unwrap_or(positions);
     let (data, tokenizer) = (args.data.as_deref(), texts.tokenizer.as_ref());
     let corpus = Corpus::open(data, args.token_type, tokenizer, dims.vocab(), context)?;
     corpus.note.iter().for_each(|note| report::note!("{note}"));
@@ -190,7 +191,8 @@ fn train_on<C: Config>(
     let (train, validation) = (corpus.train, corpus.validation);
     let source = Source::Text { train, validation, batches };
     if let (Some(weights), None) = (&weights, &from) {
-        calibrate::measure(&mut args.run, &source, &config, weights, (context, None))?;
+        let how = (context, None);
+        calibrate::measure(&mut args.run, joined.as_mut(), &source, &config, weights, how)?;
     }
     config.set_training(args.run.mode.training()?);
     let lesson = Lesson {

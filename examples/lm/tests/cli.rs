@@ -189,6 +189,18 @@ fn unusable_flags() {
         }
         bad(&mut c, words);
     }
+    for (command, words) in [
+        ("score --model x --data y --loss-on all", ["--loss-on", "score learns nothing"]),
+        ("plan --config mini --pack", ["--pack", "Llama's family"]),
+    ] {
+        bad(program().args(command.split(' ')), &words);
+    }
+    let plan = |flags: &str| {
+        let said =
+            good(program().args(format!("plan --config llama-mini --json{flags}").split(' ')));
+        said.json()["plan_bytes"].as_u64().unwrap()
+    };
+    assert!(plan(" --pack") > plan(""));
     for (flag, value) in [
         ("layers", "0"),
         ("heads", "3"),
@@ -246,7 +258,7 @@ fn evaluation_and_text_of_what_is_no_model() {
         bad(&mut other("generate", &place, ""), &["config.json"]);
     }
     bad(&mut other("generate", &out, ""), &["vocabulary has 64"]);
-    bad(other("eval", &out, "--context 17 --data").arg(&data), &["17"]);
+    bad(other("eval", &out, "--context 17 --data").arg(&data), &["--context 17", "at most 16"]);
     bad(other("eval", &out, "--gamma NaN --data").arg(&data), &["--gamma"]);
     let few = dir.file("few.bin", &std::fs::read(&data).unwrap()[..30]);
     bad(other("eval", &out, "--data").arg(&few), &["15 tokens to evaluate", "--context"]);

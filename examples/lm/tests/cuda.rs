@@ -5,7 +5,7 @@
 
 mod program;
 
-use program::{Dir, bad, good, train};
+use program::{Dir, bad, good, program, train};
 
 /// The program itself, and what it says of memory: the peak is the plan.
 #[test]
@@ -23,6 +23,32 @@ fn the_program_trains() {
         "--steps 2 --backend cuda --precision bf16 --dropout 0.1",
     ));
     assert!(tight.err.contains("cuda-bf16"), "{}", tight.err);
+}
+
+/// Heads as wide as Gemma 3's, in both precisions.
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn wide_heads() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let shape = "--config llama-mini --vocab 64 --layers 2 --heads 2 --width 512 --context 16";
+    let loss = |backend: &str| {
+        let mut c = program();
+        c.arg("train").args(shape.split(' ')).args("--batch 2 --steps 2 --sample 0".split(' '));
+        c.args("--dropout 0.1 --verify --json".split(' ')).args(backend.split(' '));
+        c.arg("--data").arg(&data).arg("--out").arg(dir.at(&backend.replace(' ', "")));
+        let last = good(&mut c).json();
+        assert_eq!(last["verify_mismatches"], 0, "{last}");
+        last["loss"].as_f64().unwrap()
+    };
+    let expected = loss("--backend cpu --threads 1");
+    for (precision, tolerance) in [("f32", 1e-4), ("bf16", 1e-2)] {
+        let found = loss(&format!("--backend cuda --precision {precision}"));
+        assert!(
+            (found - expected).abs() < tolerance * expected,
+            "{precision}: {found}, {expected}"
+        );
+    }
 }
 
 /// Without a driver, or without that device, the program says so and ends with 1.

@@ -125,4 +125,9 @@ fn every_policy_is_exact_and_goes_on() {
     let mut plan = program();
     let said = good(plan.args("plan --config mini --gamma-sign shared".split(' ')));
     assert!(said.out.contains("gamma 1/16 (m = 4)"), "{}", said.out);
+    assert!(said.out.contains("the last step is plain"), "{}", said.out);
+    let said = good(program().args("plan --config mini".split(' ')));
+    assert!(said.out.contains("the last step has gamma, and no side bits"), "{}", said.out);
+    let said = good(program().args("plan --config mini --mode standard".split(' ')));
+    assert!(!said.out.contains("the last step"), "{}", said.out);
 }

@@ -193,3 +193,41 @@ fn ranks_that_do_something_else_are_refused() {
         said.err
     );
 }
+
+/// γ is measured once, by rank 0; every rank trains with it, or ends with its error.
+#[test]
+fn ranks_take_the_gamma_that_rank_0_has_measured() {
+    let dir = Dir::new();
+    let (data, base) = (dir.tokens(), dir.at("base"));
+    let flags = "--mode standard --steps 150 --lr 3e-3 --eval-interval 0 --json";
+    good(&mut train(1, &data, &base, flags));
+    let tune = |ranks: usize, name: &str, flags: &str| {
+        let mut c = mpirun(ranks);
+        c.arg(env!("CARGO_BIN_EXE_bdia-lm")).args(["finetune", "--task", "text", "--data"]);
+        c.arg(&data).arg("--weights").arg(&base).args("--batch 4 --context 16".split(' '));
+        c.args(["--threads", "1", "--steps", "4"]).args(flags.split_whitespace());
+        c.arg("--out").arg(dir.at(name));
+        c
+    };
+    let of = |ranks: usize| {
+        let name = format!("tuned{ranks}");
+        let said = good(&mut tune(ranks, &name, "--verify --json"));
+        assert_eq!(said.json()["verify_mismatches"], 0);
+        assert_eq!(said.err.matches("penalty in nats").count(), 1, "{}", said.err);
+        let run: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(dir.at(&name).join("run.json")).unwrap())
+                .unwrap();
+        assert!(!run["calibration"].is_null(), "{run}");
+        (
+            [&run["calibration"], &run["gamma"], &run["frac_bits"]].map(Clone::clone),
+            metrics(&dir.at(&name)),
+        )
+    };
+    let (one, two) = (of(1), of(2));
+    assert_eq!(one.0, two.0);
+    close(&one.1, &two.1, 1e-4);
+    // Rank 0 alone lays the network out to measure it.
+    let said = run(&mut tune(2, "none", "--memory 1000"));
+    let told = said.err.matches("1000 bytes").count();
+    assert!(said.code == Some(1) && told >= 1, "{}", said.err);
+}

@@ -111,6 +111,7 @@ class ReversibleSequence(nn.Sequential):
     def plan(self, shape, dtype=torch.float32):
         """Bytes that one training pass holds for an input of ``shape``, by category; nothing of it grows with depth
         but ``side_bits`` (and ``verify``). What a block itself needs is torch's and comes on top, for one block and chunk.
+        As the output leaves the stack, the last step has gamma and side bits like the others, and is inverted.
         """
         batch, per_sample = shape[0], torch.Size(shape[1:]).numel()
         return self._pass(batch, per_sample, len(self), dtype).memory()

@@ -191,16 +191,18 @@ pub fn is_wanted(mode: &ModeArgs) -> Result<bool, Failure> {
     Ok(mode.mode == Mode::Bdia && (auto || mode.policy()?.at(0).planes() == 1))
 }
 
-/// Measures a network, which `make` lays out with a grid, and puts γ and the grid into the flags.
+/// Measures a network, which `make` lays out with a grid: what the flags are to take
+/// ([`ModeArgs::take`]), or nothing where they name a γ. Of several ranks the first does it
+/// ([`ranks::of_first`](crate::ranks::of_first)).
 ///
 /// # Errors
 /// [`Failure::Calibration`] where no γ costs little enough; those of `make` and of the network.
 pub fn measure<P: Pretrained>(
-    mode: &mut ModeArgs,
+    mode: &ModeArgs,
     given: &BTreeSet<String>,
     place: &MachineArgs,
     make: impl Fn(u32) -> Result<(P, Layout), Failure>,
-) -> Result<(), Failure> {
+) -> Result<Option<Calibration>, Failure> {
     let (auto, sign) = (mode.gamma == GammaArg::Auto, mode.sign());
     let threads = machine::threads(place);
     let (network, layout) = make(mode.frac_bits)?;
@@ -226,18 +228,13 @@ pub fn measure<P: Pretrained>(
                 "warning: this gamma perturbs a network that was trained without it; --gamma auto \
                  finds one that does not\n{told}"
             );
-            return Ok(());
+            return Ok(None);
         }
         done => done?,
     }
     let found = found.ok_or(Failure::Interrupted)?;
     report::note!("{found}");
-    if auto {
-        mode.frac_bits = frac_bits;
-        mode.gamma = found.gamma().into();
-        mode.calibration = Some(found);
-    }
-    Ok(())
+    Ok(auto.then_some(found))
 }
 
 struct InFloat<'a, P> {

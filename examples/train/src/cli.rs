@@ -10,6 +10,7 @@ use bdia_core::optim::{Decay, Rule, Schedule};
 use bdia_core::{FloatGamma, Gamma, Grid, Policy, Sign};
 use bdia_models::config::{self, Training};
 use bdia_models::gpt2::config as gpt2;
+use bdia_models::llama::config as llama;
 use bdia_models::named::{Adapters, Frozen};
 use bdia_models::weights::WeightsError;
 use clap::parser::ValueSource;
@@ -128,6 +129,15 @@ impl Preset {
         }
     }
 
+    /// Llama's size, where it is one.
+    pub const fn llama(self) -> Option<llama::Size> {
+        match self {
+            Self::LlamaMini => Some(llama::Size::Mini),
+            Self::Llama135m => Some(llama::Size::Of135m),
+            _ => None,
+        }
+    }
+
     /// Whether its positions are the context that is asked for.
     pub const fn is_mini(self) -> bool {
         matches!(self, Self::Mini | Self::LlamaMini)
@@ -238,6 +248,13 @@ impl ModeArgs {
             GammaArg::Paper => Sign::Random,
             _ => self.gamma_sign.into(),
         }
+    }
+
+    /// Takes the γ and the grid that were measured.
+    pub fn take(&mut self, found: Calibration) {
+        self.gamma = found.gamma().into();
+        self.frac_bits = found.frac_bits;
+        self.calibration = Some(found);
     }
 
     /// γ of mode `bdia`.

@@ -2,11 +2,15 @@
 //! of every batch.
 //!
 //! Rank 0 tells what happens and writes the run's files; the others read the same files, settings
-//! and data, which is made sure of before the first step ([`begin`]), and compute.
+//! and data, which is made sure of before the first step ([`begin`]), and compute. What is measured
+//! before that, rank 0 measures for all ([`of_first`]).
 
 use bdia_core::backend::Backend;
 use bdia_core::{Category, Error, Exchange, Halt, Layout, Reals};
-use bdia_ranks::{Ranks, buffer_bytes, compare};
+pub use bdia_ranks::Ranks;
+use bdia_ranks::{buffer_bytes, compare};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::cli::{Flags, MachineArgs};
@@ -99,6 +103,38 @@ pub fn plan(layout: &mut Layout, len: usize, ranks: usize) {
     if ranks > 1 {
         layout.outside(Category::Exchange, buffer_bytes(len, ranks));
     }
+}
+
+/// What `work` finds on rank 0, on every rank: it is done there alone, so that all go on with the
+/// same answer, and end with the same error.
+///
+/// # Errors
+/// Those of `work`, on the other ranks in words; a rank that does not answer.
+pub fn of_first<T: Serialize + DeserializeOwned>(
+    joined: Option<&mut Ranks>,
+    work: impl FnOnce() -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let Some(ranks) = joined.filter(|ranks| ranks.ranks() > 1) else { return work() };
+    let mut own = None;
+    let told = ranks.from_first(|| {
+        let done = work();
+        let told = match &done {
+            Ok(found) => Ok(found),
+            Err(error) => Err(error.to_string()),
+        };
+        let (told, done) = match serde_json::to_vec(&told) {
+            Ok(told) => (told, done),
+            Err(e) => (Vec::new(), Err(Failure::Other(e.to_string()))),
+        };
+        own = Some(done);
+        told
+    })?;
+    if let Some(done) = own {
+        return done;
+    }
+    serde_json::from_slice::<Result<T, String>>(&told)
+        .map_err(|e| Failure::Other(format!("what rank 0 found cannot be read: {e}")))?
+        .map_err(Failure::Other)
 }
 
 /// Whether any rank says so, of up to four things.

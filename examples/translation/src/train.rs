@@ -498,6 +498,11 @@ pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
         prepared.too_long(),
     );
     report::tell!("{}", machine::memory_table(&plans, None));
+    for (stack, last) in ["encoder", "decoder"].into_iter().zip(laid.model.last_steps()) {
+        if let Some(last) = last {
+            report::tell!("{stack}: {last}");
+        }
+    }
     if args.run.json {
         let json = serde_json::json!({
             "parameters": laid.model.parameters(), "plan_bytes": laid.layout.total(),

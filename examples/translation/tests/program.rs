@@ -255,6 +255,23 @@ fn baselines() {
     assert_eq!(v["val_loss"].as_f64().unwrap().to_bits(), losses[0]);
 }
 
+/// The encoder's output leaves its stack, a head follows the decoder's.
+#[test]
+fn the_plan_names_the_choice_for_the_last_step() {
+    for (flags, decoder) in [
+        ("", "the last step has gamma, and no side bits"),
+        ("--gamma-sign shared", "the last step is plain"),
+    ] {
+        let out = command(&format!("plan {SMALL} {flags}")).output().unwrap();
+        let text = String::from_utf8(out.stdout).unwrap();
+        let encoder = "encoder: the output leaves the stack: the last step has gamma, side bits";
+        assert!(text.contains(encoder), "{text}");
+        assert!(text.contains(&format!("decoder: {decoder}")), "{text}");
+    }
+    let out = command(&format!("plan {SMALL} --mode standard")).output().unwrap();
+    assert!(!String::from_utf8(out.stdout).unwrap().contains("last step"));
+}
+
 #[test]
 fn the_experiment_in_small() {
     let dir = TempDir::new();

@@ -198,10 +198,10 @@ struct Training {
 pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     let (mut args, from) = run::begin(args)?;
     args.method.check_start(args.weights.as_deref(), &args.clone().run())?;
-    if from.is_none() {
-        measure_gamma(&mut args)?;
-    }
     let mut joined = ranks::join(&args.run.machine)?;
+    if from.is_none() {
+        measure_gamma(&mut args, joined.as_mut())?;
+    }
     let (rank, count) = ranks::place(joined.as_ref());
     let trained = if from.is_some() { Some(&args.run.out) } else { args.weights.as_ref() };
     let (data, config, augment) = prepare(&args, trained.map(|dir| dir.as_path()))?;
@@ -256,22 +256,31 @@ pub fn train(args: &TrainArgs) -> Result<Summary, Failure> {
     trainer::train(args, settings, Planned { choice, layout, others }, task, from, joined)
 }
 
-/// Measures the γ that a pretrained network bears, where that is asked for.
-fn measure_gamma(args: &mut TrainArgs) -> Result<(), Failure> {
+/// Measures the γ that a pretrained network bears, where that is asked for. Of several ranks the
+/// first measures.
+fn measure_gamma(args: &mut TrainArgs, joined: Option<&mut ranks::Ranks>) -> Result<(), Failure> {
     let Some(weights) = args.weights.clone() else { return Ok(()) };
     if args.network == Network::Revvit || !calibrate::is_wanted(&args.run.mode)? {
         return Ok(());
     }
-    let mut some = args.clone();
-    some.run.mode.gamma = GammaArg::Paper;
-    let (data, config, _) = prepare(&some, Some(&weights))?;
-    let images = data.train.subset(calibrate::TARGETS);
-    let (place, together) = (args.run.machine.clone(), args.run.mode.blocks_per_step as usize);
-    calibrate::measure(&mut args.run.mode, &args.run.given, &place, |frac_bits| {
-        let setup = inference_setup(&config, &place, images.len(), frac_bits, together)?;
-        let (_, model, layout) = machine::lay_out(&setup, place.backend, 1, place.memory, None)?;
-        Ok((Measured { weights: &weights, config: &config, images: &images, model }, layout))
-    })
+    let found = ranks::of_first(joined, || {
+        let mut some = args.clone();
+        some.run.mode.gamma = GammaArg::Paper;
+        let (data, config, _) = prepare(&some, Some(&weights))?;
+        let images = data.train.subset(calibrate::TARGETS);
+        let (run, together) = (&args.run, args.run.mode.blocks_per_step as usize);
+        let place = &run.machine;
+        calibrate::measure(&run.mode, &run.given, place, |frac_bits| {
+            let setup = inference_setup(&config, place, images.len(), frac_bits, together)?;
+            let (_, model, layout) =
+                machine::lay_out(&setup, place.backend, 1, place.memory, None)?;
+            Ok((Measured { weights: &weights, config: &config, images: &images, model }, layout))
+        })
+    })?;
+    if let Some(found) = found {
+        args.run.mode.take(found);
+    }
+    Ok(())
 }
 
 struct Measured<'a> {
@@ -754,6 +763,9 @@ pub fn plan(args: &TrainArgs) -> Result<(), Failure> {
     plans.extend(other_plans(&setup, kind, choice)?);
     report::tell!("{} parameters; chunks of {} image(s)\n", model.parameters(), choice.chunk);
     report::tell!("{}", machine::memory_table(&plans, None));
+    if let Some(last) = model.last_step() {
+        report::tell!("{last}");
+    }
     if args.run.json {
         let json =
             serde_json::json!({"parameters": model.parameters(), "plan_bytes": layout.total()});

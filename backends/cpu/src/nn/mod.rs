@@ -367,7 +367,7 @@ impl NnOps for Cpu {
         positions: Ints,
         x: Columns,
     ) -> Result<()> {
-        let vocab = self.arenas().rotate(chunk, rotary, table, positions, x)?;
+        let most = self.arenas().rotate(chunk, rotary, table, positions, x)?;
         let &Rotary { heads, head_dim, tokens, back } = rotary;
         let positions = get(&self.ints, positions, "rotate: positions")?;
         let [table, xs] = split(&mut self.reals, [table, x.of], "rotate")?;
@@ -385,7 +385,7 @@ impl NnOps for Cpu {
             |piece| {
                 let mut bad = usize::MAX;
                 for row in piece * each..rows.min((piece + 1) * each) {
-                    let Some(p) = known(position(row), vocab) else {
+                    let Some(p) = known(position(row), most) else {
                         bad = bad.min(row);
                         continue;
                     };
@@ -408,7 +408,8 @@ impl NnOps for Cpu {
         );
         if bad != usize::MAX {
             let sample = chunk.first.wrapping_add(bad / tokens);
-            self.fault.get_or_insert(Fault::Token { sample, value: position(bad), vocab });
+            let (value, positions) = (position(bad), most);
+            self.fault.get_or_insert(Fault::Position { sample, value, positions });
         }
         Ok(())
     }

@@ -11,6 +11,31 @@ use crate::config::{ConfigError, FILE, LIMIT, Training, count, field};
 use crate::files::read_limited;
 use crate::language;
 
+/// The named sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Size {
+    /// 8 layers, 4 heads, 2 of keys and values, width 128, context 128: trains in minutes on two
+    /// cores.
+    Mini,
+    /// SmolLM2-135M's: 30 layers, 9 heads, 3 of keys and values, width 576.
+    Of135m,
+}
+
+impl Size {
+    /// Width, heads, heads of keys and values, layers, positions.
+    pub const fn sizes(self) -> [usize; 5] {
+        match self {
+            Self::Mini => [128, 4, 2, 8, 128],
+            Self::Of135m => [576, 9, 3, 30, 8192],
+        }
+    }
+}
+
+/// The usual inner width of an MLP: 8/3 of the width, up to the next multiple of 64.
+pub const fn inner(width: usize) -> usize {
+    width.saturating_mul(8).div_ceil(3).next_multiple_of(64)
+}
+
 /// The members of the family, by the `model_type` of their files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -372,23 +397,22 @@ impl LlamaConfig {
     ///
     /// # Errors
     /// [`ConfigError`] where they do not fit together.
-    pub fn new(
-        [vocab, positions, width, heads, kv_heads, inner, layers]: [usize; 7],
-    ) -> Result<Self, ConfigError> {
+    pub fn new(sizes: [usize; 7]) -> Result<Self, ConfigError> {
+        let d = Dims::plain(sizes);
         let config = json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": vocab,
-            "max_position_embeddings": positions,
-            "hidden_size": width,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
+            "vocab_size": d.vocab,
+            "max_position_embeddings": d.positions,
+            "hidden_size": d.width,
+            "num_attention_heads": d.heads,
+            "num_key_value_heads": d.kv_heads,
+            "intermediate_size": d.inner,
+            "num_hidden_layers": d.layers,
             "hidden_act": "silu",
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10_000.0,
-            "tie_word_embeddings": true,
+            "rms_norm_eps": d.eps,
+            "rope_theta": d.angles[0].theta,
+            "tie_word_embeddings": d.tied,
         });
         Self::from_json(config.to_string().as_bytes())
     }
@@ -492,5 +516,21 @@ impl language::Config for LlamaConfig {
             map.insert("bdia".into(), json!(bdia));
         }
         format!("{:#}\n", Value::Object(map))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is written for a plain Llama is read as one.
+    #[test]
+    fn plain_sizes() {
+        let [width, heads, kv_heads, layers, positions] = Size::Of135m.sizes();
+        let sizes = [49_152, positions, width, heads, kv_heads, inner(width), layers];
+        assert_eq!(LlamaConfig::new(sizes).unwrap().dims, Dims::plain(sizes));
+        // SmolLM2-135M's.
+        assert_eq!(inner(width), 1536);
+        assert!(LlamaConfig::new([64, 8, 16, 0, 0, 32, 1]).is_err());
     }
 }

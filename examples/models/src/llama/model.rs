@@ -6,7 +6,7 @@ use bdia_core::backend::{Attention, Backend, Columns, Gate};
 use bdia_core::error::{Error, Result};
 use bdia_core::layers::{
     BlockSet, GatedMlp, Gradients, GroupedAttention, Init, LlamaBlocks, LlamaShape, Norm,
-    Parameter, RotaryAngles, Scheme, Tensor,
+    Parameter, RotaryAngles, RotaryScaling, Scheme, Tensor,
 };
 use bdia_core::stack::Call;
 
@@ -69,6 +69,37 @@ pub struct Dims {
 }
 
 impl Dims {
+    /// A Llama of these sizes (vocabulary, positions, width, heads, heads of keys and values, inner
+    /// width, layers) with a tied head and no dropout.
+    pub fn plain([vocab, positions, width, heads, kv_heads, inner, layers]: [usize; 7]) -> Self {
+        let head_dim = width.checked_div(heads).unwrap_or(0);
+        let angles = RotaryAngles { head_dim, theta: 10_000.0, scaling: RotaryScaling::None };
+        Self {
+            vocab,
+            positions,
+            width,
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+            inner,
+            eps: 1e-5,
+            norm_offset: 0.0,
+            gate: Gate::Silu,
+            biases: [false; 3],
+            head_norms: false,
+            post_norms: false,
+            window: None,
+            sliding: BlockSet::NONE,
+            unrotated: BlockSet::NONE,
+            angles: [angles; 2],
+            scaled_embedding: false,
+            tied: true,
+            dropout: 0.0,
+            sigma: 0.02,
+        }
+    }
+
     /// The shape of a block for samples of `tokens` tokens.
     pub fn block(&self, tokens: usize) -> LlamaShape {
         LlamaShape {

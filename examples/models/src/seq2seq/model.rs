@@ -39,7 +39,9 @@ use bdia_core::layers::{
 use bdia_core::network::{
     self, Group, Loaded, Micro, Network, Outcome, Owner, Rebuilt, Step, exchanged, sum,
 };
-use bdia_core::stack::{Config as StackConfig, Context, Mode, Pass, Stack, Tail, Workspace};
+use bdia_core::stack::{
+    Config as StackConfig, Context, LastStep, Mode, Pass, Stack, Tail, Workspace,
+};
 
 use super::vocab::{BEGIN, END, PAD};
 use crate::inference::{Inference, at_head};
@@ -126,6 +128,9 @@ impl Tokens {
 /// Parameter tensors outside the blocks: tables (2), positions (2), norms of encoder (2) and
 /// decoder (2).
 const ENDS: usize = 8;
+
+/// What the last activations of encoder and decoder are for.
+const TAILS: [Tail; 2] = [Tail::Output, Tail::Head];
 
 /// The arenas behind the parameters, laid out for batches of one shape.
 #[derive(Debug, Clone, Copy)]
@@ -284,8 +289,8 @@ impl Translator {
         let needs = [encoder.needs::<B>(chunk, s.threads), decoder.needs::<B>(chunk, s.threads)];
         let at_head = LmHead::scratch(d.width, shape.target, chunk);
         let configs = [
-            (config(0, shape.source, needs[0], Tail::Output, 0)?, s.mode),
-            (config(1, shape.target, needs[1], Tail::Head, at_head)?, s.mode),
+            (config(0, shape.source, needs[0], TAILS[0], 0)?, s.mode),
+            (config(1, shape.target, needs[1], TAILS[1], at_head)?, s.mode),
         ];
         let workspace = Workspace::layout(&configs, l)?;
         let mut stacks = [
@@ -420,6 +425,12 @@ impl Translator {
     /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
     pub fn saved(&self) -> Vec<Reals> {
         named::saved(&self.trained())
+    }
+
+    /// What becomes of the last step of encoder and decoder, in mode `bdia`.
+    pub fn last_steps(&self) -> [Option<LastStep>; 2] {
+        let last = |i: usize, steps| self.setup.mode.last_step(TAILS[i], steps);
+        [last(0, self.encoder.steps()), last(1, self.decoder.steps())]
     }
 
     /// Number of the model's parameters, without adapters.

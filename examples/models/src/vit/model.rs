@@ -14,7 +14,7 @@ use bdia_core::network::{
 };
 use bdia_core::plan::Choice;
 use bdia_core::rng::Draw;
-use bdia_core::stack::{Blocks, Call, Config as StackConfig, Mode, Pass, Stack, Tail};
+use bdia_core::stack::{Blocks, Call, Config as StackConfig, LastStep, Mode, Pass, Stack, Tail};
 use bdia_core::update::{FloatGamma, Sign};
 
 use super::revvit::RevStack;
@@ -350,6 +350,14 @@ impl Vit {
     /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
     pub fn saved(&self) -> Vec<Reals> {
         named::saved(&self.trained())
+    }
+
+    /// What becomes of the last step, in mode `bdia`.
+    pub const fn last_step(&self) -> Option<LastStep> {
+        match &self.trunk {
+            Trunk::One(stack) => stack.last_step(),
+            Trunk::Two(_) => None,
+        }
     }
 
     /// Number of the model's parameters, without adapters.
