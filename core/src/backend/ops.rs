@@ -4,9 +4,7 @@ use super::{
     Attention, Chunk, Columns, CrossEntropy, Gate, Gelu, Identity, Product, RmsNorm, Rotary,
 };
 use crate::arena::{Ints, Reals, Words};
-#[cfg(doc)]
-use crate::error::Error;
-use crate::error::{Fault, Result, Site};
+use crate::error::{Error, Fault, Result, Site};
 use crate::optim::Update;
 use crate::packing::Packed;
 use crate::plan::Rows;
@@ -183,12 +181,12 @@ operations! {
             /// a device, a file that is mapped until the program ends.
             ///
             /// # Errors
-            /// [`Error::Unsupported`](crate::ErrorKind) by default: a backend whose memory is
-            /// elsewhere copies instead.
+            /// [`Error::Setting`] by default: a backend whose memory is elsewhere copies instead.
+            /// [`Error::Handle`] for words that are not mapped, [`Error::Shape`] for another length.
             fn attach(&mut self, at: Words, bytes: &'static [u8]) -> Result<()> {
                 let _ = (at, bytes);
                 let possible = "copied ones: this backend reads no memory but its own";
-                Err(crate::error::Error::unfit("packed matrices", "mapped ones", possible))
+                Err(Error::unfit("packed matrices", "mapped ones", possible))
             }
         }
         reads {

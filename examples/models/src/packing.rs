@@ -141,7 +141,6 @@ pub(crate) fn to_words(bytes: &[u8], words: &mut Vec<u32>) {
 ///
 /// # Errors
 /// A file that cannot be opened or mapped.
-#[allow(unsafe_code)]
 fn mapped(path: &Path) -> Result<&'static [u8], FileError> {
     type Files = BTreeMap<(PathBuf, u64, Option<SystemTime>), &'static [u8]>;
     static FILES: Mutex<Files> = Mutex::new(BTreeMap::new());

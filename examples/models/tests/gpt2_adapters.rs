@@ -4,6 +4,7 @@
 
 mod common;
 
+use core::ops::ControlFlow;
 use std::path::PathBuf;
 
 use bdia_core::layers::{Gradients, LoraShape};
@@ -16,10 +17,13 @@ use bdia_cpu::Cpu;
 use bdia_models::files::testing::TempDir;
 use bdia_models::gpt2::config::{Gpt2Config, Size};
 use bdia_models::gpt2::model::{Gpt2, Setup};
+use bdia_models::inference::Inference;
 use bdia_models::language::adapter::{self, Adapter};
+use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::language::files::load;
 use bdia_models::language::frozen;
 use bdia_models::named::{Adapters, Frozen, Named};
+use bdia_models::search::Length;
 use bdia_models::weights::Weights;
 use common::{
     Memory, SGD, STANDARD, State, bdia, bdia_float, checkpoint, data, float, lay_out, small, state,
@@ -297,6 +301,34 @@ fn storage_in_16_bits_changes_no_bit() {
                 assert!(other == (losses.clone(), adapters.clone(), 0), "{dir}, {mode:?}");
             }
         }
+    }
+}
+
+/// Nor does it in decoding, where a token has a place of its own.
+#[test]
+fn decoding_in_16_bits_changes_no_token() {
+    for (dir, half) in [("hf_bf16", Packing::Bf16), ("hf_f16", Packing::F16)] {
+        let texts = [None, Some(half)].map(|packing| {
+            let adapters = Some(Adapters { shape: SHAPE, frozen: stored(packing) });
+            let s = Setup { gradients: Gradients::None, batch: 2, ..setup(STANDARD, adapters) };
+            let (model, _) = Gpt2::layout::<Cpu>(&s, Choice { chunk: 2, head_rows: 4 }).unwrap();
+            let sizes = Sizes { prompts: 2, beams: 2, context: 12 };
+            let (decoder, layout) = Decoder::layout::<Cpu>(&model, &sizes).unwrap();
+            let mut be = Cpu::new(&layout, 2).unwrap();
+            load(&data(dir), &mut be, &model).unwrap();
+            model.initialize_adapters(&mut be, 1).unwrap();
+            let decoding = Decoding {
+                how: How::Search(Length::Power(1.0)),
+                tokens: 8,
+                ends: Vec::new(),
+                no_repeat: 0,
+                inference: Inference::STANDARD,
+            };
+            let prompts = [vec![1, 2, 3], vec![5]];
+            decoder.decode(&mut be, &prompts, &decoding, |_| ControlFlow::Continue(())).unwrap()
+        });
+        assert_eq!(texts[0], texts[1], "{dir}");
+        assert!(texts[0].iter().all(|text| text.len() == 8));
     }
 }
 

@@ -17,6 +17,7 @@ use bdia_cpu::Cpu;
 use bdia_models::inference::Inference;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::language::files::read;
+use bdia_models::language::frozen;
 use bdia_models::llama::gguf::{GgufModel, open};
 use bdia_models::llama::model::{Dims, Llama, Setup};
 use bdia_models::named::Adapters;
@@ -121,9 +122,11 @@ fn training_is_exact(real: &Real) {
     let Some((dims, file, s)) = real.open() else { return };
     let tokens = &s.ints["tokens"];
     let lora = Adapters::new(LoraShape { rank: 4, alpha: 8.0 });
+    let in_the_file = Adapters { frozen: frozen::as_stored(&dims, &file, true).unwrap(), ..lora };
     for (m, sign, blocks_per_step, adapters, near) in [
         (1, Sign::Random, 1, Some(lora), false),
         (4, Sign::Shared, 2, Some(lora), true),
+        (4, Sign::Shared, 2, Some(in_the_file), true),
         (5, Sign::Shared, 1, None, true),
     ] {
         let gamma = Policy::fixed(Gamma::new(m, sign).unwrap());

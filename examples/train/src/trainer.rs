@@ -824,8 +824,12 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
 
     fn announce(&self, first: u32, identity: &str) {
         report::note!("{}", self.task.describe());
+        let mapped = match 4 * self.planned.layout.mapped_words() as u64 {
+            0 => String::new(),
+            bytes => format!(" and {} mapped from files", report::bytes(bytes)),
+        };
         report::note!(
-            "{identity}, mode {}; plan {}, chunks of {} sample(s)",
+            "{identity}, mode {}; plan {}{mapped}, chunks of {} sample(s)",
             self.settings.mode,
             report::bytes(self.planned.layout.total() as u64),
             self.planned.choice.chunk

@@ -16,7 +16,7 @@ use bdia_core::Real;
 use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::{Backend, Chunk, Columns};
 use bdia_core::error::{Error, Result};
-use bdia_core::layers::{LmHead, Residual, TokenEmbedding};
+use bdia_core::layers::{LmHead, Parameter, Residual, TokenEmbedding};
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::{Blocks, Call, Config as StackConfig, Input, Needs, Stack, Tail};
 
@@ -632,8 +632,10 @@ impl<B: Backend, F: Family> Input<B> for Places<'_, F> {
             be.copy_reals(input.wpe.value.sub(position * d, d), places.sub(row * d, d))?;
         }
         // As the tokens of one sample, each of which has its place.
-        let one = Chunk { samples: 1, ..*chunk };
-        be.embed(&one, tokens.sub(0, self.positions.len()), input.wte.value, *places, d, x)
+        let (one, n) = (Chunk { samples: 1, first: 0, ..*chunk }, self.positions.len());
+        let wpe = Parameter::new(places.sub(0, n * d), Reals::EMPTY);
+        let tokens = tokens.sub(0, n);
+        TokenEmbedding { tokens, per_sample: n, wpe, ..*input }.forward(be, &one, false, x, s)
     }
 
     fn vjp(&mut self, _: &mut B, _: &Chunk, _: Reals, _: Reals) -> Result<()> {
