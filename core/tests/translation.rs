@@ -150,6 +150,7 @@ fn model<R: Real>(mode: Mode, chunk: usize) -> (Model, Layout) {
         vocab: VOCAB,
         norm: Norm::Layer { eps: 1e-5, weight: last, bias: last_bias },
         weight: table,
+        tile: Reals::EMPTY,
         targets: l.ints(Category::Head, BATCH * TARGET),
         losses: l.reals(Category::Head, BATCH * TARGET),
         micro_batch: 0,

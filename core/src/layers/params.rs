@@ -137,6 +137,7 @@ impl Stored {
 
 /// How the frozen matrices of a group are stored in few bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant, reason = "there is no allocator to box it with")]
 pub enum Store {
     /// All alike, in memory.
     Alike(Packing),
@@ -295,6 +296,7 @@ impl<const N: usize> Tensors for [Tensor; N] {
 
 /// Which parameters of a network stay as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant, reason = "there is no allocator to box it with")]
 pub enum Freeze {
     /// Nothing: everything is trained.
     Nothing,

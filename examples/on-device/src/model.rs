@@ -227,7 +227,8 @@ impl<'a> Input<Be<'a>> for Patches {
 
     fn vjp(&mut self, be: &mut Be<'a>, chunk: &Chunk, gx: Reals, scratch: Reals) -> Result<()> {
         let Parameter { value: values, grad, .. } = self.weight;
-        let weight = Matrix { values, inputs: PATCH * PATCH, outputs: self.width, order: Order::Plain };
+        let weight =
+            Matrix { values, inputs: PATCH * PATCH, outputs: self.width, order: Order::Plain };
         for i in 0..chunk.samples {
             if !grad.is_empty() {
                 let (patches, (_, rest)) = (self.patches(be, chunk, i, scratch)?, self.rows(gx, i));
