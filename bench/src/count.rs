@@ -7,8 +7,8 @@
 //! a query sees (a token of the ViT sees all others). Attention's backward pass counts the scores a
 //! second time, because nothing of size `T²` may be kept. `R` rows (samples · tokens), width `d`,
 //! inner width `i`, vocabulary `V`, `K` blocks, `P` parameters, `pairs` of query and key over all
-//! samples, and heads of width `w`. Of a Llama, whose queries have width `q = H·w` and whose keys and
-//! values have width `c`, the products of a block have `2dq + 2dc + 3di` weights in place of
+//! samples, and heads of width `w`. Of a Llama, whose queries have width `q = H·w` and whose keys
+//! and values have width `c`, the products of a block have `2dq + 2dc + 3di` weights in place of
 //! `4d² + 2di`:
 //!
 //! ```text

@@ -30,8 +30,8 @@ pub enum Model {
     Mini,
     /// 3 blocks of width 64 and 512 tokens: runs in milliseconds, also on the reference backend.
     Tiny,
-    /// A Llama of SmolLM2-135M's shape: 30 blocks of width 576, 9 heads, 3 of keys and values, 49152
-    /// tokens.
+    /// A Llama of SmolLM2-135M's shape: 30 blocks of width 576, 9 heads, 3 of keys and values,
+    /// 49152 tokens.
     #[value(name = "llama-135m")]
     #[serde(rename = "llama-135m")]
     Llama135m,

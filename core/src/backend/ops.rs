@@ -182,7 +182,8 @@ operations! {
             ///
             /// # Errors
             /// [`Error::Setting`] by default: a backend whose memory is elsewhere copies instead.
-            /// [`Error::Handle`] for words that are not mapped, [`Error::Shape`] for another length.
+            /// [`Error::Handle`] for words that are not mapped, [`Error::Shape`] for another
+            /// length.
             fn attach(&mut self, at: Words, bytes: &'static [u8]) -> Result<()> {
                 let _ = (at, bytes);
                 let possible = "copied ones: this backend reads no memory but its own";
