@@ -105,7 +105,7 @@ pub struct Tensor {
     /// Index of the first one there; of the first word for those in few bits.
     pub offset: usize,
     /// How they are stored in few bits, where they are.
-    pub stored: Stored,
+    pub stored: &'static Stored,
 }
 
 /// How a matrix is stored in few bits, in every group.
@@ -129,6 +129,17 @@ impl Stored {
         Self { packing, other: packing, others: BlockSet::NONE, order: Order::Plain, neighbours: 0 }
     }
 
+    /// Those of [`plain`](Self::plain), in the order of [`Packing::ALL`].
+    const PLAIN: &'static [Self; Packing::ALL.len()] = &{
+        let mut all = [Self::plain(Packing::F32); Packing::ALL.len()];
+        let mut i = 0;
+        while i < all.len() {
+            all[i] = Self::plain(Packing::ALL[i]);
+            i += 1;
+        }
+        all
+    };
+
     /// The packing in group `k`.
     pub const fn packing(&self, k: usize) -> Packing {
         if self.others.has(k) { self.other } else { self.packing }
@@ -137,28 +148,25 @@ impl Stored {
 
 /// How the frozen matrices of a group are stored in few bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(clippy::large_enum_variant, reason = "there is no allocator to box it with")]
 pub enum Store {
     /// All alike, in memory.
     Alike(Packing),
     /// Each in its way, in the order of the tensors.
     Each {
-        /// The first of them are used.
-        matrices: [Stored; Store::MOST],
+        /// One for each.
+        matrices: &'static [Stored],
         /// Whether they are in memory that the backend is given ([`Layout::mapped`]).
         mapped: bool,
     },
 }
 
 impl Store {
-    /// The most matrices of a group that can be stored each in its way.
-    pub const MOST: usize = 8;
-
-    const fn of(&self, i: usize) -> Stored {
+    /// How matrix `i` is stored; another number of them is refused in [`Params::layout`].
+    const fn of(&self, i: usize) -> &'static Stored {
         match self {
-            Self::Alike(packing) => Stored::plain(*packing),
-            // A group with more is refused in `Params::layout`.
-            Self::Each { matrices, .. } => matrices[if i < Self::MOST { i } else { 0 }],
+            Self::Alike(packing) => &Stored::PLAIN[*packing as usize],
+            Self::Each { matrices, .. } if i < matrices.len() => &matrices[i],
+            Self::Each { .. } => &Stored::PLAIN[0],
         }
     }
 }
@@ -174,7 +182,7 @@ impl Tensor {
             init,
             home: Home::Trained,
             offset: 0,
-            stored: Stored::plain(Packing::F32),
+            stored: &Stored::PLAIN[0],
         }
     }
 
@@ -188,7 +196,7 @@ impl Tensor {
             init,
             home: Home::Trained,
             offset: 0,
-            stored: Stored::plain(Packing::F32),
+            stored: &Stored::PLAIN[0],
         }
     }
 
@@ -296,7 +304,6 @@ impl<const N: usize> Tensors for [Tensor; N] {
 
 /// Which parameters of a network stay as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(clippy::large_enum_variant, reason = "there is no allocator to box it with")]
 pub enum Freeze {
     /// Nothing: everything is trained.
     Nothing,
@@ -551,13 +558,10 @@ impl Params {
                 }
                 let words = ok!(product("frozen matrices", &[groups, room.packed]));
                 let words = match store {
-                    Store::Each { .. } if room.matrices > Store::MOST => {
-                        let found = room.matrices as f64;
-                        return Err(Error::setting(
-                            "packed matrices of a group",
-                            found,
-                            "at most 8",
-                        ));
+                    Store::Each { matrices, .. } if room.matrices != matrices.len() => {
+                        let found = matrices.len() as f64;
+                        let possible = "one for every matrix of a group";
+                        return Err(Error::setting("ways to store matrices", found, possible));
                     }
                     Store::Each { mapped: true, .. } => l.mapped(words),
                     _ => l.words(Category::Frozen, words),

@@ -1,5 +1,7 @@
 //! How the matrices of a language model that stays as it is are stored in few bits.
 
+use std::sync::{Mutex, PoisonError};
+
 use bdia_core::arena::Layout;
 use bdia_core::backend::Order;
 use bdia_core::layers::{BlockSet, Gradients, Home, LoraShape, Store, Stored};
@@ -97,18 +99,19 @@ fn stores<F: Family>(
             ends.push(Stored { neighbours, ..Stored::plain(packing) });
         }
     }
-    let store = |list: Vec<Stored>| {
-        let mut matrices = [Stored::plain(Packing::F32); Store::MOST];
-        let found = list.len();
-        for (place, stored) in matrices.iter_mut().zip(list) {
-            *place = stored;
-        }
-        let many = WeightsError::Stored {
-            name: "of a block".into(),
-            expected: format!("at most {} matrices", Store::MOST),
-            found: found.to_string(),
-        };
-        if found <= Store::MOST { Ok(Store::Each { matrices, mapped }) } else { Err(many) }
-    };
-    Ok(Frozen { blocks: Some(store(matrices)?), ends: Some(store(ends)?) })
+    let [blocks, ends] =
+        [matrices, ends].map(|list| Some(Store::Each { matrices: kept(list), mapped }));
+    Ok(Frozen { blocks, ends })
+}
+
+/// The same list until the program ends; equal ones are kept once.
+fn kept(list: Vec<Stored>) -> &'static [Stored] {
+    static LISTS: Mutex<Vec<&'static [Stored]>> = Mutex::new(Vec::new());
+    let mut lists = LISTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = lists.iter().find(|known| **known == list) {
+        return known;
+    }
+    let new: &'static [Stored] = list.leak();
+    lists.push(new);
+    new
 }
