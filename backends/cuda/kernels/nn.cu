@@ -96,12 +96,14 @@ KERNEL(THREADS, 4) unpack(Packed p, u64 first, In<u32> x, Out<float> y) {
 // y[i] = row rows[i] of x
 KERNEL(THREADS, 4) unpack_rows(Report r, Packed p, In<u32> x, In<i32> rows, Out<float> y) {
     u32 cols = p.blocks * p.values;
+    EACH(i, rows.n) {
+        i32 row = rows[i];
+        if (row < 0 || (u64)row >= p.rows) report(r, (u32)i, TOKEN, (u32)row);
+    }
     EACH(i, y.n) {
-        u32 at = (u32)(i / cols), c = (u32)(i % cols);
-        i32 row = rows[at];
+        i32 row = rows[i / cols];
         bool known = row >= 0 && (u64)row < p.rows;
-        y[i] = known ? packed_value(p, x, (u64)row, c) : 0.0f;
-        if (!known && c == 0) report(r, at, TOKEN, (u32)row);
+        y[i] = known ? packed_value(p, x, (u64)row, (u32)(i % cols)) : 0.0f;
     }
 }
 

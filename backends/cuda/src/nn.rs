@@ -389,8 +389,9 @@ impl NnOps for Cuda {
         let cause = Cause { first: chunk.first, per: length, vocab: x.rows, ..code };
         let (report, p) = (self.report(cause), packed(x)?);
         let (x, rows, y) = (self.words(x.words), self.ints(rows), self.reals(y));
+        let threads = (y.len as usize).max(rows.len as usize);
         let args = &mut [arg(&report), arg(&p), arg(&x), arg(&rows), arg(&y)];
-        self.device.launch(Kernel::UnpackRows, blocks(y.len as usize), THREADS, args)
+        self.device.launch(Kernel::UnpackRows, blocks(threads), THREADS, args)
     }
 
     fn add_columns(&mut self, width: usize, scale: f64, from: Columns, to: Columns) -> Result<()> {
