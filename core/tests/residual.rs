@@ -189,10 +189,10 @@ fn check<P: Branches + Copy>(
     assert!(of[..groups].iter().all(foreign), "{name}: a gradient of another block");
     of.drain(..groups);
     let trained = of.iter().map(|p| p.value.len()).sum();
-    of.push(Parameter::new(b.call.x, b.gx));
+    of.push(Parameter { value: b.call.x, grad: b.gx });
     if let Some(context) = b.call.context {
         after[context.grad.range()].iter_mut().for_each(|g| *g += 0.5);
-        of.push(Parameter::new(context.value, context.grad));
+        of.push(Parameter { value: context.value, grad: context.grad });
     }
     let mut arena = memory.1.clone();
     let seen = common::compare_gradients(&of, &mut arena, &after, |arena| {

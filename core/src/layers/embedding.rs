@@ -4,6 +4,7 @@ use super::{Init, Parameter, Tensor};
 use crate::arena::{Ints, Reals};
 use crate::backend::{Backend, Chunk, Columns};
 use crate::error::Result;
+use crate::packing::Packed;
 use crate::real::Real;
 use crate::rng::Draw;
 use crate::stack::Input;
@@ -17,8 +18,10 @@ pub struct TokenEmbedding {
     pub per_sample: usize,
     /// `[B, T]`.
     pub tokens: Ints,
-    /// `[vocab, d]`, possibly in few bits.
+    /// `[vocab, d]`.
     pub wte: Parameter,
+    /// The same where it is stored in few bits.
+    pub packed: Option<Packed>,
     /// `[≥ T, d]`; empty where positions are not learned.
     pub wpe: Parameter,
     /// Factor of the sum: 1, or `√d` (Gemma). Another one than 1 needs `[samples·T, d]` of scratch.
@@ -46,7 +49,7 @@ impl TokenEmbedding {
     /// `x = wte[token] + wpe[position]`.
     fn look_up<B: Backend>(&self, be: &mut B, chunk: &Chunk, x: Reals) -> Result<()> {
         let (tokens, positions) = (self.tokens(chunk), self.wpe.value);
-        let Some(packed) = &self.wte.packed else {
+        let Some(packed) = &self.packed else {
             return be.embed(chunk, tokens, self.wte.value, positions, self.width, x);
         };
         be.unpack_rows(chunk, packed, tokens, x)?;

@@ -21,10 +21,11 @@ pub struct LmHead {
     pub vocab: usize,
     /// The norm before the logits.
     pub norm: Norm,
-    /// `[vocab, d]`, possibly in few bits. Gradients that are empty are not computed.
+    /// `[vocab, d]`. Gradients that are empty are not computed.
     pub weight: Parameter,
-    /// Room for the pieces of a weight in few bits: [`tile`](Self::tile) values, else none.
-    pub tile: Reals,
+    /// The weight where it is stored in few bits, and room for its pieces:
+    /// [`tile`](Self::tile) values.
+    pub packed: Option<(Packed, Reals)>,
     /// `[B, T]`; negative: masked.
     pub targets: Ints,
     /// `[micro-batches, B, T]`: the loss of every token.
@@ -70,16 +71,16 @@ impl LmHead {
     fn tiles<B: Backend>(
         &self,
         be: &mut B,
-        packed: &Packed,
+        (packed, room): &(Packed, Reals),
         rows: usize,
         mut f: impl FnMut(&mut B, usize, usize, Reals, Reals) -> Result<()>,
     ) -> Result<()> {
         let most = Self::TILE.min(self.vocab);
         for first in (0..self.vocab).step_by(most.max(1)) {
             let n = most.min(self.vocab - first);
-            let wide = self.tile.sub(0, n * self.width);
+            let wide = room.sub(0, n * self.width);
             be.unpack(packed, first, wide)?;
-            f(be, first, n, wide, self.tile.sub(most * self.width, rows * n))?;
+            f(be, first, n, wide, room.sub(most * self.width, rows * n))?;
         }
         Ok(())
     }
@@ -114,7 +115,7 @@ impl LmHead {
             b: Order::Transposed,
             accumulate: false,
         };
-        let Some(packed) = &self.weight.packed else {
+        let Some(packed) = &self.packed else {
             be.matmul(&p, y, self.weight.value, None, logits)?;
             return Ok(logits);
         };
@@ -143,7 +144,7 @@ impl LmHead {
             b: Order::Plain,
             accumulate: false,
         };
-        let Some(packed) = &self.weight.packed else {
+        let Some(packed) = &self.packed else {
             return be.matmul(&p, logits, self.weight.value, None, dy);
         };
         self.tiles(be, packed, rows, |be, first, n, wide, part| {

@@ -1,5 +1,6 @@
 //! Parameters: tensors, where their values live, and what an optimizer does with them.
 
+use super::block::larger;
 use super::rotary::BlockSet;
 use crate::arena::{Category, Layout, Reals, Words, product};
 use crate::backend::{Exchange, NnOps, OptimOps, Order};
@@ -83,8 +84,9 @@ pub enum Home {
     Trained,
     /// Among those that stay as they are.
     Frozen,
-    /// Among those that stay as they are, in few bits each.
-    Packed,
+    /// Among those that stay as they are, in few bits each: which of these it is
+    /// ([`Params::stored`]).
+    Packed(u8),
 }
 
 /// A parameter tensor of a group: of a block, or of what is outside the blocks.
@@ -104,8 +106,6 @@ pub struct Tensor {
     pub home: Home,
     /// Index of the first one there; of the first word for those in few bits.
     pub offset: usize,
-    /// How they are stored in few bits, where they are.
-    pub stored: &'static Stored,
 }
 
 /// How a matrix is stored in few bits, in every group.
@@ -144,6 +144,14 @@ impl Stored {
     pub const fn packing(&self, k: usize) -> Packing {
         if self.others.has(k) { self.other } else { self.packing }
     }
+
+    /// Rows and columns of a tensor as they are stored.
+    pub const fn shape(&self, rows: usize, cols: usize) -> [usize; 2] {
+        match self.order {
+            Order::Plain => [rows, cols],
+            Order::Transposed => [cols, rows],
+        }
+    }
 }
 
 /// How the frozen matrices of a group are stored in few bits.
@@ -169,35 +177,30 @@ impl Store {
             Self::Each { .. } => &Stored::PLAIN[0],
         }
     }
+
+    /// Words of matrix `i`, in the larger of its packings; none where its rows are no whole blocks.
+    const fn words(self, i: usize, rows: usize, cols: usize) -> Option<usize> {
+        let stored = self.of(i);
+        let [rows, cols] = stored.shape(rows, cols);
+        match (
+            Packed::words_of(stored.packing, rows, cols),
+            Packed::words_of(stored.other, rows, cols),
+        ) {
+            (Ok(one), Ok(other)) => Some(larger(one, other)),
+            _ => None,
+        }
+    }
 }
 
 impl Tensor {
     /// A vector.
     pub const fn vector(name: &'static str, cols: usize, init: Init) -> Self {
-        Self {
-            name,
-            rows: 1,
-            cols,
-            matrix: false,
-            init,
-            home: Home::Trained,
-            offset: 0,
-            stored: &Stored::PLAIN[0],
-        }
+        Self { name, rows: 1, cols, matrix: false, init, home: Home::Trained, offset: 0 }
     }
 
     /// A matrix `[rows, cols]`.
     pub const fn matrix(name: &'static str, rows: usize, cols: usize, init: Init) -> Self {
-        Self {
-            name,
-            rows,
-            cols,
-            matrix: true,
-            init,
-            home: Home::Trained,
-            offset: 0,
-            stored: &Stored::PLAIN[0],
-        }
+        Self { name, rows, cols, matrix: true, init, home: Home::Trained, offset: 0 }
     }
 
     /// The tensor if it is `there`; otherwise one that the group does not have.
@@ -217,19 +220,6 @@ impl Tensor {
     /// Number of values.
     pub const fn len(&self) -> usize {
         self.rows.wrapping_mul(self.cols)
-    }
-
-    /// Rows and columns as they are stored in few bits.
-    pub const fn stored_as(&self) -> [usize; 2] {
-        match self.stored.order {
-            Order::Plain => [self.rows, self.cols],
-            Order::Transposed => [self.cols, self.rows],
-        }
-    }
-
-    const fn words(&self, packing: Packing) -> Result<usize> {
-        let [rows, cols] = self.stored_as();
-        Packed::words_of(packing, rows, cols)
     }
 
     /// The tensor's values within those of its group.
@@ -353,33 +343,24 @@ impl Room {
             t.home = match freeze {
                 Freeze::Nothing => Home::Trained,
                 Freeze::Matrices if !t.matrix => Home::Trained,
-                Freeze::All(Some(_)) if t.matrix => Home::Packed,
+                Freeze::All(Some(_)) if t.matrix => Home::Packed(self.matrices as u8),
                 Freeze::Matrices | Freeze::All(_) => Home::Frozen,
             };
             let (at, len) = match (t.home, freeze) {
-                (Home::Packed, Freeze::All(Some(store))) if !t.is_empty() => {
-                    t.stored = store.of(self.matrices);
+                (Home::Packed(_), Freeze::All(Some(store))) if !t.is_empty() => {
+                    let words = store.words(self.matrices, t.rows, t.cols);
                     self.matrices += 1;
-                    if t.len() > self.largest {
-                        self.largest = t.len();
-                    }
-                    let (one, other) = (t.words(t.stored.packing), t.words(t.stored.other));
-                    self.broken |= one.is_err() || other.is_err();
+                    self.largest = larger(self.largest, t.len());
+                    self.broken |= words.is_none();
                     (
                         &mut self.packed,
-                        match (one, other) {
-                            (Ok(one), Ok(other)) => {
-                                if one > other {
-                                    one
-                                } else {
-                                    other
-                                }
-                            }
-                            _ => 0,
+                        match words {
+                            Some(words) => words,
+                            None => 0,
                         },
                     )
                 }
-                (Home::Packed, _) => (&mut self.packed, 0),
+                (Home::Packed(_), _) => (&mut self.packed, 0),
                 (Home::Trained, _) => {
                     self.slots += 1;
                     (&mut self.trained, t.len())
@@ -457,6 +438,7 @@ impl Gradients {
 /// Frozen matrices in few bits; each is unpacked into one place when it is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Narrow {
+    store: Store,
     /// Group after group.
     words: Words,
     /// Room for the largest tensor.
@@ -483,18 +465,6 @@ pub struct Parameter {
     pub value: Reals,
     /// The gradient.
     pub grad: Reals,
-    /// The values, where they are stored in few bits.
-    pub packed: Option<Packed>,
-}
-
-impl Parameter {
-    /// One that is not there.
-    pub const EMPTY: Self = Self::new(Reals::EMPTY, Reals::EMPTY);
-
-    /// Values that are reals, and their gradient.
-    pub const fn new(value: Reals, grad: Reals) -> Self {
-        Self { value, grad, packed: None }
-    }
 }
 
 /// Parameters of some equal groups (the blocks), with gradients and optimizer state.
@@ -553,20 +523,26 @@ impl Params {
         let narrow = match freeze {
             Freeze::All(Some(store)) => {
                 if room.broken {
-                    let possible = "whole blocks of the packing";
-                    return Err(Error::unfit("rows of a packed matrix", "broken", possible));
+                    let possible = "a multiple of the values of a block";
+                    return Err(Error::unfit(
+                        "rows of a packed matrix",
+                        "no whole blocks",
+                        possible,
+                    ));
                 }
                 let words = ok!(product("frozen matrices", &[groups, room.packed]));
                 let words = match store {
-                    Store::Each { matrices, .. } if room.matrices != matrices.len() => {
+                    Store::Each { matrices, .. }
+                        if room.matrices != matrices.len() || room.matrices > 255 =>
+                    {
                         let found = matrices.len() as f64;
-                        let possible = "one for every matrix of a group";
+                        let possible = "one for every matrix of a group, at most 255";
                         return Err(Error::setting("ways to store matrices", found, possible));
                     }
                     Store::Each { mapped: true, .. } => l.mapped(words),
                     _ => l.words(Category::Frozen, words),
                 };
-                Some(Narrow { words, wide: l.reals(Category::Workspace, room.largest) })
+                Some(Narrow { store, words, wide: l.reals(Category::Workspace, room.largest) })
             }
             _ => None,
         };
@@ -658,33 +634,39 @@ impl Params {
         match t.home {
             Home::Trained => t.of(self.values.sub(k * self.room.trained, self.room.trained)),
             Home::Frozen => t.of(one_of(self.frozen, k, self.room.frozen)),
-            Home::Packed => Reals::EMPTY,
+            Home::Packed(_) => Reals::EMPTY,
         }
     }
 
     /// A tensor of group `k` with its gradient.
     pub const fn parameter(&self, k: usize, t: &Tensor) -> Parameter {
-        let packed = self.packed(k, t);
-        Parameter { value: self.value(k, t), grad: self.gradient(k, t), packed }
+        Parameter { value: self.value(k, t), grad: self.gradient(k, t) }
+    }
+
+    /// How a tensor is stored, if in few bits.
+    pub const fn stored(&self, t: &Tensor) -> Option<&'static Stored> {
+        match (&self.narrow, t.home) {
+            (Some(narrow), Home::Packed(i)) if !t.is_empty() => Some(narrow.store.of(i as usize)),
+            _ => None,
+        }
     }
 
     /// A tensor of group `k` that is stored in few bits, as it is stored.
     pub const fn packed(&self, k: usize, t: &Tensor) -> Option<Packed> {
-        match &self.narrow {
-            Some(narrow) if matches!(t.home, Home::Packed) && !t.is_empty() => {
-                let packing = t.stored.packing(k);
-                let len = match t.words(packing) {
+        match (&self.narrow, self.stored(t)) {
+            (Some(narrow), Some(stored)) => {
+                let (packing, [rows, cols]) = (stored.packing(k), stored.shape(t.rows, t.cols));
+                let len = match Packed::words_of(packing, rows, cols) {
                     Ok(len) => len,
                     // Refused when it was laid out.
                     Err(_) => 0,
                 };
-                let [rows, cols] = t.stored_as();
                 Some(Packed {
                     packing,
                     words: narrow.words.sub(k * self.room.packed + t.offset, len),
                     rows,
                     cols,
-                    neighbours: t.stored.neighbours,
+                    neighbours: stored.neighbours,
                 })
             }
             _ => None,
@@ -696,7 +678,7 @@ impl Params {
     pub const fn gradient(&self, k: usize, t: &Tensor) -> Reals {
         match t.home {
             Home::Trained => t.of(self.gradient_of(k)),
-            Home::Frozen | Home::Packed => Reals::EMPTY,
+            Home::Frozen | Home::Packed(_) => Reals::EMPTY,
         }
     }
 
@@ -717,11 +699,11 @@ impl Params {
     /// # Errors
     /// Any error of the backend.
     pub fn matrix<B: NnOps>(&self, be: &mut B, k: usize, t: &Tensor) -> Result<Matrix> {
-        let (values, order) = match (&self.narrow, self.packed(k, t)) {
-            (Some(narrow), Some(packed)) => {
+        let (values, order) = match (&self.narrow, self.stored(t), self.packed(k, t)) {
+            (Some(narrow), Some(stored), Some(packed)) => {
                 let wide = narrow.wide.sub(0, t.len());
                 be.unpack(&packed, 0, wide)?;
-                (wide, t.stored.order)
+                (wide, stored.order)
             }
             _ => (self.value(k, t), Order::Plain),
         };
@@ -748,7 +730,7 @@ impl Params {
                     return Ok(());
                 }
                 let values = match t.home {
-                    Home::Packed => {
+                    Home::Packed(_) => {
                         let possible = "reals, to be drawn";
                         return Err(Error::unfit("storage of a matrix", "few bits", possible));
                     }

@@ -1,7 +1,7 @@
 //! The most common network: an input, one stack of blocks, a head.
 
 use super::{Group, Loaded, Micro, Network, Owner, Rebuilt, sum};
-use crate::arena::{Category, Layout, Reals, product};
+use crate::arena::{Category, Layout, product};
 use crate::backend::{Backend, Chunk};
 use crate::error::{Error, Result, Site};
 use crate::layers::{
@@ -153,6 +153,7 @@ impl<P: Branches> Chain<TokenEmbedding, P, LmHead, 5> {
             per_sample: tokens,
             tokens: l.ints(Category::Head, rows),
             wte,
+            packed: None,
             wpe,
             scale: 1.0,
             dropout: shape.dropout,
@@ -163,7 +164,7 @@ impl<P: Branches> Chain<TokenEmbedding, P, LmHead, 5> {
             vocab,
             norm: Norm::Layer { eps: shape.eps, weight: norm, bias: norm_bias },
             weight: if shape.tied { wte } else { lm_head },
-            tile: Reals::EMPTY,
+            packed: None,
             targets: l.ints(Category::Head, rows),
             losses: l.reals(Category::Head, losses),
             micro_batch: 0,

@@ -65,7 +65,9 @@ fn dot<R: Real>(a: &[R], b: &[R]) -> R {
     sum
 }
 
-/// Row `row` of a packed matrix.
+/// Row `row` of a packed matrix. Not inlined: every layer would have room for a block on the stack,
+/// which is small on a microcontroller.
+#[inline(never)]
 fn unpack_row<R: Real>(x: &Packed, words: &[u32], row: usize, y: &mut [R]) -> Result<()> {
     let (bytes, values) = (x.packing.bytes(), x.packing.values());
     let first = x.stored(row) * x.packing.row_bytes(x.cols)?;

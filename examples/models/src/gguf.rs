@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use bdia_core::Packing;
 
 use crate::files::{FileError, Temporary, write_atomic};
-use crate::packing::{self, Blocks};
+use crate::packing::{self, Extent};
 use crate::weights::{Pieces, WeightsError};
 
 /// The first bytes of a file.
@@ -427,10 +427,10 @@ fn header<R: Read>(path: &Path, mut r: Reader<R>, len: u64) -> Said<Gguf> {
 
 impl Gguf {
     /// Where a tensor lies.
-    pub fn blocks(&self, name: &str) -> Option<Blocks> {
+    pub fn extent(&self, name: &str) -> Option<Extent> {
         let tensor = self.tensors.get(name)?;
         let path = self.path.clone();
-        Some(Blocks { packing: tensor.kind, neighbours: 0, path, offset: tensor.offset })
+        Some(Extent { packing: tensor.kind, neighbours: 0, path, offset: tensor.offset })
     }
 
     /// Reads a file's header.

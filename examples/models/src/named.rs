@@ -65,6 +65,8 @@ pub struct Named {
     pub shape: Vec<usize>,
     /// Whether the file has the transpose: linear layers that are `[out, in]` there.
     pub transposed: bool,
+    /// `Transposed`: the values lie as files have them, which is the transpose.
+    pub order: Order,
     /// The tensor as its part has it.
     pub tensor: Tensor,
     /// The values; empty where they are stored in few bits.
@@ -80,9 +82,15 @@ pub struct Named {
 impl Named {
     /// Tensor `t` of group `k`, with the shape that it has here.
     pub fn new(name: String, params: &Params, k: usize, t: &Tensor) -> Self {
+        let stored = params.stored(t);
         Self {
             name,
-            shape: if t.matrix { t.stored_as().to_vec() } else { vec![t.cols] },
+            order: stored.map_or(Order::Plain, |stored| stored.order),
+            shape: match stored {
+                Some(stored) => stored.shape(t.rows, t.cols).to_vec(),
+                None if t.matrix => vec![t.rows, t.cols],
+                None => vec![t.cols],
+            },
             transposed: false,
             tensor: *t,
             values: params.value(k, t),
@@ -96,7 +104,7 @@ impl Named {
     #[must_use]
     pub fn transposed(mut self) -> Self {
         // What is stored as files have it needs no change.
-        if self.tensor.matrix && self.tensor.stored.order == Order::Plain {
+        if self.tensor.matrix && self.order == Order::Plain {
             self.shape = vec![self.tensor.cols, self.tensor.rows];
             self.transposed = true;
         }
@@ -225,7 +233,7 @@ pub fn initialize<B: Backend>(
             be.fill_reals(state, B::Real::of(0.0))?;
         }
         let t = &named.tensor;
-        if t.stored.order == Order::Transposed {
+        if named.order == Order::Transposed {
             let possible = "in the order of the layer";
             return Err(Error::unfit(
                 "a matrix that is drawn",
@@ -311,21 +319,21 @@ pub fn read<B: Backend<Real = f32>>(
     for (name, shape, range) in of_file(tensors) {
         let parts = &tensors[range];
         let packed = parts.iter().find_map(|t| t.packed.as_ref());
-        let blocks = packed.and(weights.blocks(&name));
-        if let (Some(x), Some(blocks)) = (packed, &blocks)
-            && blocks.are(x)
+        let extent = packed.and(weights.extent(&name));
+        if let (Some(x), Some(extent)) = (packed, &extent)
+            && extent.is_stored_as(x)
             && matches!(parts, [t] if !t.transposed)
         {
             weights.stream(&name, &mut |_, values| {
                 each(&name, values);
                 Ok(())
             })?;
-            blocks.store(be, x)?;
+            extent.store(be, x)?;
             continue;
         }
         if let Some(x) = packed.filter(|x| x.words.is_mapped() || x.neighbours > 0) {
             let expected = format!("{}, to be used where it lies", x.packing.name());
-            let found = blocks.map_or("values that have to be converted".into(), |b| {
+            let found = extent.map_or("values that have to be converted".into(), |b| {
                 format!("{} in another order", b.packing.name())
             });
             return Err(WeightsError::Stored { name, expected, found });

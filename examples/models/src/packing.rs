@@ -76,7 +76,7 @@ pub fn pack(packing: Packing, values: &[f32], out: &mut Vec<u8>) -> bool {
 
 /// Where a file has a tensor in a packing that backends know.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Blocks {
+pub struct Extent {
     /// The packing.
     pub packing: Packing,
     /// [`Packed::neighbours`]
@@ -87,9 +87,9 @@ pub struct Blocks {
     pub offset: u64,
 }
 
-impl Blocks {
+impl Extent {
     /// Whether a matrix of a network is stored just so.
-    pub fn are(&self, x: &Packed) -> bool {
+    pub fn is_stored_as(&self, x: &Packed) -> bool {
         (self.packing, self.neighbours) == (x.packing, x.neighbours)
     }
 

@@ -277,6 +277,6 @@ pub fn source<F: Family>(path: &Path, dims: &F) -> Result<Box<dyn Source>, Weigh
 pub fn is_narrow<F: Family>(path: &Path, dims: &F) -> Result<bool, WeightsError> {
     let weights = source(path, dims)?;
     let [embedding, ..] = dims.ends();
-    let blocks = weights.blocks(&dims.name(None, &embedding));
-    Ok(blocks.is_some_and(|blocks| blocks.packing != Packing::F32))
+    let extent = weights.extent(&dims.name(None, &embedding));
+    Ok(extent.is_some_and(|extent| extent.packing != Packing::F32))
 }

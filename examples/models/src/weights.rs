@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::files::{FileError, Temporary, read_limited, write_atomic};
-use crate::packing::Blocks;
+use crate::packing::Extent;
 
 /// The file of an unsharded model.
 pub const FILE: &str = "model.safetensors";
@@ -169,7 +169,7 @@ pub trait Source {
     fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<(), WeightsError>;
 
     /// Where a tensor of finite values lies as it is; none where its values are changed first.
-    fn blocks(&self, name: &str) -> Option<Blocks> {
+    fn extent(&self, name: &str) -> Option<Extent> {
         let _ = name;
         None
     }
@@ -207,7 +207,7 @@ impl Source for Weights {
         Self::check(self, expected)
     }
 
-    fn blocks(&self, name: &str) -> Option<Blocks> {
+    fn extent(&self, name: &str) -> Option<Extent> {
         let tensor = self.tensors.get(name)?;
         let packing = match tensor.dtype.as_str() {
             "F32" => Packing::F32,
@@ -216,7 +216,7 @@ impl Source for Weights {
             _ => return None,
         };
         let path = self.files[tensor.file].clone();
-        Some(Blocks { packing, neighbours: 0, path, offset: tensor.offset })
+        Some(Extent { packing, neighbours: 0, path, offset: tensor.offset })
     }
 
     fn stream(&self, name: &str, put: &mut Pieces<'_>) -> Result<(), WeightsError> {

@@ -219,19 +219,19 @@ impl Source for Mixed {
         self.0.stream(name, put)
     }
 
-    fn blocks(&self, name: &str) -> Option<bdia_models::packing::Blocks> {
-        let mut blocks = self.0.blocks(name)?;
+    fn extent(&self, name: &str) -> Option<bdia_models::packing::Extent> {
+        let mut extent = self.0.extent(name)?;
         if let Some(k) = name.strip_prefix("model.layers.").filter(|rest| rest.ends_with(self.1)) {
-            blocks.packing = (self.2)(k.split('.').next()?.parse().ok()?);
+            extent.packing = (self.2)(k.split('.').next()?.parse().ok()?);
         }
-        Some(blocks)
+        Some(extent)
     }
 }
 
 #[test]
 fn blocks_may_be_stored_in_two_ways() {
     let (config, dir) = (config(&json!({})), TempDir::new());
-    let (dims, file) = drawn(&config, dir.path(), Storage::Q8_0);
+    let (dims, _) = drawn(&config, dir.path(), Storage::Q8_0);
     let of = |packing| {
         let (_, file) = open(&dir.path().join("model.gguf")).unwrap();
         frozen::as_stored(&dims, &Mixed(file, "mlp.up_proj.weight", packing), false)
@@ -248,5 +248,4 @@ fn blocks_may_be_stored_in_two_ways() {
     assert_eq!([0, 2].map(|i| matrices[i].neighbours), [16, 0]);
     let three = of(|k| [Packing::Q4_0, Packing::Q4_1, Packing::Q5_0][k]).unwrap_err();
     assert!(three.to_string().contains("Q4_0 or Q4_1"), "{three}");
-    let _ = file;
 }

@@ -127,7 +127,9 @@ pub struct Part<const N: usize> {
 }
 
 impl<const N: usize> Part<N> {
-    /// The group is trained by `rule`, or frozen.
+    /// The group is trained by `rule`, or frozen. Not inlined, as the blocks' plan: in one function
+    /// they would have places on the stack of their own.
+    #[inline(never)]
     const fn plan(
         mut tensors: [Tensor; N],
         rule: Option<Rule>,
@@ -226,7 +228,7 @@ impl<'a> Input<Be<'a>> for Patches {
     }
 
     fn vjp(&mut self, be: &mut Be<'a>, chunk: &Chunk, gx: Reals, scratch: Reals) -> Result<()> {
-        let Parameter { value: values, grad, .. } = self.weight;
+        let Parameter { value: values, grad } = self.weight;
         let weight =
             Matrix { values, inputs: PATCH * PATCH, outputs: self.width, order: Order::Plain };
         for i in 0..chunk.samples {
@@ -258,6 +260,7 @@ pub struct Trunk {
 }
 
 impl Trunk {
+    #[inline(never)]
     const fn plan(job: &Job, layout: &mut Layout) -> Result<Self> {
         let freeze = match job.trained {
             Trained::All => Freeze::Nothing,

@@ -711,20 +711,20 @@ pub enum MethodKind {
 pub enum FrozenKind {
     /// 32 bits.
     F32,
-    /// Matrices in 16 bits, with the exponents of f32.
+    /// Matrices of the blocks, and a language model's embedding and head, in 16 bits, with the
+    /// exponents of f32.
     Bf16,
-    /// Matrices in 16 bits, with three more bits of fraction.
+    /// The same matrices in 16 bits, with three more bits of fraction.
     F16,
-    /// Matrices in 8 bits, 32 values with one factor (of language models).
+    /// The same in 8 bits, 32 values with one factor (language models only).
     #[value(name = "q8_0")]
     #[serde(rename = "q8_0")]
     Q8_0,
-    /// Matrices in 4 bits, 32 values with one factor (of language models).
+    /// The same in 4 bits, 32 values with one factor (language models only).
     #[value(name = "q4_0")]
     #[serde(rename = "q4_0")]
     Q4_0,
-    /// Matrices as the model's file has them, read where the system keeps the file (of language
-    /// models).
+    /// The same as the model's file has them, mapped into memory (language models only).
     File,
 }
 
@@ -756,8 +756,8 @@ pub struct MethodArgs {
     /// Adapters are multiplied by alpha/rank [default: 32]
     #[arg(long, value_name = "A", value_parser = positive)]
     pub lora_alpha: Option<f64>,
-    /// How the parameters that are not trained are stored [default: of a language model file, if
-    /// its matrices have fewer bits than f32, else f32]
+    /// How the parameters that are not trained are stored [default: file for a GGUF file that has
+    /// them in fewer bits than f32, else f32]
     #[arg(long, value_name = "TYPE")]
     pub frozen_dtype: Option<FrozenKind>,
 }

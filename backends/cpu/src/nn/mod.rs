@@ -41,6 +41,30 @@ fn blocks2(team: &Team, x: &mut [f32], y: &[f32], f: impl Fn(&mut [f32], &[f32])
     });
 }
 
+/// The first of some rows, `each` at a time, for which `f` is false.
+fn first_refused(
+    team: &Team,
+    rows: usize,
+    each: usize,
+    f: impl Fn(usize) -> bool + Sync,
+) -> Option<usize> {
+    let first = team.reduce(
+        rows.div_ceil(each),
+        usize::MAX,
+        |piece| {
+            let mut bad = usize::MAX;
+            for row in piece * each..rows.min((piece + 1) * each) {
+                if !f(row) {
+                    bad = bad.min(row);
+                }
+            }
+            bad
+        },
+        usize::min,
+    );
+    (first != usize::MAX).then_some(first)
+}
+
 /// `totals[n][c] += Σ_r f(r, values of row r from column `from` on)[n][c]`, `COLUMNS` columns at a
 /// time, the rows in order. `f` adds a row to the partial sums.
 fn column_sums<const N: usize>(
@@ -163,30 +187,20 @@ impl NnOps for Cpu {
         let bytes = packed_bytes(&self.words, &self.mapped, x.words)?;
         let [y] = split(&mut self.reals, [y], "unpack_rows")?;
         let (y, each) = (Shared::new(y), rows_per_piece(x.cols));
-        let bad = self.team.reduce(
-            rows.len().div_ceil(each),
-            usize::MAX,
-            |piece| {
-                let mut bad = usize::MAX;
-                for i in piece * each..rows.len().min((piece + 1) * each) {
-                    // SAFETY: rows are disjoint.
-                    let y = unsafe { y.part(i * x.cols, x.cols) };
-                    match known(rows[i], x.rows) {
-                        Some(row) => {
-                            let blocks = &bytes[x.stored(row) * row_bytes..][..row_bytes];
-                            x.packing.unpack(blocks, y);
-                        }
-                        None => {
-                            y.fill(0.0);
-                            bad = bad.min(i);
-                        }
-                    }
+        let bad = first_refused(&self.team, rows.len(), each, |i| {
+            // SAFETY: rows are disjoint.
+            let y = unsafe { y.part(i * x.cols, x.cols) };
+            let row = known(rows[i], x.rows);
+            match row {
+                Some(row) => {
+                    let blocks = &bytes[x.stored(row) * row_bytes..][..row_bytes];
+                    x.packing.unpack(blocks, y);
                 }
-                bad
-            },
-            usize::min,
-        );
-        if bad != usize::MAX {
+                None => y.fill(0.0),
+            }
+            row.is_some()
+        });
+        if let Some(bad) = bad {
             let sample = chunk.first.wrapping_add(bad / length);
             let value = rows[bad];
             self.fault.get_or_insert(Fault::Token { sample, value, vocab: x.rows });
@@ -379,34 +393,22 @@ impl NnOps for Cpu {
             Some(&own) => own,
             None => i32::try_from(row % tokens).unwrap_or(i32::MAX),
         };
-        let bad = self.team.reduce(
-            rows.div_ceil(each),
-            usize::MAX,
-            |piece| {
-                let mut bad = usize::MAX;
-                for row in piece * each..rows.min((piece + 1) * each) {
-                    let Some(p) = known(position(row), most) else {
-                        bad = bad.min(row);
-                        continue;
-                    };
-                    let (cos, sin) = table[p * head_dim..][..head_dim].split_at(head_dim / 2);
-                    for head in 0..heads {
-                        // SAFETY: rows, and heads in them, are disjoint.
-                        let head =
-                            unsafe { xs.part(row * x.stride + x.at + head * head_dim, head_dim) };
-                        let (a, b) = head.split_at_mut(head_dim / 2);
-                        // (a, b) ← (a·cos − b·sin, b·cos + a·sin)
-                        map_both([a, b], [cos, sin], |[a, b, cos, sin]| {
-                            let sin = sin * side;
-                            [a.mul_add(cos, -(b * sin)), b.mul_add(cos, a * sin)]
-                        });
-                    }
-                }
-                bad
-            },
-            usize::min,
-        );
-        if bad != usize::MAX {
+        let bad = first_refused(&self.team, rows, each, |row| {
+            let Some(p) = known(position(row), most) else { return false };
+            let (cos, sin) = table[p * head_dim..][..head_dim].split_at(head_dim / 2);
+            for head in 0..heads {
+                // SAFETY: rows, and heads in them, are disjoint.
+                let head = unsafe { xs.part(row * x.stride + x.at + head * head_dim, head_dim) };
+                let (a, b) = head.split_at_mut(head_dim / 2);
+                // (a, b) ← (a·cos − b·sin, b·cos + a·sin)
+                map_both([a, b], [cos, sin], |[a, b, cos, sin]| {
+                    let sin = sin * side;
+                    [a.mul_add(cos, -(b * sin)), b.mul_add(cos, a * sin)]
+                });
+            }
+            true
+        });
+        if let Some(bad) = bad {
             let sample = chunk.first.wrapping_add(bad / tokens);
             let (value, positions) = (position(bad), most);
             self.fault.get_or_insert(Fault::Position { sample, value, positions });
@@ -540,29 +542,21 @@ impl NnOps for Cpu {
         }
         let (table, positions, x, each) =
             (&*table, &*positions, Shared::new(x), rows_per_piece(width));
-        let bad = self.team.reduce(
-            tokens.len().div_ceil(each),
-            usize::MAX,
-            |piece| {
-                let mut bad = usize::MAX;
-                for row in piece * each..tokens.len().min((piece + 1) * each) {
-                    // SAFETY: rows are disjoint.
-                    let x = unsafe { x.part(row * width, width) };
-                    if positions.is_empty() {
-                        x.fill(0.0);
-                    } else {
-                        x.copy_from_slice(&positions[row % length * width..][..width]);
-                    }
-                    match known(tokens[row], vocab) {
-                        Some(token) => map2(x, &table[token * width..][..width], |x, y| x + y),
-                        None => bad = bad.min(row),
-                    }
-                }
-                bad
-            },
-            usize::min,
-        );
-        if bad != usize::MAX {
+        let bad = first_refused(&self.team, tokens.len(), each, |row| {
+            // SAFETY: rows are disjoint.
+            let x = unsafe { x.part(row * width, width) };
+            if positions.is_empty() {
+                x.fill(0.0);
+            } else {
+                x.copy_from_slice(&positions[row % length * width..][..width]);
+            }
+            let token = known(tokens[row], vocab);
+            if let Some(token) = token {
+                map2(x, &table[token * width..][..width], |x, y| x + y);
+            }
+            token.is_some()
+        });
+        if let Some(bad) = bad {
             let sample = chunk.first.wrapping_add(bad / length);
             self.fault.get_or_insert(Fault::Token { sample, value: tokens[bad], vocab });
         }

@@ -264,8 +264,7 @@ impl<F: Family> Decoder<F> {
         let (width, layers) = (d.width(), d.layers());
         let rows = product("hypotheses", &[sizes.prompts, sizes.beams])?;
         let logits = product("logits", &[rows, d.vocab()])?;
-        let is_packed = model.head.weight.packed.is_some();
-        let tile = if is_packed { LmHead::tile(d.vocab(), width, rows) } else { 0 };
+        let tile = LmHead::tile(d.vocab(), width, rows);
         let input = TokenEmbedding { dropout: 0.0, ..model.input };
         let mut decoder = Self {
             setup: s,
@@ -278,7 +277,8 @@ impl<F: Family> Decoder<F> {
             starts: l.ints(Category::Head, if d.window().is_some() { rows } else { 0 }),
             head: LmHead {
                 logits: l.reals(Category::Head, logits),
-                tile: l.reals(Category::Workspace, tile),
+                packed: (model.head.packed)
+                    .map(|(packed, _)| (packed, l.reals(Category::Workspace, tile))),
                 ..model.head
             },
             places: l.reals(Category::Workspace, product("activations", &[rows, width])?),
@@ -633,7 +633,7 @@ impl<B: Backend, F: Family> Input<B> for Places<'_, F> {
         }
         // As the tokens of one sample, each of which has its place.
         let (one, n) = (Chunk { samples: 1, first: 0, ..*chunk }, self.positions.len());
-        let wpe = Parameter::new(places.sub(0, n * d), Reals::EMPTY);
+        let wpe = Parameter { value: places.sub(0, n * d), grad: Reals::EMPTY };
         let tokens = tokens.sub(0, n);
         TokenEmbedding { tokens, per_sample: n, wpe, ..*input }.forward(be, &one, false, x, s)
     }

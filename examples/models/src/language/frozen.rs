@@ -18,7 +18,7 @@ use crate::weights::{Source, WeightsError};
 pub fn packed<F: Family>(dims: &F, packing: Packing) -> Result<Frozen, WeightsError> {
     let of = |cols: usize| {
         packing.row_bytes(cols)?;
-        Ok(Blocks { packing, neighbours: 0 })
+        Ok((packing, 0))
     };
     stores(dims, false, |_, [_, cols]| of(cols))
 }
@@ -34,8 +34,8 @@ pub fn as_stored<F: Family>(
     weights: &dyn Source,
     mapped: bool,
 ) -> Result<Frozen, WeightsError> {
-    stores(dims, mapped, |name, _| match weights.blocks(name) {
-        Some(found) => Ok(Blocks { packing: found.packing, neighbours: found.neighbours }),
+    stores(dims, mapped, |name, _| match weights.extent(name) {
+        Some(found) => Ok((found.packing, found.neighbours)),
         None => Err(WeightsError::Stored {
             name: name.into(),
             expected: "values in a packing that can be used where it lies".into(),
@@ -44,17 +44,11 @@ pub fn as_stored<F: Family>(
     })
 }
 
-/// How one matrix is stored.
-#[derive(Clone, Copy, PartialEq)]
-struct Blocks {
-    packing: Packing,
-    neighbours: usize,
-}
-
+/// `of` has packing and neighbours of a matrix, of its name and its shape as it is stored.
 fn stores<F: Family>(
     dims: &F,
     mapped: bool,
-    of: impl Fn(&str, [usize; 2]) -> Result<Blocks, WeightsError>,
+    of: impl Fn(&str, [usize; 2]) -> Result<(Packing, usize), WeightsError>,
 ) -> Result<Frozen, WeightsError> {
     let order = if F::TRANSPOSED { Order::Transposed } else { Order::Plain };
     // The tensors of a block are those of one with adapters, which are not frozen.
@@ -67,26 +61,25 @@ fn stores<F: Family>(
         for (i, t) in frozen.filter(|t| t.matrix && t.home == Home::Frozen).enumerate() {
             let name = dims.name(Some(k), &t);
             let stored = Stored { order, ..Stored::plain(Packing::F32) };
-            let cols = if F::TRANSPOSED { [t.cols, t.rows] } else { [t.rows, t.cols] };
-            let found = of(&name, cols)?;
+            let shape = if F::TRANSPOSED { [t.cols, t.rows] } else { [t.rows, t.cols] };
+            let (packing, neighbours) = of(&name, shape)?;
             if k == 0 {
-                let Blocks { packing, neighbours } = found;
                 matrices.push(Stored { packing, other: packing, neighbours, ..stored });
                 continue;
             }
             let Some(known) = matrices.get_mut(i) else { continue };
-            if found.packing != known.packing {
+            if packing != known.packing {
                 if known.others == BlockSet::NONE {
-                    known.other = found.packing;
+                    known.other = packing;
                 }
                 known.others = known.others.with(k)?;
             }
-            if found != (Blocks { packing: known.packing(k), neighbours: known.neighbours }) {
+            if (packing, neighbours) != (known.packing(k), known.neighbours) {
                 let [a, b] = [known.packing, known.other].map(Packing::name);
                 return Err(WeightsError::Stored {
                     name,
                     expected: format!("{a} or {b}, as in the blocks before"),
-                    found: found.packing.name().into(),
+                    found: packing.name().into(),
                 });
             }
         }
@@ -95,7 +88,7 @@ fn stores<F: Family>(
     for (i, t) in dims.ends().into_iter().enumerate() {
         // Learned positions are added, not looked up.
         if t.matrix && !t.is_empty() && i != 1 {
-            let Blocks { packing, neighbours } = of(&dims.name(None, &t), [t.rows, t.cols])?;
+            let (packing, neighbours) = of(&dims.name(None, &t), [t.rows, t.cols])?;
             ends.push(Stored { neighbours, ..Stored::plain(packing) });
         }
     }

@@ -5,7 +5,7 @@ use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::Backend;
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    Freeze, Gradients, Home, LmHead, Parameter, Params, Residual, Room, RotaryAngles, Tensor,
+    Freeze, Gradients, LmHead, Parameter, Params, Residual, Room, RotaryAngles, Tensor,
     TokenEmbedding,
 };
 use bdia_core::network::{
@@ -148,9 +148,10 @@ impl<F: Family> LanguageModel<F> {
             room = room.place(core::slice::from_mut(t), if i == 1 { plain } else { freeze });
         }
         let ends = Params::layout(1, room.in_pieces(), freeze, setup.gradients.full(), l)?;
-        let is_packed = tensors.iter().any(|t| t.home == Home::Packed);
-        let tile = if is_packed { LmHead::tile(vocab, width, choice.head_rows) } else { 0 };
-        let tile = l.reals(Category::Workspace, tile);
+        let embedding = ends.packed(0, &tensors[0]);
+        let head = if d.tied() { embedding } else { ends.packed(0, &tensors[4]) };
+        let tile = LmHead::tile(vocab, width, choice.head_rows);
+        let head = head.map(|packed| (packed, l.reals(Category::Workspace, tile)));
         let mut tables = [(None, Reals::EMPTY); 2];
         for (table, angles) in tables.iter_mut().zip(d.angles()) {
             if let Some(angles) = angles {
@@ -195,7 +196,7 @@ impl<F: Family> LanguageModel<F> {
         };
         let stack = Stack::layout(&config, &setup.mode, l)?;
 
-        let empty = Parameter::EMPTY;
+        let empty = Parameter { value: Reals::EMPTY, grad: Reals::EMPTY };
         let [wte, wpe, norm, norm_bias, lm_head] =
             tensors.map(|t| if t.is_empty() { empty } else { ends.parameter(0, &t) });
         let input = TokenEmbedding {
@@ -203,6 +204,7 @@ impl<F: Family> LanguageModel<F> {
             per_sample: setup.context,
             tokens,
             wte,
+            packed: embedding,
             wpe,
             scale: d.embedding_scale(),
             dropout,
@@ -213,7 +215,7 @@ impl<F: Family> LanguageModel<F> {
             vocab,
             norm: d.norm([norm, norm_bias]),
             weight: if d.tied() { wte } else { lm_head },
-            tile,
+            packed: head,
             targets,
             losses,
             micro_batch: 0,

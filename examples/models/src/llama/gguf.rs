@@ -23,7 +23,7 @@ use crate::config::ConfigError;
 use crate::gguf::{self, Gguf, NewTensor, Number, Sink, WriteError};
 use crate::language::Family;
 use crate::named::Named;
-use crate::packing::Blocks;
+use crate::packing::Extent;
 use crate::weights::{Pieces, Source, WeightsError};
 
 /// A file with a model.
@@ -357,13 +357,13 @@ impl Source for GgufModel {
         if wrong.is_empty() { Ok(()) } else { Err(WeightsError::Mismatch(wrong)) }
     }
 
-    fn blocks(&self, name: &str) -> Option<Blocks> {
+    fn extent(&self, name: &str) -> Option<Extent> {
         let own = self.names.get(name)?;
-        let mut blocks = self.file.blocks(own)?;
+        let mut extent = self.file.extent(own)?;
         if let Some(heads) = self.turned(own) {
-            blocks.neighbours = self.file.tensors.get(own)?.shape.first()?.checked_div(heads)?;
+            extent.neighbours = self.file.tensors.get(own)?.shape.first()?.checked_div(heads)?;
         }
-        Some(blocks)
+        Some(extent)
     }
 
     fn stream(&self, name: &str, put: &mut Pieces<'_>) -> Result<(), WeightsError> {
