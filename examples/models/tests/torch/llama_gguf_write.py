@@ -1,6 +1,6 @@
 """GGUF files that the Rust tests write, against the packages gguf, transformers and llama-cpp-python.
 
-    BDIA_GGUF_OUT=DIR cargo test --release -p bdia-models --test llama_gguf_write
+    BDIA_GGUF_OUT=DIR cargo test --release -p bdia-models --test models llama_gguf_write
     python -B llama_gguf_write.py values DIR   ->  ../data/llama/q8_0.safetensors, from DIR/wide.f32.gguf
     python -B llama_gguf_write.py gguf DIR     every file by gguf.GGUFReader
     python -B llama_gguf_write.py hf DIR       logits by transformers, of the architectures that it reads

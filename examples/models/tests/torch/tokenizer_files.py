@@ -5,7 +5,7 @@ tokens parsed and as text, and what they decode to) and chat.json (conversations
 The vocabularies are learned from the texts below and a licence.
 
 With the arguments `real FILE.gguf TEXT…`, prints the number of the tokens that transformers gives the files one after the other and
-a digest of them (xxh3 of little-endian u32; it needs the package xxhash); compare tests/tokenizers.rs.
+a digest of them (xxh3 of little-endian u32; it needs the package xxhash); compare tests/models/tokenizers.rs.
 """
 
 import json

@@ -1,12 +1,13 @@
 //! Fine-tuning against transformers and PEFT (`tests/torch/finetune.py`), adapters as files, 16-bit
 //! storage.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use core::ops::ControlFlow;
 use std::path::PathBuf;
 
+use crate::common::{
+    Memory, SGD, STANDARD, State, bdia, bdia_float, checkpoint, data, float, lay_out, small, state,
+    verified,
+};
 use bdia_core::layers::{Gradients, LoraShape};
 use bdia_core::network::Step;
 use bdia_core::optim::Rule;
@@ -25,10 +26,6 @@ use bdia_models::language::frozen;
 use bdia_models::named::{Adapters, Frozen, Named};
 use bdia_models::search::Length;
 use bdia_models::weights::Weights;
-use common::{
-    Memory, SGD, STANDARD, State, bdia, bdia_float, checkpoint, data, float, lay_out, small, state,
-    verified,
-};
 
 const STEP: Step = Step { step: 0, seed: 3, lr: 0.0, weight_decay: 0.0, clip: 0.0 };
 const SHAPE: LoraShape = LoraShape { rank: 4, alpha: 32.0 };
@@ -54,7 +51,7 @@ fn length(s: &State, i: usize) -> usize {
 
 fn setup(mode: Mode, adapters: Option<Adapters>) -> Setup {
     let dims = Gpt2Config::read_dir(&data("hf_tied")).unwrap().dims();
-    Setup { gradients: Gradients::Full(SGD), adapters, ..common::setup(dims, 3, 15, mode) }
+    Setup { gradients: Gradients::Full(SGD), adapters, ..crate::common::setup(dims, 3, 15, mode) }
 }
 
 /// Matrices in few bits.
@@ -100,7 +97,7 @@ fn load_adapter(model: &Gpt2) -> Vec<(Reals, Vec<f64>)> {
 
 /// Below 1e-3 a gradient of this model is noise.
 fn difference(ours: &[f64], theirs: &[f64]) -> f64 {
-    common::difference(ours, theirs, 1e-3)
+    crate::common::difference(ours, theirs, 1e-3)
 }
 
 fn fill<'a>(

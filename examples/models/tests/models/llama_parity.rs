@@ -1,12 +1,10 @@
 //! Logits, loss, gradients and decoded tokens of tiny models of Llama's family against those that
 //! transformers and PEFT give (`tests/torch/llama_hf.py`), in f64 on both sides.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use core::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use crate::common::{Memory, SGD, STANDARD, STILL, State, checkpoint, difference, state};
 use bdia_core::layers::{Gradients, LoraShape};
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
@@ -18,7 +16,6 @@ use bdia_models::llama::config::LlamaConfig;
 use bdia_models::llama::model::{Llama, Setup};
 use bdia_models::named::Adapters;
 use bdia_models::search::Length;
-use common::{Memory, SGD, STANDARD, STILL, State, checkpoint, difference, state};
 
 const CASES: [&str; 9] = [
     "llama",

@@ -1,9 +1,10 @@
 //! Training as a whole: the choice of chunks, threads and micro-batches, dropout, faults, and that
 //! modes agree where they must.
-#![allow(clippy::unwrap_used)]
 
-mod common;
-
+use crate::common::{
+    ADAMW, Memory, SGD, STANDARD, bdia, bdia_float, bits, checkpoint, float, lay_out, quantized,
+    run, sample, small, verified,
+};
 use bdia_core::layers::Gradients;
 use bdia_core::network::{Outcome, Step};
 use bdia_core::optim::Rule;
@@ -12,10 +13,6 @@ use bdia_core::stack::Mode;
 use bdia_core::{Error, Fault, Gamma, Reference, Sign, Site};
 use bdia_cpu::Cpu;
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
-use common::{
-    ADAMW, Memory, SGD, STANDARD, bdia, bdia_float, bits, checkpoint, float, lay_out, quantized,
-    run, sample, small, verified,
-};
 
 const STEP: Step = Step { step: 0, seed: 11, lr: 1e-2, weight_decay: 0.1, clip: 0.0 };
 
@@ -26,7 +23,7 @@ fn exact() -> Mode {
 
 fn setup(mode: Mode) -> Setup {
     let gradients = Gradients::Fused(ADAMW);
-    Setup { gradients, threads: 3, ..common::setup(small(), 4, 9, mode) }
+    Setup { gradients, threads: 3, ..crate::common::setup(small(), 4, 9, mode) }
 }
 
 fn on_cpu(
@@ -156,7 +153,7 @@ fn every_mode_learns() {
 #[test]
 fn checkpointing_changes_no_bit() {
     let dims = Dims { dropout: [0.1; 3], ..small() };
-    for grid in [None, Some(common::grid())] {
+    for grid in [None, Some(crate::common::grid())] {
         let of = |mode| {
             let choice = Choice { chunk: 2, head_rows: 9 };
             bits(&on_cpu(&Setup { dims, ..setup(mode) }, choice, 2, 3, STEP).1)

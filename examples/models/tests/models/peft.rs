@@ -1,11 +1,9 @@
 //! Adapters of every kind that PEFT's `LoraConfig` describes, merged, against the logits that PEFT
 //! gives in f64 (`tests/torch/peft_matrix.py`); configurations that are refused.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::path::{Path, PathBuf};
 
+use crate::common::{difference, state};
 use bdia_core::plan::Choice;
 use bdia_cpu::Cpu;
 use bdia_models::files::testing::TempDir;
@@ -15,7 +13,6 @@ use bdia_models::language::Config as _;
 use bdia_models::language::adapter::{self, Adapter};
 use bdia_models::language::model::{LanguageModel, Setup};
 use bdia_models::pretrained::{AnyConfig, load};
-use common::{difference, state};
 use serde_json::{Map, Value, json};
 
 const CASES: [(&str, &str); 12] = [

@@ -1,9 +1,10 @@
 //! Loss, every gradient, activations and ten training losses against the state files of independent
 //! PyTorch programs (`tests/torch`), in f64 on both sides.
-#![allow(clippy::unwrap_used)]
 
-mod common;
-
+use crate::common::{
+    Memory, SGD, STANDARD, STILL, State, bdia_float, checkpoint, difference, float, lay_out, state,
+    verified,
+};
 use bdia_core::Error;
 use bdia_core::layers::Gradients;
 use bdia_core::network::Step;
@@ -12,13 +13,9 @@ use bdia_core::stack::{Mode, Stack};
 use bdia_core::update::{Gamma, Grid, Policy, Sign};
 use bdia_models::gpt2::model::Setup;
 use bdia_models::inference::Inference;
-use common::{
-    Memory, SGD, STANDARD, STILL, State, bdia_float, checkpoint, difference, float, lay_out, state,
-    verified,
-};
 
 fn setup(s: &State, mode: Mode) -> Setup {
-    common::setup(s.dims(), s.size("batch"), s.size("seq_len"), mode)
+    crate::common::setup(s.dims(), s.size("batch"), s.size("seq_len"), mode)
 }
 
 fn fill(s: &State) -> impl FnMut(usize, &mut [i32], &mut [i32]) -> Result<(), Error> + '_ {

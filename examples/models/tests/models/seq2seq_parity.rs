@@ -1,9 +1,7 @@
 //! Logits, loss and every gradient against PyTorch's own `torch.nn.Transformer`
 //! (`torch/translation_f64.py`), in f64.
-#![allow(clippy::unwrap_used)]
 
-mod common;
-
+use crate::common::{Memory, SGD, STANDARD, STILL, State, bdia, bdia_float, verified};
 use bdia_core::layers::Gradients;
 use bdia_core::network::Step;
 use bdia_core::stack::Mode;
@@ -11,11 +9,10 @@ use bdia_core::{Reference, Sign};
 use bdia_models::inference::Inference;
 use bdia_models::seq2seq::decode::{Search, Sizes};
 use bdia_models::seq2seq::model::{Dims, Setup, Tokens, Translator};
-use common::{Memory, SGD, STANDARD, STILL, State, bdia, bdia_float, verified};
 
 /// A state file and its sentences.
 fn state(name: &str) -> (State, Vec<Tokens>) {
-    let s = common::state(&format!("seq2seq/{name}_f64.safetensors"));
+    let s = crate::common::state(&format!("seq2seq/{name}_f64.safetensors"));
     let rows = |key: &str| -> Vec<Vec<i32>> {
         s.meta[key]
             .split(';')
@@ -136,13 +133,14 @@ fn adapters_have_the_gradients_of_the_merged_network() {
             Translator::layout::<Reference<'_, f64>>(setup, &[shape], none).unwrap()
         };
         let plain = setup(&s, STANDARD);
-        let (mut model, layout) = lay_out(&Setup { adapters: Some(common::ADAPTERS), ..plain });
+        let (mut model, layout) =
+            lay_out(&Setup { adapters: Some(crate::common::ADAPTERS), ..plain });
         let mut memory = Memory::<f64>::new(&layout);
         let mut be = memory.backend(&layout);
         s.load(&mut be, &model.tensors());
         let trained = model.trained();
         assert!(trained.iter().all(|t| t.is_adapter()));
-        let adapters = common::set_adapters(&mut be, &trained);
+        let adapters = crate::common::set_adapters(&mut be, &trained);
         assert_eq!(adapters.len(), 2 * plain.dims.layers.iter().sum::<usize>());
         let outcome = model.train(&mut be, &STEP, &[(&batch, 3)]).unwrap();
 
@@ -151,10 +149,10 @@ fn adapters_have_the_gradients_of_the_merged_network() {
         let mut merged = memory.backend(&layout);
         let tensors = whole.tensors();
         s.load(&mut merged, &tensors);
-        common::add_adapters(&mut merged, &tensors, &adapters);
+        crate::common::add_adapters(&mut merged, &tensors, &adapters);
         let expected = whole.train(&mut merged, &STEP, &[(&batch, 3)]).unwrap();
         assert!(close(outcome.loss, expected.loss), "{name}: {outcome:?} {expected:?}");
-        let all = common::gradients_of_adapters(&merged, &tensors, &adapters);
+        let all = crate::common::gradients_of_adapters(&merged, &tensors, &adapters);
         assert_eq!(all.len(), trained.len());
         for (t, expected) in trained.iter().zip(all) {
             let found = be.reals(t.gradient).unwrap();

@@ -1,10 +1,8 @@
 //! Training on a CUDA device: exact, repeatable, and what the reference backend computes.
 //!
 //! Ignored unless asked for, because they need a device; `.ci/cuda` runs them on the emulated one.
-#![allow(clippy::unwrap_used)]
 
-mod common;
-
+use crate::common::{ADAMW, Memory, STANDARD, bdia, checkpoint, lay_out, run, small, verified};
 use bdia_core::layers::{Gradients, LoraShape};
 use bdia_core::network::{Outcome, Step};
 use bdia_core::optim::Rule;
@@ -15,13 +13,12 @@ use bdia_cuda::{Cuda, Options, Precision};
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use bdia_models::language::frozen;
 use bdia_models::named::{Adapters, Frozen};
-use common::{ADAMW, Memory, STANDARD, bdia, checkpoint, lay_out, run, small, verified};
 
 const STEP: Step = Step { step: 0, seed: 11, lr: 3e-3, weight_decay: 0.1, clip: 0.0 };
 
 fn setup(mode: Mode) -> Setup {
     let dims = Dims { dropout: [0.1; 3], ..small() };
-    Setup { gradients: Gradients::Fused(ADAMW), ..common::setup(dims, 4, 9, mode) }
+    Setup { gradients: Gradients::Fused(ADAMW), ..crate::common::setup(dims, 4, 9, mode) }
 }
 
 /// Mode `bdia`, which counts the values that it rebuilds wrongly.

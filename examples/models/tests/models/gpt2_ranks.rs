@@ -1,11 +1,9 @@
 //! Several ranks, as threads of this process: the same losses as one, the same bits on all, and
 //! what stops all of them.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use core::time::Duration;
 
+use crate::common::{ADAMW, STANDARD, bdia, bdia_float, checkpoint, small, verified};
 use bdia_core::layers::Gradients;
 use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
@@ -15,7 +13,6 @@ use bdia_cpu::Cpu;
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
 use bdia_models::plan::Plan;
 use bdia_ranks::{Local, Ranks, Replica};
-use common::{ADAMW, STANDARD, bdia, bdia_float, checkpoint, small, verified};
 
 /// Samples of a micro-batch, of all ranks.
 const BATCH: usize = 4;
@@ -26,7 +23,7 @@ fn setup(mode: Mode, gradients: Gradients) -> Setup {
     Setup {
         accumulate: if gradients.fused() { 1 } else { 2 },
         gradients,
-        ..common::setup(Dims { dropout: [0.1; 3], ..small() }, BATCH, 9, mode)
+        ..crate::common::setup(Dims { dropout: [0.1; 3], ..small() }, BATCH, 9, mode)
     }
 }
 

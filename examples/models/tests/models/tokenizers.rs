@@ -1,7 +1,6 @@
 //! Tokenizers and chat templates against transformers and tokenizers
 //! (`tests/torch/tokenizer_files.py`): tiny ones of every kind, and those of real models, which
 //! `BDIA_SMOLLM2` and `BDIA_GEMMA3` name.
-#![allow(clippy::unwrap_used)]
 
 use core::time::Duration;
 use std::path::{Path, PathBuf};

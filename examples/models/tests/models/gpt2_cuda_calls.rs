@@ -1,16 +1,13 @@
 //! What a training step asks of the driver. A program of its own, with one test, because others on
 //! the device would show in the numbers; the emulated device counts (`.ci/cuda`).
-#![allow(clippy::unwrap_used)]
 
-mod common;
-
+use crate::common::{ADAMW, STANDARD, bdia, checkpoint, small};
 use bdia_core::layers::Gradients;
 use bdia_core::network::Step;
 use bdia_core::plan::Choice;
 use bdia_core::{Error, Sign};
 use bdia_cuda::{Cuda, Options};
 use bdia_models::gpt2::model::{Dims, Gpt2, Setup};
-use common::{ADAMW, STANDARD, bdia, checkpoint, small};
 
 /// Driver calls of the emulated device so far: kernels, products, uploads from page-locked and from
 /// other memory, copies to the host, waits with work before them, waits without. None on a real
@@ -55,7 +52,7 @@ fn emulated_calls_of_a_step() {
             let gradients =
                 if clip == 0.0 { Gradients::Fused(ADAMW) } else { Gradients::Full(ADAMW) };
             let dims = Dims { layers, ..small() };
-            let s = Setup { accumulate, gradients, ..common::setup(dims, 4, 9, mode) };
+            let s = Setup { accumulate, gradients, ..crate::common::setup(dims, 4, 9, mode) };
             let (mut model, layout) =
                 Gpt2::layout::<Cuda>(&s, Choice { chunk: 2, head_rows: 36 }).unwrap();
             let mut be = Cuda::new(&layout, Options::default()).map_err(|e| e.to_string()).unwrap();

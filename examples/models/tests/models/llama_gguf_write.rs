@@ -1,13 +1,11 @@
 //! GGUF files that are written: read again, with bits that the package `gguf` gives
 //! (`tests/torch/llama_gguf_write.py`), and files that cannot be. `BDIA_GGUF_OUT` names a directory
 //! that keeps them, with the logits of the models, so that the program can let others read them.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use core::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use crate::common::{Memory, bits, state};
 use bdia_core::layers::{LoraShape, RotaryScaling};
 use bdia_core::plan::Choice;
 use bdia_core::{Layout, Packing, Reference, Storage as _};
@@ -25,7 +23,6 @@ use bdia_models::llama::model::{Dims, Llama, Setup};
 use bdia_models::named::Adapters;
 use bdia_models::search::Length;
 use bdia_models::tokenizer::Tokenizer;
-use common::{Memory, bits, state};
 use half::f16;
 use serde_json::{Value as Json, json};
 

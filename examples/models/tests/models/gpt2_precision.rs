@@ -1,28 +1,25 @@
 //! Training on the CPU with factors as bf16: exact, the same bits for any number of threads, and
 //! learning.
-#![allow(clippy::unwrap_used)]
 
-mod common;
-
+use crate::common::{ADAMW, bdia, bits, small, verified};
 use bdia_core::Sign;
 use bdia_core::layers::Gradients;
 use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
 use bdia_cpu::{Cpu, Precision, Products};
 use bdia_models::gpt2::model::{Gpt2, Setup};
-use common::{ADAMW, bdia, bits, small, verified};
 
 /// Outcomes and the bits of all parameters.
 fn run(products: Products, threads: usize) -> (Vec<Outcome>, Vec<u32>) {
     let s = Setup {
         gradients: Gradients::Fused(ADAMW),
         threads,
-        ..common::setup(small(), 4, 9, verified(bdia(14, Sign::Random)))
+        ..crate::common::setup(small(), 4, 9, verified(bdia(14, Sign::Random)))
     };
     let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice { chunk: 4, head_rows: 9 }).unwrap();
     let mut be = Cpu::with_products(&layout, threads, products).unwrap();
     let step = Step { step: 0, seed: 11, lr: 1e-2, weight_decay: 0.0, clip: 0.0 };
-    let (outcomes, values) = common::run(&mut be, &mut model, 25, step).unwrap();
+    let (outcomes, values) = crate::common::run(&mut be, &mut model, 25, step).unwrap();
     (outcomes, bits(&values))
 }
 

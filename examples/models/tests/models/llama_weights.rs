@@ -1,12 +1,10 @@
 //! Real weights: SmolLM2-135M-Instruct and Gemma 3 270M in their GGUF files, against transformers
 //! (`tests/torch/real_weights.py` says where the files come from). `BDIA_SMOLLM2` and `BDIA_GEMMA3`
 //! name them.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use core::ops::ControlFlow;
 
+use crate::common::{ADAMW, State, state};
 use bdia_core::layers::{Gradients, LoraShape};
 use bdia_core::network::Step;
 use bdia_core::plan::Choice;
@@ -22,7 +20,6 @@ use bdia_models::llama::gguf::{GgufModel, open};
 use bdia_models::llama::model::{Dims, Llama, Setup};
 use bdia_models::named::Adapters;
 use bdia_models::search::Length;
-use common::{ADAMW, State, state};
 
 const THREADS: usize = 2;
 
@@ -79,7 +76,7 @@ fn computes_what_transformers_does(real: &Real) {
     let last = tokens.len() - 1;
     let found = model.logits(&mut be, tokens, last..last + 1, Inference::STANDARD).unwrap();
     let found: Vec<f64> = found.into_iter().step_by(16).map(f64::from).collect();
-    let distance = common::difference(&found, &s.reals["logits"], 1.0);
+    let distance = crate::common::difference(&found, &s.reals["logits"], 1.0);
     // f32 against f64, through all blocks.
     assert!(distance < 2e-4, "{distance:e}");
     let mut targets = tokens[1..].to_vec();

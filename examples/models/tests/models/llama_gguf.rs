@@ -1,11 +1,9 @@
 //! GGUF files against the package `gguf` (`tests/torch/llama_gguf.py`): blocks bit for bit, whole
 //! models against those in Hugging Face's layout, and files that are not what they say.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::path::{Path, PathBuf};
 
+use crate::common::{Memory, difference, state};
 use bdia_core::plan::Choice;
 use bdia_core::{Packing, Reference};
 use bdia_models::gguf::{self, Value};
@@ -15,7 +13,6 @@ use bdia_models::llama::config::LlamaConfig;
 use bdia_models::llama::gguf::open;
 use bdia_models::llama::model::{Llama, Setup};
 use bdia_models::weights::WeightsError;
-use common::{Memory, difference, state};
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/llama").join(name)

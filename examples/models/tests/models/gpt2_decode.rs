@@ -1,11 +1,9 @@
 //! Decoding with a cache: the tokens of transformers' `generate` (`torch/gpt2_generate.py`), and
 //! those of the whole forward pass for every token.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use core::ops::ControlFlow;
 
+use crate::common::{Memory, bdia, data, float, quantized};
 use bdia_core::backend::Backend;
 use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
@@ -18,14 +16,13 @@ use bdia_models::language::decode::{DecodeError, Decoder, Decoding, How, Progres
 use bdia_models::sample::Sampler;
 use bdia_models::search::Length;
 use bdia_models::weights::Weights;
-use common::{Memory, bdia, data, float, quantized};
 use serde_json::Value;
 
 const MODEL: &str = "hf_generate";
 
 fn setup(context: usize, threads: usize) -> Setup {
     let dims = Gpt2Config::read_dir(&data(MODEL)).unwrap().dims();
-    Setup { threads, ..common::setup(dims, 1, context, bdia(14, Sign::Plus)) }
+    Setup { threads, ..crate::common::setup(dims, 1, context, bdia(14, Sign::Plus)) }
 }
 
 /// The model and its decoder over the same arenas.

@@ -1,10 +1,8 @@
 //! Logits, loss and every gradient against an independent PyTorch implementation
 //! (`torch/vit_f64.py`), in f64; the parameter count of the paper's network; the inverse of the
 //! two-stream one.
-#![allow(clippy::unwrap_used)]
 
-mod common;
-
+use crate::common::{Memory, SGD, STANDARD, STILL, State, bdia, bdia_float, verified};
 use bdia_core::layers::{Gradients, Patches};
 use bdia_core::network::Step;
 use bdia_core::{Error, Reference, Sign, Storage};
@@ -12,10 +10,9 @@ use bdia_models::inference::Inference;
 use bdia_models::vit::files;
 use bdia_models::vit::model::{Dims, Setup, Vit};
 use bdia_models::weights::{self, WeightsError};
-use common::{Memory, SGD, STANDARD, STILL, State, bdia, bdia_float, verified};
 
 fn state(name: &str) -> State {
-    common::state(&format!("vit/{name}_f64.safetensors"))
+    crate::common::state(&format!("vit/{name}_f64.safetensors"))
 }
 
 fn setup(s: &State) -> Setup {
@@ -114,13 +111,13 @@ fn adapters_and_the_head_have_the_gradients_of_the_merged_network() {
     for name in ["small", "plain"] {
         let s = state(name);
         let close = |a: f64, b: f64| (a - b).abs() < 1e-11 * (1.0 + b.abs());
-        let with = Setup { adapters: Some(common::ADAPTERS), ..setup(&s) };
+        let with = Setup { adapters: Some(crate::common::ADAPTERS), ..setup(&s) };
         let (mut model, layout) = Vit::layout::<Reference<'_, f64>>(&with).unwrap();
         let mut memory = Memory::<f64>::new(&layout);
         let mut be = memory.backend(&layout);
         s.load(&mut be, &model.tensors());
         let trained = model.trained();
-        let adapters = common::set_adapters(&mut be, &trained);
+        let adapters = crate::common::set_adapters(&mut be, &trained);
         let outcome = model.train(&mut be, &STEP, 1.0, |_, i, out| image(&s, i, out)).unwrap();
 
         let (mut whole, layout) = Vit::layout::<Reference<'_, f64>>(&setup(&s)).unwrap();
@@ -128,11 +125,11 @@ fn adapters_and_the_head_have_the_gradients_of_the_merged_network() {
         let mut merged = memory.backend(&layout);
         let tensors = whole.tensors();
         s.load(&mut merged, &tensors);
-        common::add_adapters(&mut merged, &tensors, &adapters);
+        crate::common::add_adapters(&mut merged, &tensors, &adapters);
         let expected = whole.train(&mut merged, &STEP, 1.0, |_, i, out| image(&s, i, out)).unwrap();
         assert!(close(outcome.loss, expected.loss), "{name}: {outcome:?} {expected:?}");
 
-        let of_adapters = common::gradients_of_adapters(&merged, &tensors, &adapters);
+        let of_adapters = crate::common::gradients_of_adapters(&merged, &tensors, &adapters);
         let (mut blocks, mut others) = (of_adapters.into_iter(), Vec::new());
         for t in &trained {
             let found = be.reals(t.gradient).unwrap();

@@ -1,11 +1,9 @@
 //! Models whose matrices stay as a file has them, in few bits: copied and mapped, beside the same
 //! values in 32 bits.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::path::Path;
 
+use crate::common::{ADAMW, Memory, bdia, bits, verified};
 use bdia_core::layers::{Gradients, LoraShape, Store};
 use bdia_core::network::Step;
 use bdia_core::plan::Choice;
@@ -19,7 +17,6 @@ use bdia_models::llama::model::{Dims, Llama, Setup};
 use bdia_models::named::{Adapters, Frozen};
 use bdia_models::packing::{WRITTEN, pack};
 use bdia_models::weights::{Source, WeightsError};
-use common::{ADAMW, Memory, bdia, bits, verified};
 use serde_json::{Value, json};
 
 const SHAPE: LoraShape = LoraShape { rank: 3, alpha: 6.0 };

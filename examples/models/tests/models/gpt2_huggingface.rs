@@ -1,13 +1,12 @@
 //! Models in Hugging Face's layout: logits, loss and gradients against those of transformers
 //! (`tests/torch`), in f32 on the CPU backend; our files read back by us and by transformers; and a
 //! trained model that others published.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use crate::common::transformers::{agrees, logits};
+use crate::common::{Memory, SGD, STANDARD, STILL, bdia, data, state};
 use bdia_core::layers::Gradients;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
@@ -19,13 +18,11 @@ use bdia_models::gpt2::model::{Gpt2, Setup};
 use bdia_models::language::Config as _;
 use bdia_models::language::files::{load, save};
 use bdia_models::weights::{self, Weights, WeightsError};
-use common::transformers::{agrees, logits};
-use common::{Memory, SGD, STANDARD, STILL, bdia, data, state};
 
 /// A setup for inference, on one thread.
 fn setup(config: &Gpt2Config, batch: usize, context: usize, mode: Mode) -> Setup {
     let library = Cpu::library_bytes(1);
-    Setup { library, ..common::setup(config.dims(), batch, context, mode) }
+    Setup { library, ..crate::common::setup(config.dims(), batch, context, mode) }
 }
 
 fn lay_out(setup: &Setup, choice: Choice) -> (Gpt2, Layout) {
@@ -34,7 +31,7 @@ fn lay_out(setup: &Setup, choice: Choice) -> (Gpt2, Layout) {
 
 /// Largest difference over the largest magnitude.
 fn difference(ours: &[f64], theirs: &[f64]) -> f64 {
-    common::difference(ours, theirs, 0.0)
+    crate::common::difference(ours, theirs, 0.0)
 }
 
 #[test]
@@ -297,7 +294,7 @@ fn a_published_model_gives_its_stored_logits() {
     let setup = setup(&config, 1, 11, STANDARD);
     // In f64: what is left is the rounding of the stored values, which PyTorch computed in f32.
     let choice = Choice { chunk: 1, head_rows: 11 };
-    let (mut model, layout) = common::lay_out::<f64>(&setup, choice.chunk, choice.head_rows);
+    let (mut model, layout) = crate::common::lay_out::<f64>(&setup, choice.chunk, choice.head_rows);
     let mut memory = Memory::<f64>::new(&layout);
     let mut be = memory.backend(&layout);
     let weights = Weights::read_dir(dir.path()).unwrap();
