@@ -38,7 +38,7 @@ fn train_killed(data: &Path, out: &Path, flags: &str, kills: u32, seed: u64) -> 
     let mut moments = Moments(seed);
     let mut killed = 0;
     for i in 0..200 {
-        let repeated = format!("{} {flags}", program::SMALL);
+        let repeated = program::with_small(flags).join(" ");
         let mut command = match (out.join("run.json").exists(), i % 2) {
             // It was killed before it had written anything.
             (false, _) => train(data, out, flags),
