@@ -1,7 +1,6 @@
 //! The composition is the GPT-2 of `bdia-models`, bit for bit.
 #![allow(clippy::unwrap_used)]
 
-use bdia_core::backend::Storage;
 use bdia_core::layers::Gradients;
 use bdia_core::optim::Rule;
 use bdia_core::rng::philox;
