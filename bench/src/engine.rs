@@ -371,7 +371,8 @@ fn parts<N: Measured>(
         if seen.insert(t.gradient.start()) {
             gradients += pages.resident(be.reals(t.gradient)?)?;
         }
-        for state in t.state {
+        // AdamW has no codes, which would be among the words.
+        for state in t.state.reals {
             optimizer += pages.resident(be.reals(state)?)?;
         }
     }

@@ -9,9 +9,9 @@ use bdia_core::backend::{
     Attention, Backend, Chunk, Columns, CrossEntropy, Gelu, Mask, Order, Product,
 };
 use bdia_core::error::{Error, Result, Site};
-use bdia_core::optim::{Rule, Update};
+use bdia_core::optim::{Rule, Sizes, Update};
 use bdia_core::rng::Draw;
-use bdia_core::{Gamma, Grid, Sign};
+use bdia_core::{Gamma, Grid, Sign, State};
 
 use crate::job::median;
 
@@ -179,6 +179,7 @@ impl<B: Backend<Real = f32>> Bench<B> {
         let tokens = l.ints(Category::Head, rows);
         let side = l.words(Category::SideBits, streamed.div_ceil(32));
         let sum = l.words(Category::SideBits, 2);
+        let codes = [(); 2].map(|()| l.words(Category::Optimizer, streamed.div_ceil(4)));
         let ints = Ints::new(0, y.start() + y.len());
         let mut bench = Self { layout: l, kernels: Vec::new(), reals, weights, ints };
 
@@ -401,9 +402,18 @@ impl<B: Backend<Real = f32>> Bench<B> {
         for (name, rule, moved) in [
             ("AdamW", Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 }, 28.0),
             ("SET-Adam", Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 }, 28.0),
+            ("8-bit AdamW", Rule::ADAM_W_8BIT, 16.0),
+            // The gradient is read four times: for rows, columns, the size of the step, the step.
+            ("Adafactor", Rule::ADAFACTOR, 24.0),
         ] {
             let update = Update { rule, t: 1, lr: 1e-4, decay: 0.1, scale: 1.0 };
-            put(name, bytes(moved), Box::new(move |be| be.update(&update, p, g, m, v)));
+            let shape = [64, streamed / 64];
+            let Sizes { reals, codes: words } = rule.state(shape[0], shape[1]);
+            let state = State {
+                reals: [m.sub(0, reals[0]), v.sub(0, reals[1])],
+                codes: [codes[0].sub(0, words[0]), codes[1].sub(0, words[1])],
+            };
+            put(name, bytes(moved), Box::new(move |be| be.update(&update, shape, p, g, &state)));
         }
         Ok(bench)
     }

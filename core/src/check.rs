@@ -9,7 +9,9 @@
 use core::ops::Range;
 
 use crate::arena::{Ints, Layout, LayoutId, Reals, Words, product};
-use crate::backend::{Attention, Chunk, Columns, CrossEntropy, Mask, Product, RmsNorm, Rotary};
+use crate::backend::{
+    Attention, Chunk, Columns, CrossEntropy, Mask, Product, RmsNorm, Rotary, State,
+};
 use crate::error::{Error, Result};
 use crate::optim::Update;
 use crate::packing::Packed;
@@ -677,7 +679,14 @@ impl Arenas {
 
     /// [`OptimOps::update`](crate::OptimOps::update). Also refuses constants that would turn every
     /// parameter into NaN.
-    pub fn update(&self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
+    pub fn update(
+        &self,
+        u: &Update,
+        [rows, cols]: [usize; 2],
+        p: Reals,
+        g: Reals,
+        state: &State,
+    ) -> Result<()> {
         u.rule.check()?;
         if u.t == 0 {
             return Err(Error::setting("number of the update", 0.0, "1 and up"));
@@ -688,10 +697,15 @@ impl Arenas {
                 return Err(Error::setting(what, found, "a finite number"));
             }
         }
-        let states = u.rule.states();
+        same("update: values", product("update: values", &[rows, cols])?, p.len())?;
         same("update: gradient", p.len(), g.len())?;
-        same("update: first moment", if states > 0 { p.len() } else { 0 }, m.len())?;
-        same("update: second moment", if states > 1 { p.len() } else { 0 }, v.len())?;
+        let (sizes, [m, v], [a, b]) = (u.rule.state(rows, cols), state.reals, state.codes);
+        same("update: first state", sizes.reals[0], m.len())?;
+        same("update: second state", sizes.reals[1], v.len())?;
+        same("update: codes of first moments", sizes.codes[0], a.len())?;
+        same("update: codes of second moments", sizes.codes[1], b.len())?;
+        let codes = [self.words("update", a)?, self.words("update", b)?];
+        disjoint("update", &[], &codes)?;
         self.apart("update", [p, g, m, v])
     }
 }

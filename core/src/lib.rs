@@ -102,6 +102,7 @@ extern crate std;
 pub mod arena;
 pub mod backend;
 pub mod check;
+pub mod codes;
 pub mod error;
 #[doc = include_str!("guide.md")]
 pub mod guide {}
@@ -119,7 +120,7 @@ pub mod testing;
 pub mod update;
 
 pub use arena::{Category, Ints, Layout, LayoutId, Reals, Words};
-pub use backend::{Backend, Chunk, Exchange, NnOps, OptimOps, Storage, UpdateOps, Wrapper};
+pub use backend::{Backend, Chunk, Exchange, NnOps, OptimOps, State, Storage, UpdateOps, Wrapper};
 pub use error::{Error, ErrorKind, Fault, Found, Halt, Result, Site};
 pub use packing::{Packed, Packing};
 pub use real::Real;

@@ -1,6 +1,7 @@
 //! Optimizers, learning-rate schedules and clipping, as values that a backend's
 //! [`update`](crate::OptimOps::update) carries out tensor by tensor.
 
+use crate::codes;
 use crate::error::{Error, Result, ok};
 
 /// The rule of an optimizer.
@@ -31,6 +32,41 @@ pub enum Rule {
         /// Added below the root.
         eps: f64,
     },
+    /// AdamW whose moments are stored in [8 bits](codes) (Dettmers et al. 2022, arXiv 2110.02861),
+    /// but for tensors of fewer than [`codes::LEAST`] values. The step is taken from the new
+    /// moments before they become codes, as in bitsandbytes.
+    ///
+    /// Unlike there a second moment that is not 0 does not become 0 ([`codes::second`]), or nothing
+    /// but `eps` would bound the step of a value whose first moment stays.
+    AdamW8bit {
+        /// Decay of the first moment.
+        beta1: f64,
+        /// Decay of the second moment.
+        beta2: f64,
+        /// Added to the root of the second moment.
+        eps: f64,
+    },
+    /// Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) with a learning rate from outside and
+    /// no first moment: the second moment of a matrix is kept as the means of its rows and of its
+    /// columns. What has one row or one column keeps every value, which is the same.
+    Adafactor {
+        /// The second moments decay by `1 − t^-decay`.
+        decay: f64,
+        /// Added to the square of a gradient.
+        eps: f64,
+        /// A step whose root mean square is larger, in units of the learning rate, is scaled down
+        /// to it.
+        threshold: f64,
+    },
+}
+
+/// How much state the optimizer keeps of one tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sizes {
+    /// Reals: moments; the largest magnitudes of blocks; means of rows and of columns.
+    pub reals: [usize; 2],
+    /// Words of [codes].
+    pub codes: [usize; 2],
 }
 
 impl Rule {
@@ -40,12 +76,31 @@ impl Rule {
     /// SET-Adam with the constants of the BDIA paper: β = (0.9, 0.999), ε = 1e-18.
     pub const SET_ADAM: Self = Self::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 };
 
-    /// How many state tensors of the parameter's size the rule keeps.
-    pub const fn states(&self) -> usize {
+    /// 8-bit AdamW with the constants of [`ADAM_W`](Self::ADAM_W).
+    pub const ADAM_W_8BIT: Self = Self::AdamW8bit { beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+
+    /// Adafactor with its authors' constants: decay 0.8, ε = 1e-30, threshold 1.
+    pub const ADAFACTOR: Self = Self::Adafactor { decay: 0.8, eps: 1e-30, threshold: 1.0 };
+
+    /// The state that the rule keeps of a tensor `[rows, cols]`.
+    pub const fn state(&self, rows: usize, cols: usize) -> Sizes {
+        // Sizes that overflow are caught where the values themselves are laid out.
+        let n = rows.wrapping_mul(cols);
+        let mut sizes = Sizes { reals: [0; 2], codes: [0; 2] };
         match self {
-            Self::Sgd { momentum } => (*momentum != 0.0) as usize,
-            Self::AdamW { .. } | Self::SetAdam { .. } => 2,
+            Self::Sgd { momentum } if *momentum == 0.0 => {}
+            Self::Sgd { .. } => sizes.reals[0] = n,
+            Self::AdamW8bit { .. } if n >= codes::LEAST => {
+                sizes.reals = [n.div_ceil(codes::BLOCK); 2];
+                sizes.codes = [n.div_ceil(codes::PER_WORD); 2];
+            }
+            Self::AdamW { .. } | Self::SetAdam { .. } | Self::AdamW8bit { .. } => {
+                sizes.reals = [n; 2];
+            }
+            Self::Adafactor { .. } if rows > 1 && cols > 1 => sizes.reals = [rows, cols],
+            Self::Adafactor { .. } => sizes.reals[0] = n,
         }
+        sizes
     }
 
     /// Checks the constants.
@@ -57,10 +112,18 @@ impl Rule {
             Self::Sgd { momentum } => {
                 within("momentum", momentum, 0.0, 1.0, "0 up to, not including, 1")
             }
-            Self::AdamW { beta1, beta2, eps } | Self::SetAdam { beta1, beta2, eps } => {
+            Self::AdamW { beta1, beta2, eps }
+            | Self::SetAdam { beta1, beta2, eps }
+            | Self::AdamW8bit { beta1, beta2, eps } => {
                 ok!(within("beta1", beta1, 0.0, 1.0, "0 up to, not including, 1"));
                 ok!(within("beta2", beta2, 0.0, 1.0, "0 up to, not including, 1"));
                 within("eps", eps, 0.0, f64::INFINITY, "a finite number, not negative")
+            }
+            Self::Adafactor { decay, eps, threshold } => {
+                ok!(within("decay", decay, 0.0, f64::INFINITY, "a finite number, not negative"));
+                // Roots of it are divided by, in f32.
+                ok!(within("eps", eps, 1e-36, f64::INFINITY, "1e-36 or more"));
+                within("threshold", threshold, 1e-36, f64::INFINITY, "1e-36 or more")
             }
         }
     }
@@ -182,9 +245,29 @@ mod tests {
     }
 
     #[test]
+    fn states() {
+        let of = |rule: Rule, rows, cols| {
+            let Sizes { reals, codes } = rule.state(rows, cols);
+            (reals, codes)
+        };
+        assert_eq!(of(Rule::Sgd { momentum: 0.0 }, 8, 9), ([0, 0], [0, 0]));
+        assert_eq!(of(Rule::Sgd { momentum: 0.9 }, 8, 9), ([72, 0], [0, 0]));
+        assert_eq!(of(Rule::ADAM_W, 100, 90), ([9000, 9000], [0, 0]));
+        assert_eq!(of(Rule::ADAM_W_8BIT, 1, 4095), ([4095, 4095], [0, 0]));
+        assert_eq!(of(Rule::ADAM_W_8BIT, 1, 4097), ([17, 17], [1025, 1025]));
+        assert_eq!(of(Rule::ADAFACTOR, 8, 9), ([8, 9], [0, 0]));
+        assert_eq!(of(Rule::ADAFACTOR, 1, 9), ([9, 0], [0, 0]));
+        assert_eq!(of(Rule::ADAFACTOR, 9, 1), ([9, 0], [0, 0]));
+        assert_eq!(of(Rule::ADAFACTOR, 0, 9), ([0, 0], [0, 0]));
+    }
+
+    #[test]
     fn bad_constants_are_named() {
         let r = Rule::AdamW { beta1: 0.9, beta2: 1.0, eps: 1e-8 };
         assert!(matches!(r.check(), Err(Error::Setting { what: "beta2", .. })));
+        let r = Rule::Adafactor { decay: 0.8, eps: 0.0, threshold: 1.0 };
+        assert!(matches!(r.check(), Err(Error::Setting { what: "eps", .. })));
+        assert_eq!(Rule::ADAFACTOR.check(), Ok(()));
         assert_eq!(clip_scale(10.0, 1.0), 0.1);
         assert_eq!(clip_scale(10.0, 0.0), 1.0);
     }

@@ -13,7 +13,7 @@ use bdia_core::backend::{
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
 use bdia_core::{
-    Category, Chunk, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Reals, Sign, Site, Storage,
+    Category, Chunk, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Reals, Sign, Site, State, Storage,
     UpdateOps,
 };
 use bdia_cpu::Cpu;
@@ -62,6 +62,7 @@ fn main() {
     let [a, b, c, d] = [0; 4].map(|_| l.reals(Category::Workspace, N));
     let (side, sum) =
         (l.words(Category::Workspace, N.div_ceil(32)), l.words(Category::Workspace, 2));
+    let codes = l.words(Category::Optimizer, N / 2);
     let (matrix_a, matrix_b) =
         (l.reals(Category::Workspace, 900 * 2000), l.reals(Category::Workspace, 2000 * 1300));
     let matrix_c = l.reals(Category::Workspace, 900 * 1300);
@@ -125,9 +126,15 @@ fn main() {
             cpu.gated_vjp(Gate::Gelu(Gelu::Exact), a, b, c, d).unwrap();
             let ce = CrossEntropy { vocab: 1000, tokens: 100, row: 0, scale: 1.0, smoothing: 0.1 };
             cpu.cross_entropy(&chunk, &ce, a, x.sub(0, 100), c.sub(0, 100)).unwrap();
-            let rule = Rule::SetAdam { beta1: 0.9, beta2: 0.9, eps: 1e-18 };
-            cpu.update(&Update { rule, t: 1, lr: 0.1, decay: 0.1, scale: 1.0 }, a, b, c, d)
-                .unwrap();
+            for rule in [Rule::SET_ADAM, Rule::ADAM_W_8BIT, Rule::ADAFACTOR] {
+                let [first, second] = rule.state(100, N / 100).reals;
+                let mut state = State::of(c.sub(0, first), d.sub(0, second));
+                if rule == Rule::ADAM_W_8BIT {
+                    state.codes = [codes.sub(0, N / 4), codes.sub(N / 4, N / 4)];
+                }
+                let update = Update { rule, t: 1, lr: 0.1, decay: 0.1, scale: 1.0 };
+                cpu.update(&update, [100, N / 100], a, b, &state).unwrap();
+            }
             cpu.sum_squares(Site::Head, a, b.sub(0, 1)).unwrap();
         });
         if threads == 1 {

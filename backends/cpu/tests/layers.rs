@@ -8,7 +8,7 @@ use bdia_core::backend::{
 };
 use bdia_core::optim::{Rule, Update};
 use bdia_core::rng::Draw;
-use bdia_core::{Error, Fault, Ints, NnOps, Reals, Site};
+use bdia_core::{Error, Fault, Ints, NnOps, Reals, Site, State, Words};
 use bdia_cpu::{Cpu, Precision, Products};
 use common::{World, chunk, is_handle};
 
@@ -669,17 +669,21 @@ fn optimizers() {
         Rule::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8 },
         Rule::AdamW { beta1: 0.0, beta2: 0.0, eps: 0.0 },
         Rule::SetAdam { beta1: 0.9, beta2: 0.999, eps: 1e-18 },
+        Rule::ADAFACTOR,
     ];
-    for n in [0, 1, 2, 9, 100, 50_001] {
+    for shape in [[1, 0], [1, 1], [1, 2], [3, 3], [100, 1], [1, 50_001], [130, 300], [3, 20_001]] {
+        let n = shape[0] * shape[1];
         for rule in rules {
             for zero in [false, true] {
                 let mut at = Bump(0);
                 let (p, g) = (at.take(n), at.take(n));
-                let m = at.take(if rule.states() > 0 { n } else { 0 });
-                let v = at.take(if rule.states() > 1 { n } else { 0 });
+                let [m, v] = rule.state(shape[0], shape[1]).reals.map(|n| at.take(n));
                 let out = at.take(1);
                 let mut world = World::new(8, 0, at.0, 0);
                 world.reals[v.range()].iter_mut().for_each(|v| *v = *v * *v);
+                if rule == Rule::ADAFACTOR {
+                    world.reals[m.range()].iter_mut().for_each(|m| *m = *m * *m);
+                }
                 if zero {
                     world.reals[g.range()].fill(0.0);
                     world.reals[m.range()].fill(0.0);
@@ -689,11 +693,35 @@ fn optimizers() {
                     let u = Update { rule, t, lr: 1e-2, decay: 0.1, scale: 0.5 };
                     let what = format!("{u:?}, {n} values");
                     // A denominator near 0 magnifies roundings of the moments.
-                    let _ = world.close(&what, 10.0 * TOLERANCE, &|b| b.update(&u, p, g, m, v));
+                    let state = State::of(m, v);
+                    let _ = world
+                        .close(&what, 10.0 * TOLERANCE, &|b| b.update(&u, shape, p, g, &state));
                 }
                 let _ =
                     world.close("sum_squares", TOLERANCE, &|b| b.sum_squares(Site::Head, g, out));
             }
+        }
+    }
+}
+
+/// Nothing is summed here: the reference's bits.
+#[test]
+fn moments_in_8_bits() {
+    let rule = Rule::ADAM_W_8BIT;
+    for n in [4096, 4097, 4351, 50_001] {
+        let mut at = Bump(0);
+        let (p, g, sizes) = (at.take(n), at.take(n), rule.state(1, n));
+        let reals = sizes.reals.map(|n| at.take(n));
+        let words = sizes.codes[0];
+        let state = State { reals, codes: [Words::new(0, words), Words::new(words, words)] };
+        let mut world = World::new(8, 0, at.0, 2 * words);
+        for most in reals {
+            world.reals[most.range()].iter_mut().for_each(|x| *x = x.abs());
+        }
+        for (t, decay) in [(1, 0.0), (7, 0.1)] {
+            let u = Update { rule, t, lr: 1e-2, decay, scale: 0.5 };
+            let op: common::Op = &|b| b.update(&u, [1, n], p, g, &state);
+            let _ = world.exact(&format!("{t}, {n} values"), op);
         }
     }
 }
@@ -706,7 +734,7 @@ fn bad_gradients_stop_updates() {
     let u = Update { rule: Rule::Sgd { momentum: 0.0 }, t: 1, lr: 0.1, decay: 0.0, scale: 1.0 };
     let after = world.exact("update", &|b| {
         b.sum_squares(Site::Block(4), g, out)?;
-        b.update(&u, p, g, Reals::EMPTY, Reals::EMPTY)
+        b.update(&u, [1, 100], p, g, &State::EMPTY)
     });
     assert_eq!(after.fault, Some(Fault::Gradient { site: Site::Block(4) }));
     assert_eq!(after.world.reals[..100], world.reals[..100]);

@@ -257,6 +257,8 @@ static const Kernel table[] = {
     ENTRY(attention_dq_bf16_64), ENTRY(attention_dq_bf16_128), ENTRY(attention_dkv_bf16_32), ENTRY(attention_dkv_bf16_64),
     ENTRY(attention_dkv_bf16_128), ENTRY(add_total), ENTRY(squares), ENTRY(sgd),
     ENTRY(adam_w), ENTRY(set_adam_moments), ENTRY(set_adam_sums), ENTRY(set_adam_step),
+    ENTRY(adam_w_8bit), ENTRY(adafactor_rows), ENTRY(adafactor_cols), ENTRY(adafactor_mean), ENTRY(adafactor_vector),
+    ENTRY(adafactor_squares), ENTRY(adafactor_step),
 #ifdef CUSTOM_KERNELS
 #include "custom_table.inc"
 #endif

@@ -138,6 +138,13 @@ kernels! {
     SetAdamMoments c"set_adam_moments"
     SetAdamSums c"set_adam_sums"
     SetAdamStep c"set_adam_step"
+    AdamW8bit c"adam_w_8bit"
+    AdafactorRows c"adafactor_rows"
+    AdafactorCols c"adafactor_cols"
+    AdafactorMean c"adafactor_mean"
+    AdafactorVector c"adafactor_vector"
+    AdafactorSquares c"adafactor_squares"
+    AdafactorStep c"adafactor_step"
 }
 
 /// The driver's name of an error.

@@ -1,18 +1,23 @@
-//! [`OptimOps`]: one kernel an update, three for SET-Adam. Nothing is read back.
+//! [`OptimOps`]: one kernel an update, three for SET-Adam, up to five for Adafactor. Nothing is
+//! read back.
 
 use bdia_core::optim::{Rule, Update};
-use bdia_core::{Exchange, OptimOps, Reals, Result, Site};
+use bdia_core::{Exchange, OptimOps, Reals, Result, Site, State};
 
 use crate::Cuda;
 use crate::device::{AT_ONCE, Kernel, THREADS, arg};
 use crate::nn::streamed;
-use crate::span::{Constants, Span};
+use crate::span::{Adafactor, Constants, Span};
 use crate::status::{Cause, Code};
 
 /// Blocks of a sum over a tensor, each with a partial sum.
 const PARTIALS: usize = 512;
 /// Bytes of the partial sums that one pass leaves: two of double precision for each block.
 const PASS: usize = 2 * 8 * PARTIALS;
+/// Most blocks of threads of an update with codes.
+const CODED_BLOCKS: usize = 2048;
+/// Threads of a block that sums columns.
+const TALL: u32 = 1024;
 
 fn blocks(len: usize) -> usize {
     len.div_ceil(AT_ONCE * THREADS as usize).clamp(1, PARTIALS)
@@ -27,6 +32,53 @@ impl Cuda {
     /// `len` partial sums (of 4 or 8 bytes, as the kernels know) of the `pass`-th pass.
     fn pass(&self, pass: usize, len: usize) -> Span {
         Span { at: self.scratch.at + (pass * PASS) as u64, len: len as u64 }
+    }
+
+    /// One update by Adafactor; `row` is all of the second moment where there is no `col`.
+    fn adafactor(
+        &self,
+        rule: &Adafactor,
+        [rows, cols]: [u64; 2],
+        [p, g, row, col]: [Span; 4],
+        blocks: usize,
+    ) -> Result<()> {
+        let (status, grid) = (self.status.at, [blocks, 1, 1]);
+        let (parts, mut mean) = (self.pass(0, blocks), self.pass(1, 1));
+        if col.len == 0 {
+            mean = Span::EMPTY;
+            let args = &mut [arg(&status), arg(rule), arg(&g), arg(&row), arg(&parts)];
+            self.device.launch(Kernel::AdafactorVector, grid, THREADS, args)?;
+        } else {
+            let warps = [row.len.div_ceil(u64::from(THREADS / 32)) as usize, 1, 1];
+            let args = &mut [arg(&status), arg(rule), arg(&g), arg(&cols), arg(&row)];
+            self.device.launch(Kernel::AdafactorRows, warps, THREADS, args)?;
+            let strips = [col.len.div_ceil(32) as usize, 1, 1];
+            let args = &mut [arg(&status), arg(rule), arg(&g), arg(&rows), arg(&col)];
+            self.device.launch(Kernel::AdafactorCols, strips, TALL, args)?;
+            let args = &mut [arg(&status), arg(&row), arg(&mean)];
+            self.device.launch(Kernel::AdafactorMean, [1, 1, 1], THREADS, args)?;
+            let args = &mut [
+                arg(&status),
+                arg(rule),
+                arg(&g),
+                arg(&row),
+                arg(&col),
+                arg(&mean),
+                arg(&parts),
+            ];
+            self.device.launch(Kernel::AdafactorSquares, grid, THREADS, args)?;
+        }
+        let args = &mut [
+            arg(&status),
+            arg(rule),
+            arg(&g),
+            arg(&row),
+            arg(&col),
+            arg(&mean),
+            arg(&parts),
+            arg(&p),
+        ];
+        self.device.launch(Kernel::AdafactorStep, grid, THREADS, args)
     }
 }
 
@@ -45,8 +97,16 @@ impl OptimOps for Cuda {
         self.device.launch(Kernel::Squares, [blocks, 1, 1], THREADS, args)
     }
 
-    fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()> {
-        self.arenas.update(u, p, g, m, v)?;
+    fn update(
+        &mut self,
+        u: &Update,
+        shape: [usize; 2],
+        p: Reals,
+        g: Reals,
+        state: &State,
+    ) -> Result<()> {
+        self.arenas.update(u, shape, p, g, state)?;
+        let [m, v] = state.reals;
         if p.is_empty() {
             return Ok(());
         }
@@ -76,7 +136,37 @@ impl OptimOps for Cuda {
                 let args = &mut [arg(&status), arg(&rule), arg(&p), arg(&g), arg(&m)];
                 self.device.launch(Kernel::Sgd, all, THREADS, args)
             }
-            Rule::AdamW { beta1, beta2, eps } => {
+            Rule::AdamW8bit { beta1, beta2, eps } if !state.codes[0].is_empty() => {
+                let rule = moments(beta1, beta2, eps);
+                let [first, second] = state.codes.map(|codes| self.words(codes));
+                // A block of threads computes the codes' values before its first block of values.
+                let blocks = (m.len as usize).min(CODED_BLOCKS);
+                let args = &mut [
+                    arg(&status),
+                    arg(&rule),
+                    arg(&p),
+                    arg(&g),
+                    arg(&m),
+                    arg(&v),
+                    arg(&first),
+                    arg(&second),
+                ];
+                self.device.launch(Kernel::AdamW8bit, [blocks, 1, 1], THREADS, args)
+            }
+            Rule::Adafactor { decay, eps, threshold } => {
+                let take = libm::pow(f64::from(u.t), -decay);
+                let rule = Adafactor {
+                    shrink: constants.shrink,
+                    scale: constants.scale,
+                    keep: (1.0 - take) as f32,
+                    take: take as f32,
+                    eps,
+                    lr: u.lr,
+                    threshold,
+                };
+                self.adafactor(&rule, shape.map(|n| n as u64), [p, g, m, v], blocks)
+            }
+            Rule::AdamW { beta1, beta2, eps } | Rule::AdamW8bit { beta1, beta2, eps } => {
                 let rule = moments(beta1, beta2, eps);
                 let args = &mut [arg(&status), arg(&rule), arg(&p), arg(&g), arg(&m), arg(&v)];
                 self.device.launch(Kernel::AdamW, all, THREADS, args)

@@ -22,7 +22,7 @@ macro_rules! parameters {
         unsafe impl Parameter for $t {}
     )*};
 }
-parameters!(Span, Streams, Shape, Report, Matrix, Packed, Attend, Constants);
+parameters!(Span, Streams, Shape, Report, Matrix, Packed, Attend, Constants, Adafactor);
 
 /// `In` or `Out`: an address and a number of values.
 #[repr(C)]
@@ -157,4 +157,17 @@ pub(crate) struct Constants {
     pub inverse: f32,
     pub eps: f32,
     pub correction: f64,
+}
+
+/// `Adafactor` of optim.cu
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Adafactor {
+    pub shrink: f32,
+    pub scale: f32,
+    pub keep: f32,
+    pub take: f32,
+    pub eps: f64,
+    pub lr: f64,
+    pub threshold: f64,
 }

@@ -6,11 +6,11 @@
 use bdia_core::backend::{
     Attention, Columns, CrossEntropy, Gate, Gelu, Mask, Order, Product, RmsNorm, Rotary,
 };
-use bdia_core::optim::{Rule, Update};
+use bdia_core::optim::{Rule, Sizes, Update};
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::{
     Backend, Category, Chunk, Fault, Gamma, Grid, Ints, Layout, NnOps, OptimOps, Reals, Reference,
-    Result, Sign, Site, Storage, UpdateOps, Words,
+    Result, Sign, Site, State, Storage, UpdateOps, Words,
 };
 use bdia_cuda::{Cuda, Options, Precision};
 
@@ -545,14 +545,43 @@ fn optimizers() {
         Rule::Sgd { momentum: 0.9 },
     ] {
         let u = Update { rule, t: 4, lr: 0.01, decay: 0.1, scale: 0.5 };
-        let second = if rule.states() > 1 { v } else { Reals::EMPTY };
+        let [first, second] = rule.state(1, n).reals;
+        let state = State::of(m.sub(0, first), v.sub(0, second));
         w.compare(&format!("{rule:?}"), 1e-6, &[p, m, v, out], |on| {
             // One sum leaves nothing for the next.
             on.sum_squares(Site::Block(0), p, out)?;
             on.sum_squares(Site::Block(0), g, out)?;
-            on.update(&u, p, g, m, second)
+            on.update(&u, [1, n], p, g, &state)
         });
     }
+    // Of a matrix, and of what has one row.
+    for shape in [[1200, 1000], [n, 1]] {
+        let rule = Rule::ADAFACTOR;
+        let u = Update { rule, t: 4, lr: 0.01, decay: 0.1, scale: 0.5 };
+        let [first, second] = rule.state(shape[0], shape[1]).reals;
+        let state = State::of(v.sub(0, first), v.sub(first, second));
+        w.compare(&format!("{rule:?} {shape:?}"), 1e-6, &[p, v], |on| {
+            on.update(&u, shape, p, g, &state)
+        });
+    }
+}
+
+/// The codes too have the reference's bits: nothing is summed, and no product is fused.
+#[test]
+#[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
+fn moments_in_8_bits() {
+    // More blocks of values than of threads.
+    let (n, rule) = (2100 * 256 + 77, Rule::ADAM_W_8BIT);
+    let mut w = World::new();
+    let Sizes { reals: [blocks, _], codes: [words, _] } = rule.state(1, n);
+    let (p, g, m, v) = (w.reals(n), w.reals(n), w.reals(blocks), w.reals(blocks));
+    for i in m.start()..v.start() + v.len() {
+        w.reals[i] = w.reals[i].abs();
+    }
+    let codes = [(); 2].map(|()| w.layout.words(Category::Optimizer, words));
+    let state = State { reals: [m, v], codes };
+    let u = Update { rule, t: 4, lr: 0.01, decay: 0.1, scale: 0.5 };
+    w.compare("8-bit AdamW", 0.0, &[p, m, v], |on| on.update(&u, [1, n], p, g, &state));
 }
 
 /// A fault that the host raises stays, if it was first, and no update happens meanwhile.

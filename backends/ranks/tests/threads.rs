@@ -5,7 +5,7 @@ use core::time::Duration;
 
 use bdia_core::backend::{Exchange, OptimOps, Storage};
 use bdia_core::optim::{Rule, Update};
-use bdia_core::{Category, Error, Fault, Halt, Layout, Reals, Reference, Result, Site};
+use bdia_core::{Category, Error, Fault, Halt, Layout, Reals, Reference, Result, Site, State};
 use bdia_ranks::{Local, Ranks, Replica, compare};
 
 /// Values of the arena.
@@ -154,7 +154,7 @@ fn a_fault_stops_all_ranks() {
             be.exchange(Reals::EMPTY, g).unwrap();
             let rule = Rule::Sgd { momentum: 0.0 };
             let update = Update { rule, t: 1, lr: 0.5, decay: 0.0, scale: 1.0 };
-            be.update(&update, p, g, Reals::EMPTY, Reals::EMPTY).unwrap();
+            be.update(&update, [1, p.len()], p, g, &State::EMPTY).unwrap();
             let taken = (be.take_fault(), be.take_fault());
             (read(be, p), taken)
         });

@@ -24,7 +24,7 @@ mod ops;
 
 pub use ops::{NnOps, OptimOps, Storage, UpdateOps, Wrapper};
 
-use crate::arena::{Ints, Reals};
+use crate::arena::{Ints, Reals, Words};
 use crate::error::{Error, Result, Site};
 use crate::rng::Draw;
 use crate::update::FloatGamma;
@@ -102,6 +102,35 @@ impl Chunk {
             self.stack,
             self.block(),
         )
+    }
+}
+
+/// What the optimizer keeps of one parameter tensor, in the lengths that its rule has for it
+/// ([`Rule::state`](crate::optim::Rule::state)). All of it is 0 before the first update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct State {
+    /// Moments; the largest magnitudes of their blocks; means of rows and of columns.
+    pub reals: [Reals; 2],
+    /// First and second moments as [codes](crate::codes).
+    pub codes: [Words; 2],
+}
+
+impl State {
+    /// No state.
+    pub const EMPTY: Self = Self { reals: [Reals::EMPTY; 2], codes: [Words::EMPTY; 2] };
+
+    /// Moments as reals.
+    pub const fn of(m: Reals, v: Reals) -> Self {
+        Self { reals: [m, v], ..Self::EMPTY }
+    }
+
+    /// Sets all of it to 0.
+    ///
+    /// # Errors
+    /// Any error of the backend.
+    pub fn clear<B: Storage>(&self, be: &mut B) -> Result<()> {
+        self.reals.into_iter().try_for_each(|h| be.fill_reals(h, crate::real::Real::of(0.0)))?;
+        self.codes.into_iter().try_for_each(|h| be.fill_words(h, 0))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The list of operations, and what is made of it: the traits of a backend, and [`Wrapper`].
 
 use super::{
-    Attention, Chunk, Columns, CrossEntropy, Gate, Gelu, Identity, Product, RmsNorm, Rotary,
+    Attention, Chunk, Columns, CrossEntropy, Gate, Gelu, Identity, Product, RmsNorm, Rotary, State,
 };
 use crate::arena::{Ints, Reals, Words};
 use crate::error::{Error, Fault, Result, Site};
@@ -605,9 +605,17 @@ operations! {
             /// not finite raises [`Fault::Gradient`].
             fn sum_squares(&mut self, site: Site, g: Reals, out: Reals) -> Result<()>;
 
-            /// One update of the tensor `p` from its gradient `g` and state `m`, `v` (empty where
-            /// the rule needs none). Does nothing while a fault is set.
-            fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> Result<()>;
+            /// One update of the tensor `p[rows, cols]`, a vector with one row, from its gradient
+            /// `g` and its state, which the rule has the lengths of. Does nothing while a fault is
+            /// set.
+            fn update(
+                &mut self,
+                u: &Update,
+                shape: [usize; 2],
+                p: Reals,
+                g: Reals,
+                state: &State,
+            ) -> Result<()>;
         }
     }
 }

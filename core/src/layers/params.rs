@@ -3,9 +3,9 @@
 use super::block::larger;
 use super::rotary::BlockSet;
 use crate::arena::{Category, Layout, Reals, Words, product};
-use crate::backend::{Exchange, NnOps, OptimOps, Order};
+use crate::backend::{Exchange, NnOps, OptimOps, Order, State};
 use crate::error::{Error, Result, Site, ok};
-use crate::optim::{Rule, Update};
+use crate::optim::{Rule, Sizes, Update};
 use crate::packing::{Packed, Packing};
 use crate::real::Real;
 use crate::rng::{Draw, Stream};
@@ -309,6 +309,9 @@ pub struct Room {
     trained: usize,
     /// Tensors that are trained, empty ones too.
     slots: usize,
+    /// Optimizer state of those, for the rules whose state depends on shapes.
+    coded: Kept,
+    factored: Kept,
     frozen: usize,
     /// Words.
     packed: usize,
@@ -322,8 +325,17 @@ pub struct Room {
 
 impl Room {
     /// No room.
-    pub const NONE: Self =
-        Self { trained: 0, slots: 0, frozen: 0, packed: 0, matrices: 0, largest: 0, broken: false };
+    pub const NONE: Self = Self {
+        trained: 0,
+        slots: 0,
+        coded: Kept { reals: 0, codes: 0 },
+        factored: Kept { reals: 0, codes: 0 },
+        frozen: 0,
+        packed: 0,
+        matrices: 0,
+        largest: 0,
+        broken: false,
+    };
 
     /// The same where no matrix is [asked for](Params::matrix) as a whole: what is stored in few
     /// bits is unpacked a piece at a time.
@@ -363,15 +375,53 @@ impl Room {
                 (Home::Packed(_), _) => (&mut self.packed, 0),
                 (Home::Trained, _) => {
                     self.slots += 1;
+                    self.coded = self.coded.and(Rule::ADAM_W_8BIT.state(t.rows, t.cols));
+                    self.factored = self.factored.and(Rule::ADAFACTOR.state(t.rows, t.cols));
                     (&mut self.trained, t.len())
                 }
                 (Home::Frozen, _) => (&mut self.frozen, t.len()),
             };
             t.offset = *at;
-            *at = at.wrapping_add(len.div_ceil(Layout::ALIGN).wrapping_mul(Layout::ALIGN));
+            *at = at.wrapping_add(aligned(len));
             i += 1;
         }
         self
+    }
+
+    /// The optimizer state of the group's tensors.
+    const fn state(&self, rule: &Rule) -> Kept {
+        match rule {
+            Rule::Sgd { momentum } if *momentum == 0.0 => Kept { reals: 0, codes: 0 },
+            Rule::Sgd { .. } => Kept { reals: self.trained, codes: 0 },
+            Rule::AdamW { .. } | Rule::SetAdam { .. } => {
+                Kept { reals: self.trained.wrapping_mul(2), codes: 0 }
+            }
+            Rule::AdamW8bit { .. } => self.coded,
+            Rule::Adafactor { .. } => self.factored,
+        }
+    }
+}
+
+/// A length rounded up to where the next tensor begins.
+const fn aligned(len: usize) -> usize {
+    len.div_ceil(Layout::ALIGN).wrapping_mul(Layout::ALIGN)
+}
+
+/// Lengths of the optimizer state of some tensors that follow one another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Kept {
+    reals: usize,
+    /// Words.
+    codes: usize,
+}
+
+impl Kept {
+    const fn and(self, next: Sizes) -> Self {
+        let ([a, b], [c, d]) = (next.reals, next.codes);
+        Self {
+            reals: self.reals.wrapping_add(aligned(a)).wrapping_add(aligned(b)),
+            codes: self.codes.wrapping_add(aligned(c)).wrapping_add(aligned(d)),
+        }
     }
 }
 
@@ -479,8 +529,9 @@ pub struct Params {
     values: Reals,
     /// Their gradients: of all groups, or of those being worked on.
     gradients: Reals,
-    m: Reals,
-    v: Reals,
+    /// Optimizer state, group after group and tensor after tensor.
+    moments: Reals,
+    codes: Words,
     /// Sums of squares of the gradients, one for each trained tensor.
     norms: Reals,
     /// Values that stay as they are: of all groups, or of the one that is in memory.
@@ -548,18 +599,22 @@ impl Params {
         };
         let frozen = ok!(product("frozen parameters", &[resident, room.frozen]));
         let all = ok!(product("parameters", &[groups, room.trained]));
-        let (states, kept) = match gradients {
-            Gradients::None => (0, 0),
-            Gradients::Fused(rule) => (rule.states(), room.trained),
-            Gradients::Together(rule, n) => {
+        let kept = match gradients {
+            Gradients::None => 0,
+            Gradients::Fused(_) => room.trained,
+            Gradients::Together(_, n) => {
                 let n = if n < groups { n } else { groups };
-                (rule.states(), ok!(product("gradients", &[n, room.trained])))
+                ok!(product("gradients", &[n, room.trained]))
             }
-            Gradients::Full(rule) => (rule.states(), all),
+            Gradients::Full(_) => all,
         };
+        let mut state = Kept { reals: 0, codes: 0 };
         if let Some(rule) = gradients.rule() {
             ok!(rule.check());
             l.count_trained(all);
+            let one = room.state(&rule);
+            state.reals = ok!(product("optimizer state", &[groups, one.reals]));
+            state.codes = ok!(product("optimizer state", &[groups, one.codes]));
         }
         let norms = if gradients.rule().is_some() {
             ok!(product("norms", &[groups, room.slots]))
@@ -575,8 +630,8 @@ impl Params {
             narrow,
             values: l.reals(Category::Parameters, all),
             gradients: l.reals(Category::Gradients, kept),
-            m: l.reals(Category::Optimizer, if states > 0 { all } else { 0 }),
-            v: l.reals(Category::Optimizer, if states > 1 { all } else { 0 }),
+            moments: l.reals(Category::Optimizer, state.reals),
+            codes: l.words(Category::Optimizer, state.codes),
             norms: l.reals(Category::Gradients, norms),
         })
     }
@@ -682,16 +737,46 @@ impl Params {
         }
     }
 
-    /// Optimizer state of a tensor of group `k`: the two moments, empty where the rule has none.
-    pub fn state(&self, k: usize, t: &Tensor) -> [Reals; 2] {
-        let len = self.room.trained;
-        [self.m, self.v].map(|all| {
-            if all.is_empty() || t.home != Home::Trained {
-                Reals::EMPTY
-            } else {
-                t.of(all.sub(k * len, len))
+    /// Optimizer state of a tensor of group `k`, whose tensors are given; empty for what is frozen.
+    pub fn state(&self, k: usize, t: &Tensor, tensors: &(impl Tensors + ?Sized)) -> State {
+        let (mut from, mut found) = (self.state_of_group(k), State::EMPTY);
+        // The closure does not fail.
+        let _ = tensors.each(&mut |each| {
+            let state = self.next_state(&mut from, each);
+            // Tensors that are there have places of their own.
+            if each == t && !t.is_empty() {
+                found = state;
             }
-        })
+            Ok(())
+        });
+        found
+    }
+
+    /// Where the optimizer state of group `k` begins.
+    const fn state_of_group(&self, k: usize) -> Kept {
+        let one = match self.kept.rule() {
+            Some(rule) => self.room.state(&rule),
+            None => Kept { reals: 0, codes: 0 },
+        };
+        Kept { reals: k * one.reals, codes: k * one.codes }
+    }
+
+    /// The optimizer state of a tensor, which begins at `from`; that of the next one begins behind.
+    fn next_state(&self, from: &mut Kept, t: &Tensor) -> State {
+        let (Some(rule), Home::Trained) = (self.kept.rule(), t.home) else { return State::EMPTY };
+        let Sizes { reals: [a, b], codes: [c, d] } = rule.state(t.rows, t.cols);
+        let state = State {
+            reals: [
+                self.moments.sub(from.reals, a),
+                self.moments.sub(from.reals.wrapping_add(aligned(a)), b),
+            ],
+            codes: [
+                self.codes.sub(from.codes, c),
+                self.codes.sub(from.codes.wrapping_add(aligned(c)), d),
+            ],
+        };
+        *from = from.and(Sizes { reals: [a, b], codes: [c, d] });
+        state
     }
 
     /// A matrix of group `k`. One that is stored in few bits stays until the next one is asked for.
@@ -725,6 +810,7 @@ impl Params {
     ) -> Result<()> {
         let mut piece = [B::Real::of(0.0); 64];
         for k in 0..self.groups {
+            let mut state = self.state_of_group(k);
             tensors.each(&mut |t| {
                 if t.is_empty() {
                     return Ok(());
@@ -748,8 +834,7 @@ impl Params {
                     }
                 }
                 *index += 1;
-                let zero = B::Real::of(0.0);
-                self.state(k, t).into_iter().try_for_each(|state| be.fill_reals(state, zero))
+                self.next_state(&mut state, t).clear(be)
             })?;
         }
         Ok(())
@@ -822,14 +907,16 @@ impl Params {
         tensors: &(impl Tensors + ?Sized),
     ) -> Result<()> {
         let Some(rule) = self.kept.rule() else { return Ok(()) };
+        let mut state = self.state_of_group(k);
         tensors.each(&mut |t| {
             if t.home != Home::Trained {
                 return Ok(());
             }
             let decay = if t.matrix { u.weight_decay } else { 0.0 };
             let update = Update { rule, t: u.t, lr: u.lr, decay, scale: u.scale };
-            let [m, v] = self.state(k, t);
-            be.update(&update, self.value(k, t), self.gradient(k, t), m, v)
+            let (value, gradient) = (self.value(k, t), self.gradient(k, t));
+            let state = self.next_state(&mut state, t);
+            be.update(&update, [t.rows, t.cols], value, gradient, &state)
         })
     }
 
@@ -981,12 +1068,60 @@ mod tests {
                         t.draw(7, index, row, &mut expected);
                         assert_eq!(found, expected, "{} {k}", t.name);
                     }
-                    for state in params.state(k, t) {
+                    let state = params.state(k, t, &tensors);
+                    assert_eq!(
+                        state.reals.map(|h| h.len()),
+                        [if t.home == Home::Trained { t.len() } else { 0 }; 2]
+                    );
+                    for state in state.reals {
                         assert!(be.reals(state).unwrap().iter().all(|&x| x == 0.0));
                     }
                     index += 1;
                 }
             }
+        }
+    }
+
+    /// Every tensor's state has a place of its own, and together they are what the plan counts.
+    #[test]
+    fn states_fill_the_plan() {
+        for rule in [
+            Rule::Sgd { momentum: 0.0 },
+            Rule::Sgd { momentum: 0.9 },
+            Rule::ADAM_W,
+            Rule::SET_ADAM,
+            Rule::ADAM_W_8BIT,
+            Rule::ADAFACTOR,
+        ] {
+            let mut tensors = [
+                Tensor::matrix("large", 67, 64, Init::Zeros),
+                Tensor::matrix("absent", 67, 64, Init::Zeros).when(false),
+                Tensor::matrix("small", 5, 7, Init::Zeros),
+                Tensor::vector("vector", 4097, Init::Zeros),
+            ];
+            let (mut layout, kept) = (Layout::new(4), Gradients::Fused(rule));
+            let room = Room::NONE.place(&mut tensors, Freeze::Nothing);
+            let params = Params::layout(3, room, Freeze::Nothing, kept, &mut layout).unwrap();
+            let (mut reals, mut words, mut bytes) = (Vec::new(), Vec::new(), 0);
+            for k in 0..3 {
+                for t in &tensors {
+                    let (state, sizes) = (params.state(k, t, &tensors), rule.state(t.rows, t.cols));
+                    assert_eq!(state.reals.map(Reals::len), sizes.reals);
+                    assert_eq!(state.codes.map(Words::len), sizes.codes);
+                    reals.extend(
+                        state.reals.map(Reals::range).into_iter().filter(|r| !r.is_empty()),
+                    );
+                    words.extend(
+                        state.codes.map(Words::range).into_iter().filter(|r| !r.is_empty()),
+                    );
+                }
+            }
+            for places in [&mut reals, &mut words] {
+                places.sort_by_key(|r| r.start);
+                assert!(places.windows(2).all(|r| r[0].end <= r[1].start));
+                bytes += places.iter().map(|r| 4 * aligned(r.len())).sum::<usize>();
+            }
+            assert_eq!(layout.bytes(Category::Optimizer), bytes, "{rule:?}");
         }
     }
 

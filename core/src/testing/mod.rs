@@ -302,6 +302,8 @@ fn chunk(n: usize) -> Chunk {
 struct Bench<B: Storage> {
     backend: B,
     scratch: Reals,
+    /// Words of which the host keeps no copy.
+    more_words: Words,
     op: &'static str,
     case: &'static str,
     sizes: [usize; 4],
@@ -315,15 +317,22 @@ struct Bench<B: Storage> {
 
 impl<B: Storage> Bench<B> {
     /// A backend with `scratch` values more than the host keeps a copy of.
-    fn new(mut new: impl FnMut(&Layout) -> B, scratch: usize) -> Self {
+    fn new(new: impl FnMut(&Layout) -> B, scratch: usize) -> Self {
+        Self::with_words(new, scratch, 0)
+    }
+
+    /// As [`new`](Self::new), with `words` words more as well.
+    fn with_words(mut new: impl FnMut(&Layout) -> B, scratch: usize, words: usize) -> Self {
         let mut layout = Layout::new(B::Real::BYTES);
         let _ = layout.ints(Category::Activations, INTS);
         let _ = layout.reals(Category::Workspace, REALS);
         let scratch = layout.reals(Category::Library, scratch);
         let _ = layout.words(Category::SideBits, WORDS);
+        let more_words = layout.words(Category::Optimizer, words);
         Self {
             backend: new(&layout),
             scratch,
+            more_words,
             op: "",
             case: "",
             sizes: [0; 4],

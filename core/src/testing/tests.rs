@@ -5,9 +5,9 @@ use std::{string::ToString, vec, vec::Vec};
 use super::*;
 use crate::backend::{
     Attention, CrossEntropy, Exchange, Gate, Gelu, Mask, NnOps, OptimOps, Product, RmsNorm, Rotary,
-    UpdateOps, Wrapper,
+    State, UpdateOps, Wrapper,
 };
-use crate::optim::Update;
+use crate::optim::{Rule, Update};
 use crate::rng::Draw;
 use crate::update::{FloatGamma, Gamma, Grid, Sign};
 
@@ -69,6 +69,8 @@ enum Bug {
     AcceptsWrongLengths,
     UpdateDespiteFault,
     NoBiasCorrection,
+    NoThreshold,
+    FarCode,
     SquaresInHalf,
 }
 
@@ -472,16 +474,36 @@ impl Wrapper for Broken {
         Ok(())
     }
 
-    fn update(&mut self, u: &Update, p: Reals, g: Reals, m: Reals, v: Reals) -> OpResult<()> {
+    fn update(
+        &mut self,
+        u: &Update,
+        shape: [usize; 2],
+        p: Reals,
+        g: Reals,
+        state: &State,
+    ) -> OpResult<()> {
         let u = Update {
             t: if self.bug == Bug::NoBiasCorrection && u.t > 0 { 1000 } else { u.t },
+            rule: match u.rule {
+                Rule::Adafactor { decay, eps, .. } if self.bug == Bug::NoThreshold => {
+                    Rule::Adafactor { decay, eps, threshold: 1e30 }
+                }
+                rule => rule,
+            },
             ..*u
         };
         let fault =
             if self.bug == Bug::UpdateDespiteFault { self.inner.take_fault()? } else { None };
-        self.inner.update(&u, p, g, m, v)?;
+        self.inner.update(&u, shape, p, g, state)?;
         if let Some(fault) = fault {
             self.inner.raise(fault);
+        }
+        // A code two above the nearest, in a word that has four.
+        if self.bug == Bug::FarCode && state.codes[0].len() > 1 {
+            let [word] = self.inner.words(state.codes[0])?[..1] else { return Ok(()) };
+            let code = word & 0xFF;
+            let code = if code > 2 { code - 2 } else { code + 2 };
+            self.inner.write_words(state.codes[0].sub(0, 1), &[word & !0xFF | code])?;
         }
         Ok(())
     }
@@ -537,6 +559,8 @@ fn mistakes_are_found() {
         (Bug::AcceptsWrongLengths, "add", "outcome"),
         (Bug::UpdateDespiteFault, "update", "real arena, outside the operands"),
         (Bug::NoBiasCorrection, "update", "p"),
+        (Bug::NoThreshold, "update", "p"),
+        (Bug::FarCode, "update", "code of m"),
         (Bug::SquaresInHalf, "sum_squares", "out"),
     ] {
         let found = match op {

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use bdia_core::arena::{Category, Layout, Reals};
+use bdia_core::arena::{Category, Layout};
 use bdia_core::backend::Backend;
 use bdia_core::layers::{BlockShape, PreNorm};
 use bdia_core::network::{self, Lm, LmShape, Network, Outcome, Step, Training};
@@ -15,7 +15,7 @@ use bdia_cpu::Cpu;
 use bdia_models::bpe::END;
 use bdia_models::gpt2::{config::Gpt2Config, files};
 use bdia_models::language::Config as _;
-use bdia_models::named::{self, Named};
+use bdia_models::named::{self, Named, Saved};
 use bdia_models::{plan::Plan, sample::Sampler};
 use bdia_train::alloc::Counting;
 use bdia_train::cli::{Flags, RunFlags, StepArgs, count, given, or_exit};
@@ -194,7 +194,7 @@ impl Task for Learner {
         [files::tensors(&self.net.0).iter().map(Named::len).sum(); 2]
     }
 
-    fn saved(&self) -> Vec<Reals> {
+    fn saved(&self) -> Vec<Saved> {
         named::saved(&files::tensors(&self.net.0))
     }
 

@@ -1,7 +1,6 @@
 //! The composition is the GPT-2 of `bdia-models`, bit for bit.
 #![allow(clippy::unwrap_used)]
 
-use bdia_core::backend::Storage;
 use bdia_core::layers::Gradients;
 use bdia_core::optim::Rule;
 use bdia_core::rng::philox;
@@ -27,9 +26,9 @@ fn batch(step: u32, index: usize) -> [Vec<i32>; 2] {
 fn bits(be: &Cpu, tensors: &[Named]) -> Vec<u32> {
     let mut all = Vec::new();
     for place in named::saved(tensors) {
-        let mut values = vec![0.0; place.len()];
-        be.read_reals(place, &mut values).unwrap();
-        all.extend(values.into_iter().map(f32::to_bits));
+        let mut bits = vec![0; place.len()];
+        place.get(be, 0, &mut bits).unwrap();
+        all.extend(bits);
     }
     all
 }

@@ -3,16 +3,16 @@
 
 use std::path::{Path, PathBuf};
 
+use bdia_core::Layout;
 use bdia_core::backend::Backend;
 use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
-use bdia_core::{Layout, Reals};
 use bdia_models::for_family;
 use bdia_models::inference::Inference;
 use bdia_models::language::decode::{Decoder, Decoding, How, Sizes};
 use bdia_models::language::model::{LanguageModel, Setup};
 use bdia_models::language::{Config, Family, adapter, files};
-use bdia_models::named::{self, Adapters, Named};
+use bdia_models::named::{self, Adapters, Named, Saved};
 use bdia_models::pretrained;
 use bdia_models::sample::Sampler;
 use bdia_models::tokenizer::Tokenizer;
@@ -449,10 +449,7 @@ impl<C: Config> Task for Learner<C> {
         if adapters {
             return Ok(self.model.initialize_adapters(be, self.run.seed)?);
         }
-        for state in self.model.trained().iter().flat_map(|t| t.state) {
-            be.fill_reals(state, 0.0)?;
-        }
-        Ok(())
+        Ok(self.model.trained().iter().try_for_each(|t| t.state.clear(be))?)
     }
 
     fn record(&self, out: &Path) -> Result<(), Failure> {
@@ -474,7 +471,7 @@ impl<C: Config> Task for Learner<C> {
         [self.model.parameters(), self.model.trained().iter().map(Named::len).sum()]
     }
 
-    fn saved(&self) -> Vec<Reals> {
+    fn saved(&self) -> Vec<Saved> {
         self.model.saved()
     }
 

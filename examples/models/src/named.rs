@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::thread::Builder;
 
-use bdia_core::arena::Reals;
-use bdia_core::backend::{Backend, Order};
+use bdia_core::arena::{Reals, Words};
+use bdia_core::backend::{Backend, Order, State};
 use bdia_core::error::{Error, Result};
 use bdia_core::layers::{
     Branches, Freeze, Home, Init, LoraShape, Params, Residual, Store, Tensor, Tensors,
@@ -17,6 +17,8 @@ use crate::weights::{self, Sink, Source, WeightsError};
 
 /// Values that are copied at a time.
 const PIECE: usize = 1 << 14;
+/// Values whose bits are taken at a time.
+const AT_ONCE: usize = 256;
 
 /// What is trained in place of the blocks of a network, which stay as they are.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -76,12 +78,18 @@ pub struct Named {
     /// Their gradient; with fused updates the buffer that all blocks use.
     pub gradient: Reals,
     /// The optimizer's state.
-    pub state: [Reals; 2],
+    pub state: State,
 }
 
 impl Named {
-    /// Tensor `t` of group `k`, with the shape that it has here.
-    pub fn new(name: String, params: &Params, k: usize, t: &Tensor) -> Self {
+    /// Tensor `t` of group `k`, which has these `tensors`, with the shape that it has here.
+    pub fn new(
+        name: String,
+        params: &Params,
+        k: usize,
+        t: &Tensor,
+        tensors: &(impl Tensors + ?Sized),
+    ) -> Self {
         let stored = params.stored(t);
         Self {
             name,
@@ -96,7 +104,7 @@ impl Named {
             values: params.value(k, t),
             packed: params.packed(k, t),
             gradient: params.gradient(k, t),
-            state: params.state(k, t),
+            state: params.state(k, t, tensors),
         }
     }
 
@@ -210,10 +218,79 @@ pub fn of_block<P: Branches>(blocks: &Residual<P>, k: usize) -> Vec<(&Params, us
     list
 }
 
+/// A tensor of a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Saved {
+    /// Values, or moments.
+    Reals(Reals),
+    /// Moments in few bits.
+    Words(Words),
+}
+
+impl Saved {
+    /// Number of values or words, of four bytes each.
+    pub const fn len(&self) -> usize {
+        match self {
+            Self::Reals(h) => h.len(),
+            Self::Words(h) => h.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether the bits are those of real numbers.
+    pub const fn is_real(&self) -> bool {
+        matches!(self, Self::Reals(_))
+    }
+
+    /// Reads the bits from index `at` on.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn get<B: Backend<Real = f32>>(&self, be: &B, at: usize, bits: &mut [u32]) -> Result<()> {
+        let h = match self {
+            Self::Words(h) => return be.read_words(h.sub(at, bits.len()), bits),
+            Self::Reals(h) => h,
+        };
+        let mut values = [0.0; AT_ONCE];
+        for (i, bits) in bits.chunks_mut(AT_ONCE).enumerate() {
+            let values = &mut values[..bits.len()];
+            be.read_reals(h.sub(at + i * AT_ONCE, values.len()), values)?;
+            bits.iter_mut().zip(values).for_each(|(bits, x)| *bits = x.to_bits());
+        }
+        Ok(())
+    }
+
+    /// Writes the bits from index `at` on.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn put<B: Backend<Real = f32>>(&self, be: &mut B, at: usize, bits: &[u32]) -> Result<()> {
+        let h = match self {
+            Self::Words(h) => return be.write_words(h.sub(at, bits.len()), bits),
+            Self::Reals(h) => h,
+        };
+        let mut values = [0.0; AT_ONCE];
+        for (i, bits) in bits.chunks(AT_ONCE).enumerate() {
+            let values = &mut values[..bits.len()];
+            values.iter_mut().zip(bits).for_each(|(x, bits)| *x = f32::from_bits(*bits));
+            be.write_reals(h.sub(at + i * AT_ONCE, values.len()), values)?;
+        }
+        Ok(())
+    }
+}
+
 /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
-pub fn saved(trained: &[Named]) -> Vec<Reals> {
-    let states = trained.iter().flat_map(|t| t.state).filter(|s| !s.is_empty());
-    trained.iter().map(|t| t.values).chain(states).collect()
+pub fn saved(trained: &[Named]) -> Vec<Saved> {
+    let states = trained.iter().flat_map(|t| {
+        let State { reals: [a, b], codes: [c, d] } = t.state;
+        [Saved::Reals(a), Saved::Reals(b), Saved::Words(c), Saved::Words(d)]
+    });
+    let values = trained.iter().map(|t| Saved::Reals(t.values));
+    values.chain(states.filter(|s| !s.is_empty())).collect()
 }
 
 /// Initial values of tensors, which have their places in the random stream by their order; the
@@ -229,9 +306,7 @@ pub fn initialize<B: Backend>(
 ) -> Result<()> {
     let (mut piece, threads) = (Vec::new(), threads.max(1));
     for (i, named) in tensors.iter().enumerate() {
-        for state in named.state {
-            be.fill_reals(state, B::Real::of(0.0))?;
-        }
+        named.state.clear(be)?;
         let t = &named.tensor;
         if named.order == Order::Transposed {
             let possible = "in the order of the layer";

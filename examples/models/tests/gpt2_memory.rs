@@ -61,12 +61,15 @@ fn main() {
         bdia_float(Sign::Random),
     ];
     let (fused, full) = (Gradients::Fused(ADAMW), Gradients::Full(ADAMW));
+    let (coded, factored) = (Gradients::Fused(Rule::ADAM_W_8BIT), Gradients::Full(Rule::ADAFACTOR));
     for mode in modes {
         for (layers, chunk) in [(1, 1), (2, 2), (5, 3), (12, 2)] {
-            for gradients in [fused, full] {
+            for gradients in [fused, full, coded, factored] {
                 // The reference backend has no threads and no library below it: everything is the
                 // plan's, to the byte.
-                let s = setup(mode, layers, gradients, small());
+                // 12 × 352 values have codes.
+                let inner = if gradients == coded { 352 } else { small().inner };
+                let s = setup(mode, layers, gradients, Dims { inner, ..small() });
                 let (mut model, layout) = lay_out::<f32>(&s, chunk, 7);
                 let before = Counting::current();
                 let mut memory = Memory::<f32>::new(&layout);

@@ -2,19 +2,19 @@
 //! there.
 //!
 //! ```text
-//! "BDIACKPT"  version u32  header length u32  header (JSON)  tensors (f32, little endian)
+//! "BDIACKPT"  version u32  header length u32  header (JSON)  tensors (f32 or u32, little endian)
 //! xxh3-64 of all before
 //! ```
 //! Tensors are what the program gives: the parameters and then the optimizer's state, in the order
-//! of the model's tensors.
+//! of the model's tensors; of moments in few bits the words.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use bdia_core::Reals;
 use bdia_core::backend::Backend;
 use bdia_models::files::{FileError, disk, write_atomic};
+use bdia_models::named::Saved;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use xxhash_rust::xxh3::Xxh3;
@@ -150,7 +150,7 @@ pub fn list(dir: &Path) -> Vec<(u32, PathBuf)> {
 pub fn save<B: Backend<Real = f32>>(
     dir: &Path,
     be: &B,
-    tensors: &[Reals],
+    tensors: &[Saved],
     mut header: Header,
     keep: usize,
 ) -> Result<PathBuf, CheckpointError> {
@@ -169,16 +169,16 @@ pub fn save<B: Backend<Real = f32>>(
         put(&VERSION.to_le_bytes())?;
         put(&(json.len() as u32).to_le_bytes())?;
         put(&json)?;
-        let (mut values, mut bytes) = (vec![0.0; PIECE], Vec::with_capacity(4 * PIECE));
+        let (mut bits, mut bytes) = (vec![0; PIECE], Vec::with_capacity(4 * PIECE));
         for t in tensors {
             for at in (0..t.len()).step_by(PIECE) {
-                let values = &mut values[..PIECE.min(t.len() - at)];
-                be.read_reals(t.sub(at, values.len()), values)?;
-                if values.iter().any(|v| !v.is_finite()) {
+                let bits = &mut bits[..PIECE.min(t.len() - at)];
+                t.get(be, at, bits)?;
+                if t.is_real() && bits.iter().any(|b| !f32::from_bits(*b).is_finite()) {
                     return Err(CheckpointError::NotFinite { step: header.step });
                 }
                 bytes.clear();
-                bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+                bytes.extend(bits.iter().flat_map(|b| b.to_le_bytes()));
                 put(&bytes)?;
             }
         }
@@ -197,7 +197,7 @@ pub fn save<B: Backend<Real = f32>>(
 }
 
 /// Bytes of a checkpoint of these tensors, its header apart.
-pub fn bytes(tensors: &[Reals]) -> u64 {
+pub fn bytes(tensors: &[Saved]) -> u64 {
     tensors.iter().map(|t| 4 * t.len() as u64).sum()
 }
 
@@ -319,7 +319,7 @@ pub fn newest(dir: &Path) -> Result<Option<(PathBuf, Header, Vec<String>)>, Chec
 pub fn load<B: Backend<Real = f32>>(
     path: &Path,
     be: &mut B,
-    tensors: &[Reals],
+    tensors: &[Saved],
 ) -> Result<Header, CheckpointError> {
     let (mut r, header) = open(path)?;
     let lens: Vec<_> = tensors.iter().map(|t| t.len()).collect();
@@ -329,18 +329,18 @@ pub fn load<B: Backend<Real = f32>>(
         return Err(CheckpointError::Other { path: path.to_path_buf(), what });
     }
     let mut bytes = vec![0; 4 * PIECE];
-    let mut values = Vec::with_capacity(PIECE);
+    let mut bits = Vec::with_capacity(PIECE);
     for t in tensors {
         for at in (0..t.len()).step_by(PIECE) {
             let n = PIECE.min(t.len() - at);
             r.take(path, &mut bytes[..4 * n])?;
-            values.clear();
-            values.extend(
+            bits.clear();
+            bits.extend(
                 bytes[..4 * n]
                     .chunks_exact(4)
-                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+                    .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])),
             );
-            be.write_reals(t.sub(at, n), &values)?;
+            t.put(be, at, &bits)?;
         }
     }
     Ok(header)
@@ -352,7 +352,7 @@ mod tests {
     use crate::report::Metrics;
     use crate::trainer::Metric;
     use bdia_core::backend::Storage;
-    use bdia_core::{Category, Layout, Reference};
+    use bdia_core::{Category, Layout, Reals, Reference};
     use bdia_models::files::faults::{Fault, arm, disarm};
     use bdia_models::files::testing::TempDir;
 
@@ -392,7 +392,7 @@ mod tests {
                 be.write_reals(t, &[step as f32; 3])?;
                 metrics.push(&metric(step.into()))?;
                 metrics.sync()?;
-                save(dir, be, &[t], header(step, metrics.digest()), 2)?;
+                save(dir, be, &[Saved::Reals(t)], header(step, metrics.digest()), 2)?;
                 saved = step;
             }
             Ok(())
@@ -420,7 +420,7 @@ mod tests {
                 assert!(step + lost >= saved, "{fault:?} {n}: {step} of {saved}");
                 if let Some((path, header, warnings)) = found {
                     assert_eq!(warnings, Vec::<String>::new());
-                    load(&path, &mut be, &[t]).unwrap();
+                    load(&path, &mut be, &[Saved::Reals(t)]).unwrap();
                     let mut values = [0.0; 3];
                     be.read_reals(t, &mut values).unwrap();
                     assert_eq!(values, [step as f32; 3]);

@@ -150,6 +150,11 @@ impl Preset {
 pub enum Optimizer {
     /// Adam with decoupled weight decay.
     Adamw,
+    /// AdamW whose moments are stored in 8 bits (arXiv 2110.02861).
+    Adamw8bit,
+    /// A second moment by rows and columns, no first one (arXiv 1804.04235); without --beta1 and
+    /// --beta2.
+    Adafactor,
     /// Adam with a suppressed range of step sizes (arXiv 2302.01029).
     SetAdam,
     /// Gradient descent; beta1 is its momentum.
@@ -424,7 +429,7 @@ pub struct OptimArgs {
     /// Decay of the second moment
     #[arg(long, default_value_t = 0.999, value_parser = below_one)]
     pub beta2: f64,
-    /// Keeps denominators from zero [default: 1e-8; 1e-18 for set-adam]
+    /// Keeps denominators from zero [default: 1e-8; set-adam: 1e-18; adafactor: 1e-30]
     #[arg(long, value_parser = positive)]
     pub eps: Option<f64>,
     /// Weight decay of tensors with two or more dimensions
@@ -448,7 +453,11 @@ pub struct OptimArgs {
 impl OptimArgs {
     /// `ε`, with the optimizer's own default.
     pub fn eps(&self) -> f64 {
-        self.eps.unwrap_or(if self.optimizer == Optimizer::SetAdam { 1e-18 } else { 1e-8 })
+        self.eps.unwrap_or(match self.optimizer {
+            Optimizer::SetAdam => 1e-18,
+            Optimizer::Adafactor => 1e-30,
+            _ => 1e-8,
+        })
     }
 
     /// The optimizer as the core has it.
@@ -457,6 +466,8 @@ impl OptimArgs {
         match self.optimizer {
             Optimizer::Adamw => Rule::AdamW { beta1, beta2, eps },
             Optimizer::SetAdam => Rule::SetAdam { beta1, beta2, eps },
+            Optimizer::Adamw8bit => Rule::AdamW8bit { beta1, beta2, eps },
+            Optimizer::Adafactor => Rule::Adafactor { decay: 0.8, eps, threshold: 1.0 },
             Optimizer::Sgd => Rule::Sgd { momentum: beta1 },
         }
     }

@@ -6,7 +6,8 @@
 //! before that, rank 0 measures for all ([`of_first`]).
 
 use bdia_core::backend::Backend;
-use bdia_core::{Category, Error, Exchange, Halt, Layout, Reals};
+use bdia_core::{Category, Error, Exchange, Halt, Layout};
+use bdia_models::named::Saved;
 pub use bdia_ranks::Ranks;
 use bdia_ranks::{buffer_bytes, compare};
 use serde::Serialize;
@@ -162,7 +163,7 @@ pub fn begin<B: Backend<Real = f32>, A: Flags>(
     be: &mut B,
     args: &A,
     (data, step): (u64, u32),
-    tensors: &[Reals],
+    tensors: &[Saved],
 ) -> Result<(), Failure> {
     if be.ranks() == 1 {
         return Ok(());
@@ -181,17 +182,17 @@ pub fn begin<B: Backend<Real = f32>, A: Flags>(
 ///
 /// # Errors
 /// [`Error::Rank`] names the rank that differs.
-pub fn same<B: Backend<Real = f32>>(be: &mut B, tensors: &[Reals]) -> Result<(), Error> {
+pub fn same<B: Backend<Real = f32>>(be: &mut B, tensors: &[Saved]) -> Result<(), Error> {
     if be.ranks() == 1 {
         return Ok(());
     }
-    let (mut hash, mut values) = (Xxh3::new(), vec![0.0_f32; PIECE]);
+    let (mut hash, mut bits) = (Xxh3::new(), vec![0_u32; PIECE]);
     for t in tensors {
         for at in (0..t.len()).step_by(PIECE) {
-            let values = &mut values[..PIECE.min(t.len() - at)];
-            be.read_reals(t.sub(at, values.len()), values)?;
+            let bits = &mut bits[..PIECE.min(t.len() - at)];
+            t.get(be, at, bits)?;
             // The bits are compared on the same kind of machine: their order in memory is the same.
-            hash.update(bytemuck::cast_slice(values));
+            hash.update(bytemuck::cast_slice(bits));
         }
     }
     compare(be, hash.digest(), Halt::Differs)

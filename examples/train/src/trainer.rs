@@ -22,7 +22,8 @@ use bdia_core::backend::Backend;
 use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode as StackMode;
-use bdia_core::{Category, Layout, Reals};
+use bdia_core::{Category, Layout};
+use bdia_models::named::Saved;
 use bdia_models::plan::Plan;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -185,7 +186,7 @@ pub trait Task {
     fn parameters(&self) -> [usize; 2];
 
     /// All tensors of a checkpoint, in order.
-    fn saved(&self) -> Vec<Reals>;
+    fn saved(&self) -> Vec<Saved>;
 
     /// Makes the buffers on the host that the plan counts.
     fn prepare(&mut self);
@@ -657,7 +658,7 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
     }
 
     /// Refuses a disk that is too small for what the run leaves behind.
-    fn check_room(&self, saved: &[Reals]) -> Result<(), Failure> {
+    fn check_room(&self, saved: &[Saved]) -> Result<(), Failure> {
         // One checkpoint is written before the oldest goes; the model, and the best one.
         let kept = self.saving.keep_checkpoints.min(self.settings.steps.into()) + 1;
         let [parameters, _] = self.task.parameters();

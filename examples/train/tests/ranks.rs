@@ -3,8 +3,9 @@
 
 use core::time::Duration;
 
-use bdia_core::{Category, Error, Exchange, Halt, Layout, Storage};
+use bdia_core::{Category, Error, Exchange, Halt, Layout};
 use bdia_cpu::Cpu;
+use bdia_models::named::Saved;
 use bdia_ranks::{Local, Ranks, Replica};
 use bdia_train::Failure;
 use bdia_train::calibrate::{Calibration, Penalty};
@@ -15,24 +16,25 @@ use clap::Parser;
 /// A flipped bit of a parameter or of the optimizer's state is found, and its rank is named.
 #[test]
 fn a_replica_that_differs_is_named() {
-    for (culprit, which) in [(1, 0), (2, 1), (0, 2)] {
+    for (culprit, which) in [(1, 0), (2, 1), (0, 2), (3, 3)] {
         let mut layout = Layout::new(size_of::<f32>());
-        // More than is compared at a time, little, and one value.
-        let saved = [(1 << 14) + 5, 7, 1].map(|len| layout.reals(Category::Parameters, len));
+        // More than is compared at a time, little, and one value; moments in 8 bits.
+        let [a, b, c] = [(1 << 14) + 5, 7, 1].map(|len| layout.reals(Category::Parameters, len));
+        let codes = layout.words(Category::Optimizer, 3);
+        let saved = [Saved::Reals(a), Saved::Reals(b), Saved::Reals(c), Saved::Words(codes)];
         let on_rank = |link: Local| {
             let mut be = Cpu::new(&layout, 1).unwrap();
             let mut ranks = Ranks::start(move || Ok(link)).unwrap();
             let mut be = Replica::new(&mut be, &mut ranks);
             for t in saved {
-                let values: Vec<_> = (0..t.len()).map(|i| i as f32 * 0.25).collect();
-                be.write_reals(t, &values).unwrap();
+                let bits: Vec<_> = (0..t.len()).map(|i| (i as f32 * 0.25).to_bits()).collect();
+                t.put(&mut be, 0, &bits).unwrap();
             }
             let equal = same(&mut be, &saved);
             if be.rank() == culprit {
-                let place = saved[which].sub(saved[which].len() - 1, 1);
-                let mut x = [0.0_f32];
-                be.read_reals(place, &mut x).unwrap();
-                be.write_reals(place, &[f32::from_bits(x[0].to_bits() ^ 1)]).unwrap();
+                let (tensor, mut bits) = (saved[which], [0]);
+                tensor.get(&be, tensor.len() - 1, &mut bits).unwrap();
+                tensor.put(&mut be, tensor.len() - 1, &[bits[0] ^ 1]).unwrap();
             }
             (equal, same(&mut be, &saved))
         };

@@ -13,13 +13,13 @@
 use core::fmt::Write as _;
 use std::path::Path;
 
+use bdia_core::Layout;
 use bdia_core::backend::Backend;
 use bdia_core::network::{Outcome, Step};
 use bdia_core::plan::{Choice, fit};
-use bdia_core::{Layout, Reals};
 use bdia_models::files::write_bytes;
 use bdia_models::inference::Inference;
-use bdia_models::named::Named;
+use bdia_models::named::{Named, Saved};
 use bdia_models::seq2seq::config::TranslationConfig;
 use bdia_models::seq2seq::decode::{Search, Sizes};
 use bdia_models::seq2seq::files::{load_weights, save_weights};
@@ -351,7 +351,7 @@ impl Task for Training {
         [self.model.parameters(), self.model.trained().iter().map(Named::len).sum()]
     }
 
-    fn saved(&self) -> Vec<Reals> {
+    fn saved(&self) -> Vec<Saved> {
         self.model.saved()
     }
 

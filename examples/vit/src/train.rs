@@ -17,9 +17,9 @@ use bdia_core::plan::Choice;
 use bdia_core::rng::{Draw, Stream};
 use bdia_core::stack::Mode as StackMode;
 use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
-use bdia_core::{Grid, Layout, Reals};
+use bdia_core::{Grid, Layout};
 use bdia_models::inference::Inference;
-use bdia_models::named::Named;
+use bdia_models::named::{Named, Saved};
 use bdia_models::plan::Plan;
 use bdia_models::vit::config::VitConfig;
 use bdia_models::vit::files::{load_weights, save_weights};
@@ -488,7 +488,7 @@ impl Task for Training {
         [self.model.parameters(), self.model.trained().iter().map(Named::len).sum()]
     }
 
-    fn saved(&self) -> Vec<Reals> {
+    fn saved(&self) -> Vec<Saved> {
         self.model.saved()
     }
 

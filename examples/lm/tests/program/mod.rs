@@ -74,15 +74,18 @@ pub fn program() -> Command {
 
 /// `train` of the small model on the tokens; `flags` are separated by spaces and win.
 pub fn train(data: &Path, out: &Path, flags: &str) -> Command {
-    let flags: Vec<_> = flags.split_whitespace().collect();
-    let small: Vec<_> = SMALL.split_whitespace().collect();
     let mut c = program();
     c.arg("train").arg("--data").arg(data);
-    small.chunks(2).filter(|pair| !flags.contains(&pair[0])).for_each(|pair| {
-        c.args(pair);
-    });
-    c.args(flags).arg("--out").arg(out);
+    c.args(with_small(flags)).arg("--out").arg(out);
     c
+}
+
+/// The flags of the small model that are not among `flags`, and these.
+pub fn with_small(flags: &str) -> Vec<&str> {
+    let flags: Vec<_> = flags.split_whitespace().collect();
+    let small: Vec<_> = SMALL.split_whitespace().collect();
+    let others = small.chunks(2).filter(|pair| !flags.contains(&pair[0])).flatten();
+    others.copied().chain(flags.iter().copied()).collect()
 }
 
 /// A committed model of `bdia-models`.

@@ -22,11 +22,11 @@ use crate::weights::{self, WeightsError};
 /// The tensors of a language model of the core, in the order and under the names of GPT-2's file.
 pub fn tensors(lm: &Lm) -> Vec<Named> {
     let (first, last) = lm.outside.split_at(2);
-    let end = |t: &Tensor| Named::new(t.name.into(), &lm.ends, 0, t);
+    let end = |t: &Tensor| Named::new(t.name.into(), &lm.ends, 0, t, &lm.outside);
     let blocks = (0..lm.blocks.params.groups()).flat_map(|k| {
         let name = move |t: &Tensor| format!("h.{k}.{}", t.name);
         let tensors = named::of_block(&lm.blocks, k).into_iter();
-        tensors.map(move |(params, k, t)| Named::new(name(&t), params, k, &t))
+        tensors.map(move |(params, k, t)| Named::new(name(&t), params, k, &t, &lm.blocks))
     });
     let all = first.iter().map(end).chain(blocks).chain(last.iter().map(end));
     all.filter(|t| !t.is_empty()).collect()

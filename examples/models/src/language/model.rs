@@ -5,7 +5,7 @@ use bdia_core::arena::{Category, Ints, Layout, Reals, product};
 use bdia_core::backend::Backend;
 use bdia_core::error::{Error, Result, Site};
 use bdia_core::layers::{
-    Freeze, Gradients, LmHead, Parameter, Params, Residual, Room, RotaryAngles, Tensor,
+    Freeze, Gradients, LmHead, Parameter, Params, Residual, Room, RotaryAngles, Tensor, Tensors,
     TokenEmbedding,
 };
 use bdia_core::network::{
@@ -17,7 +17,7 @@ use bdia_core::update::FloatGamma;
 
 use super::Family;
 use crate::inference::{Inference, Probe, at_head};
-use crate::named::{self, Adapters, Named};
+use crate::named::{self, Adapters, Named, Saved};
 use crate::plan::Plan;
 
 /// How it is trained.
@@ -271,16 +271,16 @@ impl<F: Family> LanguageModel<F> {
         let [_, _, norm, ..] = d.ends();
         let before = self.outside.iter().take_while(|t| t.name != norm.name).count();
         let (first, last) = self.outside.split_at(before);
-        let named = |params, k, block, t: &Tensor| {
-            let named = Named::new(d.name(block, t), params, k, t);
+        let named = |params, k, block, t: &Tensor, tensors: &dyn Tensors| {
+            let named = Named::new(d.name(block, t), params, k, t, tensors);
             let file_has_ours = !F::TRANSPOSED || block.is_none() || named.is_adapter_input();
             if file_has_ours { named } else { named.transposed() }
         };
-        let end = |t: &Tensor| named(&self.ends, 0, None, t);
+        let end = |t: &Tensor| named(&self.ends, 0, None, t, &self.outside.as_slice());
         let blocks = (0..d.layers()).flat_map(|k| {
             named::of_block(&self.blocks, k)
                 .into_iter()
-                .map(move |(params, k, t)| named(params, k, Some(k), &t))
+                .map(move |(params, k, t)| named(params, k, Some(k), &t, &self.blocks))
         });
         first.iter().map(end).chain(blocks).chain(last.iter().map(end)).collect()
     }
@@ -296,7 +296,7 @@ impl<F: Family> LanguageModel<F> {
     }
 
     /// All tensors of a checkpoint, in order: what is trained, then the optimizer's state.
-    pub fn saved(&self) -> Vec<Reals> {
+    pub fn saved(&self) -> Vec<Saved> {
         named::saved(&self.trained())
     }
 

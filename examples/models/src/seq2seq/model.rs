@@ -45,7 +45,7 @@ use bdia_core::stack::{
 
 use super::vocab::{BEGIN, END, PAD};
 use crate::inference::{Inference, at_head};
-use crate::named::{self, Adapters, Named};
+use crate::named::{self, Adapters, Named, Saved};
 
 /// The architecture.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -387,19 +387,19 @@ impl Translator {
     pub(super) fn all(&self) -> Vec<Named> {
         let end = |range: core::ops::Range<usize>| {
             let tensors = self.outside[range].iter().filter(|t| !t.is_empty());
-            tensors.map(|t| Named::new(t.name.into(), &self.ends, 0, t))
+            tensors.map(|t| Named::new(t.name.into(), &self.ends, 0, t, &self.outside))
         };
         let encoder = (0..self.setup.dims.layers[0]).flat_map(|k| {
             named::of_block(&self.encoder, k).into_iter().map(move |(params, k, t)| {
                 let name = format!("encoder.layers.{k}.{}", encoder_name(t.name));
-                Named::new(name, params, k, &t).transposed()
+                Named::new(name, params, k, &t, &self.encoder).transposed()
             })
         });
         let decoder = (0..self.setup.dims.layers[1]).flat_map(|k| {
             let mut list: Vec<_> = (named::of_block(&self.decoder, k).into_iter())
                 .map(|(params, k, t)| {
                     let name = format!("decoder.layers.{k}.{}", decoder_name(t.name));
-                    Named::new(name, params, k, &t).transposed()
+                    Named::new(name, params, k, &t, &self.decoder).transposed()
                 })
                 .collect();
             // Parts of one tensor have to meet: weights of cross-attention before its biases.
@@ -424,7 +424,7 @@ impl Translator {
     }
 
     /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
-    pub fn saved(&self) -> Vec<Reals> {
+    pub fn saved(&self) -> Vec<Saved> {
         named::saved(&self.trained())
     }
 

@@ -19,7 +19,7 @@ use bdia_core::update::{FloatGamma, Sign};
 
 use super::revvit::RevStack;
 use crate::inference::{Inference, Probe, at_head};
-use crate::named::{self, Adapters, Named};
+use crate::named::{self, Adapters, Named, Saved};
 use crate::plan::Plan;
 
 /// The architecture.
@@ -318,7 +318,7 @@ impl Vit {
     pub(super) fn all(&self) -> Vec<Named> {
         let (first, last) = self.outside.split_at(INPUT);
         let end = |t: &&Tensor| {
-            let named = Named::new(t.name.into(), &self.ends, 0, t);
+            let named = Named::new(t.name.into(), &self.ends, 0, t, &self.outside);
             match t.name {
                 "cls_token" => Named { shape: vec![1, 1, t.cols], ..named },
                 "pos_embed" => Named { shape: vec![1, t.rows, t.cols], ..named },
@@ -328,7 +328,7 @@ impl Vit {
         let blocks = (0..self.setup.dims.layers).flat_map(|k| {
             named::of_block(&self.blocks, k).into_iter().map(move |(params, k, t)| {
                 let name = format!("blocks.{k}.{}", file_name(t.name));
-                Named::new(name, params, k, &t).transposed()
+                Named::new(name, params, k, &t, &self.blocks).transposed()
             })
         });
         let there = |t: &&Tensor| !t.is_empty();
@@ -348,7 +348,7 @@ impl Vit {
     }
 
     /// All tensors of a checkpoint, in order: the parameters, then the optimizer's state.
-    pub fn saved(&self) -> Vec<Reals> {
+    pub fn saved(&self) -> Vec<Saved> {
         named::saved(&self.trained())
     }
 

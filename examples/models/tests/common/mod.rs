@@ -118,9 +118,7 @@ impl State {
         for (t, values) in tensors.iter().zip(self.of("param", tensors)) {
             let values: Vec<_> = values.into_iter().map(B::Real::of).collect();
             be.write_reals(t.values, &values).unwrap();
-            for state in t.state {
-                be.fill_reals(state, B::Real::of(0.0)).unwrap();
-            }
+            t.state.clear(be).unwrap();
         }
     }
 }

@@ -94,9 +94,9 @@ fn step(
 fn parameters(be: &Be<'_>, model: &Gpt2) -> Vec<u32> {
     let mut all = Vec::new();
     for t in model.saved() {
-        let mut v = vec![0.0_f32; t.len()];
-        be.read_reals(t, &mut v).unwrap();
-        all.extend(v.into_iter().map(f32::to_bits));
+        let mut bits = vec![0; t.len()];
+        t.get(be, 0, &mut bits).unwrap();
+        all.extend(bits);
     }
     all
 }
