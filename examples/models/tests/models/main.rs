@@ -18,6 +18,7 @@ mod llama_gguf_write;
 mod llama_packed;
 mod llama_parity;
 mod llama_weights;
+mod optimizers;
 mod peft;
 mod seq2seq_parity;
 mod tokenizers;

@@ -1,4 +1,4 @@
-"""Steps of 8-bit AdamW and of Adafactor in float64, for tests/optimizers.rs.
+"""Steps of 8-bit AdamW and of Adafactor in float64, for tests/models/optimizers.rs.
 
 8-bit AdamW is bitsandbytes' kOptimizerStatic8bit2StateBlockwise with the tables of create_dynamic_map,
 but for one line below; Adafactor is transformers' with scale_parameter=False, relative_step=False, beta1=None. Written from what

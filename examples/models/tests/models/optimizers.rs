@@ -1,14 +1,11 @@
 //! Steps of 8-bit AdamW and of Adafactor against an independent program
 //! (`tests/torch/optimizers.py`), in f64 on both sides.
-#![allow(clippy::unwrap_used)]
 
-mod common;
-
+use crate::common::state;
 use bdia_core::backend::OptimOps;
 use bdia_core::codes::{SIGNED, UNSIGNED};
 use bdia_core::optim::{Rule, Sizes, Update};
 use bdia_core::{Layout, Reals, Reference, State, Storage, Words};
-use common::state;
 
 #[test]
 fn adam_w_8bit() {
