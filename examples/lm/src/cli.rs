@@ -795,6 +795,9 @@ pub struct PlanArgs {
     /// With the copies of --verify
     #[arg(long)]
     pub verify: bool,
+    /// A picture of what fits into --memory: bytes over the tokens of a sample
+    #[arg(long, value_name = "FILE", requires = "memory")]
+    pub svg: Option<PathBuf>,
     /// The last line of standard output is one JSON object
     #[arg(long)]
     pub json: bool,
@@ -829,7 +832,7 @@ pub enum Command {
         experiment: Experiment,
     },
     /// The memory that training would take, without training
-    Plan(PlanArgs),
+    Plan(Box<PlanArgs>),
 }
 
 /// The command line, read and checked.

@@ -1,4 +1,4 @@
-//! `eval`, `generate` and `plan`: everything that does not train.
+//! `eval` and `generate`: what does not train.
 
 use core::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use bdia_core::layers::Gradients;
 use bdia_core::plan::Choice;
 use bdia_core::stack::Mode;
 use bdia_core::update::{FloatGamma, Gamma, Policy, Sign};
-use bdia_core::{Category, Error, Grid, Layout};
+use bdia_core::{Error, Grid, Layout};
 use bdia_models::for_family;
 use bdia_models::inference::Inference;
 use bdia_models::input;
@@ -20,23 +20,20 @@ use bdia_models::named::Adapters;
 use bdia_models::pretrained::{self, Pretrained};
 use bdia_models::sample::Sampler;
 use bdia_models::search::Length;
-use bdia_models::tokenizer::{Tokenizer, VOCAB};
+use bdia_models::tokenizer::Tokenizer;
 use bdia_train::Failure;
 use bdia_train::cli::{self, BackendKind, MachineArgs};
 use bdia_train::directory::{Claim, Directory};
 use bdia_train::machine::{self, Work, for_kind};
-use bdia_train::report::{self, MemoryTable};
-use bdia_train::trainer;
-use bdia_train::{ranks, run};
+use bdia_train::report::{self};
+use bdia_train::run;
 use serde::Deserialize;
 use serde_json::json;
 
 use crate::cli::{
-    EvalArgs, GenerateArgs, MergeArgs, PairArgs, PlanArgs, SpecialTokens, TaskKind, check_pack,
-    context_of,
+    EvalArgs, GenerateArgs, MergeArgs, PairArgs, SpecialTokens, TaskKind, context_of,
 };
 use crate::data::{Corpus, DataError, Part, TokenType, start_token};
-use crate::finetune::{self, storage};
 use crate::hub;
 use crate::pairs::{Examples, begun};
 use crate::train::{self, Texts, end_tokens};
@@ -527,127 +524,4 @@ fn generate_on<C: Config>(
     let threads = machine::threads(&args.machine);
     let work = Generate { args, path, model, decoder, tokenizer, texts, prompts, decoding };
     machine::run(&args.machine, threads, &layout, work)
-}
-
-/// The memory table, without training.
-///
-/// # Errors
-/// [`Failure`], among them a budget that cannot be met, with the smallest plan.
-pub fn plan(args: &PlanArgs) -> Result<(), Failure> {
-    let (config, weights) = match &args.weights {
-        Some(model) => {
-            let opened = hub::open_config(model)?;
-            (opened.config, Some(opened.path))
-        }
-        None => (args.model.fresh(args.dropout, VOCAB)?, None),
-    };
-    for_family!(config, config => plan_of(args, config, weights.as_deref()))
-}
-
-fn plan_of<C: Config>(
-    args: &PlanArgs,
-    mut config: C,
-    weights: Option<&Path>,
-) -> Result<(), Failure> {
-    let mut method = args.method.clone();
-    if let Some(path) = weights {
-        method.frozen_dtype = storage(&method, &config, path)?;
-    }
-    let adapters = finetune::adapters(&method, &args.machine, &config, weights)?;
-    config.set_dropout(args.dropout);
-    let dims = config.dims();
-    let positions = dims.positions();
-    let context = context_of(args.model.context, positions)?.unwrap_or(positions);
-    check_pack::<C::Dims>(args.pack)?;
-    let threads = machine::threads(&args.machine);
-    let kind = args.machine.backend;
-    let (layers, ranks) = (dims.layers(), args.ranks as usize);
-    let setup = Setup {
-        dims,
-        batch: ranks::part(args.batch as usize, ranks)?,
-        accumulate: args.accumulate as usize,
-        context,
-        mode: machine::mode(&args.mode, layers, args.verify)?,
-        gradients: machine::gradients(&args.optim, args.accumulate),
-        blocks_per_step: args.mode.blocks_per_step as usize,
-        adapters,
-        packed: args.pack,
-        smoothing: 0.0,
-        threads,
-        library: machine::library(&args.machine, threads),
-    };
-    let fused = setup.gradients.fused();
-    let (choice, model, layout) =
-        machine::lay_out::<LanguageModel<C::Dims>>(&setup, kind, ranks, args.machine.memory, None)?;
-    report::tell!(
-        "{} parameters, {layers} blocks, width {}, {} sample(s) of {context} tokens{}, {}",
-        model.parameters(),
-        dims.width(),
-        args.batch,
-        if ranks > 1 { format!(" on {ranks} ranks, of which this is one") } else { String::new() },
-        if fused { "updates as blocks are finished" } else { "full gradient buffers" },
-    );
-    let name = match setup.mode {
-        Mode::Checkpoint { every, .. } => format!("checkpoint {every}"),
-        _ => trainer::mode_name(args.mode.mode),
-    };
-    let mut columns = vec![(format!("{name} *"), layout.clone())];
-    let mut others = machine::other_modes(&setup.mode, layers)?;
-    // The fair rival in memory.
-    others.push(("checkpoint 1".into(), Mode::Checkpoint { every: 1, grid: None }));
-    for (other, mode) in others.into_iter().filter(|(other, _)| *other != name) {
-        let setup = Setup { mode, ..setup };
-        let plan =
-            machine::lay_out::<LanguageModel<C::Dims>>(&setup, kind, ranks, None, Some(choice))?.2;
-        columns.push((other, plan));
-    }
-    columns.dedup_by(|a, b| a.0 == b.0);
-    report::tell!("{}", machine::memory_table(&columns, None).to_string().trim_end());
-    report::tell!(
-        "* chunks of {} sample(s) inside a block, {} rows of logits at a time",
-        choice.chunk,
-        choice.head_rows
-    );
-    if let Some(budget) = args.machine.memory {
-        report::tell!("  fits into {}", report::bytes(budget));
-    }
-    if let Some(last) = model.stack.last_step() {
-        report::tell!("{last}");
-    }
-    if let Mode::Bdia { grid, verify, .. } = setup.mode {
-        // What --gamma auto may choose.
-        let mut by_bits = MemoryTable::new(&["side bits", "total"]);
-        for planes in 1..=Gamma::MAX_PLANES {
-            let gamma = Policy::fixed(Gamma::new(planes, args.mode.sign())?);
-            let setup = Setup { mode: Mode::Bdia { grid, gamma, verify }, ..setup };
-            let plan = machine::lay_out::<LanguageModel<C::Dims>>(
-                &setup,
-                kind,
-                ranks,
-                None,
-                Some(choice),
-            )?
-            .2;
-            let cells = [plan.bytes(Category::SideBits), plan.total()].map(|n| Some(n as u64));
-            by_bits.row(&format!("gamma 1/{} (m = {planes})", 1_u32 << planes), &cells);
-        }
-        report::tell!("\n{}", by_bits.to_string().trim_end());
-    }
-    if args.json {
-        let categories: serde_json::Map<_, _> =
-            Category::ALL.iter().map(|&c| (c.to_string(), json!(layout.bytes(c)))).collect();
-        report::tell!(
-            "{}",
-            json!({
-                "plan_bytes": layout.total(),
-                "mapped_bytes": 4 * layout.mapped_words(),
-                "parameters": model.parameters(),
-                "chunk": choice.chunk,
-                "head_rows": choice.head_rows,
-                "fused": fused,
-                "bytes": categories,
-            })
-        );
-    }
-    Ok(())
 }

@@ -5,7 +5,7 @@
 //! conversations) → [`cli`] (flags, or a [`recipe`] of them) → [`train`] (the run) → [`finetune`],
 //! which begins with a pretrained model ([`hub`]) and the γ that it bears ([`calibrate`]) →
 //! [`inference`], [`chat`], [`score`] and [`export`] for trained models → [`experiment`] for many
-//! runs.
+//! runs; [`plan`] for the memory that they take.
 
 pub mod calibrate;
 pub mod chat;
@@ -17,6 +17,7 @@ pub mod finetune;
 pub mod hub;
 pub mod inference;
 pub mod pairs;
+pub mod plan;
 pub mod recipe;
 pub mod score;
 pub mod train;

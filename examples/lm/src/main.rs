@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use bdia_lm::cli::{Cli, Command, Experiment};
-use bdia_lm::{chat, experiment, export, finetune, inference, score, train};
+use bdia_lm::{chat, experiment, export, finetune, inference, plan, score, train};
 use bdia_train::alloc::Counting;
 use bdia_train::run::program;
 
@@ -27,6 +27,6 @@ fn main() -> ExitCode {
         Command::Experiment { experiment: Experiment::SmallData(args) } => {
             experiment::small_data(&args)
         }
-        Command::Plan(args) => inference::plan(&args),
+        Command::Plan(args) => plan::plan(&args),
     })
 }

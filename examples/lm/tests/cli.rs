@@ -134,6 +134,37 @@ fn unusable_weights() {
     assert!(before == content(&out));
 }
 
+/// What fits is the plan's own word: the longest sample fits, one token more does not.
+#[test]
+fn plans_say_what_fits_into_a_budget() {
+    let dir = Dir::new();
+    let picture = dir.at("fits.svg");
+    let flags = "plan --config llama-135m --method lora --batch 1 --context 256 --threads 1 --json";
+    let plan = |budget: &str, flags: &str| {
+        let mut c = program();
+        c.args(flags.split(' ')).args(["--memory", budget]).arg("--svg").arg(&picture);
+        c
+    };
+    let said = good(&mut plan("700MB", flags));
+    assert!(std::fs::read_to_string(&picture).unwrap().contains("lora, frozen q4_0"));
+    assert!(said.out.contains("700 MB is room for") && said.out.contains("longest T"));
+    let json = said.json();
+    let fits = json["fits"].as_array().unwrap();
+    let of = |name: &str| fits.iter().find(|row| row["way"] == name).unwrap();
+    assert_eq!(of("all parameters, adamw")["longest_context"], 0);
+    let lora = of("lora, frozen f32");
+    assert_eq!(lora["plan_bytes"]["256"], json["plan_bytes"]);
+    let longest = lora["longest_context"].as_u64().unwrap();
+    assert!(longest < of("lora, frozen q8_0")["longest_context"].as_u64().unwrap());
+    let at = |t: u64| flags.replace("--context 256", &format!("--context {t}"));
+    good(&mut plan("700MB", &at(longest)));
+    // The way out is shown before the error.
+    let said = bad(&mut plan("700MB", &at(longest + 1)), &["700000000", "smallest plan needs"]);
+    assert!(said.out.contains("the first that fits: lora, frozen f32"));
+    let most = lora["largest_batch"].as_u64().unwrap();
+    good(&mut plan("700MB", &flags.replace("--batch 1", &format!("--batch {most}"))));
+}
+
 #[test]
 fn unusable_flags() {
     let dir = Dir::new();
