@@ -91,9 +91,9 @@ pub const fn keep_sign(code: u8, x: f32) -> u8 {
 
 /// The code of a second moment `x`. A positive one does not become 0 but the least positive code.
 ///
-/// This is not bitsandbytes', which has 0 for what is below 1.6e-7. A first moment of the same value
-/// is kept down to 2.75e-7, where gradients are the roots of second moments, so there a step of
-/// `m/(√0 + ε)` follows if the next gradient is 0: tens of thousands of times the learning rate.
+/// This is not bitsandbytes', which has 0 for what is below 1.6e-7. A first moment of the same
+/// value is kept down to 2.75e-7, where gradients are the roots of second moments, so there a step
+/// of `m/(√0 + ε)` follows if the next gradient is 0: tens of thousands of times the learning rate.
 pub fn second(x: f32) -> u8 {
     nearest(&UNSIGNED, x).max(u8::from(x > 0.0))
 }
