@@ -331,10 +331,9 @@ fn table(rows: &[Row], contexts: &[usize], context: usize, budget: u64) -> Strin
     if let Some(row) = rows.iter().find(|row| row.mapped > 0) {
         text += &format!("{}: and {} mapped from its file\n", row.name, bytes(row.mapped));
     }
-    match rows.iter().find(|row| row.longest >= context.min(256)) {
-        Some(row) => text += &format!("the first that fits: {}\n", row.name),
-        None => text += "none of them fits\n",
-    }
+    let least = context.min(CONTEXTS[0]);
+    let first = rows.iter().find(|row| row.longest >= least).map_or("none", |row| row.name);
+    text += &format!("the first with room for {least} tokens: {first}\n");
     text
 }
 

@@ -160,7 +160,7 @@ fn plans_say_what_fits_into_a_budget() {
     good(&mut plan("700MB", &at(longest)));
     // The way out is shown before the error.
     let said = bad(&mut plan("700MB", &at(longest + 1)), &["700000000", "smallest plan needs"]);
-    assert!(said.out.contains("the first that fits: lora, frozen f32"));
+    assert!(said.out.contains("the first with room for 256 tokens: all parameters, adafactor"));
     let most = lora["largest_batch"].as_u64().unwrap();
     good(&mut plan("700MB", &flags.replace("--batch 1", &format!("--batch {most}"))));
 }
