@@ -417,6 +417,9 @@ struct Example {
     prompt: usize,
 }
 
+/// Examples that are encoded at a time: what that takes is little beside the tokens of all.
+const AT_ONCE: usize = 1024;
+
 /// Marks a token that is learned.
 const LEARNED: u32 = 1 << 31;
 
@@ -470,55 +473,62 @@ impl Examples {
         vocab: usize,
     ) -> Result<Self, PairsError> {
         let all = reading.loss_on == LossOn::All;
-        let chats = match &reading.kind {
-            Kind::Messages => Some(conversations(path)?),
-            Kind::Pairs(columns) if reading.format == Format::Chat => Some(
-                (read(path, columns)?.into_iter())
-                    .map(|p| vec![message(USER, &p.prompt), message(ASSISTANT, &p.completion)])
-                    .collect(),
-            ),
-            Kind::Pairs(_) => None,
+        let chat = |i: usize, messages: &[Message]| {
+            tokenizer.encode_chat(messages).map_err(|error| PairsError::Chat {
+                path: path.into(),
+                example: i + 1,
+                error,
+            })
         };
-        let texts: Vec<(Vec<u32>, Vec<bool>)> = match (chats, &reading.kind) {
-            (Some(chats), _) => (chats.par_iter().enumerate())
-                .map(|(i, messages)| {
-                    tokenizer.encode_chat(messages).map_err(|error| PairsError::Chat {
-                        path: path.into(),
-                        example: i + 1,
-                        error,
-                    })
-                })
-                .collect::<Result<_, _>>()?,
-            (None, Kind::Pairs(columns)) => {
-                let pairs = read(path, columns)?;
-                let prompts: Vec<String> =
-                    pairs.iter().map(|p| format!("{}{SEPARATOR}", p.prompt)).collect();
+        let (mut tokens, mut examples) = (Vec::new(), Vec::new());
+        let mut add = |texts: Vec<(Vec<u32>, Vec<bool>)>| {
+            for (text, learned) in texts {
+                let start = tokens.len();
+                let prompt = learned.iter().position(|l| *l).unwrap_or(text.len());
+                for (i, (token, learned)) in text.into_iter().zip(learned).enumerate() {
+                    if token as usize >= vocab.min(LEARNED as usize) {
+                        return Err(PairsError::Token { path: path.into(), token, vocab });
+                    }
+                    tokens.push(if learned || (all && i > 0) { token | LEARNED } else { token });
+                }
+                examples.push(Example { start, len: tokens.len() - start, prompt });
+            }
+            Ok(())
+        };
+        match &reading.kind {
+            Kind::Messages => {
+                for (n, part) in conversations(path)?.chunks(AT_ONCE).enumerate() {
+                    let texts = part.par_iter().enumerate();
+                    add(texts.map(|(i, m)| chat(n * AT_ONCE + i, m)).collect::<Result<_, _>>()?)?;
+                }
+            }
+            Kind::Pairs(columns) if reading.format == Format::Chat => {
+                for (n, part) in read(path, columns)?.chunks(AT_ONCE).enumerate() {
+                    let texts = part.par_iter().enumerate().map(|(i, p)| {
+                        let messages =
+                            [message(USER, &p.prompt), message(ASSISTANT, &p.completion)];
+                        chat(n * AT_ONCE + i, &messages)
+                    });
+                    add(texts.collect::<Result<_, _>>()?)?;
+                }
+            }
+            Kind::Pairs(columns) => {
                 let encode = |texts: Vec<&str>| tokenizer.encode_all(&texts);
-                let prompts = encode(prompts.iter().map(String::as_str).collect());
-                let completions = encode(pairs.iter().map(|p| p.completion.as_str()).collect());
-                (prompts.into_iter().zip(completions))
-                    .map(|(prompt, completion)| {
+                for part in read(path, columns)?.chunks(AT_ONCE) {
+                    let prompts: Vec<String> =
+                        part.iter().map(|p| format!("{}{SEPARATOR}", p.prompt)).collect();
+                    let prompts = encode(prompts.iter().map(String::as_str).collect());
+                    let completions = encode(part.iter().map(|p| p.completion.as_str()).collect());
+                    let texts = prompts.into_iter().zip(completions).map(|(prompt, completion)| {
                         let mut tokens = begun(tokenizer, prompt);
                         let prompt = tokens.len();
                         tokens.extend(completion.into_iter().chain(end));
                         let learned = (0..tokens.len()).map(|i| i >= prompt).collect();
                         (tokens, learned)
-                    })
-                    .collect()
-            }
-            (None, Kind::Messages) => Vec::new(),
-        };
-        let (mut tokens, mut examples) = (Vec::new(), Vec::with_capacity(texts.len()));
-        for (text, learned) in texts {
-            let start = tokens.len();
-            let prompt = learned.iter().position(|l| *l).unwrap_or(text.len());
-            for (i, (token, learned)) in text.into_iter().zip(learned).enumerate() {
-                if token as usize >= vocab.min(LEARNED as usize) {
-                    return Err(PairsError::Token { path: path.into(), token, vocab });
+                    });
+                    add(texts.collect())?;
                 }
-                tokens.push(if learned || (all && i > 0) { token | LEARNED } else { token });
             }
-            examples.push(Example { start, len: tokens.len() - start, prompt });
         }
         Ok(Self {
             tokens,
