@@ -379,6 +379,36 @@ fn a_checkpoint_that_cannot_be_written_leaves_the_last_one() {
     same(&whole, &out, 60);
 }
 
+/// Whoever asks for it, this workspace or a library.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_that_the_system_refuses_is_told_in_words() {
+    let dir = Dir::new();
+    let data = dir.tokens();
+    let (mut done, mut told) = (0, 0);
+    // From less than the program's own pages to more than it asks for.
+    for mib in (20..180).step_by(4) {
+        let inner = train(&data, &dir.at(&format!("run-{mib}")), "--steps 1 --eval-interval 0");
+        let limit = format!("ulimit -v {}; exec \"$@\"", mib << 10);
+        let mut limited = Command::new("sh");
+        limited.args(["-c", &limit, "sh"]).arg(inner.get_program()).args(inner.get_args());
+        let ended = limited.output().unwrap();
+        let err = String::from_utf8_lossy(&ended.stderr);
+        match ended.status.code() {
+            Some(0) => done += 1,
+            Some(1) if err.contains("error: ") => told += 1,
+            // The loader or the system, before any of the program ran.
+            Some(127) => {}
+            None if err.is_empty() && ended.status.signal() == Some(11) && mib < 32 => {}
+            // The C library ends a process whose new thread has no memory for its thread-local
+            // values, without asking anybody.
+            None if err.contains("Fatal glibc error") => {}
+            other => panic!("{mib} MiB: {other:?} {:?} {err}", ended.status),
+        }
+    }
+    assert!(done > 0 && told > 0, "{done} done, {told} told");
+}
+
 #[test]
 fn a_full_disk_leaves_the_last_checkpoint() {
     struct Mount(PathBuf);

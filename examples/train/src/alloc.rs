@@ -11,6 +11,8 @@ use std::alloc::System;
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 static COUNT: AtomicU64 = AtomicU64::new(0);
+/// The last size that the system refused.
+static REFUSED: AtomicUsize = AtomicUsize::new(0);
 
 /// The system's allocator with counters. A program installs it:
 /// `#[global_allocator] static ALLOCATOR: Counting = Counting;`
@@ -44,6 +46,19 @@ impl Counting {
         Self::grow(bytes);
     }
 
+    /// Bytes that the system last refused; 0: it never did.
+    pub fn refused() -> usize {
+        REFUSED.load(Ordering::Relaxed)
+    }
+
+    fn got(p: *mut u8, bytes: usize) {
+        if p.is_null() {
+            REFUSED.store(bytes, Ordering::Relaxed);
+        } else {
+            Self::grow(bytes);
+        }
+    }
+
     fn grow(bytes: usize) {
         COUNT.fetch_add(1, Ordering::Relaxed);
         let now = CURRENT.fetch_add(bytes, Ordering::Relaxed).wrapping_add(bytes);
@@ -61,18 +76,14 @@ unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promises are those that `System` asks for.
         let p = unsafe { System.alloc(layout) };
-        if !p.is_null() {
-            Self::grow(layout.size());
-        }
+        Self::got(p, layout.size());
         p
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promises are those that `System` asks for.
         let p = unsafe { System.alloc_zeroed(layout) };
-        if !p.is_null() {
-            Self::grow(layout.size());
-        }
+        Self::got(p, layout.size());
         p
     }
 
@@ -92,6 +103,8 @@ unsafe impl GlobalAlloc for Counting {
             } else {
                 Self::shrink(layout.size() - new_size);
             }
+        } else {
+            REFUSED.store(new_size, Ordering::Relaxed);
         }
         p
     }

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use signal_hook::{consts, flag};
 
+use crate::alloc::Counting;
 use crate::checkpoint::{self, Header};
 use crate::cli::{Flags, RunFlags, check_mode, shown};
 use crate::directory::{Claim, Directory};
@@ -26,8 +27,10 @@ pub const STOPPED: u8 = 3;
 /// The whole of a program: 0 where the work was done, [`STOPPED`] where a run was stopped,
 /// otherwise 1 after a line that says why.
 pub fn program(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
+    tell_refusals();
     // Before anything that a wide register might be used for.
-    let done = bdia_cpu::require_cpu().map_err(Failure::from).and_then(|()| work());
+    let done = bdia_cpu::require_cpu().map_err(Failure::from);
+    let done = done.and_then(|()| pool()).and_then(|()| work());
     let done = done.and_then(|()| match report::lost() {
         // Whoever closes a pipe has read enough.
         Some(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Output(e)),
@@ -48,6 +51,62 @@ pub fn program(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// From now on a process that ends because a library asked the system for memory in vain ends as
+/// after any other error: with a line that says so and exit code 1. What this workspace itself
+/// asks for is a typed error without this.
+#[allow(unsafe_code)]
+fn tell_refusals() {
+    #[cfg(unix)]
+    {
+        // SAFETY: the handler reads atomics, formats into its own stack, and calls write(2),
+        // pause(2) and _exit(2), which handlers may. One that cannot be registered leaves the
+        // process as it was.
+        let _ = unsafe { signal_hook::low_level::register(libc::SIGABRT, refused) };
+    }
+}
+
+/// Where no memory was refused, it returns, and the process is aborted for what it is.
+#[cfg(unix)]
+#[allow(unsafe_code)]
+fn refused() {
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    let bytes = Counting::refused();
+    if bytes == 0 {
+        return;
+    }
+    if TOLD.swap(true, Ordering::Relaxed) {
+        // Another thread is telling, and ends this one too.
+        loop {
+            // SAFETY: handlers may call it.
+            unsafe { libc::pause() };
+        }
+    }
+    let mut line = [0; 160];
+    let room = line.len();
+    let mut rest = &mut line[..];
+    // A slice takes as much as fits, and formatting a number allocates nothing.
+    let _ = writeln!(
+        rest,
+        "error: the operating system refused {bytes} bytes of memory; what was saved before is \
+         whole, and --resume goes on from it"
+    );
+    let told = room - rest.len();
+    // SAFETY: the slice is valid for reads of its length. Where nobody can read the line, the exit
+    // code is still there. Ending the process is what handlers may do.
+    unsafe {
+        let _ = libc::write(2, line.as_ptr().cast(), told);
+        libc::_exit(1)
+    }
+}
+
+/// The threads that read text. Made when they are needed, they would be a panic where the system
+/// refuses them.
+fn pool() -> Result<(), Failure> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let pool = rayon::ThreadPoolBuilder::new().build_global();
+    Ok(pool.map_err(|_| bdia_cpu::CpuError::Threads { threads })?)
 }
 
 /// Set by signals.
