@@ -13,6 +13,24 @@ pub struct Choice {
     pub chunk: usize,
     /// Rows of logits that exist at a time.
     pub head_rows: usize,
+    /// Tokens that the parts of a block which treat each token alone take at a time
+    /// ([`Residual::in_token_chunks`](crate::layers::Residual::in_token_chunks)); `None`: all of
+    /// the chunk.
+    pub token_chunk: Option<usize>,
+}
+
+impl Choice {
+    /// Samples and rows of logits at a time, and every token of these samples.
+    pub const fn new(chunk: usize, head_rows: usize) -> Self {
+        Self { chunk, head_rows, token_chunk: None }
+    }
+
+    /// Whether it is one for `batch` samples of `tokens` tokens.
+    pub fn fits(&self, batch: usize, tokens: usize) -> bool {
+        (1..=batch).contains(&self.chunk)
+            && (1..=self.chunk.saturating_mul(tokens)).contains(&self.head_rows)
+            && self.token_chunk.is_none_or(|n| (1..=tokens).contains(&n))
+    }
 }
 
 /// What a backend is fastest with, where memory does not matter ([`crate::NnOps::rows`]).
@@ -34,12 +52,25 @@ impl Rows {
         let most = (self.chunk / tokens).clamp(1, batch.max(1));
         let halves =
             |n: usize| core::iter::successors(Some(n), |n| (*n > 1).then(|| n.div_ceil(2)));
-        halves(most).flat_map(move |chunk| {
-            let rows = self.head.min(chunk * tokens);
-            halves(rows)
-                .take_while(move |&r| r >= 8 || r == rows)
-                .map(move |head_rows| Choice { chunk, head_rows })
-        })
+        let rows = move |chunk| {
+            let most = self.head.min(chunk * tokens);
+            halves(most).take_while(move |&r| r >= 8 || r == most)
+        };
+        // Few rows of logits cost more than parts of a block that are computed twice.
+        let many = move |r: &usize| *r >= 48;
+        let whole = move |chunk, r| Choice::new(chunk, r);
+        let token_chunks = move || halves(tokens).skip(1).take_while(|&n| n >= 128).map(Some);
+        let last = token_chunks().last().flatten();
+        (halves(most).flat_map(move |c| rows(c).filter(many).map(move |r| whole(c, r))))
+            .chain(token_chunks().flat_map(move |token_chunk| {
+                rows(1).filter(many).map(move |r| Choice { token_chunk, ..whole(1, r) })
+            }))
+            .chain(halves(most).flat_map(move |c| {
+                rows(c).filter(move |r| !many(r)).map(move |r| match (c, last) {
+                    (1, Some(_)) => Choice { token_chunk: last, ..whole(c, r) },
+                    _ => whole(c, r),
+                })
+            }))
     }
 }
 
@@ -77,7 +108,7 @@ mod tests {
             Ok((c.chunk, l))
         };
         let pick = |budget| fit(budget, Rows::CACHED.choices(8, 64), make);
-        assert_eq!(pick(None).unwrap().0, Choice { chunk: 8, head_rows: Rows::CACHED.head });
+        assert_eq!(pick(None).unwrap().0, Choice::new(8, Rows::CACHED.head));
         let (c, built, l) = pick(Some(20_000)).unwrap();
         assert!(l.total() <= 20_000 && built == c.chunk && c.chunk == 4, "{c:?}");
         assert_eq!(pick(Some(100)).unwrap_err(), Error::Budget { budget: 100, minimum: 4544 });

@@ -38,7 +38,7 @@ fn modes() -> [Mode; 5] {
 }
 
 fn training(mode: Mode, gradients: Gradients, micro_batches: usize) -> Training {
-    let choice = Choice { chunk: 2, head_rows: 3 };
+    let choice = Choice::new(2, 3);
     let batch = BATCH / micro_batches;
     Training { micro_batches, choice, ..Training::new(mode, batch, gradients) }
 }
@@ -728,8 +728,8 @@ fn language_models_that_do_not_fit_are_refused() {
     refused(LmShape { dropout: 1.0, ..shape }, t, "dropout");
     refused(shape, Training { micro_batches: 0, ..t }, "micro-batches");
     refused(shape, Training { batch: 0, ..t }, "batch");
-    refused(shape, Training { choice: Choice { chunk: 0, head_rows: 1 }, ..t }, "chunk");
-    refused(shape, Training { choice: Choice { chunk: 1, head_rows: 0 }, ..t }, "rows of logits");
+    refused(shape, Training { choice: Choice::new(0, 1), ..t }, "chunk");
+    refused(shape, Training { choice: Choice::new(1, 0), ..t }, "rows of logits");
 }
 
 /// A backend that was made for another layout, and what belongs to no layout.

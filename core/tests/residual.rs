@@ -260,9 +260,9 @@ fn two_branches_against_finite_differences() {
     }
 }
 
-#[test]
-fn branches_of_llama_against_finite_differences() {
-    let shape = LlamaShape {
+/// A block of Llama's family without any option.
+fn llama() -> LlamaShape {
+    LlamaShape {
         tokens: TOKENS,
         width: WIDTH,
         heads: 4,
@@ -282,8 +282,12 @@ fn branches_of_llama_against_finite_differences() {
         unrotated: BlockSet::NONE,
         attention_dropout: 0.0,
         init: Scheme::InverseRoot,
-    };
-    let everything = LlamaShape {
+    }
+}
+
+/// With all of them.
+fn llama_of_everything() -> LlamaShape {
+    LlamaShape {
         norm_offset: 1.0,
         gate: Gate::Gelu(Gelu::Tanh),
         qkv_bias: true,
@@ -294,13 +298,19 @@ fn branches_of_llama_against_finite_differences() {
         window: Some(2),
         sliding: BlockSet::ALL,
         attention_dropout: 0.2,
-        ..shape
-    };
+        ..llama()
+    }
+}
+
+#[test]
+fn branches_of_llama_against_finite_differences() {
+    let (shape, everything) = (llama(), llama_of_everything());
     // Queries and output, keys and values; gate, up and down; norms.
     let plain = 2 * WIDTH * 8 + 2 * WIDTH * 4 + 3 * WIDTH * 6 + 2 * WIDTH;
     let all = plain + 8 + 2 * 4 + WIDTH + 2 * 6 + WIDTH + 2 * 2 + 2 * WIDTH;
     let lora = Some(LoraShape { rank: 2, alpha: 3.0 });
     let adapters = 2 * (2 * (WIDTH + 8) + 2 * (WIDTH + 4) + 3 * (WIDTH + 6));
+    let narrow = 2 * WIDTH * 4 + 2 * WIDTH * 4 + 3 * WIDTH * 20 + 2 * WIDTH;
     let unrotated = BlockSet::NONE.with(K).unwrap();
     for (name, shape, lora, freeze, trained) in [
         ("plain", shape, None, Freeze::Nothing, plain),
@@ -315,6 +325,14 @@ fn branches_of_llama_against_finite_differences() {
             adapters,
         ),
         ("all and adapters", everything, lora, Freeze::Nothing, all + adapters),
+        // Rows wider than all heads, and an MLP wider than rows.
+        (
+            "narrow heads",
+            LlamaShape { heads: 2, inner: 20, ..shape },
+            None,
+            Freeze::Nothing,
+            narrow,
+        ),
     ] {
         let blocks =
             |l: &mut Layout| LlamaBlocks::layout(&shape, BLOCKS, lora, freeze, KEPT, l).unwrap();
@@ -329,6 +347,69 @@ fn branches_of_llama_against_finite_differences() {
             (attention.positions, attention.starts) = (b.packed[0], b.packed[1]);
         };
         assert_eq!(check(name, blocks, packed, false), trained, "{name}, packed");
+    }
+}
+
+/// The results of blocks that take some tokens at a time are those of blocks that take all: bit for
+/// bit, but for gradients of parameters, which are sums over tokens in another order.
+fn in_chunks<P: Branches + Copy>(
+    name: &str,
+    blocks: impl Fn(&mut Layout) -> Residual<P>,
+    prepare: impl Fn(&mut Bench<P>),
+    smaller: bool,
+) {
+    let of = |tokens: Option<usize>| {
+        let mut b = bench::<f64, P>(|l| blocks(l).in_token_chunks(tokens), false);
+        prepare(&mut b);
+        let mut memory = Memory::<f64>::new(&b);
+        // Values depend on their places, which differ.
+        for (key, h) in [(7, b.gh), (8, b.own[0]), (9, b.own[1])] {
+            for (i, x) in memory.1[h.range()].iter_mut().enumerate() {
+                *x = noise(key, i);
+            }
+        }
+        run(&b, &mut memory, true);
+        let bits = |h: Reals| memory.1[h.range()].iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let gradients = common::trained(&[(&b.blocks.params, &b.blocks)]);
+        let gradients = gradients.iter().flat_map(|p| memory.1[p.grad.range()].to_vec());
+        let frame = b.call.frame.len();
+        (bits(b.h), bits(b.gx), gradients.collect::<Vec<_>>(), frame)
+    };
+    let whole = of(None);
+    for tokens in [1, 3, TOKENS, 100] {
+        let some = of(Some(tokens));
+        assert_eq!((&some.0, &some.1), (&whole.0, &whole.1), "{name}, {tokens} tokens");
+        for (a, b) in some.2.iter().zip(&whole.2) {
+            // Sums of twelve terms around 1.
+            assert!((a - b).abs() < 1e-12, "{name}, {tokens} tokens: {a} {b}");
+        }
+        assert_eq!(some.3 < whole.3, smaller && tokens < TOKENS, "{name}, {tokens} tokens");
+    }
+}
+
+#[test]
+fn some_tokens_at_a_time_are_all_tokens() {
+    let lora = Some(LoraShape { rank: 2, alpha: 3.0 });
+    for (lora, freeze) in [
+        (None, Freeze::Nothing),
+        (lora, Freeze::All(Some(Store::Alike(Packing::Bf16)))),
+        (lora, Freeze::Nothing),
+    ] {
+        for shape in [llama(), llama_of_everything()] {
+            let blocks = |l: &mut Layout| {
+                LlamaBlocks::layout(&shape, BLOCKS, lora, freeze, KEPT, l).unwrap()
+            };
+            let tables = |b: &mut Bench<(GroupedAttention, GatedMlp)>| {
+                b.blocks.branches.0.tables = [b.own[0], b.own[1]].map(|of| of.sub(0, 2 * TOKENS));
+            };
+            in_chunks("Llama", blocks, tables, true);
+        }
+        let blocks = |shape: BlockShape| {
+            move |l: &mut Layout| PreNorm::layout(&shape, BLOCKS, lora, freeze, KEPT, l).unwrap()
+        };
+        in_chunks("GPT-2", blocks(shape()), |_| {}, true);
+        // Numbers of dropout are drawn for whole samples.
+        in_chunks("GPT-2 with dropout", blocks(dropped()), |_| {}, false);
     }
 }
 

@@ -143,6 +143,21 @@ pub trait Branch<B: Backend> {
     /// Any error of the backend.
     fn vjp(&self, be: &mut B, at: &At<'_>, x: Reals, gy: Reals, gx: Reals) -> Result<()>;
 
+    /// Whether a row of `x` gives the same row of `y` wherever it stands and whatever the others
+    /// are: such a branch can run over some rows at a time ([`Residual::in_token_chunks`]).
+    fn by_token(&self) -> bool {
+        false
+    }
+
+    /// Fills the frame as [`forward`](Self::forward) does. `spare` has the shape of `x`; nobody
+    /// reads what is left there.
+    ///
+    /// # Errors
+    /// Any error of the backend.
+    fn again(&self, be: &mut B, at: &At<'_>, x: Reals, spare: Reals) -> Result<()> {
+        self.forward(be, at, x, spare)
+    }
+
     /// [`forward`](Self::forward) for one more token of each sample, at inference: `x` and `y` are
     /// `[samples, d]`. What looks at other tokens finds them in `cached`, and adds this one.
     ///
@@ -336,6 +351,8 @@ pub struct Residual<P> {
     pub branches: P,
     /// Parameters.
     pub params: Params,
+    /// Rows that branches by token take at a time.
+    token_chunk: Option<usize>,
     /// The optimizer of the running step.
     updater: Option<Updater>,
     /// Whether a block that is done is [finished](Params::finished): its gradient has all that the
@@ -477,8 +494,9 @@ const fn compose(before: Needs, own: Needs, row: usize, i: usize, count: usize) 
     let middle = if i > 0 { row } else { 0 };
     // A branch between the first and the last works on a copy of its gradient.
     let copy = if i > 0 && i + 1 < count { row } else { 0 };
-    // `a` is there while any of them works.
-    let scratch = own.scratch.saturating_add(copy).saturating_add(row);
+    // `a` is there while any but the first works, and in the forward pass the output of one.
+    let scratch = if i > 0 { own.scratch.saturating_add(row) } else { larger(own.scratch, row) };
+    let scratch = scratch.saturating_add(copy);
     Needs {
         frame: before.frame.saturating_add(own.frame).saturating_add(middle),
         scratch: larger(before.scratch, scratch),
@@ -490,7 +508,7 @@ impl<P: Branches> Residual<P> {
     /// Blocks of these branches over samples of `tokens` rows of `width` values. `params` are laid
     /// out with the [`Room`] that the branches' tensors have taken.
     pub const fn new(branches: P, params: Params, tokens: usize, width: usize) -> Self {
-        Self { tokens, width, branches, params, updater: None, finishes: true }
+        Self { tokens, width, branches, params, token_chunk: None, updater: None, finishes: true }
     }
 
     /// Tokens of a sample.
@@ -520,6 +538,22 @@ impl<P: Branches> Residual<P> {
         Ok(self)
     }
 
+    /// The same blocks, where what treats each token alone ([`Branch::by_token`]: MLPs without
+    /// dropout) takes `tokens` of them at a time. Its intermediates are then computed again in the
+    /// backward pass, so that memory has room for those of so many tokens only, however long the
+    /// samples are. Gradients are summed in another order. `None`, or as many tokens as a sample
+    /// has: all at once.
+    #[must_use]
+    pub const fn in_token_chunks(mut self, tokens: Option<usize>) -> Self {
+        self.token_chunk = tokens;
+        self
+    }
+
+    /// Tokens at a time, as [`in_token_chunks`](Self::in_token_chunks) was told.
+    pub const fn token_chunk(&self) -> Option<usize> {
+        self.token_chunk
+    }
+
     /// Steps of the stack: as many as blocks, unless it [steps over](Self::step_over) several.
     pub const fn steps(&self) -> usize {
         self.params.groups().div_ceil(self.params.together())
@@ -536,8 +570,81 @@ impl<P: Branches> Residual<P> {
         let row = self.tokens.saturating_mul(self.width);
         let count = P::COUNT * self.params.together().min(self.params.groups().max(1));
         (0..count).fold(Needs::NONE, |before, b| {
-            let own = self.branches.branch::<B>(b % P::COUNT).needs(chunk, threads);
-            compose(before, own, row, b, count)
+            compose(before, self.own::<B>(b, chunk, threads), row, b, count)
+        })
+    }
+
+    /// Rows that branch `i` of a step takes at a time, where these are fewer than a sample has.
+    fn rows_at_a_time<B: Backend>(&self, i: usize) -> Option<usize> {
+        let rows = self.token_chunk.filter(|&n| n > 0 && n < self.tokens)?;
+        self.branches.branch::<B>(i % P::COUNT).by_token().then_some(rows)
+    }
+
+    /// What branch `i` of a step needs. One that takes some rows at a time has its frame among
+    /// what is free, and beside it the output that it computes again.
+    fn own<B: Backend>(&self, i: usize, chunk: usize, threads: usize) -> Needs {
+        let all = self.branches.branch::<B>(i % P::COUNT).needs(chunk, threads);
+        let Some(rows) = self.rows_at_a_time::<B>(i) else { return all };
+        let of = |sample: usize| sample.div_ceil(self.tokens).saturating_mul(rows);
+        let some = of(all.frame).saturating_add(of(all.scratch));
+        let fixed = all.fixed.saturating_add(some).saturating_add(self.width.saturating_mul(rows));
+        Needs { frame: 0, scratch: 0, fixed }
+    }
+
+    /// Calls branch `i` of a step with some rows after the others, or with all: with where it is
+    /// called, the first value of these rows, how many they are, and a place for as many more.
+    fn each_rows<B: Backend>(
+        &self,
+        i: usize,
+        at: &At<'_>,
+        len: usize,
+        mut run: impl FnMut(&dyn Branch<B>, &At<'_>, [usize; 2], Reals) -> Result<()>,
+    ) -> Result<()> {
+        let branch = self.branches.branch::<B>(i % P::COUNT);
+        let Some(rows) = self.rows_at_a_time::<B>(i) else {
+            return run(branch, at, [0, len], Reals::EMPTY);
+        };
+        let frame = branch.needs(0, 1).frame.div_ceil(self.tokens);
+        let step = rows.saturating_mul(self.width).max(1);
+        for from in (0..len).step_by(step) {
+            let n = step.min(len - from);
+            let mut cut = Cut(at.scratch);
+            let (frame, spare) = (cut.take(frame * (n / self.width.max(1))), cut.take(n));
+            run(branch, &At { frame, scratch: cut.0, ..*at }, [from, n], spare)?;
+        }
+        Ok(())
+    }
+
+    /// Branch `i` of a step: `y = branch(x)`.
+    fn forward<B: Backend>(
+        &self,
+        be: &mut B,
+        i: usize,
+        at: &At<'_>,
+        x: Reals,
+        y: Reals,
+    ) -> Result<()> {
+        self.each_rows(i, at, x.len(), |branch, at, [from, n], _| {
+            branch.forward(be, at, x.sub(from, n), y.sub(from, n))
+        })
+    }
+
+    /// The vector-Jacobian product of branch `i` of a step, whose [`forward`](Self::forward) has
+    /// been.
+    fn backward<B: Backend>(
+        &self,
+        be: &mut B,
+        i: usize,
+        at: &At<'_>,
+        x: Reals,
+        [gy, gx]: [Reals; 2],
+    ) -> Result<()> {
+        self.each_rows(i, at, x.len(), |branch, at, [from, n], spare| {
+            let [x, gy, gx] = [x, gy, gx].map(|of| of.sub(from, n));
+            if !spare.is_empty() {
+                branch.again(be, at, x, spare)?;
+            }
+            branch.vjp(be, at, x, gy, gx)
         })
     }
 
@@ -567,8 +674,7 @@ impl<P: Branches> Residual<P> {
                 middle = cut.take(n * row);
             }
             // Frames do not depend on the backend's scratch.
-            let branch = self.branches.branch::<B>(j % P::COUNT);
-            let frame = cut.take(n * branch.needs(0, 1).frame);
+            let frame = cut.take(n * self.own::<B>(j, 0, 1).frame);
             if j == i {
                 return (frame, middle);
             }
@@ -594,7 +700,7 @@ impl<P: Branches> Residual<P> {
         y: Reals,
     ) -> Result<()> {
         let at = self.at(call, self.frames::<B>(call, i).0, call.scratch);
-        self.branches.branch(i).forward(be, &at, x, y)
+        self.forward(be, i, &at, x, y)
     }
 
     /// The vector-Jacobian product of branch `i` alone ([`Branch::vjp`]), with the frame that
@@ -612,10 +718,10 @@ impl<P: Branches> Residual<P> {
         gx: Reals,
     ) -> Result<()> {
         let at = self.at(call, self.frames::<B>(call, i).0, call.scratch);
-        self.branches.branch(i).vjp(be, &at, x, gy, gx)
+        self.backward(be, i, &at, x, [gy, gx])
     }
 
-    /// `h(x)`, where `run` computes branch `i`.
+    /// `h(x)`, where `run` computes branch `i` of the step.
     fn sum<B: Backend>(
         &self,
         be: &mut B,
@@ -624,11 +730,11 @@ impl<P: Branches> Residual<P> {
         run: impl Fn(&mut B, usize, &At<'_>, Reals, Reals) -> Result<()>,
     ) -> Result<()> {
         const { assert!(P::COUNT > 0, "a residual block has at least one branch") };
-        let (mut m, mut scratch) = (call.x, Cut(call.scratch));
-        let out = scratch.take(h.len());
+        let (mut m, mut rest) = (call.x, Cut(call.scratch));
+        let out = rest.take(h.len());
         for i in 0..self.count(call) {
             let (frame, middle) = self.frames::<B>(call, i);
-            let y = if i == 0 { h } else { out };
+            let (y, scratch) = if i == 0 { (h, call.scratch) } else { (out, rest.0) };
             if i > 0 {
                 let before = if i == 1 { h } else { out };
                 be.copy_reals(m, middle)?;
@@ -636,7 +742,7 @@ impl<P: Branches> Residual<P> {
                 m = middle;
             }
             let inner = self.inner(call, i);
-            run(be, i % P::COUNT, &self.at(&inner, frame, scratch.0), m, y)?;
+            run(be, i, &self.at(&inner, frame, scratch), m, y)?;
             if i > 0 {
                 be.add(h, out)?;
             }
@@ -656,7 +762,9 @@ impl<P: Branches> Residual<P> {
         cached: &Cached<'_>,
         h: Reals,
     ) -> Result<()> {
-        self.sum(be, call, h, |be, i, at, x, y| self.branches.branch(i).next(be, at, cached, x, y))
+        self.sum(be, call, h, |be, i, at, x, y| {
+            self.branches.branch(i % P::COUNT).next(be, at, cached, x, y)
+        })
     }
 }
 
@@ -676,7 +784,7 @@ impl<P: Branches> Tensors for Residual<P> {
 
 impl<B: Backend, P: Branches> Blocks<B> for Residual<P> {
     fn residual(&mut self, be: &mut B, call: &Call, h: Reals) -> Result<()> {
-        self.sum(be, call, h, |be, i, at, x, y| self.branches.branch(i).forward(be, at, x, y))
+        self.sum(be, call, h, |be, i, at, x, y| self.forward(be, i, at, x, y))
     }
 
     fn vjp(&mut self, be: &mut B, call: &Call, gh: Reals, gx: Reals) -> Result<()> {
@@ -697,13 +805,14 @@ impl<B: Backend, P: Branches> Blocks<B> for Residual<P> {
             };
             let inner = self.inner(call, i);
             let at = self.at(&inner, frame, rest.0);
-            self.branches.branch(i % P::COUNT).vjp(be, &at, m, gy, a)?;
+            self.backward(be, i, &at, m, [gy, a])?;
         }
         be.add(gx, a)?;
         be.add(gh, a)?;
         let inner = self.inner(call, 0);
-        let at = self.at(&inner, self.frames::<B>(call, 0).0, scratch.0);
-        self.branches.branch(0).vjp(be, &at, call.x, gh, gx)
+        // `a` is read.
+        let at = self.at(&inner, self.frames::<B>(call, 0).0, call.scratch);
+        self.backward(be, 0, &at, call.x, [gh, gx])
     }
 
     fn done(&mut self, be: &mut B, step: usize) -> Result<()> {

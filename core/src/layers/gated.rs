@@ -1,7 +1,7 @@
 //! Blocks of Llama's family, and their MLP branch: `g(x) = norm'(down(act(gate(n))·up(n)))` with
 //! `n = norm(x)`.
 
-use super::block::{At, Branch, Branches, Cut, Residual};
+use super::block::{At, Branch, Branches, Cut, Residual, larger};
 use super::grouped::GroupedAttention;
 use super::linear::{Linear, Names, names};
 use super::norm::rows_of;
@@ -70,6 +70,11 @@ impl LlamaShape {
     /// Width of all heads of keys, and of values.
     pub const fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
+    }
+
+    /// The wider of all heads of queries and a row: a place that has one after the other.
+    pub(super) const fn room(&self) -> usize {
+        larger(self.q_width(), self.width)
     }
 
     /// Inputs and outputs of attention's layers: queries, keys, values, output.
@@ -206,26 +211,57 @@ impl GatedMlp {
         }
     }
 
+    /// `act(gate(n))·up(n)` into the first values of the scratch, and what leads there into the
+    /// frame.
+    fn hidden<B: Backend>(&self, be: &mut B, at: &At<'_>, x: Reals) -> Result<()> {
+        let s = &self.shape;
+        let (d, rows) = (s.width, x.len().checked_div(s.width).unwrap_or(0));
+        let (frame, mut scratch) = (self.frame(at, rows), Cut(at.scratch));
+        // Nothing reads n any more when the product comes.
+        let (normal, act) = (at.scratch.sub(0, rows * d), at.scratch.sub(0, rows * s.inner));
+        let _ = scratch.take(rows * larger(d, s.inner));
+        self.normalize(be, at, x, normal, frame.stats)?;
+        for (i, place) in [frame.gate, frame.up].into_iter().enumerate() {
+            let to = (place, frame.u[i]);
+            self.linear(i).forward(be, at, rows, normal, to, scratch.0)?;
+        }
+        be.gated(s.gate, frame.gate, frame.up, act)
+    }
+
+    /// `n`, which is cheaper to compute again than to keep.
+    fn normalize<B: Backend>(
+        &self,
+        be: &mut B,
+        at: &At<'_>,
+        x: Reals,
+        normal: Reals,
+        stats: Reals,
+    ) -> Result<()> {
+        let (norm, weight) = (self.shape.norm(), at.value(&self.tensors[0]));
+        let [x, normal] = [x, normal].map(|of| rows_of(of, self.shape.width));
+        be.rms_norm(&norm, weight, x, normal, stats)
+    }
+
     fn frame(&self, at: &At<'_>, rows: usize) -> Frame {
         let (s, r, post) = (&self.shape, self.rank(), usize::from(self.shape.post_norms));
         let mut cut = Cut(at.frame);
         let mut take = |values: usize| cut.take(rows * values);
+        let hidden = larger(s.inner, s.width);
+        let [gate, up] = [take(hidden), take(hidden)];
         Frame {
-            normal: take(s.width),
-            gate: take(s.inner),
-            up: take(s.inner),
+            gate: gate.sub(0, rows * s.inner),
+            up: up.sub(0, rows * s.inner),
             stats: take(1),
             u: [take(r), take(r), take(r)],
             out: take(post * s.width),
             out_stats: take(post),
+            used: [gate, up].map(|of| of.sub(0, rows * s.width)),
         }
     }
 }
 
 /// The intermediates of one call, for `rows` rows.
 struct Frame {
-    /// `[rows, d]`: `n`.
-    normal: Reals,
     /// `[rows, inner]`.
     gate: Reals,
     /// `[rows, inner]`.
@@ -238,15 +274,20 @@ struct Frame {
     out: Reals,
     /// `[rows]`.
     out_stats: Reals,
+    /// `[rows, d]`: the places of `gate` and `up`, once nothing reads these any more.
+    used: [Reals; 2],
 }
 
 impl<B: Backend> Branch<B> for GatedMlp {
     fn needs(&self, _: usize, _: usize) -> Needs {
         let (s, r) = (&self.shape, self.rank());
         let post = if s.post_norms { s.width + 1 } else { 0 };
-        let kept = s.width + 2 * s.inner + 1 + 3 * r + post;
-        // Backward: the norm's gradient; the product of gate and up, and its gradient; adapters.
-        let back = s.width + 2 * s.inner + 2 * r;
+        let hidden = larger(s.inner, s.width);
+        let kept = 2 * hidden + 1 + 3 * r + post;
+        // Backward: the product of gate and up, and its gradient; that of the output before its
+        // norm; adapters. Forward: n, then the product.
+        let out = if s.post_norms { s.width } else { 0 };
+        let back = larger(2 * s.inner + out, hidden) + 2 * r;
         Needs {
             frame: s.tokens.saturating_mul(kept),
             scratch: s.tokens.saturating_mul(back),
@@ -254,26 +295,35 @@ impl<B: Backend> Branch<B> for GatedMlp {
         }
     }
 
+    fn by_token(&self) -> bool {
+        true
+    }
+
     fn forward(&self, be: &mut B, at: &At<'_>, x: Reals, y: Reals) -> Result<()> {
+        self.hidden(be, at, x)?;
         let s = &self.shape;
         let (d, rows) = (s.width, x.len().checked_div(s.width).unwrap_or(0));
-        let (frame, norm) = (self.frame(at, rows), s.norm());
-        let weight = at.value(&self.tensors[0]);
-        be.rms_norm(&norm, weight, rows_of(x, d), rows_of(frame.normal, d), frame.stats)?;
-        let mut scratch = Cut(at.scratch);
+        let (frame, mut scratch) = (self.frame(at, rows), Cut(at.scratch));
         let act = scratch.take(rows * s.inner);
-        for (i, place) in [frame.gate, frame.up].into_iter().enumerate() {
-            let to = (place, frame.u[i]);
-            self.linear(i).forward(be, at, rows, frame.normal, to, scratch.0)?;
-        }
-        be.gated(s.gate, frame.gate, frame.up, act)?;
         let to = (if s.post_norms { frame.out } else { y }, frame.u[2]);
         self.linear(2).forward(be, at, rows, act, to, scratch.0)?;
         if s.post_norms {
-            let weight = at.value(&self.tensors[1]);
+            let (norm, weight) = (s.norm(), at.value(&self.tensors[1]));
             be.rms_norm(&norm, weight, rows_of(frame.out, d), rows_of(y, d), frame.out_stats)?;
         }
         Ok(())
+    }
+
+    fn again(&self, be: &mut B, at: &At<'_>, x: Reals, spare: Reals) -> Result<()> {
+        let s = &self.shape;
+        if s.post_norms {
+            return self.forward(be, at, x, spare);
+        }
+        self.hidden(be, at, x)?;
+        let rows = x.len().checked_div(s.width).unwrap_or(0);
+        let (frame, mut scratch) = (self.frame(at, rows), Cut(at.scratch));
+        let act = scratch.take(rows * s.inner);
+        self.linear(2).inside(be, at, rows, act, frame.u[2], scratch.0)
     }
 
     fn vjp(&self, be: &mut B, at: &At<'_>, x: Reals, gy: Reals, gx: Reals) -> Result<()> {
@@ -281,15 +331,15 @@ impl<B: Backend> Branch<B> for GatedMlp {
         let (d, rows) = (s.width, x.len().checked_div(s.width).unwrap_or(0));
         let (frame, norm) = (self.frame(at, rows), s.norm());
         let mut scratch = Cut(at.scratch);
-        let dn = scratch.take(rows * d);
         let [act, dact] = [0; 2].map(|_| scratch.take(rows * s.inner));
         let gy = if s.post_norms {
-            be.fill_reals(dn, B::Real::of(0.0))?;
-            let (t, [out, gy, dn]) =
-                (&self.tensors[1], [frame.out, gy, dn].map(|of| rows_of(of, d)));
+            let dout = scratch.take(rows * d);
+            be.fill_reals(dout, B::Real::of(0.0))?;
+            let (t, [out, gy, dx]) =
+                (&self.tensors[1], [frame.out, gy, dout].map(|of| rows_of(of, d)));
             let slope = at.slope(t);
-            be.rms_norm_vjp(&norm, at.value(t), out, frame.out_stats, gy, dn, slope)?;
-            dn.of
+            be.rms_norm_vjp(&norm, at.value(t), out, frame.out_stats, gy, dx, slope)?;
+            dout
         } else {
             gy
         };
@@ -299,8 +349,10 @@ impl<B: Backend> Branch<B> for GatedMlp {
         self.linear(2).vjp(be, at, rows, from, gy, (dact, false), scratch.0)?;
         // From here on `dact` is the gradient of up, and `act` that of the gate.
         be.gated_vjp(s.gate, frame.gate, frame.up, dact, act)?;
+        let [normal, dn] = frame.used;
+        self.normalize(be, at, x, normal, frame.stats)?;
         for (i, dy) in [act, dact].into_iter().enumerate() {
-            let from = (frame.normal, frame.u[i]);
+            let from = (normal, frame.u[i]);
             self.linear(i).vjp(be, at, rows, from, dy, (dn, i > 0), scratch.0)?;
         }
         let (t, [x, dn, gx]) = (&self.tensors[0], [x, dn, gx].map(|of| rows_of(of, d)));
@@ -355,7 +407,7 @@ impl LlamaBlocks {
     #[must_use]
     pub const fn with_tokens(self, tokens: usize) -> Self {
         let branches = (self.branches.0.with_tokens(tokens), self.branches.1.with_tokens(tokens));
-        Self::new(branches, self.params, tokens, self.width())
+        Self::new(branches, self.params, tokens, self.width()).in_token_chunks(self.token_chunk())
     }
 
     /// Where a call's residual has left keys and values: `[rows, kv_width]` each.

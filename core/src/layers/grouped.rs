@@ -161,12 +161,12 @@ impl GroupedAttention {
         let (raw, post) = (usize::from(s.head_norms), usize::from(s.post_norms));
         let mut cut = Cut(at.frame);
         let mut take = |values: usize| cut.take(rows * values);
+        let (q_room, attn_room) = (take(s.room()), take(s.room()));
         Frame {
-            normal: take(s.width),
-            q: take(q),
+            q: q_room.sub(0, rows * q),
             k: take(kv),
             v: take(kv),
-            attn: take(q),
+            attn: attn_room.sub(0, rows * q),
             lse: take(s.heads),
             stats: take(1),
             u: [take(r), take(r), take(r), take(r)],
@@ -174,6 +174,7 @@ impl GroupedAttention {
             raw_stats: [take(raw * s.heads), take(raw * s.kv_heads)],
             out: take(post * s.width),
             out_stats: take(post),
+            used: [q_room, attn_room].map(|of| of.sub(0, rows * s.width)),
         }
     }
 
@@ -205,6 +206,20 @@ impl GroupedAttention {
         Ok(())
     }
 
+    /// `n`, which is cheaper to compute again than to keep.
+    fn normalize<B: Backend>(
+        &self,
+        be: &mut B,
+        at: &At<'_>,
+        x: Reals,
+        normal: Reals,
+        stats: Reals,
+    ) -> Result<()> {
+        let (norm, weight) = (self.shape.norm(), at.value(&self.tensors[0]));
+        let [x, normal] = [x, normal].map(|of| rows_of(of, self.shape.width));
+        be.rms_norm(&norm, weight, x, normal, stats)
+    }
+
     /// Queries, keys and values of `rows` rows, normalized and turned.
     fn project<B: Backend>(
         &self,
@@ -215,16 +230,15 @@ impl GroupedAttention {
         frame: &Frame,
     ) -> Result<()> {
         let (s, rows) = (&self.shape, at.samples() * self.shape.tokens);
-        let norm = self.shape.norm();
-        let weight = at.value(&self.tensors[0]);
-        let d = s.width;
-        be.rms_norm(&norm, weight, rows_of(x, d), rows_of(frame.normal, d), frame.stats)?;
+        let mut scratch = Cut(at.scratch);
+        let normal = scratch.take(rows * s.width);
+        self.normalize(be, at, x, normal, frame.stats)?;
         let [raw_q, raw_k] = frame.raw;
         let places =
             if s.head_norms { [raw_q, raw_k, frame.v] } else { [frame.q, frame.k, frame.v] };
         for (i, place) in places.into_iter().enumerate() {
             let to = (place, frame.u[i]);
-            self.linear(i).forward(be, at, rows, frame.normal, to, at.scratch)?;
+            self.linear(i).forward(be, at, rows, normal, to, scratch.0)?;
         }
         if s.head_norms {
             for (i, (to, width)) in
@@ -266,8 +280,6 @@ impl GroupedAttention {
 
 /// The intermediates of one call, for `rows = samples · T` rows.
 struct Frame {
-    /// `[rows, d]`: `n`.
-    normal: Reals,
     /// `[rows, heads·head_dim]`, ready for attention.
     q: Reals,
     /// `[rows, kv_heads·head_dim]`, ready for attention.
@@ -290,6 +302,8 @@ struct Frame {
     out: Reals,
     /// `[rows]`.
     out_stats: Reals,
+    /// `[rows, d]`: the places of `q` and `attn`, once nothing reads these any more.
+    used: [Reals; 2],
 }
 
 impl<B: Backend> Branch<B> for GroupedAttention {
@@ -298,11 +312,11 @@ impl<B: Backend> Branch<B> for GroupedAttention {
         let (q, kv, r) = (s.q_width(), s.kv_width(), self.rank());
         let raw = if s.head_norms { q + kv + s.heads + s.kv_heads } else { 0 };
         let post = if s.post_norms { s.width + 1 } else { 0 };
-        let kept = s.width + 2 * q + 2 * kv + s.heads + 1 + 4 * r + raw + post;
-        // Backward: the norm's gradient; attention's; those of q, k and v; of keys before their
-        // norm; adapters.
+        let kept = 2 * s.room() + 2 * kv + s.heads + 1 + 4 * r + raw + post;
+        // Backward: the gradients of q, or of the output before its norm; of attention, k and v;
+        // of keys before their norm; adapters. Forward: n, adapters.
         let apart = if s.head_norms { kv } else { 0 };
-        let back = s.width + 2 * q + 2 * kv + apart + 2 * r;
+        let back = s.room() + q + 2 * kv + apart + 2 * r;
         Needs {
             frame: s.tokens.saturating_mul(kept),
             scratch: s.tokens.saturating_mul(back),
@@ -324,8 +338,8 @@ impl<B: Backend> Branch<B> for GroupedAttention {
         let (d, q_width, kv_width) = (s.width, s.q_width(), s.kv_width());
         let rows = at.samples() * s.tokens;
         let mut scratch = Cut(at.scratch);
-        let dn = scratch.take(rows * d);
-        let dq = scratch.take(rows * q_width);
+        let room = scratch.take(rows * s.room());
+        let dq = room.sub(0, rows * q_width);
         let [dk, dv] = [0; 2].map(|_| scratch.take(rows * kv_width));
         let dattn = scratch.take(rows * q_width);
         let rest = scratch.0;
@@ -333,11 +347,12 @@ impl<B: Backend> Branch<B> for GroupedAttention {
 
         let gy = if s.post_norms {
             let (norm, t) = (s.norm(), &self.tensors[1]);
-            be.fill_reals(dn, zero)?;
-            let [out, gy, dn] = [frame.out, gy, dn].map(|of| rows_of(of, d));
+            let dout = room.sub(0, rows * d);
+            be.fill_reals(dout, zero)?;
+            let [out, gy, dx] = [frame.out, gy, dout].map(|of| rows_of(of, d));
             let slope = at.slope(t);
-            be.rms_norm_vjp(&norm, at.value(t), out, frame.out_stats, gy, dn, slope)?;
-            dn.of
+            be.rms_norm_vjp(&norm, at.value(t), out, frame.out_stats, gy, dx, slope)?;
+            dout
         } else {
             gy
         };
@@ -361,8 +376,10 @@ impl<B: Backend> Branch<B> for GroupedAttention {
             }
             (dq, dk) = (raw[0].0, raw[1].0);
         }
+        let [normal, dn] = frame.used;
+        self.normalize(be, at, x, normal, frame.stats)?;
         for (i, dy) in [dq, dk, dv].into_iter().enumerate() {
-            let from = (frame.normal, frame.u[i]);
+            let from = (normal, frame.u[i]);
             self.linear(i).vjp(be, at, rows, from, dy, (dn, i > 0), scratch.0)?;
         }
         let (norm, t) = (s.norm(), &self.tensors[0]);

@@ -147,13 +147,29 @@ impl Linear<'_> {
         if r == 0 {
             return Ok(());
         }
-        let [a, b] = self.adapter.map(|t| at.value(t));
-        let raw = scratch.sub(0, u.len());
-        let p = product_of([rows, r, w.inputs], Order::Plain, Order::Transposed, false);
-        be.matmul(&p, x, a, None, raw)?;
-        self.scaled(be, r, raw, u)?;
+        self.inside(be, at, rows, x, u, scratch)?;
         let p = product_of([rows, w.outputs, r], Order::Plain, Order::Plain, true);
-        be.matmul(&p, u, b, None, y)
+        be.matmul(&p, u, at.value(self.adapter[1]), None, y)
+    }
+
+    /// Sets `u` alone.
+    pub(super) fn inside<B: NnOps>(
+        &self,
+        be: &mut B,
+        at: &At<'_>,
+        rows: usize,
+        x: Reals,
+        u: Reals,
+        scratch: Reals,
+    ) -> Result<()> {
+        let r = self.rank();
+        if r == 0 {
+            return Ok(());
+        }
+        let (raw, a) = (scratch.sub(0, u.len()), self.adapter[0]);
+        let p = product_of([rows, r, a.cols], Order::Plain, Order::Transposed, false);
+        be.matmul(&p, x, at.value(a), None, raw)?;
+        self.scaled(be, r, raw, u)
     }
 
     /// `to = s·from`, rows of `r` values.

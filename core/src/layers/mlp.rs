@@ -106,19 +106,30 @@ impl<B: Backend> Branch<B> for Mlp {
         self.needs()
     }
 
+    // Numbers of dropout are drawn by the place in a sample.
+    fn by_token(&self) -> bool {
+        self.shape.hidden_dropout == 0.0 && self.shape.residual_dropout == 0.0
+    }
+
     fn forward(&self, be: &mut B, at: &At<'_>, x: Reals, y: Reals) -> Result<()> {
+        self.again(be, at, x, y)?;
         let s = &self.shape;
         let rows = x.len().checked_div(s.width).unwrap_or(0);
-        let (frame, [ln_w, ln_b, fc_w, fc_b, proj_w, proj_b]) =
-            (self.frame(at, rows), &self.tensors);
+        let (frame, [.., proj_w, proj_b]) = (self.frame(at, rows), &self.tensors);
+        let m = at.matrix(be, proj_w)?;
+        linear(be, rows, m, at.value(proj_b), frame.act, y)?;
+        at.dropout(be, Draw::MlpResidualDropout, s.residual_dropout, y)
+    }
+
+    fn again(&self, be: &mut B, at: &At<'_>, x: Reals, _: Reals) -> Result<()> {
+        let s = &self.shape;
+        let rows = x.len().checked_div(s.width).unwrap_or(0);
+        let (frame, [ln_w, ln_b, fc_w, fc_b, ..]) = (self.frame(at, rows), &self.tensors);
         be.layer_norm(s.eps, at.value(ln_w), at.value(ln_b), x, frame.ln_2, frame.stats)?;
         let m = at.matrix(be, fc_w)?;
         linear(be, rows, m, at.value(fc_b), frame.ln_2, frame.c_fc)?;
         be.gelu(s.gelu, frame.c_fc, frame.act)?;
-        at.dropout(be, Draw::MlpHiddenDropout, s.hidden_dropout, frame.act)?;
-        let m = at.matrix(be, proj_w)?;
-        linear(be, rows, m, at.value(proj_b), frame.act, y)?;
-        at.dropout(be, Draw::MlpResidualDropout, s.residual_dropout, y)
+        at.dropout(be, Draw::MlpHiddenDropout, s.hidden_dropout, frame.act)
     }
 
     fn vjp(&self, be: &mut B, at: &At<'_>, x: Reals, gy: Reals, gx: Reals) -> Result<()> {

@@ -101,7 +101,7 @@ impl Training {
     /// Everything is trained, in one micro-batch of `batch` samples, by one thread, and as little
     /// is done at a time as possible. Change the fields that should be different.
     pub const fn new(mode: Mode, batch: usize, gradients: Gradients) -> Self {
-        let (choice, freeze) = (Choice { chunk: 1, head_rows: 8 }, Freeze::Nothing);
+        let (choice, freeze) = (Choice::new(1, 8), Freeze::Nothing);
         Self { mode, batch, micro_batches: 1, choice, threads: 1, freeze, gradients }
     }
 }

@@ -54,7 +54,7 @@ fn the_composition_is_the_models_gpt2() {
         let ends = LmShape { vocab: VOCAB, positions: CONTEXT, eps, tied, dropout };
         let training = Training { micro_batches, ..Training::new(mode, BATCH, gradients) };
         let a = Architecture { block, layers: 3, blocks_per_step: 1, ends, training, library: 0 };
-        let choice = Choice { chunk: 2, head_rows: 5 };
+        let choice = Choice::new(2, 5);
 
         let (mut net, layout) = Net::lay_out::<Cpu>(&a, choice).unwrap();
         let mut ours = Cpu::new(&layout, 1).unwrap();

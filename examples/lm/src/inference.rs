@@ -152,7 +152,7 @@ pub(crate) fn one_thread() -> MachineArgs {
 pub(crate) fn lay_out_plain<C: Config>(
     config: &C,
 ) -> Result<(LanguageModel<C::Dims>, Layout), Failure> {
-    let one = Some(Choice { chunk: 1, head_rows: 1 });
+    let one = Some(Choice::new(1, 1));
     lay_out(config, &one_thread(), 1, 1, one, frac_bits(config, None), PLAIN)
 }
 
@@ -373,7 +373,7 @@ pub(crate) fn lay_out_decoder<C: Config>(
     machine: &MachineArgs,
     mut sizes: Sizes,
 ) -> Result<Laid<C::Dims>, Failure> {
-    let one = Some(Choice { chunk: 1, head_rows: 1 });
+    let one = Some(Choice::new(1, 1));
     // Tables of angles end where the model's samples do.
     let turns = config.dims().angles().iter().any(Option::is_some);
     let context = if turns { sizes.context } else { 1 };

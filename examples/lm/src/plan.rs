@@ -103,8 +103,9 @@ fn plan_of<C: Config>(
     columns.dedup_by(|a, b| a.0 == b.0);
     report::tell!("{}", machine::memory_table(&columns, None).to_string().trim_end());
     report::tell!(
-        "* chunks of {} sample(s) inside a block, {} rows of logits at a time",
+        "* chunks of {} sample(s) inside a block, {}{} rows of logits at a time",
         choice.chunk,
+        choice.token_chunk.map_or_else(String::new, |n| format!("MLPs over {n} tokens, ")),
         choice.head_rows
     );
     if let Some(budget) = args.machine.memory {
@@ -147,6 +148,7 @@ fn plan_of<C: Config>(
                 "parameters": model.parameters(),
                 "chunk": choice.chunk,
                 "head_rows": choice.head_rows,
+                "token_chunk": choice.token_chunk,
                 "fused": fused,
                 "bytes": categories,
                 "fits": fits,

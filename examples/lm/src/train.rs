@@ -269,9 +269,7 @@ impl<C: Config> Lesson<C> {
             threads,
             library: machine::library(&run.machine, threads),
         };
-        let fits = |c: Choice| {
-            (1..=setup.batch).contains(&c.chunk) && (1..=c.chunk * context).contains(&c.head_rows)
-        };
+        let fits = |c: Choice| c.fits(setup.batch, context);
         let fixed = fixed_choice(from.as_ref(), run.steps as u32, count, fits)?;
         let (choice, model, layout) = machine::lay_out::<LanguageModel<C::Dims>>(
             &setup,

@@ -139,8 +139,7 @@ fn main() {
     let wide = Dims { vocab: 300, width: 96, heads: 4, inner: 384, ..small() };
     for mode in modes {
         let s = on_cpu(mode, 4, wide);
-        let (mut model, layout) =
-            Gpt2::layout::<Cpu>(&s, Choice { chunk: 2, head_rows: 16 }).unwrap();
+        let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice::new(2, 16)).unwrap();
         let before = Counting::current();
         let mut be = team.sibling(&layout).unwrap();
         model.initialize(&mut be, 1).unwrap();
@@ -164,7 +163,7 @@ fn main() {
     // to parameters.
     let plan = |layers| -> Layout {
         let s = on_cpu(bdia(14, Sign::Random), layers, small());
-        Gpt2::layout::<Cpu>(&s, Choice { chunk: 1, head_rows: 8 }).unwrap().1
+        Gpt2::layout::<Cpu>(&s, Choice::new(1, 8)).unwrap().1
     };
     let (a, b) = (plan(6), plan(48));
     for c in

@@ -34,6 +34,9 @@ pub struct Header {
     pub chunk: usize,
     /// Rows of logits at a time, where the head has such a choice.
     pub head_rows: usize,
+    /// Tokens at a time in what treats each token alone ([`bdia_core::plan::Choice`]).
+    #[serde(default)]
+    pub token_chunk: Option<usize>,
     /// The program and the processor that computed.
     pub identity: String,
     /// Ranks that computed; their chunks are those of a part of the batch.
@@ -361,6 +364,7 @@ mod tests {
             step,
             chunk: 1,
             head_rows: 1,
+            token_chunk: None,
             identity: "a test".into(),
             ranks: 1,
             lens: Vec::new(),

@@ -334,9 +334,7 @@ pub fn plan<N: Plan>(
     let (kind, budget) = (run.machine.backend, run.machine.memory);
     let used_setup = setup(used);
     let [samples, rows] = N::sizes(&used_setup);
-    let fits =
-        |c: Choice| (1..=samples).contains(&c.chunk) && (1..=c.chunk * rows).contains(&c.head_rows);
-    let fixed = fixed_choice(from, run.steps as u32, 1, fits)?;
+    let fixed = fixed_choice(from, run.steps as u32, 1, |c| c.fits(samples, rows))?;
     let (choice, network, layout) = machine::lay_out::<N>(&used_setup, kind, 1, budget, fixed)?;
     let others = (machine::other_modes(&used, layers)?.into_iter())
         .map(|(name, mode)| {
@@ -376,10 +374,13 @@ pub fn fixed_choice(
     if h.ranks != ranks {
         return Ok(None);
     }
-    let choice = Choice { chunk: h.chunk, head_rows: h.head_rows };
+    let choice = Choice { token_chunk: h.token_chunk, ..Choice::new(h.chunk, h.head_rows) };
     if !fits(choice) {
-        let what =
-            format!("chunks of {} samples and {} rows do not fit this run", h.chunk, h.head_rows);
+        let tokens = h.token_chunk.map_or_else(String::new, |n| format!(", {n} tokens"));
+        let what = format!(
+            "chunks of {} samples{tokens} and {} rows do not fit this run",
+            h.chunk, h.head_rows
+        );
         return wrong(what);
     }
     Ok(Some(choice))
@@ -771,6 +772,7 @@ impl<A: Flags, T: Task> Run<'_, A, T> {
             step: so_far.step,
             chunk: self.planned.choice.chunk,
             head_rows: self.planned.choice.head_rows,
+            token_chunk: self.planned.choice.token_chunk,
             identity: identity.into(),
             ranks: be.ranks(),
             lens: Vec::new(),

@@ -62,7 +62,7 @@ where
 {
     let config = Gpt2Config::read_dir(dir)?;
     let setup = Setup::inference(config.dims(), config.n_positions, 1);
-    let (model, _) = Gpt2::layout::<B>(&setup, Choice { chunk: 1, head_rows: 1 })?;
+    let (model, _) = Gpt2::layout::<B>(&setup, Choice::new(1, 1))?;
     let sizes = Sizes { prompts: 1, beams: 1, context: config.n_positions };
     let (decoder, layout) = Decoder::layout::<B>(&model, &sizes)?;
     let mut be = backend(&layout)?;

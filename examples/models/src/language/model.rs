@@ -139,7 +139,8 @@ impl<F: Family> LanguageModel<F> {
 
         let gradients = setup.gradients.of_steps(setup.blocks_per_step);
         let blocks = d.blocks(setup.context, setup.adapters, gradients, l)?;
-        let mut blocks = blocks.step_over(setup.blocks_per_step)?;
+        let blocks = blocks.step_over(setup.blocks_per_step)?;
+        let mut blocks = blocks.in_token_chunks(choice.token_chunk);
         let freeze = Adapters::of_ends(setup.adapters);
         let (mut tensors, mut room) = (d.ends(), Room::NONE);
         for (i, t) in tensors.iter_mut().enumerate().filter(|(_, t)| !t.is_empty()) {

@@ -270,7 +270,7 @@ impl<R: Real> Memory<R> {
 }
 
 pub fn lay_out<R: Real>(setup: &Setup, chunk: usize, head_rows: usize) -> (Gpt2, Layout) {
-    Gpt2::layout::<Reference<'_, R>>(setup, Choice { chunk, head_rows }).unwrap()
+    Gpt2::layout::<Reference<'_, R>>(setup, Choice::new(chunk, head_rows)).unwrap()
 }
 
 /// Adapters of a small network.

@@ -58,8 +58,7 @@ pub fn agrees(dir: &Path, base: Option<&Path>, context: usize) -> bool {
         threads: 1,
         library: Cpu::library_bytes(1),
     };
-    let (mut model, layout) =
-        Gpt2::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 16 }).unwrap();
+    let (mut model, layout) = Gpt2::layout::<Cpu>(&setup, Choice::new(1, 16)).unwrap();
     let mut be = Cpu::new(&layout, 1).unwrap();
     let digest = load(weights, &mut be, &model).unwrap();
     if base.is_some() {

@@ -250,7 +250,7 @@ fn gradients_in_every_mode_follow_from_those_of_the_merged_weight() {
 }
 
 fn on_cpu(setup: &Setup, chunk: usize) -> (Gpt2, Cpu) {
-    let (model, layout) = Gpt2::layout::<Cpu>(setup, Choice { chunk, head_rows: 7 }).unwrap();
+    let (model, layout) = Gpt2::layout::<Cpu>(setup, Choice::new(chunk, 7)).unwrap();
     (model, Cpu::new(&layout, setup.threads).unwrap())
 }
 
@@ -308,7 +308,7 @@ fn decoding_in_16_bits_changes_no_token() {
         let texts = [None, Some(half)].map(|packing| {
             let adapters = Some(Adapters { shape: SHAPE, frozen: stored(packing) });
             let s = Setup { gradients: Gradients::None, batch: 2, ..setup(STANDARD, adapters) };
-            let (model, _) = Gpt2::layout::<Cpu>(&s, Choice { chunk: 2, head_rows: 4 }).unwrap();
+            let (model, _) = Gpt2::layout::<Cpu>(&s, Choice::new(2, 4)).unwrap();
             let sizes = Sizes { prompts: 2, beams: 2, context: 12 };
             let (decoder, layout) = Decoder::layout::<Cpu>(&model, &sizes).unwrap();
             let mut be = Cpu::new(&layout, 2).unwrap();
@@ -457,7 +457,7 @@ fn settings_that_do_not_fit() {
     let lay = |shape| {
         let adapters = Some(Adapters::new(shape));
         let s = Setup { dims: small(), context: 8, ..setup(reversible(), adapters) };
-        Gpt2::layout::<Cpu>(&s, Choice { chunk: 1, head_rows: 4 }).unwrap_err().to_string()
+        Gpt2::layout::<Cpu>(&s, Choice::new(1, 4)).unwrap_err().to_string()
     };
     assert!(lay(LoraShape { rank: 0, ..SHAPE }).contains("LoRA rank"));
     assert!(lay(LoraShape { rank: 13, ..SHAPE }).contains("1 up to the width"));

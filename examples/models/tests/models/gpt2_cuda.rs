@@ -33,7 +33,7 @@ fn on_cuda(
     steps: u32,
     step: Step,
 ) -> (Vec<Outcome>, Vec<u32>) {
-    let (mut model, layout) = Gpt2::layout::<Cuda>(s, Choice { chunk, head_rows: 9 }).unwrap();
+    let (mut model, layout) = Gpt2::layout::<Cuda>(s, Choice::new(chunk, 9)).unwrap();
     let mut be =
         Cuda::new(&layout, Options { device: 0, precision }).map_err(|e| e.to_string()).unwrap();
     let (outcomes, values) = run(&mut be, &mut model, steps, step).unwrap();
@@ -132,8 +132,7 @@ fn short_factors_are_exact_too() {
 #[test]
 #[ignore = "needs a CUDA device, or the emulated one of .ci/cuda"]
 fn faults_leave_parameters_untouched() {
-    let (mut model, layout) =
-        Gpt2::layout::<Cuda>(&setup(exact()), Choice { chunk: 2, head_rows: 9 }).unwrap();
+    let (mut model, layout) = Gpt2::layout::<Cuda>(&setup(exact()), Choice::new(2, 9)).unwrap();
     let mut be = Cuda::new(&layout, Options::default()).map_err(|e| e.to_string()).unwrap();
     run(&mut be, &mut model, 1, STEP).unwrap();
     let named = model.tensors();

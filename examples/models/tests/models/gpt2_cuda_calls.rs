@@ -53,8 +53,7 @@ fn emulated_calls_of_a_step() {
                 if clip == 0.0 { Gradients::Fused(ADAMW) } else { Gradients::Full(ADAMW) };
             let dims = Dims { layers, ..small() };
             let s = Setup { accumulate, gradients, ..crate::common::setup(dims, 4, 9, mode) };
-            let (mut model, layout) =
-                Gpt2::layout::<Cuda>(&s, Choice { chunk: 2, head_rows: 36 }).unwrap();
+            let (mut model, layout) = Gpt2::layout::<Cuda>(&s, Choice::new(2, 36)).unwrap();
             let mut be = Cuda::new(&layout, Options::default()).map_err(|e| e.to_string()).unwrap();
             model.initialize(&mut be, 3).unwrap();
             let mut before = [0; 7];

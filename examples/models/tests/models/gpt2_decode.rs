@@ -32,7 +32,7 @@ fn lay_out<B: Backend>(
     sizes: &Sizes,
 ) -> (Gpt2, Decoder<Dims>, Layout) {
     let (model, mut layout) =
-        Gpt2::layout::<B>(&setup(context, threads), Choice { chunk: 1, head_rows: 3 }).unwrap();
+        Gpt2::layout::<B>(&setup(context, threads), Choice::new(1, 3)).unwrap();
     let (decoder, own) = Decoder::layout::<B>(&model, sizes).unwrap();
     layout.cover(&own);
     (model, decoder, layout)

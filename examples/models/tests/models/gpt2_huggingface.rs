@@ -40,7 +40,7 @@ fn logits_are_those_of_transformers() {
         let config = Gpt2Config::read_dir(&data(name)).unwrap();
         let s = state(&format!("gpt2/{name}/state.safetensors"));
         for (mode, head_rows) in [(STANDARD, 16), (bdia(14, Sign::Plus), 5)] {
-            let choice = Choice { chunk: 1, head_rows };
+            let choice = Choice::new(1, head_rows);
             let (mut model, layout) = lay_out(&setup(&config, 1, 16, mode), choice);
             let mut be = Cpu::new(&layout, 1).unwrap();
             load(&data(name), &mut be, &model).unwrap();
@@ -58,7 +58,7 @@ fn loss_and_gradients_are_those_of_transformers() {
         let config = Gpt2Config::read_dir(&data(name)).unwrap();
         let s = state(&format!("gpt2/{name}/state.safetensors"));
         let setup = Setup { gradients: Gradients::Full(SGD), ..setup(&config, 2, 16, STANDARD) };
-        let (mut model, layout) = lay_out(&setup, Choice { chunk: 2, head_rows: 32 });
+        let (mut model, layout) = lay_out(&setup, Choice::new(2, 32));
         let mut be = Cpu::new(&layout, 1).unwrap();
         load(&data(name), &mut be, &model).unwrap();
         let outcome = model
@@ -130,8 +130,7 @@ fn tensors_that_do_not_fit_are_all_named() {
     // An untied model from the file of a tied one.
     let tied = Gpt2Config::read_dir(&data("hf_tied")).unwrap();
     let untied = Gpt2Config { tie_word_embeddings: false, ..tied };
-    let (model, layout) =
-        lay_out(&setup(&untied, 1, 16, STANDARD), Choice { chunk: 1, head_rows: 16 });
+    let (model, layout) = lay_out(&setup(&untied, 1, 16, STANDARD), Choice::new(1, 16));
     let mut be = Cpu::new(&layout, 1).unwrap();
     let error = load(&data("hf_tied"), &mut be, &model).unwrap_err().to_string();
     assert!(error.contains("missing: lm_head.weight"), "{error}");
@@ -140,8 +139,7 @@ fn tensors_that_do_not_fit_are_all_named() {
 /// Loads a committed model and writes it as a run does.
 fn save_again(name: &str, dir: &Path) -> Vec<f32> {
     let config = Gpt2Config::read_dir(&data(name)).unwrap();
-    let (model, layout) =
-        lay_out(&setup(&config, 1, 16, STANDARD), Choice { chunk: 1, head_rows: 16 });
+    let (model, layout) = lay_out(&setup(&config, 1, 16, STANDARD), Choice::new(1, 16));
     let mut be = Cpu::new(&layout, 1).unwrap();
     load(&data(name), &mut be, &model).unwrap();
     save(dir, &be, &model).unwrap();
@@ -166,8 +164,7 @@ fn what_we_save_is_read_back_the_same() {
         let saved = save_again(name, dir.path());
         let config = Gpt2Config::read_dir(dir.path()).unwrap();
         assert_eq!(config, Gpt2Config::read_dir(&data(name)).unwrap());
-        let (model, layout) =
-            lay_out(&setup(&config, 1, 16, STANDARD), Choice { chunk: 1, head_rows: 16 });
+        let (model, layout) = lay_out(&setup(&config, 1, 16, STANDARD), Choice::new(1, 16));
         let mut be = Cpu::new(&layout, 1).unwrap();
         load(dir.path(), &mut be, &model).unwrap();
         let again = read(&be, &model);
@@ -293,7 +290,7 @@ fn a_published_model_gives_its_stored_logits() {
     let config = Gpt2Config::read_dir(dir.path()).unwrap();
     let setup = setup(&config, 1, 11, STANDARD);
     // In f64: what is left is the rounding of the stored values, which PyTorch computed in f32.
-    let choice = Choice { chunk: 1, head_rows: 11 };
+    let choice = Choice::new(1, 11);
     let (mut model, layout) = crate::common::lay_out::<f64>(&setup, choice.chunk, choice.head_rows);
     let mut memory = Memory::<f64>::new(&layout);
     let mut be = memory.backend(&layout);

@@ -16,7 +16,7 @@ fn run(products: Products, threads: usize) -> (Vec<Outcome>, Vec<u32>) {
         threads,
         ..crate::common::setup(small(), 4, 9, verified(bdia(14, Sign::Random)))
     };
-    let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice { chunk: 4, head_rows: 9 }).unwrap();
+    let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice::new(4, 9)).unwrap();
     let mut be = Cpu::with_products(&layout, threads, products).unwrap();
     let step = Step { step: 0, seed: 11, lr: 1e-2, weight_decay: 0.0, clip: 0.0 };
     let (outcomes, values) = crate::common::run(&mut be, &mut model, 25, step).unwrap();

@@ -57,7 +57,7 @@ fn on<T: Send>(
             .map(|link| {
                 scope.spawn(|| {
                     let (mut model, layout) =
-                        Gpt2::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 9 }).unwrap();
+                        Gpt2::layout::<Cpu>(&setup, Choice::new(1, 9)).unwrap();
                     let mut be = Cpu::new(&layout, 1).unwrap();
                     let mut ranks = Ranks::start(move || Ok(link)).unwrap();
                     ranks.reserve(&[model.exchanged()]);

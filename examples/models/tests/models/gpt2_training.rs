@@ -44,7 +44,7 @@ fn threads_change_no_bit() {
     for mode in [exact(), STANDARD, checkpoint(2), bdia_float(Sign::Random)] {
         let dims = Dims { width: 48, heads: 3, inner: 96, dropout: [0.1; 3], ..small() };
         let s = Setup { dims, ..setup(mode) };
-        let choice = Choice { chunk: 2, head_rows: 8 };
+        let choice = Choice::new(2, 8);
         let one = on_cpu(&s, choice, 1, 4, STEP);
         for threads in [2, 3] {
             let more = on_cpu(&s, choice, threads, 4, STEP);
@@ -75,7 +75,7 @@ fn chunks_and_backends() {
         for (a, b) in values.iter().zip(&reference) {
             assert!((a - b).abs() < 1e-7, "chunk {chunk}: {a} {b}");
         }
-        let (outcomes, _) = on_cpu(&s, Choice { chunk, head_rows: 5 }, 2, 3, STEP);
+        let (outcomes, _) = on_cpu(&s, Choice::new(chunk, 5), 2, 3, STEP);
         for (a, b) in outcomes.iter().zip(&exact) {
             assert_eq!(a.rebuilt.mismatches, 0);
             // f32 against f64 through a grid of 2^-14, whose roundings may fall to the other side.
@@ -105,7 +105,7 @@ fn accumulation_is_the_same_step() {
     // same.
     let whole = Setup { batch: 4, accumulate: 1, ..s };
     let fused = Setup { gradients: Gradients::Fused(ADAMW), ..whole };
-    let choice = Choice { chunk: 2, head_rows: 9 };
+    let choice = Choice::new(2, 9);
     let of = |s| bits(&on_cpu(s, choice, 2, 3, STEP).1);
     assert_eq!(of(&whole), of(&fused));
 }
@@ -142,7 +142,7 @@ fn every_mode_learns() {
             let s = Setup { gradients: Gradients::Fused(rule), ..setup(mode) };
             let lr = if matches!(rule, Rule::Sgd { .. }) { 0.1 } else { 3e-3 };
             let step = Step { lr, weight_decay: 0.0, ..STEP };
-            let (outcomes, _) = on_cpu(&s, Choice { chunk: 4, head_rows: 36 }, 2, 150, step);
+            let (outcomes, _) = on_cpu(&s, Choice::new(4, 36), 2, 150, step);
             let (first, last) = (outcomes[0].loss, outcomes[149].loss);
             assert!(first > 2.5 && last < 0.5, "{mode:?} {rule:?}: {first} to {last}");
         }
@@ -155,7 +155,7 @@ fn checkpointing_changes_no_bit() {
     let dims = Dims { dropout: [0.1; 3], ..small() };
     for grid in [None, Some(crate::common::grid())] {
         let of = |mode| {
-            let choice = Choice { chunk: 2, head_rows: 9 };
+            let choice = Choice::new(2, 9);
             bits(&on_cpu(&Setup { dims, ..setup(mode) }, choice, 2, 3, STEP).1)
         };
         let standard = of(Mode::Standard { grid });
@@ -170,7 +170,7 @@ fn checkpointing_changes_no_bit() {
 #[test]
 fn faults_leave_parameters_untouched() {
     let s = setup(exact());
-    let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice { chunk: 2, head_rows: 9 }).unwrap();
+    let (mut model, layout) = Gpt2::layout::<Cpu>(&s, Choice::new(2, 9)).unwrap();
     let mut be = Cpu::new(&layout, 3).unwrap();
     let (_, before) = run(&mut be, &mut model, 2, STEP).unwrap();
     let named = model.tensors();
@@ -267,7 +267,7 @@ fn inference() {
 /// Plans and settings that cannot be are refused, with a reason.
 #[test]
 fn refusals() {
-    let choice = Choice { chunk: 1, head_rows: 1 };
+    let choice = Choice::new(1, 1);
     let lay = |s: &Setup| {
         Gpt2::layout::<Cpu>(s, choice).and_then(|(_, l)| l.checked()).unwrap_err().to_string()
     };
@@ -285,8 +285,7 @@ fn refusals() {
     let gamma = Gamma::from_value(0.3, Sign::Plus).unwrap_err();
     assert!(gamma.to_string().contains("0.5, 0.25"));
     let (mut model, layout) =
-        Gpt2::layout::<Cpu>(&Setup { accumulate: 2, ..s }, Choice { chunk: 2, head_rows: 9 })
-            .unwrap();
+        Gpt2::layout::<Cpu>(&Setup { accumulate: 2, ..s }, Choice::new(2, 9)).unwrap();
     let mut be = Cpu::new(&layout, 1).unwrap();
     let error = run(&mut be, &mut model, 1, STEP).unwrap_err();
     assert!(error.to_string().contains("the gradients of all groups"), "{error}");

@@ -61,7 +61,7 @@ fn logits(name: &str, from_file: bool) -> Vec<f64> {
     assert_eq!(dims, of_dir.dims);
     assert_eq!((config.bos_token_id, &config.eos_token_ids[..]), (Some(1), &[2][..]));
     let setup = Setup::inference(dims, 12, 1);
-    let choice = Choice { chunk: 1, head_rows: 12 };
+    let choice = Choice::new(1, 12);
     let (mut model, layout) = Llama::layout::<Reference<'_, f32>>(&setup, choice).unwrap();
     let mut memory = Memory::<f32>::new(&layout);
     let mut be = memory.backend(&layout);

@@ -87,7 +87,7 @@ fn with<T>(
     then: impl FnOnce(&mut Be<'_>, &mut Llama) -> T,
 ) -> T {
     let setup = Setup::inference(config.dims, 12.min(config.dims.positions), 1);
-    let choice = Choice { chunk: 1, head_rows: 12 };
+    let choice = Choice::new(1, 12);
     let (mut model, layout) = Llama::layout::<Be<'_>>(&setup, choice).unwrap();
     let mut memory = Memory::<f32>::new(&layout);
     let mut be = memory.backend(&layout);
@@ -384,8 +384,7 @@ fn what_cannot_be_written_is_refused() {
     let shape = LoraShape { rank: 2, alpha: 2.0 };
     let adapters = Some(Adapters::new(shape));
     let setup = Setup { adapters, ..Setup::inference(c.dims, 12, 1) };
-    let (model, layout) =
-        Llama::layout::<Be<'_>>(&setup, Choice { chunk: 1, head_rows: 12 }).unwrap();
+    let (model, layout) = Llama::layout::<Be<'_>>(&setup, Choice::new(1, 12)).unwrap();
     let mut memory = Memory::<f32>::new(&layout);
     let found = write(&path, &memory.backend(&layout), &c, &model, &none(), Storage::F32);
     assert!(found.unwrap_err().to_string().contains("merge them"));
@@ -746,7 +745,7 @@ const THREADS: usize = 2;
 fn setup(config: &LlamaConfig, context: usize) -> (Llama, Layout) {
     let setup = Setup::inference(config.dims, context, THREADS);
     let setup = Setup { library: Cpu::library_bytes(THREADS), ..setup };
-    Llama::layout::<Cpu>(&setup, Choice { chunk: 1, head_rows: 32 }).unwrap()
+    Llama::layout::<Cpu>(&setup, Choice::new(1, 32)).unwrap()
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn config(changes: &Value) -> LlamaConfig {
 fn drawn(config: &LlamaConfig, dir: &Path, storage: Storage) -> (Dims, GgufModel) {
     let setup = Setup::inference(config.dims, CONTEXT, 1);
     type Be<'a> = Reference<'a, f32>;
-    let choice = Choice { chunk: 1, head_rows: 1 };
+    let choice = Choice::new(1, 1);
     let (model, layout) = Llama::layout::<Be<'_>>(&setup, choice).unwrap();
     let mut memory = Memory::<f32>::new(&layout);
     let mut be = memory.backend(&layout);
@@ -61,7 +61,7 @@ fn setup(dims: Dims, frozen: Frozen, threads: usize) -> Setup {
 
 /// The digest of the weights, the losses of some steps and the adapters after them.
 fn trained(source: &dyn Source, setup: &Setup) -> (String, Vec<u64>, Vec<u32>) {
-    let choice = Choice { chunk: 1, head_rows: 5 };
+    let choice = Choice::new(1, 5);
     let (mut model, layout) = Llama::layout::<Cpu>(setup, choice).unwrap();
     let mut be = Cpu::new(&layout, setup.threads).unwrap();
     let digest = files::read(source, &mut be, &model).unwrap();
@@ -88,7 +88,7 @@ fn trained(source: &dyn Source, setup: &Setup) -> (String, Vec<u64>, Vec<u32>) {
 }
 
 fn total(setup: &Setup) -> Layout {
-    Llama::layout::<Cpu>(setup, Choice { chunk: 1, head_rows: 5 }).unwrap().1
+    Llama::layout::<Cpu>(setup, Choice::new(1, 5)).unwrap().1
 }
 
 /// Copied or mapped, with any number of threads: not a bit differs from the same values in 32 bits
@@ -148,8 +148,7 @@ fn matrices_are_packed_when_they_are_read() {
     for packing in WRITTEN {
         let frozen = frozen::packed(&dims, packing).unwrap();
         let (model, layout) =
-            Llama::layout::<Cpu>(&setup(dims, frozen, 1), Choice { chunk: 1, head_rows: 5 })
-                .unwrap();
+            Llama::layout::<Cpu>(&setup(dims, frozen, 1), Choice::new(1, 5)).unwrap();
         let mut be = Cpu::new(&layout, 1).unwrap();
         files::read(&file, &mut be, &model).unwrap();
         let mut narrow = 0;
@@ -176,8 +175,7 @@ fn matrices_are_packed_when_they_are_read() {
     let error = {
         let frozen = frozen::packed(&dims, Packing::Q5_0).unwrap();
         let (model, layout) =
-            Llama::layout::<Cpu>(&setup(dims, frozen, 1), Choice { chunk: 1, head_rows: 5 })
-                .unwrap();
+            Llama::layout::<Cpu>(&setup(dims, frozen, 1), Choice::new(1, 5)).unwrap();
         files::read(&file, &mut Cpu::new(&layout, 1).unwrap(), &model).unwrap_err()
     };
     assert!(error.to_string().contains("Q8_0 or Q4_0"), "{error}");
@@ -193,8 +191,7 @@ fn other_files_are_refused() {
     for mapped in [false, true] {
         let frozen = frozen::as_stored(&dims, &file, mapped).unwrap();
         let (model, layout) =
-            Llama::layout::<Cpu>(&setup(dims, frozen, 1), Choice { chunk: 1, head_rows: 5 })
-                .unwrap();
+            Llama::layout::<Cpu>(&setup(dims, frozen, 1), Choice::new(1, 5)).unwrap();
         let error = files::read(&wide, &mut Cpu::new(&layout, 1).unwrap(), &model).unwrap_err();
         assert!(matches!(error, WeightsError::Stored { .. }), "{error}");
     }

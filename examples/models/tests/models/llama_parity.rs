@@ -51,7 +51,7 @@ fn setup(config: &LlamaConfig, mode: Mode) -> Setup {
 }
 
 fn lay_out(setup: &Setup, chunk: usize, head_rows: usize) -> (Llama, Layout) {
-    Llama::layout::<Reference<'_, f64>>(setup, Choice { chunk, head_rows }).unwrap()
+    Llama::layout::<Reference<'_, f64>>(setup, Choice::new(chunk, head_rows)).unwrap()
 }
 
 fn fill(s: &State) -> impl FnMut(usize, &mut [i32], &mut [i32]) -> Result<(), Error> + '_ {
@@ -66,14 +66,15 @@ fn fill(s: &State) -> impl FnMut(usize, &mut [i32], &mut [i32]) -> Result<(), Er
 fn logits_loss_and_every_gradient() {
     for name in CASES {
         let (s, config) = case(name);
-        for (mode, chunk, head_rows, blocks_per_step) in [
-            (STANDARD, 2, 24, 1),
-            (STANDARD, 1, 5, 3),
-            (checkpoint(1), 2, 7, 2),
-            (checkpoint(3), 1, 24, 1),
+        for (mode, chunk, head_rows, blocks_per_step, token_chunk) in [
+            (STANDARD, 2, 24, 1, None),
+            (STANDARD, 1, 5, 3, Some(5)),
+            (checkpoint(1), 2, 7, 2, Some(8)),
+            (checkpoint(3), 1, 24, 1, None),
         ] {
             let setup = Setup { blocks_per_step, ..setup(&config, mode) };
-            let (mut model, layout) = lay_out(&setup, chunk, head_rows);
+            let choice = Choice { token_chunk, ..Choice::new(chunk, head_rows) };
+            let (mut model, layout) = Llama::layout::<Reference<'_, f64>>(&setup, choice).unwrap();
             let mut memory = Memory::<f64>::new(&layout);
             let mut be = memory.backend(&layout);
             model.fill_tables(&mut be).unwrap();
@@ -103,13 +104,17 @@ fn reversible_training_is_exact() {
     for name in CASES {
         let (s, config) = case(name);
         let mut distances = Vec::new();
-        for (m, sign, blocks_per_step) in
-            [(1, Sign::Random, 1), (4, Sign::Shared, 2), (8, Sign::Shared, 1), (2, Sign::Minus, 3)]
-        {
+        for (m, sign, blocks_per_step, token_chunk) in [
+            (1, Sign::Random, 1, None),
+            (4, Sign::Shared, 2, Some(7)),
+            (8, Sign::Shared, 1, Some(1)),
+            (2, Sign::Minus, 3, None),
+        ] {
             let gamma = Policy::fixed(Gamma::new(m, sign).unwrap());
             let mode = Mode::Bdia { grid: Grid::new(20).unwrap(), gamma, verify: true };
             let setup = Setup { blocks_per_step, ..setup(&config, mode) };
-            let (mut model, layout) = lay_out(&setup, 1, 24);
+            let choice = Choice { token_chunk, ..Choice::new(1, 24) };
+            let (mut model, layout) = Llama::layout::<Reference<'_, f64>>(&setup, choice).unwrap();
             let mut memory = Memory::<f64>::new(&layout);
             let mut be = memory.backend(&layout);
             model.fill_tables(&mut be).unwrap();

@@ -53,7 +53,7 @@ fn setup(dims: Dims, context: usize) -> Setup {
 }
 
 fn lay_out(setup: &Setup) -> (Llama, Layout) {
-    Llama::layout::<Cpu>(setup, Choice { chunk: 1, head_rows: 32 }).unwrap()
+    Llama::layout::<Cpu>(setup, Choice::new(1, 32)).unwrap()
 }
 
 #[test]

@@ -39,7 +39,7 @@ fn logits(base: &str, adapter: &Path, tokens: &[i32]) -> Result<Vec<f64>, String
     let dir = data(base);
     for_family!(AnyConfig::read_dir(&dir).unwrap(), config => {
         let setup = Setup::inference(config.dims(), tokens.len(), 1);
-        let choice = Choice { chunk: 1, head_rows: tokens.len() };
+        let choice = Choice::new(1, tokens.len());
         let (mut model, layout) = LanguageModel::layout::<Cpu>(&setup, choice).unwrap();
         let mut be = Cpu::new(&layout, 1).unwrap();
         let opened = Adapter::open(adapter, &model).map_err(|e| e.to_string())?;
