@@ -23,6 +23,7 @@ const TARGETS: [(&str, Target); 18] = [
     ("lm/llama_config", lm::llama_config),
     ("lm/packed", lm::packed),
     ("lm/pairs", lm::pairs),
+    ("lm/prepared", lm::prepared),
     ("lm/text", lm::text),
     ("lm/tokenizer", lm::tokenizer_files),
     ("lm/tokens", lm::tokens),

@@ -256,6 +256,43 @@ pub fn packed(data: &[u8]) {
     }
 }
 
+/// A file of `prepare`: what is accepted has samples of tokens of the vocabulary, and is the same
+/// after writing and reading.
+pub fn prepared(data: &[u8]) {
+    let columns = PairColumns { prompt: "q".into(), completion: "a".into() };
+    let reading =
+        Reading { kind: Kind::Pairs(columns), format: Format::Plain, loss_on: LossOn::Completion };
+    with_file("examples.safetensors", data, |path| {
+        let open = |path: &Path| Examples::prepared(path, &reading, tokenizer(), VOCAB);
+        let Ok(Some(mut examples)) = open(path) else { return };
+        let again = path.with_extension("again.safetensors");
+        examples.write(&again, &reading, tokenizer()).expect("the file can be written");
+        let mut same = open(&again).expect("our own file").expect("it has our name");
+        let _ = std::fs::remove_file(again);
+        for pack in [false, true] {
+            if examples.fit(CONTEXT, pack).is_err() {
+                assert!(same.fit(CONTEXT, pack).is_err());
+                continue;
+            }
+            same.fit(CONTEXT, pack).expect("the same tokens");
+            let mut targets = 0;
+            for i in 0..examples.len() {
+                let of = |e: &Examples| {
+                    let [mut x, mut y, mut s] = [[0; CONTEXT]; 3];
+                    e.sample(i, &mut x, &mut y, &mut s).expect("nobody changes the file");
+                    (x, y, s)
+                };
+                let (x, y, s) = of(&examples);
+                assert_eq!((x, y, s), of(&same));
+                let all = x.iter().chain(&y);
+                assert!(all.into_iter().all(|&t| (-1..VOCAB as i32).contains(&t)));
+                targets += y.iter().filter(|&&t| t >= 0).count() as u64;
+            }
+            assert_eq!(targets, examples.targets());
+        }
+    });
+}
+
 /// Pairs, read as each kind of file: what is accepted has completions, can be written as a table
 /// and read again, and makes samples in which every target is the token after it.
 pub fn pairs(data: &[u8]) {
@@ -289,7 +326,7 @@ pub fn pairs(data: &[u8]) {
                 let mut targets = 0;
                 for i in 0..examples.len() {
                     let (mut x, mut y) = ([0; CONTEXT], [0; CONTEXT]);
-                    examples.sample(i, &mut x, &mut y, &mut []);
+                    examples.sample(i, &mut x, &mut y, &mut []).expect("in memory");
                     let learned = y.iter().filter(|&&t| t >= 0).count();
                     assert!(learned > 0);
                     targets += learned as u64;

@@ -54,7 +54,7 @@ impl Samples {
                 for i in 0..count {
                     let (tokens, targets, starts) = all.next(packed);
                     let example = (i as u128 * n as u128 / count as u128) as usize;
-                    train.sample(example, tokens, targets, starts);
+                    train.sample(example, tokens, targets, starts)?;
                 }
             }
         }

@@ -318,7 +318,7 @@ pub struct FinetuneArgs {
     /// What the data is
     #[arg(long, default_value = "e2e", help_heading = "Data")]
     pub task: TaskKind,
-    /// What to train on
+    /// What to train on; what `prepare` has written, too
     #[arg(long, value_name = "FILE", help_heading = "Data", required_unless_present = "resume")]
     pub data: Option<PathBuf>,
     /// What to validate on, of the same kind [default: none; of text, a part of --data]
@@ -756,6 +756,34 @@ pub struct ExportArgs {
     pub replace: bool,
 }
 
+/// Flags of `prepare`.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct PrepareArgs {
+    /// The model whose tokenizer and template are used: a directory in Hugging Face's layout, a
+    /// GGUF file, or a name on Hugging Face
+    #[arg(long = "model", visible_alias = "weights", value_name = "MODEL")]
+    pub weights: PathBuf,
+    /// What the data is
+    #[arg(long, default_value = "e2e")]
+    pub task: TaskKind,
+    /// The data
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Where the tokens go, for --data of `finetune` and `eval`: a .safetensors file, of --task text
+    /// an .npy file
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Replace --out
+    #[arg(long)]
+    pub replace: bool,
+    /// How pairs are read.
+    #[command(flatten)]
+    pub pairs: PairArgs,
+    /// How texts become tokens.
+    #[command(flatten)]
+    pub text: TextArgs,
+}
+
 /// Flags of `plan`.
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct PlanArgs {
@@ -813,6 +841,8 @@ pub enum Command {
     Train(Box<TrainArgs>),
     /// Go on training a pretrained model on a task: all of it, or low-rank adapters
     Finetune(Box<FinetuneArgs>),
+    /// Data as tokens of a model, which later runs read piece by piece
+    Prepare(PrepareArgs),
     /// A model and its adapters as one model
     Merge(MergeArgs),
     /// A model in another format: GGUF, or Hugging Face's
@@ -925,6 +955,7 @@ impl Cli {
                 Ok(())
             }
             Command::Score(score) => score.check(),
+            Command::Prepare(prepare) => prepare.pairs.check(prepare.task, None),
             Command::Experiment { experiment } => {
                 let own =
                     sub.and_then(|m| m.subcommand()).map_or_else(BTreeSet::new, |(_, m)| given(m));

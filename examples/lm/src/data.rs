@@ -255,6 +255,18 @@ impl Part {
         Self { store: Store::Memory(Arc::new(tokens)), start: 0, len }
     }
 
+    /// Tokens in a file, from a byte on, which is opened and has so many.
+    pub(crate) fn of_file(
+        file: File,
+        path: &Path,
+        offset: u64,
+        len: u64,
+        token_type: TokenType,
+    ) -> Self {
+        let (file, path) = (Arc::new(Mutex::new(file)), Arc::new(path.into()));
+        Self { store: Store::File { file, path, offset, token_type }, start: 0, len }
+    }
+
     /// Number of tokens.
     pub fn len(&self) -> u64 {
         self.len
@@ -307,7 +319,12 @@ impl Part {
     }
 
     /// Hands over `n` tokens from `at` on, as they are stored, while it is told to go on.
-    fn each(&self, at: u64, n: usize, mut to: impl FnMut(i64) -> bool) -> Result<(), DataError> {
+    pub(crate) fn each(
+        &self,
+        at: u64,
+        n: usize,
+        mut to: impl FnMut(i64) -> bool,
+    ) -> Result<(), DataError> {
         match &self.store {
             Store::Memory(tokens) => {
                 // In range by construction: `start + len` never exceeds the vector.
@@ -404,6 +421,38 @@ impl Part {
             self.window(self.sample_start(batches, step, first.wrapping_add(i as u32)), x, y)?;
         }
         Ok(())
+    }
+
+    /// All tokens as a NumPy file of one array, in two bytes each where that is enough.
+    ///
+    /// # Errors
+    /// Tokens that cannot be read.
+    pub fn to_npy(&self) -> Result<Vec<u8>, DataError> {
+        let all = |to: &mut dyn FnMut(i64) -> bool| {
+            self.each(self.start, usize::try_from(self.len).unwrap_or(usize::MAX), to)
+        };
+        let mut small = true;
+        all(&mut |token| {
+            small = token < 1 << 16;
+            small
+        })?;
+        let header = format!(
+            "{{'descr': '<u{}', 'fortran_order': False, 'shape': ({},), }}",
+            if small { 2 } else { 4 },
+            self.len
+        );
+        // Magic, version and length are ten bytes; all of it is a multiple of 64, the last a line
+        // break.
+        let len = (10 + header.len() + 1).next_multiple_of(64) - 10;
+        let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+        bytes.extend_from_slice(&(len as u16).to_le_bytes());
+        bytes.extend_from_slice(format!("{header:<0$}\n", len - 1).as_bytes());
+        all(&mut |token| {
+            let token = (token as u32).to_le_bytes();
+            bytes.extend_from_slice(if small { &token[..2] } else { &token });
+            true
+        })?;
+        Ok(bytes)
     }
 
     /// Whether every token is in the vocabulary.

@@ -18,6 +18,7 @@ pub mod hub;
 pub mod inference;
 pub mod pairs;
 pub mod plan;
+pub mod prepare;
 pub mod recipe;
 pub mod score;
 pub mod train;

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use bdia_lm::cli::{Cli, Command, Experiment};
-use bdia_lm::{chat, experiment, export, finetune, inference, plan, score, train};
+use bdia_lm::{chat, experiment, export, finetune, inference, plan, prepare, score, train};
 use bdia_train::alloc::Counting;
 use bdia_train::run::program;
 
@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     program(|| match Cli::parse().command {
         Command::Train(args) => train::train(&args).map(|_| ()),
         Command::Finetune(args) => finetune::finetune(&args).map(|_| ()),
+        Command::Prepare(args) => prepare::prepare(&args),
         Command::Merge(args) => inference::merge(&args),
         Command::Export(args) => export::export(&args),
         Command::Eval(args) => inference::eval(&args),

@@ -6,6 +6,7 @@
 //! | `.csv` | a header, commas, quotes; quoted fields may have line breaks (E2E: `mr,ref`) |
 //! | `.tsv` | a header, tabs, no quotes |
 //! | `.jsonl` | one object with two strings a line; of conversations, with a list `messages` |
+//! | `.safetensors` | the tokens of examples, as `prepare` has written them; they stay on disk |
 //!
 //! A file may be packed with gzip (`.csv.gz`), which its content tells. Empty lines and pairs
 //! without a completion are skipped; the latter are counted.
@@ -21,20 +22,25 @@
 //! as there is room for; none of them sees another, and positions begin anew with each.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use bdia_core::rng::{Draw, Stream};
 use bdia_models::chat::{ChatError, ChatTemplate, Message};
+use bdia_models::files::{FileError, write_bytes};
 use bdia_models::input::{self, InputError, list};
 use bdia_models::language::{Config, Family as _};
 use bdia_models::tokenizer::{SpecialTokens, Tokenizer};
 use bdia_train::{Failure, report};
 use clap::ValueEnum;
 use rayon::prelude::*;
+use safetensors::tensor::{Dtype, Metadata};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::data::DataError;
+use crate::data::{DataError, Part, TokenType};
 use crate::train::Texts;
 
 /// Which tokens of a pair are learned.
@@ -121,6 +127,17 @@ pub enum PairsError {
         /// What the template says.
         error: ChatError,
     },
+    /// Tokens that cannot be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A file of `prepare` that is damaged, or for other ways to read examples.
+    #[error("{}: {what}", path.display())]
+    Prepared {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
     /// A token that the model does not have.
     #[error("{}: token {token} is outside the model's vocabulary of {vocab}", path.display())]
     Token {
@@ -166,6 +183,22 @@ pub struct Reading {
     pub format: Format,
     /// Which tokens are learned.
     pub loss_on: LossOn,
+}
+
+impl Reading {
+    /// What tokens depend on besides texts and tokenizer: flags, for messages and comparison.
+    fn name(&self, tokenizer: &Tokenizer) -> String {
+        let value = |v: Option<clap::builder::PossibleValue>| {
+            v.map_or_else(String::new, |v| v.get_name().to_owned())
+        };
+        let [format, loss_on] =
+            [self.format.to_possible_value(), self.loss_on.to_possible_value()].map(value);
+        let special = match tokenizer.special_tokens() {
+            SpecialTokens::Parse => "parse",
+            SpecialTokens::Text => "text",
+        };
+        format!("--format {format} --loss-on {loss_on} --special-tokens {special}")
+    }
 }
 
 /// Names of the columns of a file of pairs.
@@ -423,17 +456,24 @@ const AT_ONCE: usize = 1024;
 /// Marks a token that is learned.
 const LEARNED: u32 = 1 << 31;
 
+/// What a safetensors file of `prepare` says that it is.
+const PREPARED: &str = "bdia-lm examples 1";
+/// The longest header of one.
+const HEADER: u64 = 1 << 16;
+
 /// Tokens of examples, and batches made of them.
 #[derive(Debug, Clone)]
 pub struct Examples {
     /// With [`LEARNED`].
-    tokens: Vec<u32>,
+    tokens: Part,
     examples: Vec<Example>,
     path: PathBuf,
     /// Examples that were longer than a sample.
     cut: usize,
     /// Examples that have nothing to learn within a sample.
     dropped: usize,
+    /// Tokens that are learned in one pass.
+    targets: u64,
     /// The samples: ranges of `packed`.
     samples: Vec<(u32, u32)>,
     /// The examples of the samples, one sample after the other.
@@ -458,8 +498,181 @@ impl Examples {
             let source_name = path.display().to_string();
             return Err(DataError::Tokenizer { source_name }.into());
         };
+        let vocab = config.dims().vocab();
+        if let Some(prepared) = Self::prepared(path, reading, tokenizer, vocab)? {
+            return Ok(prepared);
+        }
         let end = tokenizer.eos().or_else(|| config.ends().first().copied());
-        Ok(Self::open(path, reading, (tokenizer, end), config.dims().vocab())?)
+        Ok(Self::open(path, reading, (tokenizer, end), vocab)?)
+    }
+
+    fn new(tokens: Part, examples: Vec<Example>, path: &Path) -> Self {
+        Self {
+            tokens,
+            examples,
+            path: path.into(),
+            cut: 0,
+            dropped: 0,
+            targets: 0,
+            samples: Vec::new(),
+            packed: Vec::new(),
+            order: Vec::new(),
+            pass: None,
+        }
+    }
+
+    /// Writes the tokens of all examples for later runs, as a safetensors file: `tokens`, with bit
+    /// 31 where one is learned, and `ends`, the place after each example's last.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn write(
+        &self,
+        path: &Path,
+        reading: &Reading,
+        tokenizer: &Tokenizer,
+    ) -> Result<(), PairsError> {
+        let (examples, tokens) = (self.examples.len(), self.tokens.len());
+        let from = 8 * examples as u64;
+        let header = json!({
+            "__metadata__": {
+                "format": PREPARED,
+                "tokenizer": tokenizer.digest(),
+                "reading": reading.name(tokenizer),
+            },
+            "ends": { "dtype": "U64", "shape": [examples], "data_offsets": [0, from] },
+            "tokens": {
+                "dtype": "U32",
+                "shape": [tokens],
+                "data_offsets": [from, from + 4 * tokens],
+            },
+        })
+        .to_string();
+        // What follows is aligned for its numbers.
+        let len = header.len().next_multiple_of(8);
+        let mut bytes = (len as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(format!("{header:<len$}").as_bytes());
+        for e in &self.examples {
+            bytes.extend_from_slice(&((e.start + e.len) as u64).to_le_bytes());
+        }
+        self.tokens.each(0, tokens as usize, |t| {
+            bytes.extend_from_slice(&(t as u32).to_le_bytes());
+            true
+        })?;
+        Ok(write_bytes(path, &bytes).map_err(DataError::from)?)
+    }
+
+    /// What [`write`](Self::write) has written; `None` for any other file. The tokens stay on disk.
+    ///
+    /// # Errors
+    /// [`PairsError::Prepared`] for a file that is damaged, of another tokenizer, or of examples
+    /// that were read in another way.
+    pub fn prepared(
+        path: &Path,
+        reading: &Reading,
+        tokenizer: &Tokenizer,
+        vocab: usize,
+    ) -> Result<Option<Self>, PairsError> {
+        if path.extension().is_none_or(|e| !e.eq_ignore_ascii_case("safetensors")) {
+            return Ok(None);
+        }
+        let wrong = |what: &str| PairsError::Prepared { path: path.into(), what: what.into() };
+        let failed = |e| DataError::from(FileError::io(path, "read its tokens", e));
+        let mut file = File::open(path).map_err(failed)?;
+        let size = file.metadata().map_err(failed)?.len();
+        let mut header = [0; 8];
+        let read = file.read_exact(&mut header);
+        let len = u64::from_le_bytes(header);
+        let none = "expected a file that `bdia-lm prepare` has written, found another";
+        if read.is_err() || len > HEADER || size < 8 + len {
+            return Err(wrong(none));
+        }
+        let mut header = vec![0; len as usize];
+        file.read_exact(&mut header).map_err(failed)?;
+        let Ok(header) = serde_json::from_slice::<Metadata>(&header) else {
+            return Err(wrong(none));
+        };
+        let about = |name: &str| {
+            header.metadata().as_ref().and_then(|m| m.get(name)).map_or("nothing", String::as_str)
+        };
+        if about("format") != PREPARED {
+            return Err(wrong(none));
+        }
+        let (found, expected) = (about("tokenizer"), tokenizer.digest());
+        if found != expected {
+            return Err(wrong(&format!(
+                "its tokens are of a tokenizer with digest {found}, the model's is {expected}; \
+                 prepare the data with this model"
+            )));
+        }
+        let (found, expected) = (about("reading"), reading.name(tokenizer));
+        if found != expected {
+            return Err(wrong(&format!(
+                "it was prepared with {found}, this run asks for {expected}; give both the same \
+                 flags"
+            )));
+        }
+        let place = |name: &str, dtype: Dtype, width: usize| {
+            let info = header.info(name).filter(|i| i.dtype == dtype && i.shape.len() == 1)?;
+            let [from, to] = [info.data_offsets.0, info.data_offsets.1].map(|at| at as u64);
+            let fits =
+                8 + len + to <= size && to.checked_sub(from)? == (info.shape[0] * width) as u64;
+            fits.then_some((8 + len + from, info.shape[0]))
+        };
+        let damaged = "its tokens and examples do not fit together; prepare it again";
+        let (Some(ends), Some(tokens)) =
+            (place("ends", Dtype::U64, 8), place("tokens", Dtype::U32, 4))
+        else {
+            return Err(wrong(damaged));
+        };
+        file.seek(SeekFrom::Start(ends.0)).map_err(failed)?;
+        let mut examples = Vec::new();
+        let (mut reader, mut start) = (BufReader::new(&mut file), 0);
+        for _ in 0..ends.1 {
+            let mut end = [0; 8];
+            reader.read_exact(&mut end).map_err(failed)?;
+            let end = u64::from_le_bytes(end);
+            if end <= start as u64 || end > tokens.1 as u64 {
+                return Err(wrong(damaged));
+            }
+            let len = end as usize - start;
+            examples.push(Example { start, len, prompt: len });
+            start = end as usize;
+        }
+        if start != tokens.1 || examples.is_empty() {
+            return Err(wrong(damaged));
+        }
+        let tokens = Part::of_file(file, path, tokens.0, tokens.1 as u64, TokenType::U32);
+        let mut all = Self::new(tokens, examples, path);
+        let mut examples = core::mem::take(&mut all.examples);
+        for e in &mut examples {
+            let (mut at, mut prompt, mut outside) = (0, e.len, None);
+            all.each(e, |token, learned| {
+                if learned {
+                    prompt = prompt.min(at);
+                }
+                if token as usize >= vocab {
+                    outside = Some(token);
+                }
+                at += 1;
+            })?;
+            if let Some(token) = outside {
+                return Err(PairsError::Token { path: path.into(), token, vocab });
+            }
+            e.prompt = prompt;
+        }
+        all.examples = examples;
+        Ok(Some(all))
+    }
+
+    /// Hands over an example's tokens, and whether they are learned.
+    fn each(&self, e: &Example, mut to: impl FnMut(u32, bool)) -> Result<(), DataError> {
+        self.tokens.each(e.start as u64, e.len, |token| {
+            // At most 32 bits.
+            let token = token as u32;
+            to(token & !LEARNED, token & LEARNED != 0);
+            true
+        })
     }
 
     /// The tokens of the examples of a file. Texts end with `end` in the format `plain`.
@@ -530,17 +743,7 @@ impl Examples {
                 }
             }
         }
-        Ok(Self {
-            tokens,
-            examples,
-            path: path.into(),
-            cut: 0,
-            dropped: 0,
-            samples: Vec::new(),
-            packed: Vec::new(),
-            order: Vec::new(),
-            pass: None,
-        })
+        Ok(Self::new(Part::from_tokens(tokens), examples, path))
     }
 
     /// Tokens of a sample that has room for every example.
@@ -554,17 +757,23 @@ impl Examples {
     /// # Errors
     /// [`PairsError::None`] if no example is left.
     pub fn fit(&mut self, context: usize, pack: bool) -> Result<(), PairsError> {
-        let (before, tokens) = (self.examples.len(), &self.tokens);
-        self.cut = 0;
-        let mut cut = 0;
-        self.examples.retain_mut(|e| {
-            let len = e.len.min(context + 1);
-            let learns = tokens[e.start..e.start + len].iter().skip(1).any(|t| t & LEARNED != 0);
-            cut += usize::from(learns && len < e.len);
-            e.len = len;
-            learns
-        });
-        (self.cut, self.dropped) = (cut, before - self.examples.len());
+        let before = self.examples.len();
+        let (mut kept, mut cut, mut targets) = (Vec::with_capacity(before), 0, 0);
+        for e in &self.examples {
+            let (whole, e) = (e.len, Example { len: e.len.min(context + 1), ..*e });
+            let (mut at, mut learned) = (0_usize, 0_u64);
+            self.each(&e, |_, learns| {
+                learned += u64::from(learns && at > 0);
+                at += 1;
+            })?;
+            if learned > 0 {
+                targets += learned;
+                cut += usize::from(e.len < whole);
+                kept.push(e);
+            }
+        }
+        self.examples = kept;
+        (self.cut, self.dropped, self.targets) = (cut, before - self.examples.len(), targets);
         if self.examples.is_empty() {
             let why = format!(
                 ": every prompt is longer than a sample of {context} tokens; use a larger --context"
@@ -634,6 +843,11 @@ impl Examples {
         self.examples.len()
     }
 
+    /// Tokens of all examples.
+    pub fn tokens(&self) -> u64 {
+        self.tokens.len()
+    }
+
     /// Whether samples have several examples.
     pub fn is_packed(&self) -> bool {
         self.samples.len() < self.examples.len()
@@ -645,36 +859,41 @@ impl Examples {
     }
 
     /// Tokens that are learned in one pass.
-    pub fn targets(&self) -> u64 {
-        let learned = |e: &Example| {
-            self.tokens[e.start..e.start + e.len]
-                .iter()
-                .skip(1)
-                .filter(|t| **t & LEARNED != 0)
-                .count()
-        };
-        self.examples.iter().map(|e| learned(e) as u64).sum()
+    pub const fn targets(&self) -> u64 {
+        self.targets
     }
 
     /// What a run's data is known by: all tokens, in two bytes each where that is enough, and how
     /// they are cut into examples.
-    pub fn digest(&self, hash: &mut Xxh3) {
-        let small = self.tokens.iter().all(|t| t & !LEARNED < 1 << 16);
-        for token in self.tokens.iter().map(|t| t & !LEARNED) {
+    ///
+    /// # Errors
+    /// Tokens that cannot be read any more.
+    pub fn digest(&self, hash: &mut Xxh3) -> Result<(), DataError> {
+        let all = |to: &mut dyn FnMut(u32) -> bool| {
+            self.tokens.each(0, self.tokens.len() as usize, |t| to(t as u32 & !LEARNED))
+        };
+        let mut small = true;
+        all(&mut |token| {
+            small = token < 1 << 16;
+            small
+        })?;
+        all(&mut |token| {
             match u16::try_from(token) {
                 Ok(token) if small => hash.update(&token.to_le_bytes()),
                 _ => hash.update(&token.to_le_bytes()),
             }
-        }
-        let mut parts = Vec::new();
+            true
+        })?;
+        let (mut parts, mut marks) = (Vec::new(), Vec::new());
         for e in &self.examples {
-            let marks = || self.tokens[e.start..e.start + e.len].iter().map(|t| t & LEARNED != 0);
-            let first = marks().skip(1).position(|l| l).map_or(e.len, |at| at + 1);
+            marks.clear();
+            self.each(e, |_, learned| marks.push(learned))?;
+            let first = marks.iter().skip(1).position(|l| *l).map_or(e.len, |at| at + 1);
             let numbers = [e.start as u64, (e.len << 32 | first) as u64];
             numbers.iter().for_each(|n| hash.update(&n.to_le_bytes()));
             // More than one turn.
-            if marks().skip(first).any(|l| !l) {
-                parts.extend(marks().map(u8::from));
+            if marks.iter().skip(first).any(|l| !l) {
+                parts.extend(marks.iter().map(|l| u8::from(*l)));
             }
         }
         hash.update(&parts);
@@ -682,18 +901,33 @@ impl Examples {
             self.packed.iter().for_each(|i| hash.update(&i.to_le_bytes()));
             self.samples.iter().for_each(|s| hash.update(&s.1.to_le_bytes()));
         }
+        Ok(())
     }
 
     /// The first example of sample `i`, up to what is learned.
-    pub fn prompt(&self, i: usize) -> Vec<i32> {
+    ///
+    /// # Errors
+    /// Tokens that cannot be read any more.
+    pub fn prompt(&self, i: usize) -> Result<Vec<i32>, DataError> {
         let e = self.examples[self.packed[self.samples[i].0 as usize] as usize];
-        let tokens = &self.tokens[e.start..e.start + e.prompt.min(e.len)];
-        tokens.iter().map(|t| (t & !LEARNED) as i32).collect()
+        let mut tokens = Vec::new();
+        let e = Example { len: e.prompt.min(e.len), ..e };
+        self.each(&e, |token, _| tokens.push(token as i32))?;
+        Ok(tokens)
     }
 
     /// Writes sample `i`; targets are negative where there is none. `starts` gets the place at
     /// which every token's example begins, where examples are packed.
-    pub fn sample(&self, i: usize, tokens: &mut [i32], targets: &mut [i32], starts: &mut [i32]) {
+    ///
+    /// # Errors
+    /// Tokens that cannot be read any more.
+    pub fn sample(
+        &self,
+        i: usize,
+        tokens: &mut [i32],
+        targets: &mut [i32],
+        starts: &mut [i32],
+    ) -> Result<(), DataError> {
         let (first, end) = self.samples[i];
         tokens.fill(0);
         targets.fill(-1);
@@ -701,24 +935,27 @@ impl Examples {
         for &i in &self.packed[first as usize..end as usize] {
             let e = self.examples[i as usize];
             let begin = at;
-            for pair in self.tokens[e.start..e.start + e.len].windows(2) {
-                let (Some(token), Some(target)) = (tokens.get_mut(at), targets.get_mut(at)) else {
-                    return;
-                };
-                *token = (pair[0] & !LEARNED) as i32;
-                if pair[1] & LEARNED != 0 {
-                    *target = (pair[1] & !LEARNED) as i32;
+            let mut before = None;
+            self.each(&e, |next, learned| {
+                if let Some(token) = before.replace(next as i32)
+                    && let (Some(x), Some(y)) = (tokens.get_mut(at), targets.get_mut(at))
+                {
+                    *x = token;
+                    if learned {
+                        *y = next as i32;
+                    }
+                    if let Some(start) = starts.get_mut(at) {
+                        *start = begin as i32;
+                    }
+                    at += 1;
                 }
-                if let Some(start) = starts.get_mut(at) {
-                    *start = begin as i32;
-                }
-                at += 1;
-            }
+            })?;
         }
         // Padding is a text of its own.
         if let Some(rest) = starts.get_mut(at..) {
             rest.fill(at as i32);
         }
+        Ok(())
     }
 
     /// Fills a micro-batch with the run's samples `first`, `first + 1`, …: every pass over the data
@@ -726,7 +963,8 @@ impl Examples {
     /// allocated.
     ///
     /// # Errors
-    /// [`DataError::Shape`] for buffers that are not whole samples.
+    /// [`DataError::Shape`] for buffers that are not whole samples; tokens that cannot be read any
+    /// more.
     pub fn batch(
         &mut self,
         seed: u64,
@@ -745,7 +983,7 @@ impl Examples {
             let at = first + i as u64;
             self.shuffle(seed, at / n);
             let starts = starts.next().unwrap_or(&mut []);
-            self.sample(self.order[(at % n) as usize] as usize, x, y, starts);
+            self.sample(self.order[(at % n) as usize] as usize, x, y, starts)?;
         }
         Ok(())
     }
@@ -874,7 +1112,7 @@ mod tests {
         e.fit(8, false).unwrap();
         assert_eq!(e.truncated(), (0, 0));
         let (mut x, mut y) = ([9; 8], [9; 8]);
-        e.sample(0, &mut x, &mut y, &mut []);
+        e.sample(0, &mut x, &mut y, &mut []).unwrap();
         let (prompt, completion) = (of("a b\n"), of("c d e"));
         assert_eq!(prompt_tokens(&t, Format::Plain, "a b").unwrap(), t.encode("a b\n"));
         let whole = [&prompt[..], &completion, &[EOT as i32]].concat();
@@ -884,8 +1122,65 @@ mod tests {
         assert_eq!(e.targets(), 4 + 2 + 2);
         let mut all = examples(LossOn::All);
         all.fit(8, false).unwrap();
-        all.sample(0, &mut x, &mut y, &mut []);
+        all.sample(0, &mut x, &mut y, &mut []).unwrap();
         assert_eq!(y[..6], whole[1..]);
+    }
+
+    #[test]
+    fn prepared_tokens_are_the_tokens() {
+        let (dir, t) = (TempDir::new(), Tokenizer::gpt2());
+        let path = dir.path().join("x.safetensors");
+        let how = reading(LossOn::Completion);
+        let mut own = examples(LossOn::Completion);
+        own.write(&path, &how, &t).unwrap();
+        let open = |reading: &Reading, tokenizer: &Tokenizer, vocab| {
+            Examples::prepared(&path, reading, tokenizer, vocab).map_err(|e| e.to_string())
+        };
+        let mut read = open(&how, &t, 50_257).unwrap().unwrap();
+        assert_eq!((read.longest(), read.tokens()), (own.longest(), own.tokens()));
+        let all = |e: &mut Examples, context, pack| {
+            e.fit(context, pack).unwrap();
+            let mut hash = Xxh3::new();
+            e.digest(&mut hash).unwrap();
+            let samples: Vec<_> = (0..e.len())
+                .map(|i| {
+                    let [mut x, mut y, mut s] = [(); 3].map(|()| vec![7; context]);
+                    e.sample(i, &mut x, &mut y, &mut s).unwrap();
+                    (x, y, s, e.prompt(i).unwrap())
+                })
+                .collect();
+            (samples, e.truncated(), e.targets(), hash.digest())
+        };
+        for (context, pack) in [(20, true), (8, false), (4, false)] {
+            assert_eq!(all(&mut read, context, pack), all(&mut own, context, pack));
+        }
+        // What it is not for.
+        assert!(open(&how, &t, 100).unwrap_err().contains("vocabulary of 100"));
+        let other = reading(LossOn::All);
+        let error = open(&other, &t, 50_257).unwrap_err();
+        assert!(
+            error.contains("--loss-on completion") && error.contains("--loss-on all"),
+            "{error}"
+        );
+        let special = t.clone().with_special_tokens(SpecialTokens::Parse);
+        assert!(open(&how, &special, 50_257).unwrap_err().contains("--special-tokens parse"));
+        let bytes = std::fs::read(&path).unwrap();
+        for len in 0..bytes.len() {
+            std::fs::write(&path, &bytes[..len]).unwrap();
+            let error = open(&how, &t, 50_257).unwrap_err();
+            assert!(error.contains("prepare"), "{len}: {error}");
+        }
+        let text = String::from_utf8_lossy(&bytes);
+        let digest = t.digest();
+        let at = text.find(&digest).unwrap();
+        let mut foreign = bytes.clone();
+        foreign[at..at + 4].copy_from_slice(b"0000");
+        std::fs::write(&path, &foreign).unwrap();
+        let error = open(&how, &t, 50_257).unwrap_err();
+        assert!(error.contains(&digest) && error.contains("prepare the data"), "{error}");
+        // Files of other names are read as what they are.
+        let other = dir.file("x.csv", b"q,a\n1,2\n");
+        assert!(Examples::prepared(&other, &how, &t, 50_257).unwrap().is_none());
     }
 
     #[test]
@@ -895,7 +1190,7 @@ mod tests {
         // The prompts have 3, 2 and 7 tokens.
         assert_eq!((e.len(), e.truncated()), (2, (1, 1)));
         let (mut x, mut y) = ([9; 4], [9; 4]);
-        e.sample(0, &mut x, &mut y, &mut []);
+        e.sample(0, &mut x, &mut y, &mut []).unwrap();
         assert_eq!(y.iter().filter(|&&t| t >= 0).count(), 2);
         assert!(
             examples(LossOn::Completion)
@@ -960,7 +1255,7 @@ mod tests {
         assert_eq!((packed.examples(), packed.targets()), (40, one.targets()));
         let own = |e: &Examples, i| {
             let [mut x, mut y, mut s] = [(); 3].map(|()| vec![7; context]);
-            e.sample(i, &mut x, &mut y, &mut s);
+            e.sample(i, &mut x, &mut y, &mut s).unwrap();
             (x, y, s)
         };
         for i in 0..packed.len() {

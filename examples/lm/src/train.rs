@@ -24,7 +24,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::calibrate;
 use crate::cli::{FinetuneArgs, TrainArgs, context_of};
-use crate::data::{Batches, Corpus, Order, Part, start_token};
+use crate::data::{Batches, Corpus, DataError, Order, Part, start_token};
 use crate::hub;
 use crate::pairs::Examples;
 use bdia_train::cli::{MethodArgs, StepArgs};
@@ -335,10 +335,10 @@ impl<C: Config> Learner<C> {
         self.run.batch * self.run.accumulate
     }
 
-    fn prompt(&self) -> Vec<i32> {
+    fn prompt(&self) -> Result<Vec<i32>, DataError> {
         let start = self.texts.tokenizer.as_ref().and_then(start_token).unwrap_or(0);
         match &self.source {
-            Source::Text { .. } => vec![start as i32],
+            Source::Text { .. } => Ok(vec![start as i32]),
             Source::Pairs { train, validation } => validation.as_deref().unwrap_or(train).prompt(0),
         }
     }
@@ -357,7 +357,7 @@ impl<C: Config> Learner<C> {
             no_repeat: 0,
             inference: Inference::STANDARD,
         };
-        let prompt = self.prompt();
+        let prompt = self.prompt()?;
         let found = decoder.decode(be, core::slice::from_ref(&prompt), &decoding, |_| {
             core::ops::ControlFlow::Continue(())
         })?;
@@ -417,7 +417,7 @@ impl<C: Config> Task for Learner<C> {
             }
             Source::Pairs { train, validation } => {
                 for examples in [Some(train), validation.as_deref()].into_iter().flatten() {
-                    examples.digest(&mut hash);
+                    examples.digest(&mut hash)?;
                 }
             }
         }
@@ -633,7 +633,7 @@ pub fn evaluate_pairs<B: Backend<Real = f32>, F: Family>(
         for i in 0..here {
             let range = i * context..(i + 1) * context;
             let example = ((first + i) as u128 * examples.len() as u128 / n as u128) as usize;
-            examples.sample(example, &mut tokens[range.clone()], &mut targets[range], &mut []);
+            examples.sample(example, &mut tokens[range.clone()], &mut targets[range], &mut [])?;
         }
         let (tokens, targets) = (&tokens[..here * context], &targets[..here * context]);
         let (loss, m) = model.evaluate(be, tokens, targets, inference)?;

@@ -323,6 +323,37 @@ fn pairs_are_learned() {
     let start = start.json()["loss"].as_f64().unwrap();
     assert!(losses[0] < start - 1.0 && losses[1] < start - 0.1, "{start} {losses:?}");
 
+    // Prepared tokens are the same data: the run ends with the same bytes, and goes on with either.
+    let tokens = dir.at("tokens.safetensors");
+    let prepare = |flags: &str| {
+        let mut c = program();
+        c.arg("prepare").args(flags.split_whitespace()).arg("--data").arg(&csv);
+        c.arg("--model").arg(&base).arg("--out").arg(&tokens);
+        c
+    };
+    let said = good(&mut prepare(""));
+    assert!(said.out.contains("20 examples"), "{}", said.out);
+    bad(&mut prepare(""), &["tokens.safetensors: is there already", "--replace"]);
+    bad(&mut prepare("--task text --replace"), &["ends in .npy"]);
+    let mut c = program();
+    c.args("finetune --batch 4 --threads 2 --lr 1e-2 --steps 10 --data".split(' ')).arg(&tokens);
+    c.arg("--validation").arg(&tokens).arg("--model").arg(&base);
+    good(c.arg("--out").arg(dir.at("prepared")));
+    let mut c = program();
+    c.args(["finetune", "--steps", "20", "--resume"]).arg(dir.at("prepared")).arg("--data");
+    good(c.arg(&csv).arg("--validation").arg(&csv));
+    good(&mut tune(&dir.at("whole"), "--lr 1e-2 --steps 10"));
+    let mut c = program();
+    good(c.args(["finetune", "--steps", "20", "--resume"]).arg(dir.at("whole")));
+    let weights = |name| std::fs::read(dir.at(name).join("model.safetensors")).unwrap();
+    assert!(weights("prepared") == weights("whole"));
+    let mut c = program();
+    c.args("finetune --steps 1 --loss-on all --data".split(' ')).arg(&tokens);
+    bad(
+        c.arg("--model").arg(&base).arg("--out").arg(dir.at("none")),
+        &["tokens.safetensors", "--loss-on completion", "--loss-on all"],
+    );
+
     let said = good(&mut tune(&dir.at("short"), "--steps 1 --context 16"));
     assert!(said.err.contains("20 example(s) cut to 16 tokens, 0 dropped"), "{}", said.err);
     bad(&mut tune(&dir.at("none"), "--context 4"), &["every prompt is longer"]);

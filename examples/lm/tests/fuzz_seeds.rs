@@ -43,6 +43,11 @@ fn llama_config() {
 }
 
 #[test]
+fn prepared() {
+    all("prepared", targets::prepared);
+}
+
+#[test]
 fn index() {
     all("index", targets::index);
 }
