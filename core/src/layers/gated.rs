@@ -96,6 +96,20 @@ impl LlamaShape {
         RmsNorm { groups: 1, width: self.width, eps: self.eps, offset: self.norm_offset }
     }
 
+    /// `n` of a branch, which is cheaper to compute again than to keep.
+    pub(super) fn normalize<B: Backend>(
+        &self,
+        be: &mut B,
+        at: &At<'_>,
+        weight: &Tensor,
+        x: Reals,
+        normal: Reals,
+        stats: Reals,
+    ) -> Result<()> {
+        let [x, normal] = [x, normal].map(|of| rows_of(of, self.width));
+        be.rms_norm(&self.norm(), at.value(weight), x, normal, stats)
+    }
+
     /// Checks the dimensions.
     ///
     /// # Errors
@@ -220,26 +234,12 @@ impl GatedMlp {
         // Nothing reads n any more when the product comes.
         let (normal, act) = (at.scratch.sub(0, rows * d), at.scratch.sub(0, rows * s.inner));
         let _ = scratch.take(rows * larger(d, s.inner));
-        self.normalize(be, at, x, normal, frame.stats)?;
+        s.normalize(be, at, &self.tensors[0], x, normal, frame.stats)?;
         for (i, place) in [frame.gate, frame.up].into_iter().enumerate() {
             let to = (place, frame.u[i]);
             self.linear(i).forward(be, at, rows, normal, to, scratch.0)?;
         }
         be.gated(s.gate, frame.gate, frame.up, act)
-    }
-
-    /// `n`, which is cheaper to compute again than to keep.
-    fn normalize<B: Backend>(
-        &self,
-        be: &mut B,
-        at: &At<'_>,
-        x: Reals,
-        normal: Reals,
-        stats: Reals,
-    ) -> Result<()> {
-        let (norm, weight) = (self.shape.norm(), at.value(&self.tensors[0]));
-        let [x, normal] = [x, normal].map(|of| rows_of(of, self.shape.width));
-        be.rms_norm(&norm, weight, x, normal, stats)
     }
 
     fn frame(&self, at: &At<'_>, rows: usize) -> Frame {
@@ -350,7 +350,7 @@ impl<B: Backend> Branch<B> for GatedMlp {
         // From here on `dact` is the gradient of up, and `act` that of the gate.
         be.gated_vjp(s.gate, frame.gate, frame.up, dact, act)?;
         let [normal, dn] = frame.used;
-        self.normalize(be, at, x, normal, frame.stats)?;
+        s.normalize(be, at, &self.tensors[0], x, normal, frame.stats)?;
         for (i, dy) in [act, dact].into_iter().enumerate() {
             let from = (normal, frame.u[i]);
             self.linear(i).vjp(be, at, rows, from, dy, (dn, i > 0), scratch.0)?;

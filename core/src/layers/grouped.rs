@@ -206,20 +206,6 @@ impl GroupedAttention {
         Ok(())
     }
 
-    /// `n`, which is cheaper to compute again than to keep.
-    fn normalize<B: Backend>(
-        &self,
-        be: &mut B,
-        at: &At<'_>,
-        x: Reals,
-        normal: Reals,
-        stats: Reals,
-    ) -> Result<()> {
-        let (norm, weight) = (self.shape.norm(), at.value(&self.tensors[0]));
-        let [x, normal] = [x, normal].map(|of| rows_of(of, self.shape.width));
-        be.rms_norm(&norm, weight, x, normal, stats)
-    }
-
     /// Queries, keys and values of `rows` rows, normalized and turned.
     fn project<B: Backend>(
         &self,
@@ -232,7 +218,7 @@ impl GroupedAttention {
         let (s, rows) = (&self.shape, at.samples() * self.shape.tokens);
         let mut scratch = Cut(at.scratch);
         let normal = scratch.take(rows * s.width);
-        self.normalize(be, at, x, normal, frame.stats)?;
+        s.normalize(be, at, &self.tensors[0], x, normal, frame.stats)?;
         let [raw_q, raw_k] = frame.raw;
         let places =
             if s.head_norms { [raw_q, raw_k, frame.v] } else { [frame.q, frame.k, frame.v] };
@@ -377,7 +363,7 @@ impl<B: Backend> Branch<B> for GroupedAttention {
             (dq, dk) = (raw[0].0, raw[1].0);
         }
         let [normal, dn] = frame.used;
-        self.normalize(be, at, x, normal, frame.stats)?;
+        s.normalize(be, at, &self.tensors[0], x, normal, frame.stats)?;
         for (i, dy) in [dq, dk, dv].into_iter().enumerate() {
             let from = (normal, frame.u[i]);
             self.linear(i).vjp(be, at, rows, from, dy, (dn, i > 0), scratch.0)?;

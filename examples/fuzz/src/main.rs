@@ -14,7 +14,7 @@ mod vit;
 type Target = fn(&[u8]);
 
 /// By the folder of their seeds.
-const TARGETS: [(&str, Target); 18] = [
+const TARGETS: [(&str, Target); 19] = [
     ("lm/chat", lm::chat),
     ("lm/checkpoint", lm::checkpoint),
     ("lm/config", lm::config),

@@ -769,8 +769,8 @@ pub struct PrepareArgs {
     /// The data
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
-    /// Where the tokens go, for --data of `finetune` and `eval`: a .safetensors file, of --task text
-    /// an .npy file
+    /// Where the tokens go, for --data of `finetune` and `eval`: a .safetensors file, of --task
+    /// text an .npy file
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// Replace --out
