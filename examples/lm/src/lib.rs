@@ -5,7 +5,7 @@
 //! conversations) → [`cli`] (flags, or a [`recipe`] of them) → [`train`] (the run) → [`finetune`],
 //! which begins with a pretrained model ([`hub`]) and the γ that it bears ([`calibrate`]) →
 //! [`inference`], [`chat`], [`score`] and [`export`] for trained models → [`experiment`] for many
-//! runs; [`plan`] for the memory that they take.
+//! runs; [`plan`] for the memory that they take, [`prepare`] for data that takes none.
 
 pub mod calibrate;
 pub mod chat;
