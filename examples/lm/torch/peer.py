@@ -26,6 +26,7 @@ def main():
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
+    p.add_argument("--lora", type=int, metavar="R", help="PEFT's adapters of rank R on every linear layer, all else frozen")
     p.add_argument("--tokens", help="write tokens there and end")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
@@ -37,8 +38,13 @@ def main():
     model = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).train()
     if a.checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.config.use_cache = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+    model.config.use_cache = False
+    if a.lora:
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=a.lora, lora_alpha=2 * a.lora, target_modules="all-linear"))
+    trained = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.01)
     n = a.batch * a.context
     times = []
     for step in range(a.steps):
