@@ -263,10 +263,12 @@ pub fn prepared(data: &[u8]) {
     let reading =
         Reading { kind: Kind::Pairs(columns), format: Format::Plain, loss_on: LossOn::Completion };
     with_file("examples.safetensors", data, |path| {
-        let open = |path: &Path| Examples::prepared(path, &reading, tokenizer(), VOCAB);
+        let open =
+            |path: &Path| Examples::prepared(path, &reading, (tokenizer(), Some(EOT)), VOCAB);
         let Ok(Some(mut examples)) = open(path) else { return };
         let again = path.with_extension("again.safetensors");
-        examples.write(&again, &reading, tokenizer()).expect("the file can be written");
+        let whose = (tokenizer(), Some(EOT));
+        examples.to_file(&again, &reading, whose).expect("the file can be written");
         let mut same = open(&again).expect("our own file").expect("it has our name");
         let _ = std::fs::remove_file(again);
         for pack in [false, true] {

@@ -1,8 +1,10 @@
 //! `chat`: a conversation with a model, as its own template writes it.
 
 use core::ops::ControlFlow;
+use core::time::Duration;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::Path;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 
 use bdia_core::backend::Backend;
 use bdia_models::chat::{ChatError, Message};
@@ -57,6 +59,34 @@ fn chat_with<C: Config>(
     machine::run(&args.machine, machine::threads(&args.machine), &layout, work)
 }
 
+/// The lines of the standard input, read by a thread of their own: whoever waits for one can see
+/// signals, which do not end a read.
+fn lines() -> Receiver<String> {
+    let (told, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in io::stdin().lock().lines().map_while(Result::ok) {
+            if told.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    lines
+}
+
+/// The next line; `None` after the last one.
+///
+/// # Errors
+/// [`Failure::Interrupted`]
+fn next(lines: &Receiver<String>) -> Result<Option<String>, Failure> {
+    loop {
+        match lines.recv_timeout(Duration::from_millis(50)) {
+            Ok(line) => return Ok(Some(line)),
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            Err(RecvTimeoutError::Timeout) => run::go_on()?,
+        }
+    }
+}
+
 struct Conversation<'a, F: Family> {
     args: &'a ChatArgs,
     path: &'a Path,
@@ -85,13 +115,13 @@ impl<F: Family> Work for Conversation<'_, F> {
         if by_hand {
             report::note!("An empty line or Ctrl-D ends the conversation.");
         }
-        let mut lines = io::stdin().lock().lines();
+        let lines = lines();
         loop {
             if by_hand {
                 // A prompt that nobody can read is not missed.
                 let _ = write!(io::stderr(), "> ").and_then(|()| io::stderr().flush());
             }
-            let Some(Ok(line)) = lines.next() else { break };
+            let Some(line) = next(&lines)? else { break };
             if line.trim().is_empty() {
                 break;
             }

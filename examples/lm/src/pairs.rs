@@ -77,7 +77,8 @@ pub enum PairsError {
     Input(#[from] InputError),
     /// A name that says nothing about the content.
     #[error(
-        "{}: expected a file whose name ends in .csv, .tsv or .jsonl, or one of them and .gz",
+        "{}: expected a file whose name ends in .csv, .tsv or .jsonl, or one of them and .gz, or \
+         in .safetensors",
         .0.display()
     )]
     Kind(PathBuf),
@@ -186,8 +187,9 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// What tokens depend on besides texts and tokenizer: flags, for messages and comparison.
-    fn name(&self, tokenizer: &Tokenizer) -> String {
+    /// What tokens depend on besides texts and vocabulary: flags, for messages and comparison, and
+    /// a digest of what becomes of two short examples, which template, first and last token decide.
+    fn about(&self, (tokenizer, end): (&Tokenizer, Option<u32>)) -> [String; 2] {
         let value = |v: Option<clap::builder::PossibleValue>| {
             v.map_or_else(String::new, |v| v.get_name().to_owned())
         };
@@ -197,7 +199,20 @@ impl Reading {
             SpecialTokens::Parse => "parse",
             SpecialTokens::Text => "text",
         };
-        format!("--format {format} --loss-on {loss_on} --special-tokens {special}")
+        let mut hash = Xxh3::new();
+        let mut add = |token: u32| hash.update(&token.to_le_bytes());
+        if self.format == Format::Chat {
+            let turns = [message(USER, "a b"), message(ASSISTANT, "c"), message(USER, "d")];
+            for messages in [&turns[..2], &[&turns[2..], &turns[1..2]].concat()] {
+                let (tokens, learned) = tokenizer.encode_chat(messages).unwrap_or_default();
+                tokens.into_iter().for_each(&mut add);
+                learned.into_iter().for_each(|l| add(u32::from(l)));
+            }
+        } else {
+            begun(tokenizer, tokenizer.encode("a b")).into_iter().chain(end).for_each(&mut add);
+        }
+        let flags = format!("--format {format} --loss-on {loss_on} --special-tokens {special}");
+        [flags, format!("{:016x}", hash.digest())]
     }
 }
 
@@ -499,11 +514,16 @@ impl Examples {
             return Err(DataError::Tokenizer { source_name }.into());
         };
         let vocab = config.dims().vocab();
-        if let Some(prepared) = Self::prepared(path, reading, tokenizer, vocab)? {
+        let end = Self::end(tokenizer, config);
+        if let Some(prepared) = Self::prepared(path, reading, (tokenizer, end), vocab)? {
             return Ok(prepared);
         }
-        let end = tokenizer.eos().or_else(|| config.ends().first().copied());
         Ok(Self::open(path, reading, (tokenizer, end), vocab)?)
+    }
+
+    /// The token that ends a text of a model.
+    fn end<C: Config>(tokenizer: &Tokenizer, config: &C) -> Option<u32> {
+        tokenizer.eos().or_else(|| config.ends().first().copied())
     }
 
     fn new(tokens: Part, examples: Vec<Example>, path: &Path) -> Self {
@@ -521,30 +541,52 @@ impl Examples {
         }
     }
 
-    /// Writes the tokens of all examples for later runs, as a safetensors file: `tokens`, with bit
-    /// 31 where one is learned, and `ends`, the place after each example's last.
+    /// Writes the tokens of all examples of a model for later runs ([`to_file`](Self::to_file)).
     ///
     /// # Errors
     /// A file that cannot be written.
-    pub fn write(
+    pub fn write<C: Config>(
         &self,
         path: &Path,
         reading: &Reading,
-        tokenizer: &Tokenizer,
+        texts: &Texts,
+        config: &C,
+    ) -> Result<(), Failure> {
+        let Some(tokenizer) = &texts.tokenizer else {
+            let source_name = self.path.display().to_string();
+            return Err(DataError::Tokenizer { source_name }.into());
+        };
+        Ok(self.to_file(path, reading, (tokenizer, Self::end(tokenizer, config)))?)
+    }
+
+    /// Writes the tokens of all examples as a safetensors file: `tokens`, with bit 31 where one is
+    /// learned; `ends`, the place after each example's last; `prompts`, its tokens before what is
+    /// completed.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn to_file(
+        &self,
+        path: &Path,
+        reading: &Reading,
+        whose: (&Tokenizer, Option<u32>),
     ) -> Result<(), PairsError> {
         let (examples, tokens) = (self.examples.len(), self.tokens.len());
-        let from = 8 * examples as u64;
+        let [flags, like] = reading.about(whose);
+        let at = [0, 1, 2].map(|i| 8 * i * examples as u64);
         let header = json!({
             "__metadata__": {
                 "format": PREPARED,
-                "tokenizer": tokenizer.digest(),
-                "reading": reading.name(tokenizer),
+                "tokenizer": whose.0.digest(),
+                "flags": flags,
+                "like": like,
             },
-            "ends": { "dtype": "U64", "shape": [examples], "data_offsets": [0, from] },
+            "ends": { "dtype": "U64", "shape": [examples], "data_offsets": [at[0], at[1]] },
+            "prompts": { "dtype": "U64", "shape": [examples], "data_offsets": [at[1], at[2]] },
             "tokens": {
                 "dtype": "U32",
                 "shape": [tokens],
-                "data_offsets": [from, from + 4 * tokens],
+                "data_offsets": [at[2], at[2] + 4 * tokens],
             },
         })
         .to_string();
@@ -552,8 +594,9 @@ impl Examples {
         let len = header.len().next_multiple_of(8);
         let mut bytes = (len as u64).to_le_bytes().to_vec();
         bytes.extend_from_slice(format!("{header:<len$}").as_bytes());
-        for e in &self.examples {
-            bytes.extend_from_slice(&((e.start + e.len) as u64).to_le_bytes());
+        let ends = self.examples.iter().map(|e| e.start + e.len);
+        for n in ends.chain(self.examples.iter().map(|e| e.prompt)) {
+            bytes.extend_from_slice(&(n as u64).to_le_bytes());
         }
         self.tokens.each(0, tokens as usize, |t| {
             bytes.extend_from_slice(&(t as u32).to_le_bytes());
@@ -562,7 +605,8 @@ impl Examples {
         Ok(write_bytes(path, &bytes).map_err(DataError::from)?)
     }
 
-    /// What [`write`](Self::write) has written; `None` for any other file. The tokens stay on disk.
+    /// What [`to_file`](Self::to_file) has written; `None` for any other file. The tokens stay on
+    /// disk.
     ///
     /// # Errors
     /// [`PairsError::Prepared`] for a file that is damaged, of another tokenizer, or of examples
@@ -570,7 +614,7 @@ impl Examples {
     pub fn prepared(
         path: &Path,
         reading: &Reading,
-        tokenizer: &Tokenizer,
+        whose: (&Tokenizer, Option<u32>),
         vocab: usize,
     ) -> Result<Option<Self>, PairsError> {
         if path.extension().is_none_or(|e| !e.eq_ignore_ascii_case("safetensors")) {
@@ -598,19 +642,24 @@ impl Examples {
         if about("format") != PREPARED {
             return Err(wrong(none));
         }
-        let (found, expected) = (about("tokenizer"), tokenizer.digest());
+        let (found, expected) = (about("tokenizer"), whose.0.digest());
         if found != expected {
             return Err(wrong(&format!(
                 "its tokens are of a tokenizer with digest {found}, the model's is {expected}; \
                  prepare the data with this model"
             )));
         }
-        let (found, expected) = (about("reading"), reading.name(tokenizer));
-        if found != expected {
+        let ([flags, like], found) = (reading.about(whose), about("flags"));
+        if found != flags {
             return Err(wrong(&format!(
-                "it was prepared with {found}, this run asks for {expected}; give both the same \
-                 flags"
+                "it was prepared with {found}, this run asks for {flags}; give both the same flags"
             )));
+        }
+        if about("like") != like {
+            return Err(wrong(
+                "it was prepared for a model with another template of conversations, or other \
+                 tokens that begin and end a text; prepare the data with this model",
+            ));
         }
         let place = |name: &str, dtype: Dtype, width: usize| {
             let info = header.info(name).filter(|i| i.dtype == dtype && i.shape.len() == 1)?;
@@ -620,49 +669,47 @@ impl Examples {
             fits.then_some((8 + len + from, info.shape[0]))
         };
         let damaged = "its tokens and examples do not fit together; prepare it again";
-        let (Some(ends), Some(tokens)) =
-            (place("ends", Dtype::U64, 8), place("tokens", Dtype::U32, 4))
-        else {
+        let (Some(ends), Some(prompts), Some(tokens)) = (
+            place("ends", Dtype::U64, 8),
+            place("prompts", Dtype::U64, 8),
+            place("tokens", Dtype::U32, 4),
+        ) else {
             return Err(wrong(damaged));
         };
-        file.seek(SeekFrom::Start(ends.0)).map_err(failed)?;
-        let mut examples = Vec::new();
-        let (mut reader, mut start) = (BufReader::new(&mut file), 0);
-        for _ in 0..ends.1 {
-            let mut end = [0; 8];
-            reader.read_exact(&mut end).map_err(failed)?;
-            let end = u64::from_le_bytes(end);
-            if end <= start as u64 || end > tokens.1 as u64 {
-                return Err(wrong(damaged));
-            }
-            let len = end as usize - start;
-            examples.push(Example { start, len, prompt: len });
-            start = end as usize;
+        let mut numbers = |(from, n): (u64, usize)| {
+            file.seek(SeekFrom::Start(from)).map_err(failed)?;
+            let mut reader = BufReader::new(&mut file);
+            let mut next = || {
+                let mut bytes = [0; 8];
+                reader.read_exact(&mut bytes).map_err(failed)?;
+                Ok::<_, DataError>(u64::from_le_bytes(bytes))
+            };
+            (0..n).map(|_| next()).collect::<Result<Vec<_>, _>>()
+        };
+        let (ends, prompts) = (numbers(ends)?, numbers(prompts)?);
+        let (mut examples, mut start) = (Vec::new(), 0);
+        for (&end, &prompt) in ends.iter().zip(&prompts) {
+            let len = end.checked_sub(start).filter(|&len| prompt <= len && end <= tokens.1 as u64);
+            let Some(len) = len else { return Err(wrong(damaged)) };
+            let [start_of, len, prompt] = [start, len, prompt].map(|n| n as usize);
+            examples.push(Example { start: start_of, len, prompt });
+            start = end;
         }
-        if start != tokens.1 || examples.is_empty() {
+        if start != tokens.1 as u64 || examples.is_empty() || ends.len() != prompts.len() {
             return Err(wrong(damaged));
         }
         let tokens = Part::of_file(file, path, tokens.0, tokens.1 as u64, TokenType::U32);
-        let mut all = Self::new(tokens, examples, path);
-        let mut examples = core::mem::take(&mut all.examples);
-        for e in &mut examples {
-            let (mut at, mut prompt, mut outside) = (0, e.len, None);
-            all.each(e, |token, learned| {
-                if learned {
-                    prompt = prompt.min(at);
-                }
-                if token as usize >= vocab {
-                    outside = Some(token);
-                }
-                at += 1;
-            })?;
-            if let Some(token) = outside {
-                return Err(PairsError::Token { path: path.into(), token, vocab });
-            }
-            e.prompt = prompt;
+        let all = Self::new(tokens, examples, path);
+        let mut outside = None;
+        all.tokens.each(0, all.tokens.len() as usize, |token| {
+            let token = token as u32 & !LEARNED;
+            outside = (token as usize >= vocab).then_some(token);
+            outside.is_none()
+        })?;
+        match outside {
+            Some(token) => Err(PairsError::Token { path: path.into(), token, vocab }),
+            None => Ok(Some(all)),
         }
-        all.examples = examples;
-        Ok(Some(all))
     }
 
     /// Hands over an example's tokens, and whether they are learned.
@@ -1132,9 +1179,10 @@ mod tests {
         let path = dir.path().join("x.safetensors");
         let how = reading(LossOn::Completion);
         let mut own = examples(LossOn::Completion);
-        own.write(&path, &how, &t).unwrap();
+        own.to_file(&path, &how, (&t, Some(EOT))).unwrap();
         let open = |reading: &Reading, tokenizer: &Tokenizer, vocab| {
-            Examples::prepared(&path, reading, tokenizer, vocab).map_err(|e| e.to_string())
+            Examples::prepared(&path, reading, (tokenizer, Some(EOT)), vocab)
+                .map_err(|e| e.to_string())
         };
         let mut read = open(&how, &t, 50_257).unwrap().unwrap();
         assert_eq!((read.longest(), read.tokens()), (own.longest(), own.tokens()));
@@ -1180,7 +1228,19 @@ mod tests {
         assert!(error.contains(&digest) && error.contains("prepare the data"), "{error}");
         // Files of other names are read as what they are.
         let other = dir.file("x.csv", b"q,a\n1,2\n");
-        assert!(Examples::prepared(&other, &how, &t, 50_257).unwrap().is_none());
+        assert!(Examples::prepared(&other, &how, (&t, None), 50_257).unwrap().is_none());
+        std::fs::write(&path, &bytes).unwrap();
+        let error = Examples::prepared(&path, &how, (&t, Some(1)), 50_257).unwrap_err().to_string();
+        assert!(error.contains("tokens that begin and end a text"), "{error}");
+        // What is completed is known where all is learned, too.
+        let (all, of_all) = (examples(LossOn::All), reading(LossOn::All));
+        all.to_file(&path, &of_all, (&t, Some(EOT))).unwrap();
+        let mut read = open(&of_all, &t, 50_257).unwrap().unwrap();
+        read.fit(8, false).unwrap();
+        assert_eq!(
+            read.prompt(0).unwrap(),
+            t.encode("a b\n").iter().map(|t| *t as i32).collect::<Vec<_>>()
+        );
     }
 
     #[test]

@@ -38,24 +38,22 @@ fn prepare_for<C: Config>(args: &PrepareArgs, config: &C, texts: &Texts) -> Resu
             args.out.display()
         )));
     }
-    match reading.zip(tokenizer) {
-        Some((reading, tokenizer)) => {
-            let examples = Examples::of(path, &reading, texts, config)?;
-            examples.write(&args.out, &reading, tokenizer)?;
-            report::tell!(
-                "{}: {} examples, {} tokens, the longest example has {}",
-                args.out.display(),
-                examples.examples(),
-                examples.tokens(),
-                examples.longest() + 1
-            );
-        }
-        None => {
-            let (text, note) = Corpus::whole(path, None, tokenizer, config.dims().vocab())?;
-            note.iter().for_each(|n| report::note!("{n}"));
-            write_bytes(&args.out, &text.to_npy()?)?;
-            report::tell!("{}: {} tokens", args.out.display(), text.len());
-        }
+    if let Some(reading) = reading {
+        // Without a tokenizer there are no examples.
+        let examples = Examples::of(path, &reading, texts, config)?;
+        examples.write(&args.out, &reading, texts, config)?;
+        report::tell!(
+            "{}: {} examples, {} tokens, the longest example has {}",
+            args.out.display(),
+            examples.examples(),
+            examples.tokens(),
+            examples.longest() + 1
+        );
+    } else {
+        let (text, note) = Corpus::whole(path, None, tokenizer, config.dims().vocab())?;
+        note.iter().for_each(|n| report::note!("{n}"));
+        write_bytes(&args.out, &text.to_npy()?)?;
+        report::tell!("{}: {} tokens", args.out.display(), text.len());
     }
     Ok(())
 }

@@ -4,7 +4,9 @@
 
 mod program;
 
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use program::{Dir, bad, content, copy, good, program, run, tokens_below, train, tune};
 
@@ -139,6 +141,23 @@ fn conversations() {
     c.stdin(std::fs::File::open(dir.file("talk", b"one\ntwo\n\nnot seen\n")).unwrap());
     let said = program::Said::from(c.output().unwrap());
     assert_eq!((said.code, said.out.lines().count() >= 2), (Some(0), true), "{}", said.err);
+
+    // A signal ends it while it waits for a line that does not come.
+    #[cfg(unix)]
+    for name in ["TERM", "INT"] {
+        let mut c = with_model("chat", &model, "--tokens 4 --threads 1");
+        c.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = c.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(b"one\n").unwrap();
+        let mut answer = [0];
+        child.stdout.as_mut().unwrap().read_exact(&mut answer).unwrap();
+        program::signal(&child, name);
+        program::wait_for(&mut child, || false);
+        let said = program::Said::from(child.wait_with_output().unwrap());
+        assert_eq!(said.code, Some(1), "{}", said.err);
+        assert!(said.err.contains("interrupted"), "{}", said.err);
+    }
 
     // What has no template, or is no conversation.
     bad(

@@ -5,14 +5,18 @@
 //! allocate beside it.
 
 use core::alloc::{GlobalAlloc, Layout};
+use core::cell::Cell;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::alloc::System;
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 static COUNT: AtomicU64 = AtomicU64::new(0);
-/// The last size that the system refused.
-static REFUSED: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// What the system refused this thread last.
+    static REFUSED: Cell<usize> = const { Cell::new(0) };
+}
 
 /// The system's allocator with counters. A program installs it:
 /// `#[global_allocator] static ALLOCATOR: Counting = Counting;`
@@ -46,14 +50,15 @@ impl Counting {
         Self::grow(bytes);
     }
 
-    /// Bytes that the system last refused; 0: it never did.
+    /// Bytes that the system last refused this thread; 0: it never did.
     pub fn refused() -> usize {
-        REFUSED.load(Ordering::Relaxed)
+        REFUSED.try_with(Cell::get).unwrap_or(0)
     }
 
     fn got(p: *mut u8, bytes: usize) {
         if p.is_null() {
-            REFUSED.store(bytes, Ordering::Relaxed);
+            // A thread that ends has no such value any more.
+            let _ = REFUSED.try_with(|r| r.set(bytes));
         } else {
             Self::grow(bytes);
         }
@@ -104,7 +109,7 @@ unsafe impl GlobalAlloc for Counting {
                 Self::shrink(layout.size() - new_size);
             }
         } else {
-            REFUSED.store(new_size, Ordering::Relaxed);
+            Self::got(p, new_size);
         }
         p
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 
 use bdia_models::files::{FileError, read_limited, write_bytes};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -67,13 +67,14 @@ fn tell_refusals() {
     }
 }
 
-/// Where no memory was refused, it returns, and the process is aborted for what it is.
+/// Where this thread was refused no memory, the process is aborted for what it is.
 #[cfg(unix)]
 #[allow(unsafe_code)]
 fn refused() {
     static TOLD: AtomicBool = AtomicBool::new(false);
     let bytes = Counting::refused();
     if bytes == 0 {
+        let _ = signal_hook::low_level::emulate_default_handler(libc::SIGABRT);
         return;
     }
     if TOLD.swap(true, Ordering::Relaxed) {
@@ -90,7 +91,7 @@ fn refused() {
     let _ = writeln!(
         rest,
         "error: the operating system refused {bytes} bytes of memory; what was saved before is \
-         whole, and --resume goes on from it"
+         whole, and a run goes on from it with --resume"
     );
     let told = room - rest.len();
     // SAFETY: the slice is valid for reads of its length. Where nobody can read the line, the exit
@@ -101,12 +102,30 @@ fn refused() {
     }
 }
 
-/// The threads that read text. Made when they are needed, they would be a panic where the system
-/// refuses them.
+/// Makes the threads that read text. Made when they are needed, they would be a panic where the
+/// system refuses them; so it is tried before how many there may be. Where these are fewer than
+/// wanted, half of them are left to the run.
 fn pool() -> Result<(), Failure> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let pool = rayon::ThreadPoolBuilder::new().build_global();
-    Ok(pool.map_err(|_| bdia_cpu::CpuError::Threads { threads })?)
+    let wanted = std::thread::available_parallelism().map_or(1, usize::from);
+    let (hold, held) = mpsc::channel::<()>();
+    let held = Arc::new(Mutex::new(held));
+    let tried: Vec<_> = (0..wanted)
+        .map_while(|_| {
+            let held = held.clone();
+            // It ends when `hold` does.
+            let wait = move || drop(held.lock().map(|held| held.recv()));
+            std::thread::Builder::new().spawn(wait).ok()
+        })
+        .collect();
+    drop(hold);
+    let found = tried.len();
+    tried.into_iter().for_each(|thread| drop(thread.join()));
+    let pool = rayon::ThreadPoolBuilder::new();
+    let pool = match if found < wanted { found / 2 } else { found } {
+        0 | 1 => pool.num_threads(1).use_current_thread(),
+        threads => pool.num_threads(threads),
+    };
+    Ok(pool.build_global().map_err(|_| bdia_cpu::CpuError::Threads { threads: wanted })?)
 }
 
 /// Set by signals.
