@@ -121,7 +121,9 @@ fn pool() -> Result<(), Failure> {
     let found = tried.len();
     tried.into_iter().for_each(|thread| drop(thread.join()));
     let pool = rayon::ThreadPoolBuilder::new();
-    let pool = match if found < wanted { found / 2 } else { found } {
+    let pool = match found / 2 {
+        // As many as the environment says, or as there are processors.
+        _ if found == wanted => pool,
         0 | 1 => pool.num_threads(1).use_current_thread(),
         threads => pool.num_threads(threads),
     };
